@@ -1,0 +1,1 @@
+"""Configurations that travel with the package (installed as tracmod.configs)."""

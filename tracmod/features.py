@@ -1,0 +1,350 @@
+"""Features: a checkpoint, examples and a head mask become projected per-example gradients.
+
+The feature of an example is a random projection of its gradient in K = `Projection.dim` numbers, such
+that inner products of features are, in expectation over the projection's seed, inner products of
+gradients: E <f(z), f(z')> = <grad L(z), grad L(z')>.
+
+Shapes: B examples of a batch, N examples, K projection_dim, I in, O out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tracmod import kernels
+from tracmod.capture import Captured, Layer, capture, frozen, select_layers
+from tracmod.heads import HeadMask
+from tracmod.model import collate, plan_batches
+from tracmod.store import FeatureStore
+
+# Share of the row that exact blocks may take. The output layer of the classifier holds most of the
+# gradient's norm (85% on a 4-layer, 256-wide XLM-R), so keeping it exactly removes most of the error;
+# past this share the rest of the gradient is squeezed into too small a grid.
+EXACT_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How per-example gradients become rows of `dim` numbers.
+
+    A linear layer's gradient G (O, I + 1; the bias is the last column) becomes
+    `vec(R_out G R_in^T)` with `R_out` (k_out, O) and `R_in` (k_in, I + 1), computed from the layer's
+    input and output gradient without ever forming G (LoGra, arXiv 2405.13954). LayerNorm and
+    embedding gradients go through a count sketch into a grid of the same size.
+
+    Attributes:
+        dim: K, numbers per example, exact blocks included.
+        kind: `rademacher` (dense random signs) or `sjlt` (one non-zero per column: its cost does not
+            grow with `dim`).
+        seed: of all random entries; they are a stateless function of (seed, layer, row, column),
+            the same on every device and for every batch size.
+        layers: `accumulate` sums the projections of all layers, each with its own signs, into one
+            grid, beside the exact gradients of linear layers that are small enough (the classifier's
+            output); `concatenate` gives each layer its own part of the row.
+
+    Raises:
+        ValueError: unknown kind or layers, dim below 1, or negative seed.
+    """
+
+    dim: int
+    kind: Literal["rademacher", "sjlt"] = "rademacher"
+    seed: int = 0
+    layers: Literal["accumulate", "concatenate"] = "accumulate"
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise ValueError(f"Projection: dim: expected at least 1, got {self.dim}")
+        if self.kind not in ("rademacher", "sjlt"):
+            raise ValueError(f"Projection: kind: expected rademacher or sjlt, got {self.kind!r}")
+        if self.seed < 0:
+            raise ValueError(f"Projection: seed: expected 0 or more, got {self.seed}")
+        if self.layers not in ("accumulate", "concatenate"):
+            raise ValueError(
+                f"Projection: layers: expected accumulate or concatenate, got {self.layers!r}"
+            )
+
+    def slots(self, layers: Sequence[Layer]) -> dict[str, Slot]:
+        """Where in the row each layer's projection goes, by layer name.
+
+        Raises:
+            ValueError: `concatenate` with more layers than numbers.
+        """
+        if self.layers == "concatenate":
+            return self._concatenated(layers)
+        return self._accumulated(layers)
+
+    def _accumulated(self, layers: Sequence[Layer]) -> dict[str, Slot]:
+        slots = {}
+        offset = 0
+        for layer in sorted(layers, key=_exact_size):
+            size = _exact_size(layer)
+            if layer.kind == "linear" and offset + size <= EXACT_SHARE * self.dim:
+                slots[layer.name] = _exact_slot(layer, offset)
+                offset += size
+        k_out, k_in = _grid(self.dim - offset)
+        for layer in layers:
+            slots.setdefault(layer.name, Slot(self.kind, offset, k_out, k_in))
+        return slots
+
+    def _concatenated(self, layers: Sequence[Layer]) -> dict[str, Slot]:
+        if self.dim < len(layers):
+            raise ValueError(
+                f"Projection: dim: expected at least {len(layers)}, one per layer, to concatenate, "
+                f"got {self.dim}"
+            )
+        slots = {}
+        share = self.dim // len(layers)
+        for rank, layer in enumerate(layers):
+            if layer.kind != "embedding" and _exact_size(layer) <= share:
+                slots[layer.name] = _exact_slot(layer, rank * share)
+            else:
+                slots[layer.name] = Slot(self.kind, rank * share, *_grid(share))
+        return slots
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One layer's part of the feature row: `k_out * k_in` numbers from `offset` on."""
+
+    kind: Literal["rademacher", "sjlt", "identity"]
+    offset: int
+    k_out: int
+    k_in: int
+
+
+def _exact_size(layer: Layer) -> int:
+    if layer.kind == "linear":
+        return layer.out_features * (layer.in_features + layer.bias)
+    if layer.kind == "elementwise":
+        return layer.in_features * (1 + layer.bias)
+    return layer.in_features * layer.out_features
+
+
+def _exact_slot(layer: Layer, offset: int) -> Slot:
+    if layer.kind == "linear":
+        return Slot("identity", offset, layer.out_features, layer.in_features + layer.bias)
+    return Slot("identity", offset, 1 + layer.bias, layer.in_features)
+
+
+def _grid(size: int) -> tuple[int, int]:
+    k_in = math.isqrt(size)
+    return size // k_in, k_in
+
+
+@dataclass
+class Collector:
+    """Features of batches of one model: layers, slots and precision fixed once.
+
+    Used within `capture.frozen(model)`, with the head mask applied.
+    """
+
+    model: nn.Module
+    projection: Projection
+    parameters: str = "encoder"
+    batch_tokens: int = 8192
+    dtype: torch.dtype | None = None
+    layers: list[Layer] = field(init=False)
+    slots: dict[str, Slot] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens: expected at least 1, got {self.batch_tokens}")
+        if self.dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"dtype: expected None, torch.float32, torch.bfloat16 or torch.float16, "
+                f"got {self.dtype}"
+            )
+        if self.dtype is torch.float32:
+            self.dtype = None
+        self.layers = select_layers(self.model, self.parameters)
+        self.slots = self.projection.slots(self.layers)
+
+    def collect(
+        self, examples: Sequence[Mapping[str, Any]], advance: Callable[[int], Any] | None = None
+    ) -> Tensor:
+        """Features (N, K) float32 in the order of the examples, on the model's device.
+
+        Whether they are finite is for the caller to check, who knows the examples' names.
+        """
+        device = next(self.model.parameters()).device
+        features = torch.zeros(len(examples), self.projection.dim, device=device)
+        lengths = [example_length(example) for example in examples]
+        for rows in plan_batches(lengths, self.batch_tokens):
+            batch = collate([examples[row] for row in rows], self._pad_id, device)
+            features[rows] = self._batch(batch)
+            if advance is not None:
+                advance(len(rows))
+        return features
+
+    @property
+    def _pad_id(self) -> int:
+        return pad_id_of(self.model)
+
+    def _batch(self, batch: Mapping[str, Tensor]) -> Tensor:
+        out_BK = torch.zeros(
+            len(batch["labels"]), self.projection.dim, device=batch["labels"].device
+        )
+
+        def project(captured: Captured) -> None:
+            layer, slot = captured.layer, self.slots[captured.layer.name]
+            kernels.project_gradients(
+                captured.x,
+                captured.g,
+                out_BK,
+                lengths=captured.lengths,
+                layer=layer.kind,
+                bias=layer.bias and layer.kind != "embedding",
+                kind=slot.kind,
+                offset=slot.offset,
+                k_out=slot.k_out,
+                k_in=slot.k_in,
+                seed=self.projection.seed,
+                input_key=2 * layer.input_position,
+                output_key=2 * layer.position + 1,
+            )
+
+        capture(self.model, self.layers, batch, project, self.dtype)
+        return out_BK
+
+
+def pad_id_of(model: nn.Module) -> int:
+    """The model's padding id, 0 where its config names none."""
+    pad_id = getattr(model.config, "pad_token_id", None)
+    return 0 if pad_id is None else int(pad_id)  # type: ignore[arg-type]
+
+
+def example_length(example: Mapping[str, Any]) -> int:
+    """Tokens of an example, trailing padding left out."""
+    mask = example.get("attention_mask")
+    if mask is None:
+        return len(example["input_ids"])
+    length = len(mask)
+    while length > 1 and not mask[length - 1]:
+        length -= 1
+    return length
+
+
+def as_examples(dataset: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a dataset as plain dicts of lists, without trailing padding.
+
+    Raises:
+        ValueError: a row without input_ids or labels, or with no tokens.
+    """
+    examples = []
+    for row, example in enumerate(dataset):
+        plain = {
+            name: value.tolist() if hasattr(value, "tolist") else value
+            for name, value in example.items()
+        }
+        for name in ("input_ids", "labels"):
+            if plain.get(name) is None:
+                raise ValueError(
+                    f"dataset: row {row}: expected {name}, got only {', '.join(plain)}"
+                )
+        if not plain["input_ids"]:
+            raise ValueError(f"dataset: row {row}: expected at least one token, got none")
+        length = example_length(plain)
+        mask = plain.get("attention_mask") or [1] * length
+        tokens = {"input_ids": plain["input_ids"][:length], "attention_mask": mask[:length]}
+        if plain.get("token_type_ids") is not None:
+            tokens["token_type_ids"] = plain["token_type_ids"][:length]
+        examples.append({**tokens, "labels": plain["labels"]})
+    return examples
+
+
+def collect_features(
+    model: nn.Module,
+    dataset: Iterable[Mapping[str, Any]],
+    projection: Projection,
+    parameters: str = "encoder",
+    head_mask: HeadMask | None = None,
+    batch_tokens: int = 8192,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Projected per-example gradients of a dataset: one forward and one backward pass.
+
+    `f(z) = [exact small layers | sum over layers of vec(R_out G_l(z) R_in^T)]`, with G_l(z) the
+    gradient of z's own loss (cross entropy, dropout off) with respect to layer l.
+
+    Args:
+        model: BERT-family sequence classifier; its weights, mode and device are left as they were.
+        dataset: `datasets.Dataset` or sequence of dicts with `input_ids`, `labels` and, where there
+            is padding, `attention_mask` (and `token_type_ids`, if the model uses them).
+        projection: kind, size and seed of the projection.
+        parameters: `encoder` (all but the embeddings module), `all`, `attention` or `classifier`.
+        head_mask: applied in the forward pass.
+        batch_tokens: bound on examples x longest length of a batch.
+        device: where to compute; None for where the model is.
+        dtype: torch.bfloat16 or torch.float16 for an autocast pass; None or torch.float32 for none.
+
+    Returns:
+        (N, K) float32, rows in dataset order, on `device`.
+
+    Raises:
+        ValueError: bad rows, unknown parameters, a mask of another shape, or gradients that are not
+            finite (the row is named).
+
+    Source: Pruthi et al. 2020 (TracIn); LoGra, arXiv 2405.13954, section 3 (two-sided projection).
+    """
+    examples = as_examples(dataset)
+    with on_device(model, device), frozen(model), masked(model, head_mask):
+        features = Collector(model, projection, parameters, batch_tokens, dtype).collect(examples)
+    finite_N = torch.isfinite(features).all(dim=1)
+    if not bool(finite_N.all()):
+        row = int(finite_N.logical_not().nonzero()[0])
+        raise ValueError(f"dataset: row {row}: expected a finite gradient, got NaN or infinity")
+    return features
+
+
+def collect_to_store(
+    collector: Collector,
+    examples: Sequence[Mapping[str, Any]],
+    store: FeatureStore,
+    advance: Callable[[int], Any] | None = None,
+) -> None:
+    """Compute and write every shard that the store still lacks.
+
+    A shard is batched by itself, so what is in it does not depend on which shards were there before.
+
+    Raises:
+        ValueError: a gradient that is not finite; the example's id is named.
+    """
+    for shard in store.missing_shards():
+        rows = store.shard_range(shard)
+        store.write_shard(shard, collector.collect(examples[rows.start : rows.stop], advance))
+
+
+def feature_identity(
+    projection: Projection, parameters: str, head_mask: HeadMask | None, dtype: str, **digests: str
+) -> dict[str, Any]:
+    """What features depend on: written to a store's manifest, compared when it is opened again."""
+    return {
+        "projection": asdict(projection),
+        "parameters": parameters,
+        "head_mask": None if head_mask is None else head_mask.digest(),
+        "pass_dtype": dtype,
+        **digests,
+    }
+
+
+def masked(model: nn.Module, head_mask: HeadMask | None) -> Any:
+    """The mask's context, or one that does nothing."""
+    return nullcontext() if head_mask is None else head_mask.apply(model)
+
+
+def on_device(model: nn.Module, device: torch.device | str | None) -> ExitStack:
+    """Move the model to a device and, on leaving the context, back."""
+    stack = ExitStack()
+    before = next(model.parameters()).device
+    if device is not None and torch.device(device) != before:
+        model.to(device)
+        stack.callback(model.to, before)
+    return stack

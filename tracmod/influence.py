@@ -1,0 +1,375 @@
+"""Influence: TracIn scores from features or exactly, streaming top-k, sums by language.
+
+    TracInCP(z, z') = sum_c w_c <g_c(z), g_c(z')>            (Pruthi et al. 2020)
+    cosine form:      sum_c w_c cos(g_c(z), g_c(z'))         (Hammoudeh and Lowd 2022)
+
+Positive: the training example lowered the query example's loss (a proponent). With dot products the
+unit is loss; with cosine each checkpoint's term lies in [-w_c, w_c].
+
+Shapes: Q queries, N training examples, K projection_dim, C checkpoints, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracmod import kernels
+from tracmod.capture import Captured, Layer, capture, frozen, select_layers
+from tracmod.features import as_examples, example_length, masked, on_device, pad_id_of
+from tracmod.heads import HeadMask
+from tracmod.model import collate, plan_batches
+
+Features = Tensor | Sequence[Tensor]
+# Captured query gradients held at a time by `exact_influence`; the training set is passed over once
+# per such block of queries.
+QUERY_BLOCK_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class TopInfluences:
+    """The k most positive and the k most negative training examples of every query.
+
+    Attributes:
+        indices, scores: (Q, k) proponents, highest score first.
+        opponent_indices, opponent_scores: (Q, k) opponents, lowest score first.
+        group_names: names of the G groups, None without groups.
+        group_sums: (Q, G) float64 sum of the scores of *all* training examples of each group.
+        group_shares: (Q, G) share of each group among the proponents; rows sum to 1.
+        opponent_group_shares: (Q, G) the same among the opponents.
+    """
+
+    indices: Tensor
+    scores: Tensor
+    opponent_indices: Tensor
+    opponent_scores: Tensor
+    group_names: list[Any] | None = None
+    group_sums: Tensor | None = None
+    group_shares: Tensor | None = None
+    opponent_group_shares: Tensor | None = None
+
+
+def influence_scores(
+    query_features: Features,
+    train_features: Features,
+    weights: Sequence[float] | None = None,
+    normalize: str | None = None,
+) -> Tensor:
+    """The dense score matrix `sum_c w_c <q_c, t_c>`, or of cosines.
+
+    Args:
+        query_features: (Q, K), or one such tensor per checkpoint.
+        train_features: (N, K), or one such tensor per checkpoint.
+        weights: C numbers, usually the checkpoints' learning rates; None for 1 each.
+        normalize: None or "cosine"; a zero gradient has cosine 0 with everything.
+
+    Returns:
+        (Q, N) float32. For large N use `top_influences`, which never stores it.
+
+    Raises:
+        ValueError: shapes, number of checkpoints or weights that do not agree.
+    """
+    queries, trains, weights = _checkpoints(query_features, train_features, weights, normalize)
+    scores_QN = torch.zeros(len(queries[0]), len(trains[0]), device=queries[0].device)
+    for query_QK, train_NK, weight in zip(queries, trains, weights, strict=True):
+        query_QK, train_NK = query_QK.float(), train_NK.float()
+        if normalize == "cosine":
+            query_QK, train_NK = _unit(query_QK), _unit(train_NK)
+        scores_QN.addmm_(query_QK, train_NK.T, alpha=weight)
+    return scores_QN
+
+
+def top_influences(
+    query_features: Features,
+    train_features: Features,
+    k: int = 100,
+    groups: Sequence[Any] | Tensor | None = None,
+    weights: Sequence[float] | None = None,
+    normalize: str | None = None,
+) -> TopInfluences:
+    """Strongest proponents and opponents of every query, and sums by group, in one streaming pass.
+
+    Args:
+        query_features, train_features, weights, normalize: as in `influence_scores`.
+        k: how many of each sign; lowered to N where there are fewer training examples. Where fewer
+            than k scores are positive, the proponents go on with the least negative ones.
+        groups: each training example's group, N values (a language, say); None for no sums.
+
+    Raises:
+        ValueError: as in `influence_scores`, k below 1, or not N groups.
+    """
+    queries, trains, weights = _checkpoints(query_features, train_features, weights, normalize)
+    k = _bounded_k(k, len(trains[0]))
+    names, groups_N = _group_ids(groups, len(trains[0]), queries[0].device)
+    top = kernels.top_k_dot(
+        queries,
+        trains,
+        k=k,
+        weights=weights,
+        normalize=normalize,
+        groups=groups_N,
+        num_groups=len(names or ()),
+    )
+    return _with_shares(
+        top.scores, top.indices, top.opponent_scores, top.opponent_indices, names, groups_N,
+        top.group_sums,
+    )  # fmt: skip
+
+
+def top_of_scores(
+    scores_QN: Tensor, k: int = 100, groups: Sequence[Any] | Tensor | None = None
+) -> TopInfluences:
+    """`top_influences` of scores that are already there, such as exact ones.
+
+    Ties go to the lower index, as in `top_influences`.
+    """
+    k = _bounded_k(k, scores_QN.shape[1])
+    names, groups_N = _group_ids(groups, scores_QN.shape[1], scores_QN.device)
+    scores, indices = scores_QN.sort(dim=1, descending=True, stable=True)
+    opponent_scores, opponent_indices = scores_QN.sort(dim=1, stable=True)
+    sums_QG = None
+    if groups_N is not None:
+        sums_QG = torch.zeros(len(scores), len(names or ()), dtype=torch.float64).to(scores.device)
+        sums_QG.index_add_(1, groups_N, scores_QN.double())
+    return _with_shares(
+        scores[:, :k], indices[:, :k], opponent_scores[:, :k], opponent_indices[:, :k], names,
+        groups_N, sums_QG,
+    )  # fmt: skip
+
+
+def exact_influence(
+    model: nn.Module,
+    train: Iterable[Mapping[str, Any]],
+    query: Iterable[Mapping[str, Any]],
+    parameters: str = "encoder",
+    head_mask: HeadMask | None = None,
+    normalize: str | None = None,
+    batch_tokens: int = 4096,
+    device: torch.device | str | None = None,
+    advance: Callable[[int], Any] | None = None,
+) -> Tensor:
+    """Inner products (or cosines) of whole gradients, without a projection.
+
+    `<grad L(z), grad L(z')> = sum_l <G_l(z), G_l(z')>` from layer inputs and output gradients: no
+    weight gradient is stored.
+
+    Args:
+        model, parameters, head_mask, device: as in `collect_features`; one checkpoint.
+        train, query: `datasets.Dataset` or sequences of dicts.
+        normalize: None or "cosine".
+        batch_tokens: bound on examples x longest length of a batch.
+        advance: called with the number of training examples done (each counts once per block of
+            queries).
+
+    Returns:
+        (Q, N) float32, rows and columns in dataset order, on the device of the pass.
+
+    Raises:
+        ValueError: as in `collect_features`.
+    """
+    if normalize not in (None, "cosine"):
+        raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
+    trains, queries = as_examples(train), as_examples(query)
+    with on_device(model, device), frozen(model), masked(model, head_mask):
+        layers = select_layers(model, parameters)
+        products_QN, squares_Q, squares_N = _exact_products(
+            model, layers, queries, trains, batch_tokens, advance
+        )
+    for name, squares in (("query", squares_Q), ("train", squares_N)):
+        for row in squares.isfinite().logical_not().nonzero().flatten()[:1].tolist():
+            raise ValueError(f"{name}: row {row}: expected a finite gradient, got NaN or infinity")
+    if normalize == "cosine":
+        products_QN *= _inverse_root(squares_Q)[:, None] * _inverse_root(squares_N)[None]
+    return products_QN
+
+
+@dataclass(frozen=True)
+class _CapturedBatch:
+    """Everything `capture` shows of one batch: whole gradients, in their factors."""
+
+    rows: list[int]
+    layers: dict[str, Captured]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(c.x.nbytes + c.g.nbytes for c in self.layers.values())
+
+
+def _exact_products(
+    model: nn.Module,
+    layers: list[Layer],
+    queries: list[dict[str, Any]],
+    trains: list[dict[str, Any]],
+    batch_tokens: int,
+    advance: Callable[[int], Any] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inner products (Q, N) and squared norms (Q,) and (N,), float32."""
+    device = next(model.parameters()).device
+    products_QN = torch.zeros(len(queries), len(trains), device=device)
+    squares_Q = torch.zeros(len(queries), device=device)
+    squares_N = torch.zeros(len(trains), device=device)
+    for first, block in _query_blocks(model, layers, queries, batch_tokens):
+        for query_batch in block:
+            for captured in query_batch.layers.values():
+                squares_Q[query_batch.rows] += _squared_norms(captured)
+        for rows, batch in _batches(model, trains, batch_tokens):
+            tiles = [torch.zeros(len(b.rows), len(rows), device=device) for b in block]
+
+            def multiply(captured: Captured, rows: list[int] = rows, tiles: Any = tiles) -> None:
+                for query_batch, tile in zip(block, tiles, strict=True):  # noqa: B023
+                    _add_products(query_batch.layers[captured.layer.name], captured, tile)
+                if first:  # noqa: B023
+                    squares_N[rows] += _squared_norms(captured)
+
+            capture(model, layers, batch, multiply)
+            columns = torch.tensor(rows, device=device)
+            for query_batch, tile in zip(block, tiles, strict=True):
+                products_QN[torch.tensor(query_batch.rows, device=device)[:, None], columns] = tile
+            if advance is not None:
+                advance(len(rows))
+    return products_QN, squares_Q, squares_N
+
+
+def _query_blocks(
+    model: nn.Module, layers: list[Layer], queries: list[dict[str, Any]], batch_tokens: int
+) -> Iterator[tuple[bool, list[_CapturedBatch]]]:
+    """Captured batches of queries, as many at a time as fit; the flag marks the first block."""
+    first, block, size = True, list[_CapturedBatch](), 0
+    for rows, batch in _batches(model, queries, batch_tokens):
+        captured_batch = _CapturedBatch(rows, {})
+
+        def keep(captured: Captured, layers: dict[str, Captured] = captured_batch.layers) -> None:
+            layers[captured.layer.name] = captured
+
+        capture(model, layers, batch, keep)
+        if block and size + captured_batch.num_bytes > QUERY_BLOCK_BYTES:
+            yield first, block
+            first, block, size = False, [], 0
+        block.append(captured_batch)
+        size += captured_batch.num_bytes
+    if block:
+        yield first, block
+
+
+def _batches(
+    model: nn.Module, examples: list[dict[str, Any]], batch_tokens: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    device = next(model.parameters()).device
+    for rows in plan_batches([example_length(example) for example in examples], batch_tokens):
+        yield rows, collate([examples[row] for row in rows], pad_id_of(model), device)
+
+
+def _add_products(query: Captured, train: Captured, out: Tensor) -> None:
+    layer = query.layer
+    kernels.gradient_dot(
+        query.x,
+        query.g,
+        train.x,
+        train.g,
+        out,
+        lengths1=query.lengths,
+        lengths2=train.lengths,
+        layer=layer.kind,
+        bias=layer.bias and layer.kind != "embedding",
+    )
+
+
+def _squared_norms(captured: Captured) -> Tensor:
+    squares_B = torch.zeros(len(captured.x), 1, device=captured.x.device)
+    for row in range(len(captured.x)):
+        one = slice(row, row + 1)
+        lengths = None if captured.lengths is None else captured.lengths[one]
+        example = Captured(captured.layer, captured.x[one], captured.g[one], lengths)
+        _add_products(example, example, squares_B[one])
+    return squares_B[:, 0]
+
+
+def _inverse_root(squares: Tensor) -> Tensor:
+    return torch.where(squares > 0, squares.clamp_min(1e-45).rsqrt(), 0)
+
+
+def _unit(features: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    return torch.where(norm > 0, features / norm, 0)
+
+
+def _checkpoints(
+    query_features: Features,
+    train_features: Features,
+    weights: Sequence[float] | None,
+    normalize: str | None,
+) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    queries = [query_features] if isinstance(query_features, Tensor) else list(query_features)
+    trains = [train_features] if isinstance(train_features, Tensor) else list(train_features)
+    if normalize not in (None, "cosine"):
+        raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
+    if not queries or len(queries) != len(trains):
+        raise ValueError(
+            f"features: expected as many checkpoints of queries as of training examples, at least "
+            f"one, got {len(queries)} and {len(trains)}"
+        )
+    weights = [1.0] * len(queries) if weights is None else [float(weight) for weight in weights]
+    if len(weights) != len(queries):
+        raise ValueError(
+            f"weights: expected {len(queries)}, one per checkpoint, got {len(weights)}"
+        )
+    for name, features in (("query_features", queries), ("train_features", trains)):
+        for checkpoint, one in enumerate(features):
+            expected = (len(features[0]), queries[0].shape[-1])
+            if one.dim() != 2 or tuple(one.shape) != expected:
+                raise ValueError(
+                    f"{name}: checkpoint {checkpoint}: expected shape {expected}, "
+                    f"got {tuple(one.shape)}"
+                )
+    return queries, trains, weights
+
+
+def _bounded_k(k: int, num_train: int) -> int:
+    if k < 1:
+        raise ValueError(f"k: expected at least 1, got {k}")
+    if num_train < 1:
+        raise ValueError("train_features: expected at least one training example, got none")
+    return min(k, num_train)
+
+
+def _group_ids(
+    groups: Sequence[Any] | Tensor | None, num_train: int, device: torch.device
+) -> tuple[list[Any] | None, Tensor | None]:
+    """Distinct groups, sorted, and each training example's place among them."""
+    if groups is None:
+        return None, None
+    values = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+    if len(values) != num_train:
+        raise ValueError(
+            f"groups: expected {num_train}, one per training example, got {len(values)}"
+        )
+    names = sorted(set(values))
+    rank = {name: place for place, name in enumerate(names)}
+    return names, torch.tensor([rank[value] for value in values], device=device)
+
+
+def _with_shares(
+    scores: Tensor,
+    indices: Tensor,
+    opponent_scores: Tensor,
+    opponent_indices: Tensor,
+    names: list[Any] | None,
+    groups_N: Tensor | None,
+    sums_QG: Tensor | None,
+) -> TopInfluences:
+    shares = opponent_shares = None
+    if names is not None and groups_N is not None:
+        shares = _shares(groups_N[indices], len(names))
+        opponent_shares = _shares(groups_N[opponent_indices], len(names))
+    return TopInfluences(
+        indices, scores, opponent_indices, opponent_scores, names, sums_QG, shares, opponent_shares
+    )
+
+
+def _shares(groups_QK: Tensor, num_groups: int) -> Tensor:
+    one_hot = torch.nn.functional.one_hot(groups_QK, num_groups)
+    return one_hot.sum(dim=1).double() / groups_QK.shape[1]

@@ -1,10 +1,10 @@
 """Layer inputs and output gradients of one backward pass, with no weight gradient formed.
 
-A parameter's per-example gradient is a sum over tokens of products of what goes into its layer and
-the loss gradient at what comes out (DESIGN section 1). `capture` hooks the selected layers and hands
-both to a callback, layer by layer, while the backward pass runs, so that they can be used and freed
-at once. Weights are frozen: autograd computes activation gradients only, and starts at the outputs of
-the lowest selected layers, because those are the first tensors that require a gradient.
+A parameter's per-example gradient is a sum over tokens of products of what goes into its layer
+and the loss gradient at what comes out. `capture` hooks the selected layers and hands both to a
+callback, layer by layer, while the backward pass runs, so that they can be used and freed at once.
+Weights are frozen: autograd computes activation gradients only, and stops at the outputs of the
+lowest selected layers, because those are the first tensors that require a gradient.
 
 Shapes: B examples, S tokens, I in, O out, D width.
 """
@@ -74,7 +74,7 @@ class Captured:
 
     Attributes:
         layer: the layer.
-        x: (B, S, I) input; (B, S, D) normalised input of LayerNorm; (B, S) int64 ids of an embedding.
+        x: (B, S, I) input; LayerNorm: (B, S, D) normalised input; embedding: (B, S) int64 ids.
         g: (B, S, O) gradient of each example's own loss at the output.
         lengths: (B,) int64, tokens up to the last that is attended to; None where S is 1.
     """
@@ -92,7 +92,8 @@ def select_layers(model: nn.Module, parameters: str = "encoder") -> list[Layer]:
         model: a BERT-family sequence classifier of transformers.
         parameters: `encoder` (every parameter outside the embeddings module), `all`, `attention`
             (what belongs to heads: query, key, value with bias, and the weight of the attention
-            output projection; its bias belongs to no head) or `classifier` (outside the base model).
+            output projection, whose bias belongs to no head) or `classifier` (outside the base
+            model).
 
     Raises:
         ValueError: unknown selection, or a selected parameter that is in no Linear, LayerNorm or
@@ -181,8 +182,8 @@ def capture(
 ) -> None:
     """One forward and one backward pass; `on_layer` is called once for every selected layer.
 
-    The loss is each example's own, not averaged over the batch (averaged gradients would be scaled by
-    1/B, so that a short last batch counts more).
+    The loss is each example's own, not averaged over the batch: averaged gradients would be scaled
+    by 1/B, so that a short last batch counts more.
 
     Args:
         model: a sequence classifier within `frozen`; head masks, if any, applied.

@@ -156,9 +156,7 @@ class RunConfig(_Section):
     task: TaskConfig
     model: ModelConfig = ModelConfig()
     finetune: FinetuneConfig = FinetuneConfig()
-    sparse_finetune: FinetuneConfig | None = Field(
-        None, description="absent: the same as finetune"
-    )
+    sparse_finetune: FinetuneConfig | None = Field(None, description="absent: the same as finetune")
     prune: PruneConfig = PruneConfig()
     views: ViewsConfig = ViewsConfig()
     collect: CollectConfig = CollectConfig()
@@ -188,7 +186,9 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected sections (task:, model:, ...), got {type(tree).__name__}")
+        raise ValueError(
+            f"{path}: expected sections (task:, model:, ...), got {type(tree).__name__}"
+        )
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, str(path))

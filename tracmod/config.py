@@ -148,7 +148,7 @@ class AnalyzeConfig(_Section):
 
 
 class RunConfig(_Section):
-    """Everything `tracmod run` needs to know; DESIGN of each section on its class."""
+    """Everything `tracmod run` needs to know; one section per stage."""
 
     name: str = "run"
     seed: int = 0

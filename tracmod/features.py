@@ -1,8 +1,8 @@
 """Features: a checkpoint, examples and a head mask become projected per-example gradients.
 
-The feature of an example is a random projection of its gradient in K = `Projection.dim` numbers, such
-that inner products of features are, in expectation over the projection's seed, inner products of
-gradients: E <f(z), f(z')> = <grad L(z), grad L(z')>.
+The feature of an example is a random projection of its gradient in K = `Projection.dim` numbers,
+such that inner products of features are, in expectation over the projection's seed, inner products
+of gradients: E <f(z), f(z')> = <grad L(z), grad L(z')>.
 
 Shapes: B examples of a batch, N examples, K projection_dim, I in, O out.
 """
@@ -25,8 +25,8 @@ from tracmod.model import collate, plan_batches
 from tracmod.store import FeatureStore
 
 # Share of the row that exact blocks may take. The output layer of the classifier holds most of the
-# gradient's norm (85% on a 4-layer, 256-wide XLM-R), so keeping it exactly removes most of the error;
-# past this share the rest of the gradient is squeezed into too small a grid.
+# gradient's norm (85% on a 4-layer, 256-wide XLM-R), so keeping it exactly removes most of the
+# error; past this share the rest of the gradient is squeezed into too small a grid.
 EXACT_SHARE = 0.6
 
 
@@ -35,19 +35,19 @@ class Projection:
     """How per-example gradients become rows of `dim` numbers.
 
     A linear layer's gradient G (O, I + 1; the bias is the last column) becomes
-    `vec(R_out G R_in^T)` with `R_out` (k_out, O) and `R_in` (k_in, I + 1), computed from the layer's
-    input and output gradient without ever forming G (LoGra, arXiv 2405.13954). LayerNorm and
-    embedding gradients go through a count sketch into a grid of the same size.
+    `vec(R_out G R_in^T)` with `R_out` (k_out, O) and `R_in` (k_in, I + 1), computed from the
+    layer's input and output gradient without ever forming G (LoGra, arXiv 2405.13954). LayerNorm
+    and embedding gradients go through a count sketch into a grid of the same size.
 
     Attributes:
         dim: K, numbers per example, exact blocks included.
-        kind: `rademacher` (dense random signs) or `sjlt` (one non-zero per column: its cost does not
-            grow with `dim`).
+        kind: `rademacher` (dense random signs) or `sjlt` (one non-zero per column: its cost does
+            not grow with `dim`).
         seed: of all random entries; they are a stateless function of (seed, layer, row, column),
             the same on every device and for every batch size.
         layers: `accumulate` sums the projections of all layers, each with its own signs, into one
-            grid, beside the exact gradients of linear layers that are small enough (the classifier's
-            output); `concatenate` gives each layer its own part of the row.
+            grid, beside the exact gradients of linear layers that are small enough (the
+            classifier's output); `concatenate` gives each layer its own part of the row.
 
     Raises:
         ValueError: unknown kind or layers, dim below 1, or negative seed.
@@ -312,7 +312,7 @@ def collect_to_store(
 ) -> None:
     """Compute and write every shard that the store still lacks.
 
-    A shard is batched by itself, so what is in it does not depend on which shards were there before.
+    A shard is batched by itself, so its contents do not depend on which shards were there before.
 
     Raises:
         ValueError: a gradient that is not finite; the example's id is named.

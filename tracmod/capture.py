@@ -50,17 +50,16 @@ class Layer:
     @property
     def in_features(self) -> int:
         """I of a linear layer, D of LayerNorm, rows of an embedding."""
-        if self.kind == "linear":
-            return self.module.weight.shape[1]  # type: ignore[union-attr, return-value]
-        return self.module.weight.shape[0]  # type: ignore[union-attr, return-value]
+        return self._weight_shape[1 if self.kind == "linear" else 0]
 
     @property
     def out_features(self) -> int:
         """O of a linear layer, 1 of LayerNorm, D of an embedding."""
-        if self.kind == "elementwise":
-            return 1
-        dim = 0 if self.kind == "linear" else 1
-        return self.module.weight.shape[dim]  # type: ignore[union-attr, return-value]
+        return 1 if self.kind == "elementwise" else self._weight_shape[self.kind == "embedding"]
+
+    @property
+    def _weight_shape(self) -> torch.Size:
+        return self.module.get_parameter("weight").shape
 
     @property
     def parameter_names(self) -> list[str]:
@@ -148,7 +147,7 @@ def _selected_names(model: nn.Module, parameters: str) -> set[str]:
         embeddings = prefix[embeddings_module(model)] + "."
         return {name for name in names if not name.startswith(embeddings)}
     if parameters == "classifier":
-        base = prefix[model.base_model] + "."  # type: ignore[index]
+        base = prefix[model.base_model] + "."
         return {name for name in names if not name.startswith(base)}
     heads = set()
     for attention in attention_layers(model):

@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from tracmod import kernels
 from tracmod.capture import Captured, Layer, capture, frozen, select_layers
 from tracmod.heads import HeadMask
-from tracmod.model import collate, plan_batches
+from tracmod.model import collate, pad_token_id, plan_batches
 from tracmod.store import FeatureStore
 
 # Share of the row that exact blocks may take. The output layer of the classifier holds most of the
@@ -145,7 +146,7 @@ class Collector:
     Used within `capture.frozen(model)`, with the head mask applied.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     projection: Projection
     parameters: str = "encoder"
     batch_tokens: int = 8192
@@ -177,15 +178,11 @@ class Collector:
         features = torch.zeros(len(examples), self.projection.dim, device=device)
         lengths = [example_length(example) for example in examples]
         for rows in plan_batches(lengths, self.batch_tokens):
-            batch = collate([examples[row] for row in rows], self._pad_id, device)
+            batch = collate([examples[row] for row in rows], pad_token_id(self.model), device)
             features[rows] = self._batch(batch)
             if advance is not None:
                 advance(len(rows))
         return features
-
-    @property
-    def _pad_id(self) -> int:
-        return pad_id_of(self.model)
 
     def _batch(self, batch: Mapping[str, Tensor]) -> Tensor:
         out_BK = torch.zeros(
@@ -212,12 +209,6 @@ class Collector:
 
         capture(self.model, self.layers, batch, project, self.dtype)
         return out_BK
-
-
-def pad_id_of(model: nn.Module) -> int:
-    """The model's padding id, 0 where its config names none."""
-    pad_id = getattr(model.config, "pad_token_id", None)
-    return 0 if pad_id is None else int(pad_id)  # type: ignore[arg-type]
 
 
 def example_length(example: Mapping[str, Any]) -> int:
@@ -260,7 +251,7 @@ def as_examples(dataset: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def collect_features(
-    model: nn.Module,
+    model: PreTrainedModel,
     dataset: Iterable[Mapping[str, Any]],
     projection: Projection,
     parameters: str = "encoder",
@@ -335,12 +326,12 @@ def feature_identity(
     }
 
 
-def masked(model: nn.Module, head_mask: HeadMask | None) -> Any:
+def masked(model: PreTrainedModel, head_mask: HeadMask | None) -> Any:
     """The mask's context, or one that does nothing."""
     return nullcontext() if head_mask is None else head_mask.apply(model)
 
 
-def on_device(model: nn.Module, device: torch.device | str | None) -> ExitStack:
+def on_device(model: PreTrainedModel, device: torch.device | str | None) -> ExitStack:
     """Move the model to a device and, on leaving the context, back."""
     stack = ExitStack()
     before = next(model.parameters()).device

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from tracmod import kernels
 from tracmod.capture import Captured, Layer, capture, frozen, select_layers
-from tracmod.features import as_examples, example_length, masked, on_device, pad_id_of
+from tracmod.features import as_examples, example_length, masked, on_device
 from tracmod.heads import HeadMask
-from tracmod.model import collate, plan_batches
+from tracmod.model import collate, pad_token_id, plan_batches
 
 Features = Tensor | Sequence[Tensor]
 # Captured query gradients held at a time by `exact_influence`; the training set is passed over once
@@ -142,7 +143,7 @@ def top_of_scores(
 
 
 def exact_influence(
-    model: nn.Module,
+    model: PreTrainedModel,
     train: Iterable[Mapping[str, Any]],
     query: Iterable[Mapping[str, Any]],
     parameters: str = "encoder",
@@ -200,7 +201,7 @@ class _CapturedBatch:
 
 
 def _exact_products(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: list[Layer],
     queries: list[dict[str, Any]],
     trains: list[dict[str, Any]],
@@ -235,7 +236,7 @@ def _exact_products(
 
 
 def _query_blocks(
-    model: nn.Module, layers: list[Layer], queries: list[dict[str, Any]], batch_tokens: int
+    model: PreTrainedModel, layers: list[Layer], queries: list[dict[str, Any]], batch_tokens: int
 ) -> Iterator[tuple[bool, list[_CapturedBatch]]]:
     """Captured batches of queries, as many at a time as fit; the flag marks the first block."""
     first, block, size = True, list[_CapturedBatch](), 0
@@ -256,11 +257,11 @@ def _query_blocks(
 
 
 def _batches(
-    model: nn.Module, examples: list[dict[str, Any]], batch_tokens: int
+    model: PreTrainedModel, examples: list[dict[str, Any]], batch_tokens: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     device = next(model.parameters()).device
     for rows in plan_batches([example_length(example) for example in examples], batch_tokens):
-        yield rows, collate([examples[row] for row in rows], pad_id_of(model), device)
+        yield rows, collate([examples[row] for row in rows], pad_token_id(model), device)
 
 
 def _add_products(query: Captured, train: Captured, out: Tensor) -> None:

@@ -1,0 +1,69 @@
+"""Builds `tracmod._C` with CMake; everything that is not the build is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeExtension(Extension):
+    """An extension whose sources only CMakeLists.txt knows."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, sources=[])
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds CMakeLists.txt into the place where setuptools expects the module.
+
+    Environment: TRACMOD_CUDA = AUTO (default) | ON | OFF; CMAKE_ARGS = more arguments for CMake.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        if not isinstance(ext, CMakeExtension):
+            super().build_extension(ext)
+            return
+        import pybind11  # a build requirement: absent while setuptools only reads metadata
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept: rebuilds are quick
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DTRACMOD_VERSION={self.distribution.get_version()}",
+            f"-DTRACMOD_CUDA={os.environ.get('TRACMOD_CUDA', 'AUTO')}",
+            *os.environ.get("CMAKE_ARGS", "").split(),
+        ]
+        # A build folder remembers where cmake and ninja were; in an isolated build they move.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+
+setup(
+    packages=[
+        *find_packages(include=["tracmod", "tracmod.*"]),
+        "tracmod.configs",
+        "tracmod.cli",
+        *(f"tracmod.cli.{package}" for package in find_packages("cli")),
+    ],
+    package_dir={"tracmod.cli": "cli", "tracmod.configs": "configs"},
+    package_data={
+        "tracmod": ["py.typed"],
+        "tracmod.configs": ["*.yaml"],
+        "tracmod.report": ["*.html", "*.css", "*.js", "*.j2", "**/*.html", "**/*.css", "**/*.j2"],
+    },
+    ext_modules=[CMakeExtension("tracmod._C")],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,52 @@
+"""tracmod: influence of training data by language, and how modular a multilingual model shares it.
+
+Names are loaded when they are first used, so that `import tracmod` alone loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tracmod import kernels
+    from tracmod.features import Projection, collect_features
+    from tracmod.heads import HeadMask
+    from tracmod.influence import exact_influence, influence_scores, top_influences
+    from tracmod.store import FeatureStore
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FeatureStore",
+    "HeadMask",
+    "Projection",
+    "__version__",
+    "collect_features",
+    "exact_influence",
+    "influence_scores",
+    "kernels",
+    "top_influences",
+]
+
+_MODULE_OF = {
+    "FeatureStore": "tracmod.store",
+    "HeadMask": "tracmod.heads",
+    "Projection": "tracmod.features",
+    "collect_features": "tracmod.features",
+    "exact_influence": "tracmod.influence",
+    "influence_scores": "tracmod.influence",
+    "top_influences": "tracmod.influence",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "kernels":
+        return import_module("tracmod.kernels")
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

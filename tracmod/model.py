@@ -150,7 +150,7 @@ def load_model(
         _check_folder(folder)
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"model {name}: no such folder")
-    with _quiet_transformers():
+    with quiet_transformers():
         model, info = _load_weights(name, label_names, seed)
         tokenizer = _load_tokenizer(name)
     _check_weights(name, model, info, label_names)
@@ -250,7 +250,7 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Hold back transformers' progress bars and its report of what it did not find."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -555,6 +555,20 @@ def predict(
         return logits_NC
     finally:
         model.train(was_training)
+
+
+def accuracy(logits_NC: Tensor, labels_N: Sequence[int]) -> float:
+    """Share of examples whose largest logit is at the label.
+
+    Raises:
+        ValueError: there are no examples, or the model has one output and so no classes.
+    """
+    if logits_NC.shape[0] == 0 or logits_NC.shape[1] == 1:
+        raise ValueError(
+            "accuracy: expected at least 1 example and 2 classes, "
+            f"got logits of shape {tuple(logits_NC.shape)}"
+        )
+    return float((logits_NC.argmax(1) == torch.as_tensor(labels_N)).double().mean())
 
 
 # --- identity -------------------------------------------------------------------------------

@@ -1,0 +1,434 @@
+"""Attention heads: masks over them, their importance, and pruning to a language's subnetwork.
+
+Shape suffixes: B examples of a batch, S tokens, I inputs of a layer, L layers, H heads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from tracmod.model import (
+    AttentionLayer,
+    accuracy,
+    attention_layers,
+    collate,
+    pad_token_id,
+    per_example_loss,
+    plan_batches,
+    predict,
+)
+
+Similarity = Literal["jaccard", "overlap", "agreement"]
+
+
+class HeadMask:
+    """Which attention heads take part: 1 kept, 0 masked, for every layer and head.
+
+    A masked head's output is multiplied by 0 before the attention output projection, which is
+    the same as setting the head's columns of that projection's weight to zero, or as taking the
+    head out of the model.
+
+    Attributes:
+        array: (L, H) int8 of 0 and 1, read-only.
+    """
+
+    def __init__(self, mask_LH: ArrayLike) -> None:
+        given = np.asarray(mask_LH)
+        if given.ndim != 2 or 0 in given.shape:
+            raise ValueError(f"head mask: expected (layers, heads), got shape {given.shape}")
+        if not np.isin(given, (0, 1)).all():
+            raise ValueError("head mask: expected only 0 and 1")
+        self.array: NDArray[np.int8] = given.astype(np.int8)
+        self.array.flags.writeable = False
+
+    @classmethod
+    def from_array(cls, mask_LH: ArrayLike) -> HeadMask:
+        """Make a mask from (L, H) zeros and ones (or booleans) of any kind."""
+        return cls(mask_LH)
+
+    @classmethod
+    def full(cls, num_layers: int, num_heads: int) -> HeadMask:
+        """The mask that keeps every head."""
+        return cls(np.ones((num_layers, num_heads), dtype=np.int8))
+
+    @classmethod
+    def random(cls, num_layers: int, num_heads: int, size: int, seed: int) -> HeadMask:
+        """Keep `size` heads drawn uniformly without replacement; a function of `seed` alone.
+
+        Raises:
+            ValueError: `size` is not between 0 and the number of heads.
+        """
+        total = num_layers * num_heads
+        if not 0 <= size <= total:
+            raise ValueError(f"random head mask: expected a size from 0 to {total}, got {size}")
+        flat = np.zeros(total, dtype=np.int8)
+        flat[np.random.default_rng(seed).permutation(total)[:size]] = 1
+        return cls(flat.reshape(num_layers, num_heads))
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadMask:
+        """Read a mask that `save` wrote; what else the file says is left out.
+
+        Raises:
+            ValueError: no such file, or it holds no mask of the size it states.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"head mask {path}: no such file")
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            mask = cls(tree["mask"])
+            stated = (tree["num_layers"], tree["num_heads"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"head mask {path}: expected num_layers, num_heads and mask: {error}"
+            ) from None
+        if mask.array.shape != stated:
+            raise ValueError(
+                f"head mask {path}: expected a mask of shape {stated}, got {mask.array.shape}"
+            )
+        return mask
+
+    def save(self, path: str | Path, **fields: Any) -> None:
+        """Write the mask as JSON, atomically.
+
+        Args:
+            path: the file; its folder is made.
+            **fields: what else to say: language, score, full_score, threshold, seeds, ...
+        """
+        path = Path(path)
+        num_layers, num_heads = self.array.shape
+        tree = {
+            **{name: value for name, value in fields.items() if name == "language"},
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "mask": self.array.tolist(),
+            **fields,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_text(json.dumps(tree) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+
+    @property
+    def size(self) -> int:
+        """Number of heads kept."""
+        return int(self.array.sum())
+
+    def similarity(self, other: HeadMask, method: Similarity = "jaccard") -> float:
+        """How alike two masks are, from 0 to 1.
+
+        With A and B the sets of heads kept: `jaccard` is |A n B| / |A u B|, `overlap` is
+        |A n B| / min(|A|, |B|) (both 1 where the denominator is 0), `agreement` is the share of
+        heads on which the masks agree. Large masks are alike by chance: compare with random ones.
+        """
+        if self.array.shape != other.array.shape:
+            raise ValueError(
+                f"head masks: expected the same shape, got {self.array.shape} and "
+                f"{other.array.shape}"
+            )
+        both = int((self.array & other.array).sum())
+        either = int((self.array | other.array).sum())
+        if method == "agreement":
+            return float((self.array == other.array).mean())
+        if method not in ("jaccard", "overlap"):
+            raise ValueError(f"similarity: expected jaccard, overlap or agreement, got {method}")
+        whole = either if method == "jaccard" else min(self.size, other.size)
+        return both / whole if whole else 1.0
+
+    def digest(self) -> str:
+        """SHA-256 over shape and entries."""
+        content = f"{self.array.shape}".encode() + self.array.tobytes()
+        return hashlib.sha256(content).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, HeadMask):
+            return NotImplemented
+        return np.array_equal(self.array, other.array)
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    def __repr__(self) -> str:
+        num_layers, num_heads = self.array.shape
+        return f"HeadMask({self.size} of {num_layers}x{num_heads} heads kept)"
+
+    @contextmanager
+    def apply(self, model: nn.Module) -> Iterator[None]:
+        """Mask the model's heads within the context, in every forward pass.
+
+        The hooks go before any other on the attention output projections, so that whatever else
+        reads a projection's input sees it masked. Nested contexts keep the heads that all of
+        them keep. Layers with no masked head are not touched.
+
+        Raises:
+            ValueError: the mask's shape is not the model's (layers, heads).
+        """
+        layers = matching_layers(model, self)
+        with ExitStack() as hooks:
+            for layer, kept_H in zip(layers, self.array, strict=True):
+                if not kept_H.all():
+                    hooks.callback(_scale_heads(layer, torch.from_numpy(kept_H.copy())))
+            yield
+
+
+def _scale_heads(layer: AttentionLayer, kept_H: Tensor) -> Callable[[], None]:
+    def scale(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x_BSI = inputs[0]
+        kept_I = kept_H.repeat_interleave(layer.head_dim).to(x_BSI)
+        return (x_BSI * kept_I, *inputs[1:])
+
+    return layer.output.register_forward_pre_hook(scale, prepend=True).remove
+
+
+def matching_layers(model: nn.Module, mask: HeadMask) -> list[AttentionLayer]:
+    """The model's attention layers, after a check that `mask` has a row and entries for each.
+
+    Raises:
+        ValueError: the mask's shape is not the model's (layers, heads).
+    """
+    layers = attention_layers(model)
+    expected = [layer.num_heads for layer in layers]
+    if expected != [mask.array.shape[1]] * mask.array.shape[0]:
+        raise ValueError(
+            f"head mask: expected {len(layers)} layers of {expected[0]} heads, as the model has, "
+            f"got shape {mask.array.shape}"
+        )
+    return layers
+
+
+# --- what belongs to a head -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadSlice:
+    """The part of one parameter that belongs to one head: `parameter[index]`."""
+
+    name: str
+    parameter: Tensor
+    layer: int
+    head: int
+    index: tuple[slice, ...]
+
+
+def head_slices(model: nn.Module, mask: HeadMask | None = None) -> list[HeadSlice]:
+    """List what belongs to each masked head of `mask`, or to every head without a mask.
+
+    A head owns its rows of query, key and value (weight and bias) and its columns of the
+    attention output projection's weight; that projection's bias belongs to no head.
+
+    Returns:
+        By layer, then parameter, then head.
+    """
+    layers = attention_layers(model) if mask is None else matching_layers(model, mask)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    slices = []
+    for number, layer in enumerate(layers):
+        for parameter, axis in _head_parameters(layer):
+            for head in range(layer.num_heads):
+                if mask is not None and mask.array[number, head]:
+                    continue
+                own = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
+                index = (own,) if axis == 0 else (slice(None), own)
+                slices.append(HeadSlice(names[id(parameter)], parameter, number, head, index))
+    return slices
+
+
+def _head_parameters(layer: AttentionLayer) -> list[tuple[Tensor, int]]:
+    """The parameters that heads divide, each with the axis they divide it along."""
+    linears = (layer.query, layer.key, layer.value)
+    parameters = [parameter for linear in linears for parameter in linear.parameters()]
+    return [*((parameter, 0) for parameter in parameters), (layer.output.weight, 1)]
+
+
+# --- importance and pruning -----------------------------------------------------------------
+
+
+def head_importance(
+    model: PreTrainedModel,
+    examples: Sequence[Mapping[str, Any]],
+    mask: HeadMask | None = None,
+    *,
+    normalize: bool = True,
+    batch_tokens: int = 8192,
+) -> NDArray[np.float64]:
+    """Mean absolute sensitivity of the loss to each head's output.
+
+    `I_h = mean_x |dL(x) / d xi_h|`, where head h's output is multiplied by xi_h and the derivative
+    is taken at xi = mask, one example x at a time, dropout off. Then, as in the authors' code,
+    every layer is divided by its L2 norm, which masked heads are part of.
+
+    Args:
+        model: on any device; left in the mode it was in, its weights' gradients untouched.
+        examples: as `encode` returns them, with labels.
+        mask: where the derivative is taken; None: every head kept.
+        normalize: divide each layer by its L2 norm (a layer of zeros stays zero).
+        batch_tokens: largest batch, in tokens.
+
+    Returns:
+        (L, H), at masked heads too.
+
+    Raises:
+        ValueError: no examples, or a mask that does not fit the model.
+
+    Source: Michel, Levy and Neubig 2019 (arXiv 1905.10650), sections 4.1 and 4.2.
+    """
+    if not examples:
+        raise ValueError("head importance: expected examples, got none")
+    layers = attention_layers(model)
+    mask = mask or HeadMask.full(len(layers), layers[0].num_heads)
+    matching_layers(model, mask)
+    total_LH = torch.zeros(mask.array.shape, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in plan_batches([len(e["input_ids"]) for e in examples], batch_tokens):
+            inputs = collate([examples[i] for i in batch], pad_token_id(model), model.device)
+            total_LH += _sensitivity(model, layers, inputs, mask).abs().sum(0).double().cpu()
+    finally:
+        model.train(was_training)
+    importance_LH = total_LH.numpy() / len(examples)
+    if normalize:
+        norm_L1 = np.linalg.norm(importance_LH, axis=1, keepdims=True)
+        importance_LH = importance_LH / np.where(norm_L1 > 0, norm_L1, 1.0)
+    return importance_LH
+
+
+def _sensitivity(
+    model: PreTrainedModel, layers: list[AttentionLayer], inputs: dict[str, Tensor], mask: HeadMask
+) -> Tensor:
+    """dL(x)/d xi of every example x of a batch, (B, L, H): each example has a xi of its own."""
+    labels_B = inputs.pop("labels")
+    xi_LH = torch.from_numpy(mask.array.copy()).to(model.device, model.dtype)
+    xi_BLH = xi_LH.expand(len(labels_B), -1, -1).clone().requires_grad_()
+    with ExitStack() as hooks, torch.enable_grad():
+        for number, layer in enumerate(layers):
+            hooks.callback(_gate_heads(layer, xi_BLH[:, number]))
+        logits_BC = model(**inputs).logits
+        loss = per_example_loss(logits_BC, labels_B).sum()
+    return torch.autograd.grad(loss, xi_BLH)[0]
+
+
+def _gate_heads(layer: AttentionLayer, xi_BH: Tensor) -> Callable[[], None]:
+    def gate(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        gate_BI = xi_BH.repeat_interleave(layer.head_dim, dim=1)
+        return (inputs[0] * gate_BI[:, None, :], *inputs[1:])
+
+    return layer.output.register_forward_pre_hook(gate, prepend=True).remove
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A subnetwork and how it was found.
+
+    Attributes:
+        mask: the smallest mask reached whose score is at or above `threshold * full_score`.
+        score: accuracy under `mask`.
+        full_score: accuracy with every head.
+        threshold: share of the full score to keep.
+        course: `{"heads", "score"}` of every mask tried, the full one first; the last may be
+            below the threshold.
+    """
+
+    mask: HeadMask
+    score: float
+    full_score: float
+    threshold: float
+    course: list[dict[str, float]] = field(default_factory=list)
+
+    def save(self, path: str | Path, language: str, seeds: Sequence[int]) -> None:
+        """Write `subnetworks/<language>.json` of a run folder."""
+        self.mask.save(
+            path,
+            language=language,
+            score=self.score,
+            full_score=self.full_score,
+            threshold=self.threshold,
+            seeds=list(seeds),
+            course=self.course,
+        )
+
+
+def prune(
+    model: PreTrainedModel,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    threshold: float = 0.95,
+    step: float = 0.10,
+    batch_tokens: int = 8192,
+    description: str = "prune",
+) -> PruneResult:
+    """Mask heads, least important first, while the score stays at or above the threshold.
+
+    Each round computes `head_importance` under the current mask, masks the
+    `max(1, round(step * L * H))` least important of the heads left (equal importance: the lower
+    layer, then the lower head first) and measures accuracy under the new mask. The first mask
+    below `threshold` times the full score ends it, or a mask of one head; the last mask at or
+    above the threshold is the result. Importance and score are of the same examples.
+
+    Args:
+        model: on any device; not changed.
+        examples: one language's, as `encode` returns them.
+        threshold: share of the full score to keep, in (0, 1].
+        step: share of all heads masked per round, in (0, 1].
+        batch_tokens: largest batch, in tokens.
+        description: of the progress bar.
+
+    Source: Michel et al. 2019 (arXiv 1905.10650), section 4; Prasanna et al. 2020
+        (arXiv 2005.00561), section 3, for the recomputation in every round.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"prune: expected a threshold in (0, 1], got {threshold}")
+    if not 0 < step <= 1:
+        raise ValueError(f"prune: expected a step in (0, 1], got {step}")
+    layers = attention_layers(model)
+    mask = HeadMask.full(len(layers), layers[0].num_heads)
+    count = max(1, round(step * mask.array.size))
+    full_score = score = masked_accuracy(model, examples, mask, batch_tokens)
+    course: list[dict[str, float]] = [{"heads": mask.size, "score": score}]
+    with tqdm(total=mask.size, desc=description, unit="head", disable=None) as bar:
+        while mask.size > 1:
+            importance_LH = head_importance(model, examples, mask, batch_tokens=batch_tokens)
+            smaller = without_least(mask, importance_LH, min(count, mask.size - 1))
+            new_score = masked_accuracy(model, examples, smaller, batch_tokens)
+            course.append({"heads": smaller.size, "score": new_score})
+            bar.update(mask.size - smaller.size)
+            # A score of exactly the threshold must not be lost to rounding of the product.
+            if new_score < threshold * full_score - 1e-9:
+                break
+            mask, score = smaller, new_score
+    return PruneResult(mask, score, full_score, threshold, course)
+
+
+def without_least(mask: HeadMask, importance_LH: NDArray[np.float64], count: int) -> HeadMask:
+    """Mask the `count` least important heads still kept; ties: lower layer, lower head first."""
+    importance = np.where(mask.array == 1, importance_LH, np.inf).reshape(-1)
+    flat = mask.array.reshape(-1).copy()
+    flat[np.argsort(importance, kind="stable")[:count]] = 0
+    return HeadMask(flat.reshape(mask.array.shape))
+
+
+def masked_accuracy(
+    model: PreTrainedModel,
+    examples: Sequence[Mapping[str, Any]],
+    mask: HeadMask,
+    batch_tokens: int = 8192,
+) -> float:
+    """Share of examples that the model under `mask` classifies right."""
+    with mask.apply(model):
+        logits_NC = predict(model, examples, batch_tokens=batch_tokens)
+    return accuracy(logits_NC, [example["labels"] for example in examples])

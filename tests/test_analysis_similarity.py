@@ -1,0 +1,79 @@
+"""Similarity of head masks, and what chance gives, against enumeration and simulation."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tracmod.analysis import head_usage, mask_similarity, similarity_table
+from tracmod.analysis.similarity import similarity_matrix, usage_summary
+
+
+def test_plain_measures_by_hand() -> None:
+    found = mask_similarity(np.array([[1, 1, 1, 0]]), np.array([[0, 1, 1, 1]]))
+    assert (found["shared_heads"], found["heads_a"], found["heads_b"]) == (2, 3, 3)
+    assert found["jaccard"] == pytest.approx(2 / 4)
+    assert found["cosine"] == pytest.approx(2 / 3)
+    assert found["overlap"] == pytest.approx(2 / 3)
+
+
+def test_chance_equals_enumeration_of_all_masks() -> None:
+    a = np.array([[1, 1, 0], [1, 0, 0]])
+    jaccards, shared = [], []
+    for kept in itertools.combinations(range(6), 2):
+        b = np.zeros(6, dtype=int)
+        b[list(kept)] = 1
+        both = int((a.ravel() & b).sum())
+        shared.append(both)
+        jaccards.append(both / (5 - both))
+    b = np.array([[1, 0, 0], [0, 0, 1]])
+    found = mask_similarity(a, b)
+    expected = np.mean(jaccards)
+    assert found["expected_jaccard"] == pytest.approx(expected)
+    assert found["corrected_jaccard"] == pytest.approx((1 / 4 - expected) / (1 - expected))
+    assert found["chance_probability"] == pytest.approx(np.mean(np.array(shared) >= 1))
+
+
+def test_random_masks_are_at_chance_on_average() -> None:
+    rng = np.random.default_rng(0)
+    corrected = []
+    for _ in range(400):
+        a, b = (rng.permutation(np.arange(48) < kept).reshape(6, 8) for kept in (20, 30))
+        corrected.append(mask_similarity(a, b)["corrected_jaccard"])
+    assert np.mean(corrected) == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize(("kept", "corrected"), [(0, 0.0), (4, 0.0), (2, 1.0)])
+def test_equal_masks(kept: int, corrected: float) -> None:
+    mask = (np.arange(4) < kept).reshape(2, 2)
+    found = mask_similarity(mask, mask)
+    assert found["jaccard"] == found["overlap"] == found["cosine"] == 1
+    assert found["corrected_jaccard"] == pytest.approx(corrected)
+
+
+def test_masks_of_two_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 3\) and \(3, 2\)"):
+        mask_similarity(np.ones((2, 3)), np.ones((3, 2)))
+
+
+def test_table_matrix_and_usage() -> None:
+    rng = np.random.default_rng(1)
+    masks = {name: (rng.random((3, 4)) < 0.5).astype(int) for name in ("en", "de", "ru")}
+    table = similarity_table(masks)
+    assert table.num_rows == 3
+    matrix = similarity_matrix(table, ["ru", "en"], "jaccard")
+    expected = mask_similarity(masks["en"], masks["ru"])["jaccard"]
+    assert matrix.tolist() == [[1, expected], [expected, 1]]
+    usage = head_usage(masks)
+    assert usage.tolist() == (masks["en"] + masks["de"] + masks["ru"]).tolist()
+    summary = usage_summary(masks)
+    assert summary["used_by_all"] == np.sum(usage == 3)
+    assert summary["used_by_one"] == np.sum(usage == 1)
+    assert summary["used_by_none"] == np.sum(usage == 0)
+    kept = [mask.mean() for mask in masks.values()]
+    by_hand = [
+        np.prod([p if used else 1 - p for p, used in zip(kept, case, strict=True)])
+        for case in itertools.product((0, 1), repeat=3)
+        if sum(case) == 1
+    ]
+    assert summary["expected_used_by_one"] == pytest.approx(12 * sum(by_hand))

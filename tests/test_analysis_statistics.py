@@ -1,0 +1,137 @@
+"""Bootstrap intervals cover, the Mantel test holds its level and finds what was planted."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, pearsonr, spearmanr
+
+from tracmod.analysis import bootstrap_difference, bootstrap_mean, mantel, wilson_interval
+
+
+def test_bootstrap_of_a_mean_is_near_the_normal_interval() -> None:
+    values = np.random.default_rng(0).normal(3, 2, size=400)
+    interval = bootstrap_mean(values, resamples=4000)
+    half = 1.96 * values.std() / np.sqrt(400)
+    assert interval.value == pytest.approx(values.mean())
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.03)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.03)
+
+
+def test_columns_are_resampled_together_and_equal_each_alone() -> None:
+    values = np.random.default_rng(0).normal(size=(30, 4))
+    both = bootstrap_mean(values, seed=3)
+    for column in range(4):
+        alone = bootstrap_mean(values[:, column], seed=3)
+        assert both.low[column] == pytest.approx(alone.low)
+        assert both.high[column] == pytest.approx(alone.high)
+
+
+def test_seed_decides_everything() -> None:
+    values = np.random.default_rng(0).normal(size=20)
+    lows = [float(bootstrap_mean(values, seed=seed).low) for seed in (1, 1, 2)]
+    assert lows[0] == lows[1] != lows[2]
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_coverage_with_and_without_clusters(clustered: bool) -> None:
+    """Of 300 samples of clustered data with mean 0, about 95% of the clustered intervals hold 0."""
+    rng = np.random.default_rng(1)
+    keys = np.repeat(np.arange(40), 4)
+    hits = 0
+    for trial in range(300):
+        values = np.repeat(rng.normal(size=40), 4) + 0.3 * rng.normal(size=160)
+        found = bootstrap_mean(values, keys if clustered else None, resamples=300, seed=trial)
+        hits += bool(found.low <= 0 <= found.high)
+    assert (270 <= hits <= 296) if clustered else hits < 240
+
+
+def test_cluster_means_weigh_rows_not_clusters() -> None:
+    assert bootstrap_mean(np.array([0.0, 0.0, 0.0, 4.0]), ["a", "a", "a", "b"]).value == 1.0
+
+
+def test_degenerate_sizes() -> None:
+    one = bootstrap_mean(np.array([[2.0, 3.0]]))
+    assert one.low.tolist() == one.value.tolist() == one.high.tolist() == [2.0, 3.0]
+    one_cluster = bootstrap_mean(np.array([0.1, 0.2, 0.7]), ["a"] * 3)
+    assert one_cluster.low == one_cluster.value == one_cluster.high
+    with pytest.raises(ValueError, match="at least one row"):
+        bootstrap_mean(np.zeros((0, 2)))
+    with pytest.raises(ValueError, match=r"one cluster key per row \(2\), got 1"):
+        bootstrap_mean(np.zeros(2), ["a"])
+
+
+def test_paired_difference_is_narrower_than_unpaired() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 5, size=100)
+    found = bootstrap_difference(base + 1 + 0.1 * rng.normal(size=100), base)
+    assert 0.95 < found.low < found.value < found.high < 1.05
+    with pytest.raises(ValueError, match="equal shapes"):
+        bootstrap_difference(base, base[:3])
+
+
+def test_wilson_equals_scipy() -> None:
+    for right, number in ((0, 5), (7, 20), (50, 50)):
+        expected = binomtest(right, number).proportion_ci(0.9, method="wilson")
+        assert wilson_interval(right / number, number, 0.9) == pytest.approx(tuple(expected))
+
+
+def _symmetric(rng: np.random.Generator, n: int) -> np.ndarray:
+    matrix = rng.normal(size=(n, n))
+    return (matrix + matrix.T) / 2
+
+
+@pytest.mark.parametrize("method", ["spearman", "pearson"])
+def test_mantel_equals_brute_force_over_all_orders(method: str) -> None:
+    rng = np.random.default_rng(5)
+    a, b = _symmetric(rng, 5), _symmetric(rng, 5)
+    upper = np.triu_indices(5, k=1)
+    correlate = spearmanr if method == "spearman" else pearsonr
+    found = []
+    for order in itertools.permutations(range(5)):
+        permuted = a[np.ix_(order, order)]
+        found.append(correlate(permuted[upper], b[upper]).statistic)
+    result = mantel(a, b, method=method)
+    assert (result.exact, result.permutations, result.pairs) == (True, 120, 10)
+    assert result.correlation == pytest.approx(found[0])
+    assert result.p_value == pytest.approx(np.mean(np.abs(found) >= abs(found[0]) - 1e-12))
+
+
+def test_mantel_holds_its_level_on_null_data() -> None:
+    """Language effects make pairs dependent: a plain correlation test rejects far too often."""
+    rng = np.random.default_rng(0)
+    upper = np.triu_indices(9, k=1)
+    rejected, naive, trials = 0, 0, 400
+    for trial in range(trials):
+        effects = rng.normal(size=(2, 9))
+        a, b = (e[:, None] + e[None, :] + 0.3 * _symmetric(rng, 9) for e in effects)
+        rejected += mantel(a, b, permutations=199, seed=trial).p_value <= 0.05
+        naive += spearmanr(a[upper], b[upper]).pvalue <= 0.05
+    assert 0.02 <= rejected / trials <= 0.085
+    assert naive / trials > 0.15
+
+
+def test_mantel_finds_a_planted_correlation() -> None:
+    rng = np.random.default_rng(2)
+    found = []
+    for n in (5, 12):
+        a = _symmetric(rng, n)
+        noisy = 2 * a + 0.2 * _symmetric(rng, n) + np.diag(rng.normal(size=n) * 100)
+        found.append(mantel(a, noisy, permutations=999))
+    assert all(result.correlation > 0.8 and result.p_value <= 0.05 for result in found)
+    assert [result.exact for result in found] == [True, False]
+    assert found[1].p_value >= 1 / 1000
+
+
+def test_mantel_refuses_what_it_cannot_test() -> None:
+    good = _symmetric(np.random.default_rng(0), 4)
+    with pytest.raises(ValueError, match="at least 3"):
+        mantel(good[:2, :2], good[:2, :2])
+    with pytest.raises(ValueError, match="same value"):
+        mantel(np.ones((4, 4)), good)
+    with pytest.raises(ValueError, match="symmetric"):
+        mantel(np.triu(np.ones((4, 4))), good)
+    with pytest.raises(ValueError, match="equal shapes"):
+        mantel(good, good[:3, :3])
+    with pytest.raises(ValueError, match=r"expected \(n, n\)"):
+        mantel(good[:2], good)

@@ -1,0 +1,35 @@
+"""The study's numbers: language shares, subnetwork similarity, dynamics, statistics."""
+
+from tracmod.analysis.dynamics import epoch_table, in_language_course
+from tracmod.analysis.languages import example_table, language_shares, language_table
+from tracmod.analysis.results import RunResults, View
+from tracmod.analysis.similarity import head_usage, mask_similarity, similarity_table
+from tracmod.analysis.statistics import (
+    Interval,
+    MantelResult,
+    bootstrap_difference,
+    bootstrap_mean,
+    mantel,
+    wilson_interval,
+)
+from tracmod.analysis.study import analyze
+
+__all__ = [
+    "Interval",
+    "MantelResult",
+    "RunResults",
+    "View",
+    "analyze",
+    "bootstrap_difference",
+    "bootstrap_mean",
+    "epoch_table",
+    "example_table",
+    "head_usage",
+    "in_language_course",
+    "language_shares",
+    "language_table",
+    "mantel",
+    "mask_similarity",
+    "similarity_table",
+    "wilson_interval",
+]

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -425,10 +425,10 @@ def without_least(mask: HeadMask, importance_LH: NDArray[np.float64], count: int
 def masked_accuracy(
     model: PreTrainedModel,
     examples: Sequence[Mapping[str, Any]],
-    mask: HeadMask,
+    mask: HeadMask | None,
     batch_tokens: int = 8192,
 ) -> float:
-    """Share of examples that the model under `mask` classifies right."""
-    with mask.apply(model):
+    """Share of examples that the model, under `mask` if there is one, classifies right."""
+    with nullcontext() if mask is None else mask.apply(model):
         logits_NC = predict(model, examples, batch_tokens=batch_tokens)
     return accuracy(logits_NC, [example["labels"] for example in examples])

@@ -1,0 +1,145 @@
+"""What a training keeps on disk: its identity, checkpoints, metrics and the state to resume from.
+
+Everything is written beside its place and then renamed, so that a process killed at any moment
+leaves the old or the new, never half of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tracmod.model import Checkpoint, load_checkpoints, quiet_transformers
+from tracmod.optimizer import HeadwiseAdamW
+
+
+class TrainingFolder:
+    """The folder of one training.
+
+    ```
+    training.json          what is trained on what
+    checkpoint-<epoch>/    transformers format, tokenizer, tracmod.json {epoch, step, learning_rate}
+    metrics.json           [{epoch, step, learning_rate, train_loss, accuracy: {language: share}}]
+    resume/<step>/         model.safetensors, optimizer.safetensors, state.json; gone when complete
+    ```
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def claim(self, identity: dict[str, Any]) -> None:
+        """State what this training is, or check that it is what the folder already holds.
+
+        Raises:
+            ValueError: the folder holds a training of something else.
+        """
+        file = self.path / "training.json"
+        if not file.is_file():
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_json(file, identity)
+            return
+        found = json.loads(file.read_text(encoding="utf-8"))
+        keys = sorted(identity.keys() | found.keys())
+        other = [key for key in keys if identity.get(key) != found.get(key)]
+        if other:
+            raise ValueError(
+                f"{self.path}: holds a training with another {', '.join(other)}; "
+                "remove the folder or train into another"
+            )
+
+    def is_complete(self, epochs: int) -> bool:
+        """Whether every epoch's checkpoint and metrics are there."""
+        return len(self._metrics()) == epochs and all(
+            self._checkpoint(epoch).is_dir() for epoch in range(1, epochs + 1)
+        )
+
+    def checkpoints(self, epochs: int) -> list[Checkpoint]:
+        """The checkpoints of all epochs, first epoch first."""
+        return load_checkpoints(self._checkpoint(epoch) for epoch in range(1, epochs + 1))
+
+    def write_checkpoint(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        epoch: int,
+        step: int,
+        learning_rate: float,
+    ) -> None:
+        """Write `checkpoint-<epoch>/`, in place of one that is there."""
+        aside = self.path / f"checkpoint-{epoch}.tmp"
+        _make_empty(aside)
+        with quiet_transformers():
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+        tree = {"epoch": epoch, "step": step, "learning_rate": learning_rate}
+        (aside / "tracmod.json").write_text(json.dumps(tree) + "\n", encoding="utf-8")
+        shutil.rmtree(self._checkpoint(epoch), ignore_errors=True)
+        os.replace(aside, self._checkpoint(epoch))
+
+    def write_metrics(self, row: dict[str, Any]) -> None:
+        """Put an epoch's row into `metrics.json`, after those of earlier epochs."""
+        rows = [earlier for earlier in self._metrics() if earlier["epoch"] < row["epoch"]]
+        _write_json(self.path / "metrics.json", [*rows, row])
+
+    def save_state(
+        self, model: PreTrainedModel, optimizer: HeadwiseAdamW, step: int, loss_sum: float
+    ) -> None:
+        """Write the state after `step` steps; earlier states are removed once it is there."""
+        aside, place = self.path / "resume" / "tmp", self.path / "resume" / str(step)
+        _make_empty(aside)
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, aside / "model.safetensors")
+        save_file(optimizer.state(), aside / "optimizer.safetensors")
+        _write_json(aside / "state.json", {"step": step, "loss_sum": loss_sum})
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(aside, place)
+        for earlier in self._states()[:-1]:
+            shutil.rmtree(self.path / "resume" / str(earlier))
+
+    def load_state(self, model: PreTrainedModel, optimizer: HeadwiseAdamW) -> tuple[int, float]:
+        """Put the latest state into model and optimizer.
+
+        Returns:
+            Steps done and the sum of the losses of the epoch's steps; (0, 0.0) without a state.
+        """
+        states = self._states()
+        if not states:
+            return 0, 0.0
+        place = self.path / "resume" / str(states[-1])
+        model.load_state_dict(load_file(place / "model.safetensors"))
+        optimizer.load_state(load_file(place / "optimizer.safetensors"))
+        state = json.loads((place / "state.json").read_text(encoding="utf-8"))
+        return int(state["step"]), float(state["loss_sum"])
+
+    def clear_state(self) -> None:
+        """Remove `resume/`."""
+        shutil.rmtree(self.path / "resume", ignore_errors=True)
+
+    def _checkpoint(self, epoch: int) -> Path:
+        return self.path / f"checkpoint-{epoch}"
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        file = self.path / "metrics.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+    def _states(self) -> list[int]:
+        """Steps of the states on disk, earliest first."""
+        folders = (self.path / "resume").glob("*/")
+        return sorted(int(folder.name) for folder in folders if folder.name.isdecimal())
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_json(file: Path, tree: Any) -> None:
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, file)

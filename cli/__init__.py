@@ -1,1 +1,265 @@
-"""The command line: installed as `tracmod.cli`."""
+"""The `tracmod` command: thin click commands over the package. `--help` loads no torch."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tracmod import __version__
+
+if TYPE_CHECKING:
+    from tracmod.run_folder import RunFolder
+
+EXISTING = click.Path(exists=True, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+PARAMETERS = click.Choice(["encoder", "all", "attention", "classifier"])
+
+
+class _Group(click.Group):
+    """Errors as one sentence: 2 for what the user can put right, 1 for a failed run, 130 for ^C."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            _fail(_one_line(error), 2)
+        except KeyboardInterrupt:
+            _fail("stopped; the same command goes on where it was", 130)
+        except (OSError, RuntimeError, MemoryError) as error:
+            if os.environ.get("TRACMOD_TRACEBACK"):
+                raise
+            _fail(f"{_one_line(error)} (TRACMOD_TRACEBACK=1 shows where)", 1)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(sentence: str, code: int) -> None:
+    click.echo(f"tracmod: {sentence}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tracmod")
+def main() -> None:
+    """Which languages' training data does a multilingual classifier rely on?
+
+    \b
+    The whole study, embedded data:   tracmod run demo --out runs/demo
+    On your own model and data:       tracmod attribute --model DIR --train T.tsv --query Q.tsv --out O
+    What was built, what is found:    tracmod doctor
+    """  # noqa: E501
+
+
+# --- the study ------------------------------------------------------------------------------
+
+
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Override one value of the config, such as --set finetune.epochs=5; repeatable.",
+        ),
+        click.option(
+            "--engine",
+            type=click.Choice(["local"]),
+            default="local",
+            show_default=True,
+            help="Where work runs: this process.",
+        ),
+    ]
+    return functools.reduce(lambda inner, option: option(inner), options, command)
+
+
+@main.command()
+@click.argument("config")
+@click.option("--out", required=True, type=FOLDER, help="Run folder; begun or gone on with.")
+@_run_options
+def run(config: str, out: Path, overrides: tuple[str, ...], engine: str) -> None:
+    """Do every stage of CONFIG that is not yet done in the run folder.
+
+    CONFIG is a YAML file or the name of an embedded one (demo, xnli, pawsx, marc). Stopped at any
+    time, the same command goes on where it was.
+
+    \b
+    Examples:
+      tracmod run demo --out runs/demo
+      tracmod run configs/xnli.yaml --out runs/xnli --set task.train_per_language=5000
+    """
+    from tracmod.config import load_config
+    from tracmod.run_folder import STAGES, RunFolder
+
+    folder = RunFolder(out, load_config(config, overrides))
+    _do(folder, STAGES)
+    report = out / "report" / "index.html"
+    click.echo(f"report: {report}")
+
+
+def _stage(stage: str, does: str, example: str = "") -> None:
+    """Add the command of one stage on a run folder."""
+
+    @main.command(stage, help=f"{does}\n\n\b\nExample:\n  tracmod {stage} runs/demo{example}")
+    @click.argument("run_dir", type=FOLDER)
+    @click.option("--config", help="YAML file or embedded name; needed to begin a run folder.")
+    @_run_options
+    def command(run_dir: Path, config: str | None, overrides: tuple[str, ...], engine: str) -> None:
+        from tracmod.config import load_config, override_config
+        from tracmod.run_folder import RunFolder
+
+        if config is not None:
+            folder = RunFolder(run_dir, load_config(config, overrides))
+        else:
+            folder = RunFolder(run_dir)
+            folder = RunFolder(run_dir, override_config(folder.config, overrides))
+        _do(folder, ["data", stage] if stage == "finetune" else [stage], again=stage)
+
+
+def _do(folder: RunFolder, stages: Any, again: str | None = None) -> None:
+    from tracmod.pipeline import run_stages
+
+    with folder.locked():
+        run_stages(folder, stages, again)
+
+
+_stage("finetune", "Sample the data and fine-tune on all languages.", " --config demo")
+_stage("prune", "Prune attention heads to one subnetwork per language.")
+_stage("sparse-finetune", "Fine-tune again, each language only its subnetwork.")
+_stage("collect", "Collect the features of every model, view and checkpoint.")
+_stage("influence", "Score influence; write the strongest examples and language tables.")
+_stage("analyze", "Compare views and models; intervals and tests.")
+_stage("report", "Write report/index.html.")
+
+
+# --- any model ------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--model", required=True, help="Transformers folder with its tokenizer.")
+@click.option(
+    "--checkpoint",
+    "checkpoints",
+    multiple=True,
+    type=EXISTING,
+    help="Folder saved during training; repeatable. None: the model itself, with weight 1.",
+)
+@click.option("--train", required=True, type=EXISTING, help="Training examples.")
+@click.option("--query", required=True, type=EXISTING, help="Examples to explain.")
+@click.option("--out", required=True, type=FOLDER, help="Folder for the results.")
+@click.option("-k", default=100, show_default=True, help="Proponents and opponents per query.")
+@click.option("--exact", is_flag=True, help="Whole gradients, no projection.")
+@click.option("--projection-dim", default=4096, show_default=True, help="Numbers per example.")
+@click.option(
+    "--normalize", type=click.Choice(["cosine", "none"]), default="cosine", show_default=True
+)
+@click.option("--head-mask", type=EXISTING, help="JSON of a mask, applied to both gradients.")
+@click.option("--parameters", type=PARAMETERS, default="encoder", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the projection.")
+@click.option("--max-length", type=int, help="Tokens per example; absent: the model's, up to 512.")
+@click.option("--batch-tokens", default=8192, show_default=True, help="Tokens per batch.")
+@click.option("--device", help="cpu, cuda, cuda:1; absent: a GPU if there is one.")
+def attribute(normalize: str, **options: Any) -> None:
+    """Which training examples raised or lowered the loss of each query, and of which language?
+
+    Example files (.tsv, .csv, .jsonl, .parquet; .gz too) have the columns id, language, text_a,
+    text_b (may be absent), label and group (may be absent). Written to --out: top.parquet,
+    languages.parquet, examples.parquet, run.json and features/. Positive scores: the training
+    example lowered the query's loss.
+
+    \b
+    Example:
+      tracmod attribute --model my-model --checkpoint my-model/checkpoint-500 \\
+          --checkpoint my-model/checkpoint-1000 --train train.tsv --query test.tsv --out influence
+    """
+    from tracmod.attribute import Attribution, attribute
+
+    normalized = None if normalize == "none" else normalize
+    attribute(Attribution(normalize=normalized, **options))
+    click.echo(f"written: {options['out']}/top.parquet, languages.parquet, run.json")
+
+
+@main.command()
+@click.option("--model", required=True, help="Transformers folder with its tokenizer.")
+@click.option("--data", required=True, type=EXISTING, help="Example file.")
+@click.option("--parameters", type=PARAMETERS, default="all", show_default=True)
+@click.option("--head-mask", type=EXISTING, help="JSON of a mask to check under.")
+@click.option("--examples", default=8, show_default=True, help="How many of the file's first.")
+@click.option("--max-length", default=128, show_default=True, help="Tokens per example.")
+def check(
+    model: str, data: Path, parameters: str, head_mask: Path | None, examples: int, max_length: int
+) -> None:
+    """Compare the engine's gradients with plain autograd on your own model and data.
+
+    Prints the relative error per kind of parameter, beside the error that plain float32 autograd
+    itself makes against float64. Exit code 1 if one is worse than twice that (floor 1e-5).
+
+    \b
+    Example:
+      tracmod check --model my-model --data train.tsv
+    """
+    from tracmod.validation.gradients import check_model
+
+    errors = check_model(model, data, parameters, head_mask, examples, max_length)
+    click.echo(f"{'parameters':44} {'tensors':>7} {'engine':>9} {'autograd':>9}")
+    for error in errors:
+        verdict = "ok" if error.passed else "WRONG"
+        row = f"{error.kind:44} {error.num_parameters:7} {error.engine:9.1e} {error.autograd:9.1e}"
+        click.echo(f"{row}  {verdict}")
+    if not all(error.passed for error in errors):
+        _fail("the engine's gradients differ from autograd's", 1)
+
+
+# --- what is on disk, what is installed -----------------------------------------------------
+
+
+@main.command()
+@click.argument("path", type=EXISTING)
+def verify(path: Path) -> None:
+    """Check the integrity of a run folder, an attribution or a feature store.
+
+    Names every file that is missing, damaged or does not belong there; exit code 1 if there is one.
+
+    \b
+    Examples:
+      tracmod verify runs/demo
+      tracmod verify runs/demo/features/full/full/checkpoint-1/train
+    """
+    from tracmod.validation.integrity import verify
+
+    problems = verify(path)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        _fail(f"{path}: {len(problems)} problems", 1)
+    click.echo(f"{path}: sound")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def doctor(as_json: bool) -> None:
+    """Say what was built and what is found: versions, native module, processor, GPU."""
+    import torch
+
+    from tracmod.kernels import build_info
+    from tracmod.run_folder import versions
+
+    found: dict[str, Any] = {"tracmod": __version__, **versions()}
+    found |= {f"native {name}": value for name, value in build_info().items()}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found |= {"torch threads": torch.get_num_threads(), "GPUs": gpus or "none"}
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    for name, value in found.items():
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        click.echo(f"{name:24} {text}")

@@ -194,6 +194,14 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     return parse_config(tree, str(path))
 
 
+def override_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
+    """The config with `section.key=value` overrides applied; errors as in `load_config`."""
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, "--set")
+
+
 def parse_config(tree: dict[str, Any], source: str) -> RunConfig:
     """Validate a tree of plain values; faults become one ValueError that names each place."""
     try:

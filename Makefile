@@ -1,0 +1,44 @@
+# Set-up, demo, tests and benchmarks; every target works from a bare checkout.
+# Needs: Python >= 3.11, a C++ compiler, make, and a package index that pip reaches.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: install demo test test-fast bench lint format clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python >= 3.11 needed, {sys.executable} is {v[0]}.{v[1]}; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/tracmod run demo --out $(DEMO)
+
+test: install
+	$(BIN)/python -m pytest
+
+test-fast: install
+	$(BIN)/python -m pytest -m 'not slow'
+
+bench: install
+	$(BIN)/tracmod bench
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
+
+clean:
+	rm -rf build *.egg-info tracmod/_C*.so .pytest_cache .mypy_cache .ruff_cache

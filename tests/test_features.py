@@ -1,0 +1,252 @@
+"""Features: unbiased, complete, the same for every batch, order and padding; stores of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from encoders import ragged_examples, tiny_encoder
+
+import tracmod as tm
+from tracmod.capture import select_layers
+from tracmod.features import Collector, collect_to_store, feature_identity
+from tracmod.kernels import reference
+from tracmod.validation.gradients import autograd_gradients
+
+
+def gradients_by_layer(model, layers, example):
+    """One example's gradient of each layer as a matrix (O, I + 1), by plain autograd."""
+    names = [name for layer in layers for name in layer.parameter_names]
+    found = autograd_gradients(model, example, names)
+    matrices = {}
+    for layer in layers:
+        weight = found[f"{layer.name}.weight"]
+        parts = [weight] + ([found[f"{layer.name}.bias"][:, None]] if layer.bias else [])
+        matrices[layer.name] = torch.cat(parts, dim=1) if layer.kind == "linear" else parts
+    return matrices
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+@pytest.mark.parametrize("layout", ["accumulate", "concatenate"])
+@pytest.mark.parametrize("parameters", ["encoder", "attention", "classifier"])
+def test_features_of_linear_layers_are_the_projected_autograd_gradients(kind, layout, parameters):
+    model, projection = tiny_encoder(), tm.Projection(700, kind, seed=3, layers=layout)
+    examples = ragged_examples(3)
+    layers = select_layers(model, parameters)
+    linear = [layer for layer in layers if layer.kind == "linear"]
+    slots = projection.slots(layers)
+    found = tm.collect_features(model, examples, projection, parameters)
+    assert found.shape == (3, 700)
+    assert found.dtype == torch.float32
+    if parameters == "encoder" and layout == "accumulate":
+        return  # LayerNorm shares the grid: covered by the expectation below
+    for row, example in enumerate(examples):
+        expected = torch.zeros(700)
+        matrices = gradients_by_layer(model, linear, example)
+        for layer in linear:
+            slot, gradient = slots[layer.name], matrices[layer.name]
+            if slot.kind != "identity":
+                r_out = reference.projection_matrix(
+                    kind, slot.k_out, gradient.shape[0], 3, 2 * layer.position + 1
+                )
+                r_in = reference.projection_matrix(
+                    kind, slot.k_in, gradient.shape[1], 3, 2 * layer.input_position
+                )
+                gradient = r_out.float() @ gradient @ r_in.float().T
+            expected[slot.offset : slot.offset + slot.k_out * slot.k_in] += gradient.flatten()
+        chosen = torch.zeros(700, dtype=torch.bool)
+        for layer in linear:
+            slot = slots[layer.name]
+            chosen[slot.offset : slot.offset + slot.k_out * slot.k_in] = True
+        scale = expected.abs().max()
+        assert (found[row] - expected)[chosen].abs().max() <= 1e-5 * scale
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+@pytest.mark.parametrize("parameters", ["encoder", "all"])
+def test_inner_products_are_right_in_expectation(kind, parameters):
+    model, examples = tiny_encoder(), ragged_examples(4)
+    exact = tm.exact_influence(model, examples, examples, parameters)
+    draws = []
+    for seed in range(60):
+        features = tm.collect_features(
+            model, examples, tm.Projection(400, kind, seed=seed), parameters
+        )
+        draws.append(features @ features.T)
+    draws = torch.stack(draws)
+    standard_error = draws.std(dim=0) / len(draws) ** 0.5
+    assert ((draws.mean(dim=0) - exact).abs() <= 4.5 * standard_error + 1e-5).all()
+
+
+def test_the_error_falls_with_the_dimension():
+    model, examples = tiny_encoder(), ragged_examples(12)
+    exact = tm.exact_influence(model, examples, examples, normalize="cosine")
+    errors = []
+    for dim in (128, 512, 4096):
+        features = tm.collect_features(model, examples, tm.Projection(dim))
+        scores = tm.influence_scores(features, features, normalize="cosine")
+        errors.append(float((scores - exact).square().mean().sqrt()))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.05
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 17, 100])
+def test_features_do_not_depend_on_the_batches(batch_tokens):
+    model, examples, projection = tiny_encoder(), ragged_examples(10), tm.Projection(300)
+    whole = tm.collect_features(model, examples, projection, "all")
+    found = tm.collect_features(model, examples, projection, "all", batch_tokens=batch_tokens)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+
+
+def test_features_follow_the_order_of_the_examples():
+    model, examples, projection = tiny_encoder(), ragged_examples(10), tm.Projection(300)
+    order = [3, 0, 9, 4]
+    whole = tm.collect_features(model, examples, projection)
+    found = tm.collect_features(model, [examples[row] for row in order], projection)
+    torch.testing.assert_close(found, whole[order], rtol=1e-4, atol=1e-4)
+
+
+def test_padded_rows_and_tensors_are_taken_as_they_are():
+    model, examples, projection = tiny_encoder(), ragged_examples(6), tm.Projection(300)
+    padded = []
+    for example in examples:
+        blank = 25 - len(example["input_ids"])
+        padded.append(
+            {
+                "input_ids": torch.tensor(example["input_ids"] + [1] * blank),
+                "attention_mask": torch.tensor(example["attention_mask"] + [0] * blank),
+                "labels": torch.tensor(example["labels"]),
+            }
+        )
+    plain = tm.collect_features(model, examples, projection)
+    assert torch.equal(tm.collect_features(model, padded, projection), plain)
+    bare = [{"input_ids": e["input_ids"], "labels": e["labels"]} for e in examples]
+    assert torch.equal(tm.collect_features(model, bare, projection), plain)
+
+
+def test_a_datasets_dataset_is_a_dataset():
+    datasets = pytest.importorskip("datasets")
+    examples, model, projection = ragged_examples(5), tiny_encoder(), tm.Projection(300)
+    dataset = datasets.Dataset.from_list(examples)
+    plain = tm.collect_features(model, examples, projection)
+    assert torch.equal(tm.collect_features(model, dataset, projection), plain)
+    assert torch.equal(tm.collect_features(model, dataset.with_format("torch"), projection), plain)
+
+
+def test_a_part_of_the_parameters_is_a_part_of_the_features():
+    """Projections are keyed by the layer's place in the model, not in the selection."""
+    model, examples = tiny_encoder(), ragged_examples(3)
+    projection = tm.Projection(600, layers="concatenate")
+    classifier = select_layers(model, "classifier")
+    everything = {layer.name: layer for layer in select_layers(model, "all")}
+    for layer in classifier:
+        same = everything[layer.name]
+        assert (same.position, same.input_position) == (layer.position, layer.input_position)
+    whole = tm.collect_features(model, examples, projection, "classifier")
+    assert whole.abs().sum() > 0
+
+
+def test_query_key_and_value_share_the_projection_of_their_input():
+    layers = {layer.name: layer for layer in select_layers(tiny_encoder(), "attention")}
+    prefix = "roberta.encoder.layer.1.attention.self."
+    owners = {layers[prefix + name].input_position for name in ("query", "key", "value")}
+    assert owners == {layers[prefix + "query"].position}
+    assert len({layers[prefix + name].position for name in ("query", "key", "value")}) == 3
+
+
+def test_the_classifiers_output_is_kept_exactly():
+    model, example = tiny_encoder(), ragged_examples(1)
+    features = tm.collect_features(model, example, tm.Projection(4096), "classifier")
+    names = ["classifier.out_proj.weight", "classifier.out_proj.bias"]
+    found = autograd_gradients(model, example[0], names)
+    exact = torch.cat([found[names[0]], found[names[1]][:, None]], dim=1).flatten()
+    torch.testing.assert_close(features[0, : len(exact)], exact, rtol=1e-4, atol=1e-6)
+
+
+def test_features_under_a_mask_are_those_of_the_model_without_the_heads_columns():
+    model, examples, projection = tiny_encoder(), ragged_examples(5), tm.Projection(300)
+    mask = tm.HeadMask.from_array([[1, 0, 1], [0, 1, 1]])
+    found = tm.collect_features(model, examples, projection, head_mask=mask)
+    assert not torch.allclose(found, tm.collect_features(model, examples, projection))
+    exact = tm.exact_influence(model, examples, examples, head_mask=mask, normalize="cosine")
+    wide = tm.collect_features(model, examples, tm.Projection(16384), head_mask=mask)
+    scores = tm.influence_scores(wide, wide, normalize="cosine")
+    assert (scores - exact).abs().max() < 0.1
+
+
+def test_bfloat16_pass_gives_nearly_the_same_scores():
+    model, examples, projection = tiny_encoder(), ragged_examples(12), tm.Projection(1024)
+    whole = tm.collect_features(model, examples, projection)
+    half = tm.collect_features(model, examples, projection, dtype=torch.bfloat16)
+    assert half.dtype == torch.float32
+    assert not torch.equal(whole, half)
+    similarity = torch.nn.functional.cosine_similarity(whole, half, dim=1)
+    assert similarity.min() > 0.97
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dim": 0}, "dim: expected at least 1, got 0"),
+        ({"dim": 8, "kind": "gauss"}, "kind: expected rademacher or sjlt"),
+        ({"dim": 8, "seed": -1}, "seed: expected 0 or more"),
+        ({"dim": 8, "layers": "stack"}, "layers: expected accumulate or concatenate"),
+    ],
+)
+def test_bad_projections_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tm.Projection(**arguments)
+
+
+def test_bad_rows_and_arguments_are_refused():
+    model, good = tiny_encoder(), ragged_examples(1)
+    projection = tm.Projection(64)
+    with pytest.raises(ValueError, match="row 1: expected labels"):
+        tm.collect_features(model, [*good, {"input_ids": [3]}], projection)
+    with pytest.raises(ValueError, match="row 0: expected at least one token"):
+        tm.collect_features(model, [{"input_ids": [], "labels": 0}], projection)
+    with pytest.raises(ValueError, match="dtype: expected None"):
+        tm.collect_features(model, good, projection, dtype=torch.float64)
+    with pytest.raises(ValueError, match="batch_tokens: expected at least 1"):
+        tm.collect_features(model, good, projection, batch_tokens=0)
+    with pytest.raises(ValueError, match="to concatenate, got 8"):
+        tm.collect_features(model, good, tm.Projection(8, layers="concatenate"))
+    with pytest.raises(ValueError, match="head mask"):
+        tm.collect_features(model, good, projection, head_mask=tm.HeadMask.full(3, 3))
+    assert tm.collect_features(model, [], projection).shape == (0, 64)
+
+
+def test_a_store_is_the_same_however_often_it_was_interrupted(tmp_path):
+    model, examples = tiny_encoder().eval(), ragged_examples(11)
+    identity = feature_identity(tm.Projection(200), "encoder", None, "float32", model="m")
+
+    def collect(name, fail_after):
+        done = []
+
+        def advance(count):
+            done.append(count)
+            if sum(done) > fail_after:
+                raise KeyboardInterrupt
+
+        store = tm.FeatureStore.create(
+            tmp_path / name,
+            ids=[str(row) for row in range(11)],
+            dim=200,
+            identity=identity,
+            shard_rows=4,
+        )
+        with store:
+            collector = Collector(model, tm.Projection(200), batch_tokens=30)
+            collect_to_store(collector, examples, store, advance)
+        return store
+
+    whole = collect("whole", fail_after=100).read()
+    for fail_after in (0, 3, 6, 10):
+        with pytest.raises(KeyboardInterrupt):
+            collect("parts", fail_after)
+    again = collect("parts", fail_after=100)
+    assert torch.equal(again.read(), whole)
+    names = sorted(path.name for path in (tmp_path / "whole").glob("shard*"))
+    assert len(names) == 3
+    for name in names:
+        bytes_of = [(tmp_path / folder / name).read_bytes() for folder in ("whole", "parts")]
+        assert bytes_of[0] == bytes_of[1]

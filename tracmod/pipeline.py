@@ -1,0 +1,476 @@
+"""The stages of `tracmod run`: each reads the run folder, adds its part, and can be resumed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tracmod.analysis.summary import analyze
+from tracmod.capture import frozen
+from tracmod.config import FinetuneConfig, RunConfig
+from tracmod.durable import file_sha256
+from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
+from tracmod.heads import HeadMask, prune
+from tracmod.influence import TopInfluences, top_influences
+from tracmod.model import (
+    Checkpoint,
+    create_model,
+    encode,
+    load_checkpoints,
+    load_model,
+    model_digest,
+    predict,
+    tokenizer_digest,
+)
+from tracmod.report import write_report
+from tracmod.run_folder import STAGES, RunFolder, write_parquet
+from tracmod.store import FeatureStore
+from tracmod.tables import InfluenceTables
+from tracmod.tasks import load_task
+from tracmod.tokenizer import read_sentencepiece, train_tokenizer
+from tracmod.train import Settings, accuracy_by_language, fine_tune
+
+MODELS = ("full", "sparse")
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class View:
+    """Under which head masks influence is computed.
+
+    Attributes:
+        name: `full`, `subnetwork`, `random-<i>` or `other-<language>`.
+        masks: one entry per pass: (language, mask). With a language, only its test examples are
+            attributed under the mask; with None, all are.
+    """
+
+    name: str
+    masks: list[tuple[str | None, HeadMask | None]]
+
+
+def run_stages(run: RunFolder, stages: Sequence[str] = STAGES, again: str | None = None) -> None:
+    """Do the stages that are not yet done, in order.
+
+    Args:
+        run: the folder, locked.
+        stages: which; those before them must be done.
+        again: a stage to do even if it is done (what is on disk and whole is not made twice).
+
+    Raises:
+        ValueError: a stage before these is not done.
+    """
+    work = _Work(run)
+    for stage in stages:
+        if run.is_done(stage) and stage != again:
+            continue
+        for earlier in STAGES[: STAGES.index(stage)]:
+            if not run.is_done(earlier):
+                raise ValueError(
+                    f"{run.path}: {stage} needs {earlier}, which is not done: "
+                    f"`tracmod run` does every stage that is missing"
+                )
+        with run.stage(stage):
+            getattr(work, stage.replace("-", "_"))()
+
+
+class _Work:
+    """The stages, one method each, and what they share."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.config: RunConfig = run.config
+
+    # --- stages -----------------------------------------------------------------------------
+
+    def data(self) -> None:
+        """Sampled examples into data/, label names into run.json."""
+        task = load_task(self.config.task)
+        for split in SPLITS:
+            write_parquet(self.run.data(split), getattr(task, split))
+        self.run.record |= {
+            "label_names": task.label_names,
+            "languages": task.languages,
+            "parallel": task.parallel,
+            "seeds": {
+                "run": self.config.seed,
+                "task": self.config.task.seed,
+                "projection": self.config.collect.projection_seed,
+            },
+            "device": self.device,
+        }
+
+    def finetune(self) -> None:
+        """Fine-tune on all languages: models/full/."""
+        self._fine_tune("full", self.config.finetune, None)
+
+    def prune(self) -> None:
+        """One subnetwork per language: subnetworks/<language>.json."""
+        checkpoint = self.checkpoints("full")[-1]
+        model, tokenizer = self._load(checkpoint)
+        dev = self.table("dev")
+        for language in self.languages:
+            if self.run.subnetwork(language).is_file():
+                continue
+            examples = self._encode(tokenizer, _of_language(dev, language), model)
+            result = prune(
+                model,
+                examples,
+                threshold=self.config.prune.threshold,
+                step=self.config.prune.step,
+                description=f"prune {language}",
+            )
+            result.save(self.run.subnetwork(language), language, [self.config.seed])
+
+    def sparse_finetune(self) -> None:
+        """Fine-tune from the same start, each batch in one language through its subnetwork."""
+        masks = {language: self.subnetwork(language) for language in self.languages}
+        self._fine_tune("sparse", self.config.sparse_finetune or self.config.finetune, masks)
+
+    def collect(self) -> None:
+        """Features of every model, checkpoint, view and mask: features/."""
+        with self._bar("collect", self._count_passes()) as bar:
+            for model_name in MODELS:
+                for checkpoint in self.checkpoints(model_name):
+                    self._collect_checkpoint(model_name, checkpoint, bar.update)
+
+    def influence(self) -> None:
+        """Scores, strongest training examples and language tables: influence/."""
+        with self._bar("influence", len(MODELS) * len(self.views), "view") as bar:
+            for model_name in MODELS:
+                for view in self.views:
+                    self._influence_of_view(model_name, view)
+                    bar.update(1)
+
+    def analyze(self) -> None:
+        """Comparisons, intervals and tests: analysis/."""
+        analyze(
+            self.run.path,
+            bootstrap=self.config.analyze.bootstrap,
+            permutations=self.config.analyze.permutations,
+            confidence=self.config.analyze.confidence,
+            seed=self.config.seed,
+        )
+
+    def report(self) -> None:
+        """report/index.html."""
+        write_report(self.run.path)
+
+    # --- fine-tuning ------------------------------------------------------------------------
+
+    def _fine_tune(
+        self, name: str, config: FinetuneConfig, masks: dict[str, HeadMask] | None
+    ) -> None:
+        model, tokenizer = self._initial_model()
+        train, test = self.table("train"), self.table("test")
+        languages = test.column("language").to_pylist()
+        test_examples = self._encode(tokenizer, test, model)
+
+        def evaluate(model: PreTrainedModel) -> dict[str, float]:
+            return accuracy_by_language(model, test_examples, languages, masks)
+
+        fine_tune(
+            model,
+            tokenizer,
+            self._encode(tokenizer, train, model),
+            train.column("language").to_pylist(),
+            self.run.model(name),
+            Settings(seed=self.config.seed, **config.model_dump(exclude={"save_seconds"})),
+            masks=masks,
+            evaluate=evaluate,
+            device=self.device,
+            save_seconds=config.save_seconds,
+            ids=train.column("id").to_pylist(),
+            description=f"fine-tune {name}",
+        )
+
+    def _initial_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Where full and sparse fine-tuning both begin: the same weights, by the same seed."""
+        shape, labels = self.config.model, self.run.record["label_names"]
+        if shape.name is not None:
+            return load_model(shape.name, labels, seed=self.config.seed)
+        tokenizer: PreTrainedTokenizerBase
+        if shape.sentencepiece is not None:
+            tokenizer = read_sentencepiece(shape.sentencepiece, shape.max_length)
+        else:
+            tokenizer = train_tokenizer(
+                _texts(self.table("train")), shape.vocabulary, shape.max_length
+            )
+        model = create_model(
+            tokenizer,
+            labels,
+            layers=shape.layers,
+            hidden=shape.hidden,
+            heads=shape.heads,
+            intermediate=shape.intermediate,
+            dropout=shape.dropout,
+            max_length=shape.max_length,
+            seed=self.config.seed,
+        )
+        return model, tokenizer
+
+    # --- collecting -------------------------------------------------------------------------
+
+    def _count_passes(self) -> int:
+        train, test = len(self.table("train")), len(self.table("test"))
+        per_checkpoint = sum(
+            train + (test if language is None else len(_of_language(self.table("test"), language)))
+            for view in self.views
+            for language, _ in view.masks
+        )
+        return per_checkpoint * sum(len(self.checkpoints(model)) for model in MODELS)
+
+    def _collect_checkpoint(
+        self, model_name: str, checkpoint: Checkpoint, advance: Callable[[int], Any]
+    ) -> None:
+        model, tokenizer = self._load(checkpoint)
+        digests = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
+        encoded = {
+            split: self._encode(tokenizer, self.table(split), model) for split in ("train", "test")
+        }
+        for view, language, mask in self._masks():
+            with frozen(model), masked(model, mask):
+                collector = self._collector(model)
+                for split in ("train", "test"):
+                    path = self.run.features(
+                        model_name, view.name, language, checkpoint.epoch, split
+                    )
+                    rows = self._rows(split, language)
+                    with self._store(path, split, rows, mask, digests) as store:
+                        missing = store.missing_shards()
+                        lacking = sum(len(store.shard_range(shard)) for shard in missing)
+                        advance(len(rows) - lacking)
+                        examples = [encoded[split][row] for row in rows]
+                        collect_to_store(collector, examples, store, advance)
+
+    def _masks(self) -> Iterator[tuple[View, str | None, HeadMask | None]]:
+        for view in self.views:
+            for language, mask in view.masks:
+                yield view, language, mask
+
+    def _rows(self, split: str, language: str | None) -> list[int]:
+        languages = self.table(split).column("language").to_pylist()
+        if split == "train" or language is None:
+            return list(range(len(languages)))
+        return [row for row, other in enumerate(languages) if other == language]
+
+    def _collector(self, model: PreTrainedModel) -> Collector:
+        collect = self.config.collect
+        return Collector(
+            model,
+            self._projection,
+            collect.parameters,
+            collect.batch_tokens,
+            getattr(torch, collect.dtype),
+        )
+
+    @property
+    def _projection(self) -> Projection:
+        collect = self.config.collect
+        return Projection(
+            dim=collect.projection_dim,
+            kind=collect.projection_kind,
+            seed=collect.projection_seed,
+            layers=collect.projection_layers,
+        )
+
+    def _store(
+        self,
+        path: Path,
+        split: str,
+        rows: list[int],
+        mask: HeadMask | None,
+        digests: dict[str, str],
+    ) -> FeatureStore:
+        collect = self.config.collect
+        return FeatureStore.create(
+            path,
+            ids=self.table(split).column("id").take(rows).to_pylist(),
+            dim=collect.projection_dim,
+            identity=feature_identity(
+                self._projection,
+                collect.parameters,
+                mask,
+                collect.dtype,
+                data=self._data_digests[split],
+                max_length=str(self.config.model.max_length),
+                batch_tokens=str(collect.batch_tokens),
+                **digests,
+            ),
+            shard_rows=collect.shard_rows,
+        )
+
+    # --- influence --------------------------------------------------------------------------
+
+    def _influence_of_view(self, model_name: str, view: View) -> None:
+        checkpoints = self.checkpoints(model_name)
+        train, test = self.table("train"), self.table("test")
+        groups = train.column("language").to_pylist()
+        predictions = self._predictions(model_name, view)
+        tables = InfluenceTables(train, test, predictions)
+        for language, _ in view.masks:
+            rows = self._rows("test", language)
+            stores = [
+                [
+                    FeatureStore.open(
+                        self.run.features(model_name, view.name, language, one.epoch, split)
+                    ).read()
+                    for one in checkpoints
+                ]
+                for split in ("test", "train")
+            ]
+            tables.add(rows, self._top(stores[0], stores[1], groups, self._weights(checkpoints)))
+            for place, checkpoint in enumerate(checkpoints):
+                alone = self._top([stores[0][place]], [stores[1][place]], groups, None)
+                tables.add_epoch(checkpoint.epoch, rows, alone)
+        analyze = self.config.analyze
+        tables.write(
+            self.run.influence(model_name, view.name),
+            bootstrap=analyze.bootstrap,
+            confidence=analyze.confidence,
+            seed=self.config.seed,
+        )
+
+    def _top(
+        self,
+        query: list[torch.Tensor],
+        train: list[torch.Tensor],
+        groups: list[str],
+        weights: list[float] | None,
+    ) -> TopInfluences:
+        influence = self.config.influence
+        normalize = None if influence.normalize == "none" else influence.normalize
+        return top_influences(query, train, influence.k, groups, weights, normalize)
+
+    def _weights(self, checkpoints: list[Checkpoint]) -> list[float] | None:
+        if self.config.influence.weights == "uniform":
+            return None
+        return checkpoint_weights(checkpoints)
+
+    def _predictions(self, model_name: str, view: View) -> np.ndarray:
+        """The last checkpoint's predicted label of every test example, under the view's mask."""
+        model, tokenizer = self._load(self.checkpoints(model_name)[-1])
+        test = self._encode(tokenizer, self.table("test"), model)
+        predicted = np.full(len(test), -1)
+        for language, mask in view.masks:
+            rows = self._rows("test", language)
+            with masked(model, mask):
+                logits = predict(model, [test[row] for row in rows])
+            predicted[rows] = logits.argmax(dim=1).numpy()
+        return predicted
+
+    # --- what the stages share --------------------------------------------------------------
+
+    @property
+    def languages(self) -> list[str]:
+        """The task's languages."""
+        return self.config.task.languages
+
+    @cached_property
+    def device(self) -> str:
+        """Where to compute."""
+        if self.config.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.config.device
+
+    def table(self, split: str) -> pa.Table:
+        """data/<split>.parquet, read once."""
+        if split not in self._tables:
+            self._tables[split] = pq.read_table(self.run.data(split))
+        return self._tables[split]
+
+    @cached_property
+    def _tables(self) -> dict[str, pa.Table]:
+        return {}
+
+    @cached_property
+    def _data_digests(self) -> dict[str, str]:
+        return {split: file_sha256(self.run.data(split)) for split in SPLITS}
+
+    @cached_property
+    def views(self) -> list[View]:
+        """The views of the config, in the order they are computed."""
+        config = self.config.views
+        subnetworks = {language: self.subnetwork(language) for language in self.languages}
+        views = [View("full", [(None, None)])]
+        if config.subnetwork:
+            views.append(View("subnetwork", list(subnetworks.items())))
+        for draw in range(config.random):
+            masks = [
+                (language, _random_like(mask, self.config.seed, draw, place))
+                for place, (language, mask) in enumerate(subnetworks.items())
+            ]
+            views.append(View(f"random-{draw}", list(masks)))
+        views += [View(f"other-{name}", [(None, subnetworks[name])]) for name in config.other]
+        return views
+
+    def subnetwork(self, language: str) -> HeadMask:
+        """The language's pruned mask."""
+        return HeadMask.load(self.run.subnetwork(language))
+
+    def checkpoints(self, model_name: str) -> list[Checkpoint]:
+        """The model's checkpoints by epoch."""
+        epochs = range(1, self._epochs(model_name) + 1)
+        folder = self.run.model(model_name)
+        return load_checkpoints(folder / f"checkpoint-{epoch}" for epoch in epochs)
+
+    def _epochs(self, model_name: str) -> int:
+        sparse = self.config.sparse_finetune if model_name == "sparse" else None
+        return (sparse or self.config.finetune).epochs
+
+    def _load(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        gc.collect()  # one model at a time in memory
+        model, tokenizer = load_model(checkpoint.path)
+        model.to(torch.device(self.device))  # type: ignore[arg-type]
+        return model, tokenizer
+
+    def _encode(
+        self, tokenizer: PreTrainedTokenizerBase, table: pa.Table, model: PreTrainedModel
+    ) -> list[dict[str, Any]]:
+        num_labels = int(model.config.num_labels or 0)
+        return encode(tokenizer, table, self.config.model.max_length, num_labels=num_labels)
+
+    def _bar(self, name: str, total: int, unit: str = "example") -> Any:
+        return tqdm(total=total, desc=name, unit=unit, disable=None, smoothing=0.05)
+
+
+def checkpoint_weights(checkpoints: Sequence[Checkpoint]) -> list[float]:
+    """TracIn's eta_c: the checkpoints' learning rates.
+
+    Raises:
+        ValueError: a checkpoint without one.
+    """
+    weights = []
+    for checkpoint in checkpoints:
+        if checkpoint.learning_rate is None:
+            raise ValueError(
+                f"{checkpoint.path}: expected a learning rate in tracmod.json or "
+                f"trainer_state.json, found none; use uniform weights"
+            )
+        weights.append(checkpoint.learning_rate)
+    return weights
+
+
+def _random_like(mask: HeadMask, seed: int, draw: int, place: int) -> HeadMask:
+    layers, heads = mask.array.shape
+    entropy = np.random.SeedSequence([seed, draw, place]).generate_state(1)[0]
+    return HeadMask.random(layers, heads, mask.size, seed=int(entropy))
+
+
+def _of_language(table: pa.Table, language: str) -> pa.Table:
+    return table.filter(pa.compute.equal(table.column("language"), language))
+
+
+def _texts(table: pa.Table) -> list[str]:
+    texts = table.column("text_a").to_pylist() + table.column("text_b").to_pylist()
+    return [text for text in texts if text is not None]

@@ -1,0 +1,250 @@
+"""The run folder: where things lie, which stages are done, and that only one process writes it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tracmod.config import RunConfig, parse_config
+from tracmod.durable import file_sha256, publish_file, temporary_name, write_file
+
+STAGES = (
+    "data",
+    "finetune",
+    "prune",
+    "sparse-finetune",
+    "collect",
+    "influence",
+    "analyze",
+    "report",
+)
+# The config sections that each stage is the first to read. What a stage of the first kind has
+# read cannot be changed in the same folder: days of work depend on it. Stages of the second kind
+# are made again when their part of the config, or anything before them, has changed.
+_FIXED = {
+    "data": ("task",),
+    "finetune": ("seed", "model", "finetune"),
+    "prune": ("prune",),
+    "sparse-finetune": ("sparse_finetune",),
+}
+_REMADE = {
+    "collect": ("views", "collect"),
+    "influence": ("influence", "analyze"),
+    "analyze": (),
+    "report": ("name",),
+}
+CHECKSUMS = "checksums.json"
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "faiss-cpu")
+
+
+class RunFolder:
+    """A run folder and its run.json.
+
+    Attributes:
+        path: the folder.
+        config: what the run does.
+        record: run.json as a tree: config, versions, seeds, device, label_names, stages.
+    """
+
+    def __init__(self, path: str | Path, config: RunConfig | None = None) -> None:
+        """Open the folder, or with a config begin it.
+
+        Raises:
+            ValueError: no run there and no config, an unreadable run.json, or a config that differs
+                in what a stage already made depends on (named, with both values).
+        """
+        self.path = Path(path)
+        self.record: dict[str, Any] = {"stages": {}}
+        if self._record_path.is_file():
+            self.record = _read_json(self._record_path)
+            stored = parse_config(self.record["config"], str(self._record_path))
+            config = config or stored
+            self._refuse_changed(stored, config)
+        elif config is None:
+            raise ValueError(
+                f"{self.path}: no run.json there; begin a run with `tracmod run CONFIG --out "
+                f"{self.path}` or give --config"
+            )
+        self.config = config
+
+    @property
+    def _record_path(self) -> Path:
+        return self.path / "run.json"
+
+    # --- places -----------------------------------------------------------------------------
+
+    def data(self, split: str) -> Path:
+        """data/<split>.parquet."""
+        return self.path / "data" / f"{split}.parquet"
+
+    def model(self, model: str) -> Path:
+        """models/<model>: the folder of the checkpoints of `full` or `sparse`."""
+        return self.path / "models" / model
+
+    def subnetwork(self, language: str) -> Path:
+        """subnetworks/<language>.json."""
+        return self.path / "subnetworks" / f"{language}.json"
+
+    def features(self, model: str, view: str, language: str | None, epoch: int, split: str) -> Path:
+        """The feature store of one model, view (and its language's mask), checkpoint and split."""
+        view_path = self.path / "features" / model / view
+        if language is not None:
+            view_path /= language
+        return view_path / f"checkpoint-{epoch}" / split
+
+    def influence(self, model: str, view: str) -> Path:
+        """influence/<model>/<view>: the folder of its tables."""
+        return self.path / "influence" / model / view
+
+    # --- stages -----------------------------------------------------------------------------
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage was finished with this config."""
+        entry = self.record["stages"].get(stage, {})
+        return entry.get("state") == "done" and entry.get("inputs") == self._inputs(stage)
+
+    @contextmanager
+    def stage(self, stage: str) -> Iterator[None]:
+        """Record a stage as running, then as done with its seconds, earlier tries counted in."""
+        entry = self.record["stages"].get(stage, {})
+        inputs = self._inputs(stage)
+        before = entry.get("seconds", 0.0) if entry.get("inputs") == inputs else 0.0
+        if entry.get("state") == "done":
+            before = 0.0
+        self._begin(stage, inputs, before)
+        started = time.perf_counter()
+        state = "interrupted"
+        try:
+            yield
+            write_checksums(self.path)
+            state = "done"
+        finally:
+            seconds = round(before + time.perf_counter() - started, 3)
+            self.record["stages"][stage] = {"state": state, "seconds": seconds, "inputs": inputs}
+            self.save()
+
+    def _begin(self, stage: str, inputs: str, seconds: float) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.record["config"] = self.config.model_dump(mode="json")
+        self.record["tracmod"] = _version("tracmod")
+        self.record["versions"] = versions()
+        self.record["stages"][stage] = {"state": "running", "seconds": seconds, "inputs": inputs}
+        self.save()
+
+    def _inputs(self, stage: str) -> str:
+        """Digest of everything in the config that the stage and those before it read."""
+        tree = self.config.model_dump(mode="json")
+        sections = [
+            section
+            for earlier in STAGES[: STAGES.index(stage) + 1]
+            for section in (_FIXED | _REMADE)[earlier]
+        ]
+        text = json.dumps({section: tree[section] for section in sections}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _refuse_changed(self, stored: RunConfig, config: RunConfig) -> None:
+        begun = [stage for stage in _FIXED if stage in self.record["stages"]]
+        fixed = [section for stage in begun for section in _FIXED[stage]]
+        before, after = stored.model_dump(mode="json"), config.model_dump(mode="json")
+        for section in fixed:
+            for key, old, new in _differences(section, before[section], after[section]):
+                raise ValueError(
+                    f"{self.path}: was begun with {key}={old}, now asked for {key}={new}; use "
+                    f"another --out, or delete the folder"
+                )
+
+    # --- files ------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write run.json, whole or not at all."""
+        write_json(self._record_path, self.record)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; the lock ends with the process.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"{self.path}: another tracmod process works in it") from None
+            yield
+
+
+def write_checksums(folder: Path) -> None:
+    """Record the SHA-256 of every file written since the last time.
+
+    Left out are the feature stores and the index, which carry their own, and run.json, which
+    changes with every stage. What was recorded before stays as it was, so that a file damaged in
+    between is not taken for sound.
+    """
+    record = folder / CHECKSUMS
+    sums = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    recorded = record.stat().st_mtime_ns if record.is_file() else 0
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder)
+        own = name.parts[0] in ("features", "index", "run.json", CHECKSUMS)
+        if own or any(part.startswith(".") for part in name.parts):
+            continue
+        if str(name) not in sums or file.stat().st_mtime_ns > recorded:
+            sums[str(name)] = file_sha256(file)
+    write_json(record, {name: sums[name] for name in sorted(sums) if (folder / name).is_file()})
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {name: _version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **{k: v for k, v in found.items() if v}}
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, temporary_name(path))
+    publish_file(temporary_name(path), path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict) or "config" not in tree or "stages" not in tree:
+        raise ValueError(f"{path}: expected the record of a run, with config and stages")
+    return tree
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _differences(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in before.keys() | after.keys():
+            yield from _differences(f"{key}.{name}", before.get(name), after.get(name))
+    elif before != after:
+        yield key, before, after

@@ -1,0 +1,1 @@
+"""How far results can be trusted: the engine's gradients against autograd, what is on disk."""

@@ -188,13 +188,13 @@ def _load_weights(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        own_names = dict(config.id2label)
         if label_names is not None:
-            _check_label_names(name, config, label_names)
             for key, value in _label_config(label_names).items():
                 setattr(config, key, value)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return AutoModelForSequenceClassification.from_pretrained(
+            model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 config=config,
                 dtype=torch.float32,
@@ -206,13 +206,18 @@ def _load_weights(
     except OSError as error:
         where = "in the folder" if Path(name).is_dir() else "from the Hub"
         raise ValueError(f"model {name}: cannot be had {where}: {_first_line(error)}") from None
-    except KeyError as error:
-        raise ValueError(f"model {name}: transformers does not know its type {error}") from None
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"model {name}: not a sequence classifier of transformers: {_first_line(error)}"
+        ) from None
+    if label_names is not None:
+        _check_label_names(name, own_names, label_names)
+    return model, info
 
 
-def _check_label_names(name: str, config: Any, label_names: Sequence[str]) -> None:
+def _check_label_names(name: str, names: dict[int, str], label_names: Sequence[str]) -> None:
     """A trained classifier's named classes must be the task's; LABEL_0, ... says nothing."""
-    own = [config.id2label[index] for index in sorted(config.id2label)]
+    own = [names[index] for index in sorted(names)]
     named = not all(label.startswith("LABEL_") for label in own)
     if named and [label.lower() for label in own] != [label.lower() for label in label_names]:
         raise ValueError(f"model {name}: expected the classes {list(label_names)}, it has {own}")

@@ -62,30 +62,42 @@ def main() -> None:
 # --- the study ------------------------------------------------------------------------------
 
 
-def _run_options(command: Callable[..., None]) -> Callable[..., None]:
-    options = [
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Override one value of the config, such as --set finetune.epochs=5; repeatable.",
-        ),
-        click.option(
-            "--engine",
-            type=click.Choice(["local"]),
-            default="local",
-            show_default=True,
-            help="Where work runs: this process.",
-        ),
-    ]
-    return functools.reduce(lambda inner, option: option(inner), options, command)
+def _options(options: list[Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, in the order they are listed in --help."""
+    return lambda command: functools.reduce(lambda inner, add: add(inner), options[::-1], command)
+
+
+_RUN_OPTIONS = [
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override one value of the config, such as --set finetune.epochs=5; repeatable.",
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(["local"]),
+        default="local",
+        show_default=True,
+        help="Where work runs: this process.",
+    ),
+]
+_VIEW_OPTIONS = [
+    click.option(
+        "--model", type=click.Choice(["full", "sparse"]), default="full", show_default=True
+    ),
+    click.option(
+        "--view", default="full", show_default=True, help="full, subnetwork, random-0, ..."
+    ),
+    click.option("--mask", help="Language of the mask, for views with one per language."),
+]
 
 
 @main.command()
 @click.argument("config")
 @click.option("--out", required=True, type=FOLDER, help="Run folder; begun or gone on with.")
-@_run_options
+@_options(_RUN_OPTIONS)
 def run(config: str, out: Path, overrides: tuple[str, ...], engine: str) -> None:
     """Do every stage of CONFIG that is not yet done in the run folder.
 
@@ -112,7 +124,7 @@ def _stage(stage: str, does: str, example: str = "") -> None:
     @main.command(stage, help=f"{does}\n\n\b\nExample:\n  tracmod {stage} runs/demo{example}")
     @click.argument("run_dir", type=FOLDER)
     @click.option("--config", help="YAML file or embedded name; needed to begin a run folder.")
-    @_run_options
+    @_options(_RUN_OPTIONS)
     def command(run_dir: Path, config: str | None, overrides: tuple[str, ...], engine: str) -> None:
         from tracmod.config import load_config, override_config
         from tracmod.run_folder import RunFolder
@@ -217,6 +229,75 @@ def check(
         click.echo(f"{row}  {verdict}")
     if not all(error.passed for error in errors):
         _fail("the engine's gradients differ from autograd's", 1)
+
+
+@main.command()
+@click.argument("run_dir", type=EXISTING)
+@_options(_VIEW_OPTIONS)
+@click.option(
+    "--kind",
+    type=click.Choice(["flat", "sq8", "ivf", "ivfpq", "hnsw"]),
+    default="flat",
+    show_default=True,
+    help="flat is exact; the others are smaller or faster.",
+)
+def index(run_dir: Path, model: str, view: str, mask: str | None, kind: str) -> None:
+    """Build a FAISS index over a run's training features; `tracmod query` then uses it.
+
+    \b
+    Example:
+      tracmod index runs/demo --kind hnsw
+    """
+    from tracmod.query import Attributor
+
+    attributor = Attributor(run_dir, model, view, mask)
+    built = attributor.build_index(kind)
+    recall = built.recall
+    click.echo(
+        f"{attributor.index_path}: {len(built.ids)} examples, recall@{recall['k']} of "
+        f"{recall['proponents']:.3f} (proponents) and {recall['opponents']:.3f} (opponents)"
+    )
+
+
+@main.command()
+@click.argument("run_dir", type=EXISTING)
+@click.argument("text")
+@click.option("--text-b", help="Second text of a pair.")
+@click.option("--label", help="Its label; absent: the model's prediction.")
+@_options(_VIEW_OPTIONS)
+@click.option("-k", default=5, show_default=True, help="Proponents and opponents.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def query(
+    run_dir: Path,
+    text: str,
+    text_b: str | None,
+    label: str | None,
+    model: str,
+    view: str,
+    mask: str | None,
+    k: int,
+    as_json: bool,
+) -> None:
+    """Show the training examples that speak for and against a new example's label.
+
+    \b
+    Examples:
+      tracmod query runs/demo "The dog sleeps." --text-b "An animal sleeps." --label entailment
+      tracmod query runs/demo "Der Hund schläft." --text-b "Ein Tier schläft." --json
+    """
+    from tracmod.query import Attributor
+
+    answer = Attributor(run_dir, model, view, mask).query(text, text_b, label, k)
+    if as_json:
+        click.echo(json.dumps(answer, ensure_ascii=False, indent=1))
+        return
+    click.echo(f"label {answer['label']}, predicted {answer['prediction']}")
+    for side, meaning in (("proponents", "lowered"), ("opponents", "raised")):
+        click.echo(f"\n{side} (training examples that {meaning} its loss)")
+        for row in answer[side]:
+            texts = " | ".join(text for text in (row["text_a"], row["text_b"]) if text)
+            score, where = f"{row['score']:+.3e}", f"{row['language']:>4} {row['label']:14}"
+            click.echo(f"{row['rank']:4} {score}  {where} {texts}")
 
 
 # --- what is on disk, what is installed -----------------------------------------------------

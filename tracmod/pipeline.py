@@ -70,7 +70,7 @@ def run_stages(run: RunFolder, stages: Sequence[str] = STAGES, again: str | None
     Raises:
         ValueError: a stage before these is not done.
     """
-    work = _Work(run)
+    study = Study(run)
     for stage in stages:
         if run.is_done(stage) and stage != again:
             continue
@@ -81,10 +81,10 @@ def run_stages(run: RunFolder, stages: Sequence[str] = STAGES, again: str | None
                     f"`tracmod run` does every stage that is missing"
                 )
         with run.stage(stage):
-            getattr(work, stage.replace("-", "_"))()
+            getattr(study, stage.replace("-", "_"))()
 
 
-class _Work:
+class Study:
     """The stages, one method each, and what they share."""
 
     def __init__(self, run: RunFolder) -> None:
@@ -240,7 +240,7 @@ class _Work:
         }
         for view, language, mask in self._masks():
             with frozen(model), masked(model, mask):
-                collector = self._collector(model)
+                collector = self.collector(model)
                 for split in ("train", "test"):
                     path = self.run.features(
                         model_name, view.name, language, checkpoint.epoch, split
@@ -264,7 +264,8 @@ class _Work:
             return list(range(len(languages)))
         return [row for row, other in enumerate(languages) if other == language]
 
-    def _collector(self, model: PreTrainedModel) -> Collector:
+    def collector(self, model: PreTrainedModel) -> Collector:
+        """What turns examples into the run's features."""
         collect = self.config.collect
         return Collector(
             model,
@@ -329,7 +330,7 @@ class _Work:
                 ]
                 for split in ("test", "train")
             ]
-            tables.add(rows, self._top(stores[0], stores[1], groups, self._weights(checkpoints)))
+            tables.add(rows, self._top(stores[0], stores[1], groups, self.weights(checkpoints)))
             for place, checkpoint in enumerate(checkpoints):
                 alone = self._top([stores[0][place]], [stores[1][place]], groups, None)
                 tables.add_epoch(checkpoint.epoch, rows, alone)
@@ -352,7 +353,8 @@ class _Work:
         normalize = None if influence.normalize == "none" else influence.normalize
         return top_influences(query, train, influence.k, groups, weights, normalize)
 
-    def _weights(self, checkpoints: list[Checkpoint]) -> list[float] | None:
+    def weights(self, checkpoints: list[Checkpoint]) -> list[float] | None:
+        """What each checkpoint counts; None: 1 each."""
         if self.config.influence.weights == "uniform":
             return None
         return checkpoint_weights(checkpoints)

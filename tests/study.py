@@ -1,0 +1,45 @@
+"""A study small enough for tests: three languages, a tiny model, two epochs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tracmod.config import RunConfig, parse_config
+
+LANGUAGES = ["en", "de", "es"]
+
+
+def tiny_config(**overrides: Any) -> RunConfig:
+    """A config whose whole run takes a few seconds."""
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "device": "cpu",
+        "task": {
+            "name": "grammar",
+            "shape": "nli",
+            "languages": LANGUAGES,
+            "train_per_language": 12,
+            "dev_per_language": 9,
+            "test_per_language": 6,
+        },
+        "model": {"layers": 2, "hidden": 24, "heads": 3, "vocabulary": 900, "max_length": 48},
+        "finetune": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3},
+        "views": {"random": 1, "other": ["de"]},
+        "collect": {"projection_dim": 256, "shard_rows": 16, "batch_tokens": 512},
+        "influence": {"k": 5},
+        "analyze": {"bootstrap": 50, "permutations": 50},
+    }
+    for section, values in overrides.items():
+        tree[section] = tree.get(section, {}) | values if isinstance(values, dict) else values
+    return parse_config(tree, "tiny")
+
+
+def files_of(folder: Path, *patterns: str) -> dict[str, bytes]:
+    """Contents by relative path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for pattern in patterns
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }

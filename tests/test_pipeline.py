@@ -1,0 +1,260 @@
+"""The whole study, small: the contract's run folder, resuming, running twice, refusing changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from study import LANGUAGES, files_of, tiny_config
+
+import tracmod as tm
+from tracmod.model import encode, load_checkpoints, load_model
+from tracmod.pipeline import run_stages
+from tracmod.run_folder import STAGES, RunFolder
+from tracmod.store import verify_store
+
+# Everything of a run that must not depend on how often it was interrupted.
+RESULTS = (
+    "data/*",
+    "models/*/checkpoint-*/*",
+    "models/*/metrics.json",
+    "subnetworks/*",
+    "features/**/shard*",
+    "influence/**/*.parquet",
+    "analysis/*",
+)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("study") / "run"
+    run = RunFolder(folder, tiny_config())
+    with run.locked():
+        run_stages(run)
+    return folder
+
+
+def test_the_run_folder_is_as_the_contract_says(done):
+    record = json.loads((done / "run.json").read_text())
+    assert record["config"]["task"]["languages"] == LANGUAGES
+    assert {"torch", "transformers", "python"} <= record["versions"].keys()
+    assert record["device"] == "cpu"
+    assert list(record["stages"]) == list(STAGES)
+    assert all(stage["state"] == "done" for stage in record["stages"].values())
+    for split, count in (("train", 12), ("dev", 9), ("test", 6)):
+        table = pq.read_table(done / "data" / f"{split}.parquet")
+        assert table.column_names == ["id", "language", "text_a", "text_b", "label", "group"]
+        languages = table.column("language").to_pylist()
+        assert {name: languages.count(name) for name in LANGUAGES} == dict.fromkeys(
+            LANGUAGES, count
+        )
+    for model in ("full", "sparse"):
+        for epoch in (1, 2):
+            folder = done / "models" / model / f"checkpoint-{epoch}"
+            state = json.loads((folder / "tracmod.json").read_text())
+            assert state["epoch"] == epoch
+            assert state["learning_rate"] > 0
+            load_model(folder)
+    for language in LANGUAGES:
+        tree = json.loads((done / "subnetworks" / f"{language}.json").read_text())
+        assert tree["language"] == language
+        assert tree["score"] >= 0.95 * tree["full_score"] - 1e-9
+        assert np.array(tree["mask"]).shape == (tree["num_layers"], tree["num_heads"]) == (2, 3)
+    assert (done / "report" / "index.html").is_file()
+    assert (done / "analysis" / "summary.json").is_file()
+
+
+def test_features_lie_where_the_contract_says_and_are_sound(done):
+    stores = {str(path.parent.relative_to(done)) for path in done.glob("features/**/manifest.json")}
+    expected = {f"features/{m}/{v}/checkpoint-{e}/{s}"
+                for m in ("full", "sparse") for v in ("full", "other-de")
+                for e in (1, 2) for s in ("train", "test")}  # fmt: skip
+    expected |= {f"features/{m}/{v}/{language}/checkpoint-{e}/{s}"
+                 for m in ("full", "sparse") for v in ("subnetwork", "random-0")
+                 for language in LANGUAGES for e in (1, 2) for s in ("train", "test")}  # fmt: skip
+    assert stores == expected
+    assert [problem for store in stores for problem in verify_store(done / store)] == []
+    own = tm.FeatureStore.open(done / "features/full/subnetwork/de/checkpoint-1/test")
+    test = pq.read_table(done / "data/test.parquet")
+    rows = [row for row in test.to_pylist() if row["language"] == "de"]
+    assert own.ids == [row["id"] for row in rows]
+
+
+@pytest.mark.parametrize("model", ["full", "sparse"])
+@pytest.mark.parametrize("view", ["full", "subnetwork", "random-0", "other-de"])
+def test_tables_have_the_contracts_columns_and_rows_sum_to_one(done, model, view):
+    folder = done / "influence" / model / view
+    top = pq.read_table(folder / "top.parquet").to_pandas()
+    assert list(top.columns) == [
+        "test_id", "test_language", "sign", "rank", "train_id", "train_language", "score",
+    ]  # fmt: skip
+    assert len(top) == 18 * 2 * 5
+    best = top[top.sign == 1].pivot(index="test_id", columns="rank", values="score").to_numpy()
+    worst = top[top.sign == -1].pivot(index="test_id", columns="rank", values="score").to_numpy()
+    assert (np.diff(best) <= 0).all()
+    assert (np.diff(worst) >= 0).all()
+    for name in ("languages", "epochs"):
+        table = pq.read_table(folder / f"{name}.parquet").to_pandas()
+        key = ["test_language"] + (["epoch"] if name == "epochs" else [])
+        for share in ("share_positive", "share_negative"):
+            assert np.allclose(table.groupby(key)[share].sum(), 1)
+            assert (table[f"{share}_low"] <= table[share] + 1e-9).all()
+            assert (table[share] <= table[f"{share}_high"] + 1e-9).all()
+        assert len(table) == 9 * (2 if name == "epochs" else 1)
+
+
+def test_the_full_models_influence_is_that_of_the_python_functions(done):
+    """Recomputed from the checkpoints and the data alone."""
+    config = tiny_config()
+    checkpoints = load_checkpoints(done / "models/full" / f"checkpoint-{e}" for e in (1, 2))
+    projection = tm.Projection(256)
+    features = {"train": [], "test": []}
+    tables = {split: pq.read_table(done / "data" / f"{split}.parquet") for split in features}
+    for checkpoint in checkpoints:
+        model, tokenizer = load_model(checkpoint.path)
+        for split, table in tables.items():
+            examples = encode(tokenizer, table, config.model.max_length)
+            features[split].append(tm.collect_features(model, examples, projection))
+    weights = [checkpoint.learning_rate for checkpoint in checkpoints]
+    scores = tm.influence_scores(features["test"], features["train"], weights, "cosine")
+    written = pq.read_table(done / "influence/full/full/top.parquet").to_pandas()
+    train_ids = tables["train"].column("id").to_pylist()
+    for row, test_id in enumerate(tables["test"].column("id").to_pylist()):
+        mine = written[(written.test_id == test_id) & (written.sign == 1)].sort_values("rank")
+        found = scores[row, [train_ids.index(one) for one in mine.train_id]]
+        np.testing.assert_allclose(mine.score, found, rtol=1e-4, atol=1e-8)
+        np.testing.assert_allclose(mine.score, scores[row].topk(5).values, rtol=1e-4, atol=1e-8)
+
+
+def test_the_subnetworks_influence_is_under_the_languages_mask(done):
+    checkpoint = load_checkpoints([done / "models/full/checkpoint-2"])[0]
+    model, tokenizer = load_model(checkpoint.path)
+    mask = tm.HeadMask.load(done / "subnetworks/es.json")
+    table = pq.read_table(done / "data/train.parquet")
+    expected = tm.collect_features(
+        model, encode(tokenizer, table, 48), tm.Projection(256), head_mask=mask
+    )
+    store = tm.FeatureStore.open(done / "features/full/subnetwork/es/checkpoint-2/train")
+    torch.testing.assert_close(store.read(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_everything_again_does_nothing(done):
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
+    run = RunFolder(done, tiny_config())
+    with run.locked():
+        run_stages(run)
+    after = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
+    changed = {p.name for p in after if before.get(p) != after[p]}
+    assert changed <= {".lock"}
+
+
+def test_a_second_run_gives_the_same_files(done, tmp_path):
+    run = RunFolder(tmp_path / "again", tiny_config())
+    run_stages(run)
+    assert files_of(tmp_path / "again", *RESULTS) == files_of(done, *RESULTS)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_it_gives_the_same_files(done, tmp_path):
+    """kill -9 again and again, until the run gets through."""
+    config, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(tiny_config().model_dump(mode="json")))
+    command = [sys.executable, "-m", "tracmod.cli", "run", str(config), "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    seconds, kills = 6.0, 0
+    while True:
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        try:
+            _, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills, seconds = kills + 1, seconds + 1.7
+            continue
+        assert process.returncode == 0, errors
+        break
+    assert kills >= 1
+    assert files_of(out, *RESULTS) == files_of(done, *RESULTS)
+
+
+def test_stages_one_by_one_need_those_before_them(tmp_path):
+    run = RunFolder(tmp_path / "run", tiny_config())
+    with pytest.raises(ValueError, match="prune needs data, which is not done"):
+        run_stages(run, ["prune"])
+    run_stages(run, ["data"])
+    with pytest.raises(ValueError, match="collect needs finetune"):
+        run_stages(run, ["collect"])
+
+
+def test_a_changed_config_is_refused_where_work_would_be_lost(done):
+    with pytest.raises(ValueError, match=r"begun with finetune\.epochs=2, now .*=3; use another"):
+        RunFolder(done, tiny_config(finetune={"epochs": 3}))
+    with pytest.raises(ValueError, match=r"task\.seed=0, now asked for task\.seed=1"):
+        RunFolder(done, tiny_config(task={"seed": 1}))
+
+
+def test_a_changed_k_remakes_influence_and_what_follows_only(done, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(done, copy)
+    run = RunFolder(copy, tiny_config(influence={"k": 3}))
+    stages = [stage for stage in STAGES if not run.is_done(stage)]
+    assert stages == ["influence", "analyze", "report"]
+    run_stages(run)
+    assert len(pq.read_table(copy / "influence/full/full/top.parquet")) == 18 * 2 * 3
+    assert files_of(copy, "models/**/*") == files_of(done, "models/**/*")
+
+
+def test_two_processes_do_not_work_in_one_folder(done):
+    run = RunFolder(done)
+    holder = subprocess.Popen(
+        [sys.executable, "-c",
+         "import fcntl,sys,time; f=open(sys.argv[1],'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+         "print('held', flush=True); time.sleep(60)", str(done / ".lock")],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another tracmod process"), run.locked():
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    time.sleep(0.05)
+    with run.locked():
+        pass
+
+
+def test_features_of_another_projection_are_refused(done, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(done, copy)
+    run = RunFolder(copy, tiny_config(collect={"projection_dim": 128}))
+    with pytest.raises(ValueError, match="holds other features than these: dim: expected 128"):
+        run_stages(run)
+
+
+@pytest.mark.parametrize("shape", ["paraphrase", "reviews"])
+def test_the_other_shapes_of_the_embedded_task_run_through(tmp_path, shape):
+    config = tiny_config(
+        task={"shape": shape, "languages": ["en", "fr"], "train_per_language": 10},
+        finetune={"epochs": 1},
+        views={"random": 0, "other": []},
+        influence={"normalize": "none", "weights": "uniform"},
+    )
+    run = RunFolder(tmp_path / "run", config)
+    run_stages(run)
+    assert (tmp_path / "run/report/index.html").is_file()

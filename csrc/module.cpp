@@ -1,6 +1,234 @@
 // The only file that knows Python: names, checks, choice of device, release of the GIL.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "cpu/tiles.h"
+#include "kernels.h"
+#include "tensor.h"
 
 namespace py = pybind11;
+using Capsule = py::capsule;
 
-PYBIND11_MODULE(_C, m) { m.doc() = "tracmod's native engine"; }
+namespace tracmod {
+namespace {
+
+TensorView view(const Capsule& capsule, const std::string& op, const std::string& argument) {
+  // A DLManagedTensor begins with its DLTensor.
+  void* tensor = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
+  if (tensor == nullptr) throw py::error_already_set();
+  return TensorView(*static_cast<dlpack::Tensor*>(tensor), op, argument);
+}
+
+void check_built_for(const TensorView& tensor, const std::string& op, const std::string& argument) {
+  if (tensor.device_name() == "cpu") return;
+#ifdef TRACMOD_WITH_CUDA
+  if (tensor.is_cuda()) return;
+  reject(op, argument, "a tensor on cpu or cuda", tensor.device_name());
+#else
+  reject(op, argument, "a tensor on cpu (this build of tracmod has no CUDA)", tensor.device_name());
+#endif
+}
+
+template <class Enum>
+Enum choose(const std::string& name, const std::string& op, const std::string& argument,
+            std::initializer_list<std::pair<const char*, Enum>> choices) {
+  std::string names;
+  for (const auto& [choice, value] : choices) {
+    if (name == choice) return value;
+    names += (names.empty() ? "" : ", ") + std::string(choice);
+  }
+  reject(op, argument, "one of " + names, "'" + name + "'");
+}
+
+Layer layer_named(const std::string& name, const std::string& op) {
+  return choose<Layer>(name, op, "layer",
+                       {{"linear", Layer::linear},
+                        {"elementwise", Layer::elementwise},
+                        {"embedding", Layer::embedding}});
+}
+
+Kind kind_named(const std::string& name, const std::string& op) {
+  return choose<Kind>(
+      name, op, "kind",
+      {{"rademacher", Kind::rademacher}, {"sjlt", Kind::sjlt}, {"identity", Kind::identity}});
+}
+
+// Lengths on a GPU cannot be read without waiting for it: there, the kernels write NaN for an
+// example whose length is not in [0, S].
+const int64_t* checked_lengths(const TensorView& lengths, int64_t batch, int64_t tokens,
+                               const std::string& op, const std::string& argument) {
+  lengths.check_dtype("int64").check_shape({batch}, "(B,)").check_contiguous();
+  const int64_t* values = lengths.as<int64_t>();
+  if (lengths.is_cuda()) return values;
+  for (int64_t b = 0; b < batch; ++b) {
+    if (values[b] < 0 || values[b] > tokens) {
+      reject(op, argument, "values from 0 to S = " + std::to_string(tokens),
+             std::to_string(values[b]) + " at example " + std::to_string(b));
+    }
+  }
+  return values;
+}
+
+void check_lengths(const Capsule& lengths, int64_t batch, int64_t tokens, const std::string& op,
+                   const std::string& argument) {
+  checked_lengths(view(lengths, op, argument), batch, tokens, op, argument);
+}
+
+// `suffix` tells the first batch's arguments from the second's: "", "1", "2".
+Gradients gradients_of(const TensorView& x, const TensorView& g,
+                       const std::optional<Capsule>& lengths, Layer layer, const std::string& op,
+                       const std::string& suffix) {
+  check_built_for(x, op, "x" + suffix);
+  g.check_device(x);
+  Gradients result{};
+  result.dtype = g.float_type();
+  const bool ids = layer == Layer::embedding;
+  x.check_dtype(ids ? "int64" : g.dtype_name());
+  const int rank = x.ndim() + (ids ? 1 : 0);
+  if (ids) {
+    x.check_ndim({1, 2}, "(B, S) or (B,)");
+  } else {
+    x.check_ndim({2, 3}, layer == Layer::linear ? "(B, S, I) or (B, I)" : "(B, S, D) or (B, D)");
+  }
+  g.check_ndim({rank}, layer == Layer::linear ? (rank == 3 ? "(B, S, O), as x has three sizes"
+                                                           : "(B, O), as x has two sizes")
+                                              : "of x" + std::string(ids ? " and D" : ""));
+  result.batch = x.size(0);
+  result.tokens = rank == 3 ? x.size(1) : 1;
+  result.in = ids ? 1 : x.size(rank - 1);
+  result.out = g.size(rank - 1);
+  std::vector<int64_t> expected{result.batch};
+  if (rank == 3) expected.push_back(result.tokens);
+  expected.push_back(layer == Layer::elementwise ? result.in : result.out);
+  g.check_shape(expected, layer == Layer::linear ? "with B and S of x" : "of x");
+  x.check_contiguous();
+  g.check_contiguous();
+  result.x = x.data();
+  result.g = g.data();
+  if (lengths) {
+    const TensorView tensor = view(*lengths, op, "lengths" + suffix);
+    tensor.check_device(x);
+    result.lengths = checked_lengths(tensor, result.batch, result.tokens, op, "lengths" + suffix);
+  }
+  return result;
+}
+
+void check_projection(const Gradients& gradients, const Projection& projection, int64_t offset,
+                      int64_t width, const std::string& op) {
+  const auto text = [](int64_t value) { return std::to_string(value); };
+  const int64_t k_out = projection.k_out, k_in = projection.k_in;
+  if (k_out < 1) reject(op, "k_out", "1 or more", text(k_out));
+  if (k_in < 1) reject(op, "k_in", "1 or more", text(k_in));
+  if (offset < 0) reject(op, "offset", "0 or more", text(offset));
+  if (k_out > width || k_in > width || offset + k_out * k_in > width) {
+    reject(op, "k_out, k_in and offset", "offset + k_out * k_in of at most K = " + text(width),
+           text(offset) + " + " + text(k_out) + " * " + text(k_in));
+  }
+  if (k_out * k_in >= int64_t{1} << 31) {
+    reject(op, "k_out and k_in", "k_out * k_in below 2^31", text(k_out * k_in));
+  }
+  const bool linear = projection.layer == Layer::linear;
+  if (projection.layer == Layer::embedding && projection.bias) {
+    reject(op, "bias", "False for layer embedding", "True");
+  }
+  if (projection.kind == Kind::identity) {
+    if (projection.layer == Layer::embedding) {
+      reject(op, "kind", "rademacher or sjlt for layer embedding", "identity");
+    }
+    const int64_t bias = projection.bias ? 1 : 0;
+    const int64_t exact_out = linear ? gradients.out : 1 + bias;
+    const int64_t exact_in = linear ? gradients.in + bias : gradients.in;
+    if (k_out != exact_out || k_in != exact_in) {
+      reject(op, "k_out and k_in",
+             text(exact_out) + " and " + text(exact_in) + " for kind identity",
+             text(k_out) + " and " + text(k_in));
+    }
+  } else if (linear && projection.input_key == projection.output_key) {
+    reject(op, "output_key", "another key than input_key (equal signs on both sides are biased)",
+           std::to_string(projection.output_key));
+  }
+}
+
+// Memory that `allocate(bytes)` makes on the caller's side, kept while `owner` lives.
+struct Memory {
+  Capsule owner;
+  void* data;
+};
+
+Memory allocate_on(const py::function& allocate, size_t bytes, const std::string& op) {
+  Capsule owner = allocate(bytes).cast<Capsule>();
+  void* data = view(owner, op, "scratch").data();
+  return {std::move(owner), data};
+}
+
+void project_gradients(const Capsule& x_capsule, const Capsule& g_capsule,
+                       const Capsule& out_capsule, const std::optional<Capsule>& lengths,
+                       int64_t offset, const std::string& layer, const std::string& kind,
+                       int64_t k_out, int64_t k_in, uint64_t seed, uint64_t input_key,
+                       uint64_t output_key, bool bias, const py::function& allocate, int threads,
+                       [[maybe_unused]] uintptr_t stream) {
+  const std::string op = "project_gradients";
+  const TensorView x = view(x_capsule, op, "x"), g = view(g_capsule, op, "g");
+  const TensorView out = view(out_capsule, op, "out");
+  const Projection projection{layer_named(layer, op), kind_named(kind, op), bias,     k_out, k_in,
+                              seed,                   input_key,            output_key};
+  const Gradients gradients = gradients_of(x, g, lengths, projection.layer, op, "");
+  out.check_device(x).check_dtype("float32").check_ndim({2}, "(B, K)");
+  out.check_shape({gradients.batch, out.size(1)}, "(B, K)").check_contiguous();
+  check_projection(gradients, projection, offset, out.size(1), op);
+  if (gradients.batch == 0) return;
+  float* target = out.as<float>() + offset;
+#ifdef TRACMOD_WITH_CUDA
+  if (x.is_cuda()) {
+    const Memory scratch =
+        allocate_on(allocate, cuda::project_gradients_scratch(gradients, projection), op);
+    const py::gil_scoped_release release;
+    cuda::project_gradients(gradients, projection, target, out.size(1), scratch.data,
+                            reinterpret_cast<void*>(stream));
+    return;
+  }
+#endif
+  const Memory scratch =
+      allocate_on(allocate, cpu::project_gradients_scratch(gradients, projection, threads), op);
+  const py::gil_scoped_release release;
+  cpu::project_gradients(gradients, projection, target, out.size(1), scratch.data, threads);
+}
+
+void projection_matrix(const Capsule& out_capsule, const std::string& kind, uint64_t seed,
+                       uint64_t key) {
+  const std::string op = "projection_matrix";
+  const TensorView out = view(out_capsule, op, "out");
+  out.check_dtype("float32").check_ndim({2}, "(k, size)").check_contiguous();
+  const Kind which = choose<Kind>(
+      kind, op, "kind", {{"rademacher", Kind::rademacher}, {"sjlt", Kind::sjlt}});
+  cpu::projection_matrix(which, out.size(0), out.size(1), seed, key, out.as<float>());
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = TRACMOD_VERSION;
+  info["compiler"] = TRACMOD_COMPILER;
+#ifdef TRACMOD_WITH_CUDA
+  info["cuda"] = TRACMOD_CUDA_TOOLKIT;
+  info["cuda_architectures"] = TRACMOD_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = py::none();
+  info["cuda_architectures"] = py::none();
+#endif
+  info["instructions"] = cpu::tiles().name;
+  return info;
+}
+
+}  // namespace
+}  // namespace tracmod
+
+PYBIND11_MODULE(_C, m) {
+  using namespace tracmod;
+  m.doc() = "tracmod's native engine; tracmod.kernels is its public face.";
+  m.def("build_info", &build_info);
+  m.def("check_lengths", &check_lengths);
+  m.def("project_gradients", &project_gradients);
+  m.def("projection_matrix", &projection_matrix);
+}

@@ -1,0 +1,29 @@
+// Cuts one block of the caller's memory into aligned arrays; without a block it only counts bytes,
+// so that one function lays the scratch out and tells its size.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tracmod {
+
+class Scratch {
+ public:
+  explicit Scratch(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    const size_t start = (bytes_ + kAlignment - 1) / kAlignment * kAlignment;
+    bytes_ = start + static_cast<size_t>(count) * sizeof(T);
+    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + start);
+  }
+
+  size_t bytes() const { return bytes_; }
+
+ private:
+  static constexpr size_t kAlignment = 256;
+  char* base_;
+  size_t bytes_ = 0;
+};
+
+}  // namespace tracmod

@@ -1,0 +1,87 @@
+"""The only importer of `_C`: hands tensors over as borrowed DLPack capsules and allocates scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from tracmod import _C
+
+_MASK_64 = (1 << 64) - 1
+
+
+def _capsule(tensor: Tensor) -> Any:
+    return to_dlpack(tensor.detach())
+
+
+def _scratch(device: torch.device) -> Callable[[int], Any]:
+    return lambda size: _capsule(torch.empty(size, dtype=torch.uint8, device=device))
+
+
+def _stream(device: torch.device) -> int:
+    """The current CUDA stream's handle; 0 on the CPU, where it is not looked at."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _lengths(lengths: Tensor | None, like: Tensor, tokens: int, op: str, name: str) -> Any:
+    """Lengths on the CPU are checked there, then brought to the device of the data."""
+    if lengths is None:
+        return None
+    if lengths.device.type == "cpu" and like.device.type != "cpu":
+        _C.check_lengths(_capsule(lengths), len(like), tokens, op, name)
+        lengths = lengths.to(like.device, non_blocking=True)
+    return _capsule(lengths)
+
+
+def _tokens(g: Tensor) -> int:
+    return g.shape[1] if g.dim() == 3 else 1
+
+
+def project_gradients(
+    x: Tensor,
+    g: Tensor,
+    out: Tensor,
+    lengths: Tensor | None,
+    offset: int,
+    layer: str,
+    kind: str,
+    k_out: int,
+    k_in: int,
+    seed: int,
+    input_key: int,
+    output_key: int,
+    bias: bool,
+) -> None:
+    """See `tracmod.kernels.project_gradients`."""
+    _C.project_gradients(
+        _capsule(x),
+        _capsule(g),
+        _capsule(out),
+        _lengths(lengths, g, _tokens(g), "project_gradients", "lengths"),
+        offset,
+        layer,
+        kind,
+        k_out,
+        k_in,
+        seed & _MASK_64,
+        input_key & _MASK_64,
+        output_key & _MASK_64,
+        bias,
+        _scratch(x.device),
+        torch.get_num_threads(),
+        _stream(x.device),
+    )
+
+
+def projection_matrix(kind: str, out: Tensor, seed: int, key: int) -> None:
+    """Fills out (k, size) with the signs of a projection, without its scale."""
+    _C.projection_matrix(_capsule(out), kind, seed & _MASK_64, key & _MASK_64)
+
+
+def build_info() -> dict[str, Any]:
+    """See `tracmod.kernels.build_info`."""
+    return dict(_C.build_info())

@@ -1,0 +1,197 @@
+"""Every op in plain torch: the specification that the native engine is tested against.
+
+Any float dtype; run it in float64 for the truth and in float32 for plain torch's own error. Slow and
+memory-hungry on purpose: each function is its formula.
+
+Shape suffixes: B examples, S tokens, I in, O out, D features of LayerNorm or embedding, K features
+per row, N train, Q query, C checkpoints, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MASK_64 = (1 << 64) - 1
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits."""
+    value &= _MASK_64
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's own copies the sign bit)."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift_right(z, 31)
+
+
+def _step(state: Tensor, n: Tensor) -> Tensor:
+    return _mix(state + _signed(0x9E3779B97F4A7C15) * (n + 1))
+
+
+def _stream(seed: int, key: int) -> Tensor:
+    return _step(_mix(torch.tensor(_signed(seed))), torch.tensor(_signed(key)))
+
+
+def _sign(hashes: Tensor) -> Tensor:
+    return 1 - 2 * (hashes & 1)
+
+
+def _position(hashes: Tensor, size: int) -> Tensor:
+    return (_shift_right(hashes, 32) * size) >> 32
+
+
+def projection_matrix(
+    kind: str, k: int, size: int, seed: int, key: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """R (k, size): rademacher +-1/sqrt(k) everywhere, or sjlt one +-1 in each column.
+
+    The integers behind the entries are those of csrc/random.h.
+    """
+    stream, columns = _stream(seed, key), torch.arange(size)
+    if kind == "rademacher":
+        rows = torch.arange(k)[:, None]
+        words = _step(_step(stream, columns), rows // 64)
+        return (1 - 2 * ((words >> (rows % 64)) & 1)).to(dtype) / k**0.5
+    hashes = _step(stream, columns)
+    matrix = torch.zeros(k, size, dtype=dtype)
+    matrix[_position(hashes, k), columns] = _sign(hashes).to(dtype)
+    return matrix
+
+
+def count_sketch(values_nD: Tensor, rows_n: Tensor, size: int, seed: int, key: int) -> Tensor:
+    """(size,): element (row, d) added with its sign at its position."""
+    columns = torch.arange(values_nD.shape[1])
+    hashes_nD = _step(_step(_stream(seed, key), rows_n.cpu()[:, None]), columns)
+    sketch = values_nD.new_zeros(size)
+    positions, signs = _position(hashes_nD, size), _sign(hashes_nD).to(values_nD.dtype)
+    return sketch.index_add(
+        0, positions.flatten().to(sketch.device), (signs.to(sketch.device) * values_nD).flatten()
+    )
+
+
+def gradient(x: Tensor, g: Tensor, *, layer: str, bias: bool) -> Tensor:
+    """One example's gradient: linear (O, I + bias), elementwise (1 + bias, D), embedding by id.
+
+    x (S, I), g (S, O); elementwise both (S, D); embedding x (S,) ids and g (S, D), whose gradient is
+    returned as (largest id + 1, D).
+    """
+    if layer == "linear":
+        ones = x.new_ones(len(x), 1 if bias else 0)
+        return g.T @ torch.cat([x, ones], dim=1)
+    if layer == "elementwise":
+        weight = (g * x).sum(0)
+        return torch.stack([weight, g.sum(0)]) if bias else weight[None]
+    rows = int(x.max()) + 1 if len(x) else 0
+    return g.new_zeros(rows, g.shape[1]).index_add(0, x, g)
+
+
+def _examples(x: Tensor, g: Tensor, lengths: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """(x, g) of each example's tokens that count; a missing S is 1."""
+    if g.dim() == 2:
+        x, g = x.unsqueeze(1), g.unsqueeze(1)
+    counts = [g.shape[1]] * len(g) if lengths is None else lengths.tolist()
+    return [(x[b, :count], g[b, :count]) for b, count in enumerate(counts)]
+
+
+def project_gradients(
+    x: Tensor,
+    g: Tensor,
+    out_BK: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    offset: int = 0,
+    layer: str = "linear",
+    kind: str = "rademacher",
+    k_out: int,
+    k_in: int,
+    seed: int,
+    input_key: int,
+    output_key: int,
+    bias: bool = False,
+) -> None:
+    """out[b, offset : offset + k_out k_in] += vec(R_out G_b R_in^T), or a count sketch of G_b."""
+    size = k_out * k_in
+    for row, (x_b, g_b) in zip(out_BK, _examples(x, g, lengths), strict=True):
+        if layer == "embedding":
+            feature = count_sketch(g_b, x_b, size, seed, output_key)
+        else:
+            feature = gradient(x_b, g_b, layer=layer, bias=bias)
+            if kind != "identity" and layer == "elementwise":
+                rows = torch.arange(len(feature))
+                feature = count_sketch(feature, rows, size, seed, output_key)
+            elif kind != "identity":
+                r_out, r_in = (
+                    projection_matrix(kind, k, n, seed, key, feature.dtype).to(feature.device)
+                    for k, n, key in zip(
+                        (k_out, k_in), feature.shape, (output_key, input_key), strict=True
+                    )
+                )
+                feature = r_out @ feature @ r_in.T
+        row[offset : offset + size] += feature.flatten()
+
+
+def gradient_dot(
+    x1: Tensor,
+    g1: Tensor,
+    x2: Tensor,
+    g2: Tensor,
+    out: Tensor,
+    *,
+    lengths1: Tensor | None = None,
+    lengths2: Tensor | None = None,
+    layer: str = "linear",
+    bias: bool = False,
+) -> None:
+    """out[i, j] += <G_i, G'_j>, both gradients formed."""
+    for i, (x_i, g_i) in enumerate(_examples(x1, g1, lengths1)):
+        first = gradient(x_i, g_i, layer=layer, bias=bias)
+        for j, (x_j, g_j) in enumerate(_examples(x2, g2, lengths2)):
+            second = gradient(x_j, g_j, layer=layer, bias=bias)
+            rows = min(len(first), len(second))  # an embedding's other rows are zero in one of them
+            out[i, j] += (first[:rows] * second[:rows]).sum()
+
+
+def scores(
+    queries: Sequence[Tensor],
+    trains: Sequence[Tensor],
+    weights: Sequence[float] | None = None,
+    normalize: str | None = None,
+) -> Tensor:
+    """(Q, N): sum_c weights[c] <q_c, n_c>, each term over |q_c| |n_c| for "cosine" (0 if one is 0)."""
+    total = torch.zeros(len(queries[0]), len(trains[0]), dtype=queries[0].dtype)
+    total = total.to(queries[0].device)
+    for c, (q_QK, n_NK) in enumerate(zip(queries, trains, strict=True)):
+        dots = q_QK @ n_NK.T
+        if normalize == "cosine":
+            norms = q_QK.norm(dim=1)[:, None] * n_NK.norm(dim=1)
+            dots = torch.where(norms == 0, 0.0, dots / norms)
+        total += (1.0 if weights is None else weights[c]) * dots
+    return total
+
+
+def top_k(scores_QN: Tensor, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
+    """(scores, indices) (Q, k), best first; ties: lower index first; missing: -1 and -inf or +inf."""
+    order = torch.sort(scores_QN + 0.0, dim=1, descending=largest, stable=True)
+    missing = max(0, k - scores_QN.shape[1])
+    worst = -torch.inf if largest else torch.inf
+    pad = torch.nn.functional.pad
+    return (
+        pad(order.values[:, :k], (0, missing), value=worst),
+        pad(order.indices[:, :k], (0, missing), value=-1),
+    )
+
+
+def group_sums(scores_QN: Tensor, groups_N: Tensor, num_groups: int) -> Tensor:
+    """(Q, G) float64: the scores of each group's training examples summed."""
+    sums = torch.zeros(len(scores_QN), num_groups, dtype=torch.float64, device=scores_QN.device)
+    return sums.index_add(1, groups_N, scores_QN.double())

@@ -1,4 +1,4 @@
-"""The layout holds: imports run one way, and what is imported in one place is imported only there."""
+"""The layout holds: imports run one way, and some are allowed in one place only."""
 
 from __future__ import annotations
 

@@ -1,0 +1,24 @@
+"""Examples, languages and labels: every task, sampled and split."""
+
+from __future__ import annotations
+
+from tracmod.config import TaskConfig
+from tracmod.tasks.examples import SCHEMA, TaskData
+from tracmod.tasks.files import load_files, read_examples, read_model_examples
+from tracmod.tasks.grammar import load_grammar
+from tracmod.tasks.sampling import sample
+
+__all__ = ["SCHEMA", "TaskData", "load_task", "read_examples", "read_model_examples"]
+
+
+def load_task(config: TaskConfig) -> TaskData:
+    """Load, check, sample and split a task; the same config and data give the same examples.
+
+    Raises:
+        ValueError: malformed data (file and line), an unknown language, or too few examples.
+    """
+    loader = {
+        "grammar": load_grammar,
+        "files": load_files,
+    }[config.name]
+    return sample(loader(config), config)

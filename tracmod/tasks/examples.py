@@ -1,0 +1,68 @@
+"""The schema of examples, and the containers that hold a task's data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+SPLITS = ("train", "dev", "test")
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("language", pa.string()),
+        ("text_a", pa.string()),
+        ("text_b", pa.string()),
+        ("label", pa.int64()),
+        ("group", pa.string()),
+    ]
+)
+# Examples before they are split: `split_group` (null: `group`, else `id`) stays in one split.
+POOL_SCHEMA = SCHEMA.append(pa.field("split_group", pa.string()))
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's sampled examples.
+
+    Attributes:
+        name: the task's name.
+        label_names: one per class, in the order of the labels 0, 1, ...
+        languages: in the order asked for.
+        parallel: `group` names the same item in every language.
+        train, dev, test: tables with `SCHEMA`; ids are unique within a table, and no group is in
+            two tables.
+    """
+
+    name: str
+    label_names: list[str]
+    languages: list[str]
+    parallel: bool
+    train: pa.Table
+    dev: pa.Table
+    test: pa.Table
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Examples (`POOL_SCHEMA`) that one or several splits are drawn from."""
+
+    table: pa.Table
+    splits: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All there is of a task, before sampling; groups of different pools are different items."""
+
+    label_names: list[str]
+    parallel: bool
+    pools: list[Pool]
+
+
+def pool_table(**columns: Sequence[Any] | pa.ChunkedArray) -> pa.Table:
+    """A table with `POOL_SCHEMA`; columns left out are null."""
+    nulls = [None] * len(columns["id"])
+    return pa.table({name: columns.get(name, nulls) for name in POOL_SCHEMA.names}, POOL_SCHEMA)

@@ -1,0 +1,110 @@
+"""What the embedded task can say: concepts, and the facts that every language puts into words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PEOPLE = (
+    "man",
+    "woman",
+    "boy",
+    "girl",
+    "teacher",
+    "doctor",
+    "farmer",
+    "nurse",
+    "king",
+    "queen",
+    "singer",
+    "neighbour",
+)
+# Each pair is one scale with two opposite ends.
+SCALES = (("rich", "poor"), ("happy", "sad"), ("strong", "weak"), ("tall", "short"))
+OPPOSITE = {a: b for low, high in SCALES for a, b in ((low, high), (high, low))}
+QUALITIES = tuple(OPPOSITE)
+PLACES = ("park", "kitchen", "garden", "school", "library", "station", "market", "hospital")
+TIMES = ("morning", "noon", "afternoon", "night")
+# What an action can be done to; every action can also be told without its object.
+OBJECTS = {
+    "eat": ("apple", "pear", "carrot", "onion"),
+    "drink": ("tea", "coffee", "water", "milk"),
+    "read": ("book", "newspaper", "letter", "poem"),
+    "draw": ("dog", "cat", "tree", "flower"),
+    "cook": ("soup", "fish", "rice"),
+}
+KIND = {
+    "apple": "fruit",
+    "pear": "fruit",
+    "carrot": "vegetable",
+    "onion": "vegetable",
+    "dog": "animal",
+    "cat": "animal",
+    "tree": "plant",
+    "flower": "plant",
+}
+THINGS = tuple(dict.fromkeys([thing for things in OBJECTS.values() for thing in things]))
+INTRANSITIVE = ("sleep", "work", "sing", "dance", "wait")
+ACTIONS = (*OBJECTS, *INTRANSITIVE)
+# What one person can do to another.
+DEEDS = ("see", "hear", "greet", "seek", "meet", "photograph")
+
+PRODUCTS = ("lamp", "book", "bag", "phone", "clock", "chair", "camera", "coat", "table", "shirt")
+ASPECTS = ("quality", "price", "material", "design", "colour", "packaging", "delivery", "size")
+# Verdicts from worst to best; two words for each grade.
+VERDICTS = (
+    ("terrible", "horrible"),
+    ("bad", "disappointing"),
+    ("acceptable", "normal"),
+    ("good", "nice"),
+    ("excellent", "perfect"),
+)
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody definite, perhaps with a quality: "the rich king"."""
+
+    noun: str
+    quality: str | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """Somebody does something: "The rich king reads a letter in the park at night"."""
+
+    subject: Person
+    action: str
+    thing: str | None = None
+    place: str | None = None
+    time: str | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """Somebody is or is not so, or there: "The king is not rich", "The king is in the park"."""
+
+    subject: Person
+    quality: str | None = None
+    place: str | None = None
+    negated: bool = False
+
+
+@dataclass(frozen=True)
+class Deed:
+    """Somebody does something to somebody: "In the park the rich king greets the sad nurse"."""
+
+    subject: Person
+    deed: str
+    other: Person
+    place: str
+    place_first: bool
+
+
+@dataclass(frozen=True)
+class Review:
+    """A bought product and two verdicts on aspects of it, each (aspect, verdict, strengthened)."""
+
+    product: str
+    verdicts: tuple[tuple[str, str, bool], tuple[str, str, bool]]
+    contrast: bool
+    buyer_is_woman: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from tracmod.heads import HeadMask
 from tracmod.influence import TopInfluences, exact_influence, top_influences, top_of_scores
 from tracmod.model import (
     Checkpoint,
+    class_names,
     encode,
     load_checkpoints,
+    load_classifier,
     load_model,
     model_digest,
     predict,
@@ -107,7 +109,7 @@ class _Work:
         with masked(model, self.mask):  # a mask of another shape is refused here
             pass
         self.tokenizer_digest = tokenizer_digest(tokenizer)
-        self.label_names = _label_names(model)
+        self.label_names = class_names(model)
         self.max_length = asked.max_length or min(512, tokenizer.model_max_length)
         self.tables = {
             "train": read_model_examples(asked.train, self.label_names),
@@ -212,10 +214,11 @@ class _Work:
         )
 
     def _load(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        model, tokenizer = load_model(checkpoint.path)
-        if tokenizer_digest(tokenizer) != self.tokenizer_digest:
+        model = load_classifier(checkpoint.path)
+        if class_names(model) != self.label_names:
             raise ValueError(
-                f"{checkpoint.path}: expected the tokenizer of {self.asked.model}, got another"
+                f"{checkpoint.path}: expected the classes of {self.asked.model}, "
+                f"{', '.join(self.label_names)}, got {', '.join(class_names(model))}"
             )
         return model.to(torch.device(self.device))  # type: ignore[arg-type]
 
@@ -250,8 +253,3 @@ def _weights(checkpoints: Sequence[Checkpoint]) -> list[float]:
                 f"tracmod.json or trainer_state.json, found none"
             )
     return [float(rate) for rate in rates if rate is not None]
-
-
-def _label_names(model: PreTrainedModel) -> list[str]:
-    names: Mapping[int, str] = model.config.id2label or {}
-    return [names[label] for label in sorted(names)]

@@ -144,24 +144,60 @@ def load_model(
         ValueError: no such folder or Hub name, no tokenizer, no (or another) classifier, or an
             architecture whose attention heads `attention_layers` does not find.
     """
-    name = str(source)
-    folder = Path(source)
-    if folder.is_dir():
-        _check_folder(folder)
-    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"model {name}: no such folder")
+    name, folder = str(source), Path(source)
+    _check_source(source)
+    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise ValueError(
+            f"model {name}: no tokenizer in the folder, expected one of "
+            + ", ".join(_TOKENIZER_FILES)
+        )
+    model = load_classifier(source, label_names, seed=seed)
     with quiet_transformers():
-        model, info = _load_weights(name, label_names, seed)
         tokenizer = _load_tokenizer(name)
-    _check_weights(name, model, info, label_names)
-    attention_layers(model)
     embeddings: Any = embeddings_module(model)
     rows = embeddings.word_embeddings.num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(
             f"model {name}: its tokenizer has {len(tokenizer)} ids, its embeddings only {rows} rows"
         )
-    return model.float().eval(), tokenizer
+    return model, tokenizer
+
+
+def load_classifier(
+    source: str | Path, label_names: Sequence[str] | None = None, *, seed: int = 0
+) -> PreTrainedModel:
+    """The model of `load_model`, from a folder that need not have a tokenizer."""
+    name = str(source)
+    _check_source(source)
+    with quiet_transformers():
+        model, info = _load_weights(name, label_names, seed)
+    _check_weights(name, model, info, label_names)
+    attention_layers(model)
+    return model.float().eval()
+
+
+def class_names(model: PreTrainedModel) -> list[str]:
+    """The names of the model's classes, in the order of the labels 0, 1, ..."""
+    names = model.config.id2label or {}
+    return [names[label] for label in sorted(names)]
+
+
+def class_names(model: PreTrainedModel) -> list[str]:
+    """The model's classes in the order of the labels 0, 1, ..."""
+    return _names_in_order(model.config)
+
+
+def _names_in_order(config: Any) -> list[str]:
+    return [config.id2label[label] for label in sorted(config.id2label)]
+
+
+def _check_source(source: str | Path) -> None:
+    name, folder = str(source), Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model {name}: expected a transformers folder, found no config.json")
+    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"model {name}: no such folder")
 
 
 def _label_config(label_names: Sequence[str]) -> dict[str, Any]:
@@ -173,22 +209,12 @@ def _label_config(label_names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model {folder}: expected a transformers folder, found no config.json")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise ValueError(
-            f"model {folder}: no tokenizer in the folder, expected one of "
-            + ", ".join(_TOKENIZER_FILES)
-        )
-
-
 def _load_weights(
     name: str, label_names: Sequence[str] | None, seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        own_names = dict(config.id2label)
+        own_names = _names_in_order(config)
         if label_names is not None:
             for key, value in _label_config(label_names).items():
                 setattr(config, key, value)
@@ -215,9 +241,8 @@ def _load_weights(
     return model, info
 
 
-def _check_label_names(name: str, names: dict[int, str], label_names: Sequence[str]) -> None:
+def _check_label_names(name: str, own: list[str], label_names: Sequence[str]) -> None:
     """A trained classifier's named classes must be the task's; LABEL_0, ... says nothing."""
-    own = [names[index] for index in sorted(names)]
     named = not all(label.startswith("LABEL_") for label in own)
     if named and [label.lower() for label in own] != [label.lower() for label in label_names]:
         raise ValueError(f"model {name}: expected the classes {list(label_names)}, it has {own}")

@@ -16,7 +16,7 @@ from tracmod import kernels
 from tracmod.capture import Captured, capture, frozen, select_layers
 from tracmod.features import masked
 from tracmod.heads import HeadMask
-from tracmod.model import collate, encode, label_names, load_model, pad_token_id, per_example_loss
+from tracmod.model import class_names, collate, encode, load_model, pad_token_id, per_example_loss
 from tracmod.tasks import read_model_examples
 
 
@@ -54,7 +54,7 @@ def check_model(
     """`check_gradients` of a model folder on the first examples of a file."""
     model, tokenizer = load_model(source)
     mask = None if head_mask is None else HeadMask.load(head_mask)
-    labels = label_names(model)
+    labels = class_names(model)
     table = read_model_examples(data, labels).slice(0, num_examples)
     max_length = min(max_length, tokenizer.model_max_length)
     examples = encode(tokenizer, table, max_length, num_labels=len(labels))

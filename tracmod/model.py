@@ -177,12 +177,6 @@ def load_classifier(
 
 
 def class_names(model: PreTrainedModel) -> list[str]:
-    """The names of the model's classes, in the order of the labels 0, 1, ..."""
-    names = model.config.id2label or {}
-    return [names[label] for label in sorted(names)]
-
-
-def class_names(model: PreTrainedModel) -> list[str]:
     """The model's classes in the order of the labels 0, 1, ..."""
     return _names_in_order(model.config)
 

@@ -196,6 +196,146 @@ void project_gradients(const Capsule& x_capsule, const Capsule& g_capsule,
   cpu::project_gradients(gradients, projection, target, out.size(1), scratch.data, threads);
 }
 
+void gradient_dot(const Capsule& x1_capsule, const Capsule& g1_capsule, const Capsule& x2_capsule,
+                  const Capsule& g2_capsule, const Capsule& out_capsule,
+                  const std::optional<Capsule>& lengths1, const std::optional<Capsule>& lengths2,
+                  const std::string& layer_name, bool bias, const py::function& allocate,
+                  int threads, [[maybe_unused]] uintptr_t stream) {
+  const std::string op = "gradient_dot";
+  const Layer layer = layer_named(layer_name, op);
+  const TensorView x1 = view(x1_capsule, op, "x1"), g1 = view(g1_capsule, op, "g1");
+  const TensorView x2 = view(x2_capsule, op, "x2"), g2 = view(g2_capsule, op, "g2");
+  const TensorView out = view(out_capsule, op, "out");
+  const Gradients first = gradients_of(x1, g1, lengths1, layer, op, "1");
+  x2.check_device(x1);
+  const Gradients second = gradients_of(x2, g2, lengths2, layer, op, "2");
+  g2.check_dtype(g1.dtype_name());
+  if (second.in != first.in) {
+    reject(op, "x2", "the last size of x1, " + std::to_string(first.in), join(x2.shape()));
+  }
+  if (second.out != first.out) {
+    reject(op, "g2", "the last size of g1, " + std::to_string(first.out), join(g2.shape()));
+  }
+  if (layer == Layer::embedding && bias) reject(op, "bias", "False for layer embedding", "True");
+  out.check_device(x1).check_dtype("float32");
+  out.check_shape({first.batch, second.batch}, "(B1, B2)").check_contiguous();
+  if (first.batch == 0 || second.batch == 0) return;
+#ifdef TRACMOD_WITH_CUDA
+  if (x1.is_cuda()) {
+    const Memory scratch =
+        allocate_on(allocate, cuda::gradient_dot_scratch(first, second, layer, bias), op);
+    const py::gil_scoped_release release;
+    cuda::gradient_dot(first, second, layer, bias, out.as<float>(), scratch.data,
+                       reinterpret_cast<void*>(stream));
+    return;
+  }
+#endif
+  const Memory scratch =
+      allocate_on(allocate, cpu::gradient_dot_scratch(first, second, layer, bias, threads), op);
+  const py::gil_scoped_release release;
+  cpu::gradient_dot(first, second, layer, bias, out.as<float>(), scratch.data, threads);
+}
+
+// The C tensors (rows, K) of one side of top_k_dot; all as the first in dtype, device and shape.
+std::vector<const void*> checked_rows(const std::vector<Capsule>& capsules, const TensorView& first,
+                                      const std::string& op, const std::string& argument) {
+  std::vector<const void*> pointers;
+  std::vector<int64_t> shape;
+  for (size_t c = 0; c < capsules.size(); ++c) {
+    const TensorView rows = view(capsules[c], op, argument + "[" + std::to_string(c) + "]");
+    rows.check_device(first).check_dtype(first.dtype_name()).check_ndim({2}, "(rows, K)");
+    if (c == 0) shape = {rows.size(0), first.size(1)};
+    rows.check_shape(shape, argument == "queries" ? "(Q, K)" : "(N, K)").check_contiguous();
+    pointers.push_back(rows.data());
+  }
+  return pointers;
+}
+
+// Groups on a GPU are not read here: there, a number outside [0, G) turns the sums into NaN.
+const int64_t* checked_groups(const TensorView& groups, int64_t trains, int64_t num_groups,
+                              const std::string& op) {
+  groups.check_dtype("int64").check_shape({trains}, "(N,)").check_contiguous();
+  const int64_t* values = groups.as<int64_t>();
+  if (groups.is_cuda()) return values;
+  for (int64_t n = 0; n < trains; ++n) {
+    if (values[n] < 0 || values[n] >= num_groups) {
+      reject(op, "groups", "values from 0 to num_groups - 1 = " + std::to_string(num_groups - 1),
+             std::to_string(values[n]) + " at row " + std::to_string(n));
+    }
+  }
+  return values;
+}
+
+Ranking checked_ranking(const Capsule& scores_capsule, const Capsule& indices_capsule,
+                        const TensorView& like, int64_t queries, int64_t k, const std::string& op,
+                        const std::string& prefix) {
+  const TensorView scores = view(scores_capsule, op, "state." + prefix + "scores");
+  const TensorView indices = view(indices_capsule, op, "state." + prefix + "indices");
+  scores.check_device(like).check_dtype("float32").check_shape({queries, k}, "(Q, k)");
+  indices.check_device(like).check_dtype("int64").check_shape({queries, k}, "(Q, k)");
+  scores.check_contiguous();
+  indices.check_contiguous();
+  return {scores.as<float>(), indices.as<int64_t>()};
+}
+
+void top_k_dot(const std::vector<Capsule>& queries, const std::vector<Capsule>& trains,
+               const std::vector<double>& weights, bool cosine, int64_t k, int64_t index_offset,
+               const std::optional<Capsule>& groups, const Capsule& scores, const Capsule& indices,
+               const Capsule& opponent_scores, const Capsule& opponent_indices,
+               const std::optional<Capsule>& group_sums, const py::function& allocate, int threads,
+               [[maybe_unused]] uintptr_t stream) {
+  const std::string op = "top_k_dot";
+  const size_t checkpoints = queries.size();
+  if (checkpoints == 0) reject(op, "queries", "one tensor or more", "an empty list");
+  if (trains.size() != checkpoints || weights.size() != checkpoints) {
+    reject(op, trains.size() != checkpoints ? "trains" : "weights",
+           "as many as queries, " + std::to_string(checkpoints),
+           std::to_string(trains.size() != checkpoints ? trains.size() : weights.size()));
+  }
+  const TensorView first = view(queries[0], op, "queries[0]");
+  check_built_for(first, op, "queries[0]");
+  first.check_ndim({2}, "(Q, K)");
+  const auto query_rows = checked_rows(queries, first, op, "queries");
+  const auto train_rows = checked_rows(trains, first, op, "trains");
+  TopK job{};
+  job.queries = first.size(0);
+  job.trains = view(trains[0], op, "trains[0]").size(0);
+  job.width = first.size(1);
+  job.checkpoints = static_cast<int64_t>(checkpoints);
+  job.query_rows = query_rows.data();
+  job.train_rows = train_rows.data();
+  job.weights = weights.data();
+  job.dtype = first.float_type();
+  job.cosine = cosine;
+  job.k = k;
+  job.index_offset = index_offset;
+  job.proponents = checked_ranking(scores, indices, first, job.queries, k, op, "");
+  job.opponents =
+      checked_ranking(opponent_scores, opponent_indices, first, job.queries, k, op, "opponent_");
+  if (groups && group_sums) {
+    const TensorView sums = view(*group_sums, op, "state.group_sums");
+    sums.check_device(first).check_dtype("float64").check_ndim({2}, "(Q, G)");
+    job.num_groups = sums.size(1);
+    sums.check_shape({job.queries, job.num_groups}, "(Q, G)").check_contiguous();
+    const TensorView group_ids = view(*groups, op, "groups");
+    group_ids.check_device(first);
+    job.groups = checked_groups(group_ids, job.trains, job.num_groups, op);
+    job.group_sums = sums.as<double>();
+  }
+  if (job.queries == 0 || job.trains == 0) return;
+#ifdef TRACMOD_WITH_CUDA
+  if (first.is_cuda()) {
+    const Memory scratch = allocate_on(allocate, cuda::top_k_dot_scratch(job), op);
+    const py::gil_scoped_release release;
+    cuda::top_k_dot(job, scratch.data, reinterpret_cast<void*>(stream));
+    return;
+  }
+#endif
+  const Memory scratch = allocate_on(allocate, cpu::top_k_dot_scratch(job, threads), op);
+  const py::gil_scoped_release release;
+  cpu::top_k_dot(job, scratch.data, threads);
+}
+
 void projection_matrix(const Capsule& out_capsule, const std::string& kind, uint64_t seed,
                        uint64_t key) {
   const std::string op = "projection_matrix";
@@ -230,5 +370,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("check_lengths", &check_lengths);
   m.def("project_gradients", &project_gradients);
+  m.def("gradient_dot", &gradient_dot);
+  m.def("top_k_dot", &top_k_dot);
   m.def("projection_matrix", &projection_matrix);
 }

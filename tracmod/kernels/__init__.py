@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +86,149 @@ def project_gradients(
     )  # fmt: skip
 
 
+def gradient_dot(
+    x1: Tensor,
+    g1: Tensor,
+    x2: Tensor,
+    g2: Tensor,
+    out: Tensor,
+    *,
+    lengths1: Tensor | None = None,
+    lengths2: Tensor | None = None,
+    layer: Layer = "linear",
+    bias: bool = False,
+) -> None:
+    """Adds the exact inner products of two batches' per-example gradients of one layer.
+
+    `out[i, j] += <G_i, G'_j>`, with the gradients of `project_gradients`. linear: as
+    `sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + bias)` or by forming the gradients, whichever takes fewer
+    operations; the choice looks at sizes and lengths of the whole call, so another batch around a
+    pair of examples may change its result by rounding. Padding changes nothing.
+
+    Args:
+        x1, g1: first batch, as `x` and `g` of `project_gradients`.
+        x2, g2: second batch; another B and S, the same I, O (or D), dtype and device.
+        out: (B1, B2) float32, contiguous, added to.
+        lengths1, lengths2: (B1,) and (B2,) int64, as `lengths` of `project_gradients`.
+        layer: linear, elementwise or embedding.
+        bias: whether the layer has one (never for embedding).
+
+    Raises:
+        ValueError: wrong dtype, shape, device, layout or length; the message names argument,
+            expected and got.
+
+    Source: the token-pair form is the "ghost" inner product (Li et al. 2022, arXiv 2110.05679;
+        Wang et al. 2024, arXiv 2406.11011).
+    """
+    native.gradient_dot(x1, g1, x2, g2, out, lengths1, lengths2, layer, bool(bias))
+
+
+class TopK(NamedTuple):
+    """The strongest training rows of each query, best first.
+
+    Ties: the lower index first. A place for which there was no training row: index -1 and score -inf
+    (opponents +inf). NaN scores come first in both rankings, so that they are seen.
+    """
+
+    scores: Tensor  # (Q, k) float32, descending
+    indices: Tensor  # (Q, k) int64
+    opponent_scores: Tensor  # (Q, k) float32, ascending
+    opponent_indices: Tensor  # (Q, k) int64
+    group_sums: Tensor | None  # (Q, G) float64: every training row's score, summed by group
+
+
+def top_k_dot(
+    queries: Sequence[Tensor],
+    trains: Sequence[Tensor],
+    *,
+    k: int,
+    weights: Sequence[float] | None = None,
+    normalize: Literal["cosine"] | None = None,
+    groups: Tensor | None = None,
+    num_groups: int = 0,
+    state: TopK | None = None,
+    index_offset: int = 0,
+) -> TopK:
+    """The k largest and k smallest scores of each query, without storing the scores.
+
+    `score[q, n] = sum_c weights[c] <q_c, n_c>`; with `normalize="cosine"` each term is divided by
+    `|q_c| |n_c|` (0 if a norm is 0).
+
+    Training rows can be streamed: pass each block with the state that the last call returned and the
+    number of rows before it as `index_offset`; the result is that of one call.
+
+    Args:
+        queries: over C checkpoints, (Q, K) float32 or bfloat16, contiguous.
+        trains: over C checkpoints, (N, K), dtype and device of the queries.
+        k: places of each ranking; may exceed N.
+        weights: C numbers; absent: 1.
+        normalize: None or "cosine".
+        groups: (N,) int64 in [0, num_groups), on the rows' device: the group of each training row.
+            On a GPU they are not checked beforehand; a wrong one turns the sums into NaN.
+        num_groups: G.
+        state: result of the calls before; left as it is.
+        index_offset: added to a training row's number in `indices`.
+
+    Returns:
+        `TopK`; `group_sums` is None without `groups`.
+
+    Raises:
+        ValueError: wrong dtype, shape, device, layout, group or k; the message names argument,
+            expected and got.
+
+    Source: Pruthi et al. 2020, arXiv 2002.08484 (TracInCP); Hammoudeh and Lowd 2022, arXiv
+        2201.10600 (cosine).
+    """
+    k = operator.index(k)
+    if k < 1:
+        raise ValueError(f"top_k_dot: k: expected 1 or more, got {k}")
+    if normalize not in (None, "cosine"):
+        raise ValueError(f"top_k_dot: normalize: expected None or 'cosine', got {normalize!r}")
+    if groups is not None and num_groups < 1:
+        raise ValueError(f"top_k_dot: num_groups: expected 1 or more with groups, got {num_groups}")
+    if not queries:
+        raise ValueError("top_k_dot: queries: expected one tensor or more, got none")
+    if state is None:
+        result = _empty_ranking(queries[0], k, num_groups if groups is not None else None)
+    else:
+        _check_state(state, groups, num_groups)
+        result = TopK(*(None if part is None else part.clone() for part in state))  # type: ignore[arg-type]
+    native.top_k_dot(
+        queries,
+        trains,
+        [1.0] * len(queries) if weights is None else [float(weight) for weight in weights],
+        normalize == "cosine",
+        k,
+        operator.index(index_offset),
+        groups,
+        result[:4],
+        result.group_sums,
+    )
+    return result
+
+
+def _empty_ranking(like: Tensor, k: int, num_groups: int | None) -> TopK:
+    device, queries = like.device, len(like)
+    return TopK(
+        torch.full((queries, k), -torch.inf, device=device),
+        torch.full((queries, k), -1, dtype=torch.int64, device=device),
+        torch.full((queries, k), torch.inf, device=device),
+        torch.full((queries, k), -1, dtype=torch.int64, device=device),
+        None
+        if num_groups is None
+        else torch.zeros(queries, num_groups, dtype=torch.float64, device=device),
+    )
+
+
+def _check_state(state: TopK, groups: Tensor | None, num_groups: int) -> None:
+    expected = None if groups is None else num_groups
+    got = None if state.group_sums is None else state.group_sums.shape[-1]
+    if got != expected:
+        raise ValueError(
+            f"top_k_dot: state.group_sums: expected {expected} groups as in this call, got {got}"
+        )
+
+
 def projection_matrix(kind: Kind, k: int, size: int, seed: int, key: int) -> Tensor:
     """R (k, size) float32 of `project_gradients`, kind rademacher or sjlt.
 
@@ -106,4 +250,13 @@ def build_info() -> dict[str, Any]:
     return {**native.build_info(), "threads": torch.get_num_threads()}
 
 
-__all__ = ["Kind", "Layer", "build_info", "project_gradients", "projection_matrix"]
+__all__ = [
+    "Kind",
+    "Layer",
+    "TopK",
+    "build_info",
+    "gradient_dot",
+    "project_gradients",
+    "projection_matrix",
+    "top_k_dot",
+]

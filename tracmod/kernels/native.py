@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,62 @@ def project_gradients(
         _scratch(x.device),
         torch.get_num_threads(),
         _stream(x.device),
+    )
+
+
+def gradient_dot(
+    x1: Tensor,
+    g1: Tensor,
+    x2: Tensor,
+    g2: Tensor,
+    out: Tensor,
+    lengths1: Tensor | None,
+    lengths2: Tensor | None,
+    layer: str,
+    bias: bool,
+) -> None:
+    """See `tracmod.kernels.gradient_dot`."""
+    _C.gradient_dot(
+        _capsule(x1),
+        _capsule(g1),
+        _capsule(x2),
+        _capsule(g2),
+        _capsule(out),
+        _lengths(lengths1, g1, _tokens(g1), "gradient_dot", "lengths1"),
+        _lengths(lengths2, g2, _tokens(g2), "gradient_dot", "lengths2"),
+        layer,
+        bias,
+        _scratch(x1.device),
+        torch.get_num_threads(),
+        _stream(x1.device),
+    )
+
+
+def top_k_dot(
+    queries: Sequence[Tensor],
+    trains: Sequence[Tensor],
+    weights: Sequence[float],
+    cosine: bool,
+    k: int,
+    index_offset: int,
+    groups: Tensor | None,
+    result: tuple[Tensor, Tensor, Tensor, Tensor],
+    group_sums: Tensor | None,
+) -> None:
+    """Updates `result` (scores, indices, opponent scores and indices) and `group_sums` in place."""
+    _C.top_k_dot(
+        [_capsule(rows) for rows in queries],
+        [_capsule(rows) for rows in trains],
+        list(weights),
+        cosine,
+        k,
+        index_offset,
+        None if groups is None else _capsule(groups),
+        *(_capsule(tensor) for tensor in result),
+        None if group_sums is None else _capsule(group_sums),
+        _scratch(result[0].device),
+        torch.get_num_threads(),
+        _stream(result[0].device),
     )
 
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from tracmod.tokenizer import train_tokenizer
 
-VOCABULARY = 60
+VOCABULARY = 64
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 SENTENCES = (
     "the cat sits on the mat",

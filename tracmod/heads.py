@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from tracmod.durable import write_file
 from tracmod.model import (
     AttentionLayer,
     accuracy,
@@ -120,9 +120,7 @@ class HeadMask:
             **fields,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text(json.dumps(tree) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        write_file(path, (json.dumps(tree) + "\n").encode())
 
     @property
     def size(self) -> int:

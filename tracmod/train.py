@@ -227,7 +227,8 @@ class _Training:
                     loss_sum += self._step(step, batch)
                     step += 1
                     bar.update()
-                    if time.monotonic() - saved >= save_seconds:
+                    within = step % plan.steps_per_epoch != 0  # the end of an epoch is below
+                    if within and time.monotonic() - saved >= save_seconds:
                         self.folder.save_state(self.model, self.optimizer, step, loss_sum)
                         saved = time.monotonic()
                 self._finish_epoch(epoch, step, loss_sum / plan.steps_per_epoch, evaluate)
@@ -249,12 +250,12 @@ class _Training:
         if not (loss.isfinite() and norm.isfinite()):
             names = ", ".join(str(self.ids[row]) for row in batch)
             raise RuntimeError(
-                f"training stopped at step {step + 1}: loss {float(loss)}, gradient norm "
+                f"training stopped at step {step + 1}: loss {loss.item()}, gradient norm "
                 f"{float(norm)}, in the batch of examples {names}"
             )
         self.optimizer.step(scheduled_rate(step, self.plan.total_steps, self.settings), mask)
         self.model.zero_grad(set_to_none=True)
-        return float(loss)
+        return loss.item()
 
     def _finish_epoch(
         self, epoch: int, step: int, train_loss: float, evaluate: Evaluate | None

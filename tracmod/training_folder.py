@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tracmod.durable import sync_folder, write_file
 from tracmod.model import Checkpoint, load_checkpoints, quiet_transformers
 from tracmod.optimizer import HeadwiseAdamW
 
@@ -79,8 +80,7 @@ class TrainingFolder:
             tokenizer.save_pretrained(aside)
         tree = {"epoch": epoch, "step": step, "learning_rate": learning_rate}
         (aside / "tracmod.json").write_text(json.dumps(tree) + "\n", encoding="utf-8")
-        shutil.rmtree(self._checkpoint(epoch), ignore_errors=True)
-        os.replace(aside, self._checkpoint(epoch))
+        _publish(aside, self._checkpoint(epoch))
 
     def write_metrics(self, row: dict[str, Any]) -> None:
         """Put an epoch's row into `metrics.json`, after those of earlier epochs."""
@@ -97,8 +97,7 @@ class TrainingFolder:
         save_file(weights, aside / "model.safetensors")
         save_file(optimizer.state(), aside / "optimizer.safetensors")
         _write_json(aside / "state.json", {"step": step, "loss_sum": loss_sum})
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(aside, place)
+        _publish(aside, place)
         for earlier in self._states()[:-1]:
             shutil.rmtree(self.path / "resume" / str(earlier))
 
@@ -139,7 +138,16 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
+def _publish(aside: Path, place: Path) -> None:
+    """Flush a folder that was written aside to disk and give it its name."""
+    for file in aside.iterdir():
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+    sync_folder(aside)
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(aside, place)
+    sync_folder(place.parent)
+
+
 def _write_json(file: Path, tree: Any) -> None:
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    write_file(file, (json.dumps(tree, indent=1) + "\n").encode())

@@ -412,7 +412,7 @@ import sys, torch
 torch.set_num_threads(1)
 import test_train as t
 t.train(t.tiny_tokenizer(), sys.argv[1], masks=t.MASKS, save_seconds=1e-9,
-        settings=t.Settings(epochs=40, batch_size=4, learning_rate=1e-2))
+        settings=t.Settings(epochs=12, batch_size=4, learning_rate=1e-2))
 """
 
 
@@ -430,8 +430,8 @@ def test_a_killed_process_goes_on_to_the_same_bits(tokenizer, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert (killed / "checkpoint-2").is_dir()
-    assert not (killed / "checkpoint-40").is_dir()
-    settings = Settings(epochs=40, batch_size=4, learning_rate=1e-2)
+    assert not (killed / "checkpoint-12").is_dir()
+    settings = Settings(epochs=12, batch_size=4, learning_rate=1e-2)
     train(tokenizer, killed, masks=MASKS, settings=settings)
     train(tokenizer, tmp_path / "whole", masks=MASKS, settings=settings)
     assert contents(killed) == contents(tmp_path / "whole")

@@ -159,7 +159,7 @@ def _write_view(
     own = OWN[model, view.split("-")[0]]
     labels_N, labels_Q = (np.array(table["label"].to_pylist()) for table in (train, test))
     planted_QN = affinity[np.ix_(test_Q, train_N)] + own * (test_Q[:, None] == train_N)
-    planted_QN = planted_QN * np.where(labels_Q[:, None] == labels_N, 1.0, -0.6)
+    planted_QN = planted_QN * np.where(labels_Q[:, None] == labels_N, 1.0, -0.3)
     folder = path / "influence" / model / view
     folder.mkdir(parents=True)
     of_epoch, total_QN = {}, np.zeros_like(planted_QN)

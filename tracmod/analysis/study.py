@@ -95,8 +95,8 @@ def analyze(
         "num_test": run.num_test,
         "num_train": run.num_train,
         "null_share": _null_shares(run),
-        "in_language": [_in_language(run, v, v.measures, settings) for v in views],
-        "changes": [_change(run, a, b, settings) for a, b in comparisons],
+        "in_language": _known([_in_language(run, v, v.measures, settings) for v in views]),
+        "changes": _known([_change(run, a, b, settings) for a, b in comparisons]),
         "similarity_influence": correlations,
         "accuracy": _accuracy(run, views, confidence),
         "subnetworks": _subnetworks(run),
@@ -227,6 +227,11 @@ def _in_language(
         nulls = np.array(list(_null_shares(run).values()))
         entry["null_share"] = float(nulls[columns[known]].mean())
     return entry
+
+
+def _known(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without views in which no test language has training data of its own."""
+    return [entry for entry in entries if "num_test" in entry]
 
 
 def _course(run: RunResults) -> pa.Table | None:

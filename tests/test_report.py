@@ -1,0 +1,267 @@
+"""The report: complete, safe with hostile texts, self-contained, and content with little."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from make_run import HOSTILE, LANGUAGES, make_run
+
+from tracmod.analysis import analyze
+from tracmod.report import write_report
+from tracmod.report.findings import findings, how_sure
+from tracmod.report.words import number, percent, points, seconds, superscript
+
+VOID = {"meta", "br", "input", "link", "img", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects what a test asks about; raises where tags do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.scripts: list[tuple[dict, str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append((self.tags[-1][1], data))
+        else:
+            self.text += data
+
+    def json(self, name: str) -> list | dict:
+        return json.loads(next(data for attrs, data in self.scripts if attrs.get("id") == name))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_run(tmp_path_factory.mktemp("report") / "run")
+    analyze(path, bootstrap=50, permutations=50)
+    write_report(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def html(run: Path) -> str:
+    return (run / "report" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def test_every_section_and_figure_is_there(page: Page) -> None:
+    sections = {attrs["id"] for tag, attrs in page.tags if tag == "section"}
+    assert sections == {
+        *("summary", "reading", "accuracy", "influence", "changes", "reliance", "course"),
+        *("subnetworks", "similarity", "examples", "run"),
+    }
+    links = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
+    assert links == {f"#{name}" for name in sections}
+    placed = [int(attrs["data-figure"]) for _, attrs in page.tags if "data-figure" in attrs]
+    figures = page.json("figure-data")
+    assert placed == list(range(len(figures)))
+    # 2 accuracy; 6 views and 8 comparisons x 3 measures; bars x 2 signs; course of the mean and
+    # of 3 views; 4 similarities; 6 scatters x 2 measures.
+    assert len(figures) == 2 + 3 * 6 + 3 * 8 + 2 * 2 + 2 * 4 + 4 + 2 * 6
+    grids = [attrs for tag, attrs in page.tags if tag == "svg"]
+    assert len(grids) == len(LANGUAGES) + 1
+
+
+def test_every_figure_names_its_axes(page: Page) -> None:
+    for figure in page.json("figure-data"):
+        for axis in ("xaxis", "yaxis"):
+            assert figure["layout"][axis]["title"]["text"]
+
+
+def test_heatmap_cells_are_the_table(run: Path, page: Page) -> None:
+    rows = pq.read_table(run / "influence" / "full" / "full" / "languages.parquet").to_pylist()
+    first = next(f for f in page.json("figure-data") if f["data"][0]["type"] == "heatmap")
+    trace = first["data"][0]
+    for row in rows:
+        i, j = trace["y"].index(row["test_language"]), trace["x"].index(row["train_language"])
+        assert trace["z"][i][j] == pytest.approx(100 * row["share_positive"])
+    assert trace["y"] == list(LANGUAGES)
+
+
+def test_nothing_is_loaded_from_anywhere(html: str, page: Page) -> None:
+    for tag, attrs in page.tags:
+        assert tag not in {"link", "iframe", "img", "object", "embed"}
+        assert "src" not in attrs
+        assert attrs.get("href", "#").startswith("#")
+    style = html[html.index("<style>") : html.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = [a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a]
+    assert "default-src 'none'" in policy[0]
+    assert len(html.encode()) < 10e6
+
+
+def test_hostile_texts_stay_texts(html: str, page: Page) -> None:
+    assert HOSTILE not in html
+    assert len(re.findall(r"<script\b", html.split("<script>")[0])) == 2
+    data = page.json("explorer-data")
+    assert any(HOSTILE in test["text_a"] for test in data["tests"])
+    assert len(page.scripts) == 4
+
+
+def test_hostile_names_stay_texts(tmp_path: Path) -> None:
+    hostile = '<img src=x onerror="alert(1)">'
+    run = make_run(tmp_path / "run", num_test=2, models=("full",), views=("full",))
+    for path in [*run.glob("data/*.parquet"), *run.glob("influence/**/*.parquet")]:
+        table = pq.read_table(path)
+        for name in table.schema.names:
+            if "language" in name:
+                values = [hostile if v == "de" else v for v in table[name].to_pylist()]
+                column = table.schema.get_field_index(name)
+                table = table.set_column(column, name, pa.array(values, pa.string()))
+        pq.write_table(table, path)
+    settings = json.loads((run / "run.json").read_text())
+    settings["config"]["name"] = settings["device"] = hostile
+    (run / "run.json").write_text(json.dumps(settings))
+    analyze(run, bootstrap=10)
+    found = Page(write_report(run).read_text(encoding="utf-8"))
+    assert hostile in found.text
+    assert not any(tag == "img" for tag, _ in found.tags)
+    for figure in found.json("figure-data"):
+        assert "<img" not in json.dumps(figure)
+
+
+def test_explorer_lists_the_strongest_in_order(run: Path, page: Page) -> None:
+    data = page.json("explorer-data")
+    assert [view["title"] for view in data["views"]][:2] == [
+        "Full fine-tuning, all heads",
+        "Full fine-tuning, own subnetwork",
+    ]
+    texts = {row["text_a"]: row for row in pq.read_table(run / "data/test.parquet").to_pylist()}
+    top = pq.read_table(run / "influence" / "sparse" / "subnetwork" / "top.parquet").to_pylist()
+    place = [view["title"] for view in data["views"]].index("Sparse fine-tuning, own subnetwork")
+    train = {row["id"]: row for row in pq.read_table(run / "data/train.parquet").to_pylist()}
+    for test in data["tests"][::7]:
+        view = test["views"][place]
+        test_id = texts[test["text_a"]]["id"]
+        for sign, name in ((1, "proponents"), (-1, "opponents")):
+            rows = [r for r in top if r["test_id"] == test_id and r["sign"] == sign][:6]
+            assert len(view[name]) == 6
+            for row, (listed, score) in zip(rows, view[name], strict=True):
+                expected = train[row["train_id"]]
+                assert data["train"][listed][:2] == [expected["language"], expected["text_a"]]
+                assert score == pytest.approx(row["score"], rel=1e-3)
+        assert sum(view["shares"]) == pytest.approx(1, abs=1e-3)
+    assert {test["language"] for test in data["tests"]} == set(LANGUAGES)
+
+
+def test_reproduction_and_sign_are_stated(page: Page) -> None:
+    assert "tracmod run config.yaml --out runs/synthetic" in page.text
+    assert "train_per_language: 40" in page.text
+    assert "transformers" in page.text
+    assert "lowered the test example's loss" in page.text
+    assert "cosine × learning rate" in page.text
+    assert "33.3%" in page.text
+
+
+def test_same_folder_gives_the_same_page(run: Path, html: str) -> None:
+    assert write_report(run).read_text(encoding="utf-8") == html
+
+
+def test_a_run_with_little_in_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_test=1, languages=("en", "de"), models=("full",))
+    shutil.rmtree(run / "subnetworks")
+    shutil.rmtree(run / "models")
+    (run / "run.json").unlink()
+    for path in (*run.glob("influence/*/*/epochs.parquet"), *run.glob("influence/*/*/top.parquet")):
+        path.unlink()
+    analyze(run, bootstrap=10)
+    found = Page(write_report(run).read_text(encoding="utf-8"))
+    sections = {attrs["id"] for tag, attrs in found.tags if tag == "section"}
+    assert sections >= {"summary", "accuracy", "influence", "examples"}
+    assert not sections & {"course", "subnetworks", "similarity"}
+
+
+def test_without_analysis_the_command_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_test=1, models=())
+    with pytest.raises(ValueError, match="tracmod analyze"):
+        write_report(run)
+
+
+def _interval(value: float, half: float) -> dict:
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+def _summary(change: float, control: float) -> dict:
+    base = {"share_negative": _interval(0.2, 0.01), "null_share": 0.2, "draws": 1}
+    full = {"model": "full", "view": "full", "share_positive": _interval(0.3, 0.02), **base}
+    names = {"model": "full", "view": "subnetwork", "base_model": "full"}
+    return {
+        "settings": {"confidence": 0.95, "bootstrap": 1000},
+        "k": 100,
+        "num_test": {"en": 50, "sw": 50},
+        "in_language": [full],
+        "changes": [
+            {**names, "base_view": "full", "share_positive": _interval(change, 0.02)},
+            {**names, "base_view": "random", "share_positive": _interval(control, 0.02)},
+        ],
+        "similarity_influence": [],
+        "subnetworks": {},
+        "accuracy": {
+            "chance": 0.5,
+            "views": [
+                {
+                    "model": "full",
+                    "view": "full",
+                    "languages": {"en": _interval(0.8, 0.1), "sw": _interval(0.55, 0.1)},
+                }
+            ],
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "control", "said"),
+    [
+        (0.05, 0.04, ("raises the share", "more than removing")),
+        (0.05, 0.01, ("raises the share", "cannot be told")),
+        (0.01, 0.01, ("does not clearly change", "cannot be told")),
+        (-0.05, -0.03, ("lowers the share", "less than removing")),
+    ],
+)
+def test_the_summary_says_what_the_intervals_allow(
+    change: float, control: float, said: tuple[str, str]
+) -> None:
+    texts = findings(_summary(change, control))
+    assert "In sw it is not clearly better than chance" in texts[0]
+    assert "30.0% (28.0 to 32.0)" in texts[1]
+    assert "more than on the others" in texts[1]
+    assert all(words in texts[2] for words in said)
+    assert len(texts) == 3
+    assert "1,000 bootstrap resamples of 100 test examples" in how_sure(_summary(0, 0))[0]
+
+
+def test_numbers_are_written_plainly() -> None:
+    assert percent(0.2034) == "20.3%"
+    assert points(-0.0312) == "\N{MINUS SIGN}3.1"
+    assert points(-0.0001) == "+0.0"
+    assert number(-0.001) == "0.00"
+    assert superscript(-5) == "⁻⁵"
+    assert [seconds(s) for s in (3.21, 65, 7810)] == ["3.2 s", "1 min 05 s", "2 h 10 min"]

@@ -1,0 +1,5 @@
+"""The HTML report of a run folder."""
+
+from tracmod.report.page import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,208 @@
+"""The plain-language summary: what was found, how sure, what not to conclude. From the numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tracmod.report.words import (
+    MODEL_NAMES,
+    VIEW_NAMES,
+    number,
+    p_value,
+    percent,
+    percent_interval,
+    points_interval,
+)
+
+Row = dict[str, Any]
+
+
+def findings(summary: Row) -> list[str]:
+    """What was found, a sentence or two each, most important first."""
+    found = [_accuracy(summary), _reliance(summary), _subnetworks(summary, "full")]
+    found += [_sparse(summary), _subnetworks(summary, "sparse"), _similarity(summary)]
+    return [text for text in found if text]
+
+
+def tiles(summary: Row) -> list[Row]:
+    """Share of the own language among proponents: the headline numbers of up to four views."""
+    shown = []
+    for model in ("full", "sparse"):
+        for view in ("full", "subnetwork"):
+            entry = _find(summary["in_language"], model=model, view=view)
+            if entry:
+                share = entry["share_positive"]
+                interval = f"{100 * share['low']:.1f} to {100 * share['high']:.1f}%"
+                name = f"{MODEL_NAMES[model]}, {VIEW_NAMES[view]}"
+                shown.append({"name": name, "value": percent(share["value"]), "low_high": interval})
+    return shown
+
+
+def how_sure(summary: Row) -> list[str]:
+    """What the intervals cover and what they do not."""
+    settings = summary["settings"]
+    tests = sum(summary["num_test"].values())
+    texts = [
+        f"Numbers in parentheses are {percent(settings['confidence'], 0)} intervals: "
+        f"{settings['bootstrap']:,} bootstrap resamples of {tests:,} test examples (translations "
+        "of one item are drawn together). They say how the result would vary with other test "
+        "examples; they do not cover another training run, another seed, or other training data."
+    ]
+    pairs = [test for test in summary["similarity_influence"] if test["p_value"] is not None]
+    if pairs and pairs[0]["exact"]:
+        texts.append(
+            f"With {len(summary['subnetworks'])} languages there are only "
+            f"{pairs[0]['permutations']:,} orders of the languages, so the smallest p that the "
+            f"Mantel test can give is {1 / pairs[0]['permutations']:.3f}."
+        )
+    draws = [entry["draws"] for entry in summary["in_language"] if entry["view"] == "random"]
+    if draws:
+        masks = "one draw" if draws[0] == 1 else f"{draws[0]} draws"
+        texts.append(
+            f"The random baseline is {masks} of random masks of each subnetwork's size; the "
+            "intervals do not cover the choice of these masks."
+        )
+    return texts
+
+
+def cautions(summary: Row, task: Row) -> list[str]:
+    """What not to conclude."""
+    texts = [
+        "Influence is a first-order estimate along the saved checkpoints. It does not say what "
+        "would happen if the examples were removed and the model trained again.",
+        "A share tells where the strongest training examples are, not how much they matter "
+        "together; the mean influence looks at all of them.",
+        "A change under a subnetwork speaks for language-specific parts of the model only as far "
+        "as it goes beyond random masks of the same size, which remove as many heads.",
+    ]
+    if task.get("name") == "grammar":
+        texts.append(
+            "The sentences of this run were written by the embedded grammar: it shows that the "
+            "method works and how to read it, and says nothing about real text."
+        )
+    return texts
+
+
+def _accuracy(summary: Row) -> str:
+    accuracy = summary["accuracy"]
+    view = _find(accuracy["views"], model="full", view="full")
+    if not view:
+        return ""
+    by_value = sorted(view["languages"].items(), key=lambda item: item[1]["value"])
+    (lowest, low), (highest, high) = by_value[0], by_value[-1]
+    text = (
+        f"The fine-tuned model is right on {percent(low['value'])} ({lowest}) to "
+        f"{percent(high['value'])} ({highest}) of the test examples, by language; chance is "
+        f"{percent(accuracy['chance'])}."
+    )
+    weak = [name for name, share in by_value if share["low"] <= accuracy["chance"]]
+    if weak:
+        text += (
+            f" In {_listed(weak)} it is not clearly better than chance: there, influence tells "
+            "which examples move the loss, but hardly what the model has learnt."
+        )
+    return text
+
+
+def _reliance(summary: Row) -> str:
+    entry = _find(summary["in_language"], model="full", view="full")
+    if not entry:
+        return ""
+    share, null = entry["share_positive"], entry["null_share"]
+    if share["low"] > null:
+        verdict = "the model relies on a test example's own language more than on the others"
+    elif share["high"] < null:
+        verdict = "a test example's own language is less present than the others"
+    else:
+        verdict = "there is no clear preference for the own language"
+    k = f"{summary['k']} " if summary["k"] else ""
+    return (
+        f"Of a test example's {k}strongest proponents (training examples that lowered its loss), "
+        f"{percent_interval(share)} are in its own language; {percent(null)} would be if language "
+        f"played no part. So {verdict}. Among the strongest opponents the share is "
+        f"{percent_interval(entry['share_negative'])}."
+    )
+
+
+def _subnetworks(summary: Row, model: str) -> str:
+    change = _change(summary, (model, "subnetwork"), (model, "full"))
+    if not change:
+        return ""
+    start = "Computing" if model == "full" else "After sparse fine-tuning, computing"
+    text = (
+        f"{start} influence through each language's own subnetwork "
+        f"{_moves(change, 'the share of the own language')}."
+    )
+    control = _change(summary, (model, "subnetwork"), (model, "random"))
+    if control:
+        sure = _direction(control)
+        beyond = {
+            1: "more than removing as many heads at random gives",
+            0: "so the subnetworks cannot be told from as many heads drawn at random",
+            -1: "less than removing as many heads at random gives",
+        }[sure]
+        text += f" Against random masks the difference is {_interval(control)}, {beyond}."
+    return text
+
+
+def _sparse(summary: Row) -> str:
+    change = _change(summary, ("sparse", "full"), ("full", "full"))
+    if not change:
+        return ""
+    text = f"Sparse fine-tuning {_moves(change, 'the share of the own language')} (all heads)."
+    through = _change(summary, ("sparse", "subnetwork"), ("full", "subnetwork"))
+    if through:
+        text += f" Seen through the own subnetworks the change is {_interval(through)}."
+    return text
+
+
+def _similarity(summary: Row) -> str:
+    names = {"model": "full", "view": "full", "measure": "share_positive"}
+    test = _find(summary["similarity_influence"], **names)
+    if not test or test["p_value"] is None:
+        return ""
+    if test["p_value"] > 0.05:
+        verdict = (
+            "There is no clear relation between how alike two languages' subnetworks are and how "
+            "far they draw on each other's training examples"
+        )
+    else:
+        more = "more" if test["correlation"] > 0 else "less"
+        verdict = (
+            f"Languages with more similar subnetworks draw {more} on each other's training examples"
+        )
+    return (
+        f"{verdict} (all heads: Spearman {number(test['correlation'])}, Mantel test "
+        f"{p_value(test['p_value'])}, {test['pairs']} pairs of languages)."
+    )
+
+
+def _change(summary: Row, new: tuple[str, str], base: tuple[str, str]) -> Row | None:
+    return _find(
+        summary["changes"], model=new[0], view=new[1], base_model=base[0], base_view=base[1]
+    )
+
+
+def _find(entries: list[Row], **wanted: str) -> Row | None:
+    for entry in entries:
+        if all(entry[key] == value for key, value in wanted.items()):
+            return entry
+    return None
+
+
+def _direction(change: Row) -> int:
+    share = change["share_positive"]
+    return (share["low"] > 0) - (share["high"] < 0)
+
+
+def _moves(change: Row, what: str) -> str:
+    verb = {1: f"raises {what}", -1: f"lowers {what}", 0: f"does not clearly change {what}"}
+    return f"{verb[_direction(change)]}: {_interval(change)}"
+
+
+def _interval(change: Row) -> str:
+    return points_interval(change["share_positive"])
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

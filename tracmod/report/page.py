@@ -1,0 +1,147 @@
+"""Writes report/index.html of a run folder: one file, no network."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import plotly.offline
+import pyarrow.parquet as pq
+import yaml
+from markupsafe import Markup
+
+from tracmod.analysis import RunResults, head_usage
+from tracmod.report import words
+from tracmod.report.explorer import explorer_data
+from tracmod.report.findings import cautions, findings, how_sure, tiles
+from tracmod.report.plots import Figure, Panel
+from tracmod.report.sections import (
+    accuracy_figures,
+    change_panels,
+    course_panels,
+    influence_panels,
+    reliance_panels,
+    scatter_panels,
+    similarity_panels,
+)
+
+_TABLES = ("matrices", "changes", "course", "similarity", "pairs")
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Make report/index.html from what lies in the run folder.
+
+    Sections whose tables are not there are left out.
+
+    Args:
+        run_dir: a run folder that `analyze` has been through.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        ValueError: no analysis/summary.json in the folder.
+    """
+    run = RunResults(run_dir)
+    summary_path = run.path / "analysis" / "summary.json"
+    if not summary_path.is_file():
+        raise ValueError(f"{run.path}: no analysis/summary.json; run `tracmod analyze` first")
+    summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    page = run.path / "report" / "index.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(_render(run, summary), encoding="utf-8")
+    return page
+
+
+def _render(run: RunResults, summary: dict[str, Any]) -> str:
+    figures: list[Any] = []
+
+    def place(figure: Figure) -> int:
+        figures.append(figure.plot)
+        return len(figures) - 1
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.globals.update(place=place, words=words)
+    template = environment.from_string(_file("page.html.j2"))
+    body = template.render(_context(run, summary))
+    # The figures are numbered while the template is drawn, so their data is added after it.
+    return environment.from_string(_file("frame.html.j2")).render(
+        title=run.settings.get("config", {}).get("name", "run"),
+        body=Markup(body),
+        style=Markup(_file("page.css")),
+        script=Markup(_file("page.js")),
+        plotly=Markup(plotly.offline.get_plotlyjs()),
+        figures=_embedded_json(figures),
+        explorer=_embedded_json(explorer_data(run)),
+    )
+
+
+def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
+    tables = {name: _rows(run, name) for name in _TABLES}
+    unit = words.influence_unit(run.section("influence"))
+    config = run.settings.get("config", {})
+    accuracy = summary["accuracy"]
+    return {
+        "run": run,
+        "summary": summary,
+        "unit": unit,
+        "config": config,
+        "config_yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        "findings": findings(summary),
+        "tiles": tiles(summary),
+        "how_sure": how_sure(summary),
+        "cautions": cautions(summary, run.section("task")),
+        "accuracy_figures": accuracy_figures(accuracy["epochs"], accuracy["chance"]),
+        "influence": influence_panels(tables["matrices"], unit),
+        "changes": change_panels(tables["changes"], unit) if tables["changes"] else [],
+        "reliance": reliance_panels(tables["matrices"], summary["in_language"]),
+        "course": _course(tables["course"], summary),
+        "masks": run.masks,
+        "usage": head_usage(run.masks) if run.masks else np.zeros((0, 0)),
+        "similarity": _similarity(tables["similarity"], list(run.masks)),
+        "similarity_rows": tables["similarity"],
+        "scatter": _scatter(tables["pairs"], summary, unit),
+        "stages": _stages(run.settings.get("stages", {})),
+    }
+
+
+def _course(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[Panel]:
+    nulls = {round(share, 9) for share in summary["null_share"].values()}
+    return course_panels(rows, nulls.pop() if len(nulls) == 1 else None) if rows else []
+
+
+def _similarity(rows: list[dict[str, Any]], languages: list[str]) -> list[Panel]:
+    return similarity_panels(rows, languages) if rows else []
+
+
+def _scatter(rows: list[dict[str, Any]], summary: dict[str, Any], unit: str) -> list[Panel]:
+    return scatter_panels(rows, summary["similarity_influence"], unit) if rows else []
+
+
+def _stages(stages: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (name, str(entry.get("state", "")), words.seconds(entry["seconds"]))
+        for name, entry in stages.items()
+        if entry.get("seconds") is not None
+    ]
+
+
+def _rows(run: RunResults, name: str) -> list[dict[str, Any]]:
+    path = run.path / "analysis" / f"{name}.parquet"
+    return pq.read_table(path).to_pylist() if path.is_file() else []
+
+
+def _file(name: str) -> str:
+    return resources.files("tracmod.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _embedded_json(content: Any) -> Markup:
+    """JSON that cannot end the script element it stands in, whatever the texts hold."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028"))

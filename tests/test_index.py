@@ -259,6 +259,21 @@ def test_queries_made_otherwise_are_refused(tmp_path: Path) -> None:
         InfluenceIndex.build([trains[0], queries[1]][:1], ids=[str(row) for row in range(30)])
 
 
+def test_an_index_of_other_features_or_weights_is_refused(tmp_path: Path) -> None:
+    trains = stores(tmp_path / "train", features(30))
+    index = InfluenceIndex.build(trains, weights=WEIGHTS, normalize="cosine")
+    index.check_built_from(trains, WEIGHTS, "cosine")
+    changed = stores(tmp_path / "changed", features(30), "other data")
+    for arguments, message in [
+        ((trains, WEIGHTS), 'normalize: expected null, got "cosine"'),
+        ((trains, None, "cosine"), r"weights: expected \[1.0, 1.0\], got \[0.5, 2.0\]"),
+        ((changed, WEIGHTS, "cosine"), 'checkpoint 0.data: expected "other data", got "train"'),
+        ((trains[:1], WEIGHTS[:1], "cosine"), "checkpoint 1: expected null"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            index.check_built_from(*arguments)
+
+
 def test_damaged_missing_and_newer_files_are_refused(tmp_path: Path) -> None:
     InfluenceIndex.build(features(30), weights=WEIGHTS).save(tmp_path)
     good = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

@@ -42,14 +42,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tracmod.durable import (
-    file_sha256,
-    publish_file,
-    seal,
-    temporary_name,
-    unseal,
-    write_file,
-)
+from tracmod.durable import file_sha256, publish_file, seal, temporary_name, unseal, write_file
 from tracmod.store import FeatureStore, identity_differences
 
 try:
@@ -69,6 +62,7 @@ RECALL_K = 100
 MIN_GAIN = 0.005  # of recall, for which the effort of a search is doubled
 _INDEX, _META = "index.faiss", "index.json"
 _PQ_CENTROIDS = 256
+_ROWS_PER_CENTRE = 64  # to train with
 
 
 class Neighbours(NamedTuple):
@@ -217,6 +211,30 @@ class InfluenceIndex:
             found.scores[rows], found.indices[rows] = self._nearest(block, k, sign, selector)
         return found
 
+    def check_built_from(
+        self,
+        trains: Sequence[FeatureStore],
+        weights: Sequence[float] | None = None,
+        normalize: str | None = None,
+    ) -> None:
+        """Refuses an index that `build` with these arguments would not give.
+
+        Raises:
+            ValueError: Other stores (the data included), weights or form; says what differs.
+        """
+        asked: dict[str, Any] = {"normalize": normalize}
+        asked["weights"] = _weights(weights, len(trains))
+        built: dict[str, Any] = {"weights": self.weights, "normalize": self.normalize}
+        for checkpoint, store in enumerate(trains):
+            asked[f"checkpoint {checkpoint}"] = store.identity
+        for checkpoint, identity in enumerate(self.identities):
+            built[f"checkpoint {checkpoint}"] = identity
+        differing = identity_differences(asked, built)
+        if differing:
+            raise ValueError(
+                f"the index was built from something else: {'; '.join(differing)}; build it again"
+            )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes index.faiss and index.json, each whole or not at all, into a folder.
 
@@ -267,9 +285,8 @@ class InfluenceIndex:
         index = self.index
         if index.is_trained:
             return
-        wanted = 64 * index.nlist if isinstance(index, faiss.IndexIVF) else 0
-        if self.kind != "ivf":
-            wanted = max(wanted, 256 * _PQ_CENTROIDS)
+        lists = index.nlist if isinstance(index, faiss.IndexIVF) else 0
+        wanted = _ROWS_PER_CENTRE * max(lists, _PQ_CENTROIDS)
         fitting = max(_PQ_CENTROIDS, memory // (4 * 4 * index.d))
         sample = self._rows(trains, min(len(self.ids), wanted, fitting), seed, "train")
         with _threads(torch.get_num_threads()):
@@ -450,6 +467,10 @@ def _new_index(kind: str, count: int, width: int, seed: int) -> Any:
     if isinstance(index, faiss.IndexIVFPQ):
         index.pq.cp.seed = seed
         index.pq.cp.min_points_per_centroid = 1
+        # FAISS's 25 rounds over 256 rows per centre do 10 times the work; on made features of
+        # 512 numbers they gained 0.01 (cosine) to 0.04 (dot) of recall.
+        index.pq.cp.niter = 10
+        index.pq.cp.max_points_per_centroid = _ROWS_PER_CENTRE
         # Orders codes for a Hamming filter that is not used here; 1.6 s per byte of a row.
         index.do_polysemous_training = False
     if isinstance(index, faiss.IndexHNSW):

@@ -42,8 +42,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tracmod.durable import canonical_json, seal, sha256, sync_folder, unseal, write_file
-from tracmod.durable import publish_file as publish_file
-from tracmod.durable import temporary_name as temporary_name
 
 FORMAT = "tracmod-features"
 VERSION = 1

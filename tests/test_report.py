@@ -250,7 +250,7 @@ def test_the_summary_says_what_the_intervals_allow(
     change: float, control: float, said: tuple[str, str]
 ) -> None:
     texts = findings(_summary(change, control))
-    assert "In sw it is not clearly better than chance" in texts[0]
+    assert "In sw the fine-tuned model is not clearly better than chance" in texts[0]
     assert "30.0% (28.0 to 32.0)" in texts[1]
     assert "more than on the others" in texts[1]
     assert all(words in texts[2] for words in said)

@@ -89,19 +89,26 @@ def _accuracy(summary: Row) -> str:
     if not view:
         return ""
     by_value = sorted(view["languages"].items(), key=lambda item: item[1]["value"])
-    (lowest, low), (highest, high) = by_value[0], by_value[-1]
     text = (
-        f"The fine-tuned model is right on {percent(low['value'])} ({lowest}) to "
-        f"{percent(high['value'])} ({highest}) of the test examples, by language; chance is "
-        f"{percent(accuracy['chance'])}."
+        f"The fine-tuned model is right on {_range(by_value)} of the test examples, by language; "
+        f"chance is {percent(accuracy['chance'])}."
     )
+    sparse = _find(accuracy["views"], model="sparse", view="full")
+    if sparse:
+        pairs = sorted(sparse["languages"].items(), key=lambda item: item[1]["value"])
+        text += f" After sparse fine-tuning it is {_range(pairs)}."
     weak = [name for name, share in by_value if share["low"] <= accuracy["chance"]]
     if weak:
         text += (
-            f" In {_listed(weak)} it is not clearly better than chance: there, influence tells "
-            "which examples move the loss, but hardly what the model has learnt."
+            f" In {_listed(weak)} the fine-tuned model is not clearly better than chance: there, "
+            "influence tells which examples move the loss, but hardly what the model has learnt."
         )
     return text
+
+
+def _range(by_value: list[tuple[str, Row]]) -> str:
+    (lowest, low), (highest, high) = by_value[0], by_value[-1]
+    return f"{percent(low['value'])} ({lowest}) to {percent(high['value'])} ({highest})"
 
 
 def _reliance(summary: Row) -> str:

@@ -204,11 +204,12 @@
   }
 
   function isRight(test) {
-    const view = test.views.find((one) => one !== null);
-    return view !== undefined && view.prediction === test.label;
+    const view = test.views[Number(chooser.view.value)];
+    return Boolean(view) && view.prediction === test.label;
   }
 
   function listExamples() {
+    const before = chooser.example.value;
     chooser.example.replaceChildren();
     data.tests.forEach((test, place) => {
       if (test.language !== chooser.language.value) return;
@@ -218,6 +219,7 @@
       const start = text.slice(0, 90).join("") + (text.length > 90 ? " …" : "");
       chooser.example.append(option(place, (isRight(test) ? "✓ " : "✗ ") + start));
     });
+    if ([...chooser.example.options].some((one) => one.value === before)) chooser.example.value = before;
     showExample();
   }
 
@@ -227,6 +229,6 @@
   chooser.language.addEventListener("change", listExamples);
   chooser.outcome.addEventListener("change", listExamples);
   chooser.example.addEventListener("change", showExample);
-  chooser.view.addEventListener("change", showExample);
+  chooser.view.addEventListener("change", listExamples);
   listExamples();
 })();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
         "summary": summary,
         "unit": unit,
         "config": config,
+        "again": shlex.quote(f"runs/{config.get('name') or 'again'}"),
         "config_yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "findings": findings(summary),
         "tiles": tiles(summary),
@@ -128,7 +130,7 @@ def _stages(stages: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [
         (name, str(entry.get("state", "")), words.seconds(entry["seconds"]))
         for name, entry in stages.items()
-        if entry.get("seconds") is not None
+        if name != "report" and entry.get("seconds") is not None  # not done while it is written
     ]
 
 

@@ -98,8 +98,8 @@
   /* One figure at a time, so that the page answers in between. */
   function drawNext() {
     const element = waiting.shift();
-    if (element && !element.dataset.drawn && !element.closest("[hidden]")) draw(element);
     if (waiting.length) setTimeout(drawNext);
+    if (element && !element.dataset.drawn && !element.closest("[hidden]")) draw(element);
   }
 
   const seen = new IntersectionObserver((entries) => {

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.capture import frozen
-from tracmod.durable import file_sha256
+from tracmod.durable import file_sha256, write_checksums, write_json
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
 from tracmod.heads import HeadMask
 from tracmod.influence import TopInfluences, exact_influence, top_influences, top_of_scores
@@ -28,10 +28,10 @@ from tracmod.model import (
     predict,
     tokenizer_digest,
 )
-from tracmod.run_folder import versions, write_json
+from tracmod.run_folder import versions
 from tracmod.store import FeatureStore
 from tracmod.tables import InfluenceTables
-from tracmod.tasks import read_model_examples
+from tracmod.tasks.files import read_model_examples
 
 SPLITS = ("train", "query")
 
@@ -91,6 +91,7 @@ def attribute(asked: Attribution) -> None:
     tables.add(range(len(work.tables["query"])), top)
     tables.write(asked.out, bootstrap=1000, confidence=0.95, seed=asked.seed)
     write_json(asked.out / "run.json", work.record(time.perf_counter() - started))
+    write_checksums(asked.out)
 
 
 class _Work:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that carries its own checksum."""
+"""Files that are written whole or not at all, and checksums that tell if they still are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+CHECKSUMS = "checksums.json"
 
 
 def seal(content: dict[str, Any]) -> bytes:
@@ -92,3 +94,29 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_checksums(folder: Path) -> None:
+    """Record the SHA-256 of every file written since the last time.
+
+    Left out are the feature stores and the index, which carry their own, and run.json, which
+    changes with every stage. What was recorded before stays as it was, so that a file damaged in
+    between is not taken for sound.
+    """
+    record = folder / CHECKSUMS
+    sums = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    recorded = record.stat().st_mtime_ns if record.is_file() else 0
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder)
+        own = name.parts[0] in ("features", "index", "run.json", CHECKSUMS)
+        if own or any(part.startswith(".") for part in name.parts):
+            continue
+        if str(name) not in sums or file.stat().st_mtime_ns > recorded:
+            sums[str(name)] = file_sha256(file)
+    write_json(record, {name: sums[name] for name in sorted(sums) if (folder / name).is_file()})

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tracmod.analysis.summary import analyze
+from tracmod.analysis.study import analyze
 from tracmod.capture import frozen
 from tracmod.config import FinetuneConfig, RunConfig
 from tracmod.durable import file_sha256

@@ -68,13 +68,12 @@ class Attributor:
 
     def build_index(self, kind: str) -> InfluenceIndex:
         """Build and save a FAISS index over the training examples' features."""
-        influence = self.study.config.influence
         index = InfluenceIndex.build(
             self.train_stores,
             kind=kind,
             languages=self.train.column("language").to_pylist(),
             weights=self.weights,
-            normalize=None if influence.normalize == "none" else influence.normalize,
+            normalize=self._normalize,
             queries=self._stores("test"),
         )
         index.save(self.index_path)
@@ -166,13 +165,12 @@ class Attributor:
             index = self._index
             sides = [index.search(features, k, opponents=side) for side in (False, True)]
             return [self._rows(one.indices[0], one.scores[0]) for one in sides]
-        normalize = self.study.config.influence.normalize
         top = top_influences(
             features,
             [store.read() for store in self.train_stores],
             k,
             weights=self.weights,
-            normalize=None if normalize == "none" else normalize,
+            normalize=self._normalize,
         )
         return [
             self._rows(top.indices[0], top.scores[0]),
@@ -181,7 +179,14 @@ class Attributor:
 
     @cached_property
     def _index(self) -> InfluenceIndex:
-        return InfluenceIndex.load(self.index_path)
+        index = InfluenceIndex.load(self.index_path)
+        index.check_built_from(self.train_stores, self.weights, self._normalize)
+        return index
+
+    @property
+    def _normalize(self) -> str | None:
+        normalize = self.study.config.influence.normalize
+        return None if normalize == "none" else normalize
 
     def _rows(self, indices: Tensor, scores: Tensor) -> list[dict[str, Any]]:
         names = self.study.run.record["label_names"]

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tracmod.config import RunConfig, parse_config
-from tracmod.durable import file_sha256, publish_file, temporary_name, write_file
+from tracmod.durable import publish_file, temporary_name, write_checksums, write_json
 
 STAGES = (
     "data",
@@ -44,7 +44,6 @@ _REMADE = {
     "analyze": (),
     "report": ("name",),
 }
-CHECKSUMS = "checksums.json"
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "faiss-cpu")
 
 
@@ -186,36 +185,10 @@ class RunFolder:
             yield
 
 
-def write_checksums(folder: Path) -> None:
-    """Record the SHA-256 of every file written since the last time.
-
-    Left out are the feature stores and the index, which carry their own, and run.json, which
-    changes with every stage. What was recorded before stays as it was, so that a file damaged in
-    between is not taken for sound.
-    """
-    record = folder / CHECKSUMS
-    sums = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    recorded = record.stat().st_mtime_ns if record.is_file() else 0
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = file.relative_to(folder)
-        own = name.parts[0] in ("features", "index", "run.json", CHECKSUMS)
-        if own or any(part.startswith(".") for part in name.parts):
-            continue
-        if str(name) not in sums or file.stat().st_mtime_ns > recorded:
-            sums[str(name)] = file_sha256(file)
-    write_json(record, {name: sums[name] for name in sorted(sums) if (folder / name).is_file()})
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     found = {name: _version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **{k: v for k, v in found.items() if v}}
-
-
-def write_json(path: Path, tree: Any) -> None:
-    """Write JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from tracmod.analysis.languages import count_languages, example_table, language_table
+from tracmod.analysis.dynamics import epoch_table
+from tracmod.analysis.languages import example_table, language_table
 from tracmod.influence import TopInfluences
 from tracmod.run_folder import write_parquet
 
@@ -41,26 +43,21 @@ class InfluenceTables:
 
     def write(self, folder: Path, *, bootstrap: int, confidence: float, seed: int) -> None:
         """Write examples, languages, top and, if epochs were added, epochs.parquet."""
-
-        def languages(examples: list[pa.Table]) -> pa.Table:
-            return language_table(
-                pa.concat_tables(examples),
-                count_languages(self.train.column("language").to_pylist()),
-                clusters=self._clusters(),
-                bootstrap=bootstrap,
-                confidence=confidence,
-                seed=seed,
-            )
-
-        write_parquet(folder / "examples.parquet", pa.concat_tables(self._examples))
-        write_parquet(folder / "languages.parquet", languages(self._examples))
+        examples = pa.concat_tables(self._examples)
+        languages = language_table(
+            examples,
+            Counter(self.train.column("language").to_pylist()),
+            clusters=self._clusters(),
+            bootstrap=bootstrap,
+            confidence=confidence,
+            seed=seed,
+        )
+        write_parquet(folder / "examples.parquet", examples)
+        write_parquet(folder / "languages.parquet", languages)
         write_parquet(folder / "top.parquet", pa.concat_tables(self._top))
-        epochs = []
-        for epoch, examples in sorted(self._epoch_examples.items()):
-            table = languages(examples)
-            epochs.append(table.add_column(0, "epoch", pa.array([epoch] * len(table))))
-        if epochs:
-            write_parquet(folder / "epochs.parquet", pa.concat_tables(epochs))
+        if self._epoch_examples:
+            by_epoch = {e: pa.concat_tables(t) for e, t in sorted(self._epoch_examples.items())}
+            write_parquet(folder / "epochs.parquet", epoch_table(by_epoch))
 
     def _clusters(self) -> dict[str, str]:
         columns = (self.test.column(name).to_pylist() for name in ("id", "group"))

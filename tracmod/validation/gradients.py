@@ -17,7 +17,7 @@ from tracmod.capture import Captured, capture, frozen, select_layers
 from tracmod.features import masked
 from tracmod.heads import HeadMask
 from tracmod.model import class_names, collate, encode, load_model, pad_token_id, per_example_loss
-from tracmod.tasks import read_model_examples
+from tracmod.tasks.files import read_model_examples
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tracmod.durable import file_sha256
-from tracmod.run_folder import CHECKSUMS
+from tracmod.durable import CHECKSUMS, file_sha256
 from tracmod.store import verify_store
 
 

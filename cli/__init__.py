@@ -28,18 +28,22 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
         except ValueError as error:
             _fail(_one_line(error), 2)
         except KeyboardInterrupt:
             _fail("stopped; the same command goes on where it was", 130)
-        except (OSError, RuntimeError, MemoryError) as error:
+        except Exception as error:
             if os.environ.get("TRACMOD_TRACEBACK"):
                 raise
             _fail(f"{_one_line(error)} (TRACMOD_TRACEBACK=1 shows where)", 1)
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    sentence = " ".join(str(error).split())
+    known = isinstance(error, (ValueError, OSError, RuntimeError))
+    return sentence if known and sentence else f"{type(error).__name__}: {sentence}"
 
 
 def _fail(sentence: str, code: int) -> None:
@@ -85,7 +89,11 @@ _RUN_OPTIONS = [
 ]
 _VIEW_OPTIONS = [
     click.option(
-        "--model", type=click.Choice(["full", "sparse"]), default="full", show_default=True
+        "--model",
+        type=click.Choice(["full", "sparse"]),
+        default="full",
+        show_default=True,
+        help="Fine-tuned on all languages together, or each through its subnetwork.",
     ),
     click.option(
         "--view", default="full", show_default=True, help="full, subnetwork, random-0, ..."
@@ -172,10 +180,20 @@ _stage("report", "Write report/index.html.")
 @click.option("--exact", is_flag=True, help="Whole gradients, no projection.")
 @click.option("--projection-dim", default=4096, show_default=True, help="Numbers per example.")
 @click.option(
-    "--normalize", type=click.Choice(["cosine", "none"]), default="cosine", show_default=True
+    "--normalize",
+    type=click.Choice(["cosine", "none"]),
+    default="cosine",
+    show_default=True,
+    help="Cosine of gradients per checkpoint, or plain inner products.",
 )
 @click.option("--head-mask", type=EXISTING, help="JSON of a mask, applied to both gradients.")
-@click.option("--parameters", type=PARAMETERS, default="encoder", show_default=True)
+@click.option(
+    "--parameters",
+    type=PARAMETERS,
+    default="encoder",
+    show_default=True,
+    help="Whose gradients: all but the embeddings, all, the heads', or the classifier's.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the projection.")
 @click.option("--max-length", type=int, help="Tokens per example; absent: the model's, up to 512.")
 @click.option("--batch-tokens", default=8192, show_default=True, help="Tokens per batch.")
@@ -203,7 +221,9 @@ def attribute(normalize: str, **options: Any) -> None:
 @main.command()
 @click.option("--model", required=True, help="Transformers folder with its tokenizer.")
 @click.option("--data", required=True, type=EXISTING, help="Example file.")
-@click.option("--parameters", type=PARAMETERS, default="all", show_default=True)
+@click.option(
+    "--parameters", type=PARAMETERS, default="all", show_default=True, help="Which to compare."
+)
 @click.option("--head-mask", type=EXISTING, help="JSON of a mask to check under.")
 @click.option("--examples", default=8, show_default=True, help="How many of the file's first.")
 @click.option("--max-length", default=128, show_default=True, help="Tokens per example.")
@@ -328,7 +348,12 @@ def verify(path: Path) -> None:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def doctor(as_json: bool) -> None:
-    """Say what was built and what is found: versions, native module, processor, GPU."""
+    """Say what was built and what is found: versions, native module, processor, GPU.
+
+    \b
+    Example:
+      tracmod doctor --json
+    """
     import torch
 
     from tracmod.kernels import build_info
@@ -344,3 +369,17 @@ def doctor(as_json: bool) -> None:
     for name, value in found.items():
         text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
         click.echo(f"{name:24} {text}")
+
+
+@main.command()
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures here.")
+def bench(json_path: Path | None) -> None:
+    """Check the ops of the native module against plain torch, then time both.
+
+    \b
+    Example:
+      tracmod bench --json bench.json
+    """
+    from tracmod.bench.bench_kernels import run_bench
+
+    run_bench(json_path)

@@ -88,7 +88,7 @@ def attribute(asked: Attribution) -> None:
     work = _Work(asked)
     top = work.exact() if asked.exact else work.projected()
     tables = InfluenceTables(work.tables["train"], work.tables["query"], work.predictions())
-    tables.add(range(len(work.tables["query"])), top)
+    tables.add(list(range(len(work.tables["query"]))), top)
     tables.write(asked.out, bootstrap=1000, confidence=0.95, seed=asked.seed)
     write_json(asked.out / "run.json", work.record(time.perf_counter() - started))
     write_checksums(asked.out)

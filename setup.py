@@ -42,7 +42,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTRACMOD_VERSION={self.distribution.get_version()}",
-            f"-DTRACMOD_CUDA={os.environ.get('TRACMOD_CUDA', 'OFF')}",
+            f"-DTRACMOD_CUDA={os.environ.get('TRACMOD_CUDA', 'AUTO')}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         # A build folder remembers where cmake and ninja were; in an isolated build they move.

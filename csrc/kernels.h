@@ -79,6 +79,18 @@ void top_k_dot(const TopK& job, void* scratch, int threads);
 
 namespace cuda {
 
+// Makes a device current for as long as it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
 // As above; every launch goes to `stream` (a cudaStream_t), nothing is synchronised.
 size_t project_gradients_scratch(const Gradients& gradients, const Projection& projection);
 void project_gradients(const Gradients& gradients, const Projection& projection, float* out,

@@ -185,6 +185,7 @@ void project_gradients(const Capsule& x_capsule, const Capsule& g_capsule,
     const Memory scratch =
         allocate_on(allocate, cuda::project_gradients_scratch(gradients, projection), op);
     const py::gil_scoped_release release;
+    const cuda::DeviceGuard guard(x.device_id());
     cuda::project_gradients(gradients, projection, target, out.size(1), scratch.data,
                             reinterpret_cast<void*>(stream));
     return;
@@ -225,6 +226,7 @@ void gradient_dot(const Capsule& x1_capsule, const Capsule& g1_capsule, const Ca
     const Memory scratch =
         allocate_on(allocate, cuda::gradient_dot_scratch(first, second, layer, bias), op);
     const py::gil_scoped_release release;
+    const cuda::DeviceGuard guard(x1.device_id());
     cuda::gradient_dot(first, second, layer, bias, out.as<float>(), scratch.data,
                        reinterpret_cast<void*>(stream));
     return;
@@ -327,6 +329,7 @@ void top_k_dot(const std::vector<Capsule>& queries, const std::vector<Capsule>& 
   if (first.is_cuda()) {
     const Memory scratch = allocate_on(allocate, cuda::top_k_dot_scratch(job), op);
     const py::gil_scoped_release release;
+    const cuda::DeviceGuard guard(first.device_id());
     cuda::top_k_dot(job, scratch.data, reinterpret_cast<void*>(stream));
     return;
   }

@@ -61,6 +61,7 @@ class TensorView {
   int ndim() const { return tensor_.ndim; }
   int64_t size(int dim) const { return tensor_.shape[dim]; }
   std::vector<int64_t> shape() const { return {tensor_.shape, tensor_.shape + tensor_.ndim}; }
+  int device_id() const { return tensor_.device.id; }
   bool is_cuda() const { return tensor_.device.type == dlpack::kCUDA; }
 
   std::string dtype_name() const {

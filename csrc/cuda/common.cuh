@@ -1,0 +1,49 @@
+// What every CUDA kernel here shares: reading a value as float32, a batch's lengths, launch checks.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace tracmod::cuda {
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ inline float to_float(float value) { return value; }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+__device__ inline float not_a_number() { return __int_as_float(0x7fffffff); }
+
+// A launch that failed (a sticky error of earlier work included) becomes an exception.
+inline void check_launch(const char* op) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(op) + ": CUDA launch failed: " +
+                             cudaGetErrorString(error));
+  }
+}
+
+// Tokens of an example. Lengths on the GPU are not known on the host: a wrong one reads no token and
+// is told by `bad`, which the last kernel turns into NaN.
+struct Lengths {
+  const int64_t* values;
+  int64_t tokens;
+
+  __device__ bool bad(int64_t example) const {
+    return values != nullptr && (values[example] < 0 || values[example] > tokens);
+  }
+  __device__ int64_t of(int64_t example) const {
+    if (values == nullptr) return tokens;
+    return bad(example) ? 0 : values[example];
+  }
+};
+
+inline Lengths lengths_of(const Gradients& gradients) {
+  return {gradients.lengths, gradients.tokens};
+}
+
+}  // namespace tracmod::cuda

@@ -60,7 +60,7 @@ setup(
     ],
     package_dir={"tracmod.cli": "cli", "tracmod.configs": "configs"},
     package_data={
-        "tracmod": ["py.typed"],
+        "tracmod": ["py.typed", "_C.pyi"],
         "tracmod.configs": ["*.yaml"],
         "tracmod.report": ["*.html", "*.css", "*.js", "*.j2", "**/*.html", "**/*.css", "**/*.j2"],
     },

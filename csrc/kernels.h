@@ -46,9 +46,9 @@ struct TopK {
   DType dtype;
   bool cosine;
   int64_t k;
-  int64_t index_offset;    // added to a train row's number
-  const int64_t* groups;   // (N,) in [0, num_groups), or null
-  int64_t num_groups;      // G
+  int64_t index_offset;   // added to a train row's number
+  const int64_t* groups;  // (N,) in [0, num_groups), or null
+  int64_t num_groups;     // G
   Ranking proponents, opponents;
   double* group_sums;  // (Q, G) added to, or null
 };

@@ -172,8 +172,8 @@ void project_gradients(const Capsule& x_capsule, const Capsule& g_capsule,
   const std::string op = "project_gradients";
   const TensorView x = view(x_capsule, op, "x"), g = view(g_capsule, op, "g");
   const TensorView out = view(out_capsule, op, "out");
-  const Projection projection{layer_named(layer, op), kind_named(kind, op), bias,     k_out, k_in,
-                              seed,                   input_key,            output_key};
+  const Projection projection{
+      layer_named(layer, op), kind_named(kind, op), bias, k_out, k_in, seed, input_key, output_key};
   const Gradients gradients = gradients_of(x, g, lengths, projection.layer, op, "");
   out.check_device(x).check_dtype("float32").check_ndim({2}, "(B, K)");
   out.check_shape({gradients.batch, out.size(1)}, "(B, K)").check_contiguous();
@@ -344,8 +344,8 @@ void projection_matrix(const Capsule& out_capsule, const std::string& kind, uint
   const std::string op = "projection_matrix";
   const TensorView out = view(out_capsule, op, "out");
   out.check_dtype("float32").check_ndim({2}, "(k, size)").check_contiguous();
-  const Kind which = choose<Kind>(
-      kind, op, "kind", {{"rademacher", Kind::rademacher}, {"sjlt", Kind::sjlt}});
+  const Kind which =
+      choose<Kind>(kind, op, "kind", {{"rademacher", Kind::rademacher}, {"sjlt", Kind::sjlt}});
   cpu::projection_matrix(which, out.size(0), out.size(1), seed, key, out.as<float>());
 }
 
@@ -370,6 +370,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   using namespace tracmod;
   m.doc() = "tracmod's native engine; tracmod.kernels is its public face.";
+  cpu::tiles();  // chosen now, so that a wrong TRACMOD_INSTRUCTIONS is told at once
   m.def("build_info", &build_info);
   m.def("check_lengths", &check_lengths);
   m.def("project_gradients", &project_gradients);

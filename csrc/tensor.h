@@ -76,7 +76,8 @@ class TensorView {
 
   std::string device_name() const {
     if (is_cuda()) return "cuda:" + std::to_string(tensor_.device.id);
-    const bool cpu = tensor_.device.type == dlpack::kCPU || tensor_.device.type == dlpack::kCUDAHost;
+    const bool cpu =
+        tensor_.device.type == dlpack::kCPU || tensor_.device.type == dlpack::kCUDAHost;
     return cpu ? "cpu" : "a device of DLPack type " + std::to_string(tensor_.device.type);
   }
 

@@ -4,13 +4,13 @@
 //   token pairs   sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + 1): one pair of examples an item; both Gram
 //                 matrices in tiles of 32 x 64 tokens, multiplied and summed while in cache.
 //   formed        6 rows of every G (6, I + 1) as `outer` tiles, then all inner products of them as
-//                 `dot` tiles: one of 16 fixed shares of the rows an item, the shares' sums added up
-//                 in order. A gradient is never whole in memory.
+//                 `dot` tiles: one of 16 fixed shares of the rows an item, the shares' sums added
+//                 up in order. A gradient is never whole in memory.
 // elementwise (LayerNorm): G = [sum_s g_s x_s, sum_s g_s] is short: formed, then inner products.
 // embedding: sum over pairs of tokens with the same id of <g_s, g'_t>.
 //
-// Bytes: x and g of both batches are read from cache B or O / 6 times; operations as in cost.h, tens
-// to hundreds a byte: the multiply-add units are the limit.
+// Bytes: x and g of both batches are read from cache B or O / 6 times; operations as in cost.h,
+// tens to hundreds a byte: the multiply-add units are the limit.
 #include <algorithm>
 
 #include "cost.h"

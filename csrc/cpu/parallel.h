@@ -1,5 +1,5 @@
-// Work items spread over threads. Which thread takes which item is left to chance; so an op must give
-// every item its own output and leave nothing to the order of items.
+// Work items spread over threads. Which thread takes which item is left to chance; so an op must
+// give every item its own output and leave nothing to the order of items.
 #pragma once
 
 #include <atomic>

@@ -1,18 +1,18 @@
-// out[b] += vec(R_out G_b R_in^T),  G_b = sum_s g_s [x_s, 1]^T; the gradient itself is never formed:
+// out[b] += vec(R_out G_b R_in^T),  G_b = sum_s g_s [x_s, 1]^T; the gradient is never formed:
 //
 //   P = x R_in^T (S,k_in)    Q = g R_out^T (S,k_out)    out[b] += Q^T P
 //
-// Work: two phases over threads. First a block of 48 tokens of P or Q an item: the signs are written
-// out once per call as floats (rows of R are few) and multiplied as `outer` tiles; a sparse R is read
-// as lists, one list of columns for each row of R. Then a band of 48 rows of one example's Q^T P an
-// item, added to its feature row by the item that owns it.
+// Work: two phases over threads. First a block of 48 tokens of P or Q an item: the signs are
+// written out once per call as floats (rows of R are few) and multiplied as `outer` tiles; a sparse
+// R is read as lists, one list of columns for each row of R. Then a band of 48 rows of one
+// example's Q^T P an item, added to its feature row by the item that owns it.
 //
 // Bytes: x and g once, B S (I + O) times 4 or 2, plus B S (k_in + k_out) 8 written and read.
-// Operations: 2 B S (I k_in + O k_out + k_in k_out); at k = 64 that is 16 to 32 a byte of input, so
+// Operations: 2 B S (I k_in + O k_out + k_in k_out); at k = 64 that is 32 or 64 a byte of input, so
 // the multiply-add units are the limit; sparse: 2 B S (I + O + k_in k_out), the memory is.
 //
-// LayerNorm (elementwise) and embedding gradients are few sums or sparse: each example's go into the
-// grid as a count sketch, in float64, one example an item; one read of x and g is the limit.
+// LayerNorm (elementwise) and embedding gradients are few sums or sparse: each example's go into
+// the grid as a count sketch, in float64, one example an item; one read of x and g is the limit.
 #include <algorithm>
 #include <cmath>
 
@@ -74,8 +74,9 @@ Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& p
     plan.starts = scratch.take<int64_t>(gradients.batch + 1);
     plan.in = plan_side(scratch, gradients.x, gradients.in, projection.bias, projection.k_in,
                         stream_of(projection.seed, projection.input_key), projection.kind, tokens);
-    plan.out = plan_side(scratch, gradients.g, gradients.out, false, projection.k_out,
-                         stream_of(projection.seed, projection.output_key), projection.kind, tokens);
+    plan.out =
+        plan_side(scratch, gradients.g, gradients.out, false, projection.k_out,
+                  stream_of(projection.seed, projection.output_key), projection.kind, tokens);
   } else {
     plan.grid = projection.k_out * projection.k_in;
     // LayerNorm's sums are made before they are sketched: two more rows behind the grid.

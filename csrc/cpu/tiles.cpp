@@ -2,8 +2,8 @@
 //
 //   outer  a tile is 6 rows x 2 or 4 vectors of columns: per step of D it loads the columns of b
 //          once and each a as a broadcast operand; 12 or 24 multiply-adds for 2 or 4 loads, so the
-//          multiply-add units are the limit. D goes in blocks of 256: a block of b (256 x 64 floats,
-//          64 KiB) stays in the second cache while the tiles of rows pass over it.
+//          multiply-add units are the limit. D goes in blocks of 256: a block of b (256 x 64
+//          floats, 64 KiB) stays in the second cache while the tiles of rows pass over it.
 //   dot    both operands lie along D: a tile is R rows x 4 columns of vector sums, R + 4 loads for
 //          4 R multiply-adds; D goes in blocks of 2048, four rows of a (32 KiB) stay in the first
 //          cache while the columns pass.
@@ -13,7 +13,10 @@
 #include "cpu/tiles.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #define TRACMOD_INLINE inline __attribute__((always_inline))
 
@@ -171,8 +174,8 @@ TRACMOD_INLINE void dot_columns(int64_t columns, const T* const* a, const T* con
 
 // R rows a tile where as many are left, one row for the rest.
 template <int W, int R, class T>
-TRACMOD_INLINE void dot_product(const T* const* a, int64_t rows, const T* const* b,
-                                int64_t columns, int64_t depth, double* c, int64_t ldc) {
+TRACMOD_INLINE void dot_product(const T* const* a, int64_t rows, const T* const* b, int64_t columns,
+                                int64_t depth, double* c, int64_t ldc) {
   for (int64_t begin = 0; begin < depth; begin += kDotDepth) {
     const int64_t end = std::min(depth, begin + kDotDepth);
     for (int64_t m = 0; m < rows;) {
@@ -192,20 +195,20 @@ TRACMOD_INLINE void dot_product(const T* const* a, int64_t rows, const T* const*
 }
 
 // One instruction set: W floats a vector, V vectors a tile of `outer`, R rows a tile of `dot`.
-#define TRACMOD_TILES(NAME, TARGET, W, V, R)                                                     \
-  TARGET void outer_##NAME(const float* const* a, int64_t a_step, int64_t rows, const float* b,  \
+#define TRACMOD_TILES(NAME, TARGET, W, V, R)                                                      \
+  TARGET void outer_##NAME(const float* const* a, int64_t a_step, int64_t rows, const float* b,   \
                            int64_t ldb, int64_t columns, int64_t depth, double* c, int64_t ldc) { \
-    outer_product<W, V>(a, a_step, rows, b, ldb, columns, depth, c, ldc);                        \
-  }                                                                                              \
-  TARGET void dot_##NAME(const float* const* a, int64_t rows, const float* const* b,             \
-                         int64_t columns, int64_t depth, double* c, int64_t ldc) {               \
-    dot_product<W, R>(a, rows, b, columns, depth, c, ldc);                                       \
-  }                                                                                              \
-  TARGET void dot_bfloat16_##NAME(const bfloat16* const* a, int64_t rows,                        \
-                                  const bfloat16* const* b, int64_t columns, int64_t depth,      \
-                                  double* c, int64_t ldc) {                                      \
-    dot_product<W, R>(a, rows, b, columns, depth, c, ldc);                                       \
-  }                                                                                              \
+    outer_product<W, V>(a, a_step, rows, b, ldb, columns, depth, c, ldc);                         \
+  }                                                                                               \
+  TARGET void dot_##NAME(const float* const* a, int64_t rows, const float* const* b,              \
+                         int64_t columns, int64_t depth, double* c, int64_t ldc) {                \
+    dot_product<W, R>(a, rows, b, columns, depth, c, ldc);                                        \
+  }                                                                                               \
+  TARGET void dot_bfloat16_##NAME(const bfloat16* const* a, int64_t rows,                         \
+                                  const bfloat16* const* b, int64_t columns, int64_t depth,       \
+                                  double* c, int64_t ldc) {                                       \
+    dot_product<W, R>(a, rows, b, columns, depth, c, ldc);                                        \
+  }                                                                                               \
   constexpr Tiles k_##NAME = {#NAME, outer_##NAME, dot_##NAME, dot_bfloat16_##NAME};
 
 TRACMOD_TILES(baseline, , 4, 2, 2)
@@ -214,16 +217,36 @@ TRACMOD_TILES(avx2, __attribute__((target("avx2,fma"))), 8, 2, 2)
 TRACMOD_TILES(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), 16, 4, 4)
 #endif
 
-const Tiles& choose() {
+bool supported(const Tiles& tiles) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return k_avx512;
+  if (&tiles == &k_avx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return k_avx2;
+  if (&tiles == &k_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-  return k_baseline;
+  return &tiles == &k_baseline;
+}
+
+// The best that the processor has; TRACMOD_INSTRUCTIONS names another, to test it or to repeat the
+// bits of an older processor.
+const Tiles& choose() {
+  constexpr const Tiles* kAll[] = {
+#if defined(__x86_64__)
+      &k_avx512, &k_avx2,
+#endif
+      &k_baseline};
+  const char* wanted = std::getenv("TRACMOD_INSTRUCTIONS");
+  for (const Tiles* tiles : kAll) {
+    if (supported(*tiles) && (wanted == nullptr || std::strcmp(wanted, tiles->name) == 0)) {
+      return *tiles;
+    }
+  }
+  throw std::invalid_argument(
+      std::string("TRACMOD_INSTRUCTIONS: expected baseline, avx2 or avx512, and this processor to "
+                  "have it, got ") +
+      wanted);
 }
 
 }  // namespace

@@ -1,11 +1,11 @@
-// score[q, n] = sum_c w_c <q_c, n_c>  (cosine: each term over |q_c| |n_c|); per query the k largest and
-// the k smallest, and the sums per group. The score matrix is never whole in memory.
+// score[q, n] = sum_c w_c <q_c, n_c>  (cosine: each term over |q_c| |n_c|); per query the k largest
+// and the k smallest, and the sums per group. The score matrix is never whole in memory.
 //
 // Blocks of 256 queries x 2048 training rows, one after the other. First 32 training rows an item:
 // their inner products with the block's queries as `dot` tiles, all checkpoints summed in float64,
-// written as float32 scores. Then a query an item: its scores pass through two heaps that live in the
-// result's own rows, and into its group sums, in the order of the training rows; so blocks streamed
-// in several calls give the bits of one call. A last pass sorts the heaps.
+// written as float32 scores. Then a query an item: its scores pass through two heaps that live in
+// the result's own rows, and into its group sums, in the order of the training rows; so blocks
+// streamed in several calls give the bits of one call. A last pass sorts the heaps.
 //
 // Bytes: the training rows once per 256 queries, C N K (4 or 2). Operations: 2 C Q N K, so the
 // multiply-add units are the limit from about 32 queries on, memory below.
@@ -95,8 +95,8 @@ void score_item(const TopK& job, const Plan& plan, const Block& block, int64_t n
   }
 }
 
-// A query's k best so far: a heap with the worst on top, laid from the row's end to its beginning, so
-// that a row sorted best first is a heap as it is.
+// A query's k best so far: a heap with the worst on top, laid from the row's end to its beginning,
+// so that a row sorted best first is a heap as it is.
 class Heap {
  public:
   Heap(const Ranking& ranking, int64_t query, int64_t k, bool largest)

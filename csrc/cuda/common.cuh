@@ -22,13 +22,13 @@ __device__ inline float not_a_number() { return __int_as_float(0x7fffffff); }
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(op) + ": CUDA launch failed: " +
-                             cudaGetErrorString(error));
+    throw std::runtime_error(std::string(op) +
+                             ": CUDA launch failed: " + cudaGetErrorString(error));
   }
 }
 
-// Tokens of an example. Lengths on the GPU are not known on the host: a wrong one reads no token and
-// is told by `bad`, which the last kernel turns into NaN.
+// Tokens of an example. Lengths on the GPU are not known on the host: a wrong one reads no token
+// and is told by `bad`, which the last kernel turns into NaN.
 struct Lengths {
   const int64_t* values;
   int64_t tokens;

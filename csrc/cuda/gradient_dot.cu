@@ -1,13 +1,13 @@
 // out[i, j] += <G_i, G'_j>, the gradients of examples i and j of two batches for one layer.
 //
-//   linear       sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + 1): a block owns one pair of examples and walks
-//                over their tokens in tiles of 64 x 64, both Gram tiles in registers; float32 within a
-//                tile, float64 across tiles, the threads' sums by a tree. Operations
-//                2 S S' (I + O) a pair, bytes S S' (I + O) / 32 of cache: the float32 units are the
-//                limit. Forming the gradients (cost.h) takes fewer operations for long sequences and
-//                is not done here.
-//   elementwise  G = [sum_s g_s x_s, sum_s g_s] formed into scratch, a thread per feature; then a block
-//                per pair; one read of x and g.
+//   linear       sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + 1): a block owns one pair of examples and
+//                goes over their tokens in tiles of 64 x 64, both Gram tiles in registers; float32
+//                within a tile, float64 across tiles, the threads' sums by a tree. Operations
+//                2 S S' (I + O) a pair; bytes S S' (I + O) / 8 of float32 through the caches: the
+//                float32 units are the limit. Forming the gradients (cost.h) takes fewer operations
+//                for long sequences and is not done here.
+//   elementwise  G = [sum_s g_s x_s, sum_s g_s] formed into scratch, a thread per feature; then a
+//                block per pair; one read of x and g.
 //   embedding    a block per pair; a warp per token of the first takes the second's tokens with the
 //                same id.
 #include "cuda/tile.cuh"
@@ -42,8 +42,8 @@ __device__ void add_pair(double value, bool bad, float* out) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_token_pairs(Batches batches, float bias,
-                                                            float* out) {
+__global__ void __launch_bounds__(kThreads)
+    sum_token_pairs(Batches batches, float bias, float* out) {
   __shared__ TileMemory memory;
   const int64_t i = blockIdx.x / batches.batch2, j = blockIdx.x % batches.batch2;
   const int64_t length1 = batches.lengths1.of(i), length2 = batches.lengths2.of(j);
@@ -88,9 +88,8 @@ __global__ void form_elementwise(const T* x, const T* g, Lengths lengths, int64_
   if (rows == 2) sums[(b * rows + 1) * size + d] = shift;
 }
 
-__global__ void __launch_bounds__(kThreads) dot_rows(Batches batches, const float* sums1,
-                                                     const float* sums2, int64_t width,
-                                                     float* out) {
+__global__ void __launch_bounds__(kThreads)
+    dot_rows(Batches batches, const float* sums1, const float* sums2, int64_t width, float* out) {
   const int64_t i = blockIdx.x / batches.batch2, j = blockIdx.x % batches.batch2;
   double total = 0.0;
   for (int64_t d = threadIdx.x; d < width; d += kThreads) {
@@ -126,19 +125,18 @@ template <class T>
 void form(const Gradients& gradients, int rows, float* sums, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(gradients.batch),
                     static_cast<unsigned>(ceil_div(gradients.in, kThreads)));
-  form_elementwise<T><<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(gradients.x),
-                                                       static_cast<const T*>(gradients.g),
-                                                       lengths_of(gradients), gradients.in, rows,
-                                                       sums);
+  form_elementwise<T><<<blocks, kThreads, 0, stream>>>(
+      static_cast<const T*>(gradients.x), static_cast<const T*>(gradients.g), lengths_of(gradients),
+      gradients.in, rows, sums);
   check_launch(kOp);
 }
 
 template <class T>
 void dispatch(const Gradients& first, const Gradients& second, Layer layer, bool bias, float* out,
               void* memory, cudaStream_t stream) {
-  const Batches batches{first.x,           first.g,            second.x,    second.g,
-                        lengths_of(first), lengths_of(second), first.batch, second.batch,
-                        first.in,          first.out};
+  const Batches batches{
+      first.x,     first.g,      second.x, second.g, lengths_of(first), lengths_of(second),
+      first.batch, second.batch, first.in, first.out};
   const auto pairs = static_cast<unsigned>(first.batch * second.batch);
   if (layer == Layer::elementwise) {
     const int rows = bias ? 2 : 1;

@@ -3,13 +3,13 @@
 //   project_tokens   P = x R_in^T (B,S,k_in), then Q = g R_out^T (B,S,k_out), into scratch. A block
 //                    owns 64 tokens of one example x 64 rows of R; signs are made where they are
 //                    used. Blocks past the example's length return at once.
-//   add_products     out[b] += Q_b^T P_b. A block owns 64 x 64 numbers of one example's feature row:
-//                    one writer each, no atomics. identity: straight from g and [x, 1].
+//   add_products     out[b] += Q_b^T P_b. A block owns 64 x 64 numbers of one example's feature
+//                    row: one writer each, no atomics. identity: straight from g and [x, 1].
 //
 // Bytes: x and g once per 64 rows of R, B S (I + O) times 4 or 2; P and Q 8 B S (k_in + k_out).
-// Operations: 2 B S (I k_in + O k_out + k_in k_out), float32: at k = 64, 32 or 64 a byte of input, so
-// the float32 units are the limit here; with matrix units and both launches in one it would be the
-// read of x and g.
+// Operations: 2 B S (I k_in + O k_out + k_in k_out), float32: at k = 64, 32 or 64 a byte of input,
+// so the float32 units are the limit here; with matrix units and both launches in one it would be
+// the read of x and g.
 //
 // LayerNorm (elementwise): sum_elementwise makes v and u into scratch, a thread per feature; sketch
 // adds them into the grid. Embedding: sketch reads the tokens. A block of sketch owns one example's
@@ -54,8 +54,8 @@ struct Side {
 };
 
 template <class T, Kind kind>
-__global__ void __launch_bounds__(kTileThreads) project_tokens(Side side, Lengths lengths,
-                                                               int64_t token_tiles) {
+__global__ void __launch_bounds__(kTileThreads)
+    project_tokens(Side side, Lengths lengths, int64_t token_tiles) {
   __shared__ TileMemory memory;
   const int64_t b = blockIdx.x / token_tiles, s = blockIdx.x % token_tiles * kTile;
   const int64_t left = lengths.of(b) - s;
@@ -85,9 +85,8 @@ struct Factors {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) add_products(Factors<T> factors, Lengths lengths,
-                                                             float scale, float* out,
-                                                             int64_t stride) {
+__global__ void __launch_bounds__(kTileThreads)
+    add_products(Factors<T> factors, Lengths lengths, float scale, float* out, int64_t stride) {
   __shared__ TileMemory memory;
   const int64_t b = blockIdx.x, tokens = lengths.of(b);
   const int64_t n = static_cast<int64_t>(blockIdx.y) * kTile;
@@ -144,9 +143,9 @@ struct Elements {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sketch(Elements<T> elements, Lengths lengths,
-                                                   uint64_t stream, int64_t grid, float* out,
-                                                   int64_t stride) {
+__global__ void __launch_bounds__(kThreads)
+    sketch(Elements<T> elements, Lengths lengths, uint64_t stream, int64_t grid, float* out,
+           int64_t stride) {
   __shared__ int64_t positions[kThreads];
   __shared__ float values[kThreads];
   const int64_t b = blockIdx.x;
@@ -254,8 +253,8 @@ void project_linear(const Gradients& gradients, const Projection& projection, co
 }
 
 template <class T>
-void project_elementwise(const Gradients& gradients, const Projection& projection,
-                         const Plan& plan, float* out, int64_t stride, cudaStream_t stream) {
+void project_elementwise(const Gradients& gradients, const Projection& projection, const Plan& plan,
+                         float* out, int64_t stride, cudaStream_t stream) {
   const int64_t size = gradients.in, rows = projection.bias ? 2 : 1;
   const unsigned batch = static_cast<unsigned>(gradients.batch);
   const Lengths lengths = lengths_of(gradients);
@@ -269,9 +268,9 @@ void project_elementwise(const Gradients& gradients, const Projection& projectio
     add_sums<<<all, kThreads, 0, stream>>>(plan.sums, 2 * size, rows * size, out, stride);
   } else {
     const Elements<float> elements{plan.sums, nullptr, 2, rows, size};
-    sketch<float><<<batch, kThreads, 0, stream>>>(
-        elements, lengths, stream_of(projection.seed, projection.output_key),
-        projection.k_out * projection.k_in, out, stride);
+    sketch<float><<<batch, kThreads, 0, stream>>>(elements, lengths,
+                                                  stream_of(projection.seed, projection.output_key),
+                                                  projection.k_out * projection.k_in, out, stride);
   }
   check_launch(kOp);
 }

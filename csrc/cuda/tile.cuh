@@ -2,8 +2,8 @@
 // thread owns 4 x 4 elements, the operands pass through shared memory 16 steps of d at a time.
 //
 // Operands are functions of (row, d), so that a kernel says what it reads (memory, a projection's
-// entries, a column of ones) and nothing else; they return 0 outside their bounds. Float32 sums of 256
-// steps, added up in float32: the order depends on the depth alone.
+// entries, a column of ones) and nothing else; they return 0 outside their bounds. Float32 sums of
+// 256 steps, added up in float32: the order depends on the depth alone.
 #pragma once
 
 #include "cuda/common.cuh"

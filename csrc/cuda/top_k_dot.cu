@@ -1,17 +1,17 @@
-// score[q, n] = sum_c w_c <q_c, n_c>  (cosine: each term over |q_c| |n_c|); per query the k largest and
-// the k smallest, and the sums per group, in blocks of training rows:
+// score[q, n] = sum_c w_c <q_c, n_c>  (cosine: each term over |q_c| |n_c|); per query the k largest
+// and the k smallest, and the sums per group, in blocks of training rows:
 //
 //   row_norms     cosine only: a warp per row.
-//   add_scores    one checkpoint's term of the block's scores into scratch: a block owns 64 queries x
-//                 64 training rows; the score matrix exists for one block of training rows only.
-//   rank          a block owns one query's list in one direction, which is kept sorted: 256 scores at
-//                 a time are held against the list's last; the few that pass go in one by one, all
-//                 threads finding the place and moving the rest.
-//   sum_groups    a thread owns one query's sum of one group and adds its scores in order, so blocks
-//                 streamed in several calls give the bits of one call.
+//   add_scores    one checkpoint's term of the block's scores into scratch: a block owns 64 queries
+//                 x 64 training rows; the scores of one block of training rows exist at a time.
+//   rank          a block owns one query's list in one direction, which is kept sorted: 256 scores
+//                 at a time are held against the list's last; the few that pass go in one by one,
+//                 all threads finding the place and moving the rest.
+//   sum_groups    a thread owns one query's sum of one group and adds its scores in order, so
+//                 blocks streamed in several calls give the bits of one call.
 //
-// Bytes: training rows C N K (4 or 2) per 64 queries (cache), scores 8 Q N per checkpoint. Operations
-// 2 C Q N K, float32: the float32 units are the limit.
+// Bytes: training rows C N K (4 or 2) per 64 queries (cache), scores 8 Q N per checkpoint.
+// Operations 2 C Q N K, float32: the float32 units are the limit.
 #include <algorithm>
 
 #include "cuda/tile.cuh"
@@ -33,10 +33,9 @@ int64_t block_trains(const TopK& job) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) row_norms(const T* rows, int64_t count, int64_t width,
-                                                      float* norms) {
-  const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+__global__ void __launch_bounds__(kThreads)
+    row_norms(const T* rows, int64_t count, int64_t width, float* norms) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= count) return;
   double square = 0.0;
   for (int64_t d = threadIdx.x % kWarp; d < width; d += kWarp) {
@@ -53,12 +52,12 @@ struct Term {
   int64_t queries, trains, width;
   float weight;
   const float *query_norms, *train_norms;  // null: no cosine
-  bool first;                              // of the checkpoints: the scores are written, not added to
+  bool first;  // of the checkpoints: the scores are written, not added to
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) add_scores(const T* query_rows, const T* train_rows,
-                                                       Term term, float* scores) {
+__global__ void __launch_bounds__(kThreads)
+    add_scores(const T* query_rows, const T* train_rows, Term term, float* scores) {
   __shared__ TileMemory memory;
   const int64_t q = static_cast<int64_t>(blockIdx.y) * kTile;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kTile;
@@ -124,9 +123,9 @@ struct List {
   }
 };
 
-__global__ void __launch_bounds__(kThreads) rank(const float* scores, int64_t trains,
-                                                 int64_t first_index, int64_t k,
-                                                 Ranking proponents, Ranking opponents) {
+__global__ void __launch_bounds__(kThreads)
+    rank(const float* scores, int64_t trains, int64_t first_index, int64_t k, Ranking proponents,
+         Ranking opponents) {
   __shared__ bool passes[kThreads];
   const int64_t query = blockIdx.x;
   const bool largest = blockIdx.y == 0;
@@ -196,13 +195,9 @@ void score_block(const TopK& job, const Plan& plan, int64_t train, int64_t count
       launch_norms<T>(queries, job.queries, job.width, plan.query_norms, stream);
       launch_norms<T>(trains, count, job.width, plan.train_norms, stream);
     }
-    const Term term{job.queries,
-                    count,
-                    job.width,
-                    static_cast<float>(job.weights[c]),
-                    plan.query_norms,
-                    plan.train_norms,
-                    c == 0};
+    const Term term{
+        job.queries,      count, job.width, static_cast<float>(job.weights[c]), plan.query_norms,
+        plan.train_norms, c == 0};
     add_scores<T><<<blocks, kThreads, 0, stream>>>(queries, trains, term, plan.scores);
     check_launch(kOp);
   }
@@ -219,8 +214,8 @@ void run(const TopK& job, const Plan& plan, cudaStream_t stream) {
     check_launch(kOp);
     if (job.group_sums == nullptr) continue;
     const dim3 blocks(queries, static_cast<unsigned>(ceil_div(job.num_groups, kWarp)));
-    sum_groups<<<blocks, kWarp, 0, stream>>>(plan.scores, count, job.groups + train,
-                                             job.num_groups, job.group_sums);
+    sum_groups<<<blocks, kWarp, 0, stream>>>(plan.scores, count, job.groups + train, job.num_groups,
+                                             job.group_sums);
     check_launch(kOp);
   }
 }

@@ -1,7 +1,7 @@
 """The native engine's ops on torch tensors, CPU or CUDA: what they compute, and what they ask for.
 
-Each op is stated in plain torch in `tracmod.kernels.reference`. NaN and infinity go through: whether
-a result is finite is for the caller to check, who knows the examples' names.
+Each op is stated in plain torch in `tracmod.kernels.reference`. NaN and infinity go through:
+whether a result is finite is for the caller to check, who knows the examples' names.
 
 Shape suffixes: B examples, S tokens, I in, O out, D features of LayerNorm or embedding, K features
 per row, N train, Q query, C checkpoints, G groups.
@@ -45,24 +45,27 @@ def project_gradients(
 
         out[b, offset : offset + k_out * k_in] += vec(R_out G_b R_in^T)      (row-major)
 
-    so that the expectation of `<f, f'>` over seeds is `<G, G'>`. `rademacher`: entries +-1/sqrt(k_out)
-    and +-1/sqrt(k_in); `sjlt`: one +-1 in each column; `identity`: G itself. Signs are a stateless
-    function of (seed, key, row, column), the same on every device, whatever the batch.
+    so that the expectation of `<f, f'>` over seeds is `<G, G'>`. `rademacher`: entries
+    +-1/sqrt(k_out) and +-1/sqrt(k_in); `sjlt`: one +-1 in each column; `identity`: G itself. Signs
+    are a stateless function of (seed, key, row, column), the same on every device and in every
+    batch.
 
-    elementwise (LayerNorm): weight gradient `v_d = sum_s g_sd x_sd`, x the normalised input, and with
-    `bias` also `u_d = sum_s g_sd`: a count sketch into the grid of k_out * k_in (identity: as they
-    are). embedding: the gradient's row `id` is the sum of g_s where `x_s = id`: a count sketch.
+    elementwise (LayerNorm): weight gradient `v_d = sum_s g_sd x_sd`, x the normalised input, and
+    with `bias` also `u_d = sum_s g_sd`: a count sketch into the grid of k_out * k_in (identity: as
+    they are). embedding: the gradient's row `id` is the sum of g_s where `x_s = id`: a count
+    sketch.
 
     An example's result depends on its own tokens alone: not on the batch, padding or threads.
 
     Args:
-        x: linear (B, S, I) or (B, I), which means S = 1; elementwise (B, S, D) or (B, D): float32 or
-            bfloat16, contiguous. embedding (B, S) or (B,): int64 ids.
+        x: linear (B, S, I) or (B, I), which means S = 1; elementwise (B, S, D) or (B, D): float32
+            or bfloat16, contiguous. embedding (B, S) or (B,): int64 ids.
         g: gradient at the layer's output, (B, S, O) or (B, O) or as x with D; float32 or bfloat16,
             x's dtype and device, contiguous.
         out: (B, K) float32, contiguous, added to.
-        lengths: (B,) int64; tokens at and after the length are skipped. On the CPU they are checked;
-            on a GPU that would mean waiting for it, and a wrong one turns its row into NaN.
+        lengths: (B,) int64; tokens at and after the length are skipped. On the CPU they are
+            checked; on a GPU that would mean waiting for it, and a wrong one turns its row into
+            NaN.
         offset: first column of `out` that is used.
         layer, kind: see above.
         k_out: rows of the projected gradient.
@@ -126,8 +129,8 @@ def gradient_dot(
 class TopK(NamedTuple):
     """The strongest training rows of each query, best first.
 
-    Ties: the lower index first. A place for which there was no training row: index -1 and score -inf
-    (opponents +inf). NaN scores come first in both rankings, so that they are seen.
+    Ties: the lower index first. A place for which there was no training row: index -1 and score
+    -inf (opponents +inf). NaN scores come first in both rankings, so that they are seen.
     """
 
     scores: Tensor  # (Q, k) float32, descending
@@ -143,7 +146,7 @@ def top_k_dot(
     *,
     k: int,
     weights: Sequence[float] | None = None,
-    normalize: Literal["cosine"] | None = None,
+    normalize: str | None = None,
     groups: Tensor | None = None,
     num_groups: int = 0,
     state: TopK | None = None,
@@ -154,8 +157,8 @@ def top_k_dot(
     `score[q, n] = sum_c weights[c] <q_c, n_c>`; with `normalize="cosine"` each term is divided by
     `|q_c| |n_c|` (0 if a norm is 0).
 
-    Training rows can be streamed: pass each block with the state that the last call returned and the
-    number of rows before it as `index_offset`; the result is that of one call.
+    Training rows can be streamed: pass each block with the state that the last call returned and
+    the number of rows before it as `index_offset`; the result is that of one call.
 
     Args:
         queries: over C checkpoints, (Q, K) float32 or bfloat16, contiguous.

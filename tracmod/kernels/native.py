@@ -1,4 +1,4 @@
-"""The only importer of `_C`: hands tensors over as borrowed DLPack capsules and allocates scratch."""
+"""The only importer of `_C`: tensors go over as borrowed DLPack capsules, scratch is torch's."""
 
 from __future__ import annotations
 
@@ -125,7 +125,10 @@ def top_k_dot(
         k,
         index_offset,
         None if groups is None else _capsule(groups),
-        *(_capsule(tensor) for tensor in result),
+        _capsule(result[0]),
+        _capsule(result[1]),
+        _capsule(result[2]),
+        _capsule(result[3]),
         None if group_sums is None else _capsule(group_sums),
         _scratch(result[0].device),
         torch.get_num_threads(),

@@ -1,7 +1,7 @@
 """Every op in plain torch: the specification that the native engine is tested against.
 
-Any float dtype; run it in float64 for the truth and in float32 for plain torch's own error. Slow and
-memory-hungry on purpose: each function is its formula.
+Any float dtype; run it in float64 for the truth and in float32 for plain torch's own error. Slow
+and memory-hungry on purpose: each function is its formula.
 
 Shape suffixes: B examples, S tokens, I in, O out, D features of LayerNorm or embedding, K features
 per row, N train, Q query, C checkpoints, G groups.
@@ -82,8 +82,8 @@ def count_sketch(values_nD: Tensor, rows_n: Tensor, size: int, seed: int, key: i
 def gradient(x: Tensor, g: Tensor, *, layer: str, bias: bool) -> Tensor:
     """One example's gradient: linear (O, I + bias), elementwise (1 + bias, D), embedding by id.
 
-    x (S, I), g (S, O); elementwise both (S, D); embedding x (S,) ids and g (S, D), whose gradient is
-    returned as (largest id + 1, D).
+    x (S, I), g (S, O); elementwise both (S, D); embedding x (S,) ids and g (S, D), whose gradient
+    is returned as (largest id + 1, D).
     """
     if layer == "linear":
         ones = x.new_ones(len(x), 1 if bias else 0)
@@ -167,7 +167,7 @@ def scores(
     weights: Sequence[float] | None = None,
     normalize: str | None = None,
 ) -> Tensor:
-    """(Q, N): sum_c weights[c] <q_c, n_c>, each term over |q_c| |n_c| for "cosine" (0 if one is 0)."""
+    """(Q, N): sum_c weights[c] <q_c, n_c>; "cosine": each term over |q_c| |n_c| (0 if one is 0)."""
     total = torch.zeros(len(queries[0]), len(trains[0]), dtype=queries[0].dtype)
     total = total.to(queries[0].device)
     for c, (q_QK, n_NK) in enumerate(zip(queries, trains, strict=True)):
@@ -180,7 +180,7 @@ def scores(
 
 
 def top_k(scores_QN: Tensor, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
-    """(scores, indices) (Q, k), best first; ties: lower index first; missing: -1 and -inf or +inf."""
+    """(scores, indices) (Q, k), best first; ties: lower index first; missing: -1, -inf or +inf."""
     order = torch.sort(scores_QN + 0.0, dim=1, descending=largest, stable=True)
     missing = max(0, k - scores_QN.shape[1])
     worst = -torch.inf if largest else torch.inf

@@ -1,0 +1,241 @@
+"""project_gradients: against its reference in float64, and what must leave its bits alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import DTYPES, LAYERS, Batch, assert_close, make_batch
+from torch import Tensor
+
+from tracmod import kernels
+from tracmod.kernels import reference
+
+KEYS = {"seed": 5, "input_key": 2, "output_key": 3}
+# (batch, tokens, in, out, k_out, k_in)
+SIZES = [
+    (1, 1, 1, 1, 1, 1),
+    (3, 3, 3, 1, 1, 3),
+    (2, 31, 33, 3, 3, 31),
+    (3, 33, 127, 31, 31, 33),
+    (2, 127, 31, 127, 33, 1),
+    (4, 1, 127, 33, 127, 70),
+]
+
+
+def arguments(
+    layer: str, kind: str, batch: Batch, bias: bool, k: tuple[int, int]
+) -> dict[str, Any]:
+    k_out, k_in = k
+    if kind == "identity":
+        k_out = batch.g.shape[-1] if layer == "linear" else 1 + bias
+        k_in = batch.x.shape[-1] + (bias if layer == "linear" else 0)
+    return {**KEYS, "layer": layer, "kind": kind, "k_out": k_out, "k_in": k_in, "bias": bias}
+
+
+def project(batch: Batch, offset: int = 0, **kwargs: Any) -> Tensor:
+    out = torch.zeros(len(batch.g), offset + kwargs["k_out"] * kwargs["k_in"] + 2)
+    out = out.to(batch.g.device)
+    kernels.project_gradients(batch.x, batch.g, out, lengths=batch.lengths, offset=offset, **kwargs)
+    return out
+
+
+def reference_of(batch: Batch, dtype: torch.dtype, offset: int = 0, **kwargs: Any) -> Tensor:
+    size = offset + kwargs["k_out"] * kwargs["k_in"] + 2
+    out = torch.zeros(len(batch.g), size, dtype=dtype)
+    x, g, lengths = batch.cast(dtype)
+    reference.project_gradients(x, g, out, lengths=lengths, offset=offset, **kwargs)
+    return out
+
+
+def check(batch: Batch, device: torch.device, **kwargs: Any) -> None:
+    truth = reference_of(batch, torch.float64, offset=3, **kwargs)
+    plain = reference_of(batch, torch.float32, offset=3, **kwargs)
+    assert_close(project(batch.to(device), offset=3, **kwargs), truth, plain)
+
+
+KINDS = [
+    (layer, kind, bias)
+    for layer in LAYERS
+    for kind in ("rademacher", "sjlt", "identity")
+    for bias in (False, True)
+    if layer != "embedding" or (kind != "identity" and not bias)
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("layer", "kind", "bias"), KINDS)
+def test_equals_the_reference(
+    layer: str,
+    kind: str,
+    bias: bool,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    batch = make_batch(layer, *sizes[:4], dtype)
+    check(batch, device, **arguments(layer, kind, batch, bias, sizes[4:]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+def test_a_real_layer(kind: str, device: torch.device) -> None:
+    batch = make_batch("linear", 16, 64, 768, 3072, ragged=False)
+    check(batch, device, **arguments("linear", kind, batch, True, (64, 64)))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_two_sizes_mean_one_token(layer: str, device: torch.device) -> None:
+    batch = make_batch(layer, 5, 1, 33, 31, ragged=False)
+    kwargs = arguments(layer, "rademacher", batch, False, (3, 4))
+    flat = Batch(batch.x.squeeze(1), batch.g.squeeze(1), None)
+    assert torch.equal(
+        project(batch.to(device), **kwargs).cpu(), project(flat.to(device), **kwargs).cpu()
+    )
+
+
+def test_adds_and_touches_its_slot_alone(device: torch.device) -> None:
+    batch = make_batch("linear", 3, 5, 7, 6).to(device)
+    kwargs = arguments("linear", "rademacher", batch, True, (2, 3))
+    once = project(batch, **kwargs)
+    out = torch.full((3, 20), 2.0, device=device)
+    kernels.project_gradients(batch.x, batch.g, out, lengths=batch.lengths, offset=9, **kwargs)
+    assert torch.equal(out[:, 9:15], once[:, :6] + 2)
+    assert (out[:, :9] == 2).all()
+    assert (out[:, 15:] == 2).all()
+
+
+def test_an_empty_batch(device: torch.device) -> None:
+    out = torch.zeros(0, 8, device=device)
+    x = torch.zeros(0, 4, 3, device=device)
+    kernels.project_gradients(x, x, out, k_out=2, k_in=2, **KEYS)
+
+
+def test_no_tokens_at_all(device: torch.device) -> None:
+    out = torch.zeros(2, 4, device=device)
+    x = torch.zeros(2, 0, 3, device=device)
+    kernels.project_gradients(x, x, out, k_out=2, k_in=2, bias=True, **KEYS)
+    assert not out.any()
+
+
+@pytest.mark.parametrize(("layer", "kind", "bias"), KINDS)
+def test_bits_do_not_depend_on_batch_order_padding_or_threads(
+    layer: str, kind: str, bias: bool, device: torch.device, threads: None
+) -> None:
+    batch = make_batch(layer, 9, 50, 300, 90).to(device)
+    kwargs = arguments(layer, kind, batch, bias, (70, 20))
+    whole = project(batch, **kwargs)
+    assert whole.isfinite().all()  # padding holds NaN
+    order = [4, 0, 8, 2, 1, 7, 3, 5, 6]
+    assert torch.equal(project(batch.rows(order), **kwargs), whole[order])
+    for row in (1, 8):
+        assert torch.equal(project(batch.rows([row]), **kwargs), whole[[row]])
+    assert batch.lengths is not None
+    short = int(batch.lengths[:5].max())
+    cut = Batch(
+        batch.x[:5, :short].contiguous(), batch.g[:5, :short].contiguous(), batch.lengths[:5]
+    )
+    assert torch.equal(project(cut, **kwargs), whole[:5])
+    torch.set_num_threads(1 if torch.get_num_threads() > 1 else 3)
+    assert torch.equal(project(batch, **kwargs), whole)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"), [kind[:2] for kind in KINDS if kind[1] != "identity" and not kind[2]]
+)
+def test_inner_products_are_right_on_average(layer: str, kind: str, device: torch.device) -> None:
+    batch = make_batch(layer, 2, 4, 6, 5, ragged=False)
+    exact = torch.zeros(2, 2, dtype=torch.float64)
+    x, g, _ = batch.cast(torch.float64)
+    reference.gradient_dot(x, g, x, g, exact, layer=layer)
+    x, g, _ = batch.to(device)
+    seeds = 600
+    out = torch.zeros(seeds, 2, 16, device=device)
+    for seed in range(seeds):
+        kernels.project_gradients(
+            x, g, out[seed], layer=layer, kind=kind, k_out=4, k_in=4, **{**KEYS, "seed": seed}
+        )  # fmt: skip
+    products = (out[:, :, None] * out[:, None]).sum(-1).double().cpu()
+    z = (products.mean(0) - exact) / (products.std(0) / seeds**0.5).clamp_min(1e-9)
+    assert z.abs().max() < 4.5, z
+
+
+def test_cuda_gives_the_entries_of_the_cpu(device: torch.device) -> None:
+    """With one-hot x and g, a feature is a product of two entries: exactly equal everywhere."""
+    eye = torch.eye(40)
+    kwargs = {**KEYS, "k_out": 70, "k_in": 66}
+    for kind in ("rademacher", "sjlt"):
+        r_in = kernels.projection_matrix(kind, 66, 40, 5, 2).sign()
+        r_out = kernels.projection_matrix(kind, 70, 40, 5, 3).sign()
+        out = torch.zeros(40, 70 * 66, device=device)
+        kernels.project_gradients(eye.to(device), eye.to(device), out, kind=kind, **kwargs)
+        signs = out.cpu().view(40, 70, 66).sign()
+        assert torch.equal(signs, r_out.T[:, :, None] * r_in.T[:, None, :])
+
+
+def test_wrong_lengths_on_a_gpu_are_seen_as_nan(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("on the CPU they raise")
+    for layer in LAYERS:
+        x, g, _ = make_batch(layer, 3, 4, 5, 5, ragged=False).to(device)
+        out = torch.zeros(3, 4, device=device)
+        lengths = torch.tensor([4, 5, -1], device=device)
+        kernels.project_gradients(x, g, out, lengths=lengths, layer=layer, k_out=2, k_in=2, **KEYS)
+        assert out[0].isfinite().all()
+        assert out[1:].isnan().any(dim=1).all()
+
+
+X, G = torch.zeros(2, 4, 3), torch.zeros(2, 4, 5)
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"x": X.double()}, r"x: expected float32, got float64"),
+    ({"g": G.half()}, r"g: expected float32 or bfloat16, got float16"),
+    ({"g": G.bfloat16()}, r"x: expected bfloat16, got float32"),
+    ({"x": torch.zeros(4, 3)}, r"g: expected shape \(B, O\), as x has two sizes, got \(2, 4, 5\)"),
+    ({"x": torch.zeros(3)}, r"x: expected shape \(B, S, I\) or \(B, I\), got \(3,\)"),
+    ({"g": torch.zeros(2, 3, 5)}, r"g: expected shape .* = \(2, 4, 5\), got \(2, 3, 5\)"),
+    ({"x": torch.zeros(2, 3, 4).transpose(1, 2)}, r"x: expected a contiguous tensor, got strides"),
+    ({"out": torch.zeros(2, 8).double()}, r"out: expected float32, got float64"),
+    ({"out": torch.zeros(3, 8)}, r"out: expected shape \(B, K\) = \(2, 8\), got \(3, 8\)"),
+    ({"out": torch.zeros(8, 2).T}, r"out: expected a contiguous tensor"),
+    ({"lengths": torch.tensor([1, 5])}, r"lengths: expected values from 0 to S = 4, got 5 at ex"),
+    ({"lengths": torch.tensor([-1, 2])}, r"lengths: expected .* got -1 at example 0"),
+    ({"lengths": torch.tensor([1, 2, 3])}, r"lengths: expected shape \(B,\) = \(2,\), got \(3,\)"),
+    ({"lengths": torch.tensor([1, 2], dtype=torch.int32)}, r"lengths: expected int64, got int32"),
+    ({"k_out": 3}, r"k_out, k_in and offset: expected offset \+ k_out \* k_in of at most K = 8"),
+    ({"k_in": 0}, r"k_in: expected 1 or more, got 0"),
+    ({"offset": 1}, r"k_out, k_in and offset: expected .* got 1 \+ 2 \* 4"),
+    ({"offset": -1}, r"offset: expected 0 or more, got -1"),
+    ({"kind": "identity"}, r"k_out and k_in: expected 5 and 3 for kind identity, got 2 and 4"),
+    ({"kind": "gauss"}, r"kind: expected one of rademacher, sjlt, identity, got 'gauss'"),
+    ({"layer": "conv"}, r"layer: expected one of linear, elementwise, embedding, got 'conv'"),
+    ({"layer": "elementwise"}, r"g: expected shape of x = \(2, 4, 3\), got \(2, 4, 5\)"),
+    ({"layer": "embedding"}, r"x: expected int64, got float32"),
+    ({"output_key": 2}, r"output_key: expected another key than input_key"),
+    (
+        {"layer": "embedding", "x": torch.zeros(2, 4, dtype=torch.int64), "bias": True},
+        r"bias: expected False for layer embedding, got True",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_wrong_arguments_are_named(
+    change: dict[str, Any], message: str, device: torch.device
+) -> None:
+    given = {"x": X, "g": G, "out": torch.zeros(2, 8), "k_out": 2, "k_in": 4, **KEYS, **change}
+    on_device = {
+        name: value.to(device) if isinstance(value, Tensor) and name != "lengths" else value
+        for name, value in given.items()
+    }
+    with pytest.raises(ValueError, match=f"project_gradients: {message}"):
+        kernels.project_gradients(**on_device)
+
+
+def test_tensors_on_two_devices_are_named(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs two devices")
+    with pytest.raises(ValueError, match=r"g: expected the device of x, cuda:0, got cpu"):
+        kernels.project_gradients(
+            X.to(device), G, torch.zeros(2, 8, device=device), k_out=2, k_in=4, **KEYS
+        )

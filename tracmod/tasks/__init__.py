@@ -6,7 +6,10 @@ from tracmod.config import TaskConfig
 from tracmod.tasks.examples import SCHEMA, TaskData
 from tracmod.tasks.files import load_files, read_examples, read_model_examples
 from tracmod.tasks.grammar import load_grammar
+from tracmod.tasks.marc import load_marc
+from tracmod.tasks.pawsx import load_pawsx
 from tracmod.tasks.sampling import sample
+from tracmod.tasks.xnli import load_xnli
 
 __all__ = ["SCHEMA", "TaskData", "load_task", "read_examples", "read_model_examples"]
 
@@ -19,6 +22,9 @@ def load_task(config: TaskConfig) -> TaskData:
     """
     loader = {
         "grammar": load_grammar,
+        "xnli": load_xnli,
+        "pawsx": load_pawsx,
+        "marc": load_marc,
         "files": load_files,
     }[config.name]
     return sample(loader(config), config)

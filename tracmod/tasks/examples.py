@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,10 @@ class Corpus:
     pools: list[Pool]
 
 
-def pool_table(**columns: Sequence[Any] | pa.ChunkedArray) -> pa.Table:
-    """A table with `POOL_SCHEMA`; columns left out are null."""
-    nulls = [None] * len(columns["id"])
-    return pa.table({name: columns.get(name, nulls) for name in POOL_SCHEMA.names}, POOL_SCHEMA)
+def pool_from_rows(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """A table with `POOL_SCHEMA` from rows by column name; what a row leaves out is null."""
+    columns: dict[str, list[Any]] = {name: [] for name in POOL_SCHEMA.names}
+    for row in rows:
+        for name, values in columns.items():
+            values.append(row.get(name))
+    return pa.table(columns, POOL_SCHEMA)

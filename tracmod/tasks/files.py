@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from tracmod.config import TaskConfig
-from tracmod.tasks.examples import POOL_SCHEMA, SCHEMA, SPLITS, Corpus, Pool, pool_table
+from tracmod.tasks.examples import POOL_SCHEMA, SCHEMA, SPLITS, Corpus, Pool
 from tracmod.tasks.readers import read_rows
 
 
@@ -151,7 +151,7 @@ class _RawFile:
 
     def table(self, label_names: Sequence[str]) -> pa.Table:
         """The rows with `POOL_SCHEMA`, labels as class numbers."""
-        return pool_table(**{**self.values, "label": self._class_numbers(label_names)})
+        return pa.table(self.values | {"label": self._class_numbers(label_names)}, POOL_SCHEMA)
 
     def _class_numbers(self, label_names: Sequence[str]) -> list[int]:
         labels = self.values["label"]

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from tracmod.config import TaskConfig
-from tracmod.tasks.examples import SPLITS, Corpus, Pool, pool_table
+from tracmod.tasks.examples import SPLITS, Corpus, Pool, pool_from_rows
 from tracmod.tasks.languages import LANGUAGES
 from tracmod.tasks.meaning import (
     ACTIONS,
-    KIND,
+    ASPECTS,
+    DEEDS,
     OBJECTS,
     OPPOSITE,
     PEOPLE,
     PLACES,
+    PRODUCTS,
     QUALITIES,
     TIMES,
+    VERDICTS,
     Deed,
     Event,
     Person,
@@ -27,55 +31,73 @@ from tracmod.tasks.meaning import (
 
 Meaning = Event | State | Deed | Review
 Item = tuple[Meaning, Meaning | None]  # what text_a says, and text_b
+TRIES_PER_ITEM = 20  # draws, repeated ones included, before the items count as used up
 NLI_LABELS = ["entailment", "neutral", "contradiction"]
 ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
-NEGATED_SHARE = 0.25
+NLI_WEIGHTS = (85, 15)  # of hypotheses about a fact, about a quality
+OTHER_TIME_SHARE = 0.85  # of the neutral ones about a fact
+PARAPHRASE_LABELS = ["different", "paraphrase"]
+DIFFERENCE_WEIGHTS = (50, 25, 25)  # of another time, exchanged roles, exchanged qualities
+REVIEW_LABELS = ["1", "2", "3", "4", "5"]  # stars
+GRADE_PAIRS = [(a, b) for a in range(-2, 3) for b in range(-2, 3)]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """One kind of task: its classes, and how an item with a given class is drawn."""
+
+    label_names: list[str]
+    parallel: bool
+    draw: Callable[[random.Random, int], Item]
 
 
 def load_grammar(config: TaskConfig) -> Corpus:
-    """Make as many items as the config asks for; the same seed gives the same items."""
+    """Make as many items as the config asks for; the same config gives the same items.
+
+    Parallel shapes say the same items in every language, the others draw items for each.
+
+    Raises:
+        ValueError: an unknown language, or more examples than there are distinct items.
+    """
     unknown = [language for language in config.languages if language not in LANGUAGES]
     if unknown:
         raise ValueError(
             f"task grammar has no language {', '.join(unknown)}, only {', '.join(LANGUAGES)}"
         )
-    rng = random.Random(config.seed)
-    items = _distinct_items(_nli_item, len(NLI_LABELS), _per_class(config, len(NLI_LABELS)), rng)
-    rows = [
-        (f"{language}-{number}", language, *_texts(item, language), label, str(number))
+    shape = _SHAPES[config.shape]
+    table = pool_from_rows(
+        {
+            "id": f"{language}-{number}",
+            "language": language,
+            "text_a": _say(item[0], language),
+            "text_b": None if item[1] is None else _say(item[1], language),
+            "label": label,
+            "group": str(number) if shape.parallel else None,
+        }
         for language in config.languages
-        for number, (item, label) in enumerate(items)
-    ]
-    names = ("id", "language", "text_a", "text_b", "label", "group")
-    table = pool_table(**{n: list(v) for n, v in zip(names, zip(*rows, strict=True), strict=True)})
-    return Corpus(NLI_LABELS, True, [Pool(table, SPLITS)])
+        for number, (item, label) in enumerate(_items(config, shape, language))
+    )
+    return Corpus(shape.label_names, shape.parallel, [Pool(table, SPLITS)])
 
 
-def _per_class(config: TaskConfig, num_labels: int) -> int:
-    wanted = (config.train_per_language, config.dev_per_language, config.test_per_language)
-    return sum(math.ceil(count / num_labels) for count in wanted)
-
-
-def _distinct_items(
-    draw: Callable[[random.Random, int], Item], num_labels: int, per_class: int, rng: random.Random
-) -> list[tuple[Item, int]]:
+def _items(config: TaskConfig, shape: _Shape, language: str) -> list[tuple[Item, int]]:
     """Items with labels 0, 1, ... in turn; no two with the same first text."""
+    num_labels = len(shape.label_names)
+    counts = (config.train_per_language, config.dev_per_language, config.test_per_language)
+    wanted = num_labels * sum(math.ceil(count / num_labels) for count in counts)
+    source = "items" if shape.parallel else language
+    rng = random.Random(f"{config.shape} {source} {config.seed}")
     items: dict[Meaning, tuple[Item, int]] = {}
-    wanted = num_labels * per_class
-    for _ in range(50 * wanted):
+    for _ in range(TRIES_PER_ITEM * wanted):
         label = len(items) % num_labels
-        item = draw(rng, label)
+        item = shape.draw(rng, label)
         items.setdefault(item[0], (item, label))
         if len(items) == wanted:
             return list(items.values())
     raise ValueError(
-        f"task grammar: too few distinct items: wanted {wanted} for all splits, "
-        f"available about {len(items)}"
+        f"task grammar, shape {config.shape}: too few distinct items per language: "
+        f"wanted {wanted} for all splits, available about {len(items)}"
     )
-
-
-def _texts(item: Item, language: str) -> tuple[str | None, ...]:
-    return tuple(None if meaning is None else _say(meaning, language) for meaning in item)
 
 
 def _say(meaning: Meaning, language: str) -> str:
@@ -92,50 +114,106 @@ def _say(meaning: Meaning, language: str) -> str:
 
 
 def _nli_item(rng: random.Random, label: int) -> Item:
-    action = rng.choice(ACTIONS)
-    noun = rng.choice(PEOPLE)
-    aspects = ["quality", "place", "time"] + (["thing"] if action in OBJECTS else [])
-    aspect = rng.choice(aspects)
-    others = [other for other in aspects if other != aspect]
-    told = rng.sample(others, 2) if label == NEUTRAL else [aspect, rng.choice(others)]
-    facts = {name: rng.choice(_values(name, action)) for name in told}
-    negated = aspect in ("quality", "place") and rng.random() < NEGATED_SHARE
-    if aspect not in facts:
-        claim = rng.choice(_claims(aspect, action))
+    """A premise on one person, and a hypothesis on what it says, or does not say.
+
+    However the hypothesis is drawn, each label is as likely given it, and given the premise.
+    """
+    person = Person(rng.choice(PEOPLE), rng.choice(QUALITIES))
+    about = rng.choices((_about_fact, _about_quality), NLI_WEIGHTS)[0]
+    return about(rng, person, label)
+
+
+def _about_fact(rng: random.Random, person: Person, label: int) -> Item:
+    """Of one fact, negation decides; another time, or another fact, is neutral."""
+    time = rng.choice(TIMES)
+    premise = replace(_fact(rng), subject=person, time=time, negated=rng.random() < 0.5)
+    claim = replace(premise, subject=Person(person.noun))
+    if label != NEUTRAL:
+        return premise, replace(claim, negated=premise.negated != (label == CONTRADICTION))
+    if rng.random() < OTHER_TIME_SHARE:
+        claim = replace(claim, time=rng.choice([other for other in TIMES if other != time]))
     else:
-        claim = _claim(rng, aspect, action, facts[aspect], (label == ENTAILMENT) != negated)
-    premise = Event(
-        Person(noun, facts.get("quality")),
-        action,
-        facts.get("thing"),
-        facts.get("place"),
-        facts.get("time"),
+        claim = replace(_fact(rng, but=premise), subject=claim.subject, time=time)
+    return premise, replace(claim, negated=rng.random() < 0.5)
+
+
+def _about_quality(rng: random.Random, person: Person, label: int) -> Item:
+    """The same quality, its opposite, or one of which nothing is told."""
+    assert person.quality is not None
+    opposite = OPPOSITE[person.quality]
+    others = [quality for quality in QUALITIES if quality not in (person.quality, opposite)]
+    claim = (person.quality, rng.choice(others), opposite)[label]
+    premise = replace(_fact(rng), subject=person, negated=rng.random() < 0.5)
+    return premise, State(Person(person.noun), quality=claim)
+
+
+def _fact(rng: random.Random, but: Event | State | None = None) -> Event | State:
+    """What somebody does, or (one time in three) where somebody is, of another kind than `but`."""
+    nobody = Person(PEOPLE[0])
+    if isinstance(but, Event) or (but is None and rng.random() < 1 / 3):
+        return State(nobody, place=rng.choice(PLACES))
+    action = rng.choice(ACTIONS)
+    return Event(nobody, action, rng.choice(OBJECTS[action]) if action in OBJECTS else None)
+
+
+def _paraphrase_item(rng: random.Random, label: int) -> Item:
+    """The time stands first in one text and last in the other, whether or not they say the same."""
+    subject, other = rng.sample(PEOPLE, 2)
+    qualities = rng.choice([(rng.choice(QUALITIES), None), (None, rng.choice(QUALITIES))])
+    deed = Deed(
+        Person(subject, qualities[0]),
+        rng.choice(DEEDS),
+        Person(other, qualities[1]),
+        rng.choice(TIMES),
+        time_first=rng.random() < 0.5,
     )
-    person = Person(noun)
-    match aspect:
-        case "quality":
-            return premise, State(person, quality=claim, negated=negated)
-        case "place":
-            return premise, State(person, place=claim, negated=negated)
-        case "time":
-            return premise, Event(person, action, time=claim)
-    return premise, Event(person, action, thing=claim)
+    again = replace(deed, time_first=not deed.time_first)
+    if label:
+        return deed, again
+    return deed, rng.choices((_other_time, _other_roles, _other_qualities), DIFFERENCE_WEIGHTS)[0](
+        again
+    )
 
 
-def _values(aspect: str, action: str) -> tuple[str, ...]:
-    values = {"quality": QUALITIES, "place": PLACES, "time": TIMES}
-    return values.get(aspect, OBJECTS.get(action, ()))
+def _other_time(deed: Deed) -> Deed:
+    return replace(deed, time=TIMES[1 - TIMES.index(deed.time)])
 
 
-def _claims(aspect: str, action: str) -> tuple[str, ...]:
-    values = _values(aspect, action)
-    if aspect != "thing":
-        return values
-    return values + tuple(dict.fromkeys(KIND[value] for value in values if value in KIND))
+def _other_roles(deed: Deed) -> Deed:
+    return replace(deed, subject=deed.other, other=deed.subject)
 
 
-def _claim(rng: random.Random, aspect: str, action: str, fact: str, true: bool) -> str:
-    if aspect == "quality":
-        return fact if true else OPPOSITE[fact]
-    implied = [fact, KIND.get(fact)]
-    return rng.choice([c for c in _claims(aspect, action) if (c in implied) == true])
+def _other_qualities(deed: Deed) -> Deed:
+    subject, other = deed.subject, deed.other
+    return replace(
+        deed,
+        subject=Person(subject.noun, other.quality),
+        other=Person(other.noun, subject.quality),
+    )
+
+
+def _review_item(rng: random.Random, label: int) -> Item:
+    """The stars follow from the sum of two verdicts, each from -2 to 2."""
+    grades = rng.choice([pair for pair in GRADE_PAIRS if _stars(sum(pair)) == label])
+    first, second = rng.sample(ASPECTS, 2)
+    verdicts = (_verdict(rng, first, grades[0]), _verdict(rng, second, grades[1]))
+    contrast = grades[0] * grades[1] < 0
+    return Review(rng.choice(PRODUCTS), verdicts, contrast, rng.random() < 0.5), None
+
+
+def _stars(total: int) -> int:
+    return 2 + (total > 0) + (total > 2) - (total < 0) - (total < -2)
+
+
+def _verdict(rng: random.Random, aspect: str, grade: int) -> tuple[str, str, bool]:
+    """(aspect, verdict, strengthened): "very good" is as good as "excellent"."""
+    strengthened = abs(grade) == 2 and rng.random() < 0.5
+    step = (1 if grade > 0 else -1) if strengthened else grade
+    return aspect, rng.choice(VERDICTS[step + 2]), strengthened
+
+
+_SHAPES = {
+    "nli": _Shape(NLI_LABELS, True, _nli_item),
+    "paraphrase": _Shape(PARAPHRASE_LABELS, True, _paraphrase_item),
+    "reviews": _Shape(REVIEW_LABELS, False, _review_item),
+}

@@ -23,24 +23,14 @@ SCALES = (("rich", "poor"), ("happy", "sad"), ("strong", "weak"), ("tall", "shor
 OPPOSITE = {a: b for low, high in SCALES for a, b in ((low, high), (high, low))}
 QUALITIES = tuple(OPPOSITE)
 PLACES = ("park", "kitchen", "garden", "school", "library", "station", "market", "hospital")
-TIMES = ("morning", "noon", "afternoon", "night")
-# What an action can be done to; every action can also be told without its object.
+TIMES = ("morning", "evening")
+# What an action is done to; the others are done to nothing.
 OBJECTS = {
     "eat": ("apple", "pear", "carrot", "onion"),
     "drink": ("tea", "coffee", "water", "milk"),
     "read": ("book", "newspaper", "letter", "poem"),
     "draw": ("dog", "cat", "tree", "flower"),
     "cook": ("soup", "fish", "rice"),
-}
-KIND = {
-    "apple": "fruit",
-    "pear": "fruit",
-    "carrot": "vegetable",
-    "onion": "vegetable",
-    "dog": "animal",
-    "cat": "animal",
-    "tree": "plant",
-    "flower": "plant",
 }
 THINGS = tuple(dict.fromkeys([thing for things in OBJECTS.values() for thing in things]))
 INTRANSITIVE = ("sleep", "work", "sing", "dance", "wait")
@@ -70,13 +60,14 @@ class Person:
 
 @dataclass(frozen=True)
 class Event:
-    """Somebody does something: "The rich king reads a letter in the park at night"."""
+    """Somebody does something, or not: "The rich king is not reading the letter at night"."""
 
     subject: Person
     action: str
     thing: str | None = None
     place: str | None = None
     time: str | None = None
+    negated: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,18 +77,19 @@ class State:
     subject: Person
     quality: str | None = None
     place: str | None = None
+    time: str | None = None
     negated: bool = False
 
 
 @dataclass(frozen=True)
 class Deed:
-    """Somebody does something to somebody: "In the park the rich king greets the sad nurse"."""
+    """Somebody does something to somebody: "In the morning the rich king greets the nurse"."""
 
     subject: Person
     deed: str
     other: Person
-    place: str
-    place_first: bool
+    time: str
+    time_first: bool
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class Language(ABC):
 
     @abstractmethod
     def deed(self, deed: Deed) -> str:
-        """Say what one person does to another, the place before or after it."""
+        """Say what one person does to another, the time before or after it."""
 
     @abstractmethod
     def review(self, review: Review) -> str:

@@ -30,18 +30,17 @@ QUALITIES = {
     "tall": ("高大", "高大"),
     "short": ("矮小", "矮小"),
 }
-# with an object, and without one
 ACTIONS = {
-    "eat": ("吃", "吃东西"),
-    "drink": ("喝", "喝东西"),
-    "read": ("阅读", "阅读"),
-    "draw": ("画", "画画"),
-    "cook": ("做", "做饭"),
-    "sleep": ("", "睡觉"),
-    "work": ("", "工作"),
-    "sing": ("", "唱歌"),
-    "dance": ("", "跳舞"),
-    "wait": ("", "等待"),
+    "eat": "吃",
+    "drink": "喝",
+    "read": "阅读",
+    "draw": "画",
+    "cook": "做",
+    "sleep": "睡觉",
+    "work": "工作",
+    "sing": "唱歌",
+    "dance": "跳舞",
+    "wait": "等待",
 }
 DEEDS = {
     "see": "看见",
@@ -51,18 +50,16 @@ DEEDS = {
     "meet": "遇见",
     "photograph": "拍摄",
 }
-# classifier (none for what is not counted) and noun
+# classifier and noun
 THINGS = {
     "apple": ("个", "苹果"),
     "pear": ("个", "梨"),
     "carrot": ("根", "胡萝卜"),
     "onion": ("个", "洋葱"),
-    "fruit": ("", "水果"),
-    "vegetable": ("", "蔬菜"),
-    "tea": ("", "茶"),
-    "coffee": ("", "咖啡"),
-    "water": ("", "水"),
-    "milk": ("", "牛奶"),
+    "tea": ("杯", "茶"),
+    "coffee": ("杯", "咖啡"),
+    "water": ("杯", "水"),
+    "milk": ("杯", "牛奶"),
     "book": ("本", "书"),
     "newspaper": ("份", "报纸"),
     "letter": ("封", "信"),
@@ -71,11 +68,9 @@ THINGS = {
     "cat": ("只", "猫"),
     "tree": ("棵", "树"),
     "flower": ("朵", "花"),
-    "animal": ("只", "动物"),
-    "plant": ("株", "植物"),
-    "soup": ("", "汤"),
-    "fish": ("", "鱼"),
-    "rice": ("", "米饭"),
+    "soup": ("碗", "汤"),
+    "fish": ("条", "鱼"),
+    "rice": ("碗", "米饭"),
 }
 PLACES = {
     "park": "在公园里",
@@ -87,7 +82,7 @@ PLACES = {
     "market": "在市场上",
     "hospital": "在医院里",
 }
-TIMES = {"morning": "早上", "noon": "中午", "afternoon": "下午", "night": "夜里"}
+TIMES = {"morning": "早上", "evening": "晚上"}
 PRODUCTS = {
     "lamp": ("盏", "灯"),
     "book": ("本", "书"),
@@ -123,41 +118,46 @@ VERDICTS = {
     "perfect": "完美",
 }
 
+COMMA = "\N{FULLWIDTH COMMA}"
+
 
 class Chinese(Language):
-    """Subject, time, place, verb, object."""
+    """Subject, time, negation, place, verb, object."""
 
     def event(self, event: Event) -> str:
-        with_object, alone = ACTIONS[event.action]
         return _sentence(
             _person(event.subject),
             TIMES[event.time] if event.time else "",
+            "不" if event.negated else "",
             PLACES[event.place] if event.place else "",
-            with_object + _thing(event.thing) if event.thing else alone,
+            ACTIONS[event.action],
+            _this(THINGS[event.thing]) if event.thing else "",
         )
 
     def state(self, state: State) -> str:
         negation = "不" if state.negated else ""
+        time = TIMES[state.time] if state.time else ""
         if state.place:
-            return _sentence(_person(state.subject), negation, PLACES[state.place])
+            return _sentence(_person(state.subject), time, negation, PLACES[state.place])
         predicate = QUALITIES[state.quality or ""][1]
-        return _sentence(_person(state.subject), negation or "很", predicate)
+        return _sentence(_person(state.subject), time, negation or "很", predicate)
 
     def deed(self, deed: Deed) -> str:
-        subject, other = _person(deed.subject), _person(deed.other)
-        verb, place = DEEDS[deed.deed], PLACES[deed.place]
-        if deed.place_first:
-            return _sentence(place, "，", subject, verb, other)
-        return _sentence(subject, place, verb, other)
+        subject, time = _person(deed.subject), TIMES[deed.time]
+        clause = DEEDS[deed.deed] + _person(deed.other)
+        if deed.time_first:
+            return _sentence(time, COMMA, subject, clause)
+        return _sentence(subject, time, clause)
 
     def review(self, review: Review) -> str:
-        classifier, noun = PRODUCTS[review.product]
         first, second = (
             f"{ASPECTS[aspect]}{'非常' if strong else '很'}{VERDICTS[verdict]}"
             for aspect, verdict, strong in review.verdicts
         )
-        joint = "，但是" if review.contrast else "，"
-        return _sentence("我买了这", classifier, noun) + _sentence(first, joint, second)
+        joint = COMMA + "但是" if review.contrast else COMMA
+        return _sentence("我买了", _this(PRODUCTS[review.product])) + _sentence(
+            first, joint, second
+        )
 
 
 def _sentence(*parts: str) -> str:
@@ -169,6 +169,6 @@ def _person(person: Person) -> str:
     return f"{QUALITIES[person.quality][0]}的{noun}" if person.quality else noun
 
 
-def _thing(thing: str) -> str:
-    classifier, noun = THINGS[thing]
-    return f"一{classifier}{noun}" if classifier else noun
+def _this(thing: tuple[str, str]) -> str:
+    classifier, noun = thing
+    return f"这{classifier}{noun}"

@@ -1,4 +1,4 @@
-"""English: a or an, do and be."""
+"""English: the progressive, commas after what comes first."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from tracmod.tasks.languages.base import Language, sentence
 from tracmod.tasks.meaning import Deed, Event, Person, Review, State
 
 ACTIONS = {
-    "eat": "eats",
-    "drink": "drinks",
-    "read": "reads",
-    "draw": "draws",
-    "cook": "cooks",
-    "sleep": "sleeps",
-    "work": "works",
-    "sing": "sings",
-    "dance": "dances",
-    "wait": "waits",
+    "eat": "eating",
+    "drink": "drinking",
+    "read": "reading",
+    "draw": "drawing",
+    "cook": "cooking",
+    "sleep": "sleeping",
+    "work": "working",
+    "sing": "singing",
+    "dance": "dancing",
+    "wait": "waiting",
 }
 DEEDS = {
     "see": "sees",
@@ -25,8 +25,6 @@ DEEDS = {
     "meet": "meets",
     "photograph": "photographs",
 }
-MASS = {"tea", "coffee", "water", "milk", "soup", "fish", "rice", "fruit"}
-THINGS = {"vegetable": "vegetables"}  # said in the plural; the others are their own names
 PLACES = {
     "park": "in the park",
     "kitchen": "in the kitchen",
@@ -37,12 +35,7 @@ PLACES = {
     "market": "at the market",
     "hospital": "in the hospital",
 }
-TIMES = {
-    "morning": "in the morning",
-    "noon": "at noon",
-    "afternoon": "in the afternoon",
-    "night": "at night",
-}
+TIMES = {"morning": "in the morning", "evening": "in the evening"}
 
 
 class English(Language):
@@ -51,20 +44,24 @@ class English(Language):
     def event(self, event: Event) -> str:
         return sentence(
             _person(event.subject),
+            "is",
+            "not" if event.negated else None,
             ACTIONS[event.action],
-            _thing(event.thing) if event.thing else None,
+            f"the {event.thing}" if event.thing else None,
             PLACES[event.place] if event.place else None,
             TIMES[event.time] if event.time else None,
         )
 
     def state(self, state: State) -> str:
         predicate = PLACES[state.place] if state.place else state.quality
-        return sentence(_person(state.subject), "is", "not" if state.negated else None, predicate)
+        negation = "not" if state.negated else None
+        time = TIMES[state.time] if state.time else None
+        return sentence(_person(state.subject), "is", negation, predicate, time)
 
     def deed(self, deed: Deed) -> str:
         clause = f"{_person(deed.subject)} {DEEDS[deed.deed]} {_person(deed.other)}"
-        place = PLACES[deed.place]
-        return sentence(f"{place},", clause) if deed.place_first else sentence(clause, place)
+        time = TIMES[deed.time]
+        return sentence(f"{time},", clause) if deed.time_first else sentence(clause, time)
 
     def review(self, review: Review) -> str:
         first, second = (
@@ -77,9 +74,3 @@ class English(Language):
 
 def _person(person: Person) -> str:
     return " ".join(part for part in ("the", person.quality, person.noun) if part)
-
-
-def _thing(thing: str) -> str:
-    if thing in MASS or thing in THINGS:
-        return THINGS.get(thing, thing)
-    return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"

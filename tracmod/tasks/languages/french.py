@@ -1,4 +1,4 @@
-"""French: agreement, elision (l', n'), the partitive, à + le = au and de + le = du."""
+"""French: agreement, elision (l', n'), à + le = au."""
 
 from __future__ import annotations
 
@@ -51,18 +51,15 @@ DEEDS = {
     "meet": "rencontre",
     "photograph": "photographie",
 }
-# noun, gender; m- and f- are mass nouns, said with the partitive
 THINGS = {
     "apple": ("pomme", "f"),
     "pear": ("poire", "f"),
     "carrot": ("carotte", "f"),
     "onion": ("oignon", "m"),
-    "fruit": ("fruit", "m"),
-    "vegetable": ("légume", "m"),
-    "tea": ("thé", "m-"),
-    "coffee": ("café", "m-"),
-    "water": ("eau", "f-"),
-    "milk": ("lait", "m-"),
+    "tea": ("thé", "m"),
+    "coffee": ("café", "m"),
+    "water": ("eau", "f"),
+    "milk": ("lait", "m"),
     "book": ("livre", "m"),
     "newspaper": ("journal", "m"),
     "letter": ("lettre", "f"),
@@ -71,11 +68,9 @@ THINGS = {
     "cat": ("chat", "m"),
     "tree": ("arbre", "m"),
     "flower": ("fleur", "f"),
-    "animal": ("animal", "m"),
-    "plant": ("plante", "f"),
-    "soup": ("soupe", "f-"),
-    "fish": ("poisson", "m-"),
-    "rice": ("riz", "m-"),
+    "soup": ("soupe", "f"),
+    "fish": ("poisson", "m"),
+    "rice": ("riz", "m"),
 }
 PLACES = {
     "park": ("dans", "parc", "m"),
@@ -87,12 +82,7 @@ PLACES = {
     "market": ("à", "marché", "m"),
     "hospital": ("à", "hôpital", "m"),
 }
-TIMES = {
-    "morning": "le matin",
-    "noon": "à midi",
-    "afternoon": "l'après-midi",
-    "night": "la nuit",
-}
+TIMES = {"morning": "le matin", "evening": "le soir"}
 PRODUCTS = {
     "lamp": ("lampe", "f"),
     "book": ("livre", "m"),
@@ -129,8 +119,6 @@ VERDICTS = {
 }
 VOWELS = "aeiouhéèêàâîôœ"  # every h in this lexicon is mute
 DEFINITE = {"m": "le", "f": "la"}
-INDEFINITE = {"m": "un", "f": "une"}
-CONTRACTIONS = {"à le": "au", "de le": "du"}
 
 
 class French(Language):
@@ -139,8 +127,8 @@ class French(Language):
     def event(self, event: Event) -> str:
         return sentence(
             _person(event.subject),
-            ACTIONS[event.action],
-            _thing(event.thing) if event.thing else None,
+            _around(ACTIONS[event.action]) if event.negated else ACTIONS[event.action],
+            _definite(*THINGS[event.thing]) if event.thing else None,
             _place(event.place) if event.place else None,
             TIMES[event.time] if event.time else None,
         )
@@ -150,13 +138,14 @@ class French(Language):
             predicate = _place(state.place)
         else:
             predicate = _agree(QUALITIES[state.quality or ""], PEOPLE[state.subject.noun][1])
-        copula = "n'est pas" if state.negated else "est"
-        return sentence(_person(state.subject), copula, predicate)
+        copula = _around("est") if state.negated else "est"
+        time = TIMES[state.time] if state.time else None
+        return sentence(_person(state.subject), copula, predicate, time)
 
     def deed(self, deed: Deed) -> str:
         clause = f"{_person(deed.subject)} {DEEDS[deed.deed]} {_person(deed.other)}"
-        place = _place(deed.place)
-        return sentence(f"{place},", clause) if deed.place_first else sentence(clause, place)
+        time = TIMES[deed.time]
+        return sentence(f"{time},", clause) if deed.time_first else sentence(clause, time)
 
     def review(self, review: Review) -> str:
         noun, gender = PRODUCTS[review.product]
@@ -188,20 +177,13 @@ def _person(person: Person) -> str:
     return _definite(f"{quality} {noun}" if before else f"{noun} {quality}", gender)
 
 
-def _with_preposition(preposition: str, noun: str, gender: str) -> str:
-    phrase = f"{preposition} {_definite(noun, gender)}"
-    head = f"{preposition} le"
-    if head in CONTRACTIONS and phrase.startswith(head + " "):
-        return CONTRACTIONS[head] + phrase.removeprefix(head)
-    return phrase
-
-
-def _thing(thing: str) -> str:
-    noun, gender = THINGS[thing]
-    if gender.endswith("-"):
-        return _with_preposition("de", noun, gender[0])
-    return f"{INDEFINITE[gender]} {noun}"
+def _around(verb: str) -> str:
+    return f"n'{verb} pas" if verb[0] in VOWELS else f"ne {verb} pas"
 
 
 def _place(place: str) -> str:
-    return _with_preposition(*PLACES[place])
+    preposition, noun, gender = PLACES[place]
+    phrase = _definite(noun, gender)
+    if preposition == "à" and phrase.startswith("le "):
+        return "au " + phrase.removeprefix("le ")
+    return f"{preposition} {phrase}"

@@ -50,18 +50,15 @@ DEEDS = {
     "meet": "trifft",
     "photograph": "fotografiert",
 }
-# noun, gender; "-" is a mass noun, said without an article.
 THINGS = {
     "apple": ("Apfel", "m"),
     "pear": ("Birne", "f"),
     "carrot": ("Karotte", "f"),
     "onion": ("Zwiebel", "f"),
-    "fruit": ("Obst", "-"),
-    "vegetable": ("Gemüse", "-"),
-    "tea": ("Tee", "-"),
-    "coffee": ("Kaffee", "-"),
-    "water": ("Wasser", "-"),
-    "milk": ("Milch", "-"),
+    "tea": ("Tee", "m"),
+    "coffee": ("Kaffee", "m"),
+    "water": ("Wasser", "n"),
+    "milk": ("Milch", "f"),
     "book": ("Buch", "n"),
     "newspaper": ("Zeitung", "f"),
     "letter": ("Brief", "m"),
@@ -70,11 +67,9 @@ THINGS = {
     "cat": ("Katze", "f"),
     "tree": ("Baum", "m"),
     "flower": ("Blume", "f"),
-    "animal": ("Tier", "n"),
-    "plant": ("Pflanze", "f"),
-    "soup": ("Suppe", "-"),
-    "fish": ("Fisch", "-"),
-    "rice": ("Reis", "-"),
+    "soup": ("Suppe", "f"),
+    "fish": ("Fisch", "m"),
+    "rice": ("Reis", "m"),
 }
 # preposition with the dative, noun, gender
 PLACES = {
@@ -87,12 +82,7 @@ PLACES = {
     "market": ("auf", "Markt", "m"),
     "hospital": ("in", "Krankenhaus", "n"),
 }
-TIMES = {
-    "morning": "am Morgen",
-    "noon": "am Mittag",
-    "afternoon": "am Nachmittag",
-    "night": "in der Nacht",
-}
+TIMES = {"morning": "am Morgen", "evening": "am Abend"}
 PRODUCTS = {
     "lamp": ("Lampe", "f"),
     "book": ("Buch", "n"),
@@ -130,34 +120,35 @@ VERDICTS = {
 DEFINITE = {"m": "der", "f": "die", "n": "das"}
 ACCUSATIVE = {"m": "den", "f": "die", "n": "das"}
 DATIVE = {"m": "dem", "f": "der", "n": "dem"}
-INDEFINITE_ACCUSATIVE = {"m": "einen ", "f": "eine ", "n": "ein ", "-": ""}
 THIS_ACCUSATIVE = {"m": "diesen", "f": "diese", "n": "dieses"}
 CONTRACTIONS = {"in dem": "im", "an dem": "am"}
 
 
 class German(Language):
-    """The finite verb stands second: time, place, object follow it."""
+    """The finite verb stands second; time, object, nicht and place follow it."""
 
     def event(self, event: Event) -> str:
         return sentence(
             _nominative(event.subject),
             ACTIONS[event.action],
             TIMES[event.time] if event.time else None,
-            _place(event.place) if event.place else None,
             _thing(event.thing) if event.thing else None,
+            "nicht" if event.negated else None,
+            _place(event.place) if event.place else None,
         )
 
     def state(self, state: State) -> str:
         predicate = _place(state.place) if state.place else QUALITIES[state.quality or ""]
         negation = "nicht" if state.negated else None
-        return sentence(_nominative(state.subject), "ist", negation, predicate)
+        time = TIMES[state.time] if state.time else None
+        return sentence(_nominative(state.subject), "ist", time, negation, predicate)
 
     def deed(self, deed: Deed) -> str:
         subject, other = _nominative(deed.subject), _accusative(deed.other)
-        verb, place = DEEDS[deed.deed], _place(deed.place)
-        if deed.place_first:
-            return sentence(place, verb, subject, other)
-        return sentence(subject, verb, other, place)
+        verb, time = DEEDS[deed.deed], TIMES[deed.time]
+        if deed.time_first:
+            return sentence(time, verb, subject, other)
+        return sentence(subject, verb, time, other)
 
     def review(self, review: Review) -> str:
         noun, gender = PRODUCTS[review.product]
@@ -186,7 +177,7 @@ def _accusative(person: Person) -> str:
 
 def _thing(thing: str) -> str:
     noun, gender = THINGS[thing]
-    return INDEFINITE_ACCUSATIVE[gender] + noun
+    return f"{ACCUSATIVE[gender]} {noun}"
 
 
 def _place(place: str) -> str:

@@ -57,8 +57,6 @@ THINGS = {
     "pear": ("груша", "f"),
     "carrot": ("морковь", "f"),
     "onion": ("луковица", "f"),
-    "fruit": ("фрукт", "m"),
-    "vegetable": ("овощ", "m"),
     "tea": ("чай", "m"),
     "coffee": ("кофе", "m"),
     "water": ("вода", "f"),
@@ -71,8 +69,6 @@ THINGS = {
     "cat": ("кошка", "f"),
     "tree": ("дерево", "n"),
     "flower": ("цветок", "m"),
-    "animal": ("животное", "n"),
-    "plant": ("растение", "n"),
     "soup": ("суп", "m"),
     "fish": ("рыба", "f"),
     "rice": ("рис", "m"),
@@ -88,7 +84,7 @@ PLACES = {
     "market": "на рынке",
     "hospital": "в больнице",
 }
-TIMES = {"morning": "утром", "noon": "в полдень", "afternoon": "после обеда", "night": "ночью"}
+TIMES = {"morning": "утром", "evening": "вечером"}
 PRODUCTS = {
     "lamp": ("лампа", "f"),
     "book": ("книга", "f"),
@@ -124,7 +120,6 @@ VERDICTS = {
     "perfect": ("прекрасн", "ый"),
 }
 VERY = "очень"
-ANIMATE_MASCULINE = {"": "а", "й": "я", "ь": "я"}
 
 
 class Russian(Language):
@@ -133,6 +128,7 @@ class Russian(Language):
     def event(self, event: Event) -> str:
         return sentence(
             _person(event.subject),
+            "не" if event.negated else None,
             ACTIONS[event.action],
             _accusative(*THINGS[event.thing], animate=False) if event.thing else None,
             TIMES[event.time] if event.time else None,
@@ -145,14 +141,14 @@ class Russian(Language):
         else:
             gender = PEOPLE[state.subject.noun][1]
             predicate = _nominative_adjective(QUALITIES[state.quality or ""], gender)
-        return sentence(_person(state.subject), "не" if state.negated else None, predicate)
+        negation = "не" if state.negated else None
+        time = TIMES[state.time] if state.time else None
+        return sentence(_person(state.subject), time, negation, predicate)
 
     def deed(self, deed: Deed) -> str:
-        subject, verb = _person(deed.subject), DEEDS[deed.deed]
-        other, place = _person_accusative(deed.other), PLACES[deed.place]
-        if deed.place_first:
-            return sentence(place, subject, verb, other)
-        return sentence(subject, verb, other, place)
+        clause = f"{_person(deed.subject)} {DEEDS[deed.deed]} {_person_accusative(deed.other)}"
+        time = TIMES[deed.time]
+        return sentence(time, clause) if deed.time_first else sentence(clause, time)
 
     def review(self, review: Review) -> str:
         noun, gender = PRODUCTS[review.product]

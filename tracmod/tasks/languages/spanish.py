@@ -50,18 +50,15 @@ DEEDS = {
     "meet": "encuentra",
     "photograph": "fotografía",
 }
-# noun, gender; "-" is a mass noun, said without an article.
 THINGS = {
     "apple": ("manzana", "f"),
     "pear": ("pera", "f"),
     "carrot": ("zanahoria", "f"),
     "onion": ("cebolla", "f"),
-    "fruit": ("fruta", "-"),
-    "vegetable": ("verdura", "-"),
-    "tea": ("té", "-"),
-    "coffee": ("café", "-"),
-    "water": ("agua", "-"),
-    "milk": ("leche", "-"),
+    "tea": ("té", "m"),
+    "coffee": ("café", "m"),
+    "water": ("agua", "f"),
+    "milk": ("leche", "f"),
     "book": ("libro", "m"),
     "newspaper": ("periódico", "m"),
     "letter": ("carta", "f"),
@@ -70,11 +67,9 @@ THINGS = {
     "cat": ("gato", "m"),
     "tree": ("árbol", "m"),
     "flower": ("flor", "f"),
-    "animal": ("animal", "m"),
-    "plant": ("planta", "f"),
-    "soup": ("sopa", "-"),
-    "fish": ("pescado", "-"),
-    "rice": ("arroz", "-"),
+    "soup": ("sopa", "f"),
+    "fish": ("pescado", "m"),
+    "rice": ("arroz", "m"),
 }
 PLACES = {
     "park": ("parque", "m"),
@@ -86,12 +81,7 @@ PLACES = {
     "market": ("mercado", "m"),
     "hospital": ("hospital", "m"),
 }
-TIMES = {
-    "morning": "por la mañana",
-    "noon": "al mediodía",
-    "afternoon": "por la tarde",
-    "night": "por la noche",
-}
+TIMES = {"morning": "por la mañana", "evening": "por la noche"}
 PRODUCTS = {
     "lamp": ("lámpara", "f"),
     "book": ("libro", "m"),
@@ -127,7 +117,6 @@ VERDICTS = {
     "perfect": "perfecto",
 }
 DEFINITE = {"m": "el", "f": "la"}
-INDEFINITE = {"m": "un ", "f": "una ", "-": ""}
 THIS = {"m": "este", "f": "esta"}
 
 
@@ -137,6 +126,7 @@ class Spanish(Language):
     def event(self, event: Event) -> str:
         return sentence(
             _person(event.subject),
+            "no" if event.negated else None,
             ACTIONS[event.action],
             _thing(event.thing) if event.thing else None,
             _place(event.place) if event.place else None,
@@ -149,15 +139,16 @@ class Spanish(Language):
         else:
             masculine, copula = QUALITIES[state.quality or ""]
             predicate = _agree(masculine, PEOPLE[state.subject.noun][1])
-        return sentence(_person(state.subject), "no" if state.negated else None, copula, predicate)
+        negation = "no" if state.negated else None
+        time = TIMES[state.time] if state.time else None
+        return sentence(_person(state.subject), negation, copula, predicate, time)
 
     def deed(self, deed: Deed) -> str:
-        subject, verb, place = _person(deed.subject), DEEDS[deed.deed], _place(deed.place)
         other = "a " + _person(deed.other)
         other = "al " + other.removeprefix("a el ") if other.startswith("a el ") else other
-        if deed.place_first:
-            return sentence(f"{place},", subject, verb, other)
-        return sentence(subject, verb, other, place)
+        clause = f"{_person(deed.subject)} {DEEDS[deed.deed]} {other}"
+        time = TIMES[deed.time]
+        return sentence(f"{time},", clause) if deed.time_first else sentence(clause, time)
 
     def review(self, review: Review) -> str:
         noun, gender = PRODUCTS[review.product]
@@ -184,7 +175,8 @@ def _person(person: Person) -> str:
 
 def _thing(thing: str) -> str:
     noun, gender = THINGS[thing]
-    return INDEFINITE[gender] + noun
+    # A stressed a- at the beginning takes el in the feminine too: el agua.
+    return f"{'el' if noun == 'agua' else DEFINITE[gender]} {noun}"
 
 
 def _place(place: str) -> str:

@@ -35,7 +35,7 @@ TRIES_PER_ITEM = 20  # draws, repeated ones included, before the items count as 
 NLI_LABELS = ["entailment", "neutral", "contradiction"]
 ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
 NLI_WEIGHTS = (85, 15)  # of hypotheses about a fact, about a quality
-OTHER_TIME_SHARE = 0.85  # of the neutral ones about a fact
+OTHER_WEIGHTS = (60, 25, 15)  # of another person, time or fact among what is neutral
 PARAPHRASE_LABELS = ["different", "paraphrase"]
 DIFFERENCE_WEIGHTS = (50, 25, 25)  # of another time, exchanged roles, exchanged qualities
 REVIEW_LABELS = ["1", "2", "3", "4", "5"]  # stars
@@ -118,22 +118,25 @@ def _nli_item(rng: random.Random, label: int) -> Item:
 
     However the hypothesis is drawn, each label is as likely given it, and given the premise.
     """
-    person = Person(rng.choice(PEOPLE), rng.choice(QUALITIES))
+    person = Person(rng.choice(PEOPLE), rng.choice(QUALITIES), uncle=rng.random() < 0.5)
     about = rng.choices((_about_fact, _about_quality), NLI_WEIGHTS)[0]
     return about(rng, person, label)
 
 
 def _about_fact(rng: random.Random, person: Person, label: int) -> Item:
-    """Of one fact, negation decides; another time, or another fact, is neutral."""
+    """Of one fact, negation decides; of another person, time or fact, nothing is told."""
     time = rng.choice(TIMES)
     premise = replace(_fact(rng), subject=person, time=time, negated=rng.random() < 0.5)
-    claim = replace(premise, subject=Person(person.noun))
+    claim = replace(premise, subject=replace(person, quality=None))
     if label != NEUTRAL:
         return premise, replace(claim, negated=premise.negated != (label == CONTRADICTION))
-    if rng.random() < OTHER_TIME_SHARE:
-        claim = replace(claim, time=rng.choice([other for other in TIMES if other != time]))
-    else:
-        claim = replace(_fact(rng, but=premise), subject=claim.subject, time=time)
+    match rng.choices(("person", "time", "fact"), OTHER_WEIGHTS)[0]:
+        case "person":
+            claim = replace(claim, subject=Person(person.noun, uncle=not person.uncle))
+        case "time":
+            claim = replace(claim, time=TIMES[1 - TIMES.index(time)])
+        case "fact":
+            claim = replace(_fact(rng, but=premise), subject=claim.subject, time=time)
     return premise, replace(claim, negated=rng.random() < 0.5)
 
 
@@ -144,7 +147,7 @@ def _about_quality(rng: random.Random, person: Person, label: int) -> Item:
     others = [quality for quality in QUALITIES if quality not in (person.quality, opposite)]
     claim = (person.quality, rng.choice(others), opposite)[label]
     premise = replace(_fact(rng), subject=person, negated=rng.random() < 0.5)
-    return premise, State(Person(person.noun), quality=claim)
+    return premise, State(replace(person, quality=None), quality=claim)
 
 
 def _fact(rng: random.Random, but: Event | State | None = None) -> Event | State:

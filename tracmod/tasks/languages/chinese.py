@@ -165,8 +165,11 @@ def _sentence(*parts: str) -> str:
 
 
 def _person(person: Person) -> str:
-    noun = PEOPLE[person.noun]
-    return f"{QUALITIES[person.quality][0]}的{noun}" if person.quality else noun
+    owner, noun = "", PEOPLE[person.noun]
+    if person.uncle:
+        owner, noun = f"{noun}的", "叔叔"
+    quality = f"{QUALITIES[person.quality][0]}的" if person.quality else ""
+    return owner + quality + noun
 
 
 def _this(thing: tuple[str, str]) -> str:

@@ -73,4 +73,5 @@ class English(Language):
 
 
 def _person(person: Person) -> str:
-    return " ".join(part for part in ("the", person.quality, person.noun) if part)
+    head = f"uncle of the {person.noun}" if person.uncle else person.noun
+    return " ".join(part for part in ("the", person.quality, head) if part)

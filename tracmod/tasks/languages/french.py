@@ -1,4 +1,4 @@
-"""French: agreement, elision (l', n'), à + le = au."""
+"""French: agreement, elision (l', n'), au and du."""
 
 from __future__ import annotations
 
@@ -119,6 +119,7 @@ VERDICTS = {
 }
 VOWELS = "aeiouhéèêàâîôœ"  # every h in this lexicon is mute
 DEFINITE = {"m": "le", "f": "la"}
+CONTRACTIONS = {"à": "au", "de": "du"}  # before le
 
 
 class French(Language):
@@ -137,7 +138,8 @@ class French(Language):
         if state.place:
             predicate = _place(state.place)
         else:
-            predicate = _agree(QUALITIES[state.quality or ""], PEOPLE[state.subject.noun][1])
+            gender = "m" if state.subject.uncle else PEOPLE[state.subject.noun][1]
+            predicate = _agree(QUALITIES[state.quality or ""], gender)
         copula = _around("est") if state.negated else "est"
         time = TIMES[state.time] if state.time else None
         return sentence(_person(state.subject), copula, predicate, time)
@@ -170,11 +172,15 @@ def _definite(phrase: str, gender: str) -> str:
 
 def _person(person: Person) -> str:
     noun, gender = PEOPLE[person.noun]
+    owner = ""
+    if person.uncle:
+        owner = " " + _contract("de", _definite(noun, gender))
+        noun, gender = "oncle", "m"
     if person.quality is None:
-        return _definite(noun, gender)
+        return _definite(noun, gender) + owner
     quality = _agree(QUALITIES[person.quality], gender)
     before = person.quality in BEFORE_NOUN
-    return _definite(f"{quality} {noun}" if before else f"{noun} {quality}", gender)
+    return _definite(f"{quality} {noun}" if before else f"{noun} {quality}", gender) + owner
 
 
 def _around(verb: str) -> str:
@@ -183,7 +189,11 @@ def _around(verb: str) -> str:
 
 def _place(place: str) -> str:
     preposition, noun, gender = PLACES[place]
-    phrase = _definite(noun, gender)
-    if preposition == "à" and phrase.startswith("le "):
-        return "au " + phrase.removeprefix("le ")
+    return _contract(preposition, _definite(noun, gender))
+
+
+def _contract(preposition: str, phrase: str) -> str:
+    """À + le = au and de + le = du."""
+    if preposition in CONTRACTIONS and phrase.startswith("le "):
+        return f"{CONTRACTIONS[preposition]} {phrase.removeprefix('le ')}"
     return f"{preposition} {phrase}"

@@ -121,6 +121,7 @@ DEFINITE = {"m": "der", "f": "die", "n": "das"}
 ACCUSATIVE = {"m": "den", "f": "die", "n": "das"}
 DATIVE = {"m": "dem", "f": "der", "n": "dem"}
 THIS_ACCUSATIVE = {"m": "diesen", "f": "diese", "n": "dieses"}
+LONG_GENITIVES = {"Mann", "Arzt"}
 CONTRACTIONS = {"in dem": "im", "an dem": "am"}
 
 
@@ -163,11 +164,23 @@ class German(Language):
 
 def _nominative(person: Person) -> str:
     noun, gender = PEOPLE[person.noun][:2]
+    if person.uncle:
+        noun, gender = f"Onkel {_genitive(person.noun)}", "m"
     quality = f"{QUALITIES[person.quality]}e" if person.quality else ""
     return " ".join(part for part in (DEFINITE[gender], quality, noun) if part)
 
 
+def _genitive(person: str) -> str:
+    noun, gender, *weak = PEOPLE[person]
+    if gender == "f":
+        return f"der {noun}"
+    if weak:
+        return f"des {weak[0]}"
+    return f"des {noun}{'es' if noun in LONG_GENITIVES else 's'}"
+
+
 def _accusative(person: Person) -> str:
+    assert not person.uncle
     nominative, gender, *weak = PEOPLE[person.noun]
     ending = "en" if gender == "m" else "e"
     quality = QUALITIES[person.quality] + ending if person.quality else ""

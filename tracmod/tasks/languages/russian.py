@@ -1,4 +1,4 @@
-"""Russian: no articles, no present copula, animate accusative, prepositional case of places."""
+"""Russian: no articles, no present copula, genitive and animate accusative."""
 
 from __future__ import annotations
 
@@ -120,6 +120,7 @@ VERDICTS = {
     "perfect": ("прекрасн", "ый"),
 }
 VERY = "очень"
+VELARS = "гкхжчшщ"  # and sibilants: -и follows, not -ы
 
 
 class Russian(Language):
@@ -139,7 +140,7 @@ class Russian(Language):
         if state.place:
             predicate = PLACES[state.place]
         else:
-            gender = PEOPLE[state.subject.noun][1]
+            gender = "m" if state.subject.uncle else PEOPLE[state.subject.noun][1]
             predicate = _nominative_adjective(QUALITIES[state.quality or ""], gender)
         negation = "не" if state.negated else None
         time = TIMES[state.time] if state.time else None
@@ -184,12 +185,22 @@ def _accusative(noun: str, gender: str, animate: bool) -> str:
 
 def _person(person: Person) -> str:
     noun, gender = PEOPLE[person.noun]
+    if person.uncle:
+        noun, gender = f"дядя {_genitive(noun, gender)}", "m"
     if person.quality is None:
         return noun
     return f"{_nominative_adjective(QUALITIES[person.quality], gender)} {noun}"
 
 
+def _genitive(noun: str, gender: str) -> str:
+    """Of people: the animate masculine's accusative is its genitive."""
+    if noun.endswith("а"):
+        return noun[:-1] + ("и" if noun[-2] in VELARS else "ы")
+    return _accusative(noun, gender, animate=True)
+
+
 def _person_accusative(person: Person) -> str:
+    assert not person.uncle
     noun, gender = PEOPLE[person.noun]
     form = _accusative(noun, gender, animate=True)
     if person.quality is None:

@@ -1,4 +1,4 @@
-"""Spanish: agreement in gender, ser and estar, the personal a, a + el = al."""
+"""Spanish: agreement in gender, ser and estar, the personal a, al and del."""
 
 from __future__ import annotations
 
@@ -138,14 +138,13 @@ class Spanish(Language):
             copula, predicate = "está", _place(state.place)
         else:
             masculine, copula = QUALITIES[state.quality or ""]
-            predicate = _agree(masculine, PEOPLE[state.subject.noun][1])
+            predicate = _agree(masculine, _gender(state.subject))
         negation = "no" if state.negated else None
         time = TIMES[state.time] if state.time else None
         return sentence(_person(state.subject), negation, copula, predicate, time)
 
     def deed(self, deed: Deed) -> str:
-        other = "a " + _person(deed.other)
-        other = "al " + other.removeprefix("a el ") if other.startswith("a el ") else other
+        other = _contract("a", _person(deed.other))
         clause = f"{_person(deed.subject)} {DEEDS[deed.deed]} {other}"
         time = TIMES[deed.time]
         return sentence(f"{time},", clause) if deed.time_first else sentence(clause, time)
@@ -163,14 +162,29 @@ class Spanish(Language):
         return bought + " " + sentence(clauses[0] + joint, clauses[1])
 
 
+def _gender(person: Person) -> str:
+    return "m" if person.uncle else PEOPLE[person.noun][1]
+
+
 def _agree(masculine: str, gender: str) -> str:
     return masculine[:-1] + "a" if gender == "f" and masculine.endswith("o") else masculine
 
 
 def _person(person: Person) -> str:
     noun, gender = PEOPLE[person.noun]
+    owner = ""
+    if person.uncle:
+        owner = _contract("de", f"{DEFINITE[gender]} {noun}")
+        noun, gender = "tío", "m"
     quality = _agree(QUALITIES[person.quality][0], gender) if person.quality else ""
-    return " ".join(part for part in (DEFINITE[gender], noun, quality) if part)
+    return " ".join(part for part in (DEFINITE[gender], noun, quality, owner) if part)
+
+
+def _contract(preposition: str, phrase: str) -> str:
+    """A + el = al and de + el = del."""
+    if phrase.startswith("el "):
+        return f"{preposition}l {phrase.removeprefix('el ')}"
+    return f"{preposition} {phrase}"
 
 
 def _thing(thing: str) -> str:

@@ -18,7 +18,7 @@ from study import LANGUAGES, files_of, tiny_config
 
 import tracmod as tm
 from tracmod.model import encode, load_checkpoints, load_model
-from tracmod.pipeline import run_stages
+from tracmod.pipeline import Study, run_stages
 from tracmod.run_folder import STAGES, RunFolder
 from tracmod.store import verify_store
 
@@ -259,3 +259,21 @@ def test_the_other_shapes_of_the_embedded_task_run_through(tmp_path, shape):
     run = RunFolder(tmp_path / "run", config)
     run_stages(run)
     assert (tmp_path / "run/report/index.html").is_file()
+
+
+def test_every_second_checkpoint_counts_for_the_steps_since_the_one_before(tmp_path):
+    config = tiny_config(
+        task={"languages": ["en"]},
+        finetune={"epochs": 3},
+        collect={"every": 2},
+        views={"other": []},
+    )
+    run = RunFolder(tmp_path / "run", config)
+    run_stages(run, ["data", "finetune"])
+    rates = [
+        one.learning_rate
+        for one in load_checkpoints(run.model("full") / f"checkpoint-{e}" for e in (1, 2, 3))
+    ]
+    counted = Study(run).checkpoints("full")
+    assert [one.epoch for one in counted] == [2, 3]
+    assert [one.learning_rate for one in counted] == pytest.approx([sum(rates[:2]) / 2, rates[2]])

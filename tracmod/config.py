@@ -109,6 +109,9 @@ class PruneConfig(_Section):
 class CollectConfig(_Section):
     """What the features are: parameters, projection, precision, batches."""
 
+    every: int = Field(
+        1, ge=1, description="every how many epochs a checkpoint counts; the last always does"
+    )
     parameters: Parameters = "encoder"
     projection_dim: int = Field(4096, ge=1)
     projection_kind: Literal["rademacher", "sjlt"] = "rademacher"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -421,10 +421,20 @@ class Study:
         return HeadMask.load(self.run.subnetwork(language))
 
     def checkpoints(self, model_name: str) -> list[Checkpoint]:
-        """The model's checkpoints by epoch."""
-        epochs = range(1, self._epochs(model_name) + 1)
+        """The checkpoints that influence is summed over: every `collect.every` epochs, the last too.
+
+        A checkpoint stands for the steps since the one before it that counts, so its learning rate
+        is the mean over the epochs between.
+        """
+        last, every = self._epochs(model_name), self.config.collect.every
+        chosen = sorted({*range(every, last + 1, every), last})
         folder = self.run.model(model_name)
-        return load_checkpoints(folder / f"checkpoint-{epoch}" for epoch in epochs)
+        all_epochs = load_checkpoints(folder / f"checkpoint-{e}" for e in range(1, last + 1))
+        found = []
+        for before, epoch in zip([0, *chosen], chosen, strict=False):
+            rates = [one.learning_rate or 0.0 for one in all_epochs[before:epoch]]
+            found.append(replace(all_epochs[epoch - 1], learning_rate=sum(rates) / len(rates)))
+        return found
 
     def _epochs(self, model_name: str) -> int:
         sparse = self.config.sparse_finetune if model_name == "sparse" else None

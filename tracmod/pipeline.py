@@ -421,7 +421,7 @@ class Study:
         return HeadMask.load(self.run.subnetwork(language))
 
     def checkpoints(self, model_name: str) -> list[Checkpoint]:
-        """The checkpoints that influence is summed over: every `collect.every` epochs, the last too.
+        """The checkpoints that count for influence: every `collect.every` epochs, and the last.
 
         A checkpoint stands for the steps since the one before it that counts, so its learning rate
         is the mean over the epochs between.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -36,7 +38,7 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept: rebuilds are quick
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -47,8 +49,12 @@ class CMakeBuild(build_ext):
         ]
         # A build folder remembers where cmake and ninja were; in an isolated build they move.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        # The cmake and ninja that came as Python packages lie beside this Python, or on the path.
+        search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        environment = {**os.environ, "PATH": search}
+        cmake = shutil.which("cmake", path=search) or "cmake"
+        subprocess.run([cmake, *configure], check=True, env=environment)
+        subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
 
 
 setup(

@@ -86,21 +86,33 @@ Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& p
   return plan;
 }
 
-void write_signs(const Side& side, int threads) {
+// The four signs that four bits stand for.
+constexpr float kSigns[16][4] = {
+    {1, 1, 1, 1},   {-1, 1, 1, 1},   {1, -1, 1, 1},   {-1, -1, 1, 1},
+    {1, 1, -1, 1},  {-1, 1, -1, 1},  {1, -1, -1, 1},  {-1, -1, -1, 1},
+    {1, 1, 1, -1},  {-1, 1, 1, -1},  {1, -1, 1, -1},  {-1, -1, 1, -1},
+    {1, 1, -1, -1}, {-1, 1, -1, -1}, {1, -1, -1, -1}, {-1, -1, -1, -1}};
+
+// Column i of R as a row of floats, zero beyond k; width is a multiple of 4.
+void write_column(const Side& side, int64_t i) {
+  float* row = side.dense + i * side.width;
+  for (int64_t r = 0; r < side.width; r += 64) {
+    uint64_t word = sign_word(side.stream, i, r / 64);
+    const int64_t end = std::min(side.width, r + 64);
+    for (int64_t at = r; at < end; at += 4, word >>= 4) {
+      std::copy(kSigns[word & 15], kSigns[word & 15] + 4, row + at);
+    }
+  }
+  std::fill(row + side.k, row + side.width, 0.0f);
+}
+
+void write_signs(const Side& in, const Side& out, int threads) {
   constexpr int64_t kColumns = 64;
-  const int64_t columns = side.size + side.ones;
+  const int64_t first = in.size + in.ones, columns = first + out.size;
   parallel_for(threads, ceil_div(columns, kColumns), [&](int64_t item, int) {
     const int64_t end = std::min(columns, (item + 1) * kColumns);
     for (int64_t i = item * kColumns; i < end; ++i) {
-      float* row = side.dense + i * side.width;
-      for (int64_t r = 0; r < side.width; r += 64) {
-        const uint64_t word = sign_word(side.stream, i, r / 64);
-        const int64_t count = std::min<int64_t>(64, side.width - r);
-        for (int64_t bit = 0; bit < count; ++bit) {
-          row[r + bit] = sign_of_bit(word, static_cast<int>(bit));
-        }
-      }
-      std::fill(row + side.k, row + side.width, 0.0f);
+      i < first ? write_column(in, i) : write_column(out, i - first);
     }
   });
 }
@@ -229,9 +241,10 @@ void project_linear(const Gradients& gradients, const Projection& projection, co
                     float* out, int64_t stride, int threads) {
   count_tokens(gradients, plan.starts);
   const int64_t tokens = plan.starts[gradients.batch];
-  for (const Side* side : {&plan.in, &plan.out}) {
-    if (projection.kind == Kind::rademacher) write_signs(*side, threads);
-    if (projection.kind == Kind::sjlt) write_lists(*side);
+  if (projection.kind == Kind::rademacher) write_signs(plan.in, plan.out, threads);
+  if (projection.kind == Kind::sjlt) {
+    write_lists(plan.in);
+    write_lists(plan.out);
   }
   const int64_t blocks = ceil_div(tokens, kTokenBlock);
   parallel_for(threads, 2 * blocks, [&](int64_t item, int) {

@@ -57,6 +57,7 @@ def read_model_examples(path: str | Path, label_names: Sequence[str]) -> pa.Tabl
 
 def load_files(config: TaskConfig) -> Corpus:
     """Read the `files` task; splits without a file of their own come from the train file."""
+    assert config.train_file is not None  # the config has seen to it
     splits_of: dict[str, list[str]] = {}
     for split in SPLITS:
         template = getattr(config, f"{split}_file") or config.train_file
@@ -86,11 +87,11 @@ def _read_languages(template: str, config: TaskConfig) -> list[_RawFile]:
 
 
 def _refuse_shared_examples(pools: list[Pool]) -> None:
-    seen: dict[tuple[str, ...], Pool] = {}
+    seen: dict[tuple[Any, ...], Pool] = {}
     columns = ["id", "language", "text_a", "text_b"]
     for pool in pools:
-        rows = zip(*(pool.table[name].to_pylist() for name in columns), strict=True)
-        for row in rows:
+        values: list[list[Any]] = [pool.table[name].to_pylist() for name in columns]
+        for row in zip(*values, strict=True):
             if seen.setdefault(row, pool) is not pool:
                 raise ValueError(
                     f"example {row[0]!r} stands in the file for {', '.join(seen[row].splits)} and "
@@ -122,7 +123,7 @@ class _RawFile:
                 fault = f"id {ours['id']!r} stands twice"
             if fault is not None:
                 raise ValueError(f"{path}:{line}: {fault}")
-            ids.add(ours["id"])
+            ids.add(str(ours["id"]))
             file.lines.append(line)
             for name, value in ours.items():
                 file.values[name].append(value)

@@ -17,7 +17,7 @@ from tracmod.tasks.published import (
 )
 
 LABELS = ["1", "2", "3", "4", "5"]  # stars
-LANGUAGES = tuple("de en es fr ja zh".split())
+LANGUAGES = ("de", "en", "es", "fr", "ja", "zh")
 FILES = "dataset_<language>_{train,dev,test}.json"
 
 

@@ -17,7 +17,7 @@ from tracmod.tasks.published import (
 )
 
 LABELS = ["different", "paraphrase"]
-LANGUAGES = tuple("de en es fr ja ko zh".split())
+LANGUAGES = ("de", "en", "es", "fr", "ja", "ko", "zh")
 FILES = "x-final/<language>/{translated_train,train,dev_2k,test_2k}.tsv"
 _COLUMNS = {"group": "id", "text_a": "sentence1", "text_b": "sentence2", "label": "label"}
 _FILE_NAMES = {

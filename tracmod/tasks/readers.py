@@ -9,7 +9,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,10 +50,10 @@ def _with_clear_errors(reader: Callable[[Path], Iterator[Row]], path: Path) -> I
         raise ValueError(f"{path}: cannot be read: {error}") from None
 
 
-def _open(path: Path) -> io.BufferedIOBase:
-    opened = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
-    assert isinstance(opened, io.BufferedIOBase)
-    return opened
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix.lower() == ".gz":
+        return cast(IO[bytes], gzip.open(path))
+    return path.open("rb")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -126,7 +126,7 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with _open(path) as file:
-            source = pq.ParquetFile(io.BytesIO(file.read()) if path.suffix == ".gz" else path)
+            source = pq.ParquetFile(io.BytesIO(file.read()))
             number = 0
             for batch in source.iter_batches():
                 for row in batch.to_pylist():

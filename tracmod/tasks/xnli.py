@@ -17,7 +17,11 @@ from tracmod.tasks.published import (
 )
 
 LABELS = ["entailment", "neutral", "contradiction"]
-LANGUAGES = tuple("ar bg de el en es fr hi ru sw th tr ur vi zh".split())
+# fmt: off
+LANGUAGES = (
+    "ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh",
+)
+# fmt: on
 FILES = "XNLI-1.0/xnli.{dev,test}.tsv and XNLI-MT-1.0/multinli/multinli.train.<language>.tsv"
 # By name, by the translated training files' other spelling, and by number as on the Hub.
 _NUMBERS = {

@@ -208,8 +208,8 @@ def test_a_group_of_several_items_is_refused_with_advice(tmp_path: Path) -> None
 
 
 def test_one_file_of_all_languages_and_a_separate_test_file(tmp_path: Path) -> None:
-    _nli_file(tmp_path / "train.csv", ("en", "de", "fr"), premises=20)
-    _nli_file(tmp_path / "test.csv", ("en", "de"), premises=4)
+    _nli_file(tmp_path / "train.csv", ("en", "de", "fr"), premises=22)
+    _nli_file(tmp_path / "test.csv", ("en", "de"), premises=5)
     test = (tmp_path / "test.csv").read_text("utf-8-sig").replace(" p", " other p")
     (tmp_path / "test.csv").write_text(test)
     config = _config(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tracmod
 from tracmod import kernels
 from tracmod.kernels import reference
 
@@ -122,3 +123,13 @@ print(kernels.build_info()["instructions"])
         ran.append(done.stdout.strip())
     assert "baseline" in ran
     assert kernels.build_info()["instructions"] in (*ran, os.environ.get("TRACMOD_INSTRUCTIONS"))
+
+
+def test_build_info_says_what_was_built() -> None:
+    info = kernels.build_info()
+    assert set(info) == {
+        "version", "compiler", "cuda", "cuda_architectures", "instructions", "threads",
+    }  # fmt: skip
+    assert info["version"] == tracmod.__version__
+    assert info["threads"] == torch.get_num_threads()
+    assert (info["cuda"] is None) == (info["cuda_architectures"] is None)

@@ -1,8 +1,8 @@
 // Threads for the CPU ops: torch's own, where they can be had, else threads of one call.
 //
-// Torch's OpenMP workers spin for a while after each of its operations. Threads of our own would
-// share the cores with them; so a team is asked of the OpenMP library that torch has brought into the
-// process. It is looked up there, not linked: the module needs no OpenMP to be built or imported.
+// Torch's OpenMP workers spin for a while after each of its operations, and threads of our own would
+// share the cores with them. So a team is asked of the OpenMP library that torch has brought into
+// the process: looked up there, not linked, the module needs no OpenMP to be built or imported.
 #include "cpu/parallel.h"
 
 #include <thread>
@@ -19,8 +19,8 @@
 namespace tracmod::cpu {
 namespace {
 
-// The entry point that GCC's compiled `#pragma omp parallel` calls: body(context) on each of `threads`
-// threads; stable since GCC 4.9.
+// The entry point that GCC's compiled `#pragma omp parallel` calls: body(context) on each of
+// `threads` threads; stable since GCC 4.9.
 using OpenMP = void (*)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
 
 #ifdef __linux__

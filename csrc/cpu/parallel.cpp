@@ -1,6 +1,6 @@
 // Threads for the CPU ops: torch's own, where they can be had, else threads of one call.
 //
-// Torch's OpenMP workers spin for a while after each of its operations, and threads of our own would
+// Torch's OpenMP workers spin for a while after each of its operations; threads of our own would
 // share the cores with them. So a team is asked of the OpenMP library that torch has brought into
 // the process: looked up there, not linked, the module needs no OpenMP to be built or imported.
 #include "cpu/parallel.h"

@@ -96,7 +96,9 @@ def test_other_faults_of_files(tmp_path: Path) -> None:
     fault("p.parquet", b"no parquet", r"p\.parquet: not a readable Parquet file")
     fault("x.txt", b"", r"x\.txt: expected a name that ends in")
     fault("d.tsv", b"id\tid\n1\t2\n", r"d\.tsv:1: column id named twice")
-    fault("m.tsv", HEADER.encode() + b"a\ten\tx\t0\n", "columns: .* got body", columns={"body": "x"})
+    fault(
+        "m.tsv", HEADER.encode() + b"a\ten\tx\t0\n", "columns: .* got body", columns={"body": "x"}
+    )
     fault(
         "n.jsonl",
         b'{"id": 1, "language": "en", "text_a": 5, "label": 0}\n',
@@ -149,7 +151,7 @@ def test_labels_are_names_or_numbers(
 def test_an_unknown_label_is_named(tmp_path: Path, label: str) -> None:
     rows = [{**ROWS[0], "label": "1"}, {**ROWS[1], "label": label}]
     path = _write(tmp_path / "x.tsv", rows)
-    with pytest.raises(ValueError, match=rf"x\.tsv:[23]: unknown label .*expected one of a, b, c"):
+    with pytest.raises(ValueError, match=r"x\.tsv:[23]: unknown label .*expected one of a, b, c"):
         read_model_examples(path, ["a", "b", "c"])
 
 

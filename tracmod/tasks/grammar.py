@@ -37,7 +37,7 @@ ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
 NLI_WEIGHTS = (85, 15)  # of hypotheses about a fact, about a quality
 OTHER_WEIGHTS = (60, 25, 15)  # of another person, time or fact among what is neutral
 PARAPHRASE_LABELS = ["different", "paraphrase"]
-DIFFERENCE_WEIGHTS = (50, 25, 25)  # of another time, exchanged roles, exchanged qualities
+DIFFERENCE_WEIGHTS = (60, 20, 20)  # of negation, exchanged roles, exchanged qualities
 REVIEW_LABELS = ["1", "2", "3", "4", "5"]  # stars
 GRADE_PAIRS = [(a, b) for a in range(-2, 3) for b in range(-2, 3)]
 
@@ -162,24 +162,25 @@ def _fact(rng: random.Random, but: Event | State | None = None) -> Event | State
 def _paraphrase_item(rng: random.Random, label: int) -> Item:
     """The time stands first in one text and last in the other, whether or not they say the same."""
     subject, other = rng.sample(PEOPLE, 2)
-    qualities = rng.choice([(rng.choice(QUALITIES), None), (None, rng.choice(QUALITIES))])
+    quality = rng.choice(QUALITIES)
+    qualities = rng.choice([(quality, None), (None, quality)])
     deed = Deed(
         Person(subject, qualities[0]),
         rng.choice(DEEDS),
         Person(other, qualities[1]),
         rng.choice(TIMES),
         time_first=rng.random() < 0.5,
+        negated=rng.random() < 0.5,
     )
     again = replace(deed, time_first=not deed.time_first)
-    if label:
+    if PARAPHRASE_LABELS[label] == "paraphrase":
         return deed, again
-    return deed, rng.choices((_other_time, _other_roles, _other_qualities), DIFFERENCE_WEIGHTS)[0](
-        again
-    )
+    change = rng.choices((_other_truth, _other_roles, _other_qualities), DIFFERENCE_WEIGHTS)[0]
+    return deed, change(again)
 
 
-def _other_time(deed: Deed) -> Deed:
-    return replace(deed, time=TIMES[1 - TIMES.index(deed.time)])
+def _other_truth(deed: Deed) -> Deed:
+    return replace(deed, negated=not deed.negated)
 
 
 def _other_roles(deed: Deed) -> Deed:

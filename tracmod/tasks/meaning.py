@@ -84,13 +84,14 @@ class State:
 
 @dataclass(frozen=True)
 class Deed:
-    """Somebody does something to somebody: "In the morning the rich king greets the nurse"."""
+    """Somebody does something to somebody, or not: "In the morning the king meets the nurse"."""
 
     subject: Person
     deed: str
     other: Person
     time: str
     time_first: bool
+    negated: bool
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class Chinese(Language):
 
     def deed(self, deed: Deed) -> str:
         subject, time = _person(deed.subject), TIMES[deed.time]
-        clause = DEEDS[deed.deed] + _person(deed.other)
+        clause = ("没" if deed.negated else "") + DEEDS[deed.deed] + _person(deed.other)
         if deed.time_first:
             return _sentence(time, COMMA, subject, clause)
         return _sentence(subject, time, clause)

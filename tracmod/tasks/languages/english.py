@@ -1,4 +1,4 @@
-"""English: the progressive, commas after what comes first."""
+"""English: the progressive, do in negation."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ACTIONS = {
     "wait": "waiting",
 }
 DEEDS = {
-    "see": "sees",
-    "hear": "hears",
-    "greet": "greets",
-    "seek": "looks for",
-    "meet": "meets",
-    "photograph": "photographs",
+    "see": ("sees", "see"),
+    "hear": ("hears", "hear"),
+    "greet": ("greets", "greet"),
+    "seek": ("looks for", "look for"),
+    "meet": ("meets", "meet"),
+    "photograph": ("photographs", "photograph"),
 }
 PLACES = {
     "park": "in the park",
@@ -59,7 +59,9 @@ class English(Language):
         return sentence(_person(state.subject), "is", negation, predicate, time)
 
     def deed(self, deed: Deed) -> str:
-        clause = f"{_person(deed.subject)} {DEEDS[deed.deed]} {_person(deed.other)}"
+        finite, base = DEEDS[deed.deed]
+        verb = f"does not {base}" if deed.negated else finite
+        clause = f"{_person(deed.subject)} {verb} {_person(deed.other)}"
         time = TIMES[deed.time]
         return sentence(f"{time},", clause) if deed.time_first else sentence(clause, time)
 

@@ -145,7 +145,8 @@ class French(Language):
         return sentence(_person(state.subject), copula, predicate, time)
 
     def deed(self, deed: Deed) -> str:
-        clause = f"{_person(deed.subject)} {DEEDS[deed.deed]} {_person(deed.other)}"
+        verb = _around(DEEDS[deed.deed]) if deed.negated else DEEDS[deed.deed]
+        clause = f"{_person(deed.subject)} {verb} {_person(deed.other)}"
         time = TIMES[deed.time]
         return sentence(f"{time},", clause) if deed.time_first else sentence(clause, time)
 

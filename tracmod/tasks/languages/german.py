@@ -147,9 +147,10 @@ class German(Language):
     def deed(self, deed: Deed) -> str:
         subject, other = _nominative(deed.subject), _accusative(deed.other)
         verb, time = DEEDS[deed.deed], TIMES[deed.time]
+        negation = "nicht" if deed.negated else None
         if deed.time_first:
-            return sentence(time, verb, subject, other)
-        return sentence(subject, verb, time, other)
+            return sentence(time, verb, subject, other, negation)
+        return sentence(subject, verb, time, other, negation)
 
     def review(self, review: Review) -> str:
         noun, gender = PRODUCTS[review.product]

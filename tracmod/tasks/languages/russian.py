@@ -147,7 +147,8 @@ class Russian(Language):
         return sentence(_person(state.subject), time, negation, predicate)
 
     def deed(self, deed: Deed) -> str:
-        clause = f"{_person(deed.subject)} {DEEDS[deed.deed]} {_person_accusative(deed.other)}"
+        verb = f"не {DEEDS[deed.deed]}" if deed.negated else DEEDS[deed.deed]
+        clause = f"{_person(deed.subject)} {verb} {_person_accusative(deed.other)}"
         time = TIMES[deed.time]
         return sentence(time, clause) if deed.time_first else sentence(clause, time)
 

@@ -145,7 +145,8 @@ class Spanish(Language):
 
     def deed(self, deed: Deed) -> str:
         other = _contract("a", _person(deed.other))
-        clause = f"{_person(deed.subject)} {DEEDS[deed.deed]} {other}"
+        verb = f"no {DEEDS[deed.deed]}" if deed.negated else DEEDS[deed.deed]
+        clause = f"{_person(deed.subject)} {verb} {other}"
         time = TIMES[deed.time]
         return sentence(f"{time},", clause) if deed.time_first else sentence(clause, time)
 

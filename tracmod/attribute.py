@@ -26,6 +26,7 @@ from tracmod.model import (
     load_model,
     model_digest,
     predict,
+    to_device,
     tokenizer_digest,
 )
 from tracmod.run_folder import versions
@@ -221,7 +222,7 @@ class _Work:
                 f"{checkpoint.path}: expected the classes of {self.asked.model}, "
                 f"{', '.join(self.label_names)}, got {', '.join(class_names(model))}"
             )
-        return model.to(torch.device(self.device))  # type: ignore[arg-type]
+        return to_device(model, self.device)
 
     def _encode(self, tokenizer: PreTrainedTokenizerBase, split: str) -> list[dict[str, Any]]:
         num_labels = len(self.label_names)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from tracmod import kernels
 from tracmod.capture import Captured, Layer, capture, frozen, select_layers
 from tracmod.heads import HeadMask
-from tracmod.model import collate, pad_token_id, plan_batches
+from tracmod.model import collate, pad_token_id, plan_batches, to_device
 from tracmod.store import FeatureStore
 
 # Share of the row that exact blocks may take. The output layer of the classifier holds most of the
@@ -336,6 +336,6 @@ def on_device(model: PreTrainedModel, device: torch.device | str | None) -> Exit
     stack = ExitStack()
     before = next(model.parameters()).device
     if device is not None and torch.device(device) != before:
-        model.to(device)
-        stack.callback(model.to, before)
+        to_device(model, device)
+        stack.callback(to_device, model, before)
     return stack

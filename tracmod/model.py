@@ -176,6 +176,12 @@ def load_classifier(
     return model.float().eval()
 
 
+def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """Move a model in place. (`PreTrainedModel.to` is wrapped in a way that hides its types.)"""
+    nn.Module.to(model, torch.device(device))
+    return model
+
+
 def class_names(model: PreTrainedModel) -> list[str]:
     """The model's classes in the order of the labels 0, 1, ..."""
     return _names_in_order(model.config)

@@ -31,6 +31,7 @@ from tracmod.model import (
     load_model,
     model_digest,
     predict,
+    to_device,
     tokenizer_digest,
 )
 from tracmod.report import write_report
@@ -359,7 +360,7 @@ class Study:
             return None
         return checkpoint_weights(checkpoints)
 
-    def _predictions(self, model_name: str, view: View) -> np.ndarray:
+    def _predictions(self, model_name: str, view: View) -> list[int]:
         """The last checkpoint's predicted label of every test example, under the view's mask."""
         model, tokenizer = self._load(self.checkpoints(model_name)[-1])
         test = self._encode(tokenizer, self.table("test"), model)
@@ -369,7 +370,7 @@ class Study:
             with masked(model, mask):
                 logits = predict(model, [test[row] for row in rows])
             predicted[rows] = logits.argmax(dim=1).numpy()
-        return predicted
+        return predicted.tolist()
 
     # --- what the stages share --------------------------------------------------------------
 
@@ -443,8 +444,7 @@ class Study:
     def _load(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         gc.collect()  # one model at a time in memory
         model, tokenizer = load_model(checkpoint.path)
-        model.to(torch.device(self.device))  # type: ignore[arg-type]
-        return model, tokenizer
+        return to_device(model, self.device), tokenizer
 
     def _encode(
         self, tokenizer: PreTrainedTokenizerBase, table: pa.Table, model: PreTrainedModel

@@ -14,7 +14,7 @@ from tracmod.capture import frozen
 from tracmod.features import as_examples, masked
 from tracmod.index import InfluenceIndex
 from tracmod.influence import top_influences
-from tracmod.model import encode, load_model, predict
+from tracmod.model import encode, load_model, predict, to_device
 from tracmod.pipeline import Study
 from tracmod.run_folder import RunFolder
 from tracmod.store import FeatureStore
@@ -144,7 +144,7 @@ class Attributor:
     @cached_property
     def _models(self) -> list[Any]:
         loaded = (load_model(one.path) for one in self.study.checkpoints(self.model))
-        return [(model.to(self.study.device), tokenizer) for model, tokenizer in loaded]
+        return [(to_device(model, self.study.device), tokenizer) for model, tokenizer in loaded]
 
     def _predict(self, table: pa.Table) -> int:
         model, tokenizer = self._models[-1]

@@ -60,11 +60,15 @@ class CMakeBuild(build_ext):
 setup(
     packages=[
         *find_packages(include=["tracmod", "tracmod.*"]),
-        "tracmod.configs",
+        "tracmod.bench",
         "tracmod.cli",
-        *(f"tracmod.cli.{package}" for package in find_packages("cli")),
+        "tracmod.configs",
     ],
-    package_dir={"tracmod.cli": "cli", "tracmod.configs": "configs"},
+    package_dir={
+        "tracmod.bench": "bench",
+        "tracmod.cli": "cli",
+        "tracmod.configs": "configs",
+    },
     package_data={
         "tracmod": ["py.typed", "_C.pyi"],
         "tracmod.configs": ["*.yaml"],

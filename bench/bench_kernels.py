@@ -2,7 +2,7 @@
 
     python bench/bench_kernels.py [--device cuda] [--dtype bfloat16] [--json FILE]
 
-Prints a line per case and one JSON object at the end; `times plain` above 1: faster than torch.
+Prints a line per case; `times plain` above 1: faster than torch.
 Plain torch is given its projection matrices ready-made; the native op makes its entries each time.
 """
 
@@ -158,13 +158,10 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, A
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    arguments = parser.parse_args()
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+def run_bench(device_name: str, dtype_name: str, json_path: Path | None) -> None:
+    """Check and time every case; print a line each and, if asked, write all of it as JSON."""
+    device, dtype = torch.device(device_name), getattr(torch, dtype_name)
+    on_gpu = device.type == "cuda"
     torch.manual_seed(0)
     rows = [
         measure(case, device, dtype)
@@ -172,17 +169,23 @@ def main() -> None:
         for case in cases(device, dtype)
     ]
     result = {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.machine(),
-        "dtype": arguments.dtype,
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+        "dtype": dtype_name,
         "torch": torch.__version__,
         "build": kernels.build_info(),
         "cases": rows,
     }
-    print(json.dumps(result))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    if json_path is not None:
+        json_path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The native ops against plain torch.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    arguments = parser.parse_args()
+    run_bench(arguments.device, arguments.dtype, arguments.json)
 
 
 if __name__ == "__main__":

@@ -372,8 +372,16 @@ def doctor(as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the inputs.",
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures here.")
-def bench(json_path: Path | None) -> None:
+def bench(device: str, dtype: str, json_path: Path | None) -> None:
     """Check the ops of the native module against plain torch, then time both.
 
     \b
@@ -382,4 +390,4 @@ def bench(json_path: Path | None) -> None:
     """
     from tracmod.bench.bench_kernels import run_bench
 
-    run_bench(json_path)
+    run_bench(device, dtype, json_path)

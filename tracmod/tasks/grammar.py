@@ -31,7 +31,7 @@ from tracmod.tasks.meaning import (
 
 Meaning = Event | State | Deed | Review
 Item = tuple[Meaning, Meaning | None]  # what text_a says, and text_b
-TRIES_PER_ITEM = 20  # draws, repeated ones included, before the items count as used up
+MISSES = 1000  # draws in a row that bring nothing new, and the items count as used up
 NLI_LABELS = ["entailment", "neutral", "contradiction"]
 ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
 NLI_WEIGHTS = (85, 15)  # of hypotheses about a fact, about a quality
@@ -88,16 +88,18 @@ def _items(config: TaskConfig, shape: _Shape, language: str) -> list[tuple[Item,
     source = "items" if shape.parallel else language
     rng = random.Random(f"{config.shape} {source} {config.seed}")
     items: dict[Meaning, tuple[Item, int]] = {}
-    for _ in range(TRIES_PER_ITEM * wanted):
+    misses = 0
+    while len(items) < wanted:
         label = len(items) % num_labels
         item = shape.draw(rng, label)
+        misses = misses + 1 if item[0] in items else 0
         items.setdefault(item[0], (item, label))
-        if len(items) == wanted:
-            return list(items.values())
-    raise ValueError(
-        f"task grammar, shape {config.shape}: too few distinct items per language: "
-        f"wanted {wanted} for all splits, available about {len(items)}"
-    )
+        if misses == MISSES:
+            raise ValueError(
+                f"task grammar, shape {config.shape}: too few distinct items per language: "
+                f"wanted {wanted} for all splits, available about {len(items)}"
+            )
+    return list(items.values())
 
 
 def _say(meaning: Meaning, language: str) -> str:

@@ -124,15 +124,15 @@ VELARS = "гкхжчшщ"  # and sibilants: -и follows, not -ы
 
 
 class Russian(Language):
-    """Time, then place, follow the verb; the object before them."""
+    """Time, subject, verb, object, place."""
 
     def event(self, event: Event) -> str:
         return sentence(
+            TIMES[event.time] if event.time else None,
             _person(event.subject),
             "не" if event.negated else None,
             ACTIONS[event.action],
             _accusative(*THINGS[event.thing], animate=False) if event.thing else None,
-            TIMES[event.time] if event.time else None,
             PLACES[event.place] if event.place else None,
         )
 
@@ -144,7 +144,7 @@ class Russian(Language):
             predicate = _nominative_adjective(QUALITIES[state.quality or ""], gender)
         negation = "не" if state.negated else None
         time = TIMES[state.time] if state.time else None
-        return sentence(_person(state.subject), time, negation, predicate)
+        return sentence(time, _person(state.subject), negation, predicate)
 
     def deed(self, deed: Deed) -> str:
         verb = f"не {DEEDS[deed.deed]}" if deed.negated else DEEDS[deed.deed]

@@ -69,7 +69,8 @@ def read_hub(
         raise ValueError(
             f"{where}: expected columns {', '.join(missing)}, got {', '.join(data.column_names)}"
         )
-    values = [data[name] for name in columns.values()]
+    table = data.with_format("arrow")[:]
+    values = [table[name].to_pylist() for name in columns.values()]
     for number, row in enumerate(zip(*values, strict=True)):
         yield f"{where}, row {number}", dict(zip(columns, row, strict=True))
 

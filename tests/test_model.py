@@ -157,11 +157,18 @@ def test_other_sentencepiece_types_are_refused(tmp_path):
         read_sentencepiece(tmp_path / "bpe.model", 32)
 
 
-def test_training_a_tokenizer_needs_texts_and_room():
+def test_training_a_tokenizer_needs_texts():
     with pytest.raises(ValueError, match="got none"):
         train_tokenizer(["", "  "], 300, 32)
-    with pytest.raises(ValueError, match="10 pieces"):
-        train_tokenizer(SENTENCES, 10, 32)
+
+
+def test_a_trained_tokenizer_knows_every_character_and_whole_words():
+    tokenizer = train_tokenizer(SENTENCES * 10, 10, 128)
+    for sentence in SENTENCES:
+        assert tokenizer.unk_token_id not in tokenizer(sentence)["input_ids"]
+    tokenizer = train_tokenizer(SENTENCES * 10, 1000, 32)
+    assert tokenizer.tokenize("the green park") == ["▁the", "▁green", "▁park"]
+    assert tokenizer.tokenize("猫坐在") == ["▁", "猫", "坐", "在"]
 
 
 @pytest.mark.skipif(not REAL_VOCABULARY.is_file(), reason="XLM-R's vocabulary is not here")

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import gzip
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 # XLM-R's numbering: <s> 0, <pad> 1, </s> 2, <unk> 3, then the pieces, <mask> last.
@@ -19,45 +27,42 @@ _UNIGRAM = 1  # TrainerSpec.ModelType of SentencePiece
 def train_tokenizer(
     texts: Iterable[str], vocabulary: int, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Train a SentencePiece unigram model on `texts` and give it XLM-R's special tokens.
+    """Train byte-pair merges on `texts` and give them XLM-R's special tokens.
 
-    SentencePiece trains it, not `tokenizers`, whose unigram trainer gives another vocabulary on
-    every run; on one thread, because the sums of SentencePiece depend on the number of threads.
+    BPE, because a unigram model trained on little text splits even its frequent words (and that of
+    `tokenizers` gives another vocabulary on every run); merges are the same every time, on any
+    number of threads. Words end at punctuation, and Chinese characters stay single, so that what is
+    merged is never a whole sentence.
 
     Args:
         texts: the training texts; empty ones are skipped.
         vocabulary: number of ids wanted, special tokens included; fewer where the texts hold too
-            little. Every character of the texts gets a piece, whatever this number is.
+            little. Every character of the texts gets an id, whatever this number is.
         max_length: tokens a model on top of it takes.
 
     Raises:
-        ValueError: without any text, or where `vocabulary` cannot hold the texts' characters.
+        ValueError: without any text.
     """
-    import sentencepiece
-
     lines = [text for text in texts if text and text.strip()]
     if not lines:
         raise ValueError("cannot train a tokenizer: expected training texts, got none")
-    blob = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=blob,
-            model_type="unigram",
-            # SentencePiece counts <unk> <s> </s>; <pad> and <mask> are ours.
-            vocab_size=vocabulary - 2,
-            hard_vocab_limit=False,
-            character_coverage=1.0,
-            num_threads=1,
-            max_sentence_length=1 << 20,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(
-            f"cannot train a tokenizer of {vocabulary} pieces on {len(lines)} texts: {reason}"
-        ) from None
-    return _from_sentencepiece(blob.getvalue(), "trained tokenizer", max_length)
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - 1,  # <mask> comes on top
+        special_tokens=list(_SPECIAL_FIRST),
+        show_progress=False,
+    )
+    backend.train_from_iterator(lines, trainer)
+    backend.add_special_tokens(["<mask>"])
+    return _with_special_tokens(backend, max_length)
 
 
 def read_sentencepiece(path: str | Path, max_length: int) -> PreTrainedTokenizerFast:
@@ -89,6 +94,11 @@ def _from_sentencepiece(blob: bytes, source: str, max_length: int) -> PreTrained
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
     )
+    return _with_special_tokens(backend, max_length)
+
+
+def _with_special_tokens(backend: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
+    """Pairs as XLM-R puts them, `<s> A </s></s> B </s>`, and what transformers needs to know."""
     backend.decoder = decoders.Metaspace()
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",

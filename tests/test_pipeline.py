@@ -21,6 +21,7 @@ from tracmod.model import encode, load_checkpoints, load_model
 from tracmod.pipeline import Study, run_stages
 from tracmod.run_folder import STAGES, RunFolder
 from tracmod.store import verify_store
+from tracmod.validation.integrity import verify
 
 # Everything of a run that must not depend on how often it was interrupted.
 RESULTS = (
@@ -216,6 +217,18 @@ def test_a_changed_k_remakes_influence_and_what_follows_only(done, tmp_path):
     run_stages(run)
     assert len(pq.read_table(copy / "influence/full/full/top.parquet")) == 18 * 2 * 3
     assert files_of(copy, "models/**/*") == files_of(done, "models/**/*")
+
+
+def test_a_view_taken_out_of_the_config_is_gone_from_the_results(done, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(done, copy)
+    run = RunFolder(copy, tiny_config(views={"random": 0}))
+    run_stages(run)
+    assert not (copy / "influence/full/random-0").exists()
+    assert "random" not in (copy / "analysis/summary.json").read_text()
+    assert verify(copy) == []
 
 
 def test_two_processes_do_not_work_in_one_folder(done):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -147,6 +148,7 @@ class Study:
 
     def influence(self) -> None:
         """Scores, strongest training examples and language tables: influence/."""
+        self._begin_anew("influence")  # views of an earlier config must not be left in it
         with self._bar("influence", len(MODELS) * len(self.views), "view") as bar:
             for model_name in MODELS:
                 for view in self.views:
@@ -155,6 +157,7 @@ class Study:
 
     def analyze(self) -> None:
         """Comparisons, intervals and tests: analysis/."""
+        self._begin_anew("analysis")
         analyze(
             self.run.path,
             bootstrap=self.config.analyze.bootstrap,
@@ -371,6 +374,10 @@ class Study:
                 logits = predict(model, [test[row] for row in rows])
             predicted[rows] = logits.argmax(dim=1).numpy()
         return predicted.tolist()
+
+    def _begin_anew(self, folder: str) -> None:
+        if (self.run.path / folder).exists():
+            shutil.rmtree(self.run.path / folder)
 
     # --- what the stages share --------------------------------------------------------------
 

@@ -61,25 +61,25 @@ GOLDEN: list[tuple[object, dict[str, str]]] = [
         },
     ),
     (
-        Event(Person("nurse", "tall", uncle=True), "drink", "water", None, "morning"),
+        Event(Person("nurse", "tall", nephew=True), "drink", "water", None, "morning"),
         {
-            "de": "Der große Onkel der Krankenschwester trinkt am Morgen das Wasser.",
-            "en": "The tall uncle of the nurse is drinking the water in the morning.",
-            "es": "El tío alto de la enfermera bebe el agua por la mañana.",
-            "fr": "Le grand oncle de l'infirmière boit l'eau le matin.",
-            "ru": "Утром высокий дядя медсестры пьёт воду.",
-            "zh": "护士的高大的叔叔早上喝这杯水。",
+            "de": "Der große Neffe der Krankenschwester trinkt am Morgen das Wasser.",
+            "en": "The tall nephew of the nurse is drinking the water in the morning.",
+            "es": "El sobrino alto de la enfermera bebe el agua por la mañana.",
+            "fr": "Le grand neveu de l'infirmière boit l'eau le matin.",
+            "ru": "Утром высокий племянник медсестры пьёт воду.",
+            "zh": "护士的高大的侄子早上喝这杯水。",
         },
     ),
     (
-        State(Person("neighbour", uncle=True), place="market", time="morning", negated=True),
+        State(Person("neighbour", nephew=True), place="market", time="morning", negated=True),
         {
-            "de": "Der Onkel des Nachbarn ist am Morgen nicht auf dem Markt.",
-            "en": "The uncle of the neighbour is not at the market in the morning.",
-            "es": "El tío del vecino no está en el mercado por la mañana.",
-            "fr": "L'oncle du voisin n'est pas au marché le matin.",
-            "ru": "Утром дядя соседа не на рынке.",
-            "zh": "邻居的叔叔早上不在市场上。",
+            "de": "Der Neffe des Nachbarn ist am Morgen nicht auf dem Markt.",
+            "en": "The nephew of the neighbour is not at the market in the morning.",
+            "es": "El sobrino del vecino no está en el mercado por la mañana.",
+            "fr": "Le neveu du voisin n'est pas au marché le matin.",
+            "ru": "Утром племянник соседа не на рынке.",
+            "zh": "邻居的侄子早上不在市场上。",
         },
     ),
     (
@@ -159,7 +159,7 @@ def test_every_lexicon_has_every_concept(language: ModuleType) -> None:
 
 
 def _all_sentences(code: str) -> list[str]:
-    people = [Person(n, q, uncle=u) for n in meaning.PEOPLE for q in (None, *meaning.QUALITIES)
+    people = [Person(n, q, nephew=u) for n in meaning.PEOPLE for q in (None, *meaning.QUALITIES)
               for u in (False, True)]  # fmt: skip
     things = [(a, t) for a in meaning.ACTIONS for t in meaning.OBJECTS.get(a, (None,))]
     king = Person("king")
@@ -168,7 +168,7 @@ def _all_sentences(code: str) -> list[str]:
     facts += [
         Deed(king, deed, person, "morning", False, False)
         for deed, person in product(meaning.DEEDS, people)
-        if not person.uncle
+        if not person.nephew
     ]
     return [_say(fact, code) for fact in facts]
 

@@ -34,10 +34,13 @@ class TaskConfig(_Section):
     dev_file: str | None = Field(None, description="files only; absent: taken from the train file")
     test_file: str | None = Field(None, description="files only; absent: taken from the train file")
     columns: dict[str, str] = Field(
-        default_factory=dict, description="files only: our column name -> the file's column name"
+        default_factory=dict,
+        description="files only: our column name -> the file's; ours are id, language, text_a, "
+        "text_b, label, group, and split_group: what must stay in one split (absent: group)",
     )
     parallel: bool = Field(
-        False, description="files only: `group` names the same item in every language"
+        False,
+        description="files only: `group` names one item, the same in every language, once in each",
     )
     train_per_language: int = Field(ge=1)
     dev_per_language: int = Field(ge=1)

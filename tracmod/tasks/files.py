@@ -26,9 +26,9 @@ def read_examples(
         path: TSV (no quoting), CSV, JSON lines or Parquet, or one of them gzipped.
         columns: our column name -> the file's, where they differ.
         language: of all rows; the file then needs no language column.
-        label_names: the classes. Labels that are all names of classes are those classes,
-            otherwise labels are class numbers. None: whole numbers are class numbers, and text
-            stands for its place among the file's labels, sorted.
+        label_names: the classes. Numbers (of JSON or Parquet) are class numbers; text that is
+            always the name of a class is that class, other text is class numbers. None: whole
+            numbers are class numbers, and text stands for its place among the labels, sorted.
 
     Returns:
         A table with `SCHEMA`, rows in the file's order.
@@ -41,18 +41,29 @@ def read_examples(
         label_names = _distinct_labels([file])
         if _are_numbers(label_names):
             label_names = [str(number) for number in range(int(label_names[-1]) + 1)]
-    return file.table(label_names).select(SCHEMA.names)
+        return file.table(label_names).select(SCHEMA.names)
+    by_name = _labels_are_names([file], label_names)
+    return file.table(label_names, by_name).select(SCHEMA.names)
 
 
-def read_model_examples(path: str | Path, label_names: Sequence[str]) -> pa.Table:
-    """Read a file of examples whose labels are a model's classes, by name or by number.
+def read_model_examples(*paths: str | Path, label_names: Sequence[str]) -> list[pa.Table]:
+    """Read files of examples whose labels are a model's classes, by name or by number.
+
+    Whether labels are names or numbers is decided for all files together: a model of stars 1 to 5
+    has classes 0 to 4, and a file that happens to hold only 3 and 4 does not say which they are.
 
     Args:
-        path: as for `read_examples`.
+        paths: as for `read_examples`.
         label_names: the model's `id2label`, in the order of the classes; a single name is a
             model of one output, whose labels are any whole numbers.
+
+    Raises:
+        ValueError: a malformed row, named by file and line, or labels that are both names and
+            numbers of classes, and not the same ones.
     """
-    return read_examples(path, label_names=label_names)
+    files = [_RawFile.read(path, {}, None) for path in paths]
+    by_name = _labels_are_names(files, label_names)
+    return [file.table(label_names, by_name).select(SCHEMA.names) for file in files]
 
 
 def load_files(config: TaskConfig) -> Corpus:
@@ -106,10 +117,11 @@ class _RawFile:
     path: Path
     lines: list[int]
     values: dict[str, list[Any]]
+    typed: list[bool]  # whether the label stood there as a number, not as text
 
     @classmethod
     def read(cls, path: str | Path, columns: Mapping[str, str], language: str | None) -> _RawFile:
-        file = cls(Path(path), [], {name: [] for name in POOL_SCHEMA.names})
+        file = cls(Path(path), [], {name: [] for name in POOL_SCHEMA.names}, [])
         theirs = _their_names(columns)
         ids: set[str] = set()
         for line, row in read_rows(path):
@@ -118,6 +130,7 @@ class _RawFile:
             ours = {name: row.get(their_name) for name, their_name in theirs.items()}
             if language is not None:
                 ours["language"] = language
+            file.typed.append(isinstance(ours["label"], (int, float)))
             fault = _clean(ours)
             if fault is None and ours["id"] in ids:
                 fault = f"id {ours['id']!r} stands twice"
@@ -150,14 +163,15 @@ class _RawFile:
             line = self.lines[texts.index(None)]
             raise ValueError(f"{self.path}:{line}: empty text_b, where other rows have one")
 
-    def table(self, label_names: Sequence[str]) -> pa.Table:
+    def table(self, label_names: Sequence[str], by_name: bool = True) -> pa.Table:
         """The rows with `POOL_SCHEMA`, labels as class numbers."""
-        return pa.table(self.values | {"label": self._class_numbers(label_names)}, POOL_SCHEMA)
+        numbers = self._class_numbers(label_names, by_name)
+        return pa.table(self.values | {"label": numbers}, POOL_SCHEMA)
 
-    def _class_numbers(self, label_names: Sequence[str]) -> list[int]:
+    def _class_numbers(self, label_names: Sequence[str], by_name: bool) -> list[int]:
         labels = self.values["label"]
         number_of = {name: number for number, name in enumerate(label_names)}
-        if all(label in number_of for label in set(labels)):
+        if by_name and all(label in number_of for label in set(labels)):
             return [number_of[label] for label in labels]
         # A single name is a model of one output: its labels are values, not classes.
         limit = len(label_names) if len(label_names) != 1 else None
@@ -205,6 +219,23 @@ def _as_text(value: Any) -> str | None:
 
 def _are_numbers(labels: Iterable[str]) -> bool:
     return all(label.isascii() and label.isdigit() for label in labels)
+
+
+def _labels_are_names(files: Sequence[_RawFile], label_names: Sequence[str]) -> bool:
+    """Whether the files' labels are names of classes rather than their numbers."""
+    if all(all(file.typed) for file in files):
+        return False
+    labels = set(_distinct_labels(files))
+    numbers = [str(number) for number in range(len(label_names))]
+    if not labels <= set(label_names):
+        return False
+    if labels <= set(numbers) and any(label_names[int(label)] != label for label in labels):
+        raise ValueError(
+            f"{files[0].path}: labels {', '.join(sorted(labels))} are names of the classes "
+            f"{', '.join(label_names)} and could also be their numbers from 0; "
+            f"write class numbers as numbers, in JSON lines or Parquet"
+        )
+    return True
 
 
 def _distinct_labels(files: Iterable[_RawFile]) -> list[str]:

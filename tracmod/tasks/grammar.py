@@ -34,8 +34,8 @@ Item = tuple[Meaning, Meaning | None]  # what text_a says, and text_b
 MISSES = 1000  # draws in a row that bring nothing new, and the items count as used up
 NLI_LABELS = ["entailment", "neutral", "contradiction"]
 ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
-NLI_WEIGHTS = (85, 15)  # of hypotheses about a fact, about a quality
-OTHER_WEIGHTS = (60, 25, 15)  # of another person, time or fact among what is neutral
+NLI_WEIGHTS = (88, 12)  # of hypotheses about a fact, about a quality
+OTHER_WEIGHTS = (75, 10, 15)  # of another person, time or fact among what is neutral
 PARAPHRASE_LABELS = ["different", "paraphrase"]
 DIFFERENCE_WEIGHTS = (60, 20, 20)  # of negation, exchanged roles, exchanged qualities
 REVIEW_LABELS = ["1", "2", "3", "4", "5"]  # stars
@@ -118,9 +118,9 @@ def _say(meaning: Meaning, language: str) -> str:
 def _nli_item(rng: random.Random, label: int) -> Item:
     """A premise on one person, and a hypothesis on what it says, or does not say.
 
-    However the hypothesis is drawn, each label is as likely given it, and given the premise.
+    Every label is as likely given the hypothesis alone, and given the premise alone.
     """
-    person = Person(rng.choice(PEOPLE), rng.choice(QUALITIES), uncle=rng.random() < 0.5)
+    person = Person(rng.choice(PEOPLE), rng.choice(QUALITIES), nephew=rng.random() < 0.5)
     about = rng.choices((_about_fact, _about_quality), NLI_WEIGHTS)[0]
     return about(rng, person, label)
 
@@ -134,7 +134,7 @@ def _about_fact(rng: random.Random, person: Person, label: int) -> Item:
         return premise, replace(claim, negated=premise.negated != (label == CONTRADICTION))
     match rng.choices(("person", "time", "fact"), OTHER_WEIGHTS)[0]:
         case "person":
-            claim = replace(claim, subject=Person(person.noun, uncle=not person.uncle))
+            claim = replace(claim, subject=Person(person.noun, nephew=not person.nephew))
         case "time":
             claim = replace(claim, time=TIMES[1 - TIMES.index(time)])
         case "fact":
@@ -153,9 +153,9 @@ def _about_quality(rng: random.Random, person: Person, label: int) -> Item:
 
 
 def _fact(rng: random.Random, but: Event | State | None = None) -> Event | State:
-    """What somebody does, or (one time in three) where somebody is, of another kind than `but`."""
+    """What somebody does or where somebody is, as likely; if `but` is one, then the other."""
     nobody = Person(PEOPLE[0])
-    if isinstance(but, Event) or (but is None and rng.random() < 1 / 3):
+    if isinstance(but, Event) or (but is None and rng.random() < 0.5):
         return State(nobody, place=rng.choice(PLACES))
     action = rng.choice(ACTIONS)
     return Event(nobody, action, rng.choice(OBJECTS[action]) if action in OBJECTS else None)

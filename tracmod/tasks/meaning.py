@@ -52,11 +52,11 @@ VERDICTS = (
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody definite, perhaps with a quality: "the rich king", "the rich uncle of the king"."""
+    """Somebody definite, perhaps with a quality: "the rich king", "the rich nephew of the king"."""
 
     noun: str
     quality: str | None = None
-    uncle: bool = False  # the noun's uncle, and the quality is his
+    nephew: bool = False  # the noun's nephew, and the quality is his
 
 
 @dataclass(frozen=True)

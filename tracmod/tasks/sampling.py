@@ -38,7 +38,7 @@ def sample(corpus: Corpus, config: TaskConfig) -> TaskData:
     drawn: dict[str, pa.Table] = {}
     for pool in corpus.pools:
         tables = [_of_language(pool.table, language) for language in config.languages]
-        if len(corpus.pools) > 1:
+        if _share_groups(corpus.pools):
             tables = [_mark_group(table, pool) for table in tables]
         counts = {split: wanted[split] for split in pool.splits}
         draw = _draw_parallel if corpus.parallel else _draw_apart
@@ -56,6 +56,16 @@ def _of_language(table: pa.Table, language: str) -> pa.Table:
     return table.filter(pc.equal(table["language"], language))
 
 
+def _share_groups(pools: list[Pool]) -> bool:
+    seen: set[str] = set()
+    for pool in pools:
+        groups = set(pool.table["group"].drop_null().to_pylist())
+        if groups & seen:
+            return True
+        seen |= groups
+    return False
+
+
 def _mark_group(table: pa.Table, pool: Pool) -> pa.Table:
     """Groups are numbered anew in each file: make them differ between pools."""
     marked = pc.binary_join_element_wise("-".join(pool.splits), table["group"], "-")
@@ -65,6 +75,8 @@ def _mark_group(table: pa.Table, pool: Pool) -> pa.Table:
 def _draw_parallel(
     tables: list[pa.Table], counts: dict[str, int], num_labels: int, config: TaskConfig
 ) -> dict[str, pa.Table]:
+    for table, language in zip(tables, config.languages, strict=True):
+        _require(len(table), counts, f"examples of language {language!r}")
     rows_LN = _common_items(tables, config.languages)
     _require(rows_LN.shape[1], counts, "items that are in all of " + ", ".join(config.languages))
     items = tables[0].take(rows_LN[0])

@@ -166,8 +166,8 @@ def _sentence(*parts: str) -> str:
 
 def _person(person: Person) -> str:
     owner, noun = "", PEOPLE[person.noun]
-    if person.uncle:
-        owner, noun = f"{noun}的", "叔叔"
+    if person.nephew:
+        owner, noun = f"{noun}的", "侄子"
     quality = f"{QUALITIES[person.quality][0]}的" if person.quality else ""
     return owner + quality + noun
 

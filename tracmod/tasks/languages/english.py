@@ -75,5 +75,5 @@ class English(Language):
 
 
 def _person(person: Person) -> str:
-    head = f"uncle of the {person.noun}" if person.uncle else person.noun
+    head = f"nephew of the {person.noun}" if person.nephew else person.noun
     return " ".join(part for part in ("the", person.quality, head) if part)

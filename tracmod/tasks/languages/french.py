@@ -138,7 +138,7 @@ class French(Language):
         if state.place:
             predicate = _place(state.place)
         else:
-            gender = "m" if state.subject.uncle else PEOPLE[state.subject.noun][1]
+            gender = "m" if state.subject.nephew else PEOPLE[state.subject.noun][1]
             predicate = _agree(QUALITIES[state.quality or ""], gender)
         copula = _around("est") if state.negated else "est"
         time = TIMES[state.time] if state.time else None
@@ -174,9 +174,9 @@ def _definite(phrase: str, gender: str) -> str:
 def _person(person: Person) -> str:
     noun, gender = PEOPLE[person.noun]
     owner = ""
-    if person.uncle:
+    if person.nephew:
         owner = " " + _contract("de", _definite(noun, gender))
-        noun, gender = "oncle", "m"
+        noun, gender = "neveu", "m"
     if person.quality is None:
         return _definite(noun, gender) + owner
     quality = _agree(QUALITIES[person.quality], gender)

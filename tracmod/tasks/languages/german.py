@@ -165,8 +165,8 @@ class German(Language):
 
 def _nominative(person: Person) -> str:
     noun, gender = PEOPLE[person.noun][:2]
-    if person.uncle:
-        noun, gender = f"Onkel {_genitive(person.noun)}", "m"
+    if person.nephew:
+        noun, gender = f"Neffe {_genitive(person.noun)}", "m"
     quality = f"{QUALITIES[person.quality]}e" if person.quality else ""
     return " ".join(part for part in (DEFINITE[gender], quality, noun) if part)
 
@@ -181,7 +181,7 @@ def _genitive(person: str) -> str:
 
 
 def _accusative(person: Person) -> str:
-    assert not person.uncle
+    assert not person.nephew
     nominative, gender, *weak = PEOPLE[person.noun]
     ending = "en" if gender == "m" else "e"
     quality = QUALITIES[person.quality] + ending if person.quality else ""

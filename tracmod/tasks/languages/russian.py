@@ -140,7 +140,7 @@ class Russian(Language):
         if state.place:
             predicate = PLACES[state.place]
         else:
-            gender = "m" if state.subject.uncle else PEOPLE[state.subject.noun][1]
+            gender = "m" if state.subject.nephew else PEOPLE[state.subject.noun][1]
             predicate = _nominative_adjective(QUALITIES[state.quality or ""], gender)
         negation = "не" if state.negated else None
         time = TIMES[state.time] if state.time else None
@@ -186,8 +186,8 @@ def _accusative(noun: str, gender: str, animate: bool) -> str:
 
 def _person(person: Person) -> str:
     noun, gender = PEOPLE[person.noun]
-    if person.uncle:
-        noun, gender = f"дядя {_genitive(noun, gender)}", "m"
+    if person.nephew:
+        noun, gender = f"племянник {_genitive(noun, gender)}", "m"
     if person.quality is None:
         return noun
     return f"{_nominative_adjective(QUALITIES[person.quality], gender)} {noun}"
@@ -201,7 +201,7 @@ def _genitive(noun: str, gender: str) -> str:
 
 
 def _person_accusative(person: Person) -> str:
-    assert not person.uncle
+    assert not person.nephew
     noun, gender = PEOPLE[person.noun]
     form = _accusative(noun, gender, animate=True)
     if person.quality is None:

@@ -164,7 +164,7 @@ class Spanish(Language):
 
 
 def _gender(person: Person) -> str:
-    return "m" if person.uncle else PEOPLE[person.noun][1]
+    return "m" if person.nephew else PEOPLE[person.noun][1]
 
 
 def _agree(masculine: str, gender: str) -> str:
@@ -174,9 +174,9 @@ def _agree(masculine: str, gender: str) -> str:
 def _person(person: Person) -> str:
     noun, gender = PEOPLE[person.noun]
     owner = ""
-    if person.uncle:
+    if person.nephew:
         owner = _contract("de", f"{DEFINITE[gender]} {noun}")
-        noun, gender = "tío", "m"
+        noun, gender = "sobrino", "m"
     quality = _agree(QUALITIES[person.quality][0], gender) if person.quality else ""
     return " ".join(part for part in (DEFINITE[gender], noun, quality, owner) if part)
 

@@ -12,7 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from tracmod.config import TaskConfig
-from tracmod.tasks import SCHEMA, load_task, read_examples, read_model_examples
+from tracmod.tasks import (
+    SCHEMA,
+    load_task,
+    read_examples,
+    read_model_examples,
+    read_model_files,
+)
 
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "language": "en", "text_a": 'He said "no', "text_b": "x, y", "label": "pos"},
@@ -145,6 +151,24 @@ def test_labels_are_names_or_numbers(
     rows = [{**row, "label": label} for row, label in zip(ROWS, labels, strict=True)]
     path = _write(tmp_path / "x.jsonl", rows)
     assert read_examples(path, label_names=names)["label"].to_pylist() == expected
+
+
+def test_names_that_look_like_numbers_are_read_alike_in_all_files(tmp_path: Path) -> None:
+    stars = ["1", "2", "3", "4", "5"]
+
+    def file(name: str, labels: list[Any]) -> Path:
+        rows = [{**ROWS[0], "id": str(i), "label": label} for i, label in enumerate(labels)]
+        return _write(tmp_path / name, rows)
+
+    def labels_of(*paths: Path) -> list[list[int]]:
+        return [table["label"].to_pylist() for table in read_model_files(paths, stars)]
+
+    part = file("part.tsv", ["3", "4"])
+    assert labels_of(file("names.tsv", ["1", "5"]), part) == [[0, 4], [2, 3]]
+    assert labels_of(file("numbers.tsv", ["0", "4"]), part) == [[0, 4], [3, 4]]
+    assert labels_of(file("typed.parquet", [3, 4])) == [[3, 4]]
+    with pytest.raises(ValueError, match=r"labels 3, 4 are names .* could also be their numbers"):
+        labels_of(part)
 
 
 @pytest.mark.parametrize("label", ["3", "maybe", "-1"])

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from tracmod.config import TaskConfig
 from tracmod.tasks.examples import SCHEMA, TaskData
-from tracmod.tasks.files import load_files, read_examples, read_model_examples
+from tracmod.tasks.files import load_files, read_examples, read_model_examples, read_model_files
 from tracmod.tasks.grammar import load_grammar
 from tracmod.tasks.marc import load_marc
 from tracmod.tasks.pawsx import load_pawsx
 from tracmod.tasks.sampling import sample
 from tracmod.tasks.xnli import load_xnli
 
-__all__ = ["SCHEMA", "TaskData", "load_task", "read_examples", "read_model_examples"]
+__all__ = [
+    "SCHEMA",
+    "TaskData",
+    "load_task",
+    "read_examples",
+    "read_model_examples",
+    "read_model_files",
+]
 
 
 def load_task(config: TaskConfig) -> TaskData:

@@ -46,7 +46,12 @@ def read_examples(
     return file.table(label_names, by_name).select(SCHEMA.names)
 
 
-def read_model_examples(*paths: str | Path, label_names: Sequence[str]) -> list[pa.Table]:
+def read_model_examples(path: str | Path, label_names: Sequence[str]) -> pa.Table:
+    """`read_model_files` of one file."""
+    return read_model_files([path], label_names)[0]
+
+
+def read_model_files(paths: Sequence[str | Path], label_names: Sequence[str]) -> list[pa.Table]:
     """Read files of examples whose labels are a model's classes, by name or by number.
 
     Whether labels are names or numbers is decided for all files together: a model of stars 1 to 5

@@ -119,14 +119,14 @@ def test_padding_left_or_right_changes_nothing():
         }
         for example in examples
     ]
-    with torch.no_grad():  # the first position is what the classifier reads: leave it in place
-        right = [
-            {
-                k: v + [1 if k == "input_ids" else 0] * 9 if k != "labels" else v
-                for k, v in e.items()
-            }
-            for e in examples
-        ]
+    right = [
+        {
+            "input_ids": example["input_ids"] + [1] * 9,
+            "attention_mask": example["attention_mask"] + [0] * 9,
+            "labels": example["labels"],
+        }
+        for example in examples
+    ]
     plain = tm.exact_influence(model, examples, examples)
     torch.testing.assert_close(tm.exact_influence(model, right, right), plain)
     with frozen(model):
@@ -215,6 +215,30 @@ def test_the_backward_pass_stops_at_the_lowest_selected_layer():
     with frozen(model):
         capture(model, select_layers(model, "classifier"), batch, lambda captured: None)
     assert reached == []
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_computed_where_autograd_is_switched_off(mode):
+    model, examples, projection = tiny_encoder(), ragged_examples(4), tm.Projection(200)
+    features = tm.collect_features(model, examples, projection)
+    exact = tm.exact_influence(model, examples, examples, normalize="cosine")
+    with mode():
+        assert torch.equal(tm.collect_features(model, examples, projection), features)
+        again = tm.exact_influence(model, examples, examples, normalize="cosine")
+    assert torch.equal(again, exact)
+    assert exact.diagonal().min() > 0.999
+
+
+def test_a_loss_without_gradient_is_refused():
+    model = tiny_encoder()
+    batch = collate(ragged_examples(2), pad_token_id(model))
+    layers = select_layers(model, "encoder")
+    with (
+        frozen(model),
+        torch.no_grad(),
+        pytest.raises(ValueError, match="expected a loss that depends on the selected layers"),
+    ):
+        capture(model, layers, batch, lambda captured: None)
 
 
 def test_nan_weights_stop_with_the_row():

@@ -36,7 +36,7 @@ class Layer:
             `embedding` (row id gets g_s).
         bias: whether the bias is selected too.
         position: rank among all layers of the model, whatever is selected: the key of its
-            projection, so that features of a part of the parameters are a part of the features.
+            projection, so that parameters keep the same signs whatever is selected.
         input_position: rank of the layer that owns the input; query, key and value share one.
     """
 
@@ -159,12 +159,16 @@ def _selected_names(model: nn.Module, parameters: str) -> set[str]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no weight gradients; both are put back afterwards."""
+    """Evaluation mode and no weight gradients; both are put back afterwards.
+
+    Within it autograd records, also inside `torch.no_grad()` or `torch.inference_mode()`.
+    """
     training = [(module, module.training) for module in model.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval().requires_grad_(False)
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         for module, mode in training:
             module.training = mode
@@ -192,7 +196,8 @@ def capture(
         dtype: bfloat16 or float16 for autocast; None for the model's own.
 
     Raises:
-        ValueError: a layer that runs twice in one pass (its parameters are shared across depth).
+        ValueError: a layer that runs twice in one pass (its parameters are shared across depth), or
+            a loss that no selected layer reaches.
     """
     lengths = token_lengths(batch["attention_mask"])
     num_examples = len(lengths)
@@ -202,10 +207,15 @@ def capture(
             hook = _forward_hook(layer, num_examples, lengths, on_layer, seen)
             stack.callback(layer.module.register_forward_hook(hook).remove)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with torch.enable_grad(), _autocast(lengths.device.type, dtype):
+        with _autocast(lengths.device.type, dtype):
             loss_B = per_example_loss(model(**inputs).logits, batch["labels"])
         if loss_B.requires_grad:
             torch.autograd.backward(loss_B.sum())
+        elif layers:
+            raise ValueError(
+                f"{type(model).__name__}: expected a loss that depends on the selected layers, "
+                f"got one that requires no gradient"
+            )
 
 
 def token_lengths(attention_mask_BS: Tensor) -> Tensor:

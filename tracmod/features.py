@@ -286,7 +286,7 @@ def collect_features(
     Source: Pruthi et al. 2020 (TracIn); LoGra, arXiv 2405.13954, section 3 (two-sided projection).
     """
     examples = as_examples(dataset)
-    with on_device(model, device), frozen(model), masked(model, head_mask):
+    with frozen(model), on_device(model, device), masked(model, head_mask):
         features = Collector(model, projection, parameters, batch_tokens, dtype).collect(examples)
     finite_N = torch.isfinite(features).all(dim=1)
     if not bool(finite_N.all()):

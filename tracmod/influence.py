@@ -175,7 +175,7 @@ def exact_influence(
     if normalize not in (None, "cosine"):
         raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
     trains, queries = as_examples(train), as_examples(query)
-    with on_device(model, device), frozen(model), masked(model, head_mask):
+    with frozen(model), on_device(model, device), masked(model, head_mask):
         layers = select_layers(model, parameters)
         products_QN, squares_Q, squares_N = _exact_products(
             model, layers, queries, trains, batch_tokens, advance

@@ -215,6 +215,65 @@ def test_bad_rows_and_arguments_are_refused():
     assert tm.collect_features(model, [], projection).shape == (0, 64)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"labels": 3}, "an integer label from 0 to 2, got 3"),
+        ({"labels": -100}, "an integer label from 0 to 2, got -100"),
+        ({"labels": 1.0}, "an integer label from 0 to 2, got 1.0"),
+        ({"labels": [1]}, r"an integer label from 0 to 2, got \[1\]"),
+        ({"input_ids": [5, 61]}, "input_ids from 0 to 60, got 61"),
+        ({"input_ids": [5, -1]}, "input_ids from 0 to 60, got -1"),
+        ({"input_ids": [5, 7.5]}, "input_ids from 0 to 60, got 7.5"),
+        ({"input_ids": [5] * 71, "attention_mask": [1] * 71}, "at most 70 tokens, got 71"),
+        ({"attention_mask": [1]}, "attention_mask of 2 tokens as in input_ids, got 1"),
+        ({"attention_mask": [1, 1, 1]}, "attention_mask of 2 tokens as in input_ids, got 3"),
+        ({"attention_mask": [0, 0]}, "at least one token, got none"),
+        ({"token_type_ids": [0, 0]}, "token_type_ids in all rows or in none"),
+    ],
+)
+def test_rows_that_the_model_cannot_take_are_refused(wrong, message):
+    model = tiny_encoder()  # 72 positions, the first two of which are padding's
+    good = {"input_ids": [5, 6], "attention_mask": [1, 1], "labels": 0}
+    rows = [good, good | wrong]
+    with pytest.raises(ValueError, match=f"^dataset: row 1: expected {message}"):
+        tm.collect_features(model, rows, tm.Projection(64))
+    with pytest.raises(ValueError, match=r"^query: row 1: expected"):
+        tm.exact_influence(model, [good], rows)
+    with pytest.raises(ValueError, match=r"^train: row 1: expected"):
+        tm.exact_influence(model, rows, [good])
+
+
+@pytest.mark.parametrize(("family", "longest"), [("bert", 72), ("xlmr", 70), ("distilbert", 72)])
+def test_the_longest_text_fits_and_one_token_more_is_refused(family, longest):
+    model = tiny_encoder(family)
+    texts = [{"input_ids": [5] * length, "labels": 2} for length in (longest, longest + 1)]
+    assert tm.collect_features(model, texts[:1], tm.Projection(64)).isfinite().all()
+    with pytest.raises(ValueError, match=f"row 1: expected at most {longest} tokens"):
+        tm.collect_features(model, texts, tm.Projection(64))
+
+
+def test_token_types_beyond_the_models_are_refused():
+    rows = [{"input_ids": [5, 6], "token_type_ids": [0, kind], "labels": 0} for kind in (1, 2)]
+    with pytest.raises(ValueError, match="row 1: expected token_type_ids from 0 to 1, got 2"):
+        tm.collect_features(tiny_encoder("bert"), rows, tm.Projection(64))
+
+
+def test_a_model_with_one_output_takes_numbers():
+    model = tiny_encoder(num_labels=1)
+    rows = [{"input_ids": [5, 6], "labels": label} for label in (-0.5, 3)]
+    assert tm.collect_features(model, rows, tm.Projection(64)).isfinite().all()
+    for label in ("a", float("nan"), [0.5]):
+        with pytest.raises(ValueError, match="row 2: expected a number as its label"):
+            tm.collect_features(model, [*rows, rows[0] | {"labels": label}], tm.Projection(64))
+
+
+def test_a_model_with_several_labels_per_text_is_refused():
+    model = tiny_encoder(problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match="expected a model with one label per text"):
+        tm.collect_features(model, ragged_examples(1), tm.Projection(64))
+
+
 def test_a_store_is_the_same_however_often_it_was_interrupted(tmp_path):
     model, examples = tiny_encoder().eval(), ragged_examples(11)
     identity = feature_identity(tm.Projection(200), "encoder", None, "float32", model="m")

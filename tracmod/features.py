@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -22,13 +23,14 @@ from transformers import PreTrainedModel
 from tracmod import kernels
 from tracmod.capture import Captured, Layer, capture, frozen, select_layers
 from tracmod.heads import HeadMask
-from tracmod.model import collate, pad_token_id, plan_batches, to_device
+from tracmod.model import collate, embeddings_module, pad_token_id, plan_batches, to_device
 from tracmod.store import FeatureStore
 
 # Share of the row that exact blocks may take. The output layer of the classifier holds most of the
 # gradient's norm (85% on a 4-layer, 256-wide XLM-R), so keeping it exactly removes most of the
 # error; past this share the rest of the gradient is squeezed into too small a grid.
 EXACT_SHARE = 0.6
+TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -222,32 +224,115 @@ def example_length(example: Mapping[str, Any]) -> int:
     return length
 
 
-def as_examples(dataset: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def as_examples(
+    dataset: Iterable[Mapping[str, Any]], name: str = "dataset"
+) -> list[dict[str, Any]]:
     """Rows of a dataset as plain dicts of lists, without trailing padding.
 
+    Args:
+        dataset: rows.
+        name: what messages call it.
+
     Raises:
-        ValueError: a row without input_ids or labels, or with no tokens.
+        ValueError: a row without input_ids or labels, with no tokens, or with a mask or token types
+            of another length.
     """
     examples = []
     for row, example in enumerate(dataset):
         plain = {
-            name: value.tolist() if hasattr(value, "tolist") else value
-            for name, value in example.items()
+            column: value.tolist() if hasattr(value, "tolist") else value
+            for column, value in example.items()
+            if value is not None
         }
-        for name in ("input_ids", "labels"):
-            if plain.get(name) is None:
-                raise ValueError(
-                    f"dataset: row {row}: expected {name}, got only {', '.join(plain)}"
-                )
-        if not plain["input_ids"]:
-            raise ValueError(f"dataset: row {row}: expected at least one token, got none")
+        wrong = _missing(plain)
+        if wrong:
+            raise ValueError(f"{name}: row {row}: expected {wrong}")
         length = example_length(plain)
-        mask = plain.get("attention_mask") or [1] * length
-        tokens = {"input_ids": plain["input_ids"][:length], "attention_mask": mask[:length]}
-        if plain.get("token_type_ids") is not None:
-            tokens["token_type_ids"] = plain["token_type_ids"][:length]
+        tokens = {"attention_mask": [1] * length} | {
+            column: plain[column][:length] for column in TOKEN_COLUMNS if column in plain
+        }
         examples.append({**tokens, "labels": plain["labels"]})
     return examples
+
+
+def _missing(example: Mapping[str, Any]) -> str | None:
+    for column in ("input_ids", "labels"):
+        if column not in example:
+            return f"{column}, got only {', '.join(example)}"
+    if not example["input_ids"] or not any(example.get("attention_mask", [1])):
+        return "at least one token, got none"
+    expected = len(example["input_ids"])
+    for column in TOKEN_COLUMNS:
+        if len(example.get(column, example["input_ids"])) != expected:
+            return f"{column} of {expected} tokens as in input_ids, got {len(example[column])}"
+    return None
+
+
+def check_examples(
+    model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], name: str = "dataset"
+) -> None:
+    """Stop at the first example that the model cannot take.
+
+    Args:
+        model: the classifier.
+        examples: from `as_examples`.
+        name: what messages call them.
+
+    Raises:
+        ValueError: ids outside the vocabulary, more tokens than positions, labels that are no class
+            (finite numbers for a model with one output), token types in some rows only or unknown
+            to the model, or a model with several labels per text.
+    """
+    if model.config.problem_type == "multi_label_classification":
+        raise ValueError(
+            f"{type(model).__name__}: expected a model with one label per text, "
+            f"got problem_type multi_label_classification"
+        )
+    sizes, num_positions = _table_sizes(model)
+    num_labels = int(model.config.num_labels or 0)
+    columns = examples[0].keys() if examples else ()
+    for row, example in enumerate(examples):
+        wrong = _wrong_label(example["labels"], num_labels)
+        if len(example["input_ids"]) > num_positions:
+            wrong = f"at most {num_positions} tokens, got {len(example['input_ids'])}"
+        for column, size in sizes.items():
+            wrong = wrong or _wrong_id(column, example.get(column, [0]), size)
+        if example.keys() != columns:
+            wrong = "token_type_ids in all rows or in none, got them in some"
+        if wrong:
+            raise ValueError(f"{name}: row {row}: expected {wrong}")
+
+
+def _table_sizes(model: PreTrainedModel) -> tuple[dict[str, int], float]:
+    """Rows of the embedding tables by column, and the longest text."""
+    embeddings = embeddings_module(model)
+    words: Any = embeddings.get_submodule("word_embeddings")
+    sizes: dict[str, int] = {"input_ids": words.num_embeddings}
+    types: Any = getattr(embeddings, "token_type_embeddings", None)
+    if types is not None:
+        sizes["token_type_ids"] = types.num_embeddings
+    positions: Any = getattr(embeddings, "position_embeddings", None)
+    if positions is None:
+        return sizes, math.inf
+    # RoBERTa counts positions from padding_idx + 1 on; BERT's table has no padding_idx.
+    taken = 0 if positions.padding_idx is None else positions.padding_idx + 1
+    return sizes, positions.num_embeddings - taken
+
+
+def _wrong_label(label: Any, num_labels: int) -> str | None:
+    if num_labels == 1:
+        right = isinstance(label, int | float) and math.isfinite(label)
+        return None if right else f"a number as its label, got {label!r}"
+    if type(label) is int and 0 <= label < num_labels:
+        return None
+    return f"an integer label from 0 to {num_labels - 1}, got {label!r}"
+
+
+def _wrong_id(column: str, ids: Sequence[Any], size: int) -> str | None:
+    for one in ids:
+        if not isinstance(one, Integral) or not 0 <= int(one) < size:
+            return f"{column} from 0 to {size - 1}, got {one!r}"
+    return None
 
 
 def collect_features(
@@ -280,12 +365,13 @@ def collect_features(
         (N, K) float32, rows in dataset order, on `device`.
 
     Raises:
-        ValueError: bad rows, unknown parameters, a mask of another shape, or gradients that are not
-            finite (the row is named).
+        ValueError: bad rows (see `check_examples`), unknown parameters, a mask of another shape, or
+            gradients that are not finite (the row is named).
 
     Source: Pruthi et al. 2020 (TracIn); LoGra, arXiv 2405.13954, section 3 (two-sided projection).
     """
     examples = as_examples(dataset)
+    check_examples(model, examples)
     with frozen(model), on_device(model, device), masked(model, head_mask):
         features = Collector(model, projection, parameters, batch_tokens, dtype).collect(examples)
     finite_N = torch.isfinite(features).all(dim=1)

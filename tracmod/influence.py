@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from tracmod import kernels
 from tracmod.capture import Captured, Layer, capture, frozen, select_layers
-from tracmod.features import as_examples, example_length, masked, on_device
+from tracmod.features import as_examples, check_examples, example_length, masked, on_device
 from tracmod.heads import HeadMask
 from tracmod.model import collate, pad_token_id, plan_batches
 
@@ -174,7 +174,9 @@ def exact_influence(
     """
     if normalize not in (None, "cosine"):
         raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
-    trains, queries = as_examples(train), as_examples(query)
+    trains, queries = as_examples(train, "train"), as_examples(query, "query")
+    check_examples(model, trains, "train")
+    check_examples(model, queries, "query")
     with frozen(model), on_device(model, device), masked(model, head_mask):
         layers = select_layers(model, parameters)
         products_QN, squares_Q, squares_N = _exact_products(

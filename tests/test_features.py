@@ -173,14 +173,30 @@ def test_features_under_a_mask_are_those_of_the_model_without_the_heads_columns(
     assert (scores - exact).abs().max() < 0.1
 
 
-def test_bfloat16_pass_gives_nearly_the_same_scores():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_pass_gives_nearly_the_same_scores(dtype):
     model, examples, projection = tiny_encoder(), ragged_examples(12), tm.Projection(1024)
-    whole = tm.collect_features(model, examples, projection)
-    half = tm.collect_features(model, examples, projection, dtype=torch.bfloat16)
+    whole = tm.collect_features(model, examples, projection, "all")
+    half = tm.collect_features(model, examples, projection, "all", dtype=dtype)
     assert half.dtype == torch.float32
     assert not torch.equal(whole, half)
     similarity = torch.nn.functional.cosine_similarity(whole, half, dim=1)
     assert similarity.min() > 0.97
+
+
+@pytest.mark.parametrize(
+    ("dtype", "similar"), [(torch.float64, 0.99999), (torch.float16, 0.97), (torch.bfloat16, 0.97)]
+)
+def test_models_of_other_dtypes_give_nearly_the_same_scores(dtype, similar):
+    model, examples, projection = tiny_encoder(), ragged_examples(12), tm.Projection(1024)
+    whole = tm.collect_features(model, examples, projection, "all")
+    exact = tm.exact_influence(model, examples, examples, normalize="cosine")
+    other = model.to(dtype)
+    found = tm.collect_features(other, examples, projection, "all")
+    assert found.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(whole, found, dim=1).min() > similar
+    scores = tm.exact_influence(other, examples, examples, normalize="cosine")
+    assert (scores - exact).abs().max() < 2 * (1 - similar)
 
 
 @pytest.mark.parametrize(

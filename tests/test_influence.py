@@ -45,6 +45,33 @@ def test_one_tensor_is_one_checkpoint():
     torch.testing.assert_close(tm.influence_scores(query, train), query @ train.T)
 
 
+@pytest.mark.parametrize("normalize", [None, "cosine"])
+@pytest.mark.parametrize(
+    ("convert_query", "convert_train"),
+    [
+        (torch.Tensor.double, torch.Tensor.double),
+        (torch.Tensor.half, torch.Tensor.half),
+        (torch.Tensor.bfloat16, torch.Tensor.bfloat16),
+        (torch.Tensor.bfloat16, torch.Tensor.float),
+        (torch.Tensor.float, torch.Tensor.half),
+        (lambda one: one.repeat(1, 2)[:, ::2], lambda one: one.T.contiguous().T),
+        (torch.Tensor.numpy, lambda one: one.double().numpy()),
+    ],
+)
+def test_both_take_features_of_any_kind(convert_query, convert_train, normalize):
+    query, train = features(4, 1, dim=32), features(9, 2, dim=32)
+    query, train = [convert_query(one) for one in query], [convert_train(one) for one in train]
+    tensors = [[torch.as_tensor(one) for one in each] for each in (query, train)]
+    expected = brute_force(*tensors, [1, 1, 1], normalize)
+    found = tm.influence_scores(query, train, normalize=normalize)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    top = tm.top_influences(query, train, 9, normalize=normalize)
+    torch.testing.assert_close(top.scores, found.gather(1, top.indices), rtol=1e-5, atol=1e-5)
+    one = tm.top_influences(query[0], train[0], 9, normalize=normalize)
+    found = tm.influence_scores(query[0], train[0], normalize=normalize)
+    torch.testing.assert_close(one.scores, found.gather(1, one.indices), rtol=1e-5, atol=1e-5)
+
+
 def test_positive_scores_lower_the_loss():
     """One small step of gradient descent on a proponent lowers the query's loss."""
     from encoders import ragged_examples, tiny_encoder

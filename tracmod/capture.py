@@ -74,7 +74,8 @@ class Captured:
     Attributes:
         layer: the layer.
         x: (B, S, I) input; LayerNorm: (B, S, D) normalised input; embedding: (B, S) int64 ids.
-        g: (B, S, O) gradient of each example's own loss at the output.
+        g: (B, S, O) gradient of each example's own loss at the output, float32 or bfloat16 (a pass
+            in float16 or float64 is cast to float32); a floating x has its dtype.
         lengths: (B,) int64, tokens up to the last that is attended to; None where S is 1.
     """
 
@@ -258,6 +259,7 @@ def _forward_hook(
 
 
 def _captured(layer: Layer, x: Tensor, g: Tensor, lengths: Tensor) -> Captured:
+    g = g if g.dtype in (torch.float32, torch.bfloat16) else g.float()  # what the kernels take
     module = layer.module
     if isinstance(module, nn.LayerNorm):
         x = F.layer_norm(x, module.normalized_shape, eps=module.eps).to(g.dtype)

@@ -352,6 +352,7 @@ def collect_features(
 
     Args:
         model: BERT-family sequence classifier; its weights, mode and device are left as they were.
+            float32, bfloat16, float16 or float64; sums over tokens are float32 in any case.
         dataset: `datasets.Dataset` or sequence of dicts with `input_ids`, `labels` and, where there
             is padding, `attention_mask` (and `token_type_ids`, if the model uses them).
         projection: kind, size and seed of the projection.

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,7 +27,7 @@ from tracmod.features import as_examples, check_examples, example_length, masked
 from tracmod.heads import HeadMask
 from tracmod.model import collate, pad_token_id, plan_batches
 
-Features = Tensor | Sequence[Tensor]
+Features = Tensor | NDArray[Any] | Sequence[Tensor | NDArray[Any]]
 # Captured query gradients held at a time by `exact_influence`; the training set is passed over once
 # per such block of queries.
 QUERY_BLOCK_BYTES = 2 << 30
@@ -63,8 +65,9 @@ def influence_scores(
     """The dense score matrix `sum_c w_c <q_c, t_c>`, or of cosines.
 
     Args:
-        query_features: (Q, K), or one such tensor per checkpoint.
-        train_features: (N, K), or one such tensor per checkpoint.
+        query_features: (Q, K), or one such tensor per checkpoint; any float dtype (computed in
+            float32, bfloat16 pairs as they are), torch or numpy.
+        train_features: (N, K), or one such tensor per checkpoint, likewise.
         weights: C numbers, usually the checkpoints' learning rates; None for 1 each.
         normalize: None or "cosine"; a zero gradient has cosine 0 with everything.
 
@@ -306,8 +309,7 @@ def _checkpoints(
     weights: Sequence[float] | None,
     normalize: str | None,
 ) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    queries = [query_features] if isinstance(query_features, Tensor) else list(query_features)
-    trains = [train_features] if isinstance(train_features, Tensor) else list(train_features)
+    queries, trains = _as_tensors(query_features), _as_tensors(train_features)
     if normalize not in (None, "cosine"):
         raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
     if not queries or len(queries) != len(trains):
@@ -328,7 +330,17 @@ def _checkpoints(
                     f"{name}: checkpoint {checkpoint}: expected shape {expected}, "
                     f"got {tuple(one.shape)}"
                 )
+    all_bfloat16 = all(one.dtype == torch.bfloat16 for one in (*queries, *trains))
+    dtype = torch.bfloat16 if all_bfloat16 else torch.float32
+    queries, trains = (
+        [one.to(dtype).contiguous() for one in features] for features in (queries, trains)
+    )
     return queries, trains, weights
+
+
+def _as_tensors(features: Features) -> list[Tensor]:
+    one_checkpoint = isinstance(features, Tensor | np.ndarray)
+    return [torch.as_tensor(one) for one in ([features] if one_checkpoint else features)]
 
 
 def _bounded_k(k: int, num_train: int) -> int:

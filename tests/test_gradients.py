@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -42,13 +43,61 @@ def test_the_check_finds_a_wrong_gradient(monkeypatch):
     right = gradients.engine_gradients
 
     def wrong(*args):
-        found = right(*args)
         name = "classifier.out_proj.bias"
-        return found | {name: found[name] * 1.001}
+        return (found | {name: found[name] * 1.001} for found in right(*args))
 
     monkeypatch.setattr(gradients, "engine_gradients", wrong)
     failed = [e.kind for e in check_gradients(tiny_encoder(), ragged_examples(4)) if not e.passed]
     assert failed == ["classifier linear bias"]
+
+
+def test_the_check_finds_a_layer_of_which_nothing_is_captured(monkeypatch):
+    import tracmod.validation.gradients as gradients
+
+    def without_output(model, layers, *others):
+        capture(model, [la for la in layers if la.name != "classifier.out_proj"], *others)
+
+    monkeypatch.setattr(gradients, "capture", without_output)
+    errors = check_gradients(tiny_encoder(), ragged_examples(4))
+    failed = {e.kind: (e.num_parameters, e.engine) for e in errors if not e.passed}
+    assert set(failed) == {"classifier linear weight", "classifier linear bias"}
+    assert all(count == 2 and error > 0.1 for count, error in failed.values())
+
+
+def test_a_parameter_that_no_text_reaches_passes_the_check():
+    model = tiny_encoder()
+    model.classifier.unused = torch.nn.Linear(3, 3)
+    errors = check_gradients(model, ragged_examples(4))
+    assert sum(error.num_parameters for error in errors) == len(list(model.parameters()))
+    assert all(error.passed for error in errors)
+
+
+def test_the_check_holds_one_examples_gradients_at_a_time(monkeypatch):
+    import tracmod.validation.gradients as gradients
+
+    class Gradients(dict):
+        """A dict that can be watched."""
+
+        __hash__ = object.__hash__
+
+    alive, most = weakref.WeakSet(), []
+
+    def watched(*args):
+        found = Gradients(autograd_gradients(*args))
+        alive.add(found)
+        most.append(len(alive))
+        return found
+
+    monkeypatch.setattr(gradients, "autograd_gradients", watched)
+    check_gradients(tiny_encoder(), ragged_examples(6))
+    assert max(most) == 2  # the same example's in float64 and in float32
+
+
+def test_nan_does_not_pass_the_check():
+    model = tiny_encoder()
+    with torch.no_grad():
+        model.classifier.dense.weight[0, 0] = float("nan")
+    assert not any(error.passed for error in check_gradients(model, ragged_examples(3)))
 
 
 @pytest.mark.parametrize("parameters", PARAMETER_SETS)
@@ -99,7 +148,8 @@ def test_exact_influence_under_a_head_mask():
 def test_masked_heads_have_no_gradient_at_all():
     model, examples = tiny_encoder(), ragged_examples(6)
     with frozen(model), tm.HeadMask.from_array([[0, 1, 1], [1, 1, 0]]).apply(model):
-        gradients = engine_gradients(model, examples)
+        engine = list(engine_gradients(model, examples))
+    gradients = {name: torch.stack([one[name] for one in engine]) for name in engine[0]}
     first = "roberta.encoder.layer.0.attention"
     for name in ("query", "key", "value"):
         assert gradients[f"{first}.self.{name}.weight"][:, :8].abs().max() == 0
@@ -130,22 +180,21 @@ def test_padding_left_or_right_changes_nothing():
     plain = tm.exact_influence(model, examples, examples)
     torch.testing.assert_close(tm.exact_influence(model, right, right), plain)
     with frozen(model):
-        engine = engine_gradients(model, left)
-    names = list(engine)
-    for row, example in enumerate(left):
-        for name, truth in autograd_gradients(model, example, names).items():
-            torch.testing.assert_close(engine[name][row], truth, rtol=1e-4, atol=1e-5)
+        engine = list(engine_gradients(model, left))
+    for found, example in zip(engine, left, strict=True):
+        for name, truth in autograd_gradients(model, example, list(found)).items():
+            torch.testing.assert_close(found[name], truth, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_tokens_inside_a_text_get_no_embedding_gradient():
     model = tiny_encoder("bert")
     examples = [{"input_ids": [5, 0, 7], "attention_mask": [1, 1, 1], "labels": 1}]
     with frozen(model):
-        engine = engine_gradients(model, examples)
+        (engine,) = engine_gradients(model, examples)
     name = "bert.embeddings.word_embeddings.weight"
     truth = autograd_gradients(model, examples[0], [name])[name]
     assert truth[0].abs().max() == 0
-    torch.testing.assert_close(engine[name][0], truth)
+    torch.testing.assert_close(engine[name], truth)
 
 
 def test_token_types_are_passed_on():

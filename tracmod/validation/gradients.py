@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ def check_gradients(
     """Compare the gradients the engine captures with one-example autograd in float64.
 
     All examples go through the engine as one padded batch, and through autograd one by one without
-    padding, so that padding, masks and the scale of the loss are part of the comparison.
+    padding, so that padding, masks and the scale of the loss are part of the comparison. One
+    example's gradients are held at a time: memory is a few times the model's.
 
     Args:
         model: float32, on the CPU.
@@ -86,63 +87,93 @@ def check_gradients(
     double = copy.deepcopy(model).double()
     with frozen(model), masked(model, head_mask):
         engine = engine_gradients(model, examples, parameters)
-    names = list(engine)
-    with masked(model, head_mask), masked(double, head_mask):
-        truth = [autograd_gradients(double, example, names) for example in examples]
-        plain = [autograd_gradients(model, example, names) for example in examples]
     by_kind: dict[str, list[str]] = {}
-    for name in names:
-        by_kind.setdefault(_kind(model, name), []).append(name)
-    return [
-        GradientError(
-            kind,
-            len(members),
-            _largest_error([{n: engine[n][i] for n in members} for i in range(len(truth))], truth),
-            _largest_error([{n: one[n] for n in members} for one in plain], truth),
+    for layer in select_layers(model, parameters):
+        for name in layer.parameter_names:
+            by_kind.setdefault(_kind(model, name), []).append(name)
+    with masked(model, head_mask), masked(double, head_mask):
+        errors = torch.tensor(
+            [
+                _errors(model, double, example, found, by_kind)
+                for example, found in zip(examples, engine, strict=True)
+            ]
         )
-        for kind, members in by_kind.items()
+    return [
+        GradientError(kind, len(names), *worst)
+        for (kind, names), worst in zip(by_kind.items(), errors.amax(dim=0).tolist(), strict=True)
     ]
+
+
+def _errors(
+    model: PreTrainedModel,
+    double: PreTrainedModel,
+    example: Mapping[str, Any],
+    engine: Mapping[str, Tensor],
+    by_kind: Mapping[str, list[str]],
+) -> list[tuple[float, float]]:
+    """One example's relative errors (engine, autograd) of every kind."""
+    names = [name for members in by_kind.values() for name in members]
+    truth = autograd_gradients(double, example, names)
+    plain = autograd_gradients(model, example, names)
+    return [
+        (_relative_error(engine, truth, members), _relative_error(plain, truth, members))
+        for members in by_kind.values()
+    ]
+
+
+def _relative_error(
+    found: Mapping[str, Tensor], truth: Mapping[str, Tensor], names: Sequence[str]
+) -> float:
+    difference = sum(float((found[n].double() - truth[n]).square().sum()) for n in names)
+    norm = sum(float(truth[n].square().sum()) for n in names)
+    return (difference / norm) ** 0.5 if norm > 0 else difference**0.5
 
 
 def engine_gradients(
     model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], parameters: str = "all"
-) -> dict[str, Tensor]:
-    """Whole per-example gradients by parameter name, (B, *shape), of one padded batch.
+) -> Iterator[dict[str, Tensor]]:
+    """Whole gradients by parameter name of each example of one padded batch, one at a time.
 
-    Used within `frozen(model)`; for checks only: it stores what the engine is there to avoid.
+    Used within `frozen(model)`; for checks only: it forms what the engine is there to avoid.
+    A parameter of which the engine shows nothing has a gradient of zeros.
     """
     layers = select_layers(model, parameters)
     batch = collate(examples, pad_token_id(model), next(model.parameters()).device)
-    gradients: dict[str, Tensor] = {}
+    captured: dict[str, Captured] = {}
 
-    def keep(captured: Captured) -> None:
-        for name, gradient in zip(
-            captured.layer.parameter_names, _whole_gradients(captured), strict=True
-        ):
-            gradients[name] = gradient
+    def keep(one: Captured) -> None:
+        captured[one.layer.name] = one
 
     capture(model, layers, batch, keep)
-    names = [name for layer in layers for name in layer.parameter_names]
-    return {name: gradients[name] for name in names if name in gradients}
+
+    def example_gradients(row: int) -> dict[str, Tensor]:
+        gradients: dict[str, Tensor] = {}
+        for layer in layers:
+            if layer.name in captured:
+                whole = _whole_gradients(captured[layer.name], row)
+            else:
+                whole = [torch.zeros_like(model.get_parameter(n)) for n in layer.parameter_names]
+            gradients |= dict(zip(layer.parameter_names, whole, strict=True))
+        return gradients
+
+    return (example_gradients(row) for row in range(len(examples)))
 
 
-def _whole_gradients(captured: Captured) -> list[Tensor]:
-    layer, g = captured.layer, captured.g
-    rows = len(g)
+def _whole_gradients(captured: Captured, row: int) -> list[Tensor]:
+    layer, one = captured.layer, slice(row, row + 1)
+    x, g = captured.x[one], captured.g[one]
     if layer.kind == "embedding":
-        ids_BS = captured.x
-        gradient = torch.zeros(rows, layer.in_features, layer.out_features, device=g.device)
-        place = torch.arange(rows, device=g.device)[:, None].expand_as(ids_BS)
-        return [gradient.index_put_((place, ids_BS), g, accumulate=True)]
+        gradient = torch.zeros(layer.in_features, layer.out_features, device=g.device)
+        return [gradient.index_add_(0, x[0], g[0])]
     k_out, k_in = layer.out_features, layer.in_features + layer.bias
     if layer.kind == "elementwise":
         k_out, k_in = 1 + layer.bias, layer.in_features
-    out = torch.zeros(rows, k_out * k_in, device=g.device)
+    out = torch.zeros(1, k_out * k_in, device=g.device)
     kernels.project_gradients(
-        captured.x,
+        x,
         g,
         out,
-        lengths=captured.lengths,
+        lengths=None if captured.lengths is None else captured.lengths[one],
         layer=layer.kind,
         kind="identity",
         k_out=k_out,
@@ -152,10 +183,10 @@ def _whole_gradients(captured: Captured) -> list[Tensor]:
         output_key=0,
         bias=layer.bias,
     )
-    whole = out.view(rows, k_out, k_in)
+    whole = out.view(k_out, k_in)
     if layer.kind == "elementwise":
-        return [whole[:, row] for row in range(k_out)]
-    return [whole[..., : layer.in_features], *([whole[..., -1]] if layer.bias else [])]
+        return list(whole)
+    return [whole[:, : layer.in_features], *([whole[:, -1]] if layer.bias else [])]
 
 
 def autograd_gradients(
@@ -187,12 +218,3 @@ def _kind(model: PreTrainedModel, name: str) -> str:
     if name.startswith(base):
         part = "embeddings" if name.startswith(base + "embeddings.") else "encoder"
     return f"{part} {module} {parameter}"
-
-
-def _largest_error(found: list[dict[str, Tensor]], truth: list[dict[str, Tensor]]) -> float:
-    errors = []
-    for one, exact in zip(found, truth, strict=True):
-        difference = sum(float((one[n].double() - exact[n]).square().sum()) for n in one)
-        norm = sum(float(exact[n].square().sum()) for n in one)
-        errors.append((difference / norm) ** 0.5 if norm > 0 else difference**0.5)
-    return max(errors)

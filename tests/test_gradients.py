@@ -116,6 +116,23 @@ def test_exact_influence_is_the_inner_product_of_autograds_gradients(parameters,
     assert (found.double() - expected).abs().max() <= 1e-5 * scale
 
 
+@pytest.mark.parametrize("normalize", [None, "cosine"])
+def test_exact_influence_makes_one_native_call_per_pair_of_batches_and_layer(
+    monkeypatch, normalize
+):
+    calls = []
+    right = tm.kernels.gradient_dot
+
+    def counted(*args, **named):
+        calls.append(args)
+        right(*args, **named)
+
+    monkeypatch.setattr(tm.kernels, "gradient_dot", counted)
+    model, examples = tiny_encoder(), ragged_examples(8)
+    tm.exact_influence(model, examples, examples, "all", normalize=normalize)
+    assert len(calls) == len(select_layers(model, "all"))
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 33, 4096])
 def test_exact_influence_does_not_depend_on_the_batches(batch_tokens):
     model, train, query = tiny_encoder(), ragged_examples(12), ragged_examples(4, seed=3)
@@ -298,7 +315,12 @@ def test_nan_weights_stop_with_the_row():
     for example in examples:
         example["input_ids"] = [18 if i == 17 else i for i in example["input_ids"]]
     examples[3]["input_ids"][0] = 17
-    with pytest.raises(ValueError, match="query: row 3: expected a finite gradient"):
-        tm.exact_influence(model, ragged_examples(2, seed=5), examples)
+    clean = [e for e in ragged_examples(9, seed=5) if 17 not in e["input_ids"]]
+    for normalize in (None, "cosine"):
+        with pytest.raises(ValueError, match="query: row 3: expected a finite gradient"):
+            tm.exact_influence(model, clean, examples, normalize=normalize)
+        with pytest.raises(ValueError, match="train: row 3: expected a finite gradient"):
+            tm.exact_influence(model, examples, clean, normalize=normalize)
+        assert tm.exact_influence(model, clean, clean, normalize=normalize).isfinite().all()
     with pytest.raises(ValueError, match="dataset: row 3: expected a finite gradient"):
         tm.collect_features(model, examples, tm.Projection(512))

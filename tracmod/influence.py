@@ -183,21 +183,37 @@ def exact_influence(
     with frozen(model), on_device(model, device), masked(model, head_mask):
         layers = select_layers(model, parameters)
         products_QN, squares_Q, squares_N = _exact_products(
-            model, layers, queries, trains, batch_tokens, advance
+            model, layers, queries, trains, batch_tokens, normalize == "cosine", advance
         )
-    for name, squares in (("query", squares_Q), ("train", squares_N)):
-        for row in squares.isfinite().logical_not().nonzero().flatten()[:1].tolist():
-            raise ValueError(f"{name}: row {row}: expected a finite gradient, got NaN or infinity")
+    _check_finite(products_QN, squares_Q, squares_N)
     if normalize == "cosine":
         products_QN *= _inverse_root(squares_Q)[:, None] * _inverse_root(squares_N)[None]
     return products_QN
+
+
+def _check_finite(products_QN: Tensor, squares_Q: Tensor, squares_N: Tensor) -> None:
+    """Name the first example whose squared norm, or every product, is NaN or infinite."""
+    bad_QN = products_QN.isfinite().logical_not()
+    bad_Q, bad_N = (squares.isfinite().logical_not() for squares in (squares_Q, squares_N))
+    if not bool(bad_QN.any() | bad_Q.any() | bad_N.any()):
+        return
+    by_name = [("query", bad_Q), ("train", bad_N)]
+    by_name += [("query", bad_QN.all(dim=1)), ("train", bad_QN.all(dim=0))]
+    for name, bad in by_name:
+        for row in bad.nonzero().flatten()[:1].tolist():
+            raise ValueError(f"{name}: row {row}: expected a finite gradient, got NaN or infinity")
+    query, train = bad_QN.nonzero()[0].tolist()
+    raise ValueError(
+        f"query: row {query}, train: row {train}: expected a finite inner product of gradients, "
+        f"got {float(products_QN[query, train])}"
+    )
 
 
 @dataclass(frozen=True)
 class _CapturedBatch:
     """Everything `capture` shows of one batch: whole gradients, in their factors."""
 
-    rows: list[int]
+    rows: Tensor
     layers: dict[str, Captured]
 
     @property
@@ -211,30 +227,31 @@ def _exact_products(
     queries: list[dict[str, Any]],
     trains: list[dict[str, Any]],
     batch_tokens: int,
+    norms: bool,
     advance: Callable[[int], Any] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Inner products (Q, N) and squared norms (Q,) and (N,), float32."""
+    """Inner products (Q, N) and, with `norms`, squared norms (Q,) and (N,), float32."""
     device = next(model.parameters()).device
     products_QN = torch.zeros(len(queries), len(trains), device=device)
     squares_Q = torch.zeros(len(queries), device=device)
     squares_N = torch.zeros(len(trains), device=device)
     for first, block in _query_blocks(model, layers, queries, batch_tokens):
-        for query_batch in block:
-            for captured in query_batch.layers.values():
-                squares_Q[query_batch.rows] += _squared_norms(captured)
+        if norms:
+            for query_batch in block:
+                for captured in query_batch.layers.values():
+                    squares_Q.index_add_(0, query_batch.rows, _squared_norms(captured))
         for rows, batch in _batches(model, trains, batch_tokens):
             tiles = [torch.zeros(len(b.rows), len(rows), device=device) for b in block]
 
-            def multiply(captured: Captured, rows: list[int] = rows, tiles: Any = tiles) -> None:
+            def multiply(captured: Captured, rows: Tensor = rows, tiles: Any = tiles) -> None:
                 for query_batch, tile in zip(block, tiles, strict=True):  # noqa: B023
                     _add_products(query_batch.layers[captured.layer.name], captured, tile)
-                if first:  # noqa: B023
-                    squares_N[rows] += _squared_norms(captured)
+                if norms and first:  # noqa: B023
+                    squares_N.index_add_(0, rows, _squared_norms(captured))
 
             capture(model, layers, batch, multiply)
-            columns = torch.tensor(rows, device=device)
             for query_batch, tile in zip(block, tiles, strict=True):
-                products_QN[torch.tensor(query_batch.rows, device=device)[:, None], columns] = tile
+                products_QN[query_batch.rows[:, None], rows] = tile
             if advance is not None:
                 advance(len(rows))
     return products_QN, squares_Q, squares_N
@@ -263,10 +280,11 @@ def _query_blocks(
 
 def _batches(
     model: PreTrainedModel, examples: list[dict[str, Any]], batch_tokens: int
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     device = next(model.parameters()).device
     for rows in plan_batches([example_length(example) for example in examples], batch_tokens):
-        yield rows, collate([examples[row] for row in rows], pad_token_id(model), device)
+        batch = collate([examples[row] for row in rows], pad_token_id(model), device)
+        yield torch.tensor(rows, device=device), batch
 
 
 def _add_products(query: Captured, train: Captured, out: Tensor) -> None:
@@ -285,13 +303,23 @@ def _add_products(query: Captured, train: Captured, out: Tensor) -> None:
 
 
 def _squared_norms(captured: Captured) -> Tensor:
-    squares_B = torch.zeros(len(captured.x), 1, device=captured.x.device)
-    for row in range(len(captured.x)):
-        one = slice(row, row + 1)
-        lengths = None if captured.lengths is None else captured.lengths[one]
-        example = Captured(captured.layer, captured.x[one], captured.g[one], lengths)
-        _add_products(example, example, squares_B[one])
-    return squares_B[:, 0]
+    """`|G_b|^2` of every example, (B,) float32: of LayerNorm as it is, else over pairs of tokens.
+
+    linear: `sum_{s,t} <g_s, g_t> (<x_s, x_t> + bias)`; embedding: of pairs with the same id.
+    """
+    layer, x, g_BSO = captured.layer, captured.x, captured.g.float()
+    if captured.lengths is not None:
+        position_S = torch.arange(g_BSO.shape[1], device=g_BSO.device)
+        padding_BS = position_S >= captured.lengths[:, None]
+        g_BSO = g_BSO.masked_fill(padding_BS[..., None], 0)
+    if layer.kind == "elementwise":
+        squares_B = (g_BSO * x).sum(dim=1).square().sum(dim=1)
+        return squares_B + layer.bias * g_BSO.sum(dim=1).square().sum(dim=1)
+    if layer.kind == "embedding":
+        pairs_BSS = (x[:, :, None] == x[:, None, :]).float()
+    else:
+        pairs_BSS = x.float() @ x.float().mT + float(layer.bias)
+    return (g_BSO @ g_BSO.mT * pairs_BSS).sum(dim=(1, 2))
 
 
 def _inverse_root(squares: Tensor) -> Tensor:

@@ -7,7 +7,10 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CHECKSUMS = "checksums.json"
 
@@ -102,21 +105,61 @@ def write_json(path: Path, tree: Any) -> None:
     write_file(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def write_checksums(folder: Path) -> None:
-    """Record the SHA-256 of every file written since the last time.
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table, whole or not at all."""
+    import pyarrow.parquet as pq  # here: what else is in this module needs no pyarrow
 
-    Left out are the feature stores and the index, which carry their own, and run.json, which
-    changes with every stage. What was recorded before stays as it was, so that a file damaged in
-    between is not taken for sound.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, temporary_name(path))
+    publish_file(temporary_name(path), path)
+
+
+def write_checksums(folder: Path, owned: str = ".") -> None:
+    """Record the SHA-256 of every file in the part of `folder` that was just written.
+
+    Of the feature stores only the manifests: shards carry their own digests. Left out are the
+    index, which carries its own too, and run.json, which changes with every stage. What was
+    recorded of other parts stays, also of files that have changed or are gone since: so damage
+    done in between is not taken for sound.
+
+    Args:
+        folder: where checksums.json lies.
+        owned: what to hash anew, a path in `folder`; by default everything.
+    """
+    sums = {
+        name: digest
+        for name, digest in read_checksums(folder).items()
+        if not Path(name).is_relative_to(owned)
+    }
+    for file in (folder / owned).rglob("*"):
+        name = file.relative_to(folder)
+        if file.is_file() and _is_recorded(name):
+            sums[str(name)] = file_sha256(file)
+    write_json(folder / CHECKSUMS, dict(sorted(sums.items())))
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """What `write_checksums` recorded: file name -> SHA-256; {} where it never did.
+
+    Raises:
+        ValueError: checksums.json is not what `write_checksums` writes.
     """
     record = folder / CHECKSUMS
-    sums = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    recorded = record.stat().st_mtime_ns if record.is_file() else 0
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = file.relative_to(folder)
-        own = name.parts[0] in ("features", "index", "run.json", CHECKSUMS)
-        if own or any(part.startswith(".") for part in name.parts):
-            continue
-        if str(name) not in sums or file.stat().st_mtime_ns > recorded:
-            sums[str(name)] = file_sha256(file)
-    write_json(record, {name: sums[name] for name in sorted(sums) if (folder / name).is_file()})
+    if not record.is_file():
+        return {}
+    try:
+        sums = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{record} is damaged: {error}") from None
+    if not isinstance(sums, dict):
+        raise ValueError(f"{record} is damaged: expected file names and checksums")
+    return sums
+
+
+def _is_recorded(name: Path) -> bool:
+    """Whether checksums.json answers for this file of the folder."""
+    if name.parts[0] in ("index", "run.json", CHECKSUMS):
+        return False
+    if any(part.startswith(".") for part in name.parts):
+        return False
+    return name.parts[0] != "features" or name.name == "manifest.json"

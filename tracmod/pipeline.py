@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tracmod.analysis.study import analyze
 from tracmod.capture import frozen
 from tracmod.config import FinetuneConfig, RunConfig
-from tracmod.durable import file_sha256
+from tracmod.durable import file_sha256, write_parquet
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
 from tracmod.heads import HeadMask, prune
 from tracmod.influence import TopInfluences, top_influences
@@ -36,7 +36,7 @@ from tracmod.model import (
     tokenizer_digest,
 )
 from tracmod.report import write_report
-from tracmod.run_folder import STAGES, RunFolder, write_parquet
+from tracmod.run_folder import STAGES, RunFolder
 from tracmod.store import FeatureStore
 from tracmod.tables import InfluenceTables
 from tracmod.tasks import load_task

@@ -13,11 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from tracmod.config import RunConfig, parse_config
-from tracmod.durable import publish_file, temporary_name, write_checksums, write_json
+from tracmod.durable import write_checksums, write_json
 
 STAGES = (
     "data",
@@ -29,20 +26,30 @@ STAGES = (
     "analyze",
     "report",
 )
-# The config sections that each stage is the first to read. What a stage of the first kind has
-# read cannot be changed in the same folder: days of work depend on it. Stages of the second kind
-# are made again when their part of the config, or anything before them, has changed.
-_FIXED = {
+# The config sections that each stage is the first to read.
+_READ = {
     "data": ("task",),
     "finetune": ("seed", "model", "finetune"),
     "prune": ("prune",),
     "sparse-finetune": ("sparse_finetune",),
-}
-_REMADE = {
-    "collect": ("views", "collect"),
+    "collect": ("collect", "views"),
     "influence": ("influence", "analyze"),
     "analyze": (),
     "report": ("name",),
+}
+# Where one of these has changed, the stage that reads it and those after it are done again. Any
+# other section cannot be changed once its stage has begun: days of work depend on it.
+_REMADE = ("views", "influence", "analyze", "name")
+# The part of the folder that each stage writes.
+_OWNED = {
+    "data": "data",
+    "finetune": "models/full",
+    "prune": "subnetworks",
+    "sparse-finetune": "models/sparse",
+    "collect": "features",
+    "influence": "influence",
+    "analyze": "analysis",
+    "report": "report",
 }
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "faiss-cpu")
 
@@ -65,17 +72,23 @@ class RunFolder:
         """
         self.path = Path(path)
         self.record: dict[str, Any] = {"stages": {}}
-        if self._record_path.is_file():
-            self.record = _read_json(self._record_path)
-            stored = parse_config(self.record["config"], str(self._record_path))
-            config = config or stored
-            self._refuse_changed(stored, config)
-        elif config is None:
-            raise ValueError(
-                f"{self.path}: no run.json there; begin a run with `tracmod run CONFIG --out "
-                f"{self.path}` or give --config"
-            )
-        self.config = config
+        self._asked = config
+        self.config = self._read()
+
+    def _read(self) -> RunConfig:
+        """Take run.json, if there is one, as it is now; the config that holds."""
+        if not self._record_path.is_file():
+            if self._asked is None:
+                raise ValueError(
+                    f"{self.path}: no run.json there; begin a run with `tracmod run CONFIG --out "
+                    f"{self.path}` or give --config"
+                )
+            return self._asked
+        self.record = _read_json(self._record_path)
+        stored = parse_config(self.record["config"], str(self._record_path))
+        config = self._asked or stored
+        self._refuse_changed(stored, config)
+        return config
 
     @property
     def _record_path(self) -> Path:
@@ -126,7 +139,7 @@ class RunFolder:
         state = "interrupted"
         try:
             yield
-            write_checksums(self.path)
+            write_checksums(self.path, _OWNED[stage])
             state = "done"
         finally:
             seconds = round(before + time.perf_counter() - started, 3)
@@ -142,19 +155,21 @@ class RunFolder:
         self.save()
 
     def _inputs(self, stage: str) -> str:
-        """Digest of everything in the config that the stage and those before it read."""
-        tree = self.config.model_dump(mode="json")
-        sections = [
-            section
-            for earlier in STAGES[: STAGES.index(stage) + 1]
-            for section in (_FIXED | _REMADE)[earlier]
-        ]
+        """Digest of everything in the config that the stage and those before it read.
+
+        Without what is left at its default: a setting added to tracmod later, at a default that
+        does what was done before, undoes no finished stage.
+        """
+        tree = self.config.model_dump(mode="json", exclude_defaults=True)
+        earlier = STAGES[: STAGES.index(stage) + 1]
+        sections = [section for one in earlier for section in _READ[one] if section in tree]
         text = json.dumps({section: tree[section] for section in sections}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _refuse_changed(self, stored: RunConfig, config: RunConfig) -> None:
-        begun = [stage for stage in _FIXED if stage in self.record["stages"]]
-        fixed = [section for stage in begun for section in _FIXED[stage]]
+        begun = [stage for stage in STAGES if stage in self.record["stages"]]
+        sections = [section for stage in begun for section in _READ[stage]]
+        fixed = [section for section in sections if section not in _REMADE]
         before, after = stored.model_dump(mode="json"), config.model_dump(mode="json")
         for section in fixed:
             for key, old, new in _differences(section, before[section], after[section]):
@@ -173,8 +188,10 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process; the lock ends with the process.
 
+        run.json is read again: another process may have gone on with the run before this one.
+
         Raises:
-            ValueError: another process holds it.
+            ValueError: another process holds it, or has changed what the config depends on.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as handle:
@@ -182,6 +199,7 @@ class RunFolder:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ValueError(f"{self.path}: another tracmod process works in it") from None
+            self.config = self._read()
             yield
 
 
@@ -189,13 +207,6 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     found = {name: _version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **{k: v for k, v in found.items() if v}}
-
-
-def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write a table, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, temporary_name(path))
-    publish_file(temporary_name(path), path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

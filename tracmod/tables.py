@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from tracmod.analysis.dynamics import epoch_table
 from tracmod.analysis.languages import example_table, language_table
+from tracmod.durable import write_parquet
 from tracmod.influence import TopInfluences
-from tracmod.run_folder import write_parquet
 
 
 class InfluenceTables:

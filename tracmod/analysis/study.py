@@ -5,7 +5,6 @@ Shape legend: Q all test examples of the run, G training languages.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from tracmod.analysis.languages import MEASURES, interval_columns
 from tracmod.analysis.results import MODELS, RunResults, View
 from tracmod.analysis.similarity import similarity_matrix, similarity_table, usage_summary
 from tracmod.analysis.statistics import bootstrap_mean, mantel, wilson_interval
+from tracmod.durable import write_json, write_parquet
 
 # (model, view) against (base model, base view): what each question of the study compares.
 COMPARISONS = (
@@ -119,9 +119,8 @@ def _write(folder: Path, summary: Any, tables: dict[str, pa.Table | None]) -> di
         if table is None:
             path.unlink(missing_ok=True)
         else:
-            pq.write_table(table, path)
-    text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+            write_parquet(path, table)
+    write_json(folder / "summary.json", summary)
     return summary
 
 

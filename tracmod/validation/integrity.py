@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-from tracmod.durable import CHECKSUMS, file_sha256
+from tracmod.durable import CHECKSUMS, file_sha256, read_checksums, unseal
 from tracmod.store import verify_store
 
 
 def verify(path: Path) -> list[str]:
     """Every problem of a run folder, a folder of `tracmod attribute` or a feature store.
 
-    Feature stores carry a checksum per file; everything else that a finished stage wrote is
-    compared with checksums.json.
+    What a finished stage wrote is compared with checksums.json; the shards of feature stores and
+    the files of an index with the checksums that they carry.
 
     Returns:
         One sentence per problem, none where all is sound.
@@ -28,7 +27,7 @@ def verify(path: Path) -> list[str]:
         return verify_store(path)
     if not (path / "run.json").is_file():
         raise ValueError(f"{path}: expected a run folder or a feature store, found neither")
-    problems = list(_checksum_problems(path))
+    problems = list(_checksum_problems(path)) + list(_index_problems(path))
     stores = sorted(manifest.parent for manifest in path.glob("features/**/manifest.json"))
     for store in tqdm(stores, desc="verify", unit="store", disable=None):
         problems += verify_store(store)
@@ -40,9 +39,9 @@ def _checksum_problems(path: Path) -> Iterator[str]:
         yield f"{path / CHECKSUMS} is missing: no stage has been finished, or it was removed"
         return
     try:
-        sums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        sums = read_checksums(path)
     except ValueError as error:
-        yield f"{path / CHECKSUMS} is damaged: {error}"
+        yield str(error)
         return
     for name, expected in tqdm(sums.items(), desc="verify", unit="file", disable=None):
         file = path / name
@@ -50,3 +49,21 @@ def _checksum_problems(path: Path) -> Iterator[str]:
             yield f"{file} is missing"
         elif file_sha256(file) != expected:
             yield f"{file} is damaged: its checksum is not the one recorded when it was written"
+
+
+def _index_problems(path: Path) -> Iterator[str]:
+    """What is wrong with the files of `tracmod index`; needs no FAISS."""
+    folders = {file.parent for file in path.glob("index/**/index.*")}
+    for folder in tqdm(sorted(folders), desc="verify", unit="index", disable=None):
+        meta, index = folder / "index.json", folder / "index.faiss"
+        missing = [file for file in (meta, index) if not file.is_file()]
+        if missing:
+            yield f"{missing[0]} is missing: build the index again"
+            continue
+        try:
+            expected = unseal(meta, meta.read_bytes()).get("index_sha256")
+        except ValueError as error:
+            yield str(error)
+            continue
+        if file_sha256(index) != expected:
+            yield f"{index} is damaged, or not of this {meta.name}: build the index again"

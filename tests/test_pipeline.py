@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -14,11 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from study import LANGUAGES, files_of, tiny_config
 
 import tracmod as tm
+from tracmod import kernels
+from tracmod.analysis.results import RunResults
+from tracmod.analysis.study import analyze
+from tracmod.config import CollectConfig, RunConfig
+from tracmod.influence import top_influences
 from tracmod.model import encode, load_checkpoints, load_model
-from tracmod.pipeline import Study, run_stages
+from tracmod.pipeline import Study, model_digests, run_stages
+from tracmod.query import Attributor
 from tracmod.run_folder import STAGES, RunFolder
 from tracmod.store import verify_store
 from tracmod.validation.integrity import verify
@@ -44,6 +51,13 @@ def done(tmp_path_factory):
     with run.locked():
         run_stages(run)
     return folder
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    """The finished run, to change."""
+    shutil.copytree(done, tmp_path / "copy")
+    return tmp_path / "copy"
 
 
 def test_the_run_folder_is_as_the_contract_says(done):
@@ -167,6 +181,12 @@ def test_a_second_run_gives_the_same_files(done, tmp_path):
     assert files_of(tmp_path / "again", *RESULTS) == files_of(done, *RESULTS)
 
 
+def wait_for(path, process):
+    """Until a file is there, or the process that should write it has ended."""
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_it_gives_the_same_files(done, tmp_path):
     """kill -9 again and again, until the run gets through."""
@@ -178,10 +198,12 @@ def test_killed_at_random_moments_and_resumed_it_gives_the_same_files(done, tmp_
     while True:
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         try:
-            _, errors = process.communicate(timeout=seconds)
+            if kills == 0:  # certain on any machine: the data are there, all the rest is to come
+                wait_for(out / "data/train.parquet", process)
+            _, errors = process.communicate(timeout=seconds if kills else 0)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.communicate()
             kills, seconds = kills + 1, seconds + 1.7
             continue
         assert process.returncode == 0, errors
@@ -206,11 +228,7 @@ def test_a_changed_config_is_refused_where_work_would_be_lost(done):
         RunFolder(done, tiny_config(task={"seed": 1}))
 
 
-def test_a_changed_k_remakes_influence_and_what_follows_only(done, tmp_path):
-    import shutil
-
-    copy = tmp_path / "copy"
-    shutil.copytree(done, copy)
+def test_a_changed_k_remakes_influence_and_what_follows_only(done, copy):
     run = RunFolder(copy, tiny_config(influence={"k": 3}))
     stages = [stage for stage in STAGES if not run.is_done(stage)]
     assert stages == ["influence", "analyze", "report"]
@@ -219,11 +237,7 @@ def test_a_changed_k_remakes_influence_and_what_follows_only(done, tmp_path):
     assert files_of(copy, "models/**/*") == files_of(done, "models/**/*")
 
 
-def test_a_view_taken_out_of_the_config_is_gone_from_the_results(done, tmp_path):
-    import shutil
-
-    copy = tmp_path / "copy"
-    shutil.copytree(done, copy)
+def test_a_view_taken_out_of_the_config_is_gone_from_the_results(copy):
     run = RunFolder(copy, tiny_config(views={"random": 0}))
     run_stages(run)
     assert not (copy / "influence/full/random-0").exists()
@@ -251,14 +265,140 @@ def test_two_processes_do_not_work_in_one_folder(done):
         pass
 
 
-def test_features_of_another_projection_are_refused(done, tmp_path):
-    import shutil
+def test_features_of_another_projection_are_refused_before_anything_is_written(copy):
+    before = (copy / "run.json").read_bytes()
+    for key, old, new in (("projection_dim", 256, 128), ("every", 1, 2)):
+        with pytest.raises(ValueError, match=rf"begun with collect\.{key}={old}, .*={new}; use"):
+            RunFolder(copy, tiny_config(collect={key: new}))
+    assert (copy / "run.json").read_bytes() == before
+    assert all(RunFolder(copy).is_done(stage) for stage in STAGES)
 
-    copy = tmp_path / "copy"
-    shutil.copytree(done, copy)
-    run = RunFolder(copy, tiny_config(collect={"projection_dim": 128}))
-    with pytest.raises(ValueError, match="holds other features than these: dim: expected 128"):
-        run_stages(run)
+
+def test_collect_can_be_set_until_it_has_begun(tmp_path):
+    run_stages(RunFolder(tmp_path / "run", tiny_config()), ["data"])
+    RunFolder(tmp_path / "run", tiny_config(collect={"projection_dim": 128}))
+
+
+def test_a_default_added_to_the_config_undoes_no_stage(done):
+    class NewerCollect(CollectConfig):
+        fresh: int = 7
+
+    class NewerConfig(RunConfig):
+        collect: NewerCollect = NewerCollect()
+        fresh: int = 7
+
+    run = RunFolder(done)
+    run.config = NewerConfig.model_validate(run.config.model_dump())
+    assert all(run.is_done(stage) for stage in STAGES)
+    run.config = run.config.model_copy(update={"collect": NewerCollect(fresh=8)})
+    assert not run.is_done("collect")
+
+
+def test_what_another_process_did_before_the_lock_counts(tmp_path):
+    waiting = RunFolder(tmp_path / "run", tiny_config())
+    other = RunFolder(tmp_path / "run", tiny_config(task={"seed": 3}))
+    same = RunFolder(tmp_path / "run", tiny_config(task={"seed": 3}))
+    with other.locked():
+        run_stages(other, ["data"])
+    with pytest.raises(ValueError, match=r"task\.seed=3, now asked for task\.seed=0"), (
+        waiting.locked()
+    ):  # fmt: skip
+        pass
+    with same.locked():
+        assert same.is_done("data")
+        assert same.record["label_names"] == other.record["label_names"]
+
+
+def test_features_of_another_model_are_not_scored(copy):
+    path = copy / "models/full/checkpoint-2/model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("output.dense.weight"))
+    weights[name] = -weights[name]
+    save_file(weights, path, {"format": "pt"})
+    what = r"features/full/full/checkpoint-2/\w+ was built with something else: model: expected"
+    with pytest.raises(ValueError, match=what):
+        run_stages(RunFolder(copy), ["influence"], again="influence")
+    with pytest.raises(ValueError, match=what):
+        Attributor(copy).query("The dog sleeps.", "An animal sleeps.")
+
+
+def test_features_under_another_mask_are_not_scored(copy):
+    tree = json.loads((copy / "subnetworks/de.json").read_text())
+    tree["mask"][0] = [1 - head for head in tree["mask"][0]]
+    (copy / "subnetworks/de.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"subnetwork/de/.* something else: head_mask: expected"):
+        run_stages(RunFolder(copy), ["influence"], again="influence")
+
+
+def test_features_are_scored_on_the_studys_device(copy, monkeypatch):
+    """Told without a GPU by the device that has no data."""
+    devices = set()
+
+    def record(queries, trains, k, groups=None, *rest, **named):
+        devices.update(one.device.type for one in [*queries, *trains])
+        on_cpu = [[torch.ones(one.shape) for one in side] for side in (queries, trains)]
+        return top_influences(*on_cpu, k, groups)
+
+    monkeypatch.setattr("tracmod.pipeline.top_influences", record)
+    monkeypatch.setattr("tracmod.query.top_influences", record)
+    monkeypatch.setattr(Study, "_predictions", lambda *_: [0] * 18)
+    study = Study(RunFolder(copy))
+    digests = [model_digests(*load_model(one.path)) for one in study.checkpoints("full")]
+    study.device = "meta"
+    study._influence_of_view("full", study.views[0], digests)
+    assert devices == {"meta"}
+    devices.clear()
+    attributor = Attributor(copy)
+    attributor.train_stores  # noqa: B018 (opened before: models stay where they are)
+    attributor.study.device = "meta"
+    attributor._nearest([torch.ones(1, 256)] * 2, 3)
+    assert devices == {"meta"}
+
+
+@pytest.mark.cuda
+def test_a_run_on_a_gpu_is_scored_there(tmp_path):
+    if not torch.cuda.is_available() or kernels.build_info()["cuda"] is None:
+        pytest.skip("no GPU, or built without CUDA")
+    config = tiny_config(device="cuda", task={"languages": ["en"]}, views={"other": []})
+    run_stages(RunFolder(tmp_path / "run", config))
+    answer = Attributor(tmp_path / "run").query("The dog sleeps.", "An animal sleeps.", k=2)
+    assert len(answer["proponents"]) == 2
+
+
+def test_a_broken_subnetwork_is_pruned_anew(copy):
+    path = copy / "subnetworks/de.json"
+    right = path.read_bytes()
+    path.write_bytes(right[:40])
+    run_stages(RunFolder(copy), ["prune"], again="prune")
+    assert path.read_bytes() == right
+
+
+def test_results_are_written_whole_or_not_at_all(copy, monkeypatch):
+    before = files_of(copy, "analysis/*")
+
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        analyze(copy, bootstrap=60, permutations=60)
+    assert files_of(copy, "analysis/*.parquet", "analysis/*.json") == before
+
+
+def test_a_broken_file_of_results_is_named(copy):
+    (copy / "models/full/metrics.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"models/full/metrics\.json: not valid JSON"):
+        RunResults(copy).metrics("full")
+
+
+def test_a_checkpoint_without_learning_rate_is_refused_unless_weights_are_uniform(copy):
+    folder = copy / "models/full/checkpoint-1"
+    (folder / "tracmod.json").unlink()
+    (folder / "trainer_state.json").write_text('{"epoch": 1, "global_step": 5, "log_history": []}')
+    with pytest.raises(ValueError, match="checkpoint-1: expected a learning rate"):
+        Study(RunFolder(copy)).checkpoints("full")
+    uniform = Study(RunFolder(copy, tiny_config(influence={"weights": "uniform"})))
+    assert uniform.weights(uniform.checkpoints("full")) is None
 
 
 @pytest.mark.parametrize("shape", ["paraphrase", "reviews"])

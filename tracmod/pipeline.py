@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class Study:
         model, tokenizer = self._load(checkpoint)
         dev = self.table("dev")
         for language in self.languages:
-            if self.run.subnetwork(language).is_file():
+            if _holds_mask(self.run.subnetwork(language)):
                 continue
             examples = self._encode(tokenizer, _of_language(dev, language), model)
             result = prune(
@@ -151,8 +151,9 @@ class Study:
         self._begin_anew("influence")  # views of an earlier config must not be left in it
         with self._bar("influence", len(MODELS) * len(self.views), "view") as bar:
             for model_name in MODELS:
+                digests = [model_digests(*self._load(one)) for one in self.checkpoints(model_name)]
                 for view in self.views:
-                    self._influence_of_view(model_name, view)
+                    self._influence_of_view(model_name, view, digests)
                     bar.update(1)
 
     def analyze(self) -> None:
@@ -238,7 +239,7 @@ class Study:
         self, model_name: str, checkpoint: Checkpoint, advance: Callable[[int], Any]
     ) -> None:
         model, tokenizer = self._load(checkpoint)
-        digests = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
+        digests = model_digests(model, tokenizer)
         encoded = {
             split: self._encode(tokenizer, self.table(split), model) for split in ("train", "test")
         }
@@ -302,22 +303,57 @@ class Study:
             path,
             ids=self.table(split).column("id").take(rows).to_pylist(),
             dim=collect.projection_dim,
-            identity=feature_identity(
-                self._projection,
-                collect.parameters,
-                mask,
-                collect.dtype,
-                data=self._data_digests[split],
-                max_length=str(self.config.model.max_length),
-                batch_tokens=str(collect.batch_tokens),
-                **digests,
-            ),
+            identity=self._identity(split, mask, digests),
             shard_rows=collect.shard_rows,
         )
 
+    def _identity(
+        self, split: str, mask: HeadMask | None, digests: dict[str, str]
+    ) -> dict[str, Any]:
+        """What the features of a split depend on; `digests` are those of the checkpoint."""
+        collect = self.config.collect
+        return feature_identity(
+            self._projection,
+            collect.parameters,
+            mask,
+            collect.dtype,
+            data=self._data_digest(split),
+            max_length=str(self.config.model.max_length),
+            batch_tokens=str(collect.batch_tokens),
+            **digests,
+        )
+
+    def stores(
+        self,
+        model_name: str,
+        view: View,
+        language: str | None,
+        split: str,
+        digests: Sequence[dict[str, str]],
+    ) -> list[FeatureStore]:
+        """The feature stores of one pass over a split, one per checkpoint that counts.
+
+        Args:
+            model_name, view, language, split: which; the language of one of the view's masks.
+            digests: (C,) `model_digests` of the checkpoints as they are now.
+
+        Raises:
+            ValueError: a store made with another checkpoint, mask, data or projection than these.
+        """
+        mask = dict(view.masks)[language]
+        return [
+            FeatureStore.open(
+                self.run.features(model_name, view.name, language, one.epoch, split),
+                self._identity(split, mask, of_checkpoint),
+            )
+            for one, of_checkpoint in zip(self.checkpoints(model_name), digests, strict=True)
+        ]
+
     # --- influence --------------------------------------------------------------------------
 
-    def _influence_of_view(self, model_name: str, view: View) -> None:
+    def _influence_of_view(
+        self, model_name: str, view: View, digests: Sequence[dict[str, str]]
+    ) -> None:
         checkpoints = self.checkpoints(model_name)
         train, test = self.table("train"), self.table("test")
         groups = train.column("language").to_pylist()
@@ -325,18 +361,16 @@ class Study:
         tables = InfluenceTables(train, test, predictions)
         for language, _ in view.masks:
             rows = self._rows("test", language)
-            stores = [
+            queries, trains = (
                 [
-                    FeatureStore.open(
-                        self.run.features(model_name, view.name, language, one.epoch, split)
-                    ).read()
-                    for one in checkpoints
+                    store.read().to(self.device)
+                    for store in self.stores(model_name, view, language, split, digests)
                 ]
                 for split in ("test", "train")
-            ]
-            tables.add(rows, self._top(stores[0], stores[1], groups, self.weights(checkpoints)))
+            )
+            tables.add(rows, self._top(queries, trains, groups, self.weights(checkpoints)))
             for place, checkpoint in enumerate(checkpoints):
-                alone = self._top([stores[0][place]], [stores[1][place]], groups, None)
+                alone = self._top([queries[place]], [trains[place]], groups, None)
                 tables.add_epoch(checkpoint.epoch, rows, alone)
         analyze = self.config.analyze
         tables.write(
@@ -355,7 +389,7 @@ class Study:
     ) -> TopInfluences:
         influence = self.config.influence
         normalize = None if influence.normalize == "none" else influence.normalize
-        return top_influences(query, train, influence.k, groups, weights, normalize)
+        return _on_cpu(top_influences(query, train, influence.k, groups, weights, normalize))
 
     def weights(self, checkpoints: list[Checkpoint]) -> list[float] | None:
         """What each checkpoint counts; None: 1 each."""
@@ -403,9 +437,15 @@ class Study:
     def _tables(self) -> dict[str, pa.Table]:
         return {}
 
+    def _data_digest(self, split: str) -> str:
+        """Digest of data/<split>.parquet, read once."""
+        if split not in self._data_digests:
+            self._data_digests[split] = file_sha256(self.run.data(split))
+        return self._data_digests[split]
+
     @cached_property
     def _data_digests(self) -> dict[str, str]:
-        return {split: file_sha256(self.run.data(split)) for split in SPLITS}
+        return {}
 
     @cached_property
     def views(self) -> list[View]:
@@ -433,6 +473,9 @@ class Study:
 
         A checkpoint stands for the steps since the one before it that counts, so its learning rate
         is the mean over the epochs between.
+
+        Raises:
+            ValueError: one of them has no learning rate, and the weights are learning rates.
         """
         last, every = self._epochs(model_name), self.config.collect.every
         chosen = sorted({*range(every, last + 1, every), last})
@@ -440,9 +483,16 @@ class Study:
         all_epochs = load_checkpoints(folder / f"checkpoint-{e}" for e in range(1, last + 1))
         found = []
         for before, epoch in zip([0, *chosen], chosen, strict=False):
-            rates = [one.learning_rate or 0.0 for one in all_epochs[before:epoch]]
-            found.append(replace(all_epochs[epoch - 1], learning_rate=sum(rates) / len(rates)))
+            rate = self._mean_rate(all_epochs[before:epoch])
+            found.append(replace(all_epochs[epoch - 1], learning_rate=rate))
         return found
+
+    def _mean_rate(self, checkpoints: Sequence[Checkpoint]) -> float | None:
+        """None where learning rates do not count."""
+        if self.config.influence.weights == "uniform":
+            return None
+        rates = checkpoint_weights(checkpoints)
+        return sum(rates) / len(rates)
 
     def _epochs(self, model_name: str) -> int:
         sparse = self.config.sparse_finetune if model_name == "sparse" else None
@@ -478,6 +528,28 @@ def checkpoint_weights(checkpoints: Sequence[Checkpoint]) -> list[float]:
             )
         weights.append(checkpoint.learning_rate)
     return weights
+
+
+def model_digests(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What of a checkpoint its features depend on."""
+    return {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
+
+
+def _on_cpu(top: TopInfluences) -> TopInfluences:
+    parts = {field.name: getattr(top, field.name) for field in fields(top)}
+    tensors: dict[str, Any] = {
+        name: part.cpu() for name, part in parts.items() if isinstance(part, torch.Tensor)
+    }
+    return replace(top, **tensors)
+
+
+def _holds_mask(path: Path) -> bool:
+    """False for a file that is not there or broken."""
+    try:
+        HeadMask.load(path)
+    except ValueError:
+        return False
+    return True
 
 
 def _random_like(mask: HeadMask, seed: int, draw: int, place: int) -> HeadMask:

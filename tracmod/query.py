@@ -15,7 +15,7 @@ from tracmod.features import as_examples, masked
 from tracmod.index import InfluenceIndex
 from tracmod.influence import top_influences
 from tracmod.model import encode, load_model, predict, to_device
-from tracmod.pipeline import Study
+from tracmod.pipeline import Study, model_digests
 from tracmod.run_folder import RunFolder
 from tracmod.store import FeatureStore
 
@@ -42,16 +42,17 @@ class Attributor:
             ValueError: no such view or mask, or features not collected.
         """
         self.study = Study(RunFolder(run_dir))
-        self.model, self.view = model, view
+        self.model = model
         if not self.study.run.is_done("collect"):
             raise ValueError(f"{run_dir}: expected collected features; run `tracmod collect`")
-        views = {one.name: dict(one.masks) for one in self.study.views}
+        views = {one.name: one for one in self.study.views}
         if model not in ("full", "sparse") or view not in views:
             raise ValueError(
                 f"{run_dir}: expected model full or sparse and a view of {', '.join(views)}, "
                 f"got {model} and {view}"
             )
-        masks = views[view]
+        self.view = views[view]
+        masks = dict(self.view.masks)
         self.mask_language = None if None in masks else mask
         if self.mask_language not in masks:
             raise ValueError(
@@ -63,7 +64,7 @@ class Attributor:
     @property
     def index_path(self) -> Path:
         """Where this model and view's FAISS index lies."""
-        folder = self.study.run.path / "index" / self.model / self.view
+        folder = self.study.run.path / "index" / self.model / self.view.name
         return folder if self.mask_language is None else folder / self.mask_language
 
     def build_index(self, kind: str) -> InfluenceIndex:
@@ -134,12 +135,11 @@ class Attributor:
         return self.study.weights(self.study.checkpoints(self.model))
 
     def _stores(self, split: str) -> list[FeatureStore]:
-        return [
-            FeatureStore.open(
-                self.study.run.features(self.model, self.view, self.mask_language, c.epoch, split)
-            )
-            for c in self.study.checkpoints(self.model)
-        ]
+        return self.study.stores(self.model, self.view, self.mask_language, split, self._digests)
+
+    @cached_property
+    def _digests(self) -> list[dict[str, str]]:
+        return [model_digests(model, tokenizer) for model, tokenizer in self._models]
 
     @cached_property
     def _models(self) -> list[Any]:
@@ -165,9 +165,10 @@ class Attributor:
             index = self._index
             sides = [index.search(features, k, opponents=side) for side in (False, True)]
             return [self._rows(one.indices[0], one.scores[0]) for one in sides]
+        device = self.study.device
         top = top_influences(
-            features,
-            [store.read() for store in self.train_stores],
+            [one.to(device) for one in features],
+            [store.read().to(device) for store in self.train_stores],
             k,
             weights=self.weights,
             normalize=self._normalize,

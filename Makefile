@@ -20,11 +20,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 demo: install
 	$(BIN)/tracmod run demo --out $(DEMO)
 
+# One process per core, each with one thread; a file's tests stay together and share what they set up.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 bench: install
 	$(BIN)/tracmod bench

@@ -81,10 +81,10 @@ _RUN_OPTIONS = [
     ),
     click.option(
         "--engine",
-        type=click.Choice(["local"]),
+        type=click.Choice(["local", "ray"]),
         default="local",
         show_default=True,
-        help="Where work runs: this process.",
+        help="Where work runs: in this process; ray is not in this version.",
     ),
 ]
 _VIEW_OPTIONS = [
@@ -120,6 +120,7 @@ def run(config: str, out: Path, overrides: tuple[str, ...], engine: str) -> None
     from tracmod.config import load_config
     from tracmod.run_folder import STAGES, RunFolder
 
+    _check_engine(engine)
     folder = RunFolder(out, load_config(config, overrides))
     _do(folder, STAGES)
     report = out / "report" / "index.html"
@@ -137,6 +138,7 @@ def _stage(stage: str, does: str, example: str = "") -> None:
         from tracmod.config import load_config, override_config
         from tracmod.run_folder import RunFolder
 
+        _check_engine(engine)
         if config is not None:
             folder = RunFolder(run_dir, load_config(config, overrides))
         else:
@@ -145,9 +147,18 @@ def _stage(stage: str, does: str, example: str = "") -> None:
         _do(folder, ["data", stage] if stage == "finetune" else [stage], again=stage)
 
 
+def _check_engine(engine: str) -> None:
+    if engine == "ray":
+        raise ValueError("--engine ray: the Ray engine is not in this version; local is")
+
+
 def _do(folder: RunFolder, stages: Any, again: str | None = None) -> None:
+    from tracmod.model import resolve_device
     from tracmod.pipeline import run_stages
 
+    to_do = [stage for stage in stages if stage == again or not folder.is_done(stage)]
+    if not {"data", "analyze", "report"}.issuperset(to_do):  # the others compute with the model
+        resolve_device(folder.config.device)
     with folder.locked():
         run_stages(folder, stages, again)
 
@@ -171,13 +182,15 @@ _stage("report", "Write report/index.html.")
     "checkpoints",
     multiple=True,
     type=EXISTING,
-    help="Folder saved during training; repeatable. None: the model itself, with weight 1.",
+    help="Folder saved during training; repeatable, in order. None: the model, with weight 1.",
 )
 @click.option("--train", required=True, type=EXISTING, help="Training examples.")
 @click.option("--query", required=True, type=EXISTING, help="Examples to explain.")
 @click.option("--out", required=True, type=FOLDER, help="Folder for the results.")
 @click.option("-k", default=100, show_default=True, help="Proponents and opponents per query.")
-@click.option("--exact", is_flag=True, help="Whole gradients, no projection.")
+@click.option(
+    "--exact", is_flag=True, help="Whole gradients, no projection; exact/, not features/."
+)
 @click.option("--projection-dim", default=4096, show_default=True, help="Numbers per example.")
 @click.option(
     "--normalize",
@@ -203,8 +216,8 @@ def attribute(normalize: str, **options: Any) -> None:
 
     Example files (.tsv, .csv, .jsonl, .parquet; .gz too) have the columns id, language, text_a,
     text_b (may be absent), label and group (may be absent). Written to --out: top.parquet,
-    languages.parquet, examples.parquet, run.json and features/. Positive scores: the training
-    example lowered the query's loss.
+    languages.parquet, examples.parquet, run.json and features/ (with --exact, each checkpoint's
+    scores in exact/). Positive scores: the training example lowered the query's loss.
 
     \b
     Example:
@@ -225,7 +238,13 @@ def attribute(normalize: str, **options: Any) -> None:
     "--parameters", type=PARAMETERS, default="all", show_default=True, help="Which to compare."
 )
 @click.option("--head-mask", type=EXISTING, help="JSON of a mask to check under.")
-@click.option("--examples", default=8, show_default=True, help="How many of the file's first.")
+@click.option(
+    "--examples",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="How many of the file's first.",
+)
 @click.option("--max-length", default=128, show_default=True, help="Tokens per example.")
 def check(
     model: str, data: Path, parameters: str, head_mask: Path | None, examples: int, max_length: int
@@ -389,5 +408,6 @@ def bench(device: str, dtype: str, json_path: Path | None) -> None:
       tracmod bench --json bench.json
     """
     from tracmod.bench.bench_kernels import run_bench
+    from tracmod.model import resolve_device
 
-    run_bench(device, dtype, json_path)
+    run_bench(resolve_device(device), dtype, json_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import click
@@ -170,6 +171,182 @@ def test_bad_files_and_arguments_are_one_sentence_and_code_2(model_dir, files, t
     )  # fmt: skip
 
 
+def attribute_command(model_dir, files, out, *more):
+    return ["attribute", "--model", model_dir, "--train", files[0], "--query", files[1],
+            "--out", out, "--projection-dim", 256, *more]  # fmt: skip
+
+
+def trainer_checkpoint(model_dir, path, step, epoch):
+    shutil.copytree(model_dir, path)
+    state = {"global_step": step, "epoch": epoch,
+             "log_history": [{"step": step, "learning_rate": 0.1}]}  # fmt: skip
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    return path
+
+
+def test_checkpoints_saved_by_steps_are_taken_in_their_order(model_dir, files, tmp_path):
+    given = []
+    for step, epoch in ((5, 0.5), (10, 1.0), (15, 1.5)):
+        path = trainer_checkpoint(model_dir, tmp_path / f"checkpoint-{step}", step, epoch)
+        given += ["--checkpoint", path]
+    out = tmp_path / "out"
+    invoke(*attribute_command(model_dir, files, out, *given))
+    assert {path.name for path in (out / "features").iterdir()} == {
+        "checkpoint-1", "checkpoint-2", "checkpoint-3",
+    }  # fmt: skip
+
+
+def test_long_texts_are_cut_where_the_tokenizer_states_no_limit(model_dir, files, tmp_path):
+    folder = tmp_path / "unlimited"
+    shutil.copytree(model_dir, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("model_max_length")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    text = " ".join(TEXTS * 30)
+    row = f"a\ten\t{text}\tyes"
+    files[0].write_text(f"id\tlanguage\ttext_a\tlabel\n{row}\n")
+    invoke(*attribute_command(folder, files, tmp_path / "out"))
+    assert "max_length 200 is more than the model takes (70)" in invoke(
+        *attribute_command(folder, files, tmp_path / "other", "--max-length", 200), code=2
+    )
+    assert "WRONG" not in invoke("check", "--model", folder, "--data", files[0])
+
+
+def test_lengths_and_counts_that_leave_nothing_are_refused(model_dir, files, tmp_path):
+    for length in (0, 1):
+        assert "special tokens" in invoke(
+            *attribute_command(model_dir, files, tmp_path / "out", "--max-length", length), code=2
+        )
+    check = ["check", "--model", model_dir, "--data", files[0]]
+    assert "special tokens" in invoke(*check, "--max-length", 0, code=2)
+    assert "--examples" in invoke(*check, "--examples", 0, code=2)
+    assert "batch_tokens: expected at least 1" in invoke(
+        *attribute_command(model_dir, files, tmp_path / "out", "--batch-tokens", 0), code=2
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_work(model_dir, files, tmp_path):
+    out = tmp_path / "out"
+    for device in ("foo", "cuda:99"):
+        command = attribute_command(model_dir, files, out, "--device", device)
+        assert f"got {device}" in invoke(*command, code=2)
+        run = ["run", "demo", "--out", out, "--set", f"device={device}"]
+        assert f"got {device}" in invoke(*run, code=2)
+        assert f"got {device}" in invoke("bench", "--device", device, code=2)
+    assert not out.exists()
+
+
+def test_checkpoints_are_checked_before_the_long_part(model_dir, files, tmp_path):
+    def refused(**changes):
+        path = tmp_path / "checkpoint"
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(model_dir, path)
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | changes))
+        if not changes:
+            (path / "model.safetensors").unlink()
+        given = ("--checkpoint", model_dir, "--checkpoint", path)
+        out = tmp_path / "out"
+        output = invoke(*attribute_command(model_dir, files, out, *given), code=2)
+        assert not out.exists()
+        return output
+
+    assert "checkpoint: no weights in the folder" in refused()
+    assert "expected the model's classes, no, maybe, yes, got" in refused(
+        id2label={"0": "yes", "1": "maybe", "2": "no"}
+    )
+    assert "expected the model's num_hidden_layers, 2, got 3" in refused(num_hidden_layers=3)
+    assert "expected the model's num_attention_heads, 3, got 4" in refused(num_attention_heads=4)
+
+
+def test_out_in_the_way_or_not_writable(model_dir, files, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file/below/it"):
+        assert "file" in invoke(*attribute_command(model_dir, files, out), code=2)
+    read_only = lambda _, mode: not mode & os.W_OK  # noqa: E731
+    monkeypatch.setattr("tracmod.attribute.os.access", read_only)  # root may write anywhere
+    out = tmp_path / "out"
+    assert "cannot be written" in invoke(*attribute_command(model_dir, files, out), code=1)
+
+
+def test_exact_and_projected_do_not_share_a_folder(model_dir, files, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    invoke(*attribute_command(model_dir, files, one))
+    output = invoke(*attribute_command(model_dir, files, one, "--exact"), code=2)
+    assert "holds features/ of an attribution without --exact" in output
+    invoke(*attribute_command(model_dir, files, two, "--exact"))
+    output = invoke(*attribute_command(model_dir, files, two), code=2)
+    assert "holds exact/ of an attribution with --exact" in output
+    assert "sound" in invoke("verify", one)
+    assert "sound" in invoke("verify", two)
+
+
+def test_exact_keeps_finished_checkpoints_when_stopped(model_dir, files, tmp_path, monkeypatch):
+    import tracmod.attribute as module
+
+    given = []
+    for step in (5, 10):
+        path = trainer_checkpoint(model_dir, tmp_path / f"checkpoint-{step}", step, step / 10)
+        given += ["--checkpoint", path]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    invoke(*attribute_command(model_dir, files, whole, "--exact", *given))
+    real, calls = module.exact_influence, []
+
+    def stopped_at_the_second(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, "exact_influence", stopped_at_the_second)
+    command = attribute_command(model_dir, files, out, "--exact", *given)
+    invoke(*command, code=130)
+    invoke(*command)
+    assert len(calls) == 3
+    invoke(*command)
+    assert len(calls) == 3
+    for name in ("top.parquet", "languages.parquet", "exact/checkpoint-2.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    output = invoke(*command, "--normalize", "none", code=2)
+    assert 'normalize: expected null, got "cosine"' in output
+    path = out / "exact/checkpoint-1.safetensors"
+    right = path.read_bytes()
+    path.write_bytes(right[:-3] + bytes([right[-3] ^ 1]) + right[-2:])
+    assert "checkpoint-1.safetensors is damaged" in invoke(*command, code=2)
+
+
+def test_predictions_of_a_model_with_one_output_are_its_rounded_output(model_dir, files, tmp_path):
+    _, tokenizer = load_model(model_dir)
+    model = tiny_encoder("xlmr", vocab_size=len(tokenizer), num_labels=1)
+    with torch.no_grad():
+        model.classifier.out_proj.bias.fill_(3.0)
+        model.classifier.out_proj.weight.mul_(0.01)
+    folder = tmp_path / "one-output"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    files = [write_examples(path, 6, labels=("1", "5", "3")) for path in files]
+    invoke(*attribute_command(folder, files, tmp_path / "out"))
+    examples = pq.read_table(tmp_path / "out/examples.parquet")
+    assert set(examples.column("test_prediction").to_pylist()) == {3}
+
+
+def test_the_ray_engine_is_refused_in_words(tmp_path):
+    for command in (["run", "demo", "--out", tmp_path / "run"], ["prune", tmp_path / "run"]):
+        assert "the Ray engine is not in this version" in invoke(
+            *command, "--engine", "ray", code=2
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_mask_that_is_a_bare_list_is_named(model_dir, files, tmp_path):
+    path = tmp_path / "mask.json"
+    path.write_text("[[1, 1, 1], [1, 1, 1]]")
+    assert "expected num_layers, num_heads and mask: got a bare list" in invoke(
+        *attribute_command(model_dir, files, tmp_path / "out", "--head-mask", path), code=2
+    )
+
+
 def bare_model(model_dir, tmp_path):
     folder = tmp_path / "bare"
     shutil.copytree(model_dir, folder)
@@ -226,6 +403,8 @@ def test_a_bad_config_says_where(tmp_path, config, message):
 def test_unknown_config_and_override():
     assert "no embedded configuration" in invoke("run", "nowhere", "--out", "x", code=2)
     assert "expected key=value" in invoke("run", "demo", "--out", "x", "--set", "k", code=2)
+    bad = ["run", "demo", "--out", "x", "--set", "task.languages=[en"]
+    assert "--set task.languages=[en: [en is not valid YAML" in invoke(*bad, code=2)
 
 
 def test_stages_queries_and_verify_on_a_run_folder(tmp_path):

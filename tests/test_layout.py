@@ -15,7 +15,7 @@ LAYERS = [
     {"kernels", "config", "durable", "__init__"},
     {"tasks", "model", "tokenizer"},
     {"heads", "optimizer", "training_folder", "train", "capture", "store", "engine"},
-    {"features", "influence", "index"},
+    {"features", "influence", "index", "exact_scores"},
     {"analysis", "report", "validation"},
     {"run_folder", "tables", "attribute", "query", "pipeline"},
     {"cli"},

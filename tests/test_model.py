@@ -24,11 +24,14 @@ from tracmod.model import (
     embeddings_module,
     encode,
     load_checkpoints,
+    load_classifier,
     load_model,
+    max_tokens,
     model_digest,
     per_example_loss,
     plan_batches,
     predict,
+    resolve_device,
     tokenizer_digest,
 )
 from tracmod.tokenizer import read_sentencepiece, train_tokenizer
@@ -274,6 +277,61 @@ def test_another_number_of_classes_is_refused(saved):
         load_model(saved, ["yes", "no"])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_longest_input_is_what_the_positions_allow(family, tokenizer):
+    model = tiny_model(family)
+    tokenizer = tiny_tokenizer(10**9)
+    longest = max_tokens(model, tokenizer)
+    assert longest < model.config.max_position_embeddings + 1
+    example = {"attention_mask": [1] * longest, "input_ids": [5] * longest, "labels": 0}
+    assert predict(model, [example]).isfinite().all()
+    longer = {name: [1] * (longest + 1) for name in ("attention_mask", "input_ids")}
+    longer["input_ids"] = [5] * (longest + 1)
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        predict(model, [{**longer, "labels": 0}])
+    tokenizer.model_max_length = 7
+    assert max_tokens(model, tokenizer) == 7
+
+
+def test_a_loaded_tokenizer_knows_the_models_positions(saved, tokenizer):
+    unlimited = tiny_tokenizer(10**9)
+    unlimited.save_pretrained(saved)
+    _, loaded = load_model(saved)
+    assert loaded.model_max_length == 32
+    with pytest.raises(ValueError, match="max_length 33 is more"):
+        encode(loaded, table([("a", "the cat", None, 0)]), 33)
+
+
+def test_a_name_that_is_nowhere_is_refused_at_once(monkeypatch):
+    def no_network(url):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("tracmod.model.get_hf_file_metadata", no_network)
+    monkeypatch.setattr("tracmod.model.AutoConfig", None)  # which would go on trying
+    with pytest.raises(ValueError, match=r"model nosuch: no such folder, .* Hub: Name or service"):
+        load_model("nosuch")
+
+
+@pytest.mark.parametrize("name", ["foo", "mps", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(ValueError, match=rf"device: .*got {name}"):
+        resolve_device(name)
+
+
+def test_devices(monkeypatch):
+    assert resolve_device("cpu") == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [resolve_device(text) for text in (None, "auto", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    with pytest.raises(ValueError, match="torch finds 2 GPUs"):
+        resolve_device("cuda:2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert resolve_device(None) == resolve_device("auto") == "cpu"
+    with pytest.raises(ValueError, match="torch finds no GPUs"):
+        resolve_device("cuda")
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(saved):
     larger, _ = load_model(saved)
     larger.resize_token_embeddings(20)
@@ -335,6 +393,23 @@ def test_checkpoints_without_a_word_and_bad_ones(tmp_path):
         load_checkpoints([folder(tmp_path / "half", "tracmod.json", {"epoch": 1})])
 
 
+@pytest.mark.parametrize(
+    ("name", "tree", "says"),
+    [
+        ("tracmod.json", {"epoch": 1, "step": 2, "learning_rate": "high"}, "learning_rate"),
+        ("tracmod.json", {"epoch": [], "step": 2, "learning_rate": 0.1}, "epoch"),
+        ("tracmod.json", {"epoch": 1, "step": 2, "learning_rate": float("nan")}, "learning_rate"),
+        ("trainer_state.json", {"log_history": [{"learning_rate": 0.1}]}, "step"),
+        ("trainer_state.json", {"log_history": [{"step": 1, "learning_rate": {}}]}, "learning"),
+        ("trainer_state.json", {"log_history": [3]}, "log_history"),
+        ("trainer_state.json", {"log_history": None}, "log_history"),
+    ],
+)  # fmt: skip
+def test_bad_records_of_training_are_named(tmp_path, name, tree, says):
+    with pytest.raises(ValueError, match=rf"{name}: expected {says}.* to be a"):
+        load_checkpoints([folder(tmp_path / "bad", name, tree)])
+
+
 # --- parts ----------------------------------------------------------------------------------
 
 
@@ -387,6 +462,10 @@ def test_encode_names_what_does_not_fit(tokenizer):
     with pytest.raises(ValueError, match="max_length 64 is more"):
         encode(tokenizer, table(rows), 64)
     assert len(encode(tokenizer, table(rows), 12, num_labels=1)) == 2
+    for too_short in (-1, 0, 1, 4):
+        with pytest.raises(ValueError, match="more than the 4 special tokens"):
+            encode(tokenizer, table(rows), too_short)
+    assert len(encode(tokenizer, table([("a", "the cat", "el gato", 0)]), 5)[0]["input_ids"]) == 5
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 200])
@@ -456,7 +535,7 @@ def test_accuracy():
 # --- identity -------------------------------------------------------------------------------
 
 
-def test_model_digest_sees_every_bit_and_only_the_weights(tmp_path):
+def test_model_digest_sees_every_bit_of_the_weights():
     model = tiny_model("bert", dtype=torch.float32)
     before = model_digest(model)
     assert model_digest(model.train()) == before
@@ -471,3 +550,31 @@ def test_model_digest_sees_every_bit_and_only_the_weights(tmp_path):
         module.register_buffer(name, tensor)
     module.register_buffer("scalar", torch.tensor(3))
     assert len(model_digest(module)) == 64
+
+
+def test_model_digest_sees_the_config():
+    few, many = tiny_model("bert", hidden=24, heads=3), tiny_model("bert", hidden=24, heads=4)
+    many.load_state_dict(few.state_dict())
+    assert model_digest(few) != model_digest(many)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_digest_outlives_saving_and_use(family, tmp_path):
+    model = tiny_model(family, dtype=torch.float32)
+    model.config.id2label = {label: f"class {label}" for label in range(3)}
+    before = model_digest(model)
+    model(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([1]))  # notes a problem_type
+    assert model_digest(model) == before
+    model.save_pretrained(tmp_path / "once")
+    loaded = load_classifier(tmp_path / "once")
+    assert model_digest(loaded) == before
+    loaded.save_pretrained(tmp_path / "twice")
+    assert model_digest(load_classifier(tmp_path / "twice")) == before
+
+
+def test_model_digest_of_eleven_classes_outlives_saving(tokenizer, tmp_path):
+    """In a file the labels are strings, and as strings 10 comes before 2."""
+    names = [f"class {label}" for label in range(11)]
+    model = create_model(tokenizer, names, layers=1, hidden=16, heads=2)
+    model.save_pretrained(tmp_path)
+    assert model_digest(load_classifier(tmp_path)) == model_digest(model)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.capture import frozen
 from tracmod.durable import file_sha256, write_checksums, write_json
+from tracmod.exact_scores import read_scores, write_scores
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
 from tracmod.heads import HeadMask
 from tracmod.influence import TopInfluences, exact_influence, top_influences, top_of_scores
 from tracmod.model import (
     Checkpoint,
+    check_checkpoint,
     class_names,
     encode,
     load_checkpoints,
@@ -26,13 +31,14 @@ from tracmod.model import (
     load_model,
     model_digest,
     predict,
+    resolve_device,
     to_device,
     tokenizer_digest,
 )
 from tracmod.run_folder import versions
 from tracmod.store import FeatureStore
 from tracmod.tables import InfluenceTables
-from tracmod.tasks.files import read_model_examples
+from tracmod.tasks.files import read_model_files
 
 SPLITS = ("train", "query")
 
@@ -45,7 +51,8 @@ class Attribution:
         model: transformers folder with its tokenizer, or a Hub name.
         train, query: example files (`id, language, text_a, text_b, label, group`).
         out: folder for the results.
-        checkpoints: folders saved during training; none: the model itself, with weight 1.
+        checkpoints: folders saved during training, in their order; none: the model itself, with
+            weight 1.
         k: proponents and opponents kept per query; lowered to the number of training examples.
         exact: whole gradients instead of projected features.
         projection_dim: numbers per feature row.
@@ -55,7 +62,7 @@ class Attribution:
         seed: of the projection and of the bootstrap.
         max_length: tokens; None for what the model takes, at most 512.
         batch_tokens: bound on the tokens of a batch.
-        device: cpu, cuda, ...; None: a GPU if there is one.
+        device: cpu, cuda, ...; None or "auto": a GPU if there is one.
     """
 
     model: str
@@ -76,14 +83,19 @@ class Attribution:
 
 
 def attribute(asked: Attribution) -> None:
-    """Write top.parquet, languages.parquet, run.json and (unless exact) features/ into `out`.
+    """Write top, languages and examples.parquet, run.json and features/ or exact/ into `out`.
 
-    Started again with the same arguments it goes on where it was: whole shards are not made twice.
+    Started again with the same arguments it goes on where it was: neither whole shards of features
+    nor a checkpoint's exact scores are made twice.
+
+    `test_prediction` in examples.parquet is the last checkpoint's; of a model with one output, its
+    output rounded to a whole number.
 
     Raises:
-        ValueError: bad files, labels outside the model's range, a mask of another shape,
-            checkpoints some of which have a learning rate and some not, or features in `out` that
-            were made with other arguments.
+        ValueError: bad files, labels outside the model's range, a mask of another shape, a device
+            that is not there, checkpoints of another model or some with a learning rate and some
+            without, or an `out` that holds what was made with other arguments.
+        OSError: `out` cannot be written.
     """
     started = time.perf_counter()
     work = _Work(asked)
@@ -100,9 +112,11 @@ class _Work:
 
     def __init__(self, asked: Attribution) -> None:
         self.asked = asked
-        if asked.k < 1:
-            raise ValueError(f"k: expected at least 1, got {asked.k}")
-        self.device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        for name, value in (("k", asked.k), ("batch_tokens", asked.batch_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.device = resolve_device(asked.device)
+        _check_out(asked.out, asked.exact)
         self.projection = Projection(asked.projection_dim, seed=asked.seed)
         self.mask = None if asked.head_mask is None else HeadMask.load(asked.head_mask)
         self.checkpoints = _checkpoints(asked)
@@ -110,13 +124,14 @@ class _Work:
         model, tokenizer = load_model(asked.model)
         with masked(model, self.mask):  # a mask of another shape is refused here
             pass
+        for path in asked.checkpoints:
+            check_checkpoint(path, model.config)
         self.tokenizer_digest = tokenizer_digest(tokenizer)
         self.label_names = class_names(model)
-        self.max_length = asked.max_length or min(512, tokenizer.model_max_length)
-        self.tables = {
-            "train": read_model_examples(asked.train, self.label_names),
-            "query": read_model_examples(asked.query, self.label_names),
-        }
+        longest = min(512, tokenizer.model_max_length)
+        self.max_length = longest if asked.max_length is None else asked.max_length
+        files = [getattr(asked, split) for split in SPLITS]
+        self.tables = dict(zip(SPLITS, read_model_files(files, self.label_names), strict=True))
         self.examples = {split: self._encode(tokenizer, split) for split in SPLITS}
 
     @property
@@ -129,20 +144,11 @@ class _Work:
         return self.tables["train"].column("language").to_pylist()
 
     def exact(self) -> TopInfluences:
-        """Influence from whole gradients."""
+        """Influence from whole gradients; every checkpoint's scores stay in `out`/exact."""
         scores_QN = torch.zeros(len(self.examples["query"]), len(self.examples["train"]))
         with self._bar(len(self.examples["train"])) as bar:
             for checkpoint, weight in zip(self.checkpoints, self.weights, strict=True):
-                scores_QN += weight * exact_influence(
-                    self._load(checkpoint),
-                    self.examples["train"],
-                    self.examples["query"],
-                    self.asked.parameters,
-                    self.mask,
-                    self.normalize,
-                    self.asked.batch_tokens,
-                    advance=bar.update,
-                ).cpu()  # fmt: skip
+                scores_QN += weight * self._exact_scores(checkpoint, bar.update)
         return top_of_scores(scores_QN, self.asked.k, self.languages)
 
     def projected(self) -> TopInfluences:
@@ -163,7 +169,10 @@ class _Work:
         """The last checkpoint's predicted label of every query, under the mask."""
         model = self._load(self.checkpoints[-1])
         with masked(model, self.mask):
-            return predict(model, self.examples["query"]).argmax(dim=1).tolist()
+            logits_QC = predict(model, self.examples["query"], batch_tokens=self.asked.batch_tokens)
+        if logits_QC.shape[1] == 1:
+            return logits_QC[:, 0].round().long().tolist()
+        return logits_QC.argmax(dim=1).tolist()
 
     def record(self, seconds: float) -> dict[str, Any]:
         """run.json."""
@@ -180,11 +189,41 @@ class _Work:
             "seconds": round(seconds, 3),
         }
 
+    def _exact_scores(self, checkpoint: Checkpoint, advance: Callable[[int], Any]) -> Tensor:
+        """(Q, N) scores of one checkpoint, unweighted: read where they are there, else made."""
+        file = self.asked.out / "exact" / f"checkpoint-{checkpoint.epoch}.safetensors"
+        model = self._load(checkpoint)
+        identity = {
+            "parameters": self.asked.parameters,
+            "head_mask": None if self.mask is None else self.mask.digest(),
+            "normalize": self.normalize,
+            **{split: self._data_digest(split) for split in SPLITS},
+            **self._digests(model),
+        }
+        scores_QN = read_scores(file, identity)
+        if scores_QN is not None:
+            advance(scores_QN.shape[1])
+            return scores_QN
+        scores_QN = exact_influence(
+            model,
+            self.examples["train"],
+            self.examples["query"],
+            self.asked.parameters,
+            self.mask,
+            self.normalize,
+            self.asked.batch_tokens,
+            advance=advance,
+        ).cpu()
+        write_scores(file, scores_QN, identity)
+        return scores_QN
+
     def _collect(
         self, checkpoint: Checkpoint, advance: Callable[[int], Any]
     ) -> dict[str, FeatureStore]:
         model = self._load(checkpoint)
-        identity = self._identity(model_digest(model))
+        identity = feature_identity(
+            self.projection, self.asked.parameters, self.mask, "float32", **self._digests(model)
+        )
         stores = {}
         with frozen(model), masked(model, self.mask):
             collector = Collector(
@@ -192,37 +231,29 @@ class _Work:
             )
             for split in SPLITS:
                 folder = self.asked.out / "features" / f"checkpoint-{checkpoint.epoch}" / split
-                data = file_sha256(getattr(self.asked, split))
                 with FeatureStore.create(
                     folder,
                     ids=self.tables[split].column("id").to_pylist(),
                     dim=self.projection.dim,
-                    identity=identity | {"data": data},
+                    identity=identity | {"data": self._data_digest(split)},
                 ) as store:
                     collect_to_store(collector, self.examples[split], store, advance)
                 stores[split] = store
         return stores
 
-    def _identity(self, digest: str) -> dict[str, Any]:
-        return feature_identity(
-            self.projection,
-            self.asked.parameters,
-            self.mask,
-            "float32",
-            model=digest,
-            tokenizer=self.tokenizer_digest,
-            max_length=str(self.max_length),
-            batch_tokens=str(self.asked.batch_tokens),
-        )
+    def _data_digest(self, split: str) -> str:
+        return file_sha256(getattr(self.asked, split))
+
+    def _digests(self, model: PreTrainedModel) -> dict[str, str]:
+        return {
+            "model": model_digest(model),
+            "tokenizer": self.tokenizer_digest,
+            "max_length": str(self.max_length),
+            "batch_tokens": str(self.asked.batch_tokens),
+        }
 
     def _load(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        model = load_classifier(checkpoint.path)
-        if class_names(model) != self.label_names:
-            raise ValueError(
-                f"{checkpoint.path}: expected the classes of {self.asked.model}, "
-                f"{', '.join(self.label_names)}, got {', '.join(class_names(model))}"
-            )
-        return to_device(model, self.device)
+        return to_device(load_classifier(checkpoint.path), self.device)
 
     def _encode(self, tokenizer: PreTrainedTokenizerBase, split: str) -> list[dict[str, Any]]:
         num_labels = len(self.label_names)
@@ -233,14 +264,27 @@ class _Work:
         return tqdm(total=total, desc="attribute", unit="example", disable=None)
 
 
+def _check_out(out: Path, exact: bool) -> None:
+    """Refuse a folder that cannot be written or holds results of the other kind; makes nothing."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"out {out}: expected a folder, {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "cannot be written", str(there))
+    other, way = ("features", "without") if exact else ("exact", "with")
+    if (out / other).exists():
+        raise ValueError(
+            f"out {out}: holds {other}/ of an attribution {way} --exact; take another folder or "
+            f"remove this one"
+        )
+
+
 def _checkpoints(asked: Attribution) -> list[Checkpoint]:
+    """In the order given, `epoch` the place: a Trainer saves at fractions of epochs too."""
     if not asked.checkpoints:
         return [Checkpoint(Path(asked.model), epoch=1, step=0, learning_rate=1.0)]
-    checkpoints = load_checkpoints(asked.checkpoints)
-    epochs = [checkpoint.epoch for checkpoint in checkpoints]
-    if len(set(epochs)) < len(epochs):
-        raise ValueError(f"--checkpoint: expected distinct epochs, got {epochs}")
-    return checkpoints
+    loaded = load_checkpoints(asked.checkpoints)
+    return [replace(checkpoint, epoch=place) for place, checkpoint in enumerate(loaded, 1)]
 
 
 def _weights(checkpoints: Sequence[Checkpoint]) -> list[float]:

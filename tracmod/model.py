@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -36,6 +39,17 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
 )
+_WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
+# What a config says beside the model it describes: where it was loaded from, by which version, in
+# which dtype (the weights say that), and which loss transformers would take.
+_CONFIG_NOISE = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "problem_type",
+    "torch_dtype",
+    "transformers_version",
+}
 
 
 @dataclass(frozen=True)
@@ -138,7 +152,8 @@ def load_model(
         seed: of the new classifier's weights.
 
     Returns:
-        The model (float32, eval mode, CPU) and the tokenizer.
+        The model (float32, eval mode, CPU) and the tokenizer, whose `model_max_length` is the
+        `max_tokens` of the two.
 
     Raises:
         ValueError: no such folder or Hub name, no tokenizer, no (or another) classifier, or an
@@ -160,6 +175,7 @@ def load_model(
         raise ValueError(
             f"model {name}: its tokenizer has {len(tokenizer)} ids, its embeddings only {rows} rows"
         )
+    tokenizer.model_max_length = max_tokens(model, tokenizer)
     return model, tokenizer
 
 
@@ -174,6 +190,64 @@ def load_classifier(
     _check_weights(name, model, info, label_names)
     attention_layers(model)
     return model.float().eval()
+
+
+def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest input that both take: the tokenizer's limit, if it states one, and the positions.
+
+    RoBERTa and XLM-R count positions from the padding id + 1 on, and so take that many fewer.
+    """
+    positions: Any = getattr(embeddings_module(model), "position_embeddings", None)
+    if positions is None:
+        return int(tokenizer.model_max_length)
+    unused = 0 if positions.padding_idx is None else positions.padding_idx + 1
+    return min(int(tokenizer.model_max_length), positions.num_embeddings - unused)
+
+
+def check_checkpoint(path: Path, config: Any) -> None:
+    """Refuse a checkpoint that is not of the model with this config, without reading its weights.
+
+    Raises:
+        ValueError: no config or weights in the folder, other classes, or another shape.
+    """
+    _check_source(path)
+    if not any((path / file).is_file() for file in _WEIGHTS_FILES):
+        raise ValueError(f"{path}: no weights in the folder, expected {_WEIGHTS_FILES[0]}")
+    try:
+        own = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: its config cannot be read: {_first_line(error)}") from None
+    expected, got = _names_in_order(config), _names_in_order(own)
+    if got != expected:
+        raise ValueError(
+            f"{path}: expected the model's classes, {', '.join(expected)}, got {', '.join(got)}"
+        )
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        if getattr(own, name) != getattr(config, name):
+            raise ValueError(
+                f"{path}: expected the model's {name}, {getattr(config, name)}, "
+                f"got {getattr(own, name)}"
+            )
+
+
+def resolve_device(text: str | None) -> str:
+    """The device to compute on; None or "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: not a name of a CPU or GPU, or that GPU is not there.
+    """
+    if text is None or text == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda, cuda:1, ..., got {text}")
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"device: got {text}, but torch finds {gpus or 'no'} GPUs here")
+    return text
 
 
 def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
@@ -198,6 +272,21 @@ def _check_source(source: str | Path) -> None:
             raise ValueError(f"model {name}: expected a transformers folder, found no config.json")
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"model {name}: no such folder")
+    else:
+        _check_hub(name)
+
+
+def _check_hub(name: str) -> None:
+    """Ask the Hub for the model once: transformers goes on asking for 20 s without a network."""
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except HfHubHTTPError:
+        pass  # the Hub has answered: transformers says in better words what is wrong
+    except Exception as error:  # huggingface_hub's own, or any of its HTTP library
+        raise ValueError(
+            f"model {name}: no such folder, and it cannot be had from the Hub: {_first_line(error)}"
+        ) from None
 
 
 def _label_config(label_names: Sequence[str]) -> dict[str, Any]:
@@ -302,7 +391,7 @@ def _first_line(error: Exception) -> str:
 
 
 def load_checkpoints(paths: Iterable[str | Path]) -> list[Checkpoint]:
-    """Read epoch, step and learning rate of checkpoint folders, in the order given.
+    """Read epoch (rounded), step and learning rate of checkpoint folders, in the order given.
 
     They come from `tracmod.json`; else from `trainer_state.json`, where the learning rate is the
     mean of those logged in the steps after the nearest earlier checkpoint given, or, if none was
@@ -331,21 +420,46 @@ def _training_state(folder: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {folder}: no such folder")
     ours, theirs = folder / "tracmod.json", folder / "trainer_state.json"
     if ours.is_file():
-        tree = _read_json(ours)
-        if not {"epoch", "step", "learning_rate"} <= tree.keys():
-            raise ValueError(f"{ours}: expected epoch, step and learning_rate, got {sorted(tree)}")
-        return {**tree, "log": []}
+        return _our_state(ours)
     if theirs.is_file():
-        tree = _read_json(theirs)
-        epoch = round(float(tree.get("epoch") or 0))
-        log = [row for row in tree.get("log_history", []) if "learning_rate" in row]
-        return {
-            "epoch": epoch,
-            "step": int(tree.get("global_step", 0)),
-            "learning_rate": None,
-            "log": [(int(row["step"]), float(row["learning_rate"])) for row in log],
-        }
+        return _trainer_state(theirs)
     return {"epoch": 0, "step": 0, "learning_rate": None, "log": []}
+
+
+def _our_state(file: Path) -> dict[str, Any]:
+    tree = _read_json(file)
+    if not {"epoch", "step", "learning_rate"} <= tree.keys():
+        raise ValueError(f"{file}: expected epoch, step and learning_rate, got {sorted(tree)}")
+    rate = tree["learning_rate"]
+    return {
+        "epoch": int(_number(file, tree, "epoch")),
+        "step": int(_number(file, tree, "step")),
+        "learning_rate": None if rate is None else _number(file, tree, "learning_rate"),
+        "log": [],
+    }
+
+
+def _trainer_state(file: Path) -> dict[str, Any]:
+    tree = {"epoch": 0, "global_step": 0, "log_history": []} | _read_json(file)
+    log = tree["log_history"]
+    if not isinstance(log, list) or not all(isinstance(row, dict) for row in log):
+        raise ValueError(f"{file}: expected log_history to be a list of objects")
+    rows = [row for row in log if "learning_rate" in row]
+    return {
+        "epoch": round(_number(file, tree, "epoch")),
+        "step": int(_number(file, tree, "global_step")),
+        "learning_rate": None,
+        "log": [
+            (int(_number(file, row, "step")), _number(file, row, "learning_rate")) for row in rows
+        ],
+    }
+
+
+def _number(file: Path, tree: dict[str, Any], name: str) -> float:
+    value = tree.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{file}: expected {name} to be a number, got {json.dumps(value)}")
+    return float(value)
 
 
 def _logged_rate(log: list[tuple[int, float]], before: int, step: int) -> float | None:
@@ -452,9 +566,15 @@ def encode(
         Dicts of `input_ids`, `attention_mask` (lists of int) and `labels` (int).
 
     Raises:
-        ValueError: `max_length` is more than the tokenizer's model takes, or a label is outside
-            the model's range (the example's id is named).
+        ValueError: `max_length` is more than the tokenizer's model takes or leaves no token of a
+            pair, or a label is outside the model's range (the example's id is named).
     """
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if max_length <= special:
+        raise ValueError(
+            f"max_length: expected more than the {special} special tokens of a pair, got "
+            f"{max_length}"
+        )
     if max_length > tokenizer.model_max_length:
         raise ValueError(
             f"max_length {max_length} is more than the model takes ({tokenizer.model_max_length})"
@@ -605,12 +725,22 @@ def accuracy(logits_NC: Tensor, labels_N: Sequence[int]) -> float:
 
 
 def model_digest(model: nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every entry of the state dict, in name order."""
+    """SHA-256 over a model's weights and config.
+
+    Hashed are name, dtype, shape and bytes of every entry of the state dict, in name order, and
+    what the config sets apart from the defaults: the same weights divided into other heads are
+    another model.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(flat.numpy()))
+    if isinstance(model, PreTrainedModel):
+        # By way of text: integer keys (id2label) are sorted as the strings that a file has.
+        tree = json.loads(model.config.to_json_string(use_diff=True))
+        tree = {name: value for name, value in tree.items() if name not in _CONFIG_NOISE}
+        digest.update(json.dumps(tree, sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_examples, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracmod.heads import (
     HeadMask,
@@ -173,6 +174,37 @@ def test_nested_masks_keep_what_both_keep():
         nested = predict(model, examples)
     with HeadMask(MASK.array & other.array).apply(model):
         torch.testing.assert_close(nested, predict(model, examples))
+
+
+def test_a_mask_is_copied_once_to_each_dtype():
+    class Copies(TorchDispatchMode):
+        """Notes the dtype of every copy of an int8 tensor: of masks, in these passes."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.int8:
+                copied.append(out.dtype)
+            return out
+
+    copied: list[torch.dtype] = []
+    examples = tiny_examples(3)
+    model = tiny_model(dtype=torch.float32)
+    with MASK.apply(model), Copies():
+        for _ in range(3):
+            predict(model, examples)
+        assert copied == [torch.float32] * 2  # both layers have masked heads
+        predict(model.double(), examples)
+    assert copied == [torch.float32] * 2 + [torch.float64] * 2
+
+
+def test_a_mask_first_used_in_inference_mode_can_be_trained_under():
+    model, examples = tiny_model(), tiny_examples(3)
+    batch = collate(examples, pad_token_id(model))
+    with MASK.apply(model):
+        with torch.inference_mode():
+            model(batch["input_ids"])
+        model(batch["input_ids"]).logits.sum().backward()
+    assert attention_layers(model)[0].query.weight.grad is not None
 
 
 def test_other_hooks_see_the_masked_input():

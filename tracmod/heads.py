@@ -91,6 +91,8 @@ class HeadMask:
             raise ValueError(f"head mask {path}: no such file")
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(tree, dict):
+                raise ValueError(f"got a bare {type(tree).__name__}")
             mask = cls(tree["mask"])
             stated = (tree["num_layers"], tree["num_heads"])
         except (KeyError, TypeError, ValueError) as error:
@@ -185,10 +187,17 @@ class HeadMask:
 
 
 def _scale_heads(layer: AttentionLayer, kept_H: Tensor) -> Callable[[], None]:
+    kept_I = kept_H.repeat_interleave(layer.head_dim)
+    # Copied once to each device and dtype: a copy in every pass would wait for the GPU.
+    copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
     def scale(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x_BSI = inputs[0]
-        kept_I = kept_H.repeat_interleave(layer.head_dim).to(x_BSI)
-        return (x_BSI * kept_I, *inputs[1:])
+        place = (x_BSI.device, x_BSI.dtype)
+        if place not in copies:
+            with torch.inference_mode(False):  # so that a later pass may record it
+                copies[place] = kept_I.to(*place)
+        return (x_BSI * copies[place], *inputs[1:])
 
     return layer.output.register_forward_pre_hook(scale, prepend=True).remove
 

@@ -2,63 +2,60 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from encoders import ragged_examples, tiny_encoder
 
 import tracmod as tm
-from tracmod.capture import select_layers
+from tracmod.capture import frozen, select_layers
 from tracmod.features import Collector, collect_to_store, feature_identity
+from tracmod.heads import head_slices
 from tracmod.kernels import reference
 from tracmod.validation.gradients import autograd_gradients
 
 
-def gradients_by_layer(model, layers, example):
-    """One example's gradient of each layer as a matrix (O, I + 1), by plain autograd."""
-    names = [name for layer in layers for name in layer.parameter_names]
-    found = autograd_gradients(model, example, names)
-    matrices = {}
+def projected(layers, projection, gradients):
+    """One example's feature row, from its gradients by parameter name, by the reference."""
+    row, slots = torch.zeros(projection.dim), projection.slots(layers)
     for layer in layers:
-        weight = found[f"{layer.name}.weight"]
-        parts = [weight] + ([found[f"{layer.name}.bias"][:, None]] if layer.bias else [])
-        matrices[layer.name] = torch.cat(parts, dim=1) if layer.kind == "linear" else parts
-    return matrices
+        slot, (weight, *bias) = slots[layer.name], [gradients[n] for n in layer.parameter_names]
+        size, output_key = slot.k_out * slot.k_in, 2 * layer.position + 1
+        if layer.kind == "linear":
+            feature = torch.cat([weight, *(b[:, None] for b in bias)], dim=1)
+        else:
+            feature = torch.stack([weight, *bias])
+        if slot.kind != "identity" and layer.kind == "elementwise":
+            rows = torch.arange(len(feature))
+            feature = reference.count_sketch(feature, rows, size, projection.seed, output_key)
+        elif slot.kind != "identity":
+            r_out, r_in = (
+                reference.projection_matrix(slot.kind, k, n, projection.seed, key).float()
+                for k, n, key in (
+                    (slot.k_out, feature.shape[0], output_key),
+                    (slot.k_in, feature.shape[1], 2 * layer.input_position),
+                )
+            )
+            feature = r_out @ feature @ r_in.T
+        row[slot.offset : slot.offset + size] += feature.flatten()
+    return row
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
 @pytest.mark.parametrize("layout", ["accumulate", "concatenate"])
 @pytest.mark.parametrize("parameters", ["encoder", "attention", "classifier"])
-def test_features_of_linear_layers_are_the_projected_autograd_gradients(kind, layout, parameters):
+def test_features_are_the_projected_autograd_gradients(kind, layout, parameters):
     model, projection = tiny_encoder(), tm.Projection(700, kind, seed=3, layers=layout)
     examples = ragged_examples(3)
     layers = select_layers(model, parameters)
-    linear = [layer for layer in layers if layer.kind == "linear"]
-    slots = projection.slots(layers)
+    names = [name for layer in layers for name in layer.parameter_names]
     found = tm.collect_features(model, examples, projection, parameters)
     assert found.shape == (3, 700)
     assert found.dtype == torch.float32
-    if parameters == "encoder" and layout == "accumulate":
-        return  # LayerNorm shares the grid: covered by the expectation below
-    for row, example in enumerate(examples):
-        expected = torch.zeros(700)
-        matrices = gradients_by_layer(model, linear, example)
-        for layer in linear:
-            slot, gradient = slots[layer.name], matrices[layer.name]
-            if slot.kind != "identity":
-                r_out = reference.projection_matrix(
-                    kind, slot.k_out, gradient.shape[0], 3, 2 * layer.position + 1
-                )
-                r_in = reference.projection_matrix(
-                    kind, slot.k_in, gradient.shape[1], 3, 2 * layer.input_position
-                )
-                gradient = r_out.float() @ gradient @ r_in.float().T
-            expected[slot.offset : slot.offset + slot.k_out * slot.k_in] += gradient.flatten()
-        chosen = torch.zeros(700, dtype=torch.bool)
-        for layer in linear:
-            slot = slots[layer.name]
-            chosen[slot.offset : slot.offset + slot.k_out * slot.k_in] = True
-        scale = expected.abs().max()
-        assert (found[row] - expected)[chosen].abs().max() <= 1e-5 * scale
+    for row, example in zip(found, examples, strict=True):
+        expected = projected(layers, projection, autograd_gradients(model, example, names))
+        assert (row - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
@@ -132,17 +129,29 @@ def test_a_datasets_dataset_is_a_dataset():
     assert torch.equal(tm.collect_features(model, dataset.with_format("torch"), projection), plain)
 
 
-def test_a_part_of_the_parameters_is_a_part_of_the_features():
-    """Projections are keyed by the layer's place in the model, not in the selection."""
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+@pytest.mark.parametrize("parameters", ["encoder", "attention", "classifier"])
+def test_parameters_keep_the_same_signs_whatever_is_selected(kind, parameters):
+    """In the same slot, a layer's projection is the same in a smaller selection."""
     model, examples = tiny_encoder(), ragged_examples(3)
-    projection = tm.Projection(600, layers="concatenate")
-    classifier = select_layers(model, "classifier")
-    everything = {layer.name: layer for layer in select_layers(model, "all")}
-    for layer in classifier:
-        same = everything[layer.name]
-        assert (same.position, same.input_position) == (layer.position, layer.input_position)
-    whole = tm.collect_features(model, examples, projection, "classifier")
-    assert whole.abs().sum() > 0
+    projection = tm.Projection(900, kind, layers="concatenate")
+    with frozen(model):
+        everything = Collector(model, projection, "all")
+        part = Collector(model, projection, parameters)
+        part.slots = everything.slots
+        whole, found = everything.collect(examples), part.collect(examples)
+    with_bias = {layer.name: layer.bias for layer in everything.layers}
+    same = [layer for layer in part.layers if layer.bias == with_bias[layer.name]]
+    assert any(part.slots[layer.name].kind == kind for layer in same)
+    for layer in same:
+        slot = part.slots[layer.name]
+        columns = slice(slot.offset, slot.offset + slot.k_out * slot.k_in)
+        # up to rounding: the backward pass of a smaller selection may end earlier
+        scale = whole[:, columns].abs().max().item()
+        torch.testing.assert_close(
+            found[:, columns], whole[:, columns], rtol=1e-4, atol=1e-5 * scale
+        )
+        assert scale > 0
 
 
 def test_query_key_and_value_share_the_projection_of_their_input():
@@ -162,15 +171,28 @@ def test_the_classifiers_output_is_kept_exactly():
     torch.testing.assert_close(features[0, : len(exact)], exact, rtol=1e-4, atol=1e-6)
 
 
-def test_features_under_a_mask_are_those_of_the_model_without_the_heads_columns():
-    model, examples, projection = tiny_encoder(), ragged_examples(5), tm.Projection(300)
+@pytest.mark.parametrize("layout", ["accumulate", "concatenate"])
+def test_features_under_a_mask_are_those_of_the_model_without_the_heads_columns(layout):
+    """In every parameter but those columns themselves, whose gradient is zero under the mask."""
+    model, examples = tiny_encoder(), ragged_examples(5)
+    projection = tm.Projection(600, layers=layout)
     mask = tm.HeadMask.from_array([[1, 0, 1], [0, 1, 1]])
     found = tm.collect_features(model, examples, projection, head_mask=mask)
-    assert not torch.allclose(found, tm.collect_features(model, examples, projection))
-    exact = tm.exact_influence(model, examples, examples, head_mask=mask, normalize="cosine")
-    wide = tm.collect_features(model, examples, tm.Projection(16384), head_mask=mask)
-    scores = tm.influence_scores(wide, wide, normalize="cosine")
-    assert (scores - exact).abs().max() < 0.1
+    layers = select_layers(model, "encoder")
+    names = [name for layer in layers for name in layer.parameter_names]
+    columns = [
+        part for part in head_slices(model, mask) if part.name.endswith("output.dense.weight")
+    ]
+    assert len(columns) == 2
+    without = copy.deepcopy(model)
+    for part in columns:
+        without.get_parameter(part.name).data[part.index] = 0
+    for row, example in zip(found, examples, strict=True):
+        gradients = autograd_gradients(without, example, names)
+        for part in columns:
+            gradients[part.name][part.index] = 0
+        expected = projected(layers, projection, gradients)
+        assert (row - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -20,7 +20,7 @@ from transformers import (
 
 from tracmod.tokenizer import train_tokenizer
 
-VOCABULARY = 64
+VOCABULARY = 160
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 SENTENCES = (
     "the cat sits on the mat",

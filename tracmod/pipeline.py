@@ -32,6 +32,7 @@ from tracmod.model import (
     load_model,
     model_digest,
     predict,
+    resolve_device,
     to_device,
     tokenizer_digest,
 )
@@ -423,9 +424,7 @@ class Study:
     @cached_property
     def device(self) -> str:
         """Where to compute."""
-        if self.config.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        return self.config.device
+        return resolve_device(self.config.device)
 
     def table(self, split: str) -> pa.Table:
         """data/<split>.parquet, read once."""

@@ -321,8 +321,9 @@ def query(
 
     \b
     Examples:
-      tracmod query runs/demo "The dog sleeps." --text-b "An animal sleeps." --label entailment
-      tracmod query runs/demo "Der Hund schläft." --text-b "Ein Tier schläft." --json
+      tracmod query runs/demo "The rich king is sleeping." --text-b "The king is not sleeping."
+      tracmod query runs/demo "Der reiche König schläft." --text-b "Der König ist reich." \\
+          --label entailment --json
     """
     from tracmod.query import Attributor
 

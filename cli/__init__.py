@@ -321,9 +321,10 @@ def query(
 
     \b
     Examples:
-      tracmod query runs/demo "The rich king is sleeping." --text-b "The king is not sleeping."
-      tracmod query runs/demo "Der reiche König schläft." --text-b "Der König ist reich." \\
-          --label entailment --json
+      tracmod query runs/demo "The sad king is waiting in the evening." \\
+          --text-b "The king is not waiting in the evening."
+      tracmod query runs/demo "The sad king is not waiting." --text-b "The king is happy." \\
+          --label contradiction --json
     """
     from tracmod.query import Attributor
 

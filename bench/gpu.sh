@@ -18,7 +18,7 @@ run() {  # run SECONDS NAME COMMAND...: never beyond its time, its output kept
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$OUT/gpu.csv"
 run 240 build python3 setup.py build_ext --inplace
 run 200 tests python3 -m pytest -q -m 'not slow' tests/test_kernels_*.py tests/test_gradients.py \
-  tests/test_features.py tests/test_influence.py
+  tests/test_features.py tests/test_influence.py tests/test_heads.py tests/test_store.py
 for dtype in float32 bfloat16; do
   run 60 "bench-$dtype" python3 bench/bench_kernels.py --device cuda --dtype "$dtype" \
     --json "$OUT/kernels-$dtype.json"

@@ -17,7 +17,6 @@ from tracmod.capture import Captured, capture, frozen, select_layers
 from tracmod.features import masked
 from tracmod.heads import HeadMask
 from tracmod.model import class_names, collate, encode, load_model, pad_token_id, per_example_loss
-from tracmod.tasks.files import read_model_examples
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,9 @@ def check_model(
     max_length: int = 128,
 ) -> list[GradientError]:
     """`check_gradients` of a model folder on the first examples of a file."""
+    # Here, because tasks need pydantic, which a GPU machine that tests the engine may lack.
+    from tracmod.tasks.files import read_model_examples
+
     model, tokenizer = load_model(source)
     mask = None if head_mask is None else HeadMask.load(head_mask)
     labels = class_names(model)

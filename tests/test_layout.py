@@ -111,7 +111,8 @@ def test_the_engine_imports_without_what_a_gpu_machine_may_lack():
     done = without(
         ["datasets", "faiss", "pydantic", "ray", "plotly", "click"],
         "import tracmod.validation.gradients, tracmod as tm; "
-        "tm.collect_features, tm.exact_influence, tm.HeadMask, tm.top_influences, tm.FeatureStore, tm.kernels",
+        "tm.collect_features, tm.exact_influence, tm.HeadMask, tm.top_influences, "
+        "tm.FeatureStore, tm.kernels",
     )
     assert done.returncode == 0, done.stderr
 

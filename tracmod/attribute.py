@@ -157,8 +157,8 @@ class _Work:
         with self._bar(per_checkpoint) as bar:
             stores = [self._collect(one, bar.update) for one in self.checkpoints]
         return top_influences(
-            [store["query"].read() for store in stores],
-            [store["train"].read() for store in stores],
+            [store["query"].read().to(self.device) for store in stores],
+            [store["train"].read().to(self.device) for store in stores],
             self.asked.k,
             self.languages,
             self.weights,

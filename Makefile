@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: install demo test test-fast bench lint format clean
+.PHONY: install demo test test-fast bench bench-tracin lint format clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,9 @@ test-fast: install
 
 bench: install
 	$(BIN)/tracmod bench
+
+bench-tracin: demo
+	$(BIN)/python bench/bench_tracin.py --run $(DEMO)
 
 lint: install
 	$(BIN)/ruff check .

@@ -156,8 +156,8 @@ def main() -> None:
         ("rademacher", "concatenate", 4096),
     ]:  # fmt: skip
         chosen = tm.Projection(dim, kind, layers=layers)  # type: ignore[arg-type]
-        features = [tm.collect_features(model, one, chosen) for one in (query, train)]
-        row = fidelity(tm.influence_scores(*features, normalize="cosine"), exact_QN)
+        pair = [tm.collect_features(model, one, chosen) for one in (query, train)]
+        row = fidelity(tm.influence_scores(pair[0], pair[1], normalize="cosine"), exact_QN)
         table.append({"kind": kind, "layers": layers, "dim": dim, **row})
         print(
             f"K = {dim:5} {kind:10} {layers:11} against exact: rmse {row['rmse']:.4f}  "

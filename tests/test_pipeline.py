@@ -65,6 +65,7 @@ def test_the_run_folder_is_as_the_contract_says(done):
     assert record["config"]["task"]["languages"] == LANGUAGES
     assert {"torch", "transformers", "python"} <= record["versions"].keys()
     assert record["device"] == "cpu"
+    assert record["seeds"] == {"run": 0, "task": 0, "projection": 0}
     assert list(record["stages"]) == list(STAGES)
     assert all(stage["state"] == "done" for stage in record["stages"].values())
     for split, count in (("train", 12), ("dev", 9), ("test", 6)):

@@ -105,11 +105,6 @@ class Study:
             "label_names": task.label_names,
             "languages": task.languages,
             "parallel": task.parallel,
-            "seeds": {
-                "run": self.config.seed,
-                "task": self.config.task.seed,
-                "projection": self.config.collect.projection_seed,
-            },
             "device": self.device,
         }
 

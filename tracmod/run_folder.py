@@ -151,6 +151,11 @@ class RunFolder:
         self.record["config"] = self.config.model_dump(mode="json")
         self.record["tracmod"] = _version("tracmod")
         self.record["versions"] = versions()
+        self.record["seeds"] = {
+            "run": self.config.seed,
+            "task": self.config.task.seed,
+            "projection": self.config.collect.projection_seed,
+        }
         self.record["stages"][stage] = {"state": "running", "seconds": seconds, "inputs": inputs}
         self.save()
 

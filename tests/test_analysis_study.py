@@ -45,6 +45,25 @@ def test_in_language_share_is_the_mean_over_test_examples(run: Path) -> None:
     assert found["num_test"] == 8 * len(LANGUAGES)
 
 
+def test_every_view_says_what_its_strongest_examples_have_in_common(run: Path) -> None:
+    found = _summary(run)["strongest"]
+    sides = {(row["model"], row["view"], row["side"]) for row in found}
+    assert len(sides) == len(found) == 2 * len(VIEWS) * 2
+    assert all(0 <= row["same_label"] <= 1 <= row["distinct_items"] <= row["k"] for row in found)
+
+
+def test_a_listed_example_that_the_data_lack_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_test=3, models=("full",), views=("full",))
+    path = run / "influence" / "full" / "full" / "top.parquet"
+    top = pq.read_table(path)
+    foreign = pa.array(["foreign", *top["train_id"].to_pylist()[1:]])
+    pq.write_table(
+        top.set_column(top.schema.get_field_index("train_id"), "train_id", foreign), path
+    )
+    with pytest.raises(ValueError, match="'foreign', which is not in the run's data"):
+        analyze(run, bootstrap=20)
+
+
 def test_random_is_the_mean_of_its_draws(run: Path) -> None:
     found = _entry(_summary(run)["in_language"], model="sparse", view="random")
     draws = [np.mean(list(_own(run, "sparse", f"random-{i}").values())) for i in (0, 1)]
@@ -146,10 +165,11 @@ def test_test_language_without_training_data(tmp_path: Path) -> None:
     train = pq.read_table(run / "data" / "train.parquet")
     kept = pa.array([language != "ar" for language in train["language"].to_pylist()])
     pq.write_table(train.filter(kept), run / "data" / "train.parquet")
-    path = run / "influence" / "full" / "full" / "examples.parquet"
-    examples = pq.read_table(path)
-    kept = pa.array([language != "ar" for language in examples["train_language"].to_pylist()])
-    pq.write_table(examples.filter(kept), path)
+    for name in ("examples", "top"):
+        path = run / "influence" / "full" / "full" / f"{name}.parquet"
+        table = pq.read_table(path)
+        kept = pa.array([language != "ar" for language in table["train_language"].to_pylist()])
+        pq.write_table(table.filter(kept), path)
     summary = analyze(run, bootstrap=20)
     assert summary["in_language"][0]["num_test"] == 3 * 4
     rows = pq.read_table(run / "analysis" / "matrices.parquet").to_pylist()

@@ -97,17 +97,12 @@ def test_bad_mask_files_are_named(tmp_path, content):
 def test_similarity():
     other = HeadMask([[1, 1, 0, 0], [0, 1, 1, 0]])  # 3 in common, 6 in either
     assert MASK.similarity(other) == other.similarity(MASK) == 3 / 6
-    assert MASK.similarity(other, "overlap") == 3 / 4
-    assert MASK.similarity(other, "agreement") == 5 / 8
     nothing = HeadMask(np.zeros((2, 4)))
-    for method in ("jaccard", "overlap", "agreement"):
-        assert MASK.similarity(MASK, method) == 1
-        assert nothing.similarity(nothing, method) == 1
+    assert MASK.similarity(MASK) == 1
+    assert nothing.similarity(nothing) == 1
     assert MASK.similarity(nothing) == 0
     with pytest.raises(ValueError, match="same shape"):
         MASK.similarity(HeadMask.full(4, 2))
-    with pytest.raises(ValueError, match="cosine"):
-        MASK.similarity(other, "cosine")
 
 
 # --- masking a model ------------------------------------------------------------------------

@@ -342,11 +342,10 @@ def test_features_are_scored_on_the_studys_device(copy, monkeypatch):
 
     monkeypatch.setattr("tracmod.pipeline.top_influences", record)
     monkeypatch.setattr("tracmod.query.top_influences", record)
-    monkeypatch.setattr(Study, "_predictions", lambda *_: [0] * 18)
     study = Study(RunFolder(copy))
     digests = [model_digests(*load_model(one.path)) for one in study.checkpoints("full")]
     study.device = "meta"
-    study._influence_of_view("full", study.views[0], digests)
+    study._influence_of_view("full", study.views[0], digests, [0] * 18)
     assert devices == {"meta"}
     devices.clear()
     attributor = Attributor(copy)

@@ -135,10 +135,6 @@ class _Work:
         self.examples = {split: self._encode(tokenizer, split) for split in SPLITS}
 
     @property
-    def normalize(self) -> str | None:
-        return self.asked.normalize
-
-    @property
     def languages(self) -> list[str]:
         """The training examples' languages."""
         return self.tables["train"].column("language").to_pylist()
@@ -162,7 +158,7 @@ class _Work:
             self.asked.k,
             self.languages,
             self.weights,
-            self.normalize,
+            self.asked.normalize,
         )
 
     def predictions(self) -> list[int]:
@@ -196,7 +192,7 @@ class _Work:
         identity = {
             "parameters": self.asked.parameters,
             "head_mask": None if self.mask is None else self.mask.digest(),
-            "normalize": self.normalize,
+            "normalize": self.asked.normalize,
             **{split: self._data_digest(split) for split in SPLITS},
             **self._digests(model),
         }
@@ -210,7 +206,7 @@ class _Work:
             self.examples["query"],
             self.asked.parameters,
             self.mask,
-            self.normalize,
+            self.asked.normalize,
             self.asked.batch_tokens,
             advance=advance,
         ).cpu()

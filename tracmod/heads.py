@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +31,6 @@ from tracmod.model import (
     plan_batches,
     predict,
 )
-
-Similarity = Literal["jaccard", "overlap", "agreement"]
 
 
 class HeadMask:
@@ -129,26 +127,19 @@ class HeadMask:
         """Number of heads kept."""
         return int(self.array.sum())
 
-    def similarity(self, other: HeadMask, method: Similarity = "jaccard") -> float:
-        """How alike two masks are, from 0 to 1.
+    def similarity(self, other: HeadMask) -> float:
+        """Jaccard similarity, from 0 to 1: heads kept by both over heads kept by either.
 
-        With A and B the sets of heads kept: `jaccard` is |A n B| / |A u B|, `overlap` is
-        |A n B| / min(|A|, |B|) (both 1 where the denominator is 0), `agreement` is the share of
-        heads on which the masks agree. Large masks are alike by chance: compare with random ones.
+        1 where neither keeps any. Large masks are alike by chance: `analysis.mask_similarity` has
+        other measures, and what chance gives.
         """
         if self.array.shape != other.array.shape:
             raise ValueError(
                 f"head masks: expected the same shape, got {self.array.shape} and "
                 f"{other.array.shape}"
             )
-        both = int((self.array & other.array).sum())
         either = int((self.array | other.array).sum())
-        if method == "agreement":
-            return float((self.array == other.array).mean())
-        if method not in ("jaccard", "overlap"):
-            raise ValueError(f"similarity: expected jaccard, overlap or agreement, got {method}")
-        whole = either if method == "jaccard" else min(self.size, other.size)
-        return both / whole if whole else 1.0
+        return int((self.array & other.array).sum()) / either if either else 1.0
 
     def digest(self) -> str:
         """SHA-256 over shape and entries."""

@@ -29,6 +29,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from tracmod.durable import read_json
+
 Example = dict[str, Any]
 
 _TOKENIZER_FILES = (
@@ -427,7 +429,7 @@ def _training_state(folder: Path) -> dict[str, Any]:
 
 
 def _our_state(file: Path) -> dict[str, Any]:
-    tree = _read_json(file)
+    tree = _read_object(file)
     if not {"epoch", "step", "learning_rate"} <= tree.keys():
         raise ValueError(f"{file}: expected epoch, step and learning_rate, got {sorted(tree)}")
     rate = tree["learning_rate"]
@@ -440,7 +442,7 @@ def _our_state(file: Path) -> dict[str, Any]:
 
 
 def _trainer_state(file: Path) -> dict[str, Any]:
-    tree = {"epoch": 0, "global_step": 0, "log_history": []} | _read_json(file)
+    tree = {"epoch": 0, "global_step": 0, "log_history": []} | _read_object(file)
     log = tree["log_history"]
     if not isinstance(log, list) or not all(isinstance(row, dict) for row in log):
         raise ValueError(f"{file}: expected log_history to be a list of objects")
@@ -470,11 +472,8 @@ def _logged_rate(log: list[tuple[int, float]], before: int, step: int) -> float 
     return earlier[-1] if earlier else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+def _read_object(path: Path) -> dict[str, Any]:
+    tree = read_json(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(tree).__name__}")
     return tree

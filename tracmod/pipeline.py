@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -93,6 +92,8 @@ class Study:
     def __init__(self, run: RunFolder) -> None:
         self.run = run
         self.config: RunConfig = run.config
+        self._tables: dict[str, pa.Table] = {}
+        self._data_digests: dict[str, str] = {}
 
     # --- stages -----------------------------------------------------------------------------
 
@@ -147,9 +148,14 @@ class Study:
         self._begin_anew("influence")  # views of an earlier config must not be left in it
         with self._bar("influence", len(MODELS) * len(self.views), "view") as bar:
             for model_name in MODELS:
-                digests = [model_digests(*self._load(one)) for one in self.checkpoints(model_name)]
-                for view in self.views:
-                    self._influence_of_view(model_name, view, digests)
+                digests = []
+                for checkpoint in self.checkpoints(model_name):
+                    model, tokenizer = self._load(checkpoint)
+                    digests.append(model_digests(model, tokenizer))
+                test = self._encode(tokenizer, self.table("test"), model)
+                for view in self.views:  # predictions are the last checkpoint's
+                    predictions = self._predictions(model, test, view)
+                    self._influence_of_view(model_name, view, digests, predictions)
                     bar.update(1)
 
     def analyze(self) -> None:
@@ -348,12 +354,15 @@ class Study:
     # --- influence --------------------------------------------------------------------------
 
     def _influence_of_view(
-        self, model_name: str, view: View, digests: Sequence[dict[str, str]]
+        self,
+        model_name: str,
+        view: View,
+        digests: Sequence[dict[str, str]],
+        predictions: Sequence[int],
     ) -> None:
         checkpoints = self.checkpoints(model_name)
         train, test = self.table("train"), self.table("test")
         groups = train.column("language").to_pylist()
-        predictions = self._predictions(model_name, view)
         tables = InfluenceTables(train, test, predictions)
         for language, _ in view.masks:
             rows = self._rows("test", language)
@@ -383,9 +392,14 @@ class Study:
         groups: list[str],
         weights: list[float] | None,
     ) -> TopInfluences:
-        influence = self.config.influence
-        normalize = None if influence.normalize == "none" else influence.normalize
-        return _on_cpu(top_influences(query, train, influence.k, groups, weights, normalize))
+        k = self.config.influence.k
+        return top_influences(query, train, k, groups, weights, self.normalize)
+
+    @property
+    def normalize(self) -> str | None:
+        """What the functions of `influence` call it."""
+        normalize = self.config.influence.normalize
+        return None if normalize == "none" else normalize
 
     def weights(self, checkpoints: list[Checkpoint]) -> list[float] | None:
         """What each checkpoint counts; None: 1 each."""
@@ -393,10 +407,10 @@ class Study:
             return None
         return checkpoint_weights(checkpoints)
 
-    def _predictions(self, model_name: str, view: View) -> list[int]:
-        """The last checkpoint's predicted label of every test example, under the view's mask."""
-        model, tokenizer = self._load(self.checkpoints(model_name)[-1])
-        test = self._encode(tokenizer, self.table("test"), model)
+    def _predictions(
+        self, model: PreTrainedModel, test: Sequence[dict[str, Any]], view: View
+    ) -> list[int]:
+        """The predicted label of every test example, under the view's mask."""
         predicted = np.full(len(test), -1)
         for language, mask in view.masks:
             rows = self._rows("test", language)
@@ -427,19 +441,11 @@ class Study:
             self._tables[split] = pq.read_table(self.run.data(split))
         return self._tables[split]
 
-    @cached_property
-    def _tables(self) -> dict[str, pa.Table]:
-        return {}
-
     def _data_digest(self, split: str) -> str:
         """Digest of data/<split>.parquet, read once."""
         if split not in self._data_digests:
             self._data_digests[split] = file_sha256(self.run.data(split))
         return self._data_digests[split]
-
-    @cached_property
-    def _data_digests(self) -> dict[str, str]:
-        return {}
 
     @cached_property
     def views(self) -> list[View]:
@@ -493,7 +499,6 @@ class Study:
         return (sparse or self.config.finetune).epochs
 
     def _load(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        gc.collect()  # one model at a time in memory
         model, tokenizer = load_model(checkpoint.path)
         return to_device(model, self.device), tokenizer
 
@@ -527,14 +532,6 @@ def checkpoint_weights(checkpoints: Sequence[Checkpoint]) -> list[float]:
 def model_digests(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """What of a checkpoint its features depend on."""
     return {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
-
-
-def _on_cpu(top: TopInfluences) -> TopInfluences:
-    parts = {field.name: getattr(top, field.name) for field in fields(top)}
-    tensors: dict[str, Any] = {
-        name: part.cpu() for name, part in parts.items() if isinstance(part, torch.Tensor)
-    }
-    return replace(top, **tensors)
 
 
 def _holds_mask(path: Path) -> bool:

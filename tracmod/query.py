@@ -74,7 +74,7 @@ class Attributor:
             kind=kind,
             languages=self.train.column("language").to_pylist(),
             weights=self.weights,
-            normalize=self._normalize,
+            normalize=self.study.normalize,
             queries=self._stores("test"),
         )
         index.save(self.index_path)
@@ -171,7 +171,7 @@ class Attributor:
             [store.read().to(device) for store in self.train_stores],
             k,
             weights=self.weights,
-            normalize=self._normalize,
+            normalize=self.study.normalize,
         )
         return [
             self._rows(top.indices[0], top.scores[0]),
@@ -181,13 +181,8 @@ class Attributor:
     @cached_property
     def _index(self) -> InfluenceIndex:
         index = InfluenceIndex.load(self.index_path)
-        index.check_built_from(self.train_stores, self.weights, self._normalize)
+        index.check_built_from(self.train_stores, self.weights, self.study.normalize)
         return index
-
-    @property
-    def _normalize(self) -> str | None:
-        normalize = self.study.config.influence.normalize
-        return None if normalize == "none" else normalize
 
     def _rows(self, indices: Tensor, scores: Tensor) -> list[dict[str, Any]]:
         names = self.study.run.record["label_names"]

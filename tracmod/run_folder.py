@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tracmod.config import RunConfig, parse_config
-from tracmod.durable import write_checksums, write_json
+from tracmod.durable import read_json, write_checksums, write_json
 
 STAGES = (
     "data",
@@ -84,7 +84,7 @@ class RunFolder:
                     f"{self.path}` or give --config"
                 )
             return self._asked
-        self.record = _read_json(self._record_path)
+        self.record = _read_record(self._record_path)
         stored = parse_config(self.record["config"], str(self._record_path))
         config = self._asked or stored
         self._refuse_changed(stored, config)
@@ -214,11 +214,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{k: v for k, v in found.items() if v}}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+def _read_record(path: Path) -> dict[str, Any]:
+    tree = read_json(path)
     if not isinstance(tree, dict) or "config" not in tree or "stages" not in tree:
         raise ValueError(f"{path}: expected the record of a run, with config and stages")
     return tree

@@ -6,7 +6,6 @@ leaves the old or the new, never half of it.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tracmod.durable import sync_folder, write_file
+from tracmod.durable import read_json, sync_folder, write_json
 from tracmod.model import Checkpoint, load_checkpoints, quiet_transformers
 from tracmod.optimizer import HeadwiseAdamW
 
@@ -43,9 +42,9 @@ class TrainingFolder:
         file = self.path / "training.json"
         if not file.is_file():
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_json(file, identity)
+            write_json(file, identity)
             return
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         keys = sorted(identity.keys() | found.keys())
         other = [key for key in keys if identity.get(key) != found.get(key)]
         if other:
@@ -79,13 +78,13 @@ class TrainingFolder:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
         tree = {"epoch": epoch, "step": step, "learning_rate": learning_rate}
-        (aside / "tracmod.json").write_text(json.dumps(tree) + "\n", encoding="utf-8")
+        write_json(aside / "tracmod.json", tree)
         _publish(aside, self._checkpoint(epoch))
 
     def write_metrics(self, row: dict[str, Any]) -> None:
         """Put an epoch's row into `metrics.json`, after those of earlier epochs."""
         rows = [earlier for earlier in self._metrics() if earlier["epoch"] < row["epoch"]]
-        _write_json(self.path / "metrics.json", [*rows, row])
+        write_json(self.path / "metrics.json", [*rows, row])
 
     def save_state(
         self, model: PreTrainedModel, optimizer: HeadwiseAdamW, step: int, loss_sum: float
@@ -96,7 +95,7 @@ class TrainingFolder:
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, aside / "model.safetensors")
         save_file(optimizer.state(), aside / "optimizer.safetensors")
-        _write_json(aside / "state.json", {"step": step, "loss_sum": loss_sum})
+        write_json(aside / "state.json", {"step": step, "loss_sum": loss_sum})
         _publish(aside, place)
         for earlier in self._states()[:-1]:
             shutil.rmtree(self.path / "resume" / str(earlier))
@@ -113,7 +112,7 @@ class TrainingFolder:
         place = self.path / "resume" / str(states[-1])
         model.load_state_dict(load_file(place / "model.safetensors"))
         optimizer.load_state(load_file(place / "optimizer.safetensors"))
-        state = json.loads((place / "state.json").read_text(encoding="utf-8"))
+        state = read_json(place / "state.json")
         return int(state["step"]), float(state["loss_sum"])
 
     def clear_state(self) -> None:
@@ -125,7 +124,7 @@ class TrainingFolder:
 
     def _metrics(self) -> list[dict[str, Any]]:
         file = self.path / "metrics.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        return read_json(file) if file.is_file() else []
 
     def _states(self) -> list[int]:
         """Steps of the states on disk, earliest first."""
@@ -147,7 +146,3 @@ def _publish(aside: Path, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     os.replace(aside, place)
     sync_folder(place.parent)
-
-
-def _write_json(file: Path, tree: Any) -> None:
-    write_file(file, (json.dumps(tree, indent=1) + "\n").encode())

@@ -5,7 +5,6 @@ Shape legend: Q all test examples of the run, G training languages.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tracmod.analysis.languages import MEASURES, pivot_examples
+from tracmod.durable import read_json
 
 MODELS = ("full", "sparse")
 VIEWS = ("full", "subnetwork", "random", "other")
@@ -56,7 +56,7 @@ class RunResults:
         for name in ("train", "test"):
             if not (self.path / "data" / f"{name}.parquet").is_file():
                 raise ValueError(f"{self.path}: not a run folder: data/{name}.parquet is missing")
-        self.settings: dict[str, Any] = _read_json(self.path / "run.json", {})
+        self.settings: dict[str, Any] = _read_if_there(self.path / "run.json", {})
 
     def examples(self, split: str) -> pa.Table:
         """`data/<split>.parquet`: id language text_a text_b label group."""
@@ -97,13 +97,13 @@ class RunResults:
 
     def metrics(self, model: str) -> list[dict[str, Any]]:
         """`models/<model>/metrics.json`: one entry per epoch; [] if the model is not there."""
-        entries = _read_json(self.path / "models" / model / "metrics.json", [])
+        entries = _read_if_there(self.path / "models" / model / "metrics.json", [])
         return sorted(entries, key=lambda entry: entry["epoch"])
 
     @cached_property
     def subnetworks(self) -> dict[str, dict[str, Any]]:
         """`subnetworks/<language>.json` by language."""
-        found = [_read_json(path, {}) for path in (self.path / "subnetworks").glob("*.json")]
+        found = [_read_if_there(path, {}) for path in (self.path / "subnetworks").glob("*.json")]
         by_language = {entry["language"]: entry for entry in found}
         return {name: by_language[name] for name in self._ordered(dict.fromkeys(by_language, 0))}
 
@@ -187,10 +187,5 @@ def _mean(parts: list[np.ndarray]) -> np.ndarray:
     return np.where(number > 0, total / np.maximum(number, 1), np.nan)
 
 
-def _read_json(path: Path, default: Any) -> Any:
-    if not path.is_file():
-        return default
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+def _read_if_there(path: Path, default: Any) -> Any:
+    return read_json(path) if path.is_file() else default

@@ -21,6 +21,7 @@ from tracmod.analysis.languages import MEASURES, interval_columns
 from tracmod.analysis.results import MODELS, RunResults, View
 from tracmod.analysis.similarity import similarity_matrix, similarity_table, usage_summary
 from tracmod.analysis.statistics import bootstrap_mean, mantel, wilson_interval
+from tracmod.analysis.strongest import strongest_summary
 from tracmod.durable import write_json, write_parquet
 
 # (model, view) against (base model, base view): what each question of the study compares.
@@ -97,6 +98,7 @@ def analyze(
         "null_share": _null_shares(run),
         "in_language": _known([_in_language(run, v, v.measures, settings) for v in views]),
         "changes": _known([_change(run, a, b, settings) for a, b in comparisons]),
+        "strongest": _strongest(run),
         "similarity_influence": correlations,
         "accuracy": _accuracy(run, views, confidence),
         "subnetworks": _subnetworks(run),
@@ -135,6 +137,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _strongest(run: RunResults) -> list[dict[str, Any]]:
+    train, test = run.examples("train"), run.examples("test")
+    found = []
+    for model in MODELS:
+        for view in run.view_folders(model):
+            path = run.path / "influence" / model / view / "top.parquet"
+            if path.is_file():
+                sides = strongest_summary(pq.read_table(path), train, test)
+                found += [{"model": model, "view": view, **side} for side in sides]
+    return found
 
 
 def _null_shares(run: RunResults) -> dict[str, float]:

@@ -211,6 +211,13 @@ _stage("report", "Write report/index.html.")
 @click.option("--max-length", type=int, help="Tokens per example; absent: the model's, up to 512.")
 @click.option("--batch-tokens", default=8192, show_default=True, help="Tokens per batch.")
 @click.option("--device", help="cpu, cuda, cuda:1; absent: a GPU if there is one.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the forward and backward pass.",
+)
 def attribute(normalize: str, **options: Any) -> None:
     """Which training examples raised or lowered the loss of each query, and of which language?
 

@@ -117,6 +117,23 @@ def test_attribute_exactly_is_exact_influence(model_dir, files, tmp_path):
         assert sorted(found) == list(range(13))
 
 
+@pytest.mark.parametrize("way", [["--projection-dim", 256], ["--exact"]], ids=["features", "exact"])
+def test_attribute_in_bfloat16_is_another_result_close_by(model_dir, files, tmp_path, way):
+    train, query = files
+    scores = {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        invoke("attribute", "--model", model_dir, "--train", train, "--query", query, "--out", out,
+               "--dtype", dtype, *way)  # fmt: skip
+        assert json.loads((out / "run.json").read_text())["arguments"]["dtype"] == dtype
+        top = pq.read_table(out / "top.parquet").to_pandas()
+        scores[dtype] = top[top.sign == 1].set_index(["test_id", "train_id"]).score
+    difference = (scores["float32"] - scores["bfloat16"]).abs()
+    assert 0 < difference.max() < 0.05  # cosines
+    assert "pass_dtype" in invoke("attribute", "--model", model_dir, "--train", train, "--query",
+                                  query, "--out", tmp_path / "bfloat16", *way, code=2)  # fmt: skip
+
+
 def test_attribute_weights_checkpoints_by_their_learning_rates(model_dir, files, tmp_path):
     train, query = files
     for step, rate in ((5, 0.5), (9, 0.25)):

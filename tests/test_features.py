@@ -347,3 +347,22 @@ def test_a_store_is_the_same_however_often_it_was_interrupted(tmp_path):
     for name in names:
         bytes_of = [(tmp_path / folder / name).read_bytes() for folder in ("whole", "parts")]
         assert bytes_of[0] == bytes_of[1]
+
+
+def test_a_failed_write_stops_the_collection(tmp_path, monkeypatch):
+    model, examples = tiny_encoder(), ragged_examples(12)
+    projection = tm.Projection(200)
+    store = tm.FeatureStore.create(
+        tmp_path / "store", ids=[str(row) for row in range(12)], dim=200, identity={}, shard_rows=4
+    )
+    right = store.write_shard
+
+    def full(shard, features):
+        if shard == 1:
+            raise OSError(28, "No space left on device")
+        right(shard, features)
+
+    monkeypatch.setattr(store, "write_shard", full)
+    with store, frozen(model), pytest.raises(OSError, match="No space left"):
+        collect_to_store(Collector(model, projection), examples, store)
+    assert store.missing_shards()[0] == 1

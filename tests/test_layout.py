@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"kernels", "config", "durable", "__init__"},
     {"tasks", "model", "tokenizer"},
-    {"heads", "optimizer", "training_folder", "train", "capture", "store", "engine"},
+    {"heads", "lean", "optimizer", "training_folder", "train", "capture", "store", "engine"},
     {"features", "influence", "index", "exact_scores"},
     {"analysis", "report", "validation"},
     {"run_folder", "tables", "attribute", "query", "pipeline"},

@@ -10,7 +10,8 @@ Shapes: B examples of a batch, N examples, K projection_dim, I in, O out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
@@ -23,7 +24,15 @@ from transformers import PreTrainedModel
 from tracmod import kernels
 from tracmod.capture import Captured, Layer, capture, frozen, select_layers
 from tracmod.heads import HeadMask
-from tracmod.model import collate, embeddings_module, pad_token_id, plan_batches, to_device
+from tracmod.lean import Kept, lean
+from tracmod.model import (
+    collate,
+    embeddings_module,
+    pad_token_id,
+    plan_batches,
+    send,
+    to_device,
+)
 from tracmod.store import FeatureStore
 
 # Share of the row that exact blocks may take. The output layer of the classifier holds most of the
@@ -143,9 +152,9 @@ def _grid(size: int) -> tuple[int, int]:
 
 @dataclass
 class Collector:
-    """Features of batches of one model: layers, slots and precision fixed once.
+    """Features of batches of one model: layers, slots, mask and precision fixed once.
 
-    Used within `capture.frozen(model)`, with the head mask applied.
+    Used within `capture.frozen(model)`.
     """
 
     model: PreTrainedModel
@@ -153,6 +162,7 @@ class Collector:
     parameters: str = "encoder"
     batch_tokens: int = 8192
     dtype: torch.dtype | None = None
+    head_mask: HeadMask | None = None
     layers: list[Layer] = field(init=False)
     slots: dict[str, Slot] = field(init=False)
 
@@ -179,38 +189,52 @@ class Collector:
         device = next(self.model.parameters()).device
         features = torch.zeros(len(examples), self.projection.dim, device=device)
         lengths = [example_length(example) for example in examples]
-        for rows in plan_batches(lengths, self.batch_tokens):
-            batch = collate([examples[row] for row in rows], pad_token_id(self.model), device)
-            features[rows] = self._batch(batch)
-            if advance is not None:
-                advance(len(rows))
+        with lean(self.model, self.head_mask, self.dtype) as kept:
+            for rows in plan_batches(lengths, self.batch_tokens):
+                batch = collate([examples[row] for row in rows], pad_token_id(self.model), device)
+                features.index_copy_(0, send(torch.tensor(rows), device), self._batch(batch, kept))
+                if advance is not None:
+                    advance(len(rows))
         return features
 
-    def _batch(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def _batch(self, batch: Mapping[str, Tensor], kept: Kept) -> Tensor:
         out_BK = torch.zeros(
             len(batch["labels"]), self.projection.dim, device=batch["labels"].device
         )
 
         def project(captured: Captured) -> None:
-            layer, slot = captured.layer, self.slots[captured.layer.name]
-            kernels.project_gradients(
-                captured.x,
-                captured.g,
-                out_BK,
-                lengths=captured.lengths,
-                layer=layer.kind,
-                bias=layer.bias and layer.kind != "embedding",
-                kind=slot.kind,
-                offset=slot.offset,
-                k_out=slot.k_out,
-                k_in=slot.k_in,
-                seed=self.projection.seed,
-                input_key=2 * layer.input_position,
-                output_key=2 * layer.position + 1,
-            )
+            for part, slot in self._by_slot(captured):
+                self._project(part, slot, out_BK)
 
-        capture(self.model, self.layers, batch, project, self.dtype)
+        capture(self.model, self.layers, batch, project, self.dtype, kept)
         return out_BK
+
+    def _by_slot(self, captured: Captured) -> Iterator[tuple[Captured, Slot]]:
+        """Layers that share input and grid together, the others one by one."""
+        slots = [self.slots[layer.name] for layer in captured.layers]
+        for slot in dict.fromkeys(slots):
+            part = captured.of([place for place, one in enumerate(slots) if one == slot])
+            yield (part.with_all_columns() if slot.kind == "identity" else part), slot
+
+    def _project(self, captured: Captured, slot: Slot, out_BK: Tensor) -> None:
+        layer = captured.layers[0]
+        kernels.project_gradients(
+            captured.x,
+            captured.g,
+            out_BK,
+            lengths=captured.lengths,
+            layer=layer.kind,
+            bias=layer.bias and layer.kind != "embedding",
+            kind=slot.kind,
+            offset=slot.offset,
+            k_out=slot.k_out,
+            k_in=slot.k_in,
+            seed=self.projection.seed,
+            input_key=2 * layer.input_position,
+            output_key=[2 * one.position + 1 for one in captured.layers],
+            input_columns=captured.input_columns,
+            output_columns=captured.output_columns,
+        )
 
 
 def example_length(example: Mapping[str, Any]) -> int:
@@ -373,8 +397,9 @@ def collect_features(
     """
     examples = as_examples(dataset)
     check_examples(model, examples)
-    with frozen(model), on_device(model, device), masked(model, head_mask):
-        features = Collector(model, projection, parameters, batch_tokens, dtype).collect(examples)
+    with frozen(model), on_device(model, device):
+        collector = Collector(model, projection, parameters, batch_tokens, dtype, head_mask)
+        features = collector.collect(examples)
     finite_N = torch.isfinite(features).all(dim=1)
     if not bool(finite_N.all()):
         row = int(finite_N.logical_not().nonzero()[0])
@@ -390,14 +415,42 @@ def collect_to_store(
 ) -> None:
     """Compute and write every shard that the store still lacks.
 
-    A shard is batched by itself, so its contents do not depend on which shards were there before.
+    A shard is written by a thread while the next is computed. It is batched by itself, so its
+    contents do not depend on which shards were there before.
 
     Raises:
         ValueError: a gradient that is not finite; the example's id is named.
+        OSError: the disk is full; the store keeps what was written before.
     """
-    for shard in store.missing_shards():
-        rows = store.shard_range(shard)
-        store.write_shard(shard, collector.collect(examples[rows.start : rows.stop], advance))
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        written: Future[None] | None = None
+        for shard in store.missing_shards():
+            rows = store.shard_range(shard)
+            features = collector.collect(examples[rows.start : rows.stop], advance)
+            if written is not None:
+                written.result()  # no more than one shard waits in memory
+            written = writer.submit(_write_shard, store, shard, *_to_host(features))
+        if written is not None:
+            written.result()
+
+
+def _to_host(features: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The features in (pinned) memory, and what says when they have come there from a GPU."""
+    if features.device.type != "cuda":
+        return features, None
+    pinned = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+    pinned.copy_(features, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(features.device))
+    return pinned, copied
+
+
+def _write_shard(
+    store: FeatureStore, shard: int, features: Tensor, copied: torch.cuda.Event | None
+) -> None:
+    if copied is not None:
+        copied.synchronize()
+    store.write_shard(shard, features)
 
 
 def feature_identity(

@@ -12,7 +12,7 @@ Shapes: Q queries, N training examples, K projection_dim, C checkpoints, G group
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 
 from tracmod import kernels
 from tracmod.capture import Captured, Layer, capture, frozen, select_layers
-from tracmod.features import as_examples, check_examples, example_length, masked, on_device
+from tracmod.features import as_examples, check_examples, example_length, on_device
 from tracmod.heads import HeadMask
-from tracmod.model import collate, pad_token_id, plan_batches
+from tracmod.lean import Kept, lean
+from tracmod.model import collate, pad_token_id, plan_batches, send
 
 Features = Tensor | NDArray[Any] | Sequence[Tensor | NDArray[Any]]
 # Captured query gradients held at a time by `exact_influence`; the training set is passed over once
@@ -155,6 +156,7 @@ def exact_influence(
     batch_tokens: int = 4096,
     device: torch.device | str | None = None,
     advance: Callable[[int], Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Inner products (or cosines) of whole gradients, without a projection.
 
@@ -168,6 +170,7 @@ def exact_influence(
         batch_tokens: bound on examples x longest length of a batch.
         advance: called with the number of training examples done (each counts once per block of
             queries).
+        dtype: torch.bfloat16 for an autocast pass; None or torch.float32 for none.
 
     Returns:
         (Q, N) float32, rows and columns in dataset order, on the device of the pass.
@@ -177,13 +180,16 @@ def exact_influence(
     """
     if normalize not in (None, "cosine"):
         raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype: expected None, torch.float32 or torch.bfloat16, got {dtype}")
+    dtype = None if dtype is torch.float32 else dtype
     trains, queries = as_examples(train, "train"), as_examples(query, "query")
     check_examples(model, trains, "train")
     check_examples(model, queries, "query")
-    with frozen(model), on_device(model, device), masked(model, head_mask):
-        layers = select_layers(model, parameters)
+    with frozen(model), on_device(model, device), lean(model, head_mask, dtype) as kept:
+        one_pass = _Pass(model, select_layers(model, parameters), batch_tokens, dtype, kept)
         products_QN, squares_Q, squares_N = _exact_products(
-            model, layers, queries, trains, batch_tokens, normalize == "cosine", advance
+            one_pass, queries, trains, normalize == "cosine", advance
         )
     _check_finite(products_QN, squares_Q, squares_N)
     if normalize == "cosine":
@@ -210,46 +216,71 @@ def _check_finite(products_QN: Tensor, squares_Q: Tensor, squares_N: Tensor) -> 
 
 
 @dataclass(frozen=True)
+class _Pass:
+    """How examples are passed through a model."""
+
+    model: PreTrainedModel
+    layers: list[Layer]
+    batch_tokens: int
+    dtype: torch.dtype | None
+    kept: Kept
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def batches(self, examples: list[dict[str, Any]]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Rows and padded batches, of like lengths."""
+        lengths = [example_length(example) for example in examples]
+        for rows in plan_batches(lengths, self.batch_tokens):
+            batch = collate([examples[row] for row in rows], pad_token_id(self.model), self.device)
+            yield send(torch.tensor(rows), self.device), batch
+
+    def capture(self, batch: dict[str, Tensor], on_captured: Callable[[Captured], None]) -> None:
+        """See `capture.capture`."""
+        capture(self.model, self.layers, batch, on_captured, self.dtype, self.kept)
+
+
+@dataclass(frozen=True)
 class _CapturedBatch:
     """Everything `capture` shows of one batch: whole gradients, in their factors."""
 
     rows: Tensor
-    layers: dict[str, Captured]
+    groups: dict[str, Captured]
 
     @property
     def num_bytes(self) -> int:
-        return sum(c.x.nbytes + c.g.nbytes for c in self.layers.values())
+        return sum(captured.num_bytes for captured in self.groups.values())
 
 
 def _exact_products(
-    model: PreTrainedModel,
-    layers: list[Layer],
+    one_pass: _Pass,
     queries: list[dict[str, Any]],
     trains: list[dict[str, Any]],
-    batch_tokens: int,
     norms: bool,
     advance: Callable[[int], Any] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Inner products (Q, N) and, with `norms`, squared norms (Q,) and (N,), float32."""
-    device = next(model.parameters()).device
+    device = one_pass.device
     products_QN = torch.zeros(len(queries), len(trains), device=device)
     squares_Q = torch.zeros(len(queries), device=device)
     squares_N = torch.zeros(len(trains), device=device)
-    for first, block in _query_blocks(model, layers, queries, batch_tokens):
+    for first, block in _query_blocks(one_pass, queries):
         if norms:
             for query_batch in block:
-                for captured in query_batch.layers.values():
+                for captured in query_batch.groups.values():
                     squares_Q.index_add_(0, query_batch.rows, _squared_norms(captured))
-        for rows, batch in _batches(model, trains, batch_tokens):
+        for rows, batch in one_pass.batches(trains):
             tiles = [torch.zeros(len(b.rows), len(rows), device=device) for b in block]
 
             def multiply(captured: Captured, rows: Tensor = rows, tiles: Any = tiles) -> None:
+                captured = _side_by_side(captured)
                 for query_batch, tile in zip(block, tiles, strict=True):  # noqa: B023
-                    _add_products(query_batch.layers[captured.layer.name], captured, tile)
+                    _add_products(query_batch.groups[_name(captured)], captured, tile)
                 if norms and first:  # noqa: B023
                     squares_N.index_add_(0, rows, _squared_norms(captured))
 
-            capture(model, layers, batch, multiply)
+            one_pass.capture(batch, multiply)
             for query_batch, tile in zip(block, tiles, strict=True):
                 products_QN[query_batch.rows[:, None], rows] = tile
             if advance is not None:
@@ -258,17 +289,17 @@ def _exact_products(
 
 
 def _query_blocks(
-    model: PreTrainedModel, layers: list[Layer], queries: list[dict[str, Any]], batch_tokens: int
+    one_pass: _Pass, queries: list[dict[str, Any]]
 ) -> Iterator[tuple[bool, list[_CapturedBatch]]]:
     """Captured batches of queries, as many at a time as fit; the flag marks the first block."""
     first, block, size = True, list[_CapturedBatch](), 0
-    for rows, batch in _batches(model, queries, batch_tokens):
+    for rows, batch in one_pass.batches(queries):
         captured_batch = _CapturedBatch(rows, {})
 
-        def keep(captured: Captured, layers: dict[str, Captured] = captured_batch.layers) -> None:
-            layers[captured.layer.name] = captured
+        def keep(captured: Captured, groups: dict[str, Captured] = captured_batch.groups) -> None:
+            groups[_name(captured)] = _side_by_side(captured)
 
-        capture(model, layers, batch, keep)
+        one_pass.capture(batch, keep)
         if block and size + captured_batch.num_bytes > QUERY_BLOCK_BYTES:
             yield first, block
             first, block, size = False, [], 0
@@ -278,22 +309,27 @@ def _query_blocks(
         yield first, block
 
 
-def _batches(
-    model: PreTrainedModel, examples: list[dict[str, Any]], batch_tokens: int
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    device = next(model.parameters()).device
-    for rows in plan_batches([example_length(example) for example in examples], batch_tokens):
-        batch = collate([examples[row] for row in rows], pad_token_id(model), device)
-        yield torch.tensor(rows, device=device), batch
+def _name(captured: Captured) -> str:
+    return captured.layers[0].name
+
+
+def _side_by_side(captured: Captured) -> Captured:
+    """Layers that share x as one layer of all their outputs: x is multiplied once.
+
+    `sum_l <g_l, g'_l> <x, x'> = <[g_1, g_2, ...], [g'_1, g'_2, ...]> <x, x'>`
+    """
+    if len(captured.g) == 1:
+        return captured
+    return replace(captured, g=(torch.cat(captured.g, dim=-1),))
 
 
 def _add_products(query: Captured, train: Captured, out: Tensor) -> None:
-    layer = query.layer
+    layer = query.layers[0]
     kernels.gradient_dot(
         query.x,
-        query.g,
+        query.g[0],
         train.x,
-        train.g,
+        train.g[0],
         out,
         lengths1=query.lengths,
         lengths2=train.lengths,
@@ -307,7 +343,7 @@ def _squared_norms(captured: Captured) -> Tensor:
 
     linear: `sum_{s,t} <g_s, g_t> (<x_s, x_t> + bias)`; embedding: of pairs with the same id.
     """
-    layer, x, g_BSO = captured.layer, captured.x, captured.g.float()
+    layer, x, g_BSO = captured.layers[0], captured.x, captured.g[0].float()
     if captured.lengths is not None:
         position_S = torch.arange(g_BSO.shape[1], device=g_BSO.device)
         padding_BS = position_S >= captured.lengths[:, None]

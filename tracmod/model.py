@@ -642,15 +642,22 @@ def collate(
         float32 where they are floats.
     """
     longest = max(len(example["input_ids"]) for example in examples)
-    batch = {}
+    batch: dict[str, Tensor] = {}
     for name, padding in (("input_ids", pad_id), ("attention_mask", 0), ("token_type_ids", 0)):
         if name not in examples[0]:
             continue
         rows = [list(example[name]) for example in examples]
         padded = [row + [padding] * (longest - len(row)) for row in rows]
-        batch[name] = torch.tensor(padded, dtype=torch.int64).to(device)
-    batch["labels"] = torch.tensor([example["labels"] for example in examples]).to(device)
+        batch[name] = send(torch.tensor(padded, dtype=torch.int64), device)
+    batch["labels"] = send(torch.tensor([example["labels"] for example in examples]), device)
     return batch
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A CPU tensor on `device`; by way of pinned memory, so that no GPU is waited for."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pad_token_id(model: PreTrainedModel) -> int:

@@ -246,8 +246,8 @@ class Study:
             split: self._encode(tokenizer, self.table(split), model) for split in ("train", "test")
         }
         for view, language, mask in self._masks():
-            with frozen(model), masked(model, mask):
-                collector = self.collector(model)
+            with frozen(model):
+                collector = self.collector(model, mask)
                 for split in ("train", "test"):
                     path = self.run.features(
                         model_name, view.name, language, checkpoint.epoch, split
@@ -271,7 +271,7 @@ class Study:
             return list(range(len(languages)))
         return [row for row, other in enumerate(languages) if other == language]
 
-    def collector(self, model: PreTrainedModel) -> Collector:
+    def collector(self, model: PreTrainedModel, mask: HeadMask | None) -> Collector:
         """What turns examples into the run's features."""
         collect = self.config.collect
         return Collector(
@@ -280,6 +280,7 @@ class Study:
             collect.parameters,
             collect.batch_tokens,
             getattr(torch, collect.dtype),
+            mask,
         )
 
     @property

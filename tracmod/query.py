@@ -156,8 +156,8 @@ class Attributor:
         found = []
         for model, tokenizer in self._models:
             examples = as_examples(encode(tokenizer, table, self.study.config.model.max_length))
-            with frozen(model), masked(model, self.mask):
-                found.append(self.study.collector(model).collect(examples).cpu())
+            with frozen(model):
+                found.append(self.study.collector(model, self.mask).collect(examples).cpu())
         return found
 
     def _nearest(self, features: list[Tensor], k: int) -> list[list[dict[str, Any]]]:

@@ -16,6 +16,7 @@ from tracmod import kernels
 from tracmod.capture import Captured, capture, frozen, select_layers
 from tracmod.features import masked
 from tracmod.heads import HeadMask
+from tracmod.lean import Kept, lean
 from tracmod.model import class_names, collate, encode, load_model, pad_token_id, per_example_loss
 
 
@@ -87,8 +88,8 @@ def check_gradients(
     if not examples:
         raise ValueError("check: expected examples, got none")
     double = copy.deepcopy(model).double()
-    with frozen(model), masked(model, head_mask):
-        engine = engine_gradients(model, examples, parameters)
+    with frozen(model), lean(model, head_mask) as kept:
+        engine = engine_gradients(model, examples, parameters, kept)
     by_kind: dict[str, list[str]] = {}
     for layer in select_layers(model, parameters):
         for name in layer.parameter_names:
@@ -132,7 +133,10 @@ def _relative_error(
 
 
 def engine_gradients(
-    model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], parameters: str = "all"
+    model: PreTrainedModel,
+    examples: Sequence[Mapping[str, Any]],
+    parameters: str = "all",
+    kept: Kept | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Whole gradients by parameter name of each example of one padded batch, one at a time.
 
@@ -143,10 +147,11 @@ def engine_gradients(
     batch = collate(examples, pad_token_id(model), next(model.parameters()).device)
     captured: dict[str, Captured] = {}
 
-    def keep(one: Captured) -> None:
-        captured[one.layer.name] = one
+    def keep(group: Captured) -> None:
+        for place, layer in enumerate(group.layers):
+            captured[layer.name] = group.of([place]).with_all_columns()
 
-    capture(model, layers, batch, keep)
+    capture(model, layers, batch, keep, kept=kept)
 
     def example_gradients(row: int) -> dict[str, Tensor]:
         gradients: dict[str, Tensor] = {}
@@ -162,8 +167,8 @@ def engine_gradients(
 
 
 def _whole_gradients(captured: Captured, row: int) -> list[Tensor]:
-    layer, one = captured.layer, slice(row, row + 1)
-    x, g = captured.x[one], captured.g[one]
+    layer, one = captured.layers[0], slice(row, row + 1)
+    x, g = captured.x[one], captured.g[0][one]
     if layer.kind == "embedding":
         gradient = torch.zeros(layer.in_features, layer.out_features, device=g.device)
         return [gradient.index_add_(0, x[0], g[0])]

@@ -478,6 +478,7 @@ def test_batches_hold_every_example_once_within_the_bound(count, batch_tokens):
     for batch in batches:
         longest = max(lengths[position] for position in batch)
         assert len(batch) == 1 or longest * len(batch) <= batch_tokens
+        assert longest * len(batch) - sum(lengths[position] for position in batch) <= 512
     assert batches == plan_batches(list(lengths), batch_tokens)
 
 

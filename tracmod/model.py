@@ -33,6 +33,9 @@ from tracmod.durable import read_json
 
 Example = dict[str, Any]
 
+# Tokens of padding in a batch. About what starting another batch costs on a CPU; few examples of
+# many lengths would otherwise be a third padding.
+MAX_PADDING = 512
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "sentencepiece.bpe.model",
@@ -609,8 +612,8 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Group examples into batches of like length, bounded in tokens, padding included.
 
     Examples are taken longest first (equal lengths in the order given), so that a batch that
-    does not fit in memory shows at once. A batch holds `longest * count <= batch_tokens` tokens,
-    or a single example.
+    does not fit in memory shows at once. A batch holds `longest * count <= batch_tokens` tokens, at
+    most 512 of them padding, or a single example.
 
     Returns:
         Lists of positions in `lengths`; each position is in exactly one.
@@ -619,11 +622,14 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
     order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
     batches: list[list[int]] = []
+    longest = padding = 0
     for position in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(position)
-        else:
-            batches.append([position])
+        padding += longest - lengths[position]
+        full = not batches or longest * (len(batches[-1]) + 1) > batch_tokens
+        if full or padding > MAX_PADDING:
+            batches.append([])
+            longest, padding = lengths[position], 0
+        batches[-1].append(position)
     return batches
 
 

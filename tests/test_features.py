@@ -11,6 +11,7 @@ from encoders import ragged_examples, tiny_encoder
 import tracmod as tm
 from tracmod.capture import frozen, select_layers
 from tracmod.features import Collector, collect_to_store, feature_identity
+from tracmod.lean import lean
 from tracmod.heads import head_slices
 from tracmod.kernels import reference
 from tracmod.validation.gradients import autograd_gradients
@@ -366,3 +367,18 @@ def test_a_failed_write_stops_the_collection(tmp_path, monkeypatch):
     with store, frozen(model), pytest.raises(OSError, match="No space left"):
         collect_to_store(Collector(model, projection), examples, store)
     assert store.missing_shards()[0] == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_no_batch_waits_for_the_gpu(dtype):
+    model, examples = tiny_encoder().cuda(), ragged_examples(12)
+    mask = tm.HeadMask.from_array([[0, 1, 1], [1, 1, 0]])
+    collector = Collector(model, tm.Projection(600), dtype=dtype, head_mask=mask)
+    with frozen(model), lean(model, mask, dtype) as kept:
+        collector.collect_lean(examples, kept)  # what is loaded on first use
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            collector.collect_lean(examples, kept)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -186,15 +186,24 @@ class Collector:
 
         Whether they are finite is for the caller to check, who knows the examples' names.
         """
+        with lean(self.model, self.head_mask, self.dtype) as kept:
+            return self.collect_lean(examples, kept, advance)
+
+    def collect_lean(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        kept: Kept,
+        advance: Callable[[int], Any] | None = None,
+    ) -> Tensor:
+        """`collect` within `lean`'s context, of which `kept` comes; never waits for a GPU."""
         device = next(self.model.parameters()).device
         features = torch.zeros(len(examples), self.projection.dim, device=device)
         lengths = [example_length(example) for example in examples]
-        with lean(self.model, self.head_mask, self.dtype) as kept:
-            for rows in plan_batches(lengths, self.batch_tokens):
-                batch = collate([examples[row] for row in rows], pad_token_id(self.model), device)
-                features.index_copy_(0, send(torch.tensor(rows), device), self._batch(batch, kept))
-                if advance is not None:
-                    advance(len(rows))
+        for rows in plan_batches(lengths, self.batch_tokens):
+            batch = collate([examples[row] for row in rows], pad_token_id(self.model), device)
+            features.index_copy_(0, send(torch.tensor(rows), device), self._batch(batch, kept))
+            if advance is not None:
+                advance(len(rows))
         return features
 
     def _batch(self, batch: Mapping[str, Tensor], kept: Kept) -> Tensor:

@@ -11,9 +11,9 @@ from encoders import ragged_examples, tiny_encoder
 import tracmod as tm
 from tracmod.capture import frozen, select_layers
 from tracmod.features import Collector, collect_to_store, feature_identity
-from tracmod.lean import lean
 from tracmod.heads import head_slices
 from tracmod.kernels import reference
+from tracmod.lean import lean
 from tracmod.validation.gradients import autograd_gradients
 
 

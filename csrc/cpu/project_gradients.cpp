@@ -19,6 +19,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
+#include "cpu/signs.h"
 #include "cpu/tiles.h"
 #include "kernels.h"
 #include "random.h"
@@ -40,13 +41,15 @@ struct Part {
   int64_t size, ones;
   const int64_t* columns;  // the numbers of R's columns; null: 0, 1, ...
   uint64_t stream;
-  float* dense = nullptr;  // (size + ones, width) signs
+  float* dense = nullptr;      // (size + ones, width) signs, or
+  int32_t* indices = nullptr;  // tables' indices: for each 64 rows of R, all columns'
   // Sparse: columns [first[r], first[r + 1]) of `column`, with `sign`, are row r of R.
   int64_t* first = nullptr;
   int32_t* column = nullptr;
   float* sign = nullptr;
 
   int64_t number(int64_t i) const { return columns == nullptr ? i : columns[i]; }
+  int64_t tables() const { return (size + ones + kTableColumns - 1) / kTableColumns; }
 };
 
 // One side of the product, P or Q: the sum of its parts' products.
@@ -68,7 +71,9 @@ void plan_side(Scratch& scratch, Kind kind, int64_t tokens, Side& side) {
   side.width = padded(side.k);
   for (int j = 0; j < side.parts; ++j) {
     Part& part = side.part[j];
-    if (kind == Kind::rademacher) {
+    if (kind == Kind::rademacher && signs().add_dense != nullptr) {
+      part.indices = scratch.take<int32_t>(part.tables() * side.width);
+    } else if (kind == Kind::rademacher) {
       part.dense = scratch.take<float>((part.size + part.ones) * side.width);
     }
     if (kind == Kind::sjlt) {
@@ -128,12 +133,25 @@ void write_column(const Side& side, const Part& part, int64_t i) {
   std::fill(row + side.k, row + side.width, 0.0f);
 }
 
+// The indices of 64 rows of R from `row` on, from column i on.
+int32_t* indices_at(const Side& side, const Part& part, int64_t row, int64_t i) {
+  const int64_t rows = std::min(kBlockRows, side.width - row);
+  return part.indices + row * part.tables() + i / kTableColumns * rows;
+}
+
 void write_signs(const Side& side, const Part& part, int threads) {
-  constexpr int64_t kColumns = 64;
+  constexpr int64_t kColumns = 256;
   const int64_t columns = part.size + part.ones;
   parallel_for(threads, ceil_div(columns, kColumns), [&](int64_t item, int) {
-    const int64_t end = std::min(columns, (item + 1) * kColumns);
-    for (int64_t i = item * kColumns; i < end; ++i) write_column(side, part, i);
+    const int64_t begin = item * kColumns, end = std::min(columns, begin + kColumns);
+    if (part.dense != nullptr) {
+      for (int64_t i = begin; i < end; ++i) write_column(side, part, i);
+      return;
+    }
+    for (int64_t r = 0; r < side.width; r += kBlockRows) {
+      signs().write_indices(part.stream, part.columns, begin, end, r, side.width,
+                            indices_at(side, part, r, begin));
+    }
   });
 }
 
@@ -211,6 +229,25 @@ void project_dense(const Side& side, const Rows<T>& rows, int64_t count, float* 
 }
 
 template <class T>
+void project_tables(const Side& side, const Rows<T>& rows, int64_t count, float* projected) {
+  std::fill(projected, projected + count * side.width, 0.0f);
+  const T* a[kTokenBlock];
+  for (int p = 0; p < side.parts; ++p) {
+    const Part& part = side.part[p];
+    for (int64_t d = 0; d < part.size + part.ones; d += kDenseColumns) {
+      const int64_t columns = std::min(kDenseColumns, part.size - d);
+      const int64_t ones = std::min(part.ones, kDenseColumns - columns);
+      for (int64_t m = 0; m < count; ++m) a[m] = rows.of[p][m] + d;
+      for (int64_t r = 0; r < side.width; r += kBlockRows) {
+        const int64_t vectors = std::min(kBlockRows, side.width - r) / kColumnUnit;
+        add_dense(a, count, columns, ones, indices_at(side, part, r, d), vectors, projected + r,
+                  side.width);
+      }
+    }
+  }
+}
+
+template <class T>
 void project_sparse(const Side& side, const Rows<T>& rows, int64_t m, float* projected) {
   const Part& first = side.part[0];
   SparseEntry bias{-1, 0.0f};
@@ -239,8 +276,8 @@ void project_block(const Side& side, Kind kind, const Gradients& gradients, cons
   });
   float* projected = side.projected + begin * side.width;
   if (kind == Kind::rademacher) {
-    project_dense(side, rows, end - begin, projected);
-    return;
+    if (signs().add_dense != nullptr) return project_tables(side, rows, end - begin, projected);
+    return project_dense(side, rows, end - begin, projected);
   }
   const Part& first = side.part[0];
   for (int64_t m = 0; m < end - begin; ++m) {
@@ -248,28 +285,6 @@ void project_block(const Side& side, Kind kind, const Gradients& gradients, cons
       project_sparse(side, rows, m, projected + m * side.width);
     } else {
       widen(rows.of[0][m], first.size, first.ones, side.width, projected + m * side.width);
-    }
-  }
-}
-
-// Rows [m, m + count) of scale * Q^T P over one example's tokens, added to `out` (k_out, k_in).
-void add_products(const Plan& plan, int64_t begin, int64_t end, int64_t m, int64_t count,
-                  double scale, float* out) {
-  double sums[kRowBlock * kColumnBlock];
-  const float* a[kRowBlock];
-  for (int64_t i = 0; i < count; ++i) a[i] = plan.out.projected + begin * plan.out.width + m + i;
-  const float* b = plan.in.projected + begin * plan.in.width;
-  for (int64_t n = 0; n < plan.in.width; n += kColumnBlock) {
-    const int64_t columns = std::min(kColumnBlock, plan.in.width - n);
-    std::fill(sums, sums + count * kColumnBlock, 0.0);
-    tiles().outer(a, plan.out.width, count, b + n, plan.in.width, columns, end - begin, sums,
-                  kColumnBlock);
-    const int64_t written = std::min(columns, plan.in.k - n);
-    for (int64_t i = 0; i < count; ++i) {
-      float* row = out + (m + i) * plan.in.k + n;
-      for (int64_t j = 0; j < written; ++j) {
-        row[j] += static_cast<float>(scale * sums[i * kColumnBlock + j]);
-      }
     }
   }
 }
@@ -292,12 +307,14 @@ void project_linear(const Gradients& gradients, const Projection& projection, co
   if (projection.kind == Kind::rademacher) {
     scale = 1.0 / std::sqrt(static_cast<double>(plan.in.k) * static_cast<double>(plan.out.k));
   }
-  const int64_t bands = ceil_div(plan.out.k, kRowBlock);
+  const Side &in = plan.in, &of = plan.out;
+  const int64_t bands = ceil_div(of.k, kRowBlock);
   parallel_for(threads, gradients.batch * bands, [&](int64_t item, int) {
     const int64_t b = item / bands, m = item % bands * kRowBlock;
-    const int64_t begin = plan.starts[b], end = plan.starts[b + 1];
-    if (begin == end) return;
-    add_products(plan, begin, end, m, std::min(kRowBlock, plan.out.k - m), scale, out + b * stride);
+    const int64_t begin = plan.starts[b], count = plan.starts[b + 1] - begin;
+    signs().add_product(of.projected + begin * of.width + m, of.width,
+                        std::min(kRowBlock, of.k - m), in.projected + begin * in.width, in.width,
+                        in.k, count, static_cast<float>(scale), out + b * stride + m * in.k, in.k);
   });
 }
 

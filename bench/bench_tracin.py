@@ -24,6 +24,7 @@ from tracmod.bench.fidelity import run_fidelity
 from tracmod.bench.job import METHODS, run_job, run_method
 from tracmod.bench.measure import write_json
 from tracmod.bench.models import SHAPES, make_trained
+from tracmod.bench.report import section
 
 
 def collect(given: argparse.Namespace) -> None:
@@ -66,7 +67,7 @@ def method(given: argparse.Namespace) -> None:
 
 def show(result: dict[str, Any], path: Path) -> None:
     write_json(path, result)
-    print(json.dumps({k: v for k, v in result.items() if k != "environment"}, indent=1), flush=True)
+    print("\n".join(section(result)), flush=True)
 
 
 def parsed() -> argparse.Namespace:

@@ -34,12 +34,12 @@ TRAINED: dict[str, Any] = {
 
 def random_model(shape: str, seed: int = 0) -> Any:
     """An XLM-R classifier with random weights, float32, evaluation mode."""
-    config = XLMRobertaConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=132, pad_token_id=1,
-        type_vocab_size=1, **SHAPES[shape], **{"num_labels": LABELS},
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "max_position_embeddings": 132, "num_labels": LABELS,
+        "pad_token_id": 1, "type_vocab_size": 1, **SHAPES[shape],
+    }  # fmt: skip
     torch.manual_seed(seed)
-    return XLMRobertaForSequenceClassification(config).eval()
+    return XLMRobertaForSequenceClassification(XLMRobertaConfig(**settings)).eval()
 
 
 def random_examples(count: int, seed: int = 1) -> list[dict[str, Any]]:

@@ -49,7 +49,9 @@ def job(given: argparse.Namespace) -> None:
 
 
 def fidelity(given: argparse.Namespace) -> None:
-    result = run_fidelity(given.run, torch.device(given.device), given.train, given.query)
+    result = run_fidelity(
+        given.run, torch.device(given.device), given.train, given.query, given.seeds
+    )
     show(result, given.out / "fidelity.json")
 
 
@@ -97,6 +99,7 @@ def parsed() -> argparse.Namespace:
     one = part(fidelity)
     one.add_argument("--train", type=int, default=600)
     one.add_argument("--query", type=int, default=60)
+    one.add_argument("--seeds", type=int, default=3, help="of the projection")
     one = part(exact, trained=False)
     one.add_argument("--shape", nargs=1, choices=list(SHAPES), default=["base"])
     one.add_argument("--train", type=int, default=10_000)

@@ -8,6 +8,7 @@ process of its own, so that its peak memory is its own.
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -168,8 +169,15 @@ def _wait(device: torch.device) -> None:
 
 
 def _peak() -> int:
-    """Bytes of memory that this process has held at most."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Bytes of memory that this process has held at most.
+
+    Linux starts `ru_maxrss` at what the parent held; VmHWM is the program's own.
+    """
+    status = Path("/proc/self/status")
+    text = status.read_text(encoding="utf-8") if status.exists() else ""
+    own = re.search(r"VmHWM:\s*(\d+) kB", text)
+    kibibytes = own[1] if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * int(kibibytes)
 
 
 def run_method(name: str, asked: dict[str, Any], to: Path) -> None:
@@ -187,7 +195,8 @@ def run_method(name: str, asked: dict[str, Any], to: Path) -> None:
         "gpu_peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
     }  # fmt: skip
     scores_QN = done.scores().float().cpu().contiguous()
-    save_file({"scores": scores_QN, "indices": done.indices}, str(to / f"{name}.safetensors"))
+    ranked = {"scores": scores_QN, "indices": done.indices.contiguous()}
+    save_file(ranked, str(to / f"{name}.safetensors"))
     (to / f"{name}.json").write_text(json.dumps(figures), encoding="utf-8")
 
 

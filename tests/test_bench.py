@@ -209,7 +209,7 @@ def test_exact_influence_at_size(monkeypatch):
 
 
 def test_fidelity(trained):
-    result = fidelity.run_fidelity(trained, CPU, 20, 6)
+    result = fidelity.run_fidelity(trained, CPU, 20, 6, seeds=2)
     dims = {(row["form"], row["dim"]) for row in result["table"]}
     assert ("ours, accumulate", 16384) in dims
     linear_layers = 2 * 6 + 2

@@ -1,8 +1,9 @@
-// out[b] += vec(R_out G_b R_in^T),  G_b = sum_s g_s [x_s, 1]^T, in two launches for a linear layer:
+// out[b] += sum_j vec(R_out_j G_bj R_in^T),  G_bj = sum_s g_js [x_s, 1]^T over the layers j that read
+// the same x, in three launches for linear layers:
 //
-//   project_tokens   P = x R_in^T (B,S,k_in), then Q = g R_out^T (B,S,k_out), into scratch. A block
-//                    owns 64 tokens of one example x 64 rows of R; signs are made where they are
-//                    used. Blocks past the example's length return at once.
+//   project_tokens   P = x R_in^T (B,S,k_in), then Q = sum_j g_j R_out_j^T (B,S,k_out), into scratch.
+//                    A block owns 64 tokens of one example x 64 rows of R; signs are made where
+//                    they are used. Blocks past the example's length return at once.
 //   add_products     out[b] += Q_b^T P_b. A block owns 64 x 64 numbers of one example's feature
 //                    row: one writer each, no atomics. identity: straight from g and [x, 1].
 //
@@ -30,26 +31,35 @@ template <Kind kind>
 struct Entries {
   static constexpr bool kAlongDepth = true;
   uint64_t stream;
+  const int64_t* columns;  // the numbers of R's columns; null: 0, 1, ...
   int64_t k, first;
 
-  __device__ float operator()(int64_t row, int64_t column) const {
+  __device__ float operator()(int64_t row, int64_t i) const {
     const int64_t r = first + row;
     if (r >= k) return 0.0f;
+    const int64_t column = columns == nullptr ? i : columns[i];
     if (kind == Kind::rademacher) {
       return sign_of_bit(sign_word(stream, column, r / 64), static_cast<int>(r % 64));
     }
-    const uint64_t hash = column_hash(stream, column);
-    return position_of(hash, k) == r ? sign_of(hash) : 0.0f;
+    const SparseEntry entry = sparse_entry(stream, column, k);
+    return entry.row == r ? entry.sign : 0.0f;
   }
 };
 
-// One side of the product: `size` values a token (and a one for the bias) times R^T.
-struct Side {
+// `size` values a token (and a one for the bias) that are multiplied by an R^T of their own.
+struct Part {
   const void* rows;
   int64_t size;
   bool one;
-  int64_t k;
+  const int64_t* columns;
   uint64_t stream;
+};
+
+// One side of the product, P or Q: the sum of its parts' products.
+struct Side {
+  int64_t k;
+  int parts;
+  Part part[kMaxOutputs];
   float* projected;  // (B, S, k)
 };
 
@@ -61,17 +71,24 @@ __global__ void __launch_bounds__(kTileThreads)
   const int64_t left = lengths.of(b) - s;
   if (left <= 0) return;
   const int64_t token = b * lengths.tokens + s;
-  const Entries<kind> entries{side.stream, side.k, static_cast<int64_t>(blockIdx.y) * kTile};
-  const MatrixRows<T> rows{static_cast<const T*>(side.rows) + token * side.size, side.size, left};
-  float sum[kPerThread][kPerThread];
-  multiply_tile(rows, entries, side.size, memory, sum);
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kTile;
+  float total[kPerThread][kPerThread] = {};
+  for (int p = 0; p < side.parts; ++p) {
+    const Part& part = side.part[p];
+    const Entries<kind> entries{part.stream, part.columns, side.k, first};
+    const MatrixRows<T> rows{static_cast<const T*>(part.rows) + token * part.size, part.size, left};
+    float sum[kPerThread][kPerThread];
+    multiply_tile(rows, entries, part.size, memory, sum);
+    for (int j = 0; j < kPerThread; ++j) {
+      const float bias = part.one ? entries(tile_column(j), part.size) : 0.0f;
+      for (int i = 0; i < kPerThread; ++i) total[i][j] += sum[i][j] + bias;
+    }
+  }
   for (int j = 0; j < kPerThread; ++j) {
-    const int64_t r = entries.first + tile_column(j);
-    if (r >= side.k) continue;
-    const float bias = side.one ? entries(tile_column(j), side.size) : 0.0f;
+    const int64_t r = first + tile_column(j);
     for (int i = 0; i < kPerThread; ++i) {
       const int64_t row = tile_row(i);
-      if (row < left) side.projected[(token + row) * side.k + r] = sum[i][j] + bias;
+      if (r < side.k && row < left) side.projected[(token + row) * side.k + r] = total[i][j];
     }
   }
 }
@@ -186,18 +203,19 @@ Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& p
   Plan plan{};
   if (projection.layer == Layer::linear && projection.kind != Kind::identity) {
     const int64_t tokens = gradients.batch * gradients.tokens;
-    plan.in = {gradients.x,
-               gradients.in,
-               projection.bias,
-               projection.k_in,
-               stream_of(projection.seed, projection.input_key),
-               scratch.take<float>(tokens * projection.k_in)};
-    plan.out = {gradients.g,
-                gradients.out,
-                false,
-                projection.k_out,
-                stream_of(projection.seed, projection.output_key),
-                scratch.take<float>(tokens * projection.k_out)};
+    plan.in.k = projection.k_in;
+    plan.in.parts = 1;
+    plan.in.part[0] = {gradients.x, gradients.in, projection.bias, projection.input_columns,
+                       stream_of(projection.seed, projection.input_key)};
+    plan.in.projected = scratch.take<float>(tokens * projection.k_in);
+    plan.out.k = projection.k_out;
+    plan.out.parts = projection.outputs;
+    for (int j = 0; j < projection.outputs; ++j) {
+      const Output& output = projection.output[j];
+      plan.out.part[j] = {output.g, output.size, false, output.columns,
+                          stream_of(projection.seed, output.key)};
+    }
+    plan.out.projected = scratch.take<float>(tokens * projection.k_out);
   }
   if (projection.layer == Layer::elementwise) {
     plan.sums = scratch.take<float>(2 * gradients.batch * gradients.in);
@@ -268,9 +286,9 @@ void project_elementwise(const Gradients& gradients, const Projection& projectio
     add_sums<<<all, kThreads, 0, stream>>>(plan.sums, 2 * size, rows * size, out, stride);
   } else {
     const Elements<float> elements{plan.sums, nullptr, 2, rows, size};
-    sketch<float><<<batch, kThreads, 0, stream>>>(elements, lengths,
-                                                  stream_of(projection.seed, projection.output_key),
-                                                  projection.k_out * projection.k_in, out, stride);
+    sketch<float><<<batch, kThreads, 0, stream>>>(
+        elements, lengths, stream_of(projection.seed, projection.output[0].key),
+        projection.k_out * projection.k_in, out, stride);
   }
   check_launch(kOp);
 }
@@ -282,7 +300,7 @@ void project_embedding(const Gradients& gradients, const Projection& projection,
                              static_cast<const int64_t*>(gradients.x), gradients.tokens,
                              gradients.tokens, gradients.out};
   sketch<T><<<static_cast<unsigned>(gradients.batch), kThreads, 0, stream>>>(
-      elements, lengths_of(gradients), stream_of(projection.seed, projection.output_key),
+      elements, lengths_of(gradients), stream_of(projection.seed, projection.output[0].key),
       projection.k_out * projection.k_in, out, stride);
   check_launch(kOp);
 }

@@ -43,7 +43,8 @@ def train(given: argparse.Namespace) -> None:
 def job(given: argparse.Namespace) -> None:
     result = run_job(
         given.run, given.device, given.method or list(METHODS), train=given.train,
-        query=given.query, naive_train=given.naive_train,
+        query=given.query, 
+        subsets={"naive": given.naive_train, "exact": given.exact_train},
     )  # fmt: skip
     show(result, given.out / f"job-{given.device}.json")
 
@@ -96,6 +97,7 @@ def parsed() -> argparse.Namespace:
     one.add_argument("--train", type=int, help="default: all, 5,000")
     one.add_argument("--query", type=int, help="default: all, 500")
     one.add_argument("--naive-train", type=int, help="naive on so many; its time extrapolated")
+    one.add_argument("--exact-train", type=int, help="the same of ours, exact")
     one = part(fidelity)
     one.add_argument("--train", type=int, default=600)
     one.add_argument("--query", type=int, default=60)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,14 @@ def checkpoint(job: Trained, place: int, device: torch.device) -> Any:
     return to_device(load_classifier(job.checkpoints[place]), device)
 
 
+def some_of(job: Trained, subset: int | None) -> tuple[list[int] | None, list[Any], float]:
+    """So many training examples, their places, and how many times more there are."""
+    if subset is None:
+        return None, job.train, 1.0
+    columns = spaced(len(job.train), subset)
+    return columns, [job.train[column] for column in columns], len(job.train) / len(columns)
+
+
 def groups_of(job: Trained, device: torch.device, columns: list[int] | None = None) -> Tensor:
     names = sorted(set(job.languages))
     languages = job.languages if columns is None else [job.languages[c] for c in columns]
@@ -63,9 +71,7 @@ def groups_of(job: Trained, device: torch.device, columns: list[int] | None = No
 
 def naive(job: Trained, device: torch.device, subset: int | None) -> Outcome:
     """One example at a time; with `subset` the training part is extrapolated to all examples."""
-    columns = None if subset is None else spaced(len(job.train), subset)
-    train = job.train if columns is None else [job.train[column] for column in columns]
-    factor = len(job.train) / len(train)
+    columns, train, factor = some_of(job, subset)
     total_QN = torch.zeros(len(job.query), len(train), device=device)
     gradients = scoring = 0.0
     for place, weight in enumerate(job.weights):
@@ -107,20 +113,21 @@ def hooks(job: Trained, device: torch.device, subset: int | None) -> Outcome:
 
 
 def exact(job: Trained, device: torch.device, subset: int | None) -> Outcome:
-    """Ours without a projection."""
-    total_QN = torch.zeros(len(job.query), len(job.train), device=device)
+    """Ours without a projection; with `subset` all of its time is extrapolated."""
+    columns, train, factor = some_of(job, subset)
+    languages = job.languages if columns is None else [job.languages[c] for c in columns]
+    total_QN = torch.zeros(len(job.query), len(train), device=device)
     elapsed = 0.0
     for place, weight in enumerate(job.weights):
         model = checkpoint(job, place, device)
         start = time.perf_counter()
-        total_QN += weight * tm.exact_influence(model, job.train, job.query, normalize="cosine")
+        total_QN += weight * tm.exact_influence(model, train, job.query, normalize="cosine")
         _wait(device)
         elapsed += time.perf_counter() - start
     start = time.perf_counter()
-    top = top_of_scores(total_QN, K, job.languages)
-    indices = top.indices.cpu()
+    indices = top_of_scores(total_QN, K, languages).indices.cpu()
     elapsed += time.perf_counter() - start
-    return Outcome({"whole": elapsed}, indices, lambda: total_QN)
+    return Outcome({"whole": factor * elapsed}, indices, lambda: total_QN, columns, factor > 1)
 
 
 def projected(kind: Any, dtype: torch.dtype | None = None) -> Callable[..., Outcome]:
@@ -188,7 +195,7 @@ def run_method(name: str, asked: dict[str, Any], to: Path) -> None:
     if name == "check":
         (to / "check.json").write_text(json.dumps(_check(job, device)), encoding="utf-8")
         return
-    done = METHODS[name](job, device, asked["naive_train"])
+    done = METHODS[name](job, device, asked["subsets"].get(name))
     figures = {
         "seconds": done.seconds, "extrapolated": done.extrapolated, "columns": done.columns,
         "peak_bytes": _peak(), "base_bytes": base,
@@ -232,7 +239,7 @@ def run_job(
     *,
     train: int | None = None,
     query: int | None = None,
-    naive_train: int | None = None,
+    subsets: Mapping[str, int | None] | None = None,
 ) -> dict[str, Any]:
     """Times, peak memory and agreement of the methods; exact, if among them, is the measure.
 
@@ -241,13 +248,13 @@ def run_job(
         device_name: where all of it runs.
         methods: of `METHODS`.
         train, query: so many examples; None for all.
-        naive_train: naive TracIn on so many training examples, its time extrapolated.
+        subsets: naive and exact on so many training examples, their times extrapolated.
 
     Raises:
         WrongResult: a method fails, or ranks what it has not scored so.
     """
     asked = {"run": str(run.resolve()), "device": device_name, "train": train, "query": query,
-             "naive_train": naive_train}  # fmt: skip
+             "subsets": dict(subsets or {})}  # fmt: skip
     rows, results = {}, {}
     with tempfile.TemporaryDirectory() as name:
         checked = _in_process("check", asked, Path(name))
@@ -258,23 +265,38 @@ def run_job(
     examples = (checked["train"] + checked["query"]) * checked["checkpoints"]
     for method, row in rows.items():
         _check_ranking(method, results[method]["scores"], results[method]["indices"])
-        seconds, columns = row["seconds"], row.pop("columns")
+        seconds, columns = row["seconds"], row["columns"]
         if "gradients" in seconds:
             row["gradients_per_second"] = examples / seconds["gradients"]
         row["examples_per_second"] = examples / seconds["whole"]
         if "exact" in results and method != "exact":
-            exact_QN = results["exact"]["scores"]
-            exact_QN = exact_QN if columns is None else exact_QN[:, columns]
-            row["agreement"] = agreement(results[method]["scores"], exact_QN)
+            row["agreement"] = _agreement(results, rows, method)
         if columns is not None:
             row["measured_train"] = len(columns)
         if "naive" in rows:
             row["times_naive"] = rows["naive"]["seconds"]["whole"] / seconds["whole"]
             row["share_of_naive_memory"] = row["peak_bytes"] / rows["naive"]["peak_bytes"]
+    for row in rows.values():
+        del row["columns"]
     return {
         "part": "job", "environment": environment(torch.device(device_name)), "k": K, "dim": DIM,
         **checked, "methods": rows,
     }  # fmt: skip
+
+
+def _agreement(results: Any, rows: dict[str, dict[str, Any]], method: str) -> dict[str, float]:
+    """With exact scores, on the training examples that both have scored."""
+    places = []
+    for name in (method, "exact"):
+        columns = rows[name]["columns"]
+        count = results[name]["scores"].shape[1]
+        places.append({c: p for p, c in enumerate(range(count) if columns is None else columns)})
+    shared = sorted(places[0].keys() & places[1].keys())
+    own, exact_QN = (
+        results[name]["scores"][:, [place[column] for column in shared]]
+        for name, place in zip((method, "exact"), places, strict=True)
+    )
+    return agreement(own, exact_QN)
 
 
 def _check_ranking(method: str, scores_QN: Tensor, indices_QK: Tensor) -> None:

@@ -246,7 +246,12 @@ def test_naive_on_a_subset_is_said_to_be_extrapolated(trained):
 @pytest.mark.slow
 def test_the_job_in_processes_of_their_own(trained):
     result = job.run_job(
-        trained, "cpu", ["naive", "exact", "sjlt"], train=16, query=5, naive_train=8
+        trained,
+        "cpu",
+        ["naive", "exact", "sjlt"],
+        train=16,
+        query=5,
+        subsets={"naive": 8, "exact": 4},
     )
     naive, ours = result["methods"]["naive"], result["methods"]["sjlt"]
     assert naive["measured_train"] == 8

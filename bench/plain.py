@@ -214,10 +214,10 @@ class HookedFeatures:
         self.exact = None
         self.start = 0
         if dim is not None:
-            last = list(linears)[-1]
-            size = linears[last].out_features * (linears[last].in_features + 1)
-            if size <= 0.6 * dim:
-                self.exact, self.start = last, size
+            sizes = {n: m.out_features * (m.in_features + 1) for n, m in linears.items()}
+            smallest = min(sizes, key=lambda name: sizes[name])  # the classifier's output
+            if sizes[smallest] <= 0.6 * dim:
+                self.exact, self.start = smallest, sizes[smallest]
             grid = math.isqrt(dim - self.start)
         self.side = grid
         self.offset = {

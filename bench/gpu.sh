@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and benchmarks on a machine with a GPU in one go, without a network, under 10 minutes. Needs Python with
 # torch, transformers, pybind11, cmake, ninja, pyarrow, scipy, pytest and pytest-xdist, and nvcc.
-# Writes logs and JSON to $OUT (default bench/results/); one line a part at the end.
+# Writes JSON and one log to $OUT (default bench/results/); prints one line a part at the end.
 # TRACMOD_COMMIT: the commit, where there is no git. PARTS: only these, such as PARTS="build kernels-bfloat16".
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -22,13 +22,16 @@ run() {  # run SECONDS NAME COMMAND...: never beyond its time nor all parts' 590
   if ((left < 5)); then
     code=124
   else
-    timeout -k 5 $((limit < left ? limit : left)) "$@" > "$OUT/$name.log" 2>&1 || code=$?
-    tail -n 40 "$OUT/$name.log" | cut -c1-200
+    timeout -k 5 $((limit < left ? limit : left)) "$@" > "$part" 2>&1 || code=$?
+    { echo "== $name: $*"; cat "$part"; } >> "$OUT/gpu.log"
+    tail -n 40 "$part" | cut -c1-200
   fi
   if ((code)); then failed=1; fi
   summary+="$name: $( ((code)) && echo "failed ($code)" || echo OK), $((SECONDS - begun)) s"$'\n'
 }
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$OUT/gpu.csv"
+part=$(mktemp)
+trap 'rm -f "$part"' EXIT
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$OUT/gpu.log"
 run 240 build python3 setup.py build_ext --inplace
 ln -sfn "$PWD"/tracmod/* "$site/tracmod/"  # the module just built
 run 150 tests python3 -m pytest -q -n 6 --dist loadfile -m 'not slow' tests/test_kernels_*.py tests/test_gradients.py \
@@ -42,5 +45,5 @@ run 60 kernels-float32 $kernels --dtype float32 --json "$OUT/kernels-cuda-float3
 if [[ -d runs/bench/models ]]; then
   run 60 fidelity $tracin fidelity --device cuda --out "$OUT"
 fi
-printf '\n%s%s s in all\n' "$summary" $((SECONDS - started))
+printf '\n%s%s s in all\n' "$summary" $((SECONDS - started)) | tee -a "$OUT/gpu.log"
 exit $failed

@@ -83,19 +83,19 @@ def measure_limits(device: torch.device, dtype: torch.dtype, *, quick: bool = Fa
         dtype: of the matrix product.
         quick: small sizes, for tests: the figures then mean little.
     """
-    megabytes, size = (2048, 8192) if _gpu(device) else (256, 2048)
+    megabytes, sizes = (2048, (8192, 16384)) if _gpu(device) else (256, (1024, 2048))
     if quick:
-        megabytes, size = 8, 256
+        megabytes, sizes = 8, (256,)
     source = torch.zeros(megabytes << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    best = take_turns(
-        {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)},
-        device,
-        seconds=2.0,
-    )
-    return Limits(2 * source.nbytes / best["copy"], 2 * size**3 / best["product"])
+    copied = take_turns({"copy": lambda: target.copy_(source)}, device)["copy"]
+    products = []
+    for size in sizes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        product = torch.empty_like(a)
+        best = take_turns({"product": lambda: torch.mm(a, b, out=product)}, device)  # noqa: B023
+        products.append(2 * size**3 / best["product"])
+    return Limits(2 * source.nbytes / copied, max(products))
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype, *, quick: bool = Fa
     """
     megabytes, sizes = (2048, (8192, 16384)) if _gpu(device) else (256, (1024, 2048))
     if quick:
-        megabytes, sizes = 8, (256,)
+        megabytes, sizes = 8, (128, 256)
     source = torch.zeros(megabytes << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copied = take_turns({"copy": lambda: target.copy_(source)}, device)["copy"]

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: install demo test test-fast bench bench-tracin lint format clean
+.PHONY: install demo test test-fast bench bench-kernels bench-tracin bench-report lint format clean
 
 install: $(VENV)/.installed
 
@@ -32,8 +32,21 @@ test-fast: install
 bench: install
 	$(BIN)/tracmod bench
 
-bench-tracin: demo
-	$(BIN)/python bench/bench_tracin.py --run $(DEMO)
+# Every op at every size, both dtypes; then the pass, the whole job and fidelity. JSON and tables in bench/.
+bench-kernels: install
+	$(BIN)/tracmod bench --full --json bench/results/kernels-cpu-float32.json
+	$(BIN)/tracmod bench --full --dtype bfloat16 --json bench/results/kernels-cpu-bfloat16.json
+
+TRACIN := $(BIN)/python bench/bench_tracin.py
+
+bench-tracin: install
+	$(TRACIN) collect
+	$(TRACIN) train
+	$(TRACIN) fidelity
+	$(TRACIN) job
+
+bench-report: install
+	$(BIN)/python bench/report.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,191 +1,158 @@
 """The native ops against plain torch: each result checked, then both timed in the same run.
 
-    python bench/bench_kernels.py [--device cuda] [--dtype bfloat16] [--json FILE]
+    python bench/bench_kernels.py [--device cuda] [--dtype bfloat16] [--short] [--json FILE]
 
-Prints a line per case; `times plain` above 1: faster than torch.
-Plain torch is given its projection matrices ready-made; the native op makes its entries each time.
+A line per case. `times plain` above 1: faster than the fastest of plain torch's forms, which are
+given their projection matrices ready-made; the native op makes its entries each time. `limit` is
+what bounds the op on this device, measured in the same run: a large copy (bytes) or a large matrix
+product in this dtype (operations); the share is the time that the limit allows over the op's.
+A wrong result is reported as such, without its time, and the exit code is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from tracmod import kernels
+from tracmod.bench.cases import Case, cases
+from tracmod.bench.measure import Limits, environment, measure_limits, take_turns, write_json
 
-KINDS: tuple[kernels.Kind, ...] = ("rademacher", "sjlt")
-
-
-class Case(NamedTuple):
-    """One op at one size: both functions return their result."""
-
-    op: str
-    shape: str
-    native: Callable[[], Tensor]
-    plain: Callable[[], Tensor]
+# Of the largest number: what rounding alone may amount to. Plain torch rounds what lies between two
+# matrix products to the inputs' dtype; the native op may err at most twice as much as it does.
+FLOOR = 1e-5
+PLAIN_ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-def project_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """(B, S, I, O, k): layers of the mini and of the base model, and a classification head."""
-    sizes = [(64, 24, 256, 256, 64), (64, 24, 256, 1024, 64), (32, 64, 768, 768, 64),
-             (32, 64, 768, 3072, 64), (64, 1, 768, 768, 64)]  # fmt: skip
-    for batch, tokens, size_in, size_out, k in sizes:
-        x = torch.randn(batch, tokens, size_in, device=device).to(dtype)
-        g = torch.randn(batch, tokens, size_out, device=device).to(dtype)
-        for kind in KINDS:
-            r_in = kernels.projection_matrix(kind, k, size_in, 0, 0).to(device, dtype)
-            r_out = kernels.projection_matrix(kind, k, size_out, 0, 1).to(device, dtype)
-
-            def native(
-                x: Tensor = x, g: Tensor = g, kind: kernels.Kind = kind, k: int = k
-            ) -> Tensor:
-                out = torch.zeros(len(x), k * k, device=device)
-                kernels.project_gradients(
-                    x, g, out, kind=kind, k_out=k, k_in=k, seed=0, input_key=0, output_key=1
-                )
-                return out
-
-            def plain(
-                x: Tensor = x, g: Tensor = g, r_in: Tensor = r_in, r_out: Tensor = r_out
-            ) -> Tensor:
-                out = torch.zeros(len(x), len(r_in) * len(r_out), device=device)
-                return out.add_(torch.bmm((g @ r_out.T).mT, x @ r_in.T).flatten(1))
-
-            yield Case(
-                f"project_gradients {kind}",
-                str((batch, tokens, size_in, size_out, k)),
-                native,
-                plain,
-            )
-
-
-def dot_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """(B1, B2, S, I, O); plain torch takes the better of its two forms."""
-    sizes = [(32, 32, 24, 256, 256), (32, 32, 24, 256, 1024), (16, 16, 64, 768, 768)]
-    for batch1, batch2, tokens, size_in, size_out in sizes:
-        x1, g1, x2, g2 = (
-            torch.randn(batch, tokens, size, device=device).to(dtype)
-            for batch in (batch1, batch2)
-            for size in (size_in, size_out)
-        )
-        batches = (x1, g1, x2, g2)
-
-        def native(batches: tuple[Tensor, ...] = batches) -> Tensor:
-            out = torch.zeros(len(batches[0]), len(batches[2]), device=device)
-            x1, g1, x2, g2 = batches
-            kernels.gradient_dot(x1, g1, x2, g2, out)
-            return out
-
-        def formed(batches: tuple[Tensor, ...] = batches) -> Tensor:
-            x1, g1, x2, g2 = batches
-            return torch.bmm(g1.mT, x1).flatten(1) @ torch.bmm(g2.mT, x2).flatten(1).T
-
-        def pairs(batches: tuple[Tensor, ...] = batches) -> Tensor:
-            x1, g1, x2, g2 = (part.flatten(0, 1) for part in batches)
-            products = (g1 @ g2.T).float() * (x1 @ x2.T).float()
-            tokens = batches[0].shape[1]
-            return products.view(len(batches[0]), tokens, len(batches[2]), tokens).sum((1, 3))
-
-        shape = str((batch1, batch2, tokens, size_in, size_out))
-        formed_seconds, pairs_seconds = seconds((formed, pairs), device)
-        plain = formed if formed_seconds < pairs_seconds else pairs
-        yield Case("gradient_dot", shape, native, plain)
-
-
-def top_k_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """(Q, N, K, C), the 100 best of both signs and the sums of 5 groups."""
-    for queries, trains, width, checkpoints in [(100, 4000, 1024, 3), (250, 2000, 4096, 1)]:
-        q = [torch.randn(queries, width, device=device).to(dtype) for _ in range(checkpoints)]
-        n = [torch.randn(trains, width, device=device).to(dtype) for _ in range(checkpoints)]
-        groups = torch.arange(trains, device=device) % 5
-
-        def native(q: list[Tensor] = q, n: list[Tensor] = n, groups: Tensor = groups) -> Tensor:
-            return kernels.top_k_dot(q, n, k=100, groups=groups, num_groups=5).scores
-
-        def plain(q: list[Tensor] = q, n: list[Tensor] = n, groups: Tensor = groups) -> Tensor:
-            scores = sum(a.float() @ b.float().T for a, b in zip(q, n, strict=True))
-            assert isinstance(scores, Tensor)
-            scores.topk(100, largest=False)
-            torch.zeros(len(scores), 5, device=device).index_add_(1, groups, scores)
-            return scores.topk(100).values
-
-        yield Case("top_k_dot", str((queries, trains, width, checkpoints)), native, plain)
-
-
-def seconds(functions: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
-    """Each function's best run; they take turns, so that other work on the machine hits all."""
-
-    def run(function: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    rounds = [[run(function) for function in functions] for _ in range(12)]
-    return [min(times) for times in zip(*rounds[1:], strict=True)]
-
-
-def check(case: Case, dtype: torch.dtype) -> float:
-    """The largest difference over the largest number; raises where it is not rounding."""
-    native, plain = case.native().double(), case.plain().double()
-    error = ((native - plain).abs().max() / plain.abs().max()).item()
-    allowed = 1e-5 if dtype is torch.float32 else 3e-2  # plain torch rounds P and Q to bfloat16
-    if not error <= allowed:
-        raise RuntimeError(f"{case.op} {case.shape}: differs from plain torch by {error:.2g}")
-    return error
-
-
-def measure(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    error = check(case, dtype)
-    plain, native = seconds((case.plain, case.native), device)
-    print(
-        f"{case.op:30} {case.shape:28} plain {plain * 1e3:9.3f} ms  native {native * 1e3:9.3f} ms"
-        f"  times plain {plain / native:6.2f}  error {error:.1e}",
-        flush=True,
-    )
+def check(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """Errors against float64: plain torch's forms that are right, and whether the op is."""
+    errors = {name: case.error(function) for name, function in case.plain.items()}
+    right = {name: error for name, error in errors.items() if error <= PLAIN_ALLOWED[dtype]}
+    if not right:
+        raise RuntimeError(f"{case.op} {case.shape}: plain torch itself is off: {errors}")
+    error, allowed = case.error(case.native), 2 * min(right.values()) + FLOOR
     return {
-        "op": case.op, "shape": case.shape, "plain_seconds": plain, "native_seconds": native,
-        "times_plain": plain / native, "error": error,
+        "op": case.op, "shape": case.shape, "error": error, "allowed": allowed,
+        "plain_errors": right, "right": error <= allowed,
     }  # fmt: skip
 
 
-def run_bench(device_name: str, dtype_name: str, json_path: Path | None) -> None:
-    """Check and time every case; print a line each and, if asked, write all of it as JSON."""
-    device, dtype = torch.device(device_name), getattr(torch, dtype_name)
-    on_gpu = device.type == "cuda"
-    torch.manual_seed(0)
-    rows = [
-        measure(case, device, dtype)
-        for cases in (project_cases, dot_cases, top_k_cases)
-        for case in cases(device, dtype)
-    ]
-    result = {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
-        "dtype": dtype_name,
-        "torch": torch.__version__,
-        "build": kernels.build_info(),
-        "cases": rows,
+def speed(
+    case: Case, row: dict[str, Any], limits: Limits, device: torch.device, seconds: float
+) -> dict[str, Any]:
+    """Times in turns, and what follows from them."""
+    plain = {name: case.plain[name] for name in row["plain_errors"]}
+    timed = take_turns({"native": case.native, **plain, **case.beside}, device, seconds=seconds)
+    native, best = timed["native"], min(plain, key=lambda name: timed[name])
+    bytes_moved = case.input_bytes + case.output_bytes
+    bounds = {
+        "bytes": bytes_moved / limits.bytes_per_second,
+        "operations": case.flops / limits.flops_per_second,
     }
-    if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=2) + "\n")
+    bound = max(bounds, key=lambda name: bounds[name])
+    return {
+        "native_seconds": native, "plain_seconds": timed[best], "plain_form": best,
+        "times_plain": timed[best] / native, "gbytes_per_second": bytes_moved / native / 1e9,
+        "tflops": case.flops / native / 1e12, "bound_by": bound,
+        "share_of_limit": bounds[bound] / native,
+        "inputs_share_of_copy": case.input_bytes / native / limits.bytes_per_second,
+        **{f"{name}_share": timed[name] / native for name in case.beside},
+    }  # fmt: skip
+
+
+def measured(
+    case: Case, limits: Limits, device: torch.device, dtype: torch.dtype, seconds: float
+) -> dict[str, Any]:
+    """A row of the table; a case that fails must not cost the others theirs."""
+    try:
+        row = check(case, dtype)
+        return row | speed(case, row, limits, device, seconds) if row["right"] else row
+    except (RuntimeError, TypeError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        return {"op": case.op, "shape": case.shape, "right": False, "failed": first}
+
+
+HEAD = (
+    f"{'op':28} {'size':46} {'plain ms':>9} {'ours ms':>9} {'x plain':>7} "
+    f"{'GB/s':>7} {'TFLOP/s':>7} {'of limit':>8}  {'error':>7}"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table on the terminal."""
+    start = f"{row['op']:28} {row['shape']:46} "
+    if "failed" in row:
+        return f"{start}FAILED: {row['failed']}"
+    if not row["right"]:
+        return f"{start}WRONG: off by {row['error']:.1e}, allowed {row['allowed']:.1e}; not timed"
+    return (
+        f"{start}{row['plain_seconds'] * 1e3:9.3f} {row['native_seconds'] * 1e3:9.3f} "
+        f"{row['times_plain']:7.2f} {row['gbytes_per_second']:7.1f} {row['tflops']:7.3f} "
+        f"{row['share_of_limit']:7.0%} {row['bound_by'][0]}  {row['error']:7.1e}"
+    )
+
+
+def run_bench(
+    device_name: str,
+    dtype_name: str,
+    json_path: Path | None,
+    *,
+    short: bool = False,
+    seconds: float = 1.0,
+    rows: int | None = None,
+) -> bool:
+    """Check and time every case; print a line each and, if asked, write all of it as JSON.
+
+    Args:
+        device_name, dtype_name: of the inputs.
+        json_path: file to write.
+        short: some cases alone, under a minute in all.
+        seconds: for the rounds of a case.
+        rows: at most so many examples, for tests.
+
+    Returns:
+        Whether every result was right.
+    """
+    device, dtype = torch.device(device_name), getattr(torch, dtype_name)
+    torch.manual_seed(0)
+    limits = measure_limits(device, dtype, quick=rows is not None)
+    made = environment(device)
+    print(
+        f"{made['device']}, {made['threads']} threads, torch {made['torch']}, {dtype_name}: copy "
+        f"{limits.bytes_per_second / 1e9:.1f} GB/s (b), matrix product "
+        f"{limits.flops_per_second / 1e12:.3f} TFLOP/s (o)\n{HEAD}",
+        flush=True,
+    )
+    table = []
+    with torch.no_grad():
+        for case in cases(device, dtype, short=short, rows=rows):
+            table.append(measured(case, limits, device, dtype, seconds))
+            print(line(table[-1]), flush=True)
+    write_json(
+        json_path,
+        {"part": "kernels", "environment": made, "dtype": dtype_name,
+         "limits": limits._asdict(), "cases": table},
+    )  # fmt: skip
+    return all(row["right"] for row in table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The native ops against plain torch.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--short", action="store_true", help="some cases alone")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for the rounds of a case")
+    parser.add_argument("--rows", type=int, help="at most so many examples, to try it out")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    arguments = parser.parse_args()
-    run_bench(arguments.device, arguments.dtype, arguments.json)
+    given = parser.parse_args()
+    right = run_bench(
+        given.device, given.dtype, given.json, short=given.short, seconds=given.seconds,
+        rows=given.rows,
+    )  # fmt: skip
+    sys.exit(0 if right else 1)
 
 
 if __name__ == "__main__":

@@ -1,175 +1,126 @@
-"""Ours against naive TracIn on a trained model: check, then time, then fidelity per byte.
+"""Ours against naive TracIn and plain torch: collection, the whole job, fidelity.
 
-    python bench/bench_tracin.py --run runs/demo [--train 300] [--query 40] [--json FILE]
+    python bench/bench_tracin.py collect --shape mini base   random weights, against the floor
+    python bench/bench_tracin.py train                       the small model of the two next parts
+    python bench/bench_tracin.py job [--naive-train N]       5,000 x 500 examples, 3 checkpoints
+    python bench/bench_tracin.py fidelity                    agreement with exact, per byte
+    python bench/bench_tracin.py exact --device cuda         exact influence at size
 
-Naive TracIn takes one example at a time, forms every weight gradient in evaluation mode and
-multiplies whole gradients. The floor is the forward and the activation-gradient backward pass that
-any method needs, on the same length-sorted batches. All of it in one process, one run after the
-other; times are the best of `--repeat` rounds.
+Each part checks its results before it reports a time, and writes JSON into --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import time
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
-from scipy.stats import spearmanr
-from torch import Tensor
 
-import tracmod as tm
-from tracmod.capture import capture, frozen, select_layers
-from tracmod.model import (
-    collate,
-    encode,
-    load_checkpoints,
-    load_model,
-    pad_token_id,
-    per_example_loss,
-    plan_batches,
-)
-
-BATCH_TOKENS = 8192
+from tracmod.bench.collect import WrongResult, run_collect, run_exact
+from tracmod.bench.fidelity import run_fidelity
+from tracmod.bench.job import METHODS, run_job, run_method
+from tracmod.bench.measure import write_json
+from tracmod.bench.models import SHAPES, make_trained
+from tracmod.bench.report import section
 
 
-def naive_gradients(model: Any, examples: list[dict[str, Any]]) -> Tensor:
-    """(N, P) whole gradients of the encoder's parameters, one example at a time."""
-    names = {name for layer in select_layers(model) for name in layer.parameter_names}
-    parameters = [p for name, p in model.named_parameters() if name in names]
-    rows = []
-    for example in examples:
-        batch = collate([example], pad_token_id(model))
-        labels = batch.pop("labels")
-        loss = per_example_loss(model(**batch).logits, labels).sum()
-        gradients = torch.autograd.grad(loss, parameters)
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    return torch.stack(rows)
+def collect(given: argparse.Namespace) -> None:
+    for shape in given.shape:
+        result = run_collect(
+            shape, torch.device(given.device), given.examples or (64 if shape == "base" else 512),
+            naive=given.naive, seconds=given.seconds,
+        )  # fmt: skip
+        show(result, given.out / f"collect-{shape}-{given.device}.json")
 
 
-def naive_scores(model: Any, train: list[dict[str, Any]], query: list[dict[str, Any]]) -> Tensor:
-    """(Q, N) cosines; training gradients are not kept, there is no room for them in general."""
-    query_QP = torch.nn.functional.normalize(naive_gradients(model, query), dim=1)
-    columns = []
-    for example in train:
-        gradient_1P = torch.nn.functional.normalize(naive_gradients(model, [example]), dim=1)
-        columns.append(query_QP @ gradient_1P[0])
-    return torch.stack(columns, dim=1)
+def train(given: argparse.Namespace) -> None:
+    make_trained(given.run)
 
 
-def floor_pass(model: Any, examples: list[dict[str, Any]]) -> None:
-    """Forward and activation-gradient backward, with nothing done with what it shows."""
-    layers = select_layers(model)
-    with frozen(model):
-        for rows in plan_batches([len(e["input_ids"]) for e in examples], BATCH_TOKENS):
-            batch = collate([examples[row] for row in rows], pad_token_id(model))
-            capture(model, layers, batch, lambda captured: None)
+def job(given: argparse.Namespace) -> None:
+    result = run_job(
+        given.run, given.device, given.method or list(METHODS), train=given.train,
+        query=given.query, 
+        subsets={"naive": given.naive_train, "exact": given.exact_train},
+    )  # fmt: skip
+    show(result, given.out / f"job-{given.device}.json")
 
 
-def seconds(function: Callable[[], Any], repeat: int) -> float:
-    """The best of several rounds."""
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def fidelity(given: argparse.Namespace) -> None:
+    result = run_fidelity(
+        given.run, torch.device(given.device), given.train, given.query, given.seeds
+    )
+    show(result, given.out / "fidelity.json")
 
 
-def fidelity(scores_QN: Tensor, exact_QN: Tensor) -> dict[str, float]:
-    """Agreement with exact cosine scores: per query Spearman and top-10 overlap, and RMSE."""
-    pairs = list(zip(scores_QN, exact_QN, strict=True))
-    overlaps = [len({*s.topk(10).indices.tolist()} & {*e.topk(10).indices.tolist()}) / 10
-                for s, e in pairs]  # fmt: skip
-    return {
-        "rmse": float((scores_QN - exact_QN).square().mean().sqrt()),
-        "spearman": sum(float(spearmanr(s, e).statistic) for s, e in pairs) / len(pairs),
-        "top10": sum(overlaps) / len(overlaps),
-    }
+def exact(given: argparse.Namespace) -> None:
+    result = run_exact(
+        given.shape[0], torch.device(given.device), given.train, given.query, bound=given.bound
+    )
+    show(result, given.out / f"exact-{given.device}.json")
 
 
-def load_run(run: Path, counts: dict[str, int]) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
-    """The last checkpoint of full fine-tuning, and evenly spaced examples of each split."""
-    if not (run / "run.json").is_file():
-        raise SystemExit(f"{run}: no finished run there; `make demo` makes runs/demo")
-    config = json.loads((run / "run.json").read_text())["config"]
-    folder = run / "models" / "full" / f"checkpoint-{config['finetune']['epochs']}"
-    model, tokenizer = load_model(load_checkpoints([folder])[0].path)
-    examples = {}
-    for split, count in counts.items():
-        table = pq.read_table(run / "data" / f"{split}.parquet")
-        every = max(1, len(table) // count)
-        table = table.take(list(range(0, len(table), every))[:count])
-        examples[split] = encode(tokenizer, table, config["model"]["max_length"])
-    return model, examples
+def method(given: argparse.Namespace) -> None:
+    """One method of `job`, in a process of its own."""
+    run_method(given.name, json.loads(given.asked), given.to)
+
+
+def show(result: dict[str, Any], path: Path) -> None:
+    write_json(path, result)
+    print("\n".join(section(result)), flush=True)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Ours against naive TracIn and plain torch.")
+    parts = parser.add_subparsers(required=True)
+
+    def part(function: Any, trained: bool = True) -> argparse.ArgumentParser:
+        one = parts.add_parser(function.__name__)
+        one.set_defaults(function=function)
+        one.add_argument("--device", default="cpu")
+        one.add_argument("--out", type=Path, default=Path("bench/results"))
+        if trained:
+            one.add_argument("--run", type=Path, default=Path("runs/bench"))
+        return one
+
+    one = part(collect, trained=False)
+    one.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["mini", "base"])
+    one.add_argument("--examples", type=int, help="default: mini 512, base 64")
+    one.add_argument("--naive", type=int, default=0, help="also naive TracIn on so many examples")
+    one.add_argument("--seconds", type=float, default=60.0, help="for all rounds")
+    part(train)
+    one = part(job)
+    one.add_argument("--method", nargs="+", choices=list(METHODS))
+    one.add_argument("--train", type=int, help="default: all, 5,000")
+    one.add_argument("--query", type=int, help="default: all, 500")
+    one.add_argument("--naive-train", type=int, help="naive on so many; its time extrapolated")
+    one.add_argument("--exact-train", type=int, help="the same of ours, exact")
+    one = part(fidelity)
+    one.add_argument("--train", type=int, default=600)
+    one.add_argument("--query", type=int, default=60)
+    one.add_argument("--seeds", type=int, default=3, help="of the projection")
+    one = part(exact, trained=False)
+    one.add_argument("--shape", nargs=1, choices=list(SHAPES), default=["base"])
+    one.add_argument("--train", type=int, default=10_000)
+    one.add_argument("--query", type=int, default=2_500)
+    one.add_argument("--bound", type=float, default=60.0, help="seconds")
+    one = parts.add_parser("method")
+    one.set_defaults(function=method)
+    one.add_argument("name")
+    one.add_argument("asked")
+    one.add_argument("to", type=Path)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Ours against naive TracIn.")
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--train", type=int, default=300)
-    parser.add_argument("--query", type=int, default=40)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    model, examples = load_run(arguments.run, {"train": arguments.train, "test": arguments.query})
-    train, query = examples["train"], examples["test"]
-
-    exact_QN = tm.exact_influence(model, train, query, normalize="cosine")
-    true_QN = naive_scores(copy.deepcopy(model).double(), train, query)
-    ours, naive = (
-        float((scores_QN - true_QN).abs().max())
-        for scores_QN in (exact_QN, naive_scores(model, train, query))
-    )
-    print(f"largest error of a cosine against float64: ours {ours:.1e}, naive {naive:.1e}")
-    if ours > max(2 * naive, 1e-5):
-        raise SystemExit("ours is less exact than twice naive TracIn's own rounding: not timed")
-
-    projection = tm.Projection(4096)
-    query_QK = tm.collect_features(model, query, projection)
-
-    def projected() -> Tensor:
-        train_NK = tm.collect_features(model, train, projection)
-        return tm.influence_scores(query_QK, train_NK, normalize="cosine")
-
-    timed = {
-        "naive TracIn": seconds(lambda: naive_scores(model, train, query), 1),
-        "floor (pass alone)": seconds(lambda: floor_pass(model, train), arguments.repeat),
-        "ours, exact": seconds(
-            lambda: tm.exact_influence(model, train, query, normalize="cosine"), arguments.repeat
-        ),
-        "ours, projected 4096": seconds(projected, arguments.repeat),
-    }
-    for name, elapsed in timed.items():
-        rate, ratio = len(train) / elapsed, timed["naive TracIn"] / elapsed
-        print(f"{name:22} {rate:9.1f} training examples/s  {ratio:7.1f} x naive")
-
-    table = []
-    for kind, layers, dim in [
-        ("rademacher", "accumulate", 1024), ("rademacher", "accumulate", 4096),
-        ("rademacher", "accumulate", 16384), ("sjlt", "accumulate", 4096),
-        ("rademacher", "concatenate", 4096),
-    ]:  # fmt: skip
-        chosen = tm.Projection(dim, kind, layers=layers)  # type: ignore[arg-type]
-        pair = [tm.collect_features(model, one, chosen) for one in (query, train)]
-        row = fidelity(tm.influence_scores(pair[0], pair[1], normalize="cosine"), exact_QN)
-        table.append({"kind": kind, "layers": layers, "dim": dim, **row})
-        print(
-            f"K = {dim:5} {kind:10} {layers:11} against exact: rmse {row['rmse']:.4f}  "
-            f"spearman {row['spearman']:.4f}  top-10 overlap {row['top10']:.3f}"
-        )
-    if arguments.json is not None:
-        result = {
-            "train": len(train), "query": len(query), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "build": tm.kernels.build_info(),
-            "seconds": timed, "fidelity": table,
-        }  # fmt: skip
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    given = parsed()
+    try:
+        given.function(given)
+    except WrongResult as error:
+        sys.exit(f"wrong result: {error}")
 
 
 if __name__ == "__main__":

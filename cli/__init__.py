@@ -408,15 +408,18 @@ def doctor(as_json: bool) -> None:
     show_default=True,
     help="Of the inputs.",
 )
+@click.option("--full", is_flag=True, help="Every case, minutes; else a few, under a minute.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures here.")
-def bench(device: str, dtype: str, json_path: Path | None) -> None:
-    """Check the ops of the native module against plain torch, then time both.
+def bench(device: str, dtype: str, full: bool, json_path: Path | None) -> None:
+    """Check the native ops against float64, then time them and plain torch.
 
     \b
-    Example:
-      tracmod bench --json bench.json
+    Examples:
+      tracmod bench
+      tracmod bench --dtype bfloat16 --full --json bench.json
     """
     from tracmod.bench.bench_kernels import run_bench
     from tracmod.model import resolve_device
 
-    run_bench(resolve_device(device), dtype, json_path)
+    if not run_bench(resolve_device(device), dtype, json_path, short=not full):
+        _fail("a result is wrong, see above", 1)

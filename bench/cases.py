@@ -1,0 +1,466 @@
+"""The ops' benchmark cases: sizes, inputs, plain torch's forms, float64's truth, the limit's terms.
+
+`bench_kernels.py` checks and times them; the tests check every one of them at a few rows, so that
+nothing is timed that is not tested.
+
+Shapes: B examples, S tokens, I in, O out, K features per row, N train, Q query, C checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tracmod import kernels
+from tracmod.kernels import reference
+
+KINDS: tuple[kernels.Kind, ...] = ("rademacher", "sjlt")
+CHECKED_QUERIES = 64  # of `top_k_dot`, spread over all of them
+
+
+class Case(NamedTuple):
+    """One op at one size.
+
+    Attributes:
+        op, shape: what the tables call it.
+        native: the op.
+        plain: forms of the same in plain torch, everything ready-made that can be.
+        error: a function's largest difference from float64 over float64's largest number.
+        flops: operations of the cheapest form, two per multiply-add.
+        input_bytes: of the inputs that count (no padding), each read once.
+        output_bytes: written, and read where the op adds.
+        beside: other things to time in the same turns, for comparison only.
+    """
+
+    op: str
+    shape: str
+    native: Callable[[], Any]
+    plain: dict[str, Callable[[], Any]]
+    error: Callable[[Callable[[], Any]], float]
+    flops: int
+    input_bytes: int
+    output_bytes: int
+    beside: dict[str, Callable[[], Any]] = {}  # noqa: RUF012  (never changed)
+
+
+# --- project_gradients ----------------------------------------------------------------------
+
+
+class ProjectSize(NamedTuple):
+    """Several `outs`: that many layers of one input, such as query, key and value."""
+
+    batch: int
+    tokens: int
+    size_in: int
+    outs: tuple[int, ...]
+    k: tuple[int, int] = (64, 64)
+    ragged: bool = False
+
+    def __str__(self) -> str:
+        outs = "+".join(map(str, self.outs))
+        ragged = " ragged" if self.ragged else ""
+        rows = f"B {self.batch}, S {self.tokens}{ragged}"
+        return f"{rows}, {self.size_in} -> {outs}, k {self.k[0]}x{self.k[1]}"
+
+
+# Tokens, I, O of the layers of the mini (256) and the base (768) model; 58x57 and 42x42 are the
+# grids that K = 4096 leaves beside their classifiers' exact output layers.
+PROJECT = [
+    ProjectSize(64, 24, 256, (256,)),
+    ProjectSize(64, 24, 256, (1024,)),
+    ProjectSize(64, 24, 1024, (256,)),
+    ProjectSize(32, 64, 256, (256, 256, 256), (58, 57)),
+    ProjectSize(16, 128, 256, (1024,), (58, 57), ragged=True),
+    ProjectSize(64, 24, 768, (768,)),
+    ProjectSize(32, 64, 768, (768,)),
+    ProjectSize(32, 64, 768, (768, 768, 768), (42, 42)),
+    ProjectSize(32, 64, 768, (3072,)),
+    ProjectSize(32, 64, 3072, (768,)),
+    ProjectSize(16, 128, 768, (3072,), (42, 42), ragged=True),
+    ProjectSize(64, 1, 768, (768,)),
+]
+PROJECT_SHORT = [PROJECT[0], PROJECT[3], PROJECT[8], PROJECT[11]]
+
+
+def project_case(
+    size: ProjectSize, kind: kernels.Kind, device: torch.device, dtype: torch.dtype
+) -> Case:
+    batch, tokens, (k_out, k_in) = size.batch, size.tokens, size.k
+    lengths = _lengths(batch, tokens, size.ragged, device)
+    x = _rows((batch, tokens, size.size_in), lengths, dtype)
+    gs = [_rows((batch, tokens, width), lengths, dtype) for width in size.outs]
+    keys = [2 * place + 1 for place in range(len(gs))]
+    out = torch.zeros(batch, k_out * k_in, device=device)
+
+    def native() -> Tensor:
+        several: dict[str, Any] = {"g": gs, "output_key": keys}
+        one: dict[str, Any] = {"g": gs[0], "output_key": keys[0]}
+        kernels.project_gradients(
+            x, out=out, lengths=lengths if size.ragged else None, kind=kind, k_out=k_out,
+            k_in=k_in, seed=0, input_key=0, **(several if len(gs) > 1 else one),
+        )  # fmt: skip
+        return out
+
+    def truth() -> Tensor:
+        p, *qs = (
+            rows.double() @ reference.projection_matrix(kind, k, rows.shape[2], 0, key).to(device).T
+            for rows, k, key in zip((x, *gs), (k_in, *[k_out] * len(gs)), (0, *keys), strict=True)
+        )
+        return torch.bmm(sum(qs[1:], qs[0]).mT, p).flatten(1)
+
+    count, widths = int(lengths.sum()), size.size_in + sum(size.outs)
+    projecting = 2 * (k_in * size.size_in + k_out * sum(size.outs))
+    return Case(
+        f"project_gradients {kind}",
+        str(size),
+        native,
+        _plain_projections(x, gs, keys, out, size, kind),
+        _added_error(out, truth),
+        flops=count * ((widths if kind == "sjlt" else projecting) + 2 * k_out * k_in),
+        input_bytes=count * widths * x.element_size(),
+        output_bytes=2 * out.nbytes,
+    )
+
+
+def _plain_projections(
+    x: Tensor, gs: list[Tensor], keys: list[int], out: Tensor, size: ProjectSize, kind: kernels.Kind
+) -> dict[str, Callable[[], Tensor]]:
+    """Dense products; a sparse kind also by index_add; one token as an outer product.
+
+    Layers that share an input are summed before the second product, which is then needed once.
+    """
+    k_out, k_in = size.k
+    r_in = _matrix(kind, k_in, 0, x)
+    r_outs = [_matrix(kind, k_out, key, g) for key, g in zip(keys, gs, strict=True)]
+
+    def add(p: Tensor, q: Tensor) -> Tensor:
+        if size.tokens == 1:
+            return out.add_((q.mT * p).flatten(1))
+        if p.dtype == out.dtype:
+            out.view(len(out), k_out, k_in).baddbmm_(q.mT, p)
+            return out
+        return out.add_(torch.bmm(q.mT, p).flatten(1))
+
+    def dense() -> Tensor:
+        q = gs[0] @ r_outs[0].T
+        for g, r_out in zip(gs[1:], r_outs[1:], strict=True):
+            q = q + g @ r_out.T
+        return add(x @ r_in.T, q)
+
+    if kind != "sjlt":
+        return {"dense": dense}
+    sketches = [(r.abs().argmax(0), r.sum(0)) for r in (r_in, *r_outs)]
+
+    def sparse() -> Tensor:
+        p = x.new_zeros(*x.shape[:2], k_in)
+        q = x.new_zeros(*x.shape[:2], k_out)
+        for rows, target, (position, sign) in zip(
+            (x, *gs), (p, *[q] * len(gs)), sketches, strict=True
+        ):
+            target.index_add_(2, position, rows * sign)
+        return add(p, q)
+
+    return {"dense": dense, "index_add": sparse}
+
+
+# --- gradient_dot ---------------------------------------------------------------------------
+
+
+class DotSize(NamedTuple):
+    batch1: int
+    batch2: int
+    tokens: int
+    size_in: int
+    size_out: int
+    ragged: bool = False
+
+    def __str__(self) -> str:
+        ragged = " ragged" if self.ragged else ""
+        rows = f"{self.batch1} x {self.batch2}, S {self.tokens}{ragged}"
+        return f"{rows}, {self.size_in} -> {self.size_out}"
+
+
+DOT = [
+    DotSize(32, 32, 24, 256, 256),
+    DotSize(32, 32, 24, 256, 1024),
+    DotSize(32, 32, 24, 1024, 256),
+    DotSize(16, 16, 64, 256, 1024, ragged=True),
+    DotSize(16, 16, 64, 768, 768),
+    DotSize(8, 8, 128, 768, 3072),
+    DotSize(64, 64, 1, 768, 768),
+]
+DOT_SHORT = [DOT[0], DOT[4]]
+
+
+def dot_case(size: DotSize, device: torch.device, dtype: torch.dtype) -> Case:
+    tokens = size.tokens
+    lengths = [_lengths(b, tokens, size.ragged, device) for b in (size.batch1, size.batch2)]
+    batches = [
+        (_rows((len(one), tokens, size.size_in), one, dtype),
+         _rows((len(one), tokens, size.size_out), one, dtype))
+        for one in lengths
+    ]  # fmt: skip
+    (x1, g1), (x2, g2) = batches
+    out = torch.zeros(size.batch1, size.batch2, device=device)
+
+    def native() -> Tensor:
+        named: dict[str, Any] = (
+            {"lengths1": lengths[0], "lengths2": lengths[1]} if size.ragged else {}
+        )
+        kernels.gradient_dot(x1, g1, x2, g2, out, **named)
+        return out
+
+    def formed() -> Tensor:
+        return out.add_(torch.bmm(g1.mT, x1).flatten(1) @ torch.bmm(g2.mT, x2).flatten(1).T)
+
+    def pairs() -> Tensor:
+        products = (g1.flatten(0, 1) @ g2.flatten(0, 1).T).float()
+        products *= (x1.flatten(0, 1) @ x2.flatten(0, 1).T).float()
+        return out.add_(products.view(len(x1), tokens, len(x2), tokens).sum((1, 3)))
+
+    def truth() -> Tensor:
+        total = torch.zeros_like(out, dtype=torch.float64)
+        for columns in torch.arange(size.size_out, device=device).split(256):
+            first, second = (
+                torch.bmm(g[..., columns].double().mT, x.double()).flatten(1) for x, g in batches
+            )
+            total += first @ second.T
+        return total
+
+    t1, t2 = (int(one.sum()) for one in lengths)
+    weights, widths = size.size_in * size.size_out, size.size_in + size.size_out
+    return Case(
+        "gradient_dot",
+        str(size),
+        native,
+        {"formed": formed, "pairs": pairs},
+        _added_error(out, truth),
+        flops=2 * min(t1 * t2 * widths, (t1 + t2 + size.batch1 * size.batch2) * weights),
+        input_bytes=(t1 + t2) * widths * x1.element_size(),
+        output_bytes=2 * out.nbytes,
+    )
+
+
+# --- top_k_dot ------------------------------------------------------------------------------
+
+
+class TopKSize(NamedTuple):
+    queries: int
+    trains: int
+    width: int
+    checkpoints: int = 1
+    normalize: str | None = None
+    k: int = 100
+    block: int | None = None  # plain torch takes so many training rows at a time
+
+    def __str__(self) -> str:
+        cosine = ", cosine" if self.normalize else ""
+        sizes = f"Q {self.queries}, N {self.trains}, K {self.width}, C {self.checkpoints}"
+        return f"{sizes}, k {self.k}{cosine}"
+
+
+TOP_K = [
+    TopKSize(100, 4000, 1024, 3),
+    TopKSize(250, 2000, 4096),
+    TopKSize(100, 4000, 4096, 1, "cosine"),
+    TopKSize(8, 8000, 4096),
+    TopKSize(1, 8000, 4096, 1, "cosine"),
+]
+TOP_K_GPU = [
+    TopKSize(500, 100_000, 4096, 1),
+    TopKSize(500, 50_000, 4096, 3, "cosine"),
+    TopKSize(8, 200_000, 4096),
+]
+BIG_TOP_K = TopKSize(2500, 1_000_000, 4096, block=65_536)
+TOP_K_SHORT = [TOP_K[0], TOP_K[3]]
+GROUPS = 5
+
+
+def top_k_case(size: TopKSize, device: torch.device, dtype: torch.dtype) -> Case:
+    queries, trains = (
+        [torch.randn(rows, size.width, device=device, dtype=dtype) for _ in range(size.checkpoints)]
+        for rows in (size.queries, size.trains)
+    )
+    groups = torch.arange(size.trains, device=device) % GROUPS
+
+    def native() -> Any:
+        return kernels.top_k_dot(
+            queries, trains, k=size.k, normalize=size.normalize, groups=groups, num_groups=GROUPS
+        )
+
+    beside: dict[str, Callable[[], Any]] = {}
+    if size.block is not None:
+        scores = torch.empty(size.queries, size.trains, dtype=dtype, device=device)
+        beside = {"matmul": lambda: torch.mm(queries[0], trains[0].T, out=scores)}
+    numbers = (size.queries + size.trains) * size.width * size.checkpoints
+    return Case(
+        "top_k_dot",
+        str(size),
+        native,
+        _plain_top_k(queries, trains, groups, size),
+        _ranking_error(queries, trains, groups, size),
+        flops=2 * size.queries * size.trains * size.width * size.checkpoints,
+        input_bytes=numbers * queries[0].element_size(),
+        output_bytes=size.queries * (2 * size.k * 12 + GROUPS * 8),
+        beside=beside,
+    )
+
+
+def _plain_top_k(
+    queries: list[Tensor], trains: list[Tensor], groups: Tensor, size: TopKSize
+) -> dict[str, Callable[[], Any]]:
+    """Matrix product, `topk` of both signs and sums by a product; also widened to float32."""
+    one_hot = torch.nn.functional.one_hot(groups, GROUPS)
+    k, step = min(size.k, size.trains), size.block or size.trains
+
+    def scores_of(part: slice, dtype: torch.dtype) -> Tensor:
+        total: Tensor | None = None
+        for query, train in zip(queries, trains, strict=True):
+            q, n = query.to(dtype), train[part].to(dtype)
+            if size.normalize:
+                q = torch.nn.functional.normalize(q, dim=1)
+            scores = q @ n.T
+            if size.normalize:
+                scores /= torch.linalg.vector_norm(n, dim=1)
+            total = scores if total is None else total.add_(scores)
+        assert total is not None
+        return total
+
+    def ranked(dtype: torch.dtype) -> list[Tensor]:
+        hot, parts = one_hot.to(dtype), list[list[Tensor]]()
+        for start in range(0, size.trains, step):
+            scores = scores_of(slice(start, start + step), dtype)
+            places = min(k, scores.shape[1])
+            best, worst = scores.topk(places), scores.topk(places, largest=False)
+            parts.append([best.values, best.indices + start, worst.values, worst.indices + start,
+                          scores @ hot[start : start + step]])  # fmt: skip
+        return parts[0] if len(parts) == 1 else _merged(parts, k)
+
+    own = queries[0].dtype
+    forms: dict[str, Callable[[], Any]] = {"matmul + topk": lambda: ranked(own)}
+    if own != torch.float32:
+        forms["float32 matmul + topk"] = lambda: ranked(torch.float32)
+    return forms
+
+
+def _merged(parts: list[list[Tensor]], k: int) -> list[Tensor]:
+    """One ranking from those of blocks of training rows."""
+    merged = []
+    for first, largest in ((0, True), (2, False)):
+        values, indices = (torch.cat([p[first + place] for p in parts], 1) for place in (0, 1))
+        best = values.topk(k, largest=largest)
+        merged += [best.values, indices.gather(1, best.indices)]
+    return [*merged, torch.stack([p[4].float() for p in parts]).sum(0)]
+
+
+def _ranking_error(
+    queries: list[Tensor], trains: list[Tensor], groups: Tensor, size: TopKSize
+) -> Callable[[Callable[[], Any]], float]:
+    """Scores against float64's ranking, and against float64's scores of the rows they name."""
+    step = -(-size.queries // CHECKED_QUERIES)
+    truths: list[Tensor] = []
+
+    def truth() -> Tensor:
+        if not truths:
+            some = [query[::step].double() for query in queries]
+            blocks = [
+                reference.scores(some, [n.double() for n in block], normalize=size.normalize)
+                for block in zip(*(train.split(65_536) for train in trains), strict=True)
+            ]
+            truths.append(torch.cat(blocks, dim=1))
+        return truths[0]
+
+    def error(function: Callable[[], Any]) -> float:
+        result, true_QN = [part[::step] for part in function()], truth()
+        k = min(size.k, size.trains)
+        errors = []
+        for scores, indices, largest in ((*result[:2], True), (*result[2:4], False)):
+            best = true_QN.topk(k, largest=largest).values
+            errors += [scores[:, :k] - best, scores[:, :k] - true_QN.gather(1, indices[:, :k])]
+        sums = reference.group_sums(true_QN, groups, GROUPS)
+        scale = true_QN.abs().max()
+        worst = torch.stack([(one.double() / scale).abs().max() for one in errors])
+        off = ((result[4].double() - sums) / sums.abs().max()).abs().max()
+        return float(torch.maximum(worst.max(), off))
+
+    return error
+
+
+# --- all of them ----------------------------------------------------------------------------
+
+
+def cases(
+    device: torch.device, dtype: torch.dtype, *, short: bool = False, rows: int | None = None
+) -> Iterator[Case]:
+    """Every case, made when it is reached.
+
+    Args:
+        device: on a GPU the sizes are those of the CPU with more rows, so that the device is full,
+            and the large `top_k_dot` (bfloat16) is among them.
+        dtype: of the inputs.
+        short: some cases alone.
+        rows: at most so many examples, queries and training rows (times 64), for tests.
+    """
+    gpu = device.type == "cuda"
+    for project in PROJECT_SHORT if short else PROJECT:
+        fuller = 4096 // 64 if project.tokens == 1 else 65_536 // (project.batch * project.tokens)
+        project = project._replace(batch=_few(project.batch * (fuller if gpu else 1), rows))
+        for kind in KINDS:
+            yield project_case(project, kind, device, dtype)
+    for dot in DOT_SHORT if short else DOT:
+        fuller = 4 if gpu else 1
+        yield dot_case(
+            dot._replace(
+                batch1=_few(dot.batch1 * fuller, rows), batch2=_few(dot.batch2 * fuller, rows)
+            ),
+            device,
+            dtype,
+        )
+    ranking = TOP_K_GPU if gpu else TOP_K
+    if short:
+        ranking = ranking[-1:] if gpu else TOP_K_SHORT
+    elif gpu and dtype is torch.bfloat16:
+        ranking = [*ranking, BIG_TOP_K]
+    for top_k in ranking:
+        trains = _few(top_k.trains, None if rows is None else 64 * rows)
+        yield top_k_case(
+            top_k._replace(queries=_few(top_k.queries, rows), trains=trains), device, dtype
+        )
+
+
+def _few(count: int, rows: int | None) -> int:
+    return count if rows is None else min(count, rows)
+
+
+def _lengths(batch: int, tokens: int, ragged: bool, device: torch.device) -> Tensor:
+    """All S, or from a quarter of S to S."""
+    shortest = max(1, tokens // 4) if ragged else tokens
+    return torch.randint(shortest, tokens + 1, (batch,)).to(device)
+
+
+def _rows(shape: tuple[int, int, int], lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    """Random rows, zero beyond the length: plain torch has no other way to skip padding."""
+    rows = torch.randn(shape, device=lengths.device)
+    padding = torch.arange(shape[1], device=lengths.device) >= lengths[:, None]
+    return rows.masked_fill_(padding[..., None], 0).to(dtype)
+
+
+def _matrix(kind: kernels.Kind, k: int, key: int, like: Tensor) -> Tensor:
+    return kernels.projection_matrix(kind, k, like.shape[-1], 0, key).to(like.device, like.dtype)
+
+
+def _added_error(out: Tensor, truth: Callable[[], Tensor]) -> Callable[[Callable[[], Any]], float]:
+    """For functions that add to `out`."""
+    truths: list[Tensor] = []
+
+    def error(function: Callable[[], Any]) -> float:
+        if not truths:
+            truths.append(truth())
+        out.zero_()
+        function()
+        return float((out.double() - truths[0]).abs().max() / truths[0].abs().max())
+
+    return error

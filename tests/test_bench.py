@@ -1,0 +1,327 @@
+"""The benchmarks: every case is right, every part runs, and a wrong result is never timed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import tracmod as tm
+from tracmod.bench import bench_kernels, collect, fidelity, job, models, plain, report
+from tracmod.bench.cases import ProjectSize, cases, project_case
+from tracmod.bench.measure import agreement
+from tracmod.cli import main
+
+CPU = torch.device("cpu")
+SMALL = {
+    "name": "bench",
+    "task": models.TRAINED["task"]
+    | {"languages": ["en", "de"], "train_per_language": 24, "dev_per_language": 6,
+       "test_per_language": 6},
+    "model": {"layers": 2, "hidden": 32, "heads": 4, "vocabulary": 300, "max_length": 64},
+    "finetune": {"epochs": 2, "batch_size": 16, "learning_rate": 1e-3},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    models.make_trained(folder, SMALL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return models.random_model("tiny"), models.random_examples(14)
+
+
+# --- the ops --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_case_that_is_timed_is_right(device, dtype):
+    torch.manual_seed(0)
+    rows = [bench_kernels.check(case, dtype) for case in cases(device, dtype, rows=3)]
+    assert len(rows) > 20
+    assert not [row for row in rows if not row["right"]]
+
+
+def test_a_table_states_limits_shares_and_where_it_was_made(tmp_path, capsys):
+    file = tmp_path / "kernels.json"
+    assert bench_kernels.run_bench("cpu", "float32", file, short=True, seconds=0.01, rows=2)
+    result = json.loads(file.read_text())
+    assert result["environment"].keys() >= {"device", "threads", "commit", "torch", "build"}
+    assert {row["op"].split()[0] for row in result["cases"]} == {
+        "project_gradients", "gradient_dot", "top_k_dot",
+    }  # fmt: skip
+    for row in result["cases"]:
+        assert row["share_of_limit"] > 0
+        assert row["bound_by"] in ("bytes", "operations")
+        assert row["times_plain"] == row["plain_seconds"] / row["native_seconds"]
+    assert "times plain" in "\n".join(report.section(result))
+    assert len(capsys.readouterr().out.splitlines()) == len(result["cases"]) + 2
+
+
+@pytest.mark.parametrize("op", ["project_gradients", "gradient_dot", "top_k_dot"])
+def test_a_wrong_op_is_reported_without_its_time(monkeypatch, op, capsys):
+    right = getattr(tm.kernels, op)
+
+    def wrong(*args, **named):
+        result = right(*args, **named)
+        if result is None:
+            out = named["out"] if "out" in named else args[4]
+            out[0, 0] += 1e-3 * out.abs().max()
+            return None
+        return result._replace(indices=result.indices.roll(1, dims=1))
+
+    monkeypatch.setattr(tm.kernels, op, wrong)
+    monkeypatch.setattr(bench_kernels, "write_json", lambda _, result: written.append(result))
+    written = []
+    assert not bench_kernels.run_bench("cpu", "float32", None, short=True, seconds=0, rows=2)
+    for row in written[0]["cases"]:
+        assert row["right"] == ("native_seconds" in row) == (not row["op"].startswith(op))
+    assert "WRONG" in capsys.readouterr().out
+    assert "wrong result" in "\n".join(report.section(written[0]))
+
+
+def test_a_case_that_fails_does_not_cost_the_others_theirs(monkeypatch, capsys):
+    def fails(*args, **named):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(tm.kernels, "gradient_dot", fails)
+    assert not bench_kernels.run_bench("cpu", "float32", None, short=True, seconds=0, rows=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert "FAILED: no such thing" in "\n".join(lines)
+    assert "top_k_dot" in lines[-1]
+    assert "FAILED" not in lines[-1]
+
+
+def test_the_command_runs_the_short_form(monkeypatch, tmp_path):
+    def one(device, dtype, *, short, rows):
+        assert short
+        yield project_case(ProjectSize(2, 3, 8, (8,), (4, 4)), "sjlt", device, dtype)
+
+    monkeypatch.setattr(bench_kernels, "cases", one)
+    file = tmp_path / "bench.json"
+    done = CliRunner().invoke(main, ["bench", "--dtype", "bfloat16", "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "of limit" in done.output
+    assert json.loads(file.read_text())["dtype"] == "bfloat16"
+    monkeypatch.setattr(bench_kernels, "FLOOR", -1.0)
+    done = CliRunner().invoke(main, ["bench"])
+    assert done.exit_code == 1
+    assert "a result is wrong" in done.output
+
+
+# --- what ours is compared with ---------------------------------------------------------------
+
+
+def test_naive_tracin_agrees_with_exact_influence(tiny):
+    model, examples = tiny
+    naive = plain.naive_scores(model, examples[4:], examples[:4], CPU)
+    exact = tm.exact_influence(model, examples[4:], examples[:4], normalize="cosine")
+    torch.testing.assert_close(naive.scores_QN, exact, rtol=0, atol=1e-4)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("form", [{"dim": 500}, {"grid": 8}])
+def test_hooked_features_are_right_in_expectation(tiny, form):
+    model, examples = tiny
+    batches = plain.ready_batches(model, examples[:5], 256, CPU)
+    linear = "dim" not in form  # a grid for each linear layer: LayerNorm is left out
+    gradients = torch.stack([
+        torch.cat([g.flatten() for name, g in one.items() if not (linear and "LayerNorm" in name)])
+        for one in collect.whole_gradients(model, examples[:5])
+    ])  # fmt: skip
+    draws = []
+    for seed in range(60):
+        features = plain.HookedFeatures(model, seed=seed, **form).features(batches)
+        draws.append((features @ features.T).double())
+    draws = torch.stack(draws)
+    standard_error = draws.std(dim=0) / len(draws) ** 0.5
+    assert (
+        (draws.mean(dim=0) - gradients @ gradients.T).abs() <= 4.5 * standard_error + 1e-5
+    ).all()
+
+
+def test_hooked_features_hold_the_output_layer_exactly(tiny):
+    model, examples = tiny
+    hooks = plain.HookedFeatures(model, dim=500)
+    features = hooks.features(plain.ready_batches(model, examples[:3], 256, CPU))
+    for row, gradients in zip(features, collect.whole_gradients(model, examples[:3]), strict=True):
+        names = [f"classifier.out_proj.{name}" for name in ("weight", "bias")]
+        weight, bias = (gradients[name] for name in names)
+        exact = torch.cat([weight, bias[:, None]], dim=1).flatten()
+        torch.testing.assert_close(row[: len(exact)].double(), exact, rtol=1e-4, atol=1e-6)
+
+
+def test_the_floor_reaches_the_embeddings(tiny, monkeypatch):
+    model, examples = tiny
+    seen, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, leaf: seen.extend(grad(loss, leaf)))
+    batches = plain.ready_batches(model, examples, 512, CPU)
+    for dtype in (None, torch.bfloat16):
+        plain.floor_pass(model, batches, dtype)
+    assert len(seen) == 2 * len(batches)
+    assert all(one.shape[-1] == 32 and one.abs().sum() > 0 for one in seen)
+
+
+# --- the parts ------------------------------------------------------------------------------
+
+
+def test_collection_beside_the_floor():
+    result = collect.run_collect("tiny", CPU, 14, naive=3, seconds=0.01, rounds=2)
+    assert max(result["errors"][name] for name in result["errors"] if "bfloat16" not in name) < 1e-5
+    assert set(result["heads_share_of_full"]) == {"heads 25%", "heads 50%", "heads 75%"}
+    assert result["share_of_bfloat16_floor"].keys() >= {"sjlt bfloat16", "floor bfloat16 model"}
+    assert result["naive"]["times_naive"] > 0
+    assert "| floor float32 |" in "\n".join(report.section(result))
+
+
+def test_wrong_features_are_not_timed(monkeypatch):
+    right = tm.collect_features
+
+    def wrong(model, examples, projection, **named):
+        features = right(model, examples, projection, **named)
+        features[-1, :200] += 0.01 * features.abs().max()
+        return features
+
+    monkeypatch.setattr(tm, "collect_features", wrong)
+    monkeypatch.setattr(collect, "take_turns", lambda *_, **__: pytest.fail("timed"))
+    with pytest.raises(collect.WrongResult, match=r"rademacher features.*not timed"):
+        collect.run_collect("tiny", CPU, 14)
+
+
+def test_an_ignored_head_mask_is_found_out(monkeypatch):
+    right = tm.collect_features
+
+    def wrong(*args, head_mask=None, **named):
+        return right(*args, **named)
+
+    monkeypatch.setattr(tm, "collect_features", wrong)
+    with pytest.raises(collect.WrongResult, match="2 heads"):
+        collect.run_collect("tiny", CPU, 14)
+
+
+def test_exact_influence_at_size(monkeypatch):
+    result = collect.run_exact("tiny", CPU, 40, 20)
+    assert not result["extrapolated"]
+    assert "measured" in report.section(result)[0]
+    result = collect.run_exact("tiny", CPU, 40, 20, bound=0.0)
+    assert result["extrapolated"]
+    assert result["seconds"] == 100 * result["tenth_by_tenth_seconds"]
+    right = tm.exact_influence
+    monkeypatch.setattr(tm, "exact_influence", lambda *a, **n: right(*a, **n) + 1e-3)
+    with pytest.raises(collect.WrongResult, match="exact influence"):
+        collect.run_exact("tiny", CPU, 40, 20)
+
+
+def test_fidelity(trained):
+    result = fidelity.run_fidelity(trained, CPU, 20, 6, seeds=2)
+    dims = {(row["form"], row["dim"]) for row in result["table"]}
+    assert ("ours, accumulate", 16384) in dims
+    linear_layers = 2 * 6 + 2
+    assert ("plain torch, 16x16 per layer", 256 * linear_layers) in dims
+    assert all(row["bytes_per_row"] == 4 * row["dim"] for row in result["table"])
+    ours = next(row for row in result["table"] if row["dim"] == 16384)
+    assert ours["spearman"] > 0.95
+    assert "| ours, accumulate | rademacher | 4,096 |" in "\n".join(report.section(result))
+
+
+def test_the_methods_of_the_job_agree(trained):
+    loaded = models.load_trained(trained, 16, 5)
+    assert sum(loaded.weights) == pytest.approx(1)
+    done = {name: method(loaded, CPU, None) for name, method in job.METHODS.items()}
+    exact = done["exact"].scores()
+    for name, outcome in done.items():
+        scores = outcome.scores()
+        job._check_ranking(name, scores, outcome.indices)
+        assert outcome.seconds["whole"] >= sum(outcome.seconds.values()) / 2
+        assert float((scores - exact).abs().max()) < 0.1, name
+    with pytest.raises(collect.WrongResult, match="its ranking"):
+        job._check_ranking("naive", exact, done["exact"].indices.roll(1, 0))
+
+
+def test_naive_on_a_subset_is_said_to_be_extrapolated(trained):
+    loaded = models.load_trained(trained, 16, 5)
+    some, whole = (job.naive(loaded, CPU, subset) for subset in (4, None))
+    assert some.extrapolated
+    assert not whole.extrapolated
+    assert some.columns == [0, 4, 8, 12]
+    torch.testing.assert_close(some.scores(), whole.scores()[:, some.columns], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_job_in_processes_of_their_own(trained):
+    result = job.run_job(
+        trained,
+        "cpu",
+        ["naive", "exact", "sjlt"],
+        train=16,
+        query=5,
+        subsets={"naive": 8, "exact": 4},
+    )
+    naive, ours = result["methods"]["naive"], result["methods"]["sjlt"]
+    assert naive["measured_train"] == 8
+    assert naive["agreement"]["rmse"] < 1e-4
+    assert ours["peak_bytes"] > ours["base_bytes"] > 0
+    assert ours["times_naive"] == naive["seconds"]["whole"] / ours["seconds"]["whole"]
+    assert "extrapolated from 8" in "\n".join(report.section(result))
+    missing = trained / "nothing"
+    with pytest.raises(collect.WrongResult, match="no trained model"):
+        job.run_job(missing, "cpu", ["naive"])
+
+
+@pytest.mark.slow
+def test_the_parts_for_a_gpu_machine_run_without_what_it_may_lack(tmp_path):
+    blocked = ["datasets", "faiss", "pydantic", "ray", "plotly", "click"]
+    command = ["bench_tracin", "collect", "--shape", "tiny", "--examples", "6", "--seconds", "0"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); "
+            f"import tracmod.bench.bench_kernels; from tracmod.bench.bench_tracin import main; "
+            f"sys.argv = {[*command, '--out', str(tmp_path)]!r}; main()",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "collect-tiny-cpu.json").read_text())["shape"] == "tiny"
+
+
+# --- the page -------------------------------------------------------------------------------
+
+
+def test_the_page_and_the_picture_are_written_from_json(tmp_path):
+    (tmp_path / "results").mkdir()
+    result = collect.run_collect("tiny", CPU, 8, seconds=0.01, rounds=2)
+    (tmp_path / "results" / "collect.json").write_text(json.dumps(result))
+    page = tmp_path / "RESULTS.md"
+    page.write_text((report.FOLDER / "RESULTS.md").read_text(encoding="utf-8"), encoding="utf-8")
+    report.write(tmp_path)
+    once = page.read_text(encoding="utf-8")
+    assert f"commit {result['environment']['commit']}" in once
+    assert once.count("Not measured yet.") == len(report.PARTS) - 1
+    svg = ElementTree.fromstring((tmp_path / "results" / "speed.svg").read_text())
+    assert len(svg.findall("{*}rect")) == 1 + 7
+    report.write(tmp_path)
+    assert page.read_text(encoding="utf-8") == once
+    with pytest.raises(ValueError, match="markers for job"):
+        report.fill(once.replace("<!-- end job -->", ""), [])
+
+
+def test_agreement_of_equal_and_opposite_scores():
+    scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    assert agreement(scores, scores)["spearman"] == pytest.approx(1)
+    assert agreement(scores, scores)["top10"] == 1
+    assert agreement(-scores, scores)["spearman"] == pytest.approx(-1)
+    assert agreement(-scores, scores)["top10"] == 0
+    assert agreement(scores + 0.1, scores)["rmse"] == pytest.approx(0.1)

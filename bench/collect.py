@@ -20,7 +20,7 @@ from tracmod.bench import plain
 from tracmod.bench.measure import agreement, clock, environment, take_turns
 from tracmod.bench.models import random_examples, random_model, spaced
 from tracmod.capture import Layer, select_layers
-from tracmod.features import Slot
+from tracmod.features import Slot, projection_keys
 from tracmod.kernels import reference
 from tracmod.model import to_device
 
@@ -92,7 +92,6 @@ def expected_features(
 
 
 def _projected(layer: Layer, slot: Slot, parts: list[Tensor], seed: int) -> Tensor:
-    output_key = 2 * layer.position + 1
     if layer.kind == "elementwise":
         gradient = torch.stack(parts)
     else:
@@ -101,15 +100,19 @@ def _projected(layer: Layer, slot: Slot, parts: list[Tensor], seed: int) -> Tens
         return gradient.flatten()
     if layer.kind == "elementwise":
         rows = torch.arange(len(gradient))
-        return reference.count_sketch(gradient, rows, slot.k_out * slot.k_in, seed, output_key)
-    r_out, r_in = (
-        reference.projection_matrix(slot.kind, k, size, seed, key)
-        for k, size, key in zip(
-            (slot.k_out, slot.k_in), gradient.shape, (output_key, 2 * layer.input_position),
-            strict=True,
+        key = 2 * layer.position + 1
+        return reference.count_sketch(gradient, rows, slot.k_out * slot.k_in, seed, key)
+    total = torch.zeros(slot.k_out, slot.k_in, dtype=torch.float64)
+    for draw in range(slot.draws):
+        input_key, output_key = projection_keys(layer, draw)
+        r_out, r_in = (
+            reference.projection_matrix(slot.kind, k, size, seed, key)
+            for k, size, key in zip(
+                (slot.k_out, slot.k_in), gradient.shape, (output_key, input_key), strict=True
+            )
         )
-    )  # fmt: skip
-    return (r_out @ gradient @ r_in.T).flatten()
+        total += r_out @ gradient @ r_in.T
+    return total.flatten() / slot.draws**0.5
 
 
 def check_features(

@@ -12,6 +12,7 @@ Shapes: B examples, S tokens, I in, O out, D width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,8 @@ class Layer:
         position: rank among all layers of the model, whatever is selected: the key of its
             projection, so that parameters keep the same signs whatever is selected.
         input_position: rank of the layer that owns the input; query, key and value share one.
+        pooled: lies beyond the encoder's layers (pooler, classifier), where an example is one
+            vector: its gradient is a single product g x^T.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Layer:
     bias: bool
     position: int
     input_position: int
+    pooled: bool
 
     # The module's own sizes, not its weight's: `lean` may have taken heads out of that.
 
@@ -160,9 +164,13 @@ def _all_layers(model: nn.Module) -> list[Layer]:
         (nn.Embedding, "embedding"),
     ]
     shared_input = {}
-    for attention in attention_layers(model):
+    attentions = attention_layers(model)
+    for attention in attentions:
         shared_input[attention.key] = attention.query
         shared_input[attention.value] = attention.query
+    names = {module: name for name, module in model.named_modules()}
+    numbered = re.split(r"\.\d+\.", names[attentions[0].query], maxsplit=1)[0]
+    per_token = (f"{numbered}.", names[embeddings_module(model)])  # ELECTRA: embeddings_project too
     layers: list[Layer] = []
     position_of: dict[nn.Module, int] = {}
     for name, module in model.named_modules():
@@ -171,7 +179,8 @@ def _all_layers(model: nn.Module) -> list[Layer]:
             continue
         position = position_of[module] = len(position_of)
         owner = position_of[shared_input.get(module, module)]
-        layers.append(Layer(name, kind, module, True, position, owner))
+        pooled = kind == "linear" and not name.startswith(per_token)
+        layers.append(Layer(name, kind, module, True, position, owner, pooled))
     return layers
 
 

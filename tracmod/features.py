@@ -38,7 +38,13 @@ from tracmod.store import FeatureStore
 # Share of the row that exact blocks may take. The output layer of the classifier holds most of the
 # gradient's norm (85% on a 4-layer, 256-wide XLM-R), so keeping it exactly removes most of the
 # error; past this share the rest of the gradient is squeezed into too small a grid.
-EXACT_SHARE = 0.6
+EXACT_SHARE = 0.8
+# Independent projections of a pooled layer (pooler, classifier). Its gradient is one product g x^T,
+# and both factors lie near a direction that all examples share: a grid of k x k scales what they
+# have in common by a random factor, 1 +- sqrt(4 / k), the same for all pairs, and these layers hold
+# most of the norm that is not kept exactly. So many draws, averaged, cost next to nothing there. A
+# square of a power of two: dividing by its root rounds nothing, in bfloat16 either.
+POOLED_DRAWS = 16
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -100,9 +106,9 @@ class Projection:
             if layer.kind == "linear" and offset + size <= EXACT_SHARE * self.dim:
                 slots[layer.name] = _exact_slot(layer, offset)
                 offset += size
-        k_out, k_in = _grid(self.dim - offset)
+        grid = _grid(self.dim - offset)
         for layer in layers:
-            slots.setdefault(layer.name, Slot(self.kind, offset, k_out, k_in))
+            slots.setdefault(layer.name, Slot(self.kind, offset, *grid, _draws(layer)))
         return slots
 
     def _concatenated(self, layers: Sequence[Layer]) -> dict[str, Slot]:
@@ -117,18 +123,23 @@ class Projection:
             if layer.kind != "embedding" and _exact_size(layer) <= share:
                 slots[layer.name] = _exact_slot(layer, rank * share)
             else:
-                slots[layer.name] = Slot(self.kind, rank * share, *_grid(share))
+                slots[layer.name] = Slot(self.kind, rank * share, *_grid(share), _draws(layer))
         return slots
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One layer's part of the feature row: `k_out * k_in` numbers from `offset` on."""
+    """One layer's part of the feature row: `k_out * k_in` numbers from `offset` on.
+
+    With several draws, that many independent projections P_t of the layer are added into it:
+    `sum_t P_t(G) / sqrt(draws)`.
+    """
 
     kind: Literal["rademacher", "sjlt", "identity"]
     offset: int
     k_out: int
     k_in: int
+    draws: int = 1
 
 
 def _exact_size(layer: Layer) -> int:
@@ -143,6 +154,15 @@ def _exact_slot(layer: Layer, offset: int) -> Slot:
     if layer.kind == "linear":
         return Slot("identity", offset, layer.out_features, layer.in_features + layer.bias)
     return Slot("identity", offset, 1 + layer.bias, layer.in_features)
+
+
+def _draws(layer: Layer) -> int:
+    return POOLED_DRAWS if layer.pooled else 1
+
+
+def projection_keys(layer: Layer, draw: int) -> tuple[int, int]:
+    """`input_key` and `output_key` of one draw of a layer's projection."""
+    return 2 * layer.input_position + (draw << 32), 2 * layer.position + 1 + (draw << 32)
 
 
 def _grid(size: int) -> tuple[int, int]:
@@ -226,10 +246,25 @@ class Collector:
             yield (part.with_all_columns() if slot.kind == "identity" else part), slot
 
     def _project(self, captured: Captured, slot: Slot, out_BK: Tensor) -> None:
+        g = captured.g
+        if slot.draws > 1:
+            g = tuple(one / math.sqrt(slot.draws) for one in g)
+        for draw in range(slot.draws):
+            keys = [projection_keys(layer, draw) for layer in captured.layers]
+            self._project_once(captured, g, slot, keys, out_BK)
+
+    def _project_once(
+        self,
+        captured: Captured,
+        g: tuple[Tensor, ...],
+        slot: Slot,
+        keys: list[tuple[int, int]],
+        out_BK: Tensor,
+    ) -> None:
         layer = captured.layers[0]
         kernels.project_gradients(
             captured.x,
-            captured.g,
+            g,
             out_BK,
             lengths=captured.lengths,
             layer=layer.kind,
@@ -239,8 +274,8 @@ class Collector:
             k_out=slot.k_out,
             k_in=slot.k_in,
             seed=self.projection.seed,
-            input_key=2 * layer.input_position,
-            output_key=[2 * one.position + 1 for one in captured.layers],
+            input_key=keys[0][0],
+            output_key=[output_key for _, output_key in keys],
             input_columns=captured.input_columns,
             output_columns=captured.output_columns,
         )

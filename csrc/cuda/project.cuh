@@ -10,11 +10,13 @@
 //     2 bits for each of 16 registers, are one word a lane.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/common.cuh"
 #include "cuda/mma.cuh"
 #include "random.h"
 
-namespace tracmod::cuda {
+namespace tracmod::cuda::fused {
 
 constexpr int kRows = 64;       // of R_in and of R_out, a block
 constexpr int kWarpTokens = 16;
@@ -40,7 +42,7 @@ struct Source {
 };
 
 struct Job {
-  Source sources[1 + 4];  // x, then every g
+  Source sources[1 + kMaxOutputs];  // x, then every g
   int count;
   bool bias;
   Lengths lengths;
@@ -94,10 +96,10 @@ constexpr int kPlanes = kind == Kind::sjlt ? 2 : 1;
 template <Kind kind>
 __device__ Entries entries_of(uint64_t stream, int64_t column, int first, int k) {
   if (kind == Kind::rademacher) return {~uint64_t{0}, sign_word(stream, column, first / kRows)};
-  const uint64_t hash = column_hash(stream, column);
-  const int64_t row = position_of(hash, k) - first;
+  const SparseEntry entry = sparse_entry(stream, column, k);
+  const int64_t row = entry.row - first;
   const uint64_t set = row >= 0 && row < kRows ? uint64_t{1} << row : 0;
-  return {set, sign_of(hash) < 0 ? set : 0};
+  return {set, entry.sign < 0 ? set : 0};
 }
 
 // Bits i and i + 16 of a word of signs as two bfloat16 entries.
@@ -120,6 +122,12 @@ struct Shared {
   Signs<kind> signs[2];
   alignas(16) unsigned char rest[16];
 };
+
+template <Kind kind>
+size_t shared_bytes(int warps) {
+  const size_t rows = kPitch * sizeof(float), slices = kStages * kSliceBytes;  // a token
+  return sizeof(Signs<kind>[2]) + warps * kWarpTokens * (rows + std::max(rows, slices));
+}
 
 // The signs of 256 columns from `begin` on.
 template <class T, Kind kind>
@@ -488,7 +496,7 @@ __device__ inline void mark_bad(const Job& job, const Tile& tile) {
 
 template <class T, Kind kind>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2)
-    project_linear_tiles(const __grid_constant__ Job job) {
+    project_tiles(const __grid_constant__ Job job) {
   
   auto& memory = *reinterpret_cast<Shared<kind>*>(dynamic_shared());
   Tile tile(job, blockIdx.x);
@@ -504,4 +512,4 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   }
 }
 
-}  // namespace tracmod::cuda
+}  // namespace tracmod::cuda::fused

@@ -15,6 +15,11 @@
 // adds them into the grid. Embedding: sketch reads the tokens. A block of sketch owns one example's
 // grid, a thread the positions that equal its number modulo 256: it looks at every element and adds
 // its own, in order. Operations 256 per element: the integer units are the limit.
+#include <algorithm>
+#include <climits>
+#include <cmath>
+
+#include "cuda/project.cuh"
 #include "cuda/tile.cuh"
 #include "random.h"
 #include "scratch.h"
@@ -22,59 +27,10 @@
 namespace tracmod::cuda {
 namespace {
 
+using namespace fused;
+
 constexpr char kOp[] = "project_gradients";
 constexpr int kThreads = 256;
-
-// Rows [first, first + 64) of R as the second operand of a tile.
-template <Kind kind>
-struct Entries {
-  static constexpr bool kAlongDepth = true;
-  uint64_t stream;
-  int64_t k, first;
-
-  __device__ float operator()(int64_t row, int64_t column) const {
-    const int64_t r = first + row;
-    if (r >= k) return 0.0f;
-    if (kind == Kind::rademacher) {
-      return sign_of_bit(sign_word(stream, column, r / 64), static_cast<int>(r % 64));
-    }
-    const uint64_t hash = column_hash(stream, column);
-    return position_of(hash, k) == r ? sign_of(hash) : 0.0f;
-  }
-};
-
-// One side of the product: `size` values a token (and a one for the bias) times R^T.
-struct Side {
-  const void* rows;
-  int64_t size;
-  bool one;
-  int64_t k;
-  uint64_t stream;
-  float* projected;  // (B, S, k)
-};
-
-template <class T, Kind kind>
-__global__ void __launch_bounds__(kTileThreads)
-    project_tokens(Side side, Lengths lengths, int64_t token_tiles) {
-  __shared__ TileMemory memory;
-  const int64_t b = blockIdx.x / token_tiles, s = blockIdx.x % token_tiles * kTile;
-  const int64_t left = lengths.of(b) - s;
-  if (left <= 0) return;
-  const int64_t token = b * lengths.tokens + s;
-  const Entries<kind> entries{side.stream, side.k, static_cast<int64_t>(blockIdx.y) * kTile};
-  const MatrixRows<T> rows{static_cast<const T*>(side.rows) + token * side.size, side.size, left};
-  float sum[kPerThread][kPerThread];
-  multiply_tile(rows, entries, side.size, memory, sum);
-  for (int j = 0; j < kPerThread; ++j) {
-    const int64_t r = entries.first + tile_column(j);
-    if (r >= side.k) continue;
-    const float bias = side.one ? entries(tile_column(j), side.size) : 0.0f;
-    for (int i = 0; i < kPerThread; ++i) {
-      const int64_t row = tile_row(i);
-      if (row < left) side.projected[(token + row) * side.k + r] = sum[i][j] + bias;
-    }
-  }
-}
 
 // The two factors of a feature row: (B, S, m_width) and (B, S, n_width); columns from n_width to
 // n_count are ones.
@@ -86,7 +42,7 @@ struct Factors {
 
 template <class T>
 __global__ void __launch_bounds__(kTileThreads)
-    add_products(Factors<T> factors, Lengths lengths, float scale, float* out, int64_t stride) {
+    add_exact(Factors<T> factors, Lengths lengths, float* out, int64_t stride) {
   __shared__ TileMemory memory;
   const int64_t b = blockIdx.x, tokens = lengths.of(b);
   const int64_t n = static_cast<int64_t>(blockIdx.y) * kTile;
@@ -103,7 +59,7 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int j = 0; j < kPerThread; ++j) {
       const int64_t row = m + tile_row(i), column = n + tile_column(j);
       if (row >= factors.m_width || column >= factors.n_count) continue;
-      const float value = bad ? not_a_number() : scale * sum[i][j];
+      const float value = bad ? not_a_number() : sum[i][j];
       out[b * stride + row * factors.n_count + column] += value;
     }
   }
@@ -177,83 +133,81 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct Plan {
-  Side in, out;
-  float* sums;  // (B, 2, D): LayerNorm
-};
+constexpr int kBlocksWanted = 264;  // two for every multiprocessor of an H200
 
-Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& projection) {
-  Plan plan{};
-  if (projection.layer == Layer::linear && projection.kind != Kind::identity) {
-    const int64_t tokens = gradients.batch * gradients.tokens;
-    plan.in = {gradients.x,
-               gradients.in,
-               projection.bias,
-               projection.k_in,
-               stream_of(projection.seed, projection.input_key),
-               scratch.take<float>(tokens * projection.k_in)};
-    plan.out = {gradients.g,
-                gradients.out,
-                false,
-                projection.k_out,
-                stream_of(projection.seed, projection.output_key),
-                scratch.take<float>(tokens * projection.k_out)};
-  }
-  if (projection.layer == Layer::elementwise) {
-    plan.sums = scratch.take<float>(2 * gradients.batch * gradients.in);
-  }
-  return plan;
+Source source_of(const void* rows, int64_t size, const int64_t* columns, uint64_t stream,
+                 int64_t value_bytes) {
+  if (size > INT_MAX) throw std::invalid_argument(std::string(kOp) + ": a size is above 2^31 - 1");
+  const bool aligned = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && size * value_bytes % 16 == 0;
+  return {rows, static_cast<int>(size), columns, stream, aligned};
 }
 
-template <class T>
-void launch_projection(const Side& side, const Gradients& gradients, Kind kind,
-                       cudaStream_t stream) {
-  const int64_t tiles = ceil_div(gradients.tokens, kTile);
-  if (tiles == 0) return;
-  const dim3 blocks(static_cast<unsigned>(gradients.batch * tiles),
-                    static_cast<unsigned>(ceil_div(side.k, kTile)));
-  const Lengths lengths = lengths_of(gradients);
-  if (kind == Kind::rademacher) {
-    project_tokens<T, Kind::rademacher><<<blocks, kTileThreads, 0, stream>>>(side, lengths, tiles);
-  } else {
-    project_tokens<T, Kind::sjlt><<<blocks, kTileThreads, 0, stream>>>(side, lengths, tiles);
+// Whole examples share a tile when they fit: as many as leave enough blocks for the GPU.
+Job job_of(const Gradients& gradients, const Projection& projection, float* out, int64_t stride) {
+  const int64_t bytes = gradients.dtype == DType::bfloat16 ? 2 : 4;
+  Job job{};
+  job.sources[0] = source_of(gradients.x, gradients.in, projection.input_columns,
+                             stream_of(projection.seed, projection.input_key), bytes);
+  for (int j = 0; j < projection.outputs; ++j) {
+    const Output& output = projection.output[j];
+    job.sources[1 + j] = source_of(output.g, output.size, output.columns,
+                                   stream_of(projection.seed, output.key), bytes);
   }
+  job.count = 1 + projection.outputs;
+  job.bias = projection.bias;
+  job.lengths = lengths_of(gradients);
+  job.batch = gradients.batch;
+  const int64_t tokens = std::max<int64_t>(gradients.tokens, 1);
+  job.span = static_cast<int>(std::min<int64_t>(tokens, kTileTokens));
+  job.examples = static_cast<int>(std::max<int64_t>(
+      1, std::min(kTileTokens / tokens, ceil_div(gradients.batch, kBlocksWanted))));
+  job.out_blocks = static_cast<int>(ceil_div(projection.k_out, kRows));
+  job.in_blocks = static_cast<int>(ceil_div(projection.k_in, kRows));
+  job.k_out = static_cast<int>(projection.k_out);
+  job.k_in = static_cast<int>(projection.k_in);
+  const double rows = static_cast<double>(projection.k_out) * static_cast<double>(projection.k_in);
+  job.scale = projection.kind == Kind::rademacher ? static_cast<float>(1 / std::sqrt(rows)) : 0.25f;
+  job.out = out;
+  job.stride = stride;
+  return job;
+}
+
+template <class T, Kind kind>
+void launch_tiles(const Job& job, cudaStream_t stream) {
+  const int warps = static_cast<int>(ceil_div(job.examples * job.span, kWarpTokens));
+  const size_t bytes = shared_bytes<kind>(warps);
+  const int64_t blocks = ceil_div(job.batch, job.examples) * job.out_blocks * job.in_blocks;
+  cudaFuncSetAttribute(project_tiles<T, kind>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(bytes));
+  project_tiles<T, kind><<<static_cast<unsigned>(blocks), 32 * warps, bytes, stream>>>(job);
   check_launch(kOp);
 }
 
 template <class T>
-void launch_products(const Factors<T>& factors, const Gradients& gradients, double scale,
-                     float* out, int64_t stride, cudaStream_t stream) {
+void launch_products(const Factors<T>& factors, const Gradients& gradients, float* out,
+                     int64_t stride, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(gradients.batch),
                     static_cast<unsigned>(ceil_div(factors.n_count, kTile)),
                     static_cast<unsigned>(ceil_div(factors.m_width, kTile)));
-  add_products<T><<<blocks, kTileThreads, 0, stream>>>(factors, lengths_of(gradients),
-                                                       static_cast<float>(scale), out, stride);
+  add_exact<T><<<blocks, kTileThreads, 0, stream>>>(factors, lengths_of(gradients), out, stride);
   check_launch(kOp);
 }
 
 template <class T>
-void project_linear(const Gradients& gradients, const Projection& projection, const Plan& plan,
-                    float* out, int64_t stride, cudaStream_t stream) {
+void project_linear(const Gradients& gradients, const Projection& projection, float* out,
+                    int64_t stride, cudaStream_t stream) {
   if (projection.kind == Kind::identity) {
     const Factors<T> raw{static_cast<const T*>(gradients.g), static_cast<const T*>(gradients.x),
                          gradients.out, gradients.in, projection.k_in};
-    launch_products<T>(raw, gradients, 1.0, out, stride, stream);
-    return;
+    return launch_products<T>(raw, gradients, out, stride, stream);
   }
-  launch_projection<T>(plan.in, gradients, projection.kind, stream);
-  launch_projection<T>(plan.out, gradients, projection.kind, stream);
-  const Factors<float> factors{plan.out.projected, plan.in.projected, plan.out.k, plan.in.k,
-                               plan.in.k};
-  double scale = 1.0;
-  if (projection.kind == Kind::rademacher) {
-    scale = 1.0 / sqrt(static_cast<double>(plan.in.k) * static_cast<double>(plan.out.k));
-  }
-  launch_products<float>(factors, gradients, scale, out, stride, stream);
+  const Job job = job_of(gradients, projection, out, stride);
+  if (projection.kind == Kind::rademacher) return launch_tiles<T, Kind::rademacher>(job, stream);
+  return launch_tiles<T, Kind::sjlt>(job, stream);
 }
 
 template <class T>
-void project_elementwise(const Gradients& gradients, const Projection& projection, const Plan& plan,
+void project_elementwise(const Gradients& gradients, const Projection& projection, float* sums,
                          float* out, int64_t stride, cudaStream_t stream) {
   const int64_t size = gradients.in, rows = projection.bias ? 2 : 1;
   const unsigned batch = static_cast<unsigned>(gradients.batch);
@@ -261,15 +215,15 @@ void project_elementwise(const Gradients& gradients, const Projection& projectio
   const dim3 blocks(batch, static_cast<unsigned>(ceil_div(size, kThreads)));
   sum_elementwise<T><<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(gradients.x),
                                                       static_cast<const T*>(gradients.g), size,
-                                                      lengths, plan.sums);
+                                                      lengths, sums);
   check_launch(kOp);
   if (projection.kind == Kind::identity) {
     const dim3 all(batch, static_cast<unsigned>(ceil_div(rows * size, kThreads)));
-    add_sums<<<all, kThreads, 0, stream>>>(plan.sums, 2 * size, rows * size, out, stride);
+    add_sums<<<all, kThreads, 0, stream>>>(sums, 2 * size, rows * size, out, stride);
   } else {
-    const Elements<float> elements{plan.sums, nullptr, 2, rows, size};
+    const Elements<float> elements{sums, nullptr, 2, rows, size};
     sketch<float><<<batch, kThreads, 0, stream>>>(elements, lengths,
-                                                  stream_of(projection.seed, projection.output_key),
+                                                  stream_of(projection.seed, projection.output[0].key),
                                                   projection.k_out * projection.k_in, out, stride);
   }
   check_launch(kOp);
@@ -282,41 +236,47 @@ void project_embedding(const Gradients& gradients, const Projection& projection,
                              static_cast<const int64_t*>(gradients.x), gradients.tokens,
                              gradients.tokens, gradients.out};
   sketch<T><<<static_cast<unsigned>(gradients.batch), kThreads, 0, stream>>>(
-      elements, lengths_of(gradients), stream_of(projection.seed, projection.output_key),
+      elements, lengths_of(gradients), stream_of(projection.seed, projection.output[0].key),
       projection.k_out * projection.k_in, out, stride);
   check_launch(kOp);
 }
 
 template <class T>
-void project(const Gradients& gradients, const Projection& projection, const Plan& plan, float* out,
+void project(const Gradients& gradients, const Projection& projection, float* sums, float* out,
              int64_t stride, cudaStream_t stream) {
   switch (projection.layer) {
     case Layer::linear:
-      return project_linear<T>(gradients, projection, plan, out, stride, stream);
+      return project_linear<T>(gradients, projection, out, stride, stream);
     case Layer::elementwise:
-      return project_elementwise<T>(gradients, projection, plan, out, stride, stream);
+      return project_elementwise<T>(gradients, projection, sums, out, stride, stream);
     case Layer::embedding:
       return project_embedding<T>(gradients, projection, out, stride, stream);
   }
+}
+
+// (B, 2, D): what LayerNorm's gradients are summed into.
+float* take_sums(Scratch& scratch, const Gradients& gradients, const Projection& projection) {
+  if (projection.layer != Layer::elementwise) return nullptr;
+  return scratch.take<float>(2 * gradients.batch * gradients.in);
 }
 
 }  // namespace
 
 size_t project_gradients_scratch(const Gradients& gradients, const Projection& projection) {
   Scratch scratch;
-  make_plan(scratch, gradients, projection);
+  take_sums(scratch, gradients, projection);
   return scratch.bytes();
 }
 
 void project_gradients(const Gradients& gradients, const Projection& projection, float* out,
                        int64_t stride, void* memory, void* stream) {
   Scratch scratch(memory);
-  const Plan plan = make_plan(scratch, gradients, projection);
+  float* sums = take_sums(scratch, gradients, projection);
   const auto on = static_cast<cudaStream_t>(stream);
   if (gradients.dtype == DType::bfloat16) {
-    project<__nv_bfloat16>(gradients, projection, plan, out, stride, on);
+    project<__nv_bfloat16>(gradients, projection, sums, out, stride, on);
   } else {
-    project<float>(gradients, projection, plan, out, stride, on);
+    project<float>(gradients, projection, sums, out, stride, on);
   }
 }
 

@@ -24,12 +24,27 @@ struct Gradients {
   DType dtype;  // of g, and of x unless embedding
 };
 
+constexpr int kMaxOutputs = 4;
+
+// One of the layers that read the same x. Column i of g has the signs of column columns[i] of R_out
+// (null: of i itself).
+struct Output {
+  const void* g;  // (B, S, size)
+  int64_t size;
+  uint64_t key;
+  const int64_t* columns;  // (size,) or null
+};
+
+// Output 0 is g and out of Gradients; only linear has more.
 struct Projection {
   Layer layer;
   Kind kind;
   bool bias;
   int64_t k_out, k_in;
-  uint64_t seed, input_key, output_key;
+  uint64_t seed, input_key;
+  const int64_t* input_columns;  // (in + bias,) or null, as an output's
+  int outputs;
+  Output output[kMaxOutputs];
 };
 
 // The k largest (or smallest) of each of Q rows so far, best first; index -1: not filled yet.
@@ -59,7 +74,7 @@ namespace cpu {
 void projection_matrix(Kind kind, int64_t rows, int64_t size, uint64_t seed, uint64_t key,
                        float* matrix);
 
-// out[b, offset ...] += features of example b; `out` points at column `offset`, rows are `stride`
+// out[b, offset ...] += features of example b, summed over the outputs; `out` points at column `offset`, rows are `stride`
 // apart. The scratch is at least project_gradients_scratch(...) bytes, 64-byte aligned.
 size_t project_gradients_scratch(const Gradients& gradients, const Projection& projection,
                                  int threads);

@@ -71,6 +71,27 @@ const int64_t* checked_lengths(const TensorView& lengths, int64_t batch, int64_t
   return values;
 }
 
+// The numbers of R's columns; on a GPU they are not read here.
+const int64_t* checked_columns(const TensorView& columns, int64_t size, const std::string& legend,
+                               const std::string& op, const std::string& argument) {
+  columns.check_dtype("int64").check_shape({size}, legend).check_contiguous();
+  const int64_t* values = columns.as<int64_t>();
+  if (columns.is_cuda()) return values;
+  for (int64_t i = 0; i < size; ++i) {
+    if (values[i] < 0) {
+      reject(op, argument, "values of 0 or more",
+             std::to_string(values[i]) + " at column " + std::to_string(i));
+    }
+  }
+  return values;
+}
+
+void check_columns(const Capsule& columns, const std::string& op, const std::string& argument) {
+  const TensorView tensor = view(columns, op, argument);
+  tensor.check_dtype("int64").check_ndim({1}, "(columns,)");
+  checked_columns(tensor, tensor.size(0), "(columns,)", op, argument);
+}
+
 void check_lengths(const Capsule& lengths, int64_t batch, int64_t tokens, const std::string& op,
                    const std::string& argument) {
   checked_lengths(view(lengths, op, argument), batch, tokens, op, argument);
@@ -115,6 +136,23 @@ Gradients gradients_of(const TensorView& x, const TensorView& g,
   return result;
 }
 
+// Equal signs on two sides, or on two layers of one grid, would bias the inner products.
+void check_keys(const Projection& projection, const std::string& op) {
+  for (int j = 0; j < projection.outputs; ++j) {
+    const uint64_t key = projection.output[j].key;
+    if (key == projection.input_key) {
+      reject(op, "output_key", "another key than input_key (equal signs on both sides are biased)",
+             std::to_string(key));
+    }
+    for (int i = 0; i < j; ++i) {
+      if (key == projection.output[i].key) {
+        reject(op, "output_key", "distinct keys (equal signs of two outputs are biased)",
+               std::to_string(key) + " twice");
+      }
+    }
+  }
+}
+
 void check_projection(const Gradients& gradients, const Projection& projection, int64_t offset,
                       int64_t width, const std::string& op) {
   const auto text = [](int64_t value) { return std::to_string(value); };
@@ -145,9 +183,8 @@ void check_projection(const Gradients& gradients, const Projection& projection, 
              text(exact_out) + " and " + text(exact_in) + " for kind identity",
              text(k_out) + " and " + text(k_in));
     }
-  } else if (linear && projection.input_key == projection.output_key) {
-    reject(op, "output_key", "another key than input_key (equal signs on both sides are biased)",
-           std::to_string(projection.output_key));
+  } else if (linear) {
+    check_keys(projection, op);
   }
 }
 
@@ -163,18 +200,99 @@ Memory allocate_on(const py::function& allocate, size_t bytes, const std::string
   return {std::move(owner), data};
 }
 
-void project_gradients(const Capsule& x_capsule, const Capsule& g_capsule,
+// The layers' side of project_gradients: a list for each of g, their keys and their columns.
+struct Outputs {
+  const std::vector<Capsule>& g;
+  const std::vector<uint64_t>& keys;
+  const std::vector<std::optional<Capsule>>& columns;
+
+  void check(const Projection& projection, const std::string& op) const {
+    if (g.empty() || g.size() > kMaxOutputs) {
+      reject(op, "g", "1 to " + std::to_string(kMaxOutputs) + " tensors", std::to_string(g.size()));
+    }
+    const std::string as_many = "as many as g, " + std::to_string(g.size());
+    if (keys.size() != g.size()) reject(op, "output_key", as_many, std::to_string(keys.size()));
+    if (columns.size() != g.size()) {
+      reject(op, "output_columns", as_many, std::to_string(columns.size()));
+    }
+    if (g.size() > 1 && projection.layer != Layer::linear) {
+      reject(op, "g", "one tensor for every layer but linear", std::to_string(g.size()));
+    }
+    if (g.size() > 1 && projection.kind == Kind::identity) {
+      reject(op, "g", "one tensor for kind identity", std::to_string(g.size()));
+    }
+  }
+
+  std::string name(const std::string& argument, size_t j) const {
+    return g.size() == 1 ? argument : argument + "[" + std::to_string(j) + "]";
+  }
+};
+
+// Fills the outputs of `projection` and returns the first one's Gradients.
+Gradients read_outputs(const TensorView& x, const Outputs& outputs,
+                       const std::optional<Capsule>& lengths, const std::string& op,
+                       Projection& projection) {
+  outputs.check(projection, op);
+  const TensorView first = view(outputs.g[0], op, outputs.name("g", 0));
+  const Gradients result = gradients_of(x, first, lengths, projection.layer, op, "");
+  projection.outputs = static_cast<int>(outputs.g.size());
+  for (size_t j = 0; j < outputs.g.size(); ++j) {
+    const TensorView g = view(outputs.g[j], op, outputs.name("g", j));
+    g.check_device(x).check_dtype(first.dtype_name());
+    const Gradients own = gradients_of(x, g, std::nullopt, projection.layer, op, "");
+    projection.output[j] = {own.g, own.out, outputs.keys[j], nullptr};
+  }
+  return result;
+}
+
+void read_columns(const TensorView& x, const Gradients& gradients, const Outputs& outputs,
+                  const std::optional<Capsule>& input_columns, const std::string& op,
+                  Projection& projection) {
+  const auto read = [&](const Capsule& columns, const std::string& argument, int64_t size,
+                        const std::string& legend) {
+    if (projection.layer != Layer::linear || projection.kind == Kind::identity) {
+      reject(op, argument,
+             projection.kind == Kind::identity ? "None for kind identity"
+                                               : "None for every layer but linear",
+             "a tensor");
+    }
+    const TensorView tensor = view(columns, op, argument);
+    tensor.check_device(x);
+    return checked_columns(tensor, size, legend, op, argument);
+  };
+  if (input_columns) {
+    projection.input_columns = read(*input_columns, "input_columns",
+                                    gradients.in + (projection.bias ? 1 : 0), "(I + bias,)");
+  }
+  for (size_t j = 0; j < outputs.columns.size(); ++j) {
+    if (!outputs.columns[j]) continue;
+    projection.output[j].columns = read(*outputs.columns[j], outputs.name("output_columns", j),
+                                        projection.output[j].size, "(O,)");
+  }
+}
+
+void project_gradients(const Capsule& x_capsule, const std::vector<Capsule>& g_capsules,
                        const Capsule& out_capsule, const std::optional<Capsule>& lengths,
                        int64_t offset, const std::string& layer, const std::string& kind,
                        int64_t k_out, int64_t k_in, uint64_t seed, uint64_t input_key,
-                       uint64_t output_key, bool bias, const py::function& allocate, int threads,
+                       const std::vector<uint64_t>& output_keys, bool bias,
+                       const std::optional<Capsule>& input_columns,
+                       const std::vector<std::optional<Capsule>>& output_columns,
+                       const py::function& allocate, int threads,
                        [[maybe_unused]] uintptr_t stream) {
   const std::string op = "project_gradients";
-  const TensorView x = view(x_capsule, op, "x"), g = view(g_capsule, op, "g");
-  const TensorView out = view(out_capsule, op, "out");
-  const Projection projection{
-      layer_named(layer, op), kind_named(kind, op), bias, k_out, k_in, seed, input_key, output_key};
-  const Gradients gradients = gradients_of(x, g, lengths, projection.layer, op, "");
+  const TensorView x = view(x_capsule, op, "x"), out = view(out_capsule, op, "out");
+  Projection projection{};
+  projection.layer = layer_named(layer, op);
+  projection.kind = kind_named(kind, op);
+  projection.bias = bias;
+  projection.k_out = k_out;
+  projection.k_in = k_in;
+  projection.seed = seed;
+  projection.input_key = input_key;
+  const Outputs outputs{g_capsules, output_keys, output_columns};
+  const Gradients gradients = read_outputs(x, outputs, lengths, op, projection);
+  read_columns(x, gradients, outputs, input_columns, op, projection);
   out.check_device(x).check_dtype("float32").check_ndim({2}, "(B, K)");
   out.check_shape({gradients.batch, out.size(1)}, "(B, K)").check_contiguous();
   check_projection(gradients, projection, offset, out.size(1), op);
@@ -373,6 +491,7 @@ PYBIND11_MODULE(_C, m) {
   cpu::tiles();  // chosen now, so that a wrong TRACMOD_INSTRUCTIONS is told at once
   m.def("build_info", &build_info);
   m.def("check_lengths", &check_lengths);
+  m.def("check_columns", &check_columns);
   m.def("project_gradients", &project_gradients);
   m.def("gradient_dot", &gradient_dot);
   m.def("top_k_dot", &top_k_dot);

@@ -49,11 +49,6 @@ TRACMOD_HOST_DEVICE inline float sign_of_bit(uint64_t word, int bit) {
   return (word >> bit) & 1 ? -1.0f : 1.0f;
 }
 
-// The hash of which a sparse column's row and sign are taken.
-TRACMOD_HOST_DEVICE inline uint64_t column_hash(uint64_t stream, int64_t column) {
-  return step(stream, column);
-}
-
 // The hash of which a sketched element's position and sign are taken.
 TRACMOD_HOST_DEVICE inline uint64_t element_hash(uint64_t stream, int64_t row, int64_t d) {
   return step(step(stream, row), d);
@@ -65,5 +60,16 @@ TRACMOD_HOST_DEVICE inline int64_t position_of(uint64_t hash, int64_t size) {
 }
 
 TRACMOD_HOST_DEVICE inline float sign_of(uint64_t hash) { return sign_of_bit(hash, 0); }
+
+// The one entry of a sparse column that is not zero.
+struct SparseEntry {
+  int64_t row;
+  float sign;
+};
+
+TRACMOD_HOST_DEVICE inline SparseEntry sparse_entry(uint64_t stream, int64_t column, int64_t k) {
+  const uint64_t hash = step(stream, column);
+  return {position_of(hash, k), sign_of(hash)};
+}
 
 }  // namespace tracmod

@@ -85,6 +85,111 @@ def test_a_real_layer(kind: str, device: torch.device) -> None:
     check(batch, device, **arguments("linear", kind, batch, True, (64, 64)))
 
 
+def outputs_of(batch: Batch, sizes: list[int]) -> list[Tensor]:
+    """Other layers' g for the x of a batch, NaN where its own g is."""
+    generator = torch.Generator().manual_seed(1)
+    padding = batch.g[..., :1] - batch.g[..., :1]
+    return [
+        torch.randn(*batch.g.shape[:-1], size, generator=generator).to(batch.g.dtype) + padding
+        for size in sizes
+    ]
+
+
+def project_outputs(
+    batch: Batch,
+    outputs: list[Tensor],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    **kwargs: Any,
+) -> Tensor:
+    """Native (dtype None) or the reference in `dtype`."""
+    out = torch.zeros(len(batch.g), kwargs["k_out"] * kwargs["k_in"])
+    if dtype is None:
+        x, _, lengths = batch.to(device)
+        out = out.to(device)
+        kernels.project_gradients(
+            x, [g.to(device) for g in outputs], out, lengths=lengths, **kwargs
+        )
+        return out.cpu()
+    out = out.to(dtype)
+    x, _, lengths = batch.cast(dtype)
+    reference.project_gradients(x, [g.to(dtype) for g in outputs], out, lengths=lengths, **kwargs)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+@pytest.mark.parametrize("sizes", [[1], [31, 1], [33, 33, 33], [127, 3, 64, 31]], ids=str)
+@pytest.mark.parametrize("columns", [False, True])
+def test_layers_that_read_the_same_x_in_one_call(
+    kind: str, sizes: list[int], columns: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    batch = make_batch("linear", 4, 33, 65, 1, dtype)
+    outputs = outputs_of(batch, sizes)
+    kwargs = {**arguments("linear", kind, batch, True, (31, 33)), "input_key": 0}
+    kwargs["output_key"] = [3, 5, 2**63, 1][: len(sizes)]
+    if columns:
+        kwargs["output_columns"] = [None] + [torch.arange(size) * 3 for size in sizes[1:]]
+    plain, truth = (
+        project_outputs(batch, outputs, dtype, device, **kwargs)
+        for dtype in (torch.float32, torch.float64)
+    )
+    together = project_outputs(batch, outputs, None, device, **kwargs)
+    assert_close(together, truth, plain)
+    one_by_one = torch.zeros_like(together).to(device)
+    for j, g in enumerate(outputs):
+        own = {**kwargs, "output_key": kwargs["output_key"][j]}
+        if columns:
+            own["output_columns"] = kwargs["output_columns"][j]
+        kernels.project_gradients(
+            batch.x.to(device), g.to(device), one_by_one,
+            lengths=None if batch.lengths is None else batch.lengths.to(device), **own,
+        )  # fmt: skip
+    assert_close(together, one_by_one.double().cpu(), plain)
+
+
+def left_columns(size: int, kind: str) -> Tensor:
+    """Of `size` columns: heads that are left (runs), or any order."""
+    if kind == "heads":
+        return torch.cat([torch.arange(at, min(size, at + 32)) for at in range(0, size, 64)])
+    return torch.randperm(size, generator=torch.Generator().manual_seed(2))[: max(1, size // 2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("left", ["heads", "any"])
+@pytest.mark.parametrize(("size_in", "size_out"), [(1, 3), (127, 31), (96, 260)])
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+def test_columns_left_out_are_as_zeros(
+    kind: str,
+    size_in: int,
+    size_out: int,
+    left: str,
+    bias: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    batch = make_batch("linear", 3, 31, size_in, size_out, dtype)
+    of_x, of_g = left_columns(size_in, left), left_columns(size_out, left)
+    full = Batch(torch.zeros_like(batch.x), torch.zeros_like(batch.g), batch.lengths)
+    full.x[..., of_x], full.g[..., of_g] = batch.x[..., of_x], batch.g[..., of_g]
+    cut = Batch(batch.x[..., of_x].contiguous(), batch.g[..., of_g].contiguous(), batch.lengths)
+    kwargs = arguments("linear", kind, full, bias, (33, 31))
+    columns = {
+        "input_columns": torch.cat([of_x, torch.tensor([size_in])]) if bias else of_x,
+        "output_columns": of_g,
+    }
+    truth = reference_of(full, torch.float64, **kwargs)
+    stated = reference_of(cut, torch.float64, **kwargs, **columns)
+    torch.testing.assert_close(stated, truth, rtol=1e-12, atol=1e-12)
+    plain = reference_of(full, torch.float32, **kwargs)
+    assert_close(project(cut.to(device), **kwargs, **columns), truth, plain)
+    there = {name: value.to(device) for name, value in columns.items()}
+    assert torch.equal(
+        project(cut.to(device), **kwargs, **columns), project(cut.to(device), **kwargs, **there)
+    )
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_two_sizes_mean_one_token(layer: str, device: torch.device) -> None:
     batch = make_batch(layer, 5, 1, 33, 31, ragged=False)
@@ -187,6 +292,7 @@ def test_wrong_lengths_on_a_gpu_are_seen_as_nan(device: torch.device) -> None:
 
 
 X, G = torch.zeros(2, 4, 3), torch.zeros(2, 4, 5)
+TWO: dict[str, Any] = {"g": [G, G], "output_key": [3, 4]}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"x": X.double()}, r"x: expected float32, got float64"),
     ({"g": G.half()}, r"g: expected float32 or bfloat16, got float16"),
@@ -216,7 +322,55 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"layer": "embedding", "x": torch.zeros(2, 4, dtype=torch.int64), "bias": True},
         r"bias: expected False for layer embedding, got True",
     ),
+    ({"g": []}, r"g: expected 1 to 4 tensors, got 0"),
+    ({"g": [G] * 5, "output_key": [3, 4, 5, 6, 7]}, r"g: expected 1 to 4 tensors, got 5"),
+    ({"g": [G, G]}, r"output_key: expected as many as g, 2, got 1"),
+    ({"g": [G, G], "output_key": [3, 2]}, r"output_key: expected another key than input_key"),
+    ({"g": [G, G], "output_key": [3, 3]}, r"output_key: expected distinct keys .* got 3 twice"),
+    ({**TWO, "g": [G, G.bfloat16()]}, r"g\[1\]: expected float32, got bfloat16"),
+    ({**TWO, "g": [G, torch.zeros(2, 3, 5)]}, r"g\[1\]: expected shape .* got \(2, 3, 5\)"),
+    (
+        {**TWO, "layer": "elementwise", "g": [X, X]},
+        r"g: expected one tensor for every layer but li",
+    ),
+    ({**TWO, "kind": "identity"}, r"g: expected one tensor for kind identity, got 2"),
+    (
+        {**TWO, "output_columns": torch.arange(5)},
+        r"output_columns: expected as many as g, 2, got 1",
+    ),
+    (
+        {**TWO, "output_columns": [None, torch.arange(4)]},
+        r"output_columns\[1\]: expected shape \(O,\) = \(5,\), got \(4,\)",
+    ),
+    ({"output_columns": torch.arange(5.0)}, r"output_columns: expected int64, got float32"),
+    ({"output_columns": torch.arange(10)[::2]}, r"output_columns: expected a contiguous tensor"),
+    (
+        {"input_columns": torch.arange(3), "bias": True},
+        r"input_columns: expected shape \(I \+ bias,\) = \(4,\), got \(3,\)",
+    ),
+    (
+        {"input_columns": torch.tensor([1, -2, 0])},
+        r"input_columns: expected values of 0 or more, got -2 at column 1",
+    ),
+    (
+        {"layer": "elementwise", "g": X, "input_columns": torch.arange(3)},
+        r"input_columns: expected None for every layer but linear, got a tensor",
+    ),
+    (
+        {"kind": "identity", "k_out": 5, "k_in": 3, "out": torch.zeros(2, 15)}
+        | {"output_columns": torch.arange(5)},
+        r"output_columns: expected None for kind identity, got a tensor",
+    ),
 ]
+
+
+ON_CPU = ("lengths", "input_columns", "output_columns")
+
+
+def to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [to(part, device) for part in value]
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG, ids=[message for _, message in WRONG])
@@ -225,8 +379,7 @@ def test_wrong_arguments_are_named(
 ) -> None:
     given = {"x": X, "g": G, "out": torch.zeros(2, 8), "k_out": 2, "k_in": 4, **KEYS, **change}
     on_device = {
-        name: value.to(device) if isinstance(value, Tensor) and name != "lengths" else value
-        for name, value in given.items()
+        name: value if name in ON_CPU else to(value, device) for name, value in given.items()
     }
     with pytest.raises(ValueError, match=f"project_gradients: {message}"):
         kernels.project_gradients(**on_device)

@@ -7,9 +7,10 @@ _Allocate = Callable[[int], Any]
 
 def build_info() -> dict[str, Any]: ...
 def check_lengths(lengths: Any, batch: int, tokens: int, op: str, argument: str, /) -> None: ...
+def check_columns(columns: Any, op: str, argument: str, /) -> None: ...
 def project_gradients(
     x: Any,
-    g: Any,
+    g: list[Any],
     out: Any,
     lengths: Any | None,
     offset: int,
@@ -19,8 +20,10 @@ def project_gradients(
     k_in: int,
     seed: int,
     input_key: int,
-    output_key: int,
+    output_keys: list[int],
     bias: bool,
+    input_columns: Any | None,
+    output_columns: list[Any | None],
     allocate: _Allocate,
     threads: int,
     stream: int,

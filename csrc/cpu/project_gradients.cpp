@@ -1,6 +1,7 @@
-// out[b] += vec(R_out G_b R_in^T),  G_b = sum_s g_s [x_s, 1]^T; the gradient is never formed:
+// out[b] += sum_j vec(R_out_j G_bj R_in^T),  G_bj = sum_s g_js [x_s, 1]^T over the layers j that read
+// the same x; the gradients are never formed:
 //
-//   P = x R_in^T (S,k_in)    Q = g R_out^T (S,k_out)    out[b] += Q^T P
+//   P = x R_in^T (S,k_in)    Q = sum_j g_j R_out_j^T (S,k_out)    out[b] += Q^T P
 //
 // Work: two phases over threads. First a block of 48 tokens of P or Q an item: the signs are
 // written out once per call as floats (rows of R are few) and multiplied as `outer` tiles; a sparse
@@ -33,17 +34,27 @@ constexpr int64_t kWidenDepth = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// One side of the product: rows x (size values each, and a 1 for the bias) times R^T.
-struct Side {
+// Rows of `size` values each, and a 1 for the bias, that are multiplied by an R^T of their own.
+struct Part {
   const void* rows;
-  int64_t size, ones, k, width;  // width: k padded
+  int64_t size, ones;
+  const int64_t* columns;  // the numbers of R's columns; null: 0, 1, ...
   uint64_t stream;
   float* dense = nullptr;  // (size + ones, width) signs
   // Sparse: columns [first[r], first[r + 1]) of `column`, with `sign`, are row r of R.
   int64_t* first = nullptr;
   int32_t* column = nullptr;
   float* sign = nullptr;
-  float* projected = nullptr;  // (tokens, width)
+
+  int64_t number(int64_t i) const { return columns == nullptr ? i : columns[i]; }
+};
+
+// One side of the product, P or Q: the sum of its parts' products.
+struct Side {
+  int64_t k, width;  // width: k padded
+  int parts;
+  Part part[kMaxOutputs];
+  float* projected;  // (tokens, width)
 };
 
 struct Plan {
@@ -53,17 +64,20 @@ struct Plan {
   int64_t grid, sums;
 };
 
-Side plan_side(Scratch& scratch, const void* rows, int64_t size, bool bias, int64_t k,
-               uint64_t stream, Kind kind, int64_t tokens) {
-  Side side{rows, size, bias ? 1 : 0, k, padded(k), stream};
-  if (kind == Kind::rademacher) side.dense = scratch.take<float>((size + side.ones) * side.width);
-  if (kind == Kind::sjlt) {
-    side.first = scratch.take<int64_t>(k + 1);
-    side.column = scratch.take<int32_t>(size);
-    side.sign = scratch.take<float>(size);
+void plan_side(Scratch& scratch, Kind kind, int64_t tokens, Side& side) {
+  side.width = padded(side.k);
+  for (int j = 0; j < side.parts; ++j) {
+    Part& part = side.part[j];
+    if (kind == Kind::rademacher) {
+      part.dense = scratch.take<float>((part.size + part.ones) * side.width);
+    }
+    if (kind == Kind::sjlt) {
+      part.first = scratch.take<int64_t>(side.k + 1);
+      part.column = scratch.take<int32_t>(part.size);
+      part.sign = scratch.take<float>(part.size);
+    }
   }
   side.projected = scratch.take<float>(tokens * side.width);
-  return side;
 }
 
 Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& projection,
@@ -72,11 +86,19 @@ Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& p
   if (projection.layer == Layer::linear) {
     const int64_t tokens = gradients.batch * gradients.tokens;
     plan.starts = scratch.take<int64_t>(gradients.batch + 1);
-    plan.in = plan_side(scratch, gradients.x, gradients.in, projection.bias, projection.k_in,
-                        stream_of(projection.seed, projection.input_key), projection.kind, tokens);
-    plan.out =
-        plan_side(scratch, gradients.g, gradients.out, false, projection.k_out,
-                  stream_of(projection.seed, projection.output_key), projection.kind, tokens);
+    plan.in.k = projection.k_in;
+    plan.in.parts = 1;
+    plan.in.part[0] = {gradients.x, gradients.in, projection.bias ? 1 : 0, projection.input_columns,
+                       stream_of(projection.seed, projection.input_key)};
+    plan.out.k = projection.k_out;
+    plan.out.parts = projection.outputs;
+    for (int j = 0; j < projection.outputs; ++j) {
+      const Output& output = projection.output[j];
+      plan.out.part[j] = {output.g, output.size, 0, output.columns,
+                          stream_of(projection.seed, output.key)};
+    }
+    plan_side(scratch, projection.kind, tokens, plan.in);
+    plan_side(scratch, projection.kind, tokens, plan.out);
   } else {
     plan.grid = projection.k_out * projection.k_in;
     // LayerNorm's sums are made before they are sketched: two more rows behind the grid.
@@ -94,10 +116,10 @@ constexpr float kSigns[16][4] = {
     {1, 1, -1, -1}, {-1, 1, -1, -1}, {1, -1, -1, -1}, {-1, -1, -1, -1}};
 
 // Column i of R as a row of floats, zero beyond k; width is a multiple of 4.
-void write_column(const Side& side, int64_t i) {
-  float* row = side.dense + i * side.width;
+void write_column(const Side& side, const Part& part, int64_t i) {
+  float* row = part.dense + i * side.width;
   for (int64_t r = 0; r < side.width; r += 64) {
-    uint64_t word = sign_word(side.stream, i, r / 64);
+    uint64_t word = sign_word(part.stream, part.number(i), r / 64);
     const int64_t end = std::min(side.width, r + 64);
     for (int64_t at = r; at < end; at += 4, word >>= 4) {
       std::copy(kSigns[word & 15], kSigns[word & 15] + 4, row + at);
@@ -106,33 +128,38 @@ void write_column(const Side& side, int64_t i) {
   std::fill(row + side.k, row + side.width, 0.0f);
 }
 
-void write_signs(const Side& in, const Side& out, int threads) {
+void write_signs(const Side& side, const Part& part, int threads) {
   constexpr int64_t kColumns = 64;
-  const int64_t first = in.size + in.ones, columns = first + out.size;
+  const int64_t columns = part.size + part.ones;
   parallel_for(threads, ceil_div(columns, kColumns), [&](int64_t item, int) {
     const int64_t end = std::min(columns, (item + 1) * kColumns);
-    for (int64_t i = item * kColumns; i < end; ++i) {
-      i < first ? write_column(in, i) : write_column(out, i - first);
-    }
+    for (int64_t i = item * kColumns; i < end; ++i) write_column(side, part, i);
   });
 }
 
 // Sorts the columns by their row of R, ascending within a row.
-void write_lists(const Side& side) {
-  std::fill(side.first, side.first + side.k + 1, 0);
-  for (int64_t i = 0; i < side.size; ++i) {
-    ++side.first[position_of(column_hash(side.stream, i), side.k) + 1];
+void write_lists(const Part& part, int64_t k) {
+  std::fill(part.first, part.first + k + 1, 0);
+  for (int64_t i = 0; i < part.size; ++i) {
+    ++part.first[sparse_entry(part.stream, part.number(i), k).row + 1];
   }
-  for (int64_t r = 0; r < side.k; ++r) side.first[r + 1] += side.first[r];
+  for (int64_t r = 0; r < k; ++r) part.first[r + 1] += part.first[r];
   // Filling moves first[r] to the end of row r, which is where row r + 1 began: shift back after.
-  for (int64_t i = 0; i < side.size; ++i) {
-    const uint64_t hash = column_hash(side.stream, i);
-    const int64_t place = side.first[position_of(hash, side.k)]++;
-    side.column[place] = static_cast<int32_t>(i);
-    side.sign[place] = sign_of(hash);
+  for (int64_t i = 0; i < part.size; ++i) {
+    const SparseEntry entry = sparse_entry(part.stream, part.number(i), k);
+    const int64_t place = part.first[entry.row]++;
+    part.column[place] = static_cast<int32_t>(i);
+    part.sign[place] = entry.sign;
   }
-  for (int64_t r = side.k; r > 0; --r) side.first[r] = side.first[r - 1];
-  side.first[0] = 0;
+  for (int64_t r = k; r > 0; --r) part.first[r] = part.first[r - 1];
+  part.first[0] = 0;
+}
+
+void write_projections(const Side& side, Kind kind, int threads) {
+  for (int j = 0; j < side.parts; ++j) {
+    if (kind == Kind::rademacher) write_signs(side, side.part[j], threads);
+    if (kind == Kind::sjlt) write_lists(side.part[j], side.k);
+  }
 }
 
 // a[m]: the rows of a block of tokens from column `begin` on, as float32.
@@ -149,24 +176,34 @@ void block_rows(const bfloat16* const* rows, int64_t count, int64_t begin, int64
   }
 }
 
+// Pointers to the rows of a block of tokens, of each part.
 template <class T>
-void project_dense(const Side& side, const T* const* rows, int64_t count, float* projected) {
+struct Rows {
+  const T* of[kMaxOutputs][kTokenBlock];
+};
+
+template <class T>
+void project_dense(const Side& side, const Rows<T>& rows, int64_t count, float* projected) {
   float buffer[kTokenBlock * kWidenDepth];
   double sums[kTokenBlock * kColumnBlock];
   const float* a[kTokenBlock];
   for (int64_t n = 0; n < side.width; n += kColumnBlock) {
     const int64_t columns = std::min(kColumnBlock, side.width - n);
     std::fill(sums, sums + count * kColumnBlock, 0.0);
-    for (int64_t d = 0; d < side.size; d += kWidenDepth) {
-      const int64_t depth = std::min(kWidenDepth, side.size - d);
-      block_rows(rows, count, d, depth, buffer, a);
-      tiles().outer(a, 1, count, side.dense + d * side.width + n, side.width, columns, depth, sums,
-                    kColumnBlock);
+    for (int p = 0; p < side.parts; ++p) {
+      const Part& part = side.part[p];
+      for (int64_t d = 0; d < part.size; d += kWidenDepth) {
+        const int64_t depth = std::min(kWidenDepth, part.size - d);
+        block_rows(rows.of[p], count, d, depth, buffer, a);
+        tiles().outer(a, 1, count, part.dense + d * side.width + n, side.width, columns, depth,
+                      sums, kColumnBlock);
+      }
     }
+    const Part& first = side.part[0];  // the one that may have a bias
     for (int64_t m = 0; m < count; ++m) {
       for (int64_t j = 0; j < columns; ++j) {
         double sum = sums[m * kColumnBlock + j];
-        if (side.ones != 0) sum += side.dense[side.size * side.width + n + j];
+        if (first.ones != 0) sum += first.dense[first.size * side.width + n + j];
         projected[m * side.width + n + j] = static_cast<float>(sum);
       }
     }
@@ -174,20 +211,18 @@ void project_dense(const Side& side, const T* const* rows, int64_t count, float*
 }
 
 template <class T>
-void project_sparse(const Side& side, const T* row, float* projected) {
-  int64_t bias_row = -1;
-  double bias_sign = 0.0;
-  if (side.ones != 0) {
-    const uint64_t hash = column_hash(side.stream, side.size);
-    bias_row = position_of(hash, side.k);
-    bias_sign = sign_of(hash);
-  }
+void project_sparse(const Side& side, const Rows<T>& rows, int64_t m, float* projected) {
+  const Part& first = side.part[0];
+  SparseEntry bias{-1, 0.0f};
+  if (first.ones != 0) bias = sparse_entry(first.stream, first.number(first.size), side.k);
   for (int64_t r = 0; r < side.k; ++r) {
-    double sum = 0.0;
-    for (int64_t j = side.first[r]; j < side.first[r + 1]; ++j) {
-      sum += static_cast<double>(side.sign[j] * to_float(row[side.column[j]]));
+    double sum = r == bias.row ? bias.sign : 0.0;
+    for (int p = 0; p < side.parts; ++p) {
+      const Part& part = side.part[p];
+      for (int64_t j = part.first[r]; j < part.first[r + 1]; ++j) {
+        sum += static_cast<double>(part.sign[j] * to_float(rows.of[p][m][part.column[j]]));
+      }
     }
-    if (r == bias_row) sum += bias_sign;
     projected[r] = static_cast<float>(sum);
   }
   std::fill(projected + side.k, projected + side.width, 0.0f);
@@ -196,20 +231,23 @@ void project_sparse(const Side& side, const T* row, float* projected) {
 template <class T>
 void project_block(const Side& side, Kind kind, const Gradients& gradients, const int64_t* starts,
                    int64_t begin, int64_t end) {
-  const T* rows[kTokenBlock];
+  Rows<T> rows;
   for_tokens(starts, gradients.batch, gradients.tokens, begin, end, [&](int64_t n, int64_t row) {
-    rows[n - begin] = static_cast<const T*>(side.rows) + row * side.size;
+    for (int p = 0; p < side.parts; ++p) {
+      rows.of[p][n - begin] = static_cast<const T*>(side.part[p].rows) + row * side.part[p].size;
+    }
   });
   float* projected = side.projected + begin * side.width;
   if (kind == Kind::rademacher) {
     project_dense(side, rows, end - begin, projected);
     return;
   }
+  const Part& first = side.part[0];
   for (int64_t m = 0; m < end - begin; ++m) {
     if (kind == Kind::sjlt) {
-      project_sparse(side, rows[m], projected + m * side.width);
+      project_sparse(side, rows, m, projected + m * side.width);
     } else {
-      widen(rows[m], side.size, side.ones, side.width, projected + m * side.width);
+      widen(rows.of[0][m], first.size, first.ones, side.width, projected + m * side.width);
     }
   }
 }
@@ -241,11 +279,8 @@ void project_linear(const Gradients& gradients, const Projection& projection, co
                     float* out, int64_t stride, int threads) {
   count_tokens(gradients, plan.starts);
   const int64_t tokens = plan.starts[gradients.batch];
-  if (projection.kind == Kind::rademacher) write_signs(plan.in, plan.out, threads);
-  if (projection.kind == Kind::sjlt) {
-    write_lists(plan.in);
-    write_lists(plan.out);
-  }
+  write_projections(plan.in, projection.kind, threads);
+  write_projections(plan.out, projection.kind, threads);
   const int64_t blocks = ceil_div(tokens, kTokenBlock);
   parallel_for(threads, 2 * blocks, [&](int64_t item, int) {
     const Side& side = item < blocks ? plan.in : plan.out;
@@ -290,7 +325,7 @@ template <class T>
 void project_elementwise(const Gradients& gradients, const Projection& projection, const Plan& plan,
                          float* out, int64_t stride, int threads) {
   const int64_t size = gradients.in, rows = projection.bias ? 2 : 1;
-  const uint64_t stream = stream_of(projection.seed, projection.output_key);
+  const uint64_t stream = stream_of(projection.seed, projection.output[0].key);
   parallel_for(threads, gradients.batch, [&](int64_t b, int slot) {
     if (length_of(gradients, b) == 0) return;
     double* grid = plan.grids + slot * (plan.grid + plan.sums);
@@ -315,7 +350,7 @@ template <class T>
 void project_embedding(const Gradients& gradients, const Projection& projection, const Plan& plan,
                        float* out, int64_t stride, int threads) {
   const int64_t size = gradients.out;
-  const uint64_t stream = stream_of(projection.seed, projection.output_key);
+  const uint64_t stream = stream_of(projection.seed, projection.output[0].key);
   parallel_for(threads, gradients.batch, [&](int64_t b, int slot) {
     if (length_of(gradients, b) == 0) return;
     double* grid = plan.grids + slot * plan.grid;
@@ -352,12 +387,11 @@ void projection_matrix(Kind kind, int64_t rows, int64_t size, uint64_t seed, uin
                        float* matrix) {
   const uint64_t stream = stream_of(seed, key);
   for (int64_t i = 0; i < size; ++i) {
-    const uint64_t hash = column_hash(stream, i);
+    const SparseEntry entry = sparse_entry(stream, i, rows);
     for (int64_t r = 0; r < rows; ++r) {
-      const bool nonzero = r == position_of(hash, rows);
       matrix[r * size + i] = kind == Kind::rademacher ? sign_of_bit(sign_word(stream, i, r / 64),
                                                                     static_cast<int>(r % 64))
-                             : nonzero                ? sign_of(hash)
+                             : r == entry.row         ? entry.sign
                                                       : 0.0f;
     }
   }

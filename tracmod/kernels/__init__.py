@@ -25,7 +25,7 @@ Kind = Literal["rademacher", "sjlt", "identity"]
 
 def project_gradients(
     x: Tensor,
-    g: Tensor,
+    g: Tensor | Sequence[Tensor],
     out: Tensor,
     *,
     lengths: Tensor | None = None,
@@ -36,8 +36,10 @@ def project_gradients(
     k_in: int,
     seed: int,
     input_key: int,
-    output_key: int,
+    output_key: int | Sequence[int],
     bias: bool = False,
+    input_columns: Tensor | None = None,
+    output_columns: Tensor | Sequence[Tensor | None] | None = None,
 ) -> None:
     """Adds each example's projected gradient of one layer into its feature row.
 
@@ -45,7 +47,17 @@ def project_gradients(
 
         out[b, offset : offset + k_out * k_in] += vec(R_out G_b R_in^T)      (row-major)
 
-    so that the expectation of `<f, f'>` over seeds is `<G, G'>`. `rademacher`: entries
+    so that the expectation of `<f, f'>` over seeds is `<G, G'>`. Layers that read the same x go in
+    one call, `g` and `output_key` a sequence each; they add into the same places, which costs less
+    than a call for each::
+
+        out[b, ...] += sum_j vec(R_out_j G_bj R_in^T) = vec((sum_j g_bj R_out_j^T)^T (x_b R_in^T))
+
+    A layer of which columns of x or g were left out (heads that are switched off) has the features
+    of the whole layer with zeros there if `input_columns` and `output_columns` tell the numbers of
+    those that are left.
+
+    `rademacher`: entries
     +-1/sqrt(k_out) and +-1/sqrt(k_in); `sjlt`: one +-1 in each column; `identity`: G itself. Signs
     are a stateless function of (seed, key, row, column), the same on every device and in every
     batch.
@@ -61,7 +73,8 @@ def project_gradients(
         x: linear (B, S, I) or (B, I), which means S = 1; elementwise (B, S, D) or (B, D): float32
             or bfloat16, contiguous. embedding (B, S) or (B,): int64 ids.
         g: gradient at the layer's output, (B, S, O) or (B, O) or as x with D; float32 or bfloat16,
-            x's dtype and device, contiguous.
+            x's dtype and device, contiguous. linear, not identity: or 1 to 4 of them, of layers
+            that read the same x, each with an O of its own.
         out: (B, K) float32, contiguous, added to.
         lengths: (B,) int64; tokens at and after the length are skipped. On the CPU they are
             checked; on a GPU that would mean waiting for it, and a wrong one turns its row into
@@ -72,20 +85,30 @@ def project_gradients(
         k_in: its columns. identity: k_out = O, k_in = I + bias (elementwise 1 + bias, D).
         seed: of the projection.
         input_key: R_in's key; layers that share an input share it. Only linear reads it.
-        output_key: R_out's key, or the sketch's: another for every layer, and not `input_key`.
+        output_key: R_out's key, or the sketch's: another for every layer, and not `input_key`. As
+            many as `g` has tensors.
         bias: whether the layer has one (never for embedding).
+        input_columns: (I + bias,) int64, 0 or more: column i of [x, 1] has the signs of column
+            `input_columns[i]`. None: of i. Only for linear, not identity. On the CPU they are
+            checked; CPU ones are brought to x's device.
+        output_columns: (O,) int64, the same for g; a sequence of (O_j,) or None where `g` is one.
 
     Raises:
-        ValueError: wrong dtype, shape, device, layout, length, kind, or sizes beyond K; the message
-            names argument, expected and got.
+        ValueError: wrong dtype, shape, device, layout, length, kind, key, column number, number of
+            tensors, or sizes beyond K; the message names argument, expected and got.
 
     Source: Choe et al. 2024, arXiv 2405.13954 (two-sided projection); Charikar et al. 2002 (count
         sketch); Kane and Nelson 2014 (sjlt).
     """
+    parts = [g] if isinstance(g, Tensor) else list(g)
+    keys = output_key if isinstance(output_key, Sequence) else [output_key]
+    columns: Sequence[Tensor | None] = [None] * len(parts)
+    if output_columns is not None:
+        columns = [output_columns] if isinstance(output_columns, Tensor) else output_columns
     native.project_gradients(
-        x, g, out, lengths, operator.index(offset), layer, kind, operator.index(k_out),
+        x, parts, out, lengths, operator.index(offset), layer, kind, operator.index(k_out),
         operator.index(k_in), operator.index(seed), operator.index(input_key),
-        operator.index(output_key), bool(bias),
+        [operator.index(key) for key in keys], bool(bias), input_columns, columns,
     )  # fmt: skip
 
 

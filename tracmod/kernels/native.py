@@ -41,9 +41,19 @@ def _tokens(g: Tensor) -> int:
     return g.shape[1] if g.dim() == 3 else 1
 
 
+def _columns(columns: Tensor | None, like: Tensor, op: str, name: str) -> Any:
+    """Column numbers on the CPU are checked there, then brought to the device of the data."""
+    if columns is None:
+        return None
+    if columns.device.type == "cpu" and like.device.type != "cpu":
+        _C.check_columns(_capsule(columns), op, name)
+        columns = columns.to(like.device, non_blocking=True)
+    return _capsule(columns)
+
+
 def project_gradients(
     x: Tensor,
-    g: Tensor,
+    g: Sequence[Tensor],
     out: Tensor,
     lengths: Tensor | None,
     offset: int,
@@ -53,15 +63,18 @@ def project_gradients(
     k_in: int,
     seed: int,
     input_key: int,
-    output_key: int,
+    output_keys: Sequence[int],
     bias: bool,
+    input_columns: Tensor | None,
+    output_columns: Sequence[Tensor | None],
 ) -> None:
-    """See `tracmod.kernels.project_gradients`."""
+    """See `tracmod.kernels.project_gradients`; what may be one or several is a sequence here."""
+    op = "project_gradients"
     _C.project_gradients(
         _capsule(x),
-        _capsule(g),
+        [_capsule(part) for part in g],
         _capsule(out),
-        _lengths(lengths, g, _tokens(g), "project_gradients", "lengths"),
+        _lengths(lengths, x, _tokens(g[0]) if g else 0, op, "lengths"),
         offset,
         layer,
         kind,
@@ -69,8 +82,10 @@ def project_gradients(
         k_in,
         seed & _MASK_64,
         input_key & _MASK_64,
-        output_key & _MASK_64,
+        [key & _MASK_64 for key in output_keys],
         bias,
+        _columns(input_columns, x, op, "input_columns"),
+        [_columns(columns, x, op, "output_columns") for columns in output_columns],
         _scratch(x.device),
         torch.get_num_threads(),
         _stream(x.device),

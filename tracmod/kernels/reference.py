@@ -51,20 +51,28 @@ def _position(hashes: Tensor, size: int) -> Tensor:
 
 
 def projection_matrix(
-    kind: str, k: int, size: int, seed: int, key: int, dtype: torch.dtype = torch.float64
+    kind: str,
+    k: int,
+    size: int,
+    seed: int,
+    key: int,
+    dtype: torch.dtype = torch.float64,
+    columns: Tensor | None = None,
 ) -> Tensor:
     """R (k, size): rademacher +-1/sqrt(k) everywhere, or sjlt one +-1 in each column.
 
-    The integers behind the entries are those of csrc/random.h.
+    `columns` (size,): the numbers of the columns, 0, 1, ... if None. The integers behind the
+    entries are those of csrc/random.h.
     """
-    stream, columns = _stream(seed, key), torch.arange(size)
+    stream = _stream(seed, key)
+    columns = torch.arange(size) if columns is None else columns.cpu()
     if kind == "rademacher":
         rows = torch.arange(k)[:, None]
         words = _step(_step(stream, columns), rows // 64)
         return (1 - 2 * ((words >> (rows % 64)) & 1)).to(dtype) / k**0.5
     hashes = _step(stream, columns)
     matrix = torch.zeros(k, size, dtype=dtype)
-    matrix[_position(hashes, k), columns] = _sign(hashes).to(dtype)
+    matrix[_position(hashes, k), torch.arange(size)] = _sign(hashes).to(dtype)
     return matrix
 
 
@@ -105,7 +113,7 @@ def _examples(x: Tensor, g: Tensor, lengths: Tensor | None) -> list[tuple[Tensor
 
 def project_gradients(
     x: Tensor,
-    g: Tensor,
+    g: Tensor | Sequence[Tensor],
     out_BK: Tensor,
     *,
     lengths: Tensor | None = None,
@@ -116,10 +124,27 @@ def project_gradients(
     k_in: int,
     seed: int,
     input_key: int,
-    output_key: int,
+    output_key: int | Sequence[int],
     bias: bool = False,
+    input_columns: Tensor | None = None,
+    output_columns: Tensor | Sequence[Tensor | None] | None = None,
 ) -> None:
-    """out[b, offset : offset + k_out k_in] += vec(R_out G_b R_in^T), or a count sketch of G_b."""
+    """out[b, offset : offset + k_out k_in] += vec(R_out G_b R_in^T), or a count sketch of G_b.
+
+    Several `g` (with as many keys and columns): one after the other.
+    """
+    if not isinstance(g, Tensor):
+        assert isinstance(output_key, Sequence)
+        each = [None] * len(g) if output_columns is None else output_columns
+        for g_j, key, columns in zip(g, output_key, each, strict=True):
+            project_gradients(
+                x, g_j, out_BK, lengths=lengths, offset=offset, layer=layer, kind=kind,
+                k_out=k_out, k_in=k_in, seed=seed, input_key=input_key, output_key=key, bias=bias,
+                input_columns=input_columns, output_columns=columns,
+            )  # fmt: skip
+        return
+    assert isinstance(output_key, int)
+    assert not isinstance(output_columns, Sequence)
     size = k_out * k_in
     for row, (x_b, g_b) in zip(out_BK, _examples(x, g, lengths), strict=True):
         if layer == "embedding":
@@ -130,13 +155,13 @@ def project_gradients(
                 rows = torch.arange(len(feature))
                 feature = count_sketch(feature, rows, size, seed, output_key)
             elif kind != "identity":
-                r_out, r_in = (
-                    projection_matrix(kind, k, n, seed, key, feature.dtype).to(feature.device)
-                    for k, n, key in zip(
-                        (k_out, k_in), feature.shape, (output_key, input_key), strict=True
-                    )
+                n_out, n_in = feature.shape
+                like = feature.dtype
+                r_out = projection_matrix(
+                    kind, k_out, n_out, seed, output_key, like, output_columns
                 )
-                feature = r_out @ feature @ r_in.T
+                r_in = projection_matrix(kind, k_in, n_in, seed, input_key, like, input_columns)
+                feature = r_out.to(feature.device) @ feature @ r_in.to(feature.device).T
         row[offset : offset + size] += feature.flatten()
 
 

@@ -1,13 +1,13 @@
-// The fused kernel of project_gradients for a linear layer: what a block owns is told there.
+// The fused kernel of project_gradients for a linear layer; what a block owns is told there.
 //
-// Depth is walked in slices of 128 bytes a token, which cp.async brings into shared memory in
-// chunks of 16 bytes, `kStages` slices ahead; a warp owns 16 tokens and all 64 rows of R. With
-// g = lane / 4 and q = lane % 4, the thread of an m16n8k16 product needs, of its two tokens, the
-// depths 2q, 2q + 1, 2q + 8, 2q + 9 and, of R, row g of eight: depth and rows are named so that
-//   - these depths are four neighbours in memory: a chunk is read as it lies;
-//   - row n of the j-th eight is row 8 n + j of R: a thread holds 16 neighbours of a result;
-//   - the byte n of a column's 64 sign bits is then what lane group n needs: the signs of a step,
-//     2 bits for each of 16 registers, are one word a lane.
+// Depth (columns of x or g) is walked in slices of 128 bytes a token. A warp owns 16 tokens and all
+// 64 rows of R: its tokens come through a ring of slices of its own, kStages ahead, so that warps
+// wait for each other only when the signs of the next 256 columns are made.
+//
+// Of a product m16 n8 k16 the lane 4 g + t holds, of two tokens and of row g of eight, the depths
+// 2t, 2t + 1, 2t + 8, 2t + 9. Row n of the j-th eight is row 8 n + j of R: a lane's results are 16
+// neighbours, and what lane group n needs of a column's 64 sign bits is byte n. So the signs of a
+// step of 16 columns, 2 bits for each of 16 registers, are one word a lane.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,8 @@ constexpr int kMaxWarps = 8;
 constexpr int kTileTokens = kWarpTokens * kMaxWarps;
 constexpr int kSumTokens = 64;  // tokens whose products are summed before they are added to out
 constexpr int kSliceBytes = 128;
-constexpr int kStages = 3;
+constexpr int kStages = 4;
+constexpr int kStageBytes = kWarpTokens * kSliceBytes;
 constexpr int kSignColumns = 256;  // columns whose signs are made at a time
 constexpr int kPitch = kRows + 8;  // of P and Q in shared memory: columns read without conflicts
 
@@ -102,27 +103,33 @@ __device__ Entries entries_of(uint64_t stream, int64_t column, int first, int k)
   return {set, entry.sign < 0 ? set : 0};
 }
 
+// (a & b) | c: the compiler makes two instructions of it where b and c are constants.
+__device__ inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef TRACMOD_EMULATE
+  return (a & b) | c;
+#else
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#endif
+}
+
 // Bits i and i + 16 of a word of signs as two bfloat16 entries.
 template <Kind kind>
 __device__ uint32_t entry_pair(const uint32_t (&word)[kPlanes<kind>], int i) {
-  const uint32_t negative = (word[0] << (15 - i)) & 0x80008000u;
-  if (kind == Kind::rademacher) return negative | 0x3f803f80u;  // +-1
+  const uint32_t negative = word[0] << (15 - i);
+  if (kind == Kind::rademacher) return and_or(negative, 0x80008000u, 0x3f803f80u);  // +-1
   const uint32_t set = word[kPlanes<kind> - 1];
-  return negative | ((i < 15 ? set << (14 - i) : set >> 1) & 0x40004000u);  // +-2, 0
+  const uint32_t exponent = (i < 15 ? set << (14 - i) : set >> 1) & 0x40004000u;
+  return and_or(negative, 0x80008000u, exponent);  // +-2, 0
 }
 
 // The signs of 256 columns: a word a lane and step of 16.
 template <Kind kind>
 using Signs = uint32_t[kPlanes<kind>][kSignColumns / 16 * 32];
 
-// A block's shared memory: signs, of which one half is read while the next is made, and the slices,
-// later P and Q.
-template <Kind kind>
-struct Shared {
-  Signs<kind> signs[2];
-  alignas(16) unsigned char rest[16];
-};
-
+// A block's shared memory: signs, of which one half is read while the other is made; P; the warps'
+// rings of slices, where Q goes later.
 template <Kind kind>
 size_t shared_bytes(int warps) {
   const size_t rows = kPitch * sizeof(float), slices = kStages * kSliceBytes;  // a token
@@ -138,70 +145,96 @@ __device__ void make_signs(const Source& source, int begin, int first, int k,
     if (begin + i < source.size) {
       entries = entries_of<kind>(source.stream, source.number(begin + i), first, k);
     }
-    // A chunk holds one thread's depths of one step (float32) or of two (bfloat16).
-    constexpr int kWidth = 16 / sizeof(T), kChunkSteps = kWidth / 4;
-    const int step = i / (4 * kWidth) * kChunkSteps + i / 4 % kChunkSteps;
-    const int q = i / kWidth % 4, depth = (i & 1) << 1 | (i >> 1 & 1);
+    // A lane's depths are a chunk of float32 and two pairs of bfloat16.
+    const int step = i / 16, at = i % 16;
+    const int lane = sizeof(T) == 4 ? at / 4 : at % 8 / 2;
+    const int pair = sizeof(T) == 4 ? at / 2 % 2 : at / 8;
     for (int plane = 0; plane < kPlanes<kind>; ++plane) {
       const uint64_t bits = plane == 0 ? entries.negative : entries.set;
-      auto* bytes = reinterpret_cast<unsigned char*>(words[plane] + step * 32) + 4 * q + depth;
-      for (int g = 0; g < 8; ++g) bytes[16 * g] = static_cast<unsigned char>(bits >> 8 * g);
+      auto* bytes = reinterpret_cast<unsigned char*>(words[plane] + step * 32 + lane);
+      for (int g = 0; g < 8; ++g) bytes[16 * g + at % 2 * 2 + pair] = static_cast<unsigned char>(bits >> 8 * g);
     }
   }
 }
 
-// A place along all columns of all sources, in slices.
-template <class T>
-struct Cursor {
-  static constexpr int kWidth = kSliceBytes / sizeof(T);
-  int source, column;
+// Where a chunk of 16 bytes of a row lies in a warp's slice: every read below meets all banks.
+__device__ inline int place_of(int row, int chunk) {
+  return row * kSliceBytes + (chunk ^ ((row & 1) << 2 | (row >> 1 & 3))) * 16;
+}
 
-  __device__ void skip_ends(const Job& job) {
-    while (source < job.count && column >= job.sources[source].size) {
-      ++source;
-      column = 0;
+// Brings a warp's 16 tokens to its ring, slice after slice of every source; a lane copies a chunk of
+// four rows. What has no token, and columns past the end, become zeros without being read.
+template <class T>
+class Loader {
+ public:
+  __device__ Loader(const Job& job, const Tile& tile, unsigned char* ring)
+      : job_(job), first_row_(tile.first_row(job)) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    row_ = static_cast<int>(threadIdx.x) / 32 * kWarpTokens + lane / 8;
+    to_ = ring + place_of(lane / 8, lane % 8);
+    other_ = ring + place_of(lane / 8 + 4, lane % 8);
+    for (int pass = 0; pass < 4; ++pass) {
+      if (tile.holds(job, row_ + 4 * pass)) bytes_ |= 16u << 8 * pass;
     }
   }
-  __device__ void advance(const Job& job) {
-    column += kWidth;
-    skip_ends(job);
-  }
-};
 
-// Copies a slice of the tile, 4 chunks a thread; bit `pass` of `wanted`: that row has a token. What
-// has none, and columns past the end, become zeros without being read.
-template <class T>
-__device__ void load_slice(const Source& source, int64_t first_row, int column, unsigned wanted,
-                           unsigned char* stage) {
-  constexpr int kWidth = 16 / sizeof(T);
-  const int thread = static_cast<int>(threadIdx.x), row = thread / 8, chunk = thread % 8;
-  const int rows = static_cast<int>(blockDim.x) / 8;  // even: all of a thread's rows swizzle alike
-  const int from = column + chunk * kWidth, left = source.size - from;
-  const T* values = static_cast<const T*>(source.rows) + (first_row + row) * source.size + from;
-  unsigned char* to = stage + row * kSliceBytes + (chunk ^ (row & 1) << 2) * 16;
-  if (left <= 0) wanted = 0;
-  if (source.aligned) {
+  __device__ bool any() const { return bytes_ != 0; }
+
+  __device__ void load(int stage) {
+    while (left_ <= 0 && source_ < job_.count) open(source_++);
+    if (left_ > 0) {
+      const int mine = left_ - static_cast<int>(threadIdx.x) % 8 * kWidth;
+      if (job_.sources[source_ - 1].aligned) {
+        copy(stage, mine > 0 ? bytes_ : 0);
+      } else {
+        copy_values(stage, mine);
+      }
+      from_ += kSliceBytes;
+      left_ -= 8 * kWidth;
+    }
+    commit_copies();  // an empty group too, so that they can be counted
+  }
+
+ private:
+  static constexpr int kWidth = 16 / sizeof(T);
+
+  __device__ void open(int source) {
+    const Source& of = job_.sources[source];
+    left_ = of.size;
+    four_rows_ = 4 * static_cast<int64_t>(of.size) * static_cast<int64_t>(sizeof(T));
+    const int64_t at = (first_row_ + row_) * of.size + static_cast<int>(threadIdx.x) % 8 * kWidth;
+    from_ = static_cast<const char*>(of.rows) + at * static_cast<int64_t>(sizeof(T));
+  }
+  __device__ unsigned char* place(int stage, int pass) const {
+    return (pass % 2 == 0 ? to_ : other_) + stage * kStageBytes + pass / 2 * 8 * kSliceBytes;
+  }
+  __device__ void copy(int stage, unsigned bytes) const {
 #pragma unroll
     for (int pass = 0; pass < 4; ++pass) {
-      const bool token = (wanted >> pass & 1) != 0;
-      copy_16_later(to + pass * rows * kSliceBytes,
-                    token ? values + static_cast<int64_t>(pass * rows) * source.size : source.rows,
-                    token ? 16 : 0);
+      copy_16_later(place(stage, pass), from_ + pass * four_rows_, bytes >> 8 * pass & 0xff);
     }
-    return;
   }
+  __device__ void copy_values(int stage, int left) const {
 #pragma unroll 1
-  for (int pass = 0; pass < 4; ++pass) {
-    alignas(16) T chunk_values[kWidth] = {};
+    for (int pass = 0; pass < 4; ++pass) {
+      const T* values = reinterpret_cast<const T*>(from_ + pass * four_rows_);
+      alignas(16) T chunk[kWidth] = {};
 #pragma unroll
-    for (int e = 0; e < kWidth; ++e) {
-      if ((wanted >> pass & 1) != 0 && e < left) chunk_values[e] = values[e];
+      for (int e = 0; e < kWidth; ++e) {
+        if ((bytes_ >> 8 * pass & 16) != 0 && e < left) chunk[e] = values[e];
+      }
+      *reinterpret_cast<uint4*>(place(stage, pass)) = *reinterpret_cast<const uint4*>(chunk);
     }
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(chunk_values);
-    values += static_cast<int64_t>(rows) * source.size;
-    to += rows * kSliceBytes;
   }
-}
+
+  const Job& job_;
+  const int64_t first_row_;
+  int row_, source_ = 0, left_ = 0;
+  unsigned bytes_ = 0;  // of each pass, 0 or 16
+  unsigned char *to_, *other_;  // of even and of odd passes
+  const char* from_ = nullptr;
+  int64_t four_rows_ = 0;
+};
 
 // A warp's tokens as first operands, `kSteps` steps of 16 depths: all four of a bfloat16 slice, one
 // of a float32 slice's two. A value is the sum of its bfloat16 parts, the largest first: three parts
@@ -222,44 +255,29 @@ __device__ inline uint32_t take_part(float& first, float& second) {
   return one >> 16 | (two & 0xffff0000u);
 }
 
-// This thread's chunk `half` of four of a row: 16 bytes of each of its two tokens.
-struct Chunks {
-  uint4 top, bottom;
-
-  __device__ Chunks(const unsigned char* stage, int half) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
-    const int row = static_cast<int>(threadIdx.x) / 32 * kWarpTokens + g;
-    const auto* at = stage + row * kSliceBytes + ((half * 4 + q) ^ (g & 1) << 2) * 16;
-    top = *reinterpret_cast<const uint4*>(at);
-    bottom = *reinterpret_cast<const uint4*>(at + 8 * kSliceBytes);
-  }
-};
-
-__device__ inline void read_tokens(const unsigned char* stage, int, Tokens<__nv_bfloat16>& to) {
+// Steps of a slice: a bfloat16 pair is a register as it lies.
+__device__ inline void read_tokens(const unsigned char* slice, int, Tokens<__nv_bfloat16>& to) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const Chunks chunks(stage, half);
-    const uint32_t first[4] = {chunks.top.x, chunks.bottom.x, chunks.top.y, chunks.bottom.y};
-    const uint32_t second[4] = {chunks.top.z, chunks.bottom.z, chunks.top.w, chunks.bottom.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      to.a[2 * half][0][i] = first[i];
-      to.a[2 * half + 1][0][i] = second[i];
-    }
+  for (int step = 0; step < 4; ++step) {
+    load_matrices(to.a[step][0], slice + place_of(lane % 16, 2 * step + lane / 16));
   }
 }
 
-__device__ inline void read_tokens(const unsigned char* stage, int group, Tokens<float>& to) {
-  const Chunks chunks(stage, group);
-  const uint32_t pairs[4][2] = {{chunks.top.x, chunks.top.y},
-                                {chunks.bottom.x, chunks.bottom.y},
-                                {chunks.top.z, chunks.top.w},
-                                {chunks.bottom.z, chunks.bottom.w}};
+__device__ inline void read_tokens(const unsigned char* slice, int group, Tokens<float>& to) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float first = __uint_as_float(pairs[i][0]), second = __uint_as_float(pairs[i][1]);
+  for (int below = 0; below < 2; ++below) {
+    const float4 chunk = *reinterpret_cast<const float4*>(
+        slice + place_of(lane / 4 + 8 * below, group * 4 + lane % 4));
+    float pair[2][2] = {{chunk.x, chunk.y}, {chunk.z, chunk.w}};
 #pragma unroll
-    for (int part = 0; part < 3; ++part) to.a[0][part][i] = take_part(first, second);
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int part = 0; part < 3; ++part) {
+        to.a[0][part][2 * i + below] = take_part(pair[i][0], pair[i][1]);
+      }
+    }
   }
 }
 
@@ -267,14 +285,14 @@ __device__ inline void read_tokens(const unsigned char* stage, int group, Tokens
 // the signs. The matrix units drop low bits each time they add: they sum a few steps alone, and
 // float32 additions do the rest.
 template <class T, Kind kind>
-__device__ void multiply_signs(const unsigned char* stage, const Signs<kind>& signs, int step,
+__device__ void multiply_signs(const unsigned char* slice, const Signs<kind>& signs, int step,
                                float (&total)[8][4]) {
   using Group = Tokens<T>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
   for (int group = 0; group < Group::kGroups; ++group) {
     Group tokens;
-    read_tokens(stage, group, tokens);
+    read_tokens(slice, group, tokens);
     uint32_t words[Group::kSteps][kPlanes<kind>];
 #pragma unroll
     for (int i = 0; i < Group::kSteps * kPlanes<kind>; ++i) {
@@ -404,79 +422,68 @@ __device__ inline void add_products(const Job& job, const Tile& tile, const floa
   }
 }
 
-// One walk of a block along all slices; the copies run ahead of the products.
+// One walk of a block along all slices of a tile.
 template <class T, Kind kind>
 class Walk {
  public:
-  __device__ Walk(const Job& job, const Tile& tile, unsigned wanted, Signs<kind> (&signs)[2],
-                  unsigned char* slices)
-      : job_(job), tile_(tile), wanted_(wanted), signs_(signs), slices_(slices) {
-    loading_.skip_ends(job);
-    reading_ = loading_;
-    for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
+  __device__ Walk(const Job& job, const Loader<T>& loader, unsigned char* ring,
+                  Signs<kind> (&signs)[2])
+      : job_(job), loader_(loader), ring_(ring), signs_(signs) {
+    active_ = __any_sync(~0u, loader_.any());
+    if (!active_) return;
+    for (int stage = 0; stage < kStages - 1; ++stage) loader_.load(stage);
   }
 
-  // total += the tokens of every source before `end` times its R^T; rows from `first` of k.
-  __device__ void project(int end, int first, int k, bool active, float (&total)[8][4]) {
-    while (reading_.source < end) {
-      const Source& source = job_.sources[reading_.source];
-      const int column = reading_.column % kSignColumns;
-      if (column == 0) {
-        half_ ^= 1;
-        make_signs<T, kind>(source, reading_.column, first, k, signs_[half_]);
+  // total += the warp's tokens of sources [begin, end) times their R^T, rows from `first` of k.
+  __device__ void project(int begin, int end, int first, int k, float (&total)[8][4]) {
+    constexpr int kWidth = kSliceBytes / static_cast<int>(sizeof(T));
+    for (int i = begin; i < end; ++i) {
+      const Source& source = job_.sources[i];
+      for (int column = 0; column < source.size; column += kWidth) {
+        const int at = column % kSignColumns;
+        if (at == 0) {  // the half that was read 256 columns ago, before the last barrier
+          half_ ^= 1;
+          make_signs<T, kind>(source, column, first, k, signs_[half_]);
+          __syncthreads();
+        }
+        if (active_) next_slice(at / 16, total);
       }
-      wait_copies<kStages - 2>();
-      __syncthreads();  // this slice and its signs are there, the slice before has been read
-      load((stage_ + kStages - 1) % kStages);
-      if (active) {
-        multiply_signs<T, kind>(stage(stage_), signs_[half_], column / 16, total);
-      }
-      stage_ = (stage_ + 1) % kStages;
-      reading_.advance(job_);
     }
   }
 
  private:
-  __device__ unsigned char* stage(int number) {
-    return slices_ + number * (static_cast<int>(blockDim.x) / 2 * kSliceBytes);
-  }
-  __device__ void load(int number) {
-    if (loading_.source < job_.count) {
-      load_slice<T>(job_.sources[loading_.source], tile_.first_row(job_), loading_.column, wanted_,
-                    stage(number));
-      loading_.advance(job_);
-    }
-    commit_copies();  // an empty group too, so that they can be counted
+  __device__ void next_slice(int step, float (&total)[8][4]) {
+    wait_copies<kStages - 2>();
+    __syncwarp();  // every lane's copies are there, and the slice before has been read
+    loader_.load((stage_ + kStages - 1) % kStages);
+    multiply_signs<T, kind>(ring_ + stage_ * kStageBytes, signs_[half_], step, total);
+    stage_ = (stage_ + 1) % kStages;
   }
 
   const Job& job_;
-  const Tile& tile_;
-  const unsigned wanted_;
+  Loader<T> loader_;
+  unsigned char* ring_;
   Signs<kind> (&signs_)[2];
-  unsigned char* slices_;
-  Cursor<T> loading_{0, 0}, reading_{0, 0};
+  bool active_;
   int stage_ = 0, half_ = 0;
 };
 
+// P of the warps' tokens, then Q where the rings were, then their product.
 template <class T, Kind kind>
-__device__ void project_tile(const Job& job, const Tile& tile, unsigned wanted,
-                             Shared<kind>& memory) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const bool active = __any_sync(~0u, tile.holds(job, warp * kWarpTokens + lane % kWarpTokens));
-  const int tokens = static_cast<int>(blockDim.x) / 2;
-  auto* p = reinterpret_cast<float*>(memory.rest);
-  unsigned char* slices = memory.rest + tokens * kPitch * sizeof(float);
-  Walk<T, kind> walk(job, tile, wanted, memory.signs, slices);
+__device__ void project_tile(const Job& job, const Tile& tile, const Loader<T>& loader,
+                             Signs<kind> (&signs)[2], float* p, unsigned char* rings) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  Walk<T, kind> walk(job, loader, rings + warp * kStages * kStageBytes, signs);
   {
     float total[8][4] = {};
-    walk.project(1, tile.first_in, job.k_in, active, total);
+    walk.project(0, 1, tile.first_in, job.k_in, total);
     if (job.bias) add_ones<kind>(job, tile.first_in, total);
     store_tokens(total, p);
   }
   float total[8][4] = {};
-  walk.project(job.count, tile.first_out, job.k_out, active, total);
-  __syncthreads();  // the last slice has been read: Q takes the place of the slices
-  auto* q = reinterpret_cast<float*>(slices);
+  walk.project(1, job.count, tile.first_out, job.k_out, total);
+  __syncthreads();  // every ring has been read
+  auto* q = reinterpret_cast<float*>(rings);
   store_tokens(total, q);
   __syncthreads();
   add_products(job, tile, p, q);
@@ -495,20 +502,18 @@ __device__ inline void mark_bad(const Job& job, const Tile& tile) {
 }
 
 template <class T, Kind kind>
-__global__ void __launch_bounds__(32 * kMaxWarps, 2)
-    project_tiles(const __grid_constant__ Job job) {
-  
-  auto& memory = *reinterpret_cast<Shared<kind>*>(dynamic_shared());
+__global__ void __launch_bounds__(32 * kMaxWarps, 2) project_tiles(const __grid_constant__ Job job) {
+  auto& signs = *reinterpret_cast<Signs<kind>(*)[2]>(dynamic_shared());
+  auto* p = reinterpret_cast<float*>(dynamic_shared() + sizeof signs);
+  const int tokens = static_cast<int>(blockDim.x) / 32 * kWarpTokens;
+  auto* rings = reinterpret_cast<unsigned char*>(p + tokens * kPitch);
+  unsigned char* ring = rings + static_cast<int>(threadIdx.x) / 32 * kStages * kStageBytes;
   Tile tile(job, blockIdx.x);
   mark_bad(job, tile);
   for (; tile.token < job.lengths.tokens; tile.token += job.span) {
-    unsigned wanted = 0;
-    for (int pass = 0; pass < 4; ++pass) {
-      const int row = static_cast<int>((pass * blockDim.x + threadIdx.x) / 8);
-      wanted |= (tile.holds(job, row) ? 1u : 0u) << pass;
-    }
-    if (!__syncthreads_or(wanted != 0)) return;  // and P and Q of the tile before have been read
-    project_tile<T, kind>(job, tile, wanted, memory);
+    const Loader<T> loader(job, tile, ring);
+    if (!__syncthreads_or(loader.any())) return;  // and P and Q of the tile before have been read
+    project_tile<T, kind>(job, tile, loader, signs, p, rings);
   }
 }
 

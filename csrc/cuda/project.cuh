@@ -47,7 +47,7 @@ struct Job {
   int count;
   bool bias;
   Lengths lengths;
-  int64_t batch;
+  int batch;
   int span;       // tokens of one example in a tile
   int examples;   // of a tile; with more than one, `span` is S
   int out_blocks, in_blocks;  // of 64 rows and of 64 columns of the grid
@@ -59,22 +59,20 @@ struct Job {
 
 // Row i of a tile is token `token + i % span` of example `example + i / span`.
 struct Tile {
-  int64_t example;
-  int token = 0, examples;
+  int example, examples, token = 0;
   int first_out, first_in;  // of its 64 rows of R_out and of R_in
 
   __device__ Tile(const Job& job, unsigned block) {
     const unsigned parts = job.out_blocks * job.in_blocks;
     const int part = static_cast<int>(block % parts);
-    example = static_cast<int64_t>(block / parts) * job.examples;
-    const int64_t left = job.batch - example;
-    examples = static_cast<int>(left < job.examples ? left : job.examples);
+    example = static_cast<int>(block / parts) * job.examples;
+    examples = min(job.examples, job.batch - example);
     first_out = part / job.in_blocks * kRows;
     first_in = part % job.in_blocks * kRows;
   }
 
   __device__ int64_t first_row(const Job& job) const {
-    return example * job.lengths.tokens + token;
+    return static_cast<int64_t>(example) * job.lengths.tokens + token;
   }
 
   __device__ bool holds(const Job& job, int row) const {
@@ -103,14 +101,15 @@ __device__ Entries entries_of(uint64_t stream, int64_t column, int first, int k)
   return {set, entry.sign < 0 ? set : 0};
 }
 
-// (a & b) | c: the compiler makes two instructions of it where b and c are constants.
-__device__ inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+// The two sign bits of `a` over `rest`, in one instruction: of two constants and two operators the
+// compiler makes two.
+__device__ inline uint32_t with_signs(uint32_t a, uint32_t rest) {
 #ifdef TRACMOD_EMULATE
-  return (a & b) | c;
+  return (a & 0x80008000u) | rest;
 #else
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
+  uint32_t result;
+  asm("lop3.b32 %0, %1, 0x80008000, %2, 0xea;" : "=r"(result) : "r"(a), "r"(rest));
+  return result;
 #endif
 }
 
@@ -118,10 +117,10 @@ __device__ inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
 template <Kind kind>
 __device__ uint32_t entry_pair(const uint32_t (&word)[kPlanes<kind>], int i) {
   const uint32_t negative = word[0] << (15 - i);
-  if (kind == Kind::rademacher) return and_or(negative, 0x80008000u, 0x3f803f80u);  // +-1
+  if (kind == Kind::rademacher) return with_signs(negative, 0x3f803f80u);  // +-1
   const uint32_t set = word[kPlanes<kind> - 1];
   const uint32_t exponent = (i < 15 ? set << (14 - i) : set >> 1) & 0x40004000u;
-  return and_or(negative, 0x80008000u, exponent);  // +-2, 0
+  return with_signs(negative, exponent);  // +-2, 0
 }
 
 // The signs of 256 columns: a word a lane and step of 16.
@@ -140,6 +139,7 @@ size_t shared_bytes(int warps) {
 template <class T, Kind kind>
 __device__ void make_signs(const Source& source, int begin, int first, int k,
                            Signs<kind>& words) {
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kSignColumns; i += static_cast<int>(blockDim.x)) {
     Entries entries{0, 0};
     if (begin + i < source.size) {
@@ -168,26 +168,25 @@ template <class T>
 class Loader {
  public:
   __device__ Loader(const Job& job, const Tile& tile, unsigned char* ring)
-      : job_(job), first_row_(tile.first_row(job)) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    row_ = static_cast<int>(threadIdx.x) / 32 * kWarpTokens + lane / 8;
-    to_ = ring + place_of(lane / 8, lane % 8);
-    other_ = ring + place_of(lane / 8 + 4, lane % 8);
+      : job_(job), tile_(tile), ring_(ring) {
     for (int pass = 0; pass < 4; ++pass) {
-      if (tile.holds(job, row_ + 4 * pass)) bytes_ |= 16u << 8 * pass;
+      if (tile.holds(job, row() + 4 * pass)) bytes_ |= 16u << 8 * pass;
     }
   }
 
   __device__ bool any() const { return bytes_ != 0; }
+  __device__ const unsigned char* ring() const { return ring_; }
 
   __device__ void load(int stage) {
     while (left_ <= 0 && source_ < job_.count) open(source_++);
     if (left_ > 0) {
       const int mine = left_ - static_cast<int>(threadIdx.x) % 8 * kWidth;
-      if (job_.sources[source_ - 1].aligned) {
-        copy(stage, mine > 0 ? bytes_ : 0);
+      const Source& of = job_.sources[source_ - 1];
+      const int64_t four_rows = 4 * static_cast<int64_t>(sizeof(T)) * of.size;
+      if (of.aligned) {
+        copy(stage, four_rows, mine > 0 ? bytes_ : 0);
       } else {
-        copy_values(stage, mine);
+        copy_values(stage, four_rows, mine);
       }
       from_ += kSliceBytes;
       left_ -= 8 * kWidth;
@@ -198,26 +197,31 @@ class Loader {
  private:
   static constexpr int kWidth = 16 / sizeof(T);
 
+  // This lane's first row of the tile; the others are 4, 8 and 12 below.
+  __device__ static int row() {
+    return static_cast<int>(threadIdx.x) / 32 * kWarpTokens + static_cast<int>(threadIdx.x) % 32 / 8;
+  }
   __device__ void open(int source) {
     const Source& of = job_.sources[source];
     left_ = of.size;
-    four_rows_ = 4 * static_cast<int64_t>(of.size) * static_cast<int64_t>(sizeof(T));
-    const int64_t at = (first_row_ + row_) * of.size + static_cast<int>(threadIdx.x) % 8 * kWidth;
+    const int64_t at =
+        (tile_.first_row(job_) + row()) * of.size + static_cast<int>(threadIdx.x) % 8 * kWidth;
     from_ = static_cast<const char*>(of.rows) + at * static_cast<int64_t>(sizeof(T));
   }
   __device__ unsigned char* place(int stage, int pass) const {
-    return (pass % 2 == 0 ? to_ : other_) + stage * kStageBytes + pass / 2 * 8 * kSliceBytes;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    return ring_ + stage * kStageBytes + place_of(lane / 8 + 4 * pass, lane % 8);
   }
-  __device__ void copy(int stage, unsigned bytes) const {
+  __device__ void copy(int stage, int64_t four_rows, unsigned bytes) const {
 #pragma unroll
     for (int pass = 0; pass < 4; ++pass) {
-      copy_16_later(place(stage, pass), from_ + pass * four_rows_, bytes >> 8 * pass & 0xff);
+      copy_16_later(place(stage, pass), from_ + pass * four_rows, bytes >> 8 * pass & 0xff);
     }
   }
-  __device__ void copy_values(int stage, int left) const {
+  __device__ void copy_values(int stage, int64_t four_rows, int left) const {
 #pragma unroll 1
     for (int pass = 0; pass < 4; ++pass) {
-      const T* values = reinterpret_cast<const T*>(from_ + pass * four_rows_);
+      const T* values = reinterpret_cast<const T*>(from_ + pass * four_rows);
       alignas(16) T chunk[kWidth] = {};
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
@@ -228,12 +232,11 @@ class Loader {
   }
 
   const Job& job_;
-  const int64_t first_row_;
-  int row_, source_ = 0, left_ = 0;
+  const Tile& tile_;
+  unsigned char* ring_;
+  int source_ = 0, left_ = 0;
   unsigned bytes_ = 0;  // of each pass, 0 or 16
-  unsigned char *to_, *other_;  // of even and of odd passes
   const char* from_ = nullptr;
-  int64_t four_rows_ = 0;
 };
 
 // A warp's tokens as first operands, `kSteps` steps of 16 depths: all four of a bfloat16 slice, one
@@ -407,8 +410,8 @@ __device__ inline void add_products(const Job& job, const Tile& tile, const floa
   const int shuffled = lane / 4 % 2 * 4 + lane / 8;  // lane group n has column 4 (n % 2) + n / 2
   for (int item = warp; item < 8 * tile.examples; item += warps) {
     const int e = item / 8, row = item / 2 % 4 * 16, column = item % 2 * 32;
-    const int64_t b = tile.example + e, left = job.lengths.of(b) - tile.token;
-    const int count = static_cast<int>(left < job.span ? left : job.span);
+    const int64_t b = tile.example + e;
+    const int count = min(job.span, static_cast<int>(job.lengths.of(b)) - tile.token);
     if (count <= 0) continue;
     float* out = job.out + b * job.stride;
     for (int begin = 0; begin < count; begin += kSumTokens) {
@@ -426,11 +429,11 @@ __device__ inline void add_products(const Job& job, const Tile& tile, const floa
 template <class T, Kind kind>
 class Walk {
  public:
-  __device__ Walk(const Job& job, const Loader<T>& loader, unsigned char* ring,
-                  Signs<kind> (&signs)[2])
-      : job_(job), loader_(loader), ring_(ring), signs_(signs) {
+  __device__ Walk(const Job& job, const Loader<T>& loader, Signs<kind> (&signs)[2])
+      : job_(job), loader_(loader), signs_(signs) {
     active_ = __any_sync(~0u, loader_.any());
     if (!active_) return;
+#pragma unroll 1
     for (int stage = 0; stage < kStages - 1; ++stage) loader_.load(stage);
   }
 
@@ -456,13 +459,13 @@ class Walk {
     wait_copies<kStages - 2>();
     __syncwarp();  // every lane's copies are there, and the slice before has been read
     loader_.load((stage_ + kStages - 1) % kStages);
-    multiply_signs<T, kind>(ring_ + stage_ * kStageBytes, signs_[half_], step, total);
+    const unsigned char* slice = loader_.ring() + stage_ * kStageBytes;
+    multiply_signs<T, kind>(slice, signs_[half_], step, total);
     stage_ = (stage_ + 1) % kStages;
   }
 
   const Job& job_;
   Loader<T> loader_;
-  unsigned char* ring_;
   Signs<kind> (&signs_)[2];
   bool active_;
   int stage_ = 0, half_ = 0;
@@ -472,8 +475,7 @@ class Walk {
 template <class T, Kind kind>
 __device__ void project_tile(const Job& job, const Tile& tile, const Loader<T>& loader,
                              Signs<kind> (&signs)[2], float* p, unsigned char* rings) {
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  Walk<T, kind> walk(job, loader, rings + warp * kStages * kStageBytes, signs);
+  Walk<T, kind> walk(job, loader, signs);
   {
     float total[8][4] = {};
     walk.project(0, 1, tile.first_in, job.k_in, total);
@@ -493,7 +495,8 @@ __device__ void project_tile(const Job& job, const Tile& tile, const Loader<T>& 
 __device__ inline void mark_bad(const Job& job, const Tile& tile) {
   for (int e = 0; e < tile.examples; ++e) {
     if (!job.lengths.bad(tile.example + e)) continue;
-    float* out = job.out + (tile.example + e) * job.stride;
+    float* out = job.out + static_cast<int64_t>(tile.example + e) * job.stride;
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < kRows * kRows; i += static_cast<int>(blockDim.x)) {
       const int r = tile.first_out + i / kRows, c = tile.first_in + i % kRows;
       if (r < job.k_out && c < job.k_in) out[static_cast<int64_t>(r) * job.k_in + c] = not_a_number();

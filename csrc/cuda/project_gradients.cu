@@ -137,7 +137,11 @@ constexpr int kBlocksWanted = 264;  // two for every multiprocessor of an H200
 
 Source source_of(const void* rows, int64_t size, const int64_t* columns, uint64_t stream,
                  int64_t value_bytes) {
-  if (size > INT_MAX) throw std::invalid_argument(std::string(kOp) + ": a size is above 2^31 - 1");
+  if (size > INT_MAX) {
+    throw std::invalid_argument(std::string(kOp) + ": x and g: expected at most " +
+                                std::to_string(INT_MAX) + " columns, got " +
+                                std::to_string(size));
+  }
   const bool aligned = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && size * value_bytes % 16 == 0;
   return {rows, static_cast<int>(size), columns, stream, aligned};
 }
@@ -156,7 +160,7 @@ Job job_of(const Gradients& gradients, const Projection& projection, float* out,
   job.count = 1 + projection.outputs;
   job.bias = projection.bias;
   job.lengths = lengths_of(gradients);
-  job.batch = gradients.batch;
+  job.batch = static_cast<int>(gradients.batch);
   const int64_t tokens = std::max<int64_t>(gradients.tokens, 1);
   job.span = static_cast<int>(std::min<int64_t>(tokens, kTileTokens));
   job.examples = static_cast<int>(std::max<int64_t>(

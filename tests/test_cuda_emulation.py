@@ -138,6 +138,9 @@ def test_wrong_lengths_make_nan_of_their_pairs_alone(layer: str, tokens: int, si
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["rademacher", "sjlt", "identity"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_project_gradients(layer: str, kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("sizes", projections.SIZES[2:5], ids=str)
+def test_project_gradients(
+    layer: str, kind: str, sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
     if (layer, kind) != ("embedding", "identity"):
-        projections.check_equals_the_reference(layer, kind, dtype)
+        projections.test_equals_the_reference(layer, kind, False, sizes, dtype, CPU)

@@ -35,14 +35,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True, params=["forwards", "backwards"])
-def emulated(
-    request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every op of `kernels` is answered by the emulation, threads in one order or the other."""
+@pytest.fixture(autouse=True)
+def emulated(request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op of `kernels` is answered by the emulation. bfloat16 takes the threads backwards, so
+    that either order sees every kernel."""
     for op in ("project_gradients", "gradient_dot", "top_k_dot"):
         monkeypatch.setattr(kernels.native, op, getattr(native, op))
-    monkeypatch.setattr(native, "backwards", request.param == "backwards")
+    monkeypatch.setattr(native, "backwards", "bfloat16" in request.node.name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -105,6 +104,22 @@ def test_gradient_dot(layer: str, bias: bool, sizes: tuple[int, ...], dtype: tor
     dots.test_equals_the_reference(layer, bias, sizes, dtype, CPU)
 
 
+# More than one tile: long examples and short ones, as token pairs and formed.
+MANY = [
+    (2, 130, 2, 200, 300, 200),
+    (3, 60, 2, 260, 200, 220),
+    (130, 1, 131, 1, 7, 9),
+    (2, 300, 3, 260, 140, 150),
+    (130, 9, 3, 9, 5, 5),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", MANY, ids=str)
+def test_gradient_dot_of_many_tiles(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    dots.test_equals_the_reference("linear", True, sizes, dtype, CPU)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_gradient_dot_adds_and_takes_one_token(layer: str) -> None:
     dots.test_two_sizes_mean_one_token(layer, CPU)
@@ -138,7 +153,7 @@ def test_wrong_lengths_make_nan_of_their_pairs_alone(layer: str, tokens: int, si
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["rademacher", "sjlt", "identity"])
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("sizes", projections.SIZES[2:5], ids=str)
+@pytest.mark.parametrize("sizes", projections.SIZES[2:4], ids=str)
 def test_project_gradients(
     layer: str, kind: str, sizes: tuple[int, ...], dtype: torch.dtype
 ) -> None:

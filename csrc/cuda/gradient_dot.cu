@@ -34,6 +34,9 @@ namespace {
 constexpr char kOp[] = "gradient_dot";
 constexpr int kThreads = kProductThreads;
 constexpr int kPadded = kSide + 1;  // a column of a Gram tile lies in different banks
+// Every element of a Gram tile or of a gradient drifts the same way, so the sum of their products
+// does: shorter chains than for a single product.
+constexpr int64_t kShortChain = 64;
 constexpr int kPairBytes = kProductBytes + kSide * kPadded * static_cast<int>(sizeof(float));
 constexpr int64_t kPart128 = int64_t{kSide} * kSide;  // numbers of a formed part
 constexpr int64_t kFormedBytes = int64_t{1} << 25;    // of all examples' parts
@@ -104,7 +107,7 @@ template <class T>
 __device__ void gram_tile(const TokenSide<T>& a, const TokenSide<T>& b, int unit, char* memory,
                           bool first, float bias, float* gram) {
   TileSums total = {};
-  multiply_rows<T, true>(a, b, a.stride, unit, memory, [&](const TileSums& sums) {
+  multiply_rows<T, true, kShortChain>(a, b, a.stride, unit, memory, [&](const TileSums& sums) {
     for_tile([&](int m, int n, int i) { total[m][n][i] += sums[m][n][i]; });
   });
   for_tile([&](int m, int n, int i) {
@@ -199,9 +202,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const MatrixColumnsSide<T> rows_side{g + b * lengths.tokens * out + o, out, out - o, length};
   const MatrixColumnsSide<T> columns_side{x + b * lengths.tokens * in + i, in, in - i, length};
   TileSums total = {};
-  multiply_columns<T>(rows_side, columns_side, length, unit, memory, [&](const TileSums& sums) {
-    for_tile([&](int m, int n, int k) { total[m][n][k] += sums[m][n][k]; });
-  });
+  multiply_columns<T, kShortChain>(
+      rows_side, columns_side, length, unit, memory, [&](const TileSums& sums) {
+        for_tile([&](int m, int n, int k) { total[m][n][k] += sums[m][n][k]; });
+      });
   float* to = formed + blockIdx.x * kPart128;
   for_tile([&](int m, int n, int k) {
     to[tile_row_of(m, k) * kSide + tile_column_of(n, k)] = total[m][n][k];

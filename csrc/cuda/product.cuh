@@ -6,8 +6,8 @@
 // Row r of a stage lies at 128 r; its 16-byte part p at place p ^ (r % 8), so that the eight rows of
 // a matrix that load_matrices reads lie in different banks.
 //
-// An element's sum runs along d in an order that depends on the depth alone; float32 chains end
-// after 256 steps and are handed on to `add`.
+// An element's sum runs along the depth in an order that depends on the depth alone. The tensor
+// cores' sums drift towards zero, so chains of them are short and handed on to `add`.
 #pragma once
 
 #include "cuda/mma.cuh"
@@ -21,7 +21,7 @@ constexpr int kPart = 16;
 constexpr int kStages = 3;
 constexpr int kStageBytes = 2 * kSide * kRowBytes;
 constexpr int kProductBytes = kStages * kStageBytes;  // of dynamic shared memory
-constexpr int64_t kChain = 256;
+constexpr int64_t kChain = 256;                       // steps of the depth
 
 // This thread's elements of a tile: sums[m][n][i] belongs to (row, column).
 using TileSums = float[4][4][4];
@@ -182,13 +182,13 @@ __device__ void run_stages(int64_t steps, int64_t steps_a_chain, int stage_bytes
 }
 
 // C[m][n] = sum_d a[m][d] b[n][d], `depth` values of d.
-template <class T, bool bounded = false, class A, class B, class Add>
+template <class T, bool bounded = false, int64_t chain = kChain, class A, class B, class Add>
 __device__ void multiply_rows(const A& a, const B& b, int64_t depth, int unit, char* memory,
                               Add add) {
   constexpr int64_t kStep = kRowBytes / sizeof(T);
   const int row_count = bounded ? a.rows() : kSide, column_count = bounded ? b.rows() : kSide;
   run_stages(
-      ceil_div(depth, kStep), kChain / kStep, kStageBytes, memory,
+      ceil_div(depth, kStep), chain / kStep, kStageBytes, memory,
       [&](int64_t step, char* stage) {
         start_copies<T>(a, step * kStep, depth, unit, stage);
         start_copies<T>(b, step * kStep, depth, unit, stage + kSide * kRowBytes);
@@ -285,12 +285,12 @@ __device__ inline void multiply_column_stage(char* a, char* b, TileSums& sums) {
   }
 }
 
-template <class T, class Add>
+template <class T, int64_t chain, class Add>
 __device__ void multiply_columns(const MatrixColumnsSide<T>& a, const MatrixColumnsSide<T>& b,
                                  int64_t depth, int unit, char* memory, Add add) {
   constexpr int kTile = kDeep * kPitch<T>;
   run_stages(
-      ceil_div(depth, kDeep), kChain / kDeep, 2 * kTile, memory,
+      ceil_div(depth, kDeep), chain / kDeep, 2 * kTile, memory,
       [&](int64_t step, char* stage) {
         start_column_copies(a, step * kDeep, unit, stage);
         start_column_copies(b, step * kDeep, unit, stage + kTile);

@@ -19,8 +19,11 @@ CSRC = HERE.parents[1] / "csrc"
 LAUNCH = re.compile(r"([\w:]+(?:<[^<>;=]*>)?)\s*<<<(.*?)>>>\((.*?)\);", re.DOTALL)
 LAYERS = ["linear", "elementwise", "embedding"]
 KINDS = ["rademacher", "sjlt", "identity"]
-# Scratch is cut small, so that small tests take many waves.
-SMALLER = {"top_k_dot": ("kWaveBytes = int64_t{1} << 28", "kWaveBytes = 1 << 16")}
+# Scratch is cut small, so that small tests take many waves and parts.
+SMALLER = {
+    "top_k_dot": ("kWaveBytes = int64_t{1} << 28", "kWaveBytes = 1 << 16"),
+    "gradient_dot": ("kFormedBytes = int64_t{1} << 25", "kFormedBytes = 1 << 19"),
+}
 
 backwards = False
 _library: ctypes.CDLL | None = None

@@ -64,8 +64,9 @@ TRACMOD_INLINE void sparse(const T* const* a, int64_t rows, const SparseGroup* g
     std::memcpy(flip, group.flip, sizeof group.flip);
     for (int64_t m = 0; m < rows; ++m) {
       for (int v = 0; v < 16 / W; ++v) {
-        auto* to = reinterpret_cast<typename Vector<W>::Loose*>(sums + m * ld + group.position) + v;
-        *to += (Type)(bits<W>(a[m] + group.column + v * W) ^ flip[v]);
+        float* to = sums + m * ld + group.position + v * W;
+        *reinterpret_cast<typename Vector<W>::Loose*>(to) +=
+            (Type)(bits<W>(a[m] + group.column + v * W) ^ flip[v]);
       }
     }
   }
@@ -86,10 +87,16 @@ TRACMOD_INLINE void product_tile(const float* q, int64_t ldq, const float* p, in
     }
   }
   for (int m = 0; m < M; ++m) {
-    float lanes[V * W];
-    std::memcpy(lanes, sum[m], sizeof lanes);
-    for (int64_t n = 0; n < std::min<int64_t>(columns, V * W); ++n) {
-      out[m * ldo + n] += scale * lanes[n];
+    for (int v = 0; v < V; ++v) {
+      float* to = out + m * ldo + v * W;
+      const int64_t left = columns - v * W;
+      if (left >= W) {
+        *reinterpret_cast<typename Vector<W>::Loose*>(to) += scale * sum[m][v];
+      } else {
+        float lanes[W];
+        std::memcpy(lanes, &sum[m][v], sizeof lanes);
+        for (int64_t n = 0; n < left; ++n) to[n] += scale * lanes[n];
+      }
     }
   }
 }
@@ -202,9 +209,11 @@ TRACMOD_AVX512 TRACMOD_INLINE __m512 table_signs(int bit) {
 // The same as without a mask, of which GCC 12 warns.
 constexpr __mmask16 kAll = 0xffff;
 
+// `next`: the rows that come after these, of which a table has `bytes`; they are asked for here.
 template <int M, int V>
-TRACMOD_AVX512 TRACMOD_INLINE void dense_tile(const float* const* a, const int32_t* indices,
-                                              int64_t tables, float* sums, int64_t ld) {
+TRACMOD_AVX512 TRACMOD_INLINE void dense_tile(const float* const* a, const char* const* next,
+                                              int64_t bytes, const int32_t* indices, int64_t tables,
+                                              float* sums, int64_t ld) {
   const __m512 signs[kTableColumns] = {table_signs(0), table_signs(1), table_signs(2),
                                        table_signs(3)};
   __m512 sum[M][V];
@@ -215,6 +224,7 @@ TRACMOD_AVX512 TRACMOD_INLINE void dense_tile(const float* const* a, const int32
     __m512i index[V];
     for (int v = 0; v < V; ++v) index[v] = _mm512_loadu_si512(indices + (t * V + v) * 16);
     for (int m = 0; m < M; ++m) {
+      if (t % 4 == 0) __builtin_prefetch(next[m] + t * bytes);
       const float* x = a[m] + t * kTableColumns;
       __m512 table = _mm512_mul_ps(signs[0], _mm512_set1_ps(x[0]));
       for (int j = 1; j < kTableColumns; ++j) {
@@ -265,17 +275,20 @@ inline const float* as_is(const float* row) { return row; }
 inline const float* as_is(const bfloat16*) { return nullptr; }
 
 template <int M, int V, class T>
-TRACMOD_AVX512 TRACMOD_INLINE void dense_rows(const T* const* a, int64_t columns, int64_t ones,
-                                              const int32_t* indices, float* sums, int64_t ld) {
+TRACMOD_AVX512 TRACMOD_INLINE void dense_rows(const T* const* a, const T* const* next,
+                                              int64_t columns, int64_t ones, const int32_t* indices,
+                                              float* sums, int64_t ld) {
   float buffer[M][kDenseColumns + 16];
   const float* rows[M];
+  const char* ahead[M];
   const bool whole = whole_tables(a[0], columns, ones);
   for (int m = 0; m < M; ++m) {
     if (!whole) copy_row(a[m], columns, ones, buffer[m]);
     rows[m] = whole ? as_is(a[m]) : buffer[m];
+    ahead[m] = reinterpret_cast<const char*>(next[m]);
   }
   const int64_t tables = (columns + ones + kTableColumns - 1) / kTableColumns;
-  dense_tile<M, V>(rows, indices, tables, sums, ld);
+  dense_tile<M, V>(rows, ahead, kTableColumns * sizeof(T), indices, tables, sums, ld);
 }
 
 template <int V, class T>
@@ -284,9 +297,10 @@ TRACMOD_AVX512 TRACMOD_INLINE void dense(const T* const* a, int64_t rows, int64_
                                          int64_t ld) {
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4) {
-    dense_rows<4, V>(a + m, columns, ones, indices, sums + m * ld, ld);
+    const T* const* next = m + 8 <= rows ? a + m + 4 : a;
+    dense_rows<4, V>(a + m, next, columns, ones, indices, sums + m * ld, ld);
   }
-  for (; m < rows; ++m) dense_rows<1, V>(a + m, columns, ones, indices, sums + m * ld, ld);
+  for (; m < rows; ++m) dense_rows<1, V>(a + m, a, columns, ones, indices, sums + m * ld, ld);
 }
 
 template <class T>

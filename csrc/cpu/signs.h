@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cpu/bfloat16.h"
+#include "random.h"
 
 namespace tracmod::cpu {
 
@@ -16,7 +17,7 @@ constexpr int64_t kSparseTokens = 16;   // tokens that pass together over the gr
 
 // Sixteen neighbouring columns of a sparse R and where they go: rows position ... position + 15.
 struct SparseGroup {
-  uint32_t flip[16];  // the sign bit where the sign is -1
+  uint32_t flip[kSparseGroup];  // the sign bit where the sign is -1
   int32_t column, position;
 };
 

@@ -19,6 +19,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
+#include "cpu/signs.h"
 #include "cpu/tiles.h"
 #include "kernels.h"
 #include "random.h"
@@ -34,19 +35,26 @@ constexpr int64_t kWidenDepth = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+struct SparseSingle {
+  int32_t column, row;
+  float sign;
+};
+
 // Rows of `size` values each, and a 1 for the bias, that are multiplied by an R^T of their own.
 struct Part {
   const void* rows;
   int64_t size, ones;
   const int64_t* columns;  // the numbers of R's columns; null: 0, 1, ...
   uint64_t stream;
-  float* dense = nullptr;  // (size + ones, width) signs
-  // Sparse: columns [first[r], first[r + 1]) of `column`, with `sign`, are row r of R.
-  int64_t* first = nullptr;
-  int32_t* column = nullptr;
-  float* sign = nullptr;
+  float* dense = nullptr;      // (size + ones, width) signs, or
+  int32_t* indices = nullptr;  // tables' indices: for each 64 rows of R, all columns'
+  // Sparse: whole groups of 16 columns, and the entries of the columns that are in none.
+  SparseGroup* groups = nullptr;
+  SparseSingle* singles = nullptr;
+  int64_t group_count = 0, single_count = 0;
 
   int64_t number(int64_t i) const { return columns == nullptr ? i : columns[i]; }
+  int64_t tables() const { return (size + ones + kTableColumns - 1) / kTableColumns; }
 };
 
 // One side of the product, P or Q: the sum of its parts' products.
@@ -60,21 +68,24 @@ struct Side {
 struct Plan {
   int64_t* starts;
   Side in, out;
-  double* grids;  // (threads, grid + sums): elementwise and embedding
-  int64_t grid, sums;
+  float* sums;  // (threads, sums_size): sjlt
+  int64_t sums_size;
+  double* grids;  // (threads, grid + rows): elementwise and embedding
+  int64_t grid, rows;
 };
 
 void plan_side(Scratch& scratch, Kind kind, int64_t tokens, Side& side) {
   side.width = padded(side.k);
   for (int j = 0; j < side.parts; ++j) {
     Part& part = side.part[j];
-    if (kind == Kind::rademacher) {
+    if (kind == Kind::rademacher && signs().add_dense != nullptr) {
+      part.indices = scratch.take<int32_t>(part.tables() * side.width);
+    } else if (kind == Kind::rademacher) {
       part.dense = scratch.take<float>((part.size + part.ones) * side.width);
     }
     if (kind == Kind::sjlt) {
-      part.first = scratch.take<int64_t>(side.k + 1);
-      part.column = scratch.take<int32_t>(part.size);
-      part.sign = scratch.take<float>(part.size);
+      part.groups = scratch.take<SparseGroup>(part.size / kSparseGroup);
+      part.singles = scratch.take<SparseSingle>(part.size);
     }
   }
   side.projected = scratch.take<float>(tokens * side.width);
@@ -99,11 +110,15 @@ Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& p
     }
     plan_side(scratch, projection.kind, tokens, plan.in);
     plan_side(scratch, projection.kind, tokens, plan.out);
+    if (projection.kind == Kind::sjlt) {
+      plan.sums_size = kSparseTokens * (std::max(plan.in.k, plan.out.k) + kSparseGroup);
+      plan.sums = scratch.take<float>(plan.sums_size * threads);
+    }
   } else {
     plan.grid = projection.k_out * projection.k_in;
     // LayerNorm's sums are made before they are sketched: two more rows behind the grid.
-    plan.sums = projection.layer == Layer::elementwise ? 2 * gradients.in : 0;
-    plan.grids = scratch.take<double>((plan.grid + plan.sums) * threads);
+    plan.rows = projection.layer == Layer::elementwise ? 2 * gradients.in : 0;
+    plan.grids = scratch.take<double>((plan.grid + plan.rows) * threads);
   }
   return plan;
 }
@@ -128,37 +143,61 @@ void write_column(const Side& side, const Part& part, int64_t i) {
   std::fill(row + side.k, row + side.width, 0.0f);
 }
 
+// The indices of 64 rows of R from `row` on, from column i on.
+int32_t* indices_at(const Side& side, const Part& part, int64_t row, int64_t i) {
+  const int64_t rows = std::min(kBlockRows, side.width - row);
+  return part.indices + row * part.tables() + i / kTableColumns * rows;
+}
+
 void write_signs(const Side& side, const Part& part, int threads) {
-  constexpr int64_t kColumns = 64;
+  constexpr int64_t kColumns = 256;
   const int64_t columns = part.size + part.ones;
   parallel_for(threads, ceil_div(columns, kColumns), [&](int64_t item, int) {
-    const int64_t end = std::min(columns, (item + 1) * kColumns);
-    for (int64_t i = item * kColumns; i < end; ++i) write_column(side, part, i);
+    const int64_t begin = item * kColumns, end = std::min(columns, begin + kColumns);
+    if (part.dense != nullptr) {
+      for (int64_t i = begin; i < end; ++i) write_column(side, part, i);
+      return;
+    }
+    for (int64_t r = 0; r < side.width; r += kBlockRows) {
+      signs().write_indices(part.stream, part.columns, begin, end, r, side.width,
+                            indices_at(side, part, r, begin));
+    }
   });
 }
 
-// Sorts the columns by their row of R, ascending within a row.
-void write_lists(const Part& part, int64_t k) {
-  std::fill(part.first, part.first + k + 1, 0);
-  for (int64_t i = 0; i < part.size; ++i) {
-    ++part.first[sparse_entry(part.stream, part.number(i), k).row + 1];
+// Whether columns i ... i + 15 are one group of R's.
+bool whole_group(const Part& part, int64_t i) {
+  if (i + kSparseGroup > part.size || part.number(i) % kSparseGroup != 0) return false;
+  for (int64_t l = 1; l < kSparseGroup; ++l) {
+    if (part.number(i + l) != part.number(i) + l) return false;
   }
-  for (int64_t r = 0; r < k; ++r) part.first[r + 1] += part.first[r];
-  // Filling moves first[r] to the end of row r, which is where row r + 1 began: shift back after.
-  for (int64_t i = 0; i < part.size; ++i) {
-    const SparseEntry entry = sparse_entry(part.stream, part.number(i), k);
-    const int64_t place = part.first[entry.row]++;
-    part.column[place] = static_cast<int32_t>(i);
-    part.sign[place] = entry.sign;
-  }
-  for (int64_t r = k; r > 0; --r) part.first[r] = part.first[r - 1];
-  part.first[0] = 0;
+  return true;
 }
 
-void write_projections(const Side& side, Kind kind, int threads) {
+void write_sparse(Part& part, int64_t k) {
+  for (int64_t i = 0; i < part.size;) {
+    if (k >= kSparseGroup && whole_group(part, i)) {
+      const uint64_t hash = group_hash(part.stream, part.number(i) / kSparseGroup);
+      SparseGroup& group = part.groups[part.group_count++];
+      group.column = static_cast<int32_t>(i);
+      group.position = static_cast<int32_t>(position_of(hash, k));
+      for (int64_t l = 0; l < kSparseGroup; ++l) {
+        group.flip[l] = static_cast<uint32_t>(hash >> l) << 31;
+      }
+      i += kSparseGroup;
+    } else {
+      const SparseEntry entry = sparse_entry(part.stream, part.number(i), k);
+      part.singles[part.single_count++] = {static_cast<int32_t>(i), static_cast<int32_t>(entry.row),
+                                           entry.sign};
+      ++i;
+    }
+  }
+}
+
+void write_projections(Side& side, Kind kind, int threads) {
   for (int j = 0; j < side.parts; ++j) {
     if (kind == Kind::rademacher) write_signs(side, side.part[j], threads);
-    if (kind == Kind::sjlt) write_lists(side.part[j], side.k);
+    if (kind == Kind::sjlt) write_sparse(side.part[j], side.k);
   }
 }
 
@@ -211,26 +250,81 @@ void project_dense(const Side& side, const Rows<T>& rows, int64_t count, float* 
 }
 
 template <class T>
-void project_sparse(const Side& side, const Rows<T>& rows, int64_t m, float* projected) {
-  const Part& first = side.part[0];
-  SparseEntry bias{-1, 0.0f};
-  if (first.ones != 0) bias = sparse_entry(first.stream, first.number(first.size), side.k);
-  for (int64_t r = 0; r < side.k; ++r) {
-    double sum = r == bias.row ? bias.sign : 0.0;
-    for (int p = 0; p < side.parts; ++p) {
-      const Part& part = side.part[p];
-      for (int64_t j = part.first[r]; j < part.first[r + 1]; ++j) {
-        sum += static_cast<double>(part.sign[j] * to_float(rows.of[p][m][part.column[j]]));
+void project_tables(const Side& side, const Rows<T>& rows, int64_t count, float* projected) {
+  std::fill(projected, projected + count * side.width, 0.0f);
+  const T* a[kTokenBlock];
+  for (int p = 0; p < side.parts; ++p) {
+    const Part& part = side.part[p];
+    for (int64_t d = 0; d < part.size + part.ones; d += kDenseColumns) {
+      const int64_t columns = std::min(kDenseColumns, part.size - d);
+      const int64_t ones = std::min(part.ones, kDenseColumns - columns);
+      for (int64_t m = 0; m < count; ++m) a[m] = rows.of[p][m] + d;
+      for (int64_t r = 0; r < side.width; r += kBlockRows) {
+        const int64_t vectors = std::min(kBlockRows, side.width - r) / kColumnUnit;
+        add_dense(a, count, columns, ones, indices_at(side, part, r, d), vectors, projected + r,
+                  side.width);
       }
     }
-    projected[r] = static_cast<float>(sum);
   }
-  std::fill(projected + side.k, projected + side.width, 0.0f);
+}
+
+// projected[0, k) += sums, of which what went beyond the last row belongs to the first ones.
+void fold(float* sums, int64_t k, float* projected) {
+  for (int64_t r = 0; r < k; ++r) projected[r] += sums[r];
+  for (int64_t r = 0; r < kSparseGroup && r < k; ++r) projected[r] += sums[k + r];
+  std::fill(sums, sums + k + kSparseGroup, 0.0f);
+}
+
+// At most kTokenBlock tokens; `sums` (kSparseTokens, k + 16) zeros, and so they are left.
+template <class T>
+void project_sparse(const Side& side, const Rows<T>& rows, int64_t count, float* sums,
+                    float* projected) {
+  constexpr int64_t kGroups = 256, kSingles = 64;  // additions in a row
+  const int64_t ld = side.k + kSparseGroup;
+  for (int p = 0; p < side.parts; ++p) {
+    const Part& part = side.part[p];
+    const int64_t blocks =
+        std::max(ceil_div(part.group_count, kGroups), ceil_div(part.single_count, kSingles));
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t groups = std::min(kGroups, part.group_count - i * kGroups);
+      const int64_t singles = std::min((i + 1) * kSingles, part.single_count);
+      if (groups > 0) {
+        add_sparse(rows.of[p], count, part.groups + i * kGroups, groups, sums, ld);
+      }
+      for (int64_t m = 0; m < count; ++m) {
+        for (int64_t j = i * kSingles; j < singles; ++j) {
+          const SparseSingle& single = part.singles[j];
+          sums[m * ld + single.row] += single.sign * to_float(rows.of[p][m][single.column]);
+        }
+        fold(sums + m * ld, side.k, projected + m * side.width);
+      }
+    }
+  }
+}
+
+// P or Q of a block of tokens for a sparse R.
+template <class T>
+void project_sparse_block(const Side& side, const Rows<T>& rows, int64_t count, float* sums,
+                          float* projected) {
+  std::fill(projected, projected + count * side.width, 0.0f);
+  std::fill(sums, sums + kSparseTokens * (side.k + kSparseGroup), 0.0f);
+  for (int64_t begin = 0; begin < count; begin += kSparseTokens) {
+    Rows<T> some;
+    for (int p = 0; p < side.parts; ++p) {
+      std::copy(rows.of[p] + begin, rows.of[p] + count, some.of[p]);
+    }
+    project_sparse(side, some, std::min(kSparseTokens, count - begin), sums,
+                   projected + begin * side.width);
+  }
+  const Part& first = side.part[0];  // the one that may have a bias
+  if (first.ones == 0) return;
+  const SparseEntry bias = sparse_entry(first.stream, first.number(first.size), side.k);
+  for (int64_t m = 0; m < count; ++m) projected[m * side.width + bias.row] += bias.sign;
 }
 
 template <class T>
 void project_block(const Side& side, Kind kind, const Gradients& gradients, const int64_t* starts,
-                   int64_t begin, int64_t end) {
+                   int64_t begin, int64_t end, float* sums) {
   Rows<T> rows;
   for_tokens(starts, gradients.batch, gradients.tokens, begin, end, [&](int64_t n, int64_t row) {
     for (int p = 0; p < side.parts; ++p) {
@@ -239,65 +333,42 @@ void project_block(const Side& side, Kind kind, const Gradients& gradients, cons
   });
   float* projected = side.projected + begin * side.width;
   if (kind == Kind::rademacher) {
-    project_dense(side, rows, end - begin, projected);
-    return;
+    if (signs().add_dense != nullptr) return project_tables(side, rows, end - begin, projected);
+    return project_dense(side, rows, end - begin, projected);
   }
+  if (kind == Kind::sjlt) return project_sparse_block(side, rows, end - begin, sums, projected);
   const Part& first = side.part[0];
   for (int64_t m = 0; m < end - begin; ++m) {
-    if (kind == Kind::sjlt) {
-      project_sparse(side, rows, m, projected + m * side.width);
-    } else {
-      widen(rows.of[0][m], first.size, first.ones, side.width, projected + m * side.width);
-    }
-  }
-}
-
-// Rows [m, m + count) of scale * Q^T P over one example's tokens, added to `out` (k_out, k_in).
-void add_products(const Plan& plan, int64_t begin, int64_t end, int64_t m, int64_t count,
-                  double scale, float* out) {
-  double sums[kRowBlock * kColumnBlock];
-  const float* a[kRowBlock];
-  for (int64_t i = 0; i < count; ++i) a[i] = plan.out.projected + begin * plan.out.width + m + i;
-  const float* b = plan.in.projected + begin * plan.in.width;
-  for (int64_t n = 0; n < plan.in.width; n += kColumnBlock) {
-    const int64_t columns = std::min(kColumnBlock, plan.in.width - n);
-    std::fill(sums, sums + count * kColumnBlock, 0.0);
-    tiles().outer(a, plan.out.width, count, b + n, plan.in.width, columns, end - begin, sums,
-                  kColumnBlock);
-    const int64_t written = std::min(columns, plan.in.k - n);
-    for (int64_t i = 0; i < count; ++i) {
-      float* row = out + (m + i) * plan.in.k + n;
-      for (int64_t j = 0; j < written; ++j) {
-        row[j] += static_cast<float>(scale * sums[i * kColumnBlock + j]);
-      }
-    }
+    widen(rows.of[0][m], first.size, first.ones, side.width, projected + m * side.width);
   }
 }
 
 template <class T>
-void project_linear(const Gradients& gradients, const Projection& projection, const Plan& plan,
+void project_linear(const Gradients& gradients, const Projection& projection, Plan& plan,
                     float* out, int64_t stride, int threads) {
   count_tokens(gradients, plan.starts);
   const int64_t tokens = plan.starts[gradients.batch];
   write_projections(plan.in, projection.kind, threads);
   write_projections(plan.out, projection.kind, threads);
   const int64_t blocks = ceil_div(tokens, kTokenBlock);
-  parallel_for(threads, 2 * blocks, [&](int64_t item, int) {
+  parallel_for(threads, 2 * blocks, [&](int64_t item, int slot) {
     const Side& side = item < blocks ? plan.in : plan.out;
     const int64_t begin = (item % blocks) * kTokenBlock;
     project_block<T>(side, projection.kind, gradients, plan.starts, begin,
-                     std::min(tokens, begin + kTokenBlock));
+                     std::min(tokens, begin + kTokenBlock), plan.sums + slot * plan.sums_size);
   });
   double scale = 1.0;
   if (projection.kind == Kind::rademacher) {
     scale = 1.0 / std::sqrt(static_cast<double>(plan.in.k) * static_cast<double>(plan.out.k));
   }
-  const int64_t bands = ceil_div(plan.out.k, kRowBlock);
+  const Side &in = plan.in, &of = plan.out;
+  const int64_t bands = ceil_div(of.k, kRowBlock);
   parallel_for(threads, gradients.batch * bands, [&](int64_t item, int) {
     const int64_t b = item / bands, m = item % bands * kRowBlock;
-    const int64_t begin = plan.starts[b], end = plan.starts[b + 1];
-    if (begin == end) return;
-    add_products(plan, begin, end, m, std::min(kRowBlock, plan.out.k - m), scale, out + b * stride);
+    const int64_t begin = plan.starts[b], count = plan.starts[b + 1] - begin;
+    signs().add_product(of.projected + begin * of.width + m, of.width,
+                        std::min(kRowBlock, of.k - m), in.projected + begin * in.width, in.width,
+                        in.k, count, static_cast<float>(scale), out + b * stride + m * in.k, in.k);
   });
 }
 
@@ -328,7 +399,7 @@ void project_elementwise(const Gradients& gradients, const Projection& projectio
   const uint64_t stream = stream_of(projection.seed, projection.output[0].key);
   parallel_for(threads, gradients.batch, [&](int64_t b, int slot) {
     if (length_of(gradients, b) == 0) return;
-    double* grid = plan.grids + slot * (plan.grid + plan.sums);
+    double* grid = plan.grids + slot * (plan.grid + plan.rows);
     double* sums = grid + plan.grid;
     sum_elementwise<T>(gradients, b, sums);
     if (projection.kind == Kind::identity) {
@@ -369,7 +440,7 @@ void project_embedding(const Gradients& gradients, const Projection& projection,
 }
 
 template <class T>
-void project(const Gradients& gradients, const Projection& projection, const Plan& plan, float* out,
+void project(const Gradients& gradients, const Projection& projection, Plan& plan, float* out,
              int64_t stride, int threads) {
   switch (projection.layer) {
     case Layer::linear:
@@ -407,7 +478,7 @@ size_t project_gradients_scratch(const Gradients& gradients, const Projection& p
 void project_gradients(const Gradients& gradients, const Projection& projection, float* out,
                        int64_t stride, void* memory, int threads) {
   Scratch scratch(memory);
-  const Plan plan = make_plan(scratch, gradients, projection, threads);
+  Plan plan = make_plan(scratch, gradients, projection, threads);
   if (gradients.dtype == DType::bfloat16) {
     project<bfloat16>(gradients, projection, plan, out, stride, threads);
   } else {

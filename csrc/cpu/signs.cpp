@@ -1,0 +1,353 @@
+// The products of a projection.
+//
+//   add_dense    sums += a R^T for signs R, with AVX-512. The 16 sums +-a0 +-a1 +-a2 +-a3 of four
+//                columns fill one register; the share of 16 rows of R is then one permutation of it
+//                by 16 indices (four bits: the rows' signs at these columns) and one addition. For
+//                64 rows: 4 multiply-adds, 4 permutations, 4 additions instead of 16 multiply-adds;
+//                the units for permutations and additions are the limit. An addition in a row of at
+//                most 64, then one for each 256 columns.
+//   add_sparse   16 neighbouring columns go to 16 neighbouring rows: one load, a flip of signs, an
+//                addition in place. The tokens of a batch take turns, so that an addition finds the
+//                one before it written; the read of a is the limit.
+//   add_product  a tile of 6 rows x V vectors in registers, as `outer`, but written straight to
+//                the feature row, in float32 blocks of 256 tokens.
+//
+// Every element is summed in an order that its own depth alone decides.
+#include "cpu/signs.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/tiles.h"
+#include "random.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define TRACMOD_INLINE inline __attribute__((always_inline))
+
+namespace tracmod::cpu {
+namespace {
+
+constexpr int64_t kProductDepth = 256;
+constexpr int kProductRows = 6;
+
+template <int W>
+struct Vector {
+  typedef float Type __attribute__((vector_size(W * 4)));
+  typedef float Loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(W * 4)));
+  typedef uint32_t LooseBits __attribute__((vector_size(W * 4), aligned(4), may_alias));
+  typedef uint16_t Half __attribute__((vector_size(W * 2), aligned(2), may_alias));
+};
+
+// W floats as their bits.
+template <int W>
+TRACMOD_INLINE typename Vector<W>::Bits bits(const float* from) {
+  return *reinterpret_cast<const typename Vector<W>::LooseBits*>(from);
+}
+
+template <int W>
+TRACMOD_INLINE typename Vector<W>::Bits bits(const bfloat16* from) {
+  const auto half = *reinterpret_cast<const typename Vector<W>::Half*>(from);
+  return __builtin_convertvector(half, typename Vector<W>::Bits) << 16;
+}
+
+template <int W, class T>
+TRACMOD_INLINE void sparse(const T* const* a, int64_t rows, const SparseGroup* groups,
+                           int64_t count, float* sums, int64_t ld) {
+  using Type = typename Vector<W>::Type;
+  for (int64_t g = 0; g < count; ++g) {
+    const SparseGroup& group = groups[g];
+    typename Vector<W>::Bits flip[16 / W];
+    std::memcpy(flip, group.flip, sizeof group.flip);
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int v = 0; v < 16 / W; ++v) {
+        float* to = sums + m * ld + group.position + v * W;
+        *reinterpret_cast<typename Vector<W>::Loose*>(to) +=
+            (Type)(bits<W>(a[m] + group.column + v * W) ^ flip[v]);
+      }
+    }
+  }
+}
+
+template <int W, int M, int V>
+TRACMOD_INLINE void product_tile(const float* q, int64_t ldq, const float* p, int64_t ldp,
+                                 int64_t columns, int64_t tokens, float scale, float* out,
+                                 int64_t ldo) {
+  typename Vector<W>::Type sum[M][V] = {};
+  for (int64_t s = 0; s < tokens; ++s) {
+    typename Vector<W>::Type row[V];
+    for (int v = 0; v < V; ++v) {
+      row[v] = *reinterpret_cast<const typename Vector<W>::Loose*>(p + s * ldp + v * W);
+    }
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < V; ++v) sum[m][v] += q[s * ldq + m] * row[v];
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v) {
+      float* to = out + m * ldo + v * W;
+      const int64_t left = columns - v * W;
+      if (left >= W) {
+        *reinterpret_cast<typename Vector<W>::Loose*>(to) += scale * sum[m][v];
+      } else {
+        float lanes[W];
+        std::memcpy(lanes, &sum[m][v], sizeof lanes);
+        for (int64_t n = 0; n < left; ++n) to[n] += scale * lanes[n];
+      }
+    }
+  }
+}
+
+template <int W, int M>
+TRACMOD_INLINE void product_columns(int64_t vectors, const float* q, int64_t ldq, const float* p,
+                                    int64_t ldp, int64_t columns, int64_t tokens, float scale,
+                                    float* out, int64_t ldo) {
+  switch (vectors) {
+    case 1:
+      return product_tile<W, M, 1>(q, ldq, p, ldp, columns, tokens, scale, out, ldo);
+    case 2:
+      return product_tile<W, M, 2>(q, ldq, p, ldp, columns, tokens, scale, out, ldo);
+    case 3:
+      return product_tile<W, M, 3>(q, ldq, p, ldp, columns, tokens, scale, out, ldo);
+    default:
+      return product_tile<W, M, 4>(q, ldq, p, ldp, columns, tokens, scale, out, ldo);
+  }
+}
+
+// At most V vectors of columns a tile.
+template <int W, int V>
+TRACMOD_INLINE void product(const float* q, int64_t ldq, int64_t rows, const float* p, int64_t ldp,
+                            int64_t columns, int64_t tokens, float scale, float* out, int64_t ldo) {
+  for (int64_t s = 0; s < tokens; s += kProductDepth) {
+    const int64_t depth = std::min(kProductDepth, tokens - s);
+    for (int64_t n = 0; n < columns; n += V * W) {
+      const int64_t vectors = std::min<int64_t>(V, (columns - n + W - 1) / W);
+      const float* right = p + s * ldp + n;
+      for (int64_t m = 0; m < rows;) {
+        const bool full = rows - m >= kProductRows;
+        const float* left = q + s * ldq + m;
+        float* to = out + m * ldo + n;
+        if (full) {
+          product_columns<W, kProductRows>(vectors, left, ldq, right, ldp, columns - n, depth,
+                                           scale, to, ldo);
+        } else {
+          product_columns<W, 1>(vectors, left, ldq, right, ldp, columns - n, depth, scale, to, ldo);
+        }
+        m += full ? kProductRows : 1;
+      }
+    }
+  }
+}
+
+#define TRACMOD_SIGNS(NAME, TARGET, W, V)                                                       \
+  TARGET void add_sparse_##NAME(const float* const* a, int64_t rows, const SparseGroup* groups, \
+                                int64_t count, float* sums, int64_t ld) {                       \
+    sparse<W>(a, rows, groups, count, sums, ld);                                                \
+  }                                                                                             \
+  TARGET void add_sparse_bfloat16_##NAME(const bfloat16* const* a, int64_t rows,                \
+                                         const SparseGroup* groups, int64_t count, float* sums, \
+                                         int64_t ld) {                                          \
+    sparse<W>(a, rows, groups, count, sums, ld);                                                \
+  }                                                                                             \
+  TARGET void add_product_##NAME(const float* q, int64_t ldq, int64_t rows, const float* p,     \
+                                 int64_t ldp, int64_t columns, int64_t tokens, float scale,     \
+                                 float* out, int64_t ldo) {                                     \
+    product<W, V>(q, ldq, rows, p, ldp, columns, tokens, scale, out, ldo);                      \
+  }
+
+TRACMOD_SIGNS(baseline, , 4, 2)
+constexpr Signs k_baseline = {nullptr,
+                              nullptr,
+                              nullptr,
+                              add_sparse_baseline,
+                              add_sparse_bfloat16_baseline,
+                              add_product_baseline};
+
+#if defined(__x86_64__)
+#define TRACMOD_AVX2 __attribute__((target("avx2,fma")))
+#define TRACMOD_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+
+TRACMOD_SIGNS(avx2, TRACMOD_AVX2, 8, 2)
+constexpr Signs k_avx2 = {
+    nullptr, nullptr, nullptr, add_sparse_avx2, add_sparse_bfloat16_avx2, add_product_avx2};
+
+TRACMOD_SIGNS(avx512, TRACMOD_AVX512, 16, 4)
+
+TRACMOD_AVX512 void write_indices(uint64_t stream, const int64_t* numbers, int64_t begin,
+                                  int64_t end, int64_t row, int64_t width, int32_t* indices) {
+  constexpr int64_t kColumns = 64;
+  uint64_t words[kColumns];
+  for (int64_t i = begin; i < end; i += kColumns) {
+    const int64_t count = std::min(kColumns, end - i);
+    for (int64_t c = 0; c < count; ++c) {
+      words[c] = sign_word(stream, numbers == nullptr ? i + c : numbers[i + c], row / kBlockRows);
+    }
+    for (int64_t c = count; c % kTableColumns != 0; ++c) words[c] = 0;
+    for (int64_t c = 0; c < count; c += kTableColumns) {
+      for (int64_t r = 0; r < std::min(kBlockRows, width - row); r += 16, indices += 16) {
+        __m512i index = _mm512_setzero_si512();
+        for (int64_t j = 0; j < kTableColumns; ++j) {
+          const auto rows = static_cast<__mmask16>(words[c + j] >> r);
+          index = _mm512_mask_or_epi32(index, rows, index, _mm512_set1_epi32(1 << j));
+        }
+        _mm512_storeu_si512(indices, index);
+      }
+    }
+  }
+}
+
+// Lane l: -1 where bit `bit` of l is set.
+TRACMOD_AVX512 TRACMOD_INLINE __m512 table_signs(int bit) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __mmask16 set = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(1 << bit));
+  return _mm512_mask_blend_ps(set, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
+}
+
+// The same as without a mask, of which GCC 12 warns.
+constexpr __mmask16 kAll = 0xffff;
+
+// `next`: the rows that come after these, of which a table has `bytes`; they are asked for here.
+template <int M, int V>
+TRACMOD_AVX512 TRACMOD_INLINE void dense_tile(const float* const* a, const char* const* next,
+                                              int64_t bytes, const int32_t* indices, int64_t tables,
+                                              float* sums, int64_t ld) {
+  const __m512 signs[kTableColumns] = {table_signs(0), table_signs(1), table_signs(2),
+                                       table_signs(3)};
+  __m512 sum[M][V];
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v) sum[m][v] = _mm512_setzero_ps();
+  }
+  for (int64_t t = 0; t < tables; ++t) {
+    __m512i index[V];
+    for (int v = 0; v < V; ++v) index[v] = _mm512_loadu_si512(indices + (t * V + v) * 16);
+    for (int m = 0; m < M; ++m) {
+      if (t % 4 == 0) __builtin_prefetch(next[m] + t * bytes);
+      const float* x = a[m] + t * kTableColumns;
+      __m512 table = _mm512_mul_ps(signs[0], _mm512_set1_ps(x[0]));
+      for (int j = 1; j < kTableColumns; ++j) {
+        table = _mm512_fmadd_ps(signs[j], _mm512_set1_ps(x[j]), table);
+      }
+      for (int v = 0; v < V; ++v) {
+        sum[m][v] = _mm512_add_ps(sum[m][v], _mm512_maskz_permutexvar_ps(kAll, index[v], table));
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v) {
+      float* to = sums + m * ld + v * 16;
+      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[m][v]));
+    }
+  }
+}
+
+TRACMOD_AVX512 TRACMOD_INLINE __m512 load_part(const float* from, __mmask16 lanes) {
+  return _mm512_maskz_loadu_ps(lanes, from);
+}
+
+TRACMOD_AVX512 TRACMOD_INLINE __m512 load_part(const bfloat16* from, __mmask16 lanes) {
+  const __m256i half = _mm256_maskz_loadu_epi16(lanes, from);
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(kAll, half);
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, wide, 16));
+}
+
+// to = [from, ones, zeros up to a whole table].
+template <class T>
+TRACMOD_AVX512 TRACMOD_INLINE void copy_row(const T* from, int64_t columns, int64_t ones,
+                                            float* to) {
+  _mm512_storeu_ps(to + columns / 16 * 16, _mm512_setzero_ps());
+  for (int64_t i = 0; i < columns; i += 16) {
+    const int64_t left = columns - i;
+    const auto lanes = static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : 0xffff);
+    _mm512_storeu_ps(to + i, load_part(from + i, lanes));
+  }
+  if (ones != 0) to[columns] = 1.0f;
+}
+
+inline bool whole_tables(const float*, int64_t columns, int64_t ones) {
+  return ones == 0 && columns % kTableColumns == 0;
+}
+inline bool whole_tables(const bfloat16*, int64_t, int64_t) { return false; }
+
+inline const float* as_is(const float* row) { return row; }
+inline const float* as_is(const bfloat16*) { return nullptr; }
+
+template <int M, int V, class T>
+TRACMOD_AVX512 TRACMOD_INLINE void dense_rows(const T* const* a, const T* const* next,
+                                              int64_t columns, int64_t ones, const int32_t* indices,
+                                              float* sums, int64_t ld) {
+  float buffer[M][kDenseColumns + 16];
+  const float* rows[M];
+  const char* ahead[M];
+  const bool whole = whole_tables(a[0], columns, ones);
+  for (int m = 0; m < M; ++m) {
+    if (!whole) copy_row(a[m], columns, ones, buffer[m]);
+    rows[m] = whole ? as_is(a[m]) : buffer[m];
+    ahead[m] = reinterpret_cast<const char*>(next[m]);
+  }
+  const int64_t tables = (columns + ones + kTableColumns - 1) / kTableColumns;
+  dense_tile<M, V>(rows, ahead, kTableColumns * sizeof(T), indices, tables, sums, ld);
+}
+
+template <int V, class T>
+TRACMOD_AVX512 TRACMOD_INLINE void dense(const T* const* a, int64_t rows, int64_t columns,
+                                         int64_t ones, const int32_t* indices, float* sums,
+                                         int64_t ld) {
+  int64_t m = 0;
+  for (; m + 4 <= rows; m += 4) {
+    const T* const* next = m + 8 <= rows ? a + m + 4 : a;
+    dense_rows<4, V>(a + m, next, columns, ones, indices, sums + m * ld, ld);
+  }
+  for (; m < rows; ++m) dense_rows<1, V>(a + m, a, columns, ones, indices, sums + m * ld, ld);
+}
+
+template <class T>
+TRACMOD_AVX512 TRACMOD_INLINE void dense_vectors(const T* const* a, int64_t rows, int64_t columns,
+                                                 int64_t ones, const int32_t* indices,
+                                                 int64_t vectors, float* sums, int64_t ld) {
+  switch (vectors) {
+    case 1:
+      return dense<1>(a, rows, columns, ones, indices, sums, ld);
+    case 2:
+      return dense<2>(a, rows, columns, ones, indices, sums, ld);
+    case 3:
+      return dense<3>(a, rows, columns, ones, indices, sums, ld);
+    default:
+      return dense<4>(a, rows, columns, ones, indices, sums, ld);
+  }
+}
+
+TRACMOD_AVX512 void add_dense_float32(const float* const* a, int64_t rows, int64_t columns,
+                                      int64_t ones, const int32_t* indices, int64_t vectors,
+                                      float* sums, int64_t ld) {
+  dense_vectors(a, rows, columns, ones, indices, vectors, sums, ld);
+}
+
+TRACMOD_AVX512 void add_dense_bfloat16(const bfloat16* const* a, int64_t rows, int64_t columns,
+                                       int64_t ones, const int32_t* indices, int64_t vectors,
+                                       float* sums, int64_t ld) {
+  dense_vectors(a, rows, columns, ones, indices, vectors, sums, ld);
+}
+
+constexpr Signs k_avx512 = {write_indices,     add_dense_float32,          add_dense_bfloat16,
+                            add_sparse_avx512, add_sparse_bfloat16_avx512, add_product_avx512};
+#endif
+
+const Signs& choose() {
+#if defined(__x86_64__)
+  if (std::strcmp(tiles().name, "avx512") == 0) return k_avx512;
+  if (std::strcmp(tiles().name, "avx2") == 0) return k_avx2;
+#endif
+  return k_baseline;
+}
+
+}  // namespace
+
+const Signs& signs() {
+  static const Signs& chosen = choose();
+  return chosen;
+}
+
+}  // namespace tracmod::cpu

@@ -18,7 +18,7 @@
 
 namespace tracmod::cuda::fused {
 
-constexpr int kRows = 64;       // of R_in and of R_out, a block
+constexpr int kRows = 64;  // of R_in and of R_out, a block
 constexpr int kWarpTokens = 16;
 constexpr int kMaxWarps = 8;
 constexpr int kTileTokens = kWarpTokens * kMaxWarps;
@@ -48,8 +48,8 @@ struct Job {
   bool bias;
   Lengths lengths;
   int batch;
-  int span;       // tokens of one example in a tile
-  int examples;   // of a tile; with more than one, `span` is S
+  int span;                   // tokens of one example in a tile
+  int examples;               // of a tile; with more than one, `span` is S
   int out_blocks, in_blocks;  // of 64 rows and of 64 columns of the grid
   int k_out, k_in;
   float scale;
@@ -66,7 +66,8 @@ struct Tile {
     const unsigned parts = job.out_blocks * job.in_blocks;
     const int part = static_cast<int>(block % parts);
     example = static_cast<int>(block / parts) * job.examples;
-    examples = min(job.examples, job.batch - example);
+    const int left = job.batch - example;
+    examples = left < job.examples ? left : job.examples;
     first_out = part / job.in_blocks * kRows;
     first_in = part % job.in_blocks * kRows;
   }
@@ -137,8 +138,7 @@ size_t shared_bytes(int warps) {
 
 // The signs of 256 columns from `begin` on.
 template <class T, Kind kind>
-__device__ void make_signs(const Source& source, int begin, int first, int k,
-                           Signs<kind>& words) {
+__device__ void make_signs(const Source& source, int begin, int first, int k, Signs<kind>& words) {
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kSignColumns; i += static_cast<int>(blockDim.x)) {
     Entries entries{0, 0};
@@ -152,7 +152,8 @@ __device__ void make_signs(const Source& source, int begin, int first, int k,
     for (int plane = 0; plane < kPlanes<kind>; ++plane) {
       const uint64_t bits = plane == 0 ? entries.negative : entries.set;
       auto* bytes = reinterpret_cast<unsigned char*>(words[plane] + step * 32 + lane);
-      for (int g = 0; g < 8; ++g) bytes[16 * g + at % 2 * 2 + pair] = static_cast<unsigned char>(bits >> 8 * g);
+      for (int g = 0; g < 8; ++g)
+        bytes[16 * g + at % 2 * 2 + pair] = static_cast<unsigned char>(bits >> 8 * g);
     }
   }
 }
@@ -174,7 +175,12 @@ class Loader {
     }
   }
 
-  __device__ bool any() const { return bytes_ != 0; }
+  __device__ bool has_tokens() const { return bytes_ != 0; }
+  __device__ bool warp_has_tokens() const {
+    unsigned any = bytes_;  // of other lanes' rows too
+    for (int lanes = 8; lanes < 32; lanes *= 2) any |= __shfl_xor_sync(~0u, any, lanes);
+    return any != 0;
+  }
   __device__ const unsigned char* ring() const { return ring_; }
 
   __device__ void load(int stage) {
@@ -199,7 +205,8 @@ class Loader {
 
   // This lane's first row of the tile; the others are 4, 8 and 12 below.
   __device__ static int row() {
-    return static_cast<int>(threadIdx.x) / 32 * kWarpTokens + static_cast<int>(threadIdx.x) % 32 / 8;
+    return static_cast<int>(threadIdx.x) / 32 * kWarpTokens +
+           static_cast<int>(threadIdx.x) % 32 / 8;
   }
   __device__ void open(int source) {
     const Source& of = job_.sources[source];
@@ -345,7 +352,7 @@ __device__ inline void store_tokens(const float (&total)[8][4], float* to) {
 #pragma unroll
     for (int j = 0; j < 8; j += 4) {
       *reinterpret_cast<float4*>(row + j) =
-          make_float4(total[j][i], total[j + 1][i], total[j + 2][i], total[j + 3][i]);
+          float4{total[j][i], total[j + 1][i], total[j + 2][i], total[j + 3][i]};
     }
   }
 }
@@ -411,7 +418,8 @@ __device__ inline void add_products(const Job& job, const Tile& tile, const floa
   for (int item = warp; item < 8 * tile.examples; item += warps) {
     const int e = item / 8, row = item / 2 % 4 * 16, column = item % 2 * 32;
     const int64_t b = tile.example + e;
-    const int count = min(job.span, static_cast<int>(job.lengths.of(b)) - tile.token);
+    const int left = static_cast<int>(job.lengths.of(b)) - tile.token;
+    const int count = left < job.span ? left : job.span;
     if (count <= 0) continue;
     float* out = job.out + b * job.stride;
     for (int begin = 0; begin < count; begin += kSumTokens) {
@@ -431,7 +439,7 @@ class Walk {
  public:
   __device__ Walk(const Job& job, const Loader<T>& loader, Signs<kind> (&signs)[2])
       : job_(job), loader_(loader), signs_(signs) {
-    active_ = __any_sync(~0u, loader_.any());
+    active_ = loader_.warp_has_tokens();
     if (!active_) return;
 #pragma unroll 1
     for (int stage = 0; stage < kStages - 1; ++stage) loader_.load(stage);
@@ -497,15 +505,18 @@ __device__ inline void mark_bad(const Job& job, const Tile& tile) {
     if (!job.lengths.bad(tile.example + e)) continue;
     float* out = job.out + static_cast<int64_t>(tile.example + e) * job.stride;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kRows * kRows; i += static_cast<int>(blockDim.x)) {
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kRows;
+         i += static_cast<int>(blockDim.x)) {
       const int r = tile.first_out + i / kRows, c = tile.first_in + i % kRows;
-      if (r < job.k_out && c < job.k_in) out[static_cast<int64_t>(r) * job.k_in + c] = not_a_number();
+      if (r < job.k_out && c < job.k_in)
+        out[static_cast<int64_t>(r) * job.k_in + c] = not_a_number();
     }
   }
 }
 
 template <class T, Kind kind>
-__global__ void __launch_bounds__(32 * kMaxWarps, 2) project_tiles(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(32 * kMaxWarps, 2)
+    project_tiles(const __grid_constant__ Job job) {
   auto& signs = *reinterpret_cast<Signs<kind>(*)[2]>(dynamic_shared());
   auto* p = reinterpret_cast<float*>(dynamic_shared() + sizeof signs);
   const int tokens = static_cast<int>(blockDim.x) / 32 * kWarpTokens;
@@ -515,7 +526,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) project_tiles(const __grid_
   mark_bad(job, tile);
   for (; tile.token < job.lengths.tokens; tile.token += job.span) {
     const Loader<T> loader(job, tile, ring);
-    if (!__syncthreads_or(loader.any())) return;  // and P and Q of the tile before have been read
+    if (!__syncthreads_or(loader.has_tokens()))
+      return;  // and P and Q of the tile before have been read
     project_tile<T, kind>(job, tile, loader, signs, p, rings);
   }
 }

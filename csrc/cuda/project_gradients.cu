@@ -1,16 +1,22 @@
-// out[b] += vec(R_out G_b R_in^T),  G_b = sum_s g_s [x_s, 1]^T, in two launches for a linear layer:
+// out[b] += sum_j vec(R_out_j G_bj R_in^T),  G_bj = sum_s g_js [x_s, 1]^T, over the layers j that read
+// the same x. Linear layers take one launch of project_tiles (project.cuh): P = x R_in^T and Q = sum_j
+// g_j R_out_j^T, both tokens x 64 and float32, stay on the chip; then out[b] += Q_b^T P_b.
 //
-//   project_tokens   P = x R_in^T (B,S,k_in), then Q = g R_out^T (B,S,k_out), into scratch. A block
-//                    owns 64 tokens of one example x 64 rows of R; signs are made where they are
-//                    used. Blocks past the example's length return at once.
-//   add_products     out[b] += Q_b^T P_b. A block owns 64 x 64 numbers of one example's feature
-//                    row: one writer each, no atomics. identity: straight from g and [x, 1].
+// A block owns 64 x 64 numbers of the grids of as many examples as have room in 128 tokens, or of
+// one longer example, 128 tokens after the other: one writer for each number, no atomics. Sums run
+// over 16, 64, then all tokens of an example alone: no other token, tile or padding changes a bit.
+// Rows past an example's length are not read, 16 such rows are not multiplied.
 //
-// Bytes: x and g once per 64 rows of R, B S (I + O) times 4 or 2; P and Q 8 B S (k_in + k_out).
-// Operations: 2 B S (I k_in + O k_out + k_in k_out), float32: at k = 64, 32 or 64 a byte of input,
-// so the float32 units are the limit here; with matrix units and both launches in one it would be
-// the read of x and g.
+// Bytes: x and every g once per 64 x 64 of the grid, B S (I + sum O) times 2 or 4, and the grid twice,
+// 8 k_out k_in an example. Operations: 2 B S (k (I + sum O) + k_out k_in): on the tensor cores +-1
+// is exact in bfloat16, a bfloat16 value takes one product, a float32 three (its 24 bits in three
+// parts), Q^T P three of tf32. Signs are made in the block, 8 bytes a column, then two instructions
+// for two entries in each warp.
+// Limit, H200 (4.8 TB/s, 989 TFLOP/s): at k = 64 a bfloat16 byte takes 64 operations, 0.3 of what the
+// tensor cores do in its time and some 0.7 with mma.sync at half their rate: the read of x and g. In
+// float32 the three products take as long as the read. Counted, not measured: no GPU has run it yet.
 //
+// identity: add_exact, straight from g and [x, 1]; a block owns 64 x 64 of the gradient.
 // LayerNorm (elementwise): sum_elementwise makes v and u into scratch, a thread per feature; sketch
 // adds them into the grid. Embedding: sketch reads the tokens. A block of sketch owns one example's
 // grid, a thread the positions that equal its number modulo 256: it looks at every element and adds
@@ -139,8 +145,7 @@ Source source_of(const void* rows, int64_t size, const int64_t* columns, uint64_
                  int64_t value_bytes) {
   if (size > INT_MAX) {
     throw std::invalid_argument(std::string(kOp) + ": x and g: expected at most " +
-                                std::to_string(INT_MAX) + " columns, got " +
-                                std::to_string(size));
+                                std::to_string(INT_MAX) + " columns, got " + std::to_string(size));
   }
   const bool aligned = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && size * value_bytes % 16 == 0;
   return {rows, static_cast<int>(size), columns, stream, aligned};
@@ -217,18 +222,17 @@ void project_elementwise(const Gradients& gradients, const Projection& projectio
   const unsigned batch = static_cast<unsigned>(gradients.batch);
   const Lengths lengths = lengths_of(gradients);
   const dim3 blocks(batch, static_cast<unsigned>(ceil_div(size, kThreads)));
-  sum_elementwise<T><<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(gradients.x),
-                                                      static_cast<const T*>(gradients.g), size,
-                                                      lengths, sums);
+  sum_elementwise<T><<<blocks, kThreads, 0, stream>>>(
+      static_cast<const T*>(gradients.x), static_cast<const T*>(gradients.g), size, lengths, sums);
   check_launch(kOp);
   if (projection.kind == Kind::identity) {
     const dim3 all(batch, static_cast<unsigned>(ceil_div(rows * size, kThreads)));
     add_sums<<<all, kThreads, 0, stream>>>(sums, 2 * size, rows * size, out, stride);
   } else {
     const Elements<float> elements{sums, nullptr, 2, rows, size};
-    sketch<float><<<batch, kThreads, 0, stream>>>(elements, lengths,
-                                                  stream_of(projection.seed, projection.output[0].key),
-                                                  projection.k_out * projection.k_in, out, stride);
+    sketch<float><<<batch, kThreads, 0, stream>>>(
+        elements, lengths, stream_of(projection.seed, projection.output[0].key),
+        projection.k_out * projection.k_in, out, stride);
   }
   check_launch(kOp);
 }

@@ -37,13 +37,20 @@ class Gradients(Structure):
     ]
 
 
+class Output(Structure):
+    _fields_ = [("g", c_void_p), ("size", c_int64), ("key", c_uint64), ("columns", c_void_p)]
+
+
 class Projection(Structure):
     _fields_ = [
         ("layer", c_int),
         ("kind", c_int),
         ("bias", c_bool),
         *[(name, c_int64) for name in ("k_out", "k_in")],
-        *[(name, c_uint64) for name in ("seed", "input_key", "output_key")],
+        *[(name, c_uint64) for name in ("seed", "input_key")],
+        ("input_columns", c_void_p),
+        ("outputs", c_int),
+        ("output", Output * 4),
     ]
 
 
@@ -112,14 +119,22 @@ def _gradients(x: Tensor, g: Tensor, lengths: Tensor | None, layer: str) -> Grad
 
 
 def project_gradients(
-    x: Tensor, g: Tensor, out: Tensor, lengths: Tensor | None, offset: int, layer: str, kind: str,
-    k_out: int, k_in: int, seed: int, input_key: int, output_key: int, bias: bool,
+    x: Tensor, g: Sequence[Tensor], out: Tensor, lengths: Tensor | None, offset: int, layer: str,
+    kind: str, k_out: int, k_in: int, seed: int, input_key: int, output_keys: Sequence[int],
+    bias: bool, input_columns: Tensor | None, output_columns: Sequence[Tensor | None],
 ) -> None:  # fmt: skip
-    keys = [value & ((1 << 64) - 1) for value in (seed, input_key, output_key)]
-    projection = Projection(LAYERS.index(layer), KINDS.index(kind), bias, k_out, k_in, *keys)
-    if len(g):
+    mask = (1 << 64) - 1
+    outputs = (Output * 4)(*(
+        Output(_address(part), part.shape[-1], key & mask, _address(columns))
+        for part, key, columns in zip(g, output_keys, output_columns, strict=True)
+    ))  # fmt: skip
+    projection = Projection(
+        LAYERS.index(layer), KINDS.index(kind), bias, k_out, k_in, seed & mask, input_key & mask,
+        _address(input_columns), len(g), outputs,
+    )  # fmt: skip
+    if len(x):
         _call(
-            "project_gradients", byref(_gradients(x, g, lengths, layer)), byref(projection),
+            "project_gradients", byref(_gradients(x, g[0], lengths, layer)), byref(projection),
             c_void_p(out.data_ptr() + 4 * offset), c_int64(out.shape[1]),
         )  # fmt: skip
 

@@ -83,9 +83,9 @@ def test_bits_do_not_depend_on_neighbours_padding_or_repetition(
         batch.x[:4, :short].contiguous(), batch.g[:4, :short].contiguous(), batch.lengths[:4]
     )
     assert torch.equal(projections.project(cut, **kwargs), whole[:4])
-    packed = batch.rows([3] * 1100)  # now several examples share a tile
-    if tokens < 50:
-        assert torch.equal(projections.project(packed, **kwargs), whole[[3] * 1100])
+    # Now several examples share a tile, or one block owns all tiles of an example.
+    many = [3] * {5: 1100, 50: 600, 200: 140}[tokens]
+    assert torch.equal(projections.project(batch.rows(many), **kwargs), whole[many])
 
 
 @pytest.mark.parametrize("tokens", [0, 4, 150])

@@ -50,22 +50,30 @@ struct Job {
   int batch;
   int span;                   // tokens of one example in a tile
   int examples;               // of a tile; with more than one, `span` is S
+  int tiles;                  // of an example that are blocks of their own
   int out_blocks, in_blocks;  // of 64 rows and of 64 columns of the grid
   int k_out, k_in;
   float scale;
   float* out;
   int64_t stride;
+  float* sums;  // (B, S / 64, k_out, k_in): where tiles > 1, sums of 64 tokens go here, not to out
+
+  __device__ float* sums_of(int64_t example, int64_t token) const {
+    const int64_t number = example * ceil_div(lengths.tokens, kSumTokens) + token / kSumTokens;
+    return sums + number * k_out * k_in;
+  }
 };
 
 // Row i of a tile is token `token + i % span` of example `example + i / span`.
 struct Tile {
-  int example, examples, token = 0;
+  int example, examples, token;
   int first_out, first_in;  // of its 64 rows of R_out and of R_in
 
   __device__ Tile(const Job& job, unsigned block) {
     const unsigned parts = job.out_blocks * job.in_blocks;
-    const int part = static_cast<int>(block % parts);
-    example = static_cast<int>(block / parts) * job.examples;
+    const int part = static_cast<int>(block % parts), tile = static_cast<int>(block / parts);
+    example = tile / job.tiles * job.examples;
+    token = tile % job.tiles * job.span;
     const int left = job.batch - example;
     examples = left < job.examples ? left : job.examples;
     first_out = part / job.in_blocks * kRows;
@@ -246,13 +254,13 @@ class Loader {
   const char* from_ = nullptr;
 };
 
-// A warp's tokens as first operands, `kSteps` steps of 16 depths: all four of a bfloat16 slice, one
-// of a float32 slice's two. A value is the sum of its bfloat16 parts, the largest first: three parts
-// hold a float32 exactly.
-template <class T>
+// A warp's tokens as first operands, `kSteps` steps of 16 depths, which registers have room for: all
+// four of a bfloat16 slice (two beside sjlt's two words of signs), one of a float32 slice's two. A
+// value is the sum of its bfloat16 parts, the largest first: three parts hold a float32 exactly.
+template <class T, Kind kind>
 struct Tokens {
   static constexpr int kParts = sizeof(T) == 4 ? 3 : 1;
-  static constexpr int kSteps = sizeof(T) == 4 ? 1 : 4;
+  static constexpr int kSteps = sizeof(T) == 4 ? 1 : kind == Kind::sjlt ? 2 : 4;
   static constexpr int kGroups = kSliceBytes / static_cast<int>(sizeof(T)) / 16 / kSteps;
   uint32_t a[kSteps][kParts][4];
 };
@@ -266,15 +274,20 @@ __device__ inline uint32_t take_part(float& first, float& second) {
 }
 
 // Steps of a slice: a bfloat16 pair is a register as it lies.
-__device__ inline void read_tokens(const unsigned char* slice, int, Tokens<__nv_bfloat16>& to) {
+template <Kind kind>
+__device__ void read_tokens(const unsigned char* slice, int group,
+                            Tokens<__nv_bfloat16, kind>& to) {
+  constexpr int kSteps = Tokens<__nv_bfloat16, kind>::kSteps;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    load_matrices(to.a[step][0], slice + place_of(lane % 16, 2 * step + lane / 16));
+  for (int step = 0; step < kSteps; ++step) {
+    const int chunk = 2 * (group * kSteps + step) + lane / 16;
+    load_matrices(to.a[step][0], slice + place_of(lane % 16, chunk));
   }
 }
 
-__device__ inline void read_tokens(const unsigned char* slice, int group, Tokens<float>& to) {
+template <Kind kind>
+__device__ void read_tokens(const unsigned char* slice, int group, Tokens<float, kind>& to) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int below = 0; below < 2; ++below) {
@@ -297,7 +310,7 @@ __device__ inline void read_tokens(const unsigned char* slice, int group, Tokens
 template <class T, Kind kind>
 __device__ void multiply_signs(const unsigned char* slice, const Signs<kind>& signs, int step,
                                float (&total)[8][4]) {
-  using Group = Tokens<T>;
+  using Group = Tokens<T, kind>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
   for (int group = 0; group < Group::kGroups; ++group) {
@@ -384,26 +397,27 @@ __device__ inline void multiply_tokens(const float* q, const float* p, int count
   }
 }
 
-// Adds 16 rows x 32 columns that a warp has multiplied to an example's row of out.
+// Adds 16 rows x 32 columns that a warp has multiplied to an example's row of out, or stores them.
 __device__ inline void add_to_rows(const Job& job, const float (&total)[4][4], int row, int column,
-                                   float* out) {
+                                   float* to, bool add) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   row += lane / 4;
   column += lane % 4;
-  float* at = out + static_cast<int64_t>(row) * job.k_in + column;
+  float* at = to + static_cast<int64_t>(row) * job.k_in + column;
   float before[4][4];
 #pragma unroll
   for (int i = 0; i < 16; ++i) {  // all reads first: they wait for memory together
     const int down = i / 2 % 2 * 8, right = i / 4 * 8 + i % 2 * 4;
-    const bool inside = row + down < job.k_out && column + right < job.k_in;
+    const bool inside = add && row + down < job.k_out && column + right < job.k_in;
     before[i / 4][i % 4] = inside ? at[static_cast<int64_t>(down) * job.k_in + right] : 0.0f;
   }
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int down = i / 2 % 2 * 8, right = i / 4 * 8 + i % 2 * 4;
     if (row + down < job.k_out && column + right < job.k_in) {
+      const float sum = total[i / 4][i % 4];
       at[static_cast<int64_t>(down) * job.k_in + right] =
-          before[i / 4][i % 4] + job.scale * total[i / 4][i % 4];
+          add ? fmaf(job.scale, sum, before[i / 4][i % 4]) : sum;
     }
   }
 }
@@ -421,14 +435,15 @@ __device__ inline void add_products(const Job& job, const Tile& tile, const floa
     const int left = static_cast<int>(job.lengths.of(b)) - tile.token;
     const int count = left < job.span ? left : job.span;
     if (count <= 0) continue;
-    float* out = job.out + b * job.stride;
     for (int begin = 0; begin < count; begin += kSumTokens) {
       float total[4][4] = {};
       for (int token = begin; token < count && token < begin + kSumTokens; token += kWarpTokens) {
         const int64_t at = static_cast<int64_t>(e * job.span + token) * kPitch;
         multiply_tokens(q + at + row + lane / 4, p + at + column + shuffled, count - token, total);
       }
-      add_to_rows(job, total, tile.first_out + row, tile.first_in + column, out);
+      const bool add = job.sums == nullptr;
+      float* to = add ? job.out + b * job.stride : job.sums_of(b, tile.token + begin);
+      add_to_rows(job, total, tile.first_out + row, tile.first_in + column, to, add);
     }
   }
 }
@@ -526,9 +541,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   mark_bad(job, tile);
   for (; tile.token < job.lengths.tokens; tile.token += job.span) {
     const Loader<T> loader(job, tile, ring);
-    if (!__syncthreads_or(loader.has_tokens()))
-      return;  // and P and Q of the tile before have been read
+    // The barrier is for P and Q of the tile before, too.
+    if (!__syncthreads_or(loader.has_tokens())) return;
     project_tile<T, kind>(job, tile, loader, signs, p, rings);
+    if (job.tiles > 1) return;
   }
 }
 

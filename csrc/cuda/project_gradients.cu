@@ -5,6 +5,8 @@
 // A block owns 64 x 64 numbers of the grids of as many examples as have room in 128 tokens, or of
 // one longer example, 128 tokens after the other: one writer for each number, no atomics. Sums run
 // over 16, 64, then all tokens of an example alone: no other token, tile or padding changes a bit.
+// Few long examples would leave multiprocessors idle: there a block owns one tile, stores its sums of
+// 64 tokens, and add_sums_in_order adds them in the same order.
 // Rows past an example's length are not read, 16 such rows are not multiplied.
 //
 // Bytes: x and every g once per 64 x 64 of the grid, B S (I + sum O) times 2 or 4, and the grid twice,
@@ -141,54 +143,93 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kBlocksWanted = 264;  // two for every multiprocessor of an H200
 
-Source source_of(const void* rows, int64_t size, const int64_t* columns, uint64_t stream,
-                 int64_t value_bytes) {
+constexpr int64_t kMostSums = int64_t{1} << 24;
+
+// Blocks that leave multiprocessors idle, each with several tiles to do, become a block a tile:
+// numbers of scratch for their sums, 0 where they do not.
+int64_t sums_wanted(const Gradients& gradients, const Projection& projection) {
+  if (projection.layer != Layer::linear || projection.kind == Kind::identity) return 0;
+  const int64_t parts = ceil_div(projection.k_out, kRows) * ceil_div(projection.k_in, kRows);
+  if (gradients.tokens <= kTileTokens || gradients.batch * parts >= kBlocksWanted) return 0;
+  const int64_t sums =
+      gradients.batch * ceil_div(gradients.tokens, kSumTokens) * projection.k_out * projection.k_in;
+  return sums <= kMostSums ? sums : 0;
+}
+
+int small(int64_t size, const char* of) {
   if (size > INT_MAX) {
-    throw std::invalid_argument(std::string(kOp) + ": x and g: expected at most " +
-                                std::to_string(INT_MAX) + " columns, got " + std::to_string(size));
+    throw std::invalid_argument(std::string(kOp) + ": " + of + ": expected a size of at most " +
+                                std::to_string(INT_MAX) + ", got " + std::to_string(size));
   }
-  const bool aligned = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && size * value_bytes % 16 == 0;
-  return {rows, static_cast<int>(size), columns, stream, aligned};
+  return static_cast<int>(size);
+}
+
+Source source_of(const void* rows, int64_t size, const int64_t* columns, uint64_t stream,
+                 DType dtype) {
+  const int64_t bytes = size * (dtype == DType::bfloat16 ? 2 : 4);
+  const bool aligned = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && bytes % 16 == 0;
+  return {rows, small(size, "x and g"), columns, stream, aligned};
 }
 
 // Whole examples share a tile when they fit: as many as leave enough blocks for the GPU.
-Job job_of(const Gradients& gradients, const Projection& projection, float* out, int64_t stride) {
-  const int64_t bytes = gradients.dtype == DType::bfloat16 ? 2 : 4;
+Job job_of(const Gradients& gradients, const Projection& projection, float* sums, float* out,
+           int64_t stride) {
+  const int tokens = std::max(1, small(gradients.tokens, "x"));
   Job job{};
   job.sources[0] = source_of(gradients.x, gradients.in, projection.input_columns,
-                             stream_of(projection.seed, projection.input_key), bytes);
+                             stream_of(projection.seed, projection.input_key), gradients.dtype);
   for (int j = 0; j < projection.outputs; ++j) {
     const Output& output = projection.output[j];
     job.sources[1 + j] = source_of(output.g, output.size, output.columns,
-                                   stream_of(projection.seed, output.key), bytes);
+                                   stream_of(projection.seed, output.key), gradients.dtype);
   }
   job.count = 1 + projection.outputs;
   job.bias = projection.bias;
   job.lengths = lengths_of(gradients);
-  job.batch = static_cast<int>(gradients.batch);
-  const int64_t tokens = std::max<int64_t>(gradients.tokens, 1);
-  job.span = static_cast<int>(std::min<int64_t>(tokens, kTileTokens));
-  job.examples = static_cast<int>(std::max<int64_t>(
-      1, std::min(kTileTokens / tokens, ceil_div(gradients.batch, kBlocksWanted))));
-  job.out_blocks = static_cast<int>(ceil_div(projection.k_out, kRows));
-  job.in_blocks = static_cast<int>(ceil_div(projection.k_in, kRows));
-  job.k_out = static_cast<int>(projection.k_out);
-  job.k_in = static_cast<int>(projection.k_in);
-  const double rows = static_cast<double>(projection.k_out) * static_cast<double>(projection.k_in);
+  job.batch = small(gradients.batch, "x");
+  job.span = std::min(tokens, kTileTokens);
+  const int wanted = static_cast<int>(ceil_div(job.batch, kBlocksWanted));
+  job.examples = std::max(1, std::min(kTileTokens / tokens, wanted));
+  job.tiles = sums == nullptr ? 1 : static_cast<int>(ceil_div(tokens, job.span));
+  job.k_out = small(projection.k_out, "k_out");
+  job.k_in = small(projection.k_in, "k_in");
+  job.out_blocks = static_cast<int>(ceil_div(job.k_out, kRows));
+  job.in_blocks = static_cast<int>(ceil_div(job.k_in, kRows));
+  const double rows = static_cast<double>(job.k_out) * static_cast<double>(job.k_in);
   job.scale = projection.kind == Kind::rademacher ? static_cast<float>(1 / std::sqrt(rows)) : 0.25f;
   job.out = out;
   job.stride = stride;
+  job.sums = sums;
   return job;
+}
+
+// What project_tiles does itself where one block has all tiles of an example, in the same order.
+__global__ void add_sums_in_order(const __grid_constant__ Job job) {
+  const int64_t b = blockIdx.x, size = static_cast<int64_t>(job.k_out) * job.k_in;
+  const int64_t at = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+  const int64_t tokens = job.lengths.of(b);
+  if (at >= size || tokens == 0) return;
+  float value = job.out[b * job.stride + at];
+  for (int64_t token = 0; token < tokens; token += kSumTokens) {
+    value = fmaf(job.scale, job.sums_of(b, token)[at], value);
+  }
+  job.out[b * job.stride + at] = value;
 }
 
 template <class T, Kind kind>
 void launch_tiles(const Job& job, cudaStream_t stream) {
   const int warps = static_cast<int>(ceil_div(job.examples * job.span, kWarpTokens));
   const size_t bytes = shared_bytes<kind>(warps);
-  const int64_t blocks = ceil_div(job.batch, job.examples) * job.out_blocks * job.in_blocks;
+  const int64_t tiles = ceil_div(job.batch, job.examples) * job.tiles;
+  const int blocks = small(tiles * job.out_blocks * job.in_blocks, "the number of blocks");
   cudaFuncSetAttribute(project_tiles<T, kind>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        static_cast<int>(bytes));
-  project_tiles<T, kind><<<static_cast<unsigned>(blocks), 32 * warps, bytes, stream>>>(job);
+  project_tiles<T, kind><<<blocks, 32 * warps, bytes, stream>>>(job);
+  check_launch(kOp);
+  if (job.tiles == 1) return;
+  const int64_t numbers = static_cast<int64_t>(job.k_out) * job.k_in;
+  const dim3 rows(job.batch, static_cast<unsigned>(ceil_div(numbers, kThreads)));
+  add_sums_in_order<<<rows, kThreads, 0, stream>>>(job);
   check_launch(kOp);
 }
 
@@ -203,14 +244,14 @@ void launch_products(const Factors<T>& factors, const Gradients& gradients, floa
 }
 
 template <class T>
-void project_linear(const Gradients& gradients, const Projection& projection, float* out,
-                    int64_t stride, cudaStream_t stream) {
+void project_linear(const Gradients& gradients, const Projection& projection, float* sums,
+                    float* out, int64_t stride, cudaStream_t stream) {
   if (projection.kind == Kind::identity) {
     const Factors<T> raw{static_cast<const T*>(gradients.g), static_cast<const T*>(gradients.x),
                          gradients.out, gradients.in, projection.k_in};
     return launch_products<T>(raw, gradients, out, stride, stream);
   }
-  const Job job = job_of(gradients, projection, out, stride);
+  const Job job = job_of(gradients, projection, sums, out, stride);
   if (projection.kind == Kind::rademacher) return launch_tiles<T, Kind::rademacher>(job, stream);
   return launch_tiles<T, Kind::sjlt>(job, stream);
 }
@@ -254,7 +295,7 @@ void project(const Gradients& gradients, const Projection& projection, float* su
              int64_t stride, cudaStream_t stream) {
   switch (projection.layer) {
     case Layer::linear:
-      return project_linear<T>(gradients, projection, out, stride, stream);
+      return project_linear<T>(gradients, projection, sums, out, stride, stream);
     case Layer::elementwise:
       return project_elementwise<T>(gradients, projection, sums, out, stride, stream);
     case Layer::embedding:
@@ -262,10 +303,11 @@ void project(const Gradients& gradients, const Projection& projection, float* su
   }
 }
 
-// (B, 2, D): what LayerNorm's gradients are summed into.
+// (B, 2, D), what LayerNorm's gradients are summed into, or a linear layer's sums of 64 tokens.
 float* take_sums(Scratch& scratch, const Gradients& gradients, const Projection& projection) {
-  if (projection.layer != Layer::elementwise) return nullptr;
-  return scratch.take<float>(2 * gradients.batch * gradients.in);
+  const int64_t count = projection.layer == Layer::elementwise ? 2 * gradients.batch * gradients.in
+                                                               : sums_wanted(gradients, projection);
+  return count == 0 ? nullptr : scratch.take<float>(count);
 }
 
 }  // namespace

@@ -171,8 +171,8 @@ __device__ inline int place_of(int row, int chunk) {
   return row * kSliceBytes + (chunk ^ ((row & 1) << 2 | (row >> 1 & 3))) * 16;
 }
 
-// Brings a warp's 16 tokens to its ring, slice after slice of every source; a lane copies a chunk of
-// four rows. What has no token, and columns past the end, become zeros without being read.
+// Brings a warp's 16 tokens to its ring, slice after slice of every source; a lane copies a chunk
+// of four rows. What has no token, and columns past the end, become zeros without being read.
 template <class T>
 class Loader {
  public:
@@ -254,9 +254,9 @@ class Loader {
   const char* from_ = nullptr;
 };
 
-// A warp's tokens as first operands, `kSteps` steps of 16 depths, which registers have room for: all
-// four of a bfloat16 slice (two beside sjlt's two words of signs), one of a float32 slice's two. A
-// value is the sum of its bfloat16 parts, the largest first: three parts hold a float32 exactly.
+// A warp's tokens as first operands, `kSteps` steps of 16 depths, as many as registers have room
+// for: all four of a bfloat16 slice (two beside sjlt's two words of signs), one of a float32 slice's
+// two. A value is the sum of its bfloat16 parts, the largest first: three parts hold a float32 exactly.
 template <class T, Kind kind>
 struct Tokens {
   static constexpr int kParts = sizeof(T) == 4 ? 3 : 1;

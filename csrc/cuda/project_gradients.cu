@@ -1,24 +1,25 @@
-// out[b] += sum_j vec(R_out_j G_bj R_in^T),  G_bj = sum_s g_js [x_s, 1]^T, over the layers j that read
-// the same x. Linear layers take one launch of project_tiles (project.cuh): P = x R_in^T and Q = sum_j
-// g_j R_out_j^T, both tokens x 64 and float32, stay on the chip; then out[b] += Q_b^T P_b.
+// out[b] += sum_j vec(R_out_j G_bj R_in^T),  G_bj = sum_s g_js [x_s, 1]^T, over the layers j that
+// read the same x. Linear layers take one launch of project_tiles (project.cuh): P = x R_in^T and
+// Q = sum_j g_j R_out_j^T, tokens x 64, float32, stay on the chip; then out[b] += Q_b^T P_b.
 //
 // A block owns 64 x 64 numbers of the grids of as many examples as have room in 128 tokens, or of
 // one longer example, 128 tokens after the other: one writer for each number, no atomics. Sums run
 // over 16, 64, then all tokens of an example alone: no other token, tile or padding changes a bit.
-// Few long examples would leave multiprocessors idle: there a block owns one tile, stores its sums of
-// 64 tokens, and add_sums_in_order adds them in the same order.
-// Rows past an example's length are not read, 16 such rows are not multiplied.
+// Few long examples would leave multiprocessors idle: there a block owns one tile, stores its sums
+// of 64 tokens, and add_sums_in_order adds them in the same order. Padding is not read, and not
+// multiplied where 16 rows have no token.
 //
-// Bytes: x and every g once per 64 x 64 of the grid, B S (I + sum O) times 2 or 4, and the grid twice,
-// 8 k_out k_in an example. Operations: 2 B S (k (I + sum O) + k_out k_in): on the tensor cores +-1
-// is exact in bfloat16, a bfloat16 value takes one product, a float32 three (its 24 bits in three
-// parts), Q^T P three of tf32. Signs are made in the block, 8 bytes a column, then two instructions
-// for two entries in each warp.
-// Limit, H200 (4.8 TB/s, 989 TFLOP/s): at k = 64 a bfloat16 byte takes 64 operations, 0.3 of what the
-// tensor cores do in its time and some 0.7 with mma.sync at half their rate: the read of x and g. In
-// float32 the three products take as long as the read. Counted, not measured: no GPU has run it yet.
+// Bytes: x and every g once per 64 x 64 of the grid, B S (I + sum O) times 2 or 4, and the grid
+// twice, 8 k_out k_in an example (what short examples cost). Operations: 2 B S (k (I + sum O) +
+// k_out k_in) on the tensor cores: +-1 is exact in bfloat16, so a bfloat16 value takes one product
+// and a float32 three, its 24 bits in three parts; Q^T P is three products of tf32.
+// Limit, H200 (4.8 TB/s, 989 TFLOP/s): at k = 64 a byte of bfloat16 takes 64 operations, 0.3 of
+// what the tensor cores do meanwhile, 0.6 if mma.sync runs at half their rate: the read of x and g. The
+// instructions (some 300 a warp for 2 KB, of which 128 make signs) need nearly as long; in float32
+// the three products do. Counted in the SASS: no GPU has run it yet.
 //
 // identity: add_exact, straight from g and [x, 1]; a block owns 64 x 64 of the gradient.
+//
 // LayerNorm (elementwise): sum_elementwise makes v and u into scratch, a thread per feature; sketch
 // adds them into the grid. Embedding: sketch reads the tokens. A block of sketch owns one example's
 // grid, a thread the positions that equal its number modulo 256: it looks at every element and adds

@@ -36,7 +36,7 @@ constexpr int kThreads = kProductThreads;
 constexpr int kPadded = kSide + 1;  // a column of a Gram tile lies in different banks
 // Every element of a Gram tile or of a gradient drifts the same way, so the sum of their products
 // does: shorter chains than for a single product.
-constexpr int64_t kShortChain = 64;
+constexpr int kShortChain = 64;
 constexpr int kPairBytes = kProductBytes + kSide * kPadded * static_cast<int>(sizeof(float));
 constexpr int64_t kPart128 = int64_t{kSide} * kSide;  // numbers of a formed part
 constexpr int64_t kFormedBytes = int64_t{1} << 25;    // of all examples' parts
@@ -106,8 +106,8 @@ __device__ void find_tokens(const Lengths& lengths, int64_t batch, const Layout&
 template <class T>
 __device__ void gram_tile(const TokenSide<T>& a, const TokenSide<T>& b, int unit, char* memory,
                           bool first, float bias, float* gram) {
-  TileSums total = {};
-  multiply_rows<T, true, kShortChain>(a, b, a.stride, unit, memory, [&](const TileSums& sums) {
+  TileSums<> total = {};
+  multiply_rows<T, true, kShortChain>(a, b, a.stride, unit, memory, [&](const TileSums<>& sums) {
     for_tile([&](int m, int n, int i) { total[m][n][i] += sums[m][n][i]; });
   });
   for_tile([&](int m, int n, int i) {
@@ -201,9 +201,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t o = at / columns * kSide, i = at % columns * kSide;
   const MatrixColumnsSide<T> rows_side{g + b * lengths.tokens * out + o, out, out - o, length};
   const MatrixColumnsSide<T> columns_side{x + b * lengths.tokens * in + i, in, in - i, length};
-  TileSums total = {};
+  TileSums<> total = {};
   multiply_columns<T, kShortChain>(
-      rows_side, columns_side, length, unit, memory, [&](const TileSums& sums) {
+      rows_side, columns_side, length, unit, memory, [&](const TileSums<>& sums) {
         for_tile([&](int m, int n, int k) { total[m][n][k] += sums[m][n][k]; });
       });
   float* to = formed + blockIdx.x * kPart128;
@@ -243,8 +243,8 @@ __global__ void __launch_bounds__(kThreads, 1) dot_shares(Products job) {
   const int64_t left = job.depth - begin, depth = left < 0 ? 0 : left < size ? left : size;
   const MatrixSide<float> a{job.first + i * job.depth + begin, job.depth, job.batch1 - i};
   const MatrixSide<float> b{job.second + j * job.depth + begin, job.depth, job.batch2 - j};
-  TileSums total = {};
-  multiply_rows<float, true>(a, b, depth, job.unit, memory, [&](const TileSums& sums) {
+  TileSums<> total = {};
+  multiply_rows<float, true>(a, b, depth, job.unit, memory, [&](const TileSums<>& sums) {
     for_tile([&](int m, int n, int k) { total[m][n][k] += sums[m][n][k]; });
   });
   for_tile([&](int m, int n, int k) {

@@ -2,8 +2,8 @@
 // and the k smallest, and the sums per group. Training rows go by in waves; a wave is
 //
 //   row_scales    cosine only: 1 / |n_c|, a warp per row.
-//   score_tiles   a block owns 128 queries x 128 training rows and adds up all checkpoints' terms in
-//                 registers. The tile then passes through shared memory: a thread per query adds it
+//   score_tiles   a block owns 128 queries x 256 training rows (128 if float32) and adds up all
+//                 checkpoints' terms in registers. The tile then passes through shared memory: a thread per query adds it
 //                 up by group into `partials`, another notes the scores that are not worse than the
 //                 last of the query's lists as candidates. No score goes to device memory otherwise.
 //   merge         a block owns one query's list in one direction, which is kept sorted: the
@@ -15,7 +15,7 @@
 // added in float64: exact, and so the same for any cut of the training rows into calls, unless a
 // query's scores span more than 2^(29 - log2 N).
 //
-// Bytes: training rows C N K (4 or 2) once (24 bands of queries at a time), candidates about 8 Q k
+// Bytes: training rows C N K (4 or 2) once per 24 x 128 queries, candidates about 8 Q k
 // ln(N / wave); through L2 C Q N K (4 or 2) / 64. Operations 2 C Q N K. On an H200 (4.8 TB/s, 989
 // TFLOP/s of bfloat16) with Q = 2,500 the tensor cores and L2 are the limit; float32 takes three
 // tf32 products: a sixth of that rate. No GPU has run this file yet.
@@ -34,8 +34,18 @@ constexpr int kWarp = 32;
 constexpr int64_t kWaveBytes = int64_t{1} << 28;  // of candidates and partials
 constexpr int64_t kWaveTrains = int64_t{1} << 17;
 constexpr int64_t kBand = 24;
-constexpr int kPadded = kSide + 1;  // a column of scores lies in different banks
+constexpr int kMostColumns = 256;
 constexpr int kTermsPerLaunch = 32;
+
+// A tile's training rows: 32 kN. Sums of bfloat16 leave room for more of them.
+template <class T>
+constexpr int kN = sizeof(T) == 2 ? 8 : 4;
+template <class T>
+constexpr int kColumns = 32 * kN<T>;
+template <class T>
+constexpr int kTileBytes = kStages * (kSide + kColumns<T>)*kRowBytes;
+template <class T>
+constexpr int kPadded = kColumns<T> + 1;  // a column of scores lies in different banks
 
 struct Term {
   const void *queries, *trains;
@@ -57,7 +67,7 @@ struct Wave {
   int64_t queries, trains, width, checkpoints;  // trains: of this wave
   int64_t first;                                // training row of the call that is the wave's row 0
   int unit;
-  int64_t query_tiles, band;                 // 128 queries; tiles a band
+  unsigned query_tiles, band;                // 128 queries; tiles a band
   const Term* terms;                         // (C,)
   const float *query_scales, *train_scales;  // (C, Q), (C, capacity); null: no cosine
   int64_t capacity;                          // training rows of the widest wave
@@ -65,6 +75,7 @@ struct Wave {
   int* counts;                               // (Q,)
   const int64_t* groups;                     // of the wave's rows, or null
   int64_t num_groups;
+  int tile_columns;
   double* partials;  // (tiles, G, Q)
   int64_t k;
   Ranking proponents, opponents;
@@ -90,37 +101,108 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (threadIdx.x % kWarp != 0) return;
   constexpr double kLargest = 3.4028234663852886e38;
-  const double scale = square == 0.0 ? 0.0 : 1.0 / sqrt(square);
+  const double scale = square == 0.0 ? 1.0 : 1.0 / sqrt(square);  // its products are 0 as they are
   scales[row] = static_cast<float>(scale > kLargest ? kLargest : scale);
 }
 
-// Scores of this block's tile.
+// A block's tile: its first query and row of the wave, and how many rows there are.
+struct Place {
+  int64_t q;
+  int n, columns;
+};
+
+// Bands of query tiles; in a band the queries first, so that blocks at work share their rows.
 template <class T>
-__device__ void add_terms(const Wave& wave, int64_t q, int64_t n, char* memory, TileSums& scores) {
-  __shared__ float row_scale[kSide], column_scale[kSide];
-  const int side = static_cast<int>(threadIdx.x) % kSide;
-  for (int64_t c = 0; c < wave.checkpoints; ++c) {
-    const Term term = wave.terms[c];
-    if (threadIdx.x < kSide) {
-      const bool scaled = wave.query_scales != nullptr && q + side < wave.queries;
-      row_scale[side] = scaled ? wave.query_scales[c * wave.queries + q + side] : 1.0f;
-    } else {
-      const bool scaled = wave.train_scales != nullptr && n + side < wave.trains;
-      const float scale = scaled ? wave.train_scales[c * wave.capacity + n + side] : 1.0f;
-      column_scale[side] = term.weight * scale;
-    }
-    __syncthreads();  // also the last thing that a product does: the scales before are read
-    const T* trains = static_cast<const T*>(term.trains) + (wave.first + n) * wave.width;
-    const MatrixSide<T> a{static_cast<const T*>(term.queries) + q * wave.width, wave.width,
-                          wave.queries - q};
-    const MatrixSide<T> b{trains, wave.width, wave.trains - n};
-    multiply_rows<T>(a, b, wave.width, wave.unit, memory, [&](const TileSums& sums) {
-      for_tile([&](int m, int n, int i) {
-        scores[m][n][i] +=
-            sums[m][n][i] * row_scale[tile_row_of(m, i)] * column_scale[tile_column_of(n, i)];
-      });
-    });
+__device__ Place place_of(const Wave& wave) {
+  const auto tiles = static_cast<unsigned>(ceil_div(wave.trains, kColumns<T>));
+  const unsigned band = blockIdx.x / (wave.band * tiles), at = blockIdx.x % (wave.band * tiles);
+  const unsigned left = wave.query_tiles - band * wave.band;
+  const unsigned height = left < wave.band ? left : wave.band;
+  const int n = static_cast<int>(at / height) * kColumns<T>;
+  const int64_t rest = wave.trains - n;
+  return {int64_t{band * wave.band + at % height} * kSide, n,
+          static_cast<int>(rest < kColumns<T> ? rest : kColumns<T>)};
+}
+
+// The factors of checkpoint c's products: this thread's row and column of the tile.
+struct Scales {
+  float row, column;
+};
+
+__device__ Scales scales_of(const Wave& wave, int64_t c, const Place& place) {
+  const int64_t query = place.q + threadIdx.x;
+  const int train = place.n + static_cast<int>(threadIdx.x);
+  const bool row = wave.query_scales != nullptr && threadIdx.x < kSide && query < wave.queries;
+  const bool column = wave.train_scales != nullptr && train < wave.trains;
+  const float scale = column ? wave.train_scales[c * wave.capacity + train] : 1.0f;
+  return {row ? wave.query_scales[c * wave.queries + query] : 1.0f, wave.terms[c].weight * scale};
+}
+
+template <class T>
+__device__ MatrixSide<T> query_side(const Wave& wave, int64_t c, int64_t q) {
+  const T* queries = static_cast<const T*>(wave.terms[c].queries);
+  return {queries + q * wave.width, wave.width, wave.queries - q};
+}
+
+template <class T>
+__device__ MatrixSide<T> train_side(const Wave& wave, int64_t c, int64_t n) {
+  const T* trains = static_cast<const T*>(wave.terms[c].trains);
+  return {trains + (wave.first + n) * wave.width, wave.width, wave.trains - n};
+}
+
+// Scales in shared memory; a product ends with a barrier, so the ones before it have been read.
+struct TileScales {
+  float row[kSide], column[kMostColumns];
+
+  __device__ void set(const Scales& mine) {
+    if (threadIdx.x < kSide) row[threadIdx.x] = mine.row;
+    column[threadIdx.x] = mine.column;
+    __syncthreads();
   }
+};
+
+// Scores of this block's tile. Float32: chain by chain onto the sum.
+__device__ void add_terms(const Wave& wave, const Place& place, char* memory, TileScales& scales,
+                          TileSums<4>& scores, float) {
+  for (int64_t c = 0; c < wave.checkpoints; ++c) {
+    scales.set(scales_of(wave, c, place));
+    multiply_rows<float>(query_side<float>(wave, c, place.q), train_side<float>(wave, c, place.n),
+                         wave.width, wave.unit, memory, [&](const TileSums<>& sums) {
+                           for_tile([&](int m, int n, int i) {
+                             scores[m][n][i] += sums[m][n][i] * scales.row[tile_row_of(m, i)] *
+                                                scales.column[tile_column_of(n, i)];
+                           });
+                         });
+  }
+}
+
+// bfloat16: registers hold one tile, so the sum is kept in the scale of the checkpoint that is being
+// added. A checkpoint of weight 0 is left out.
+__device__ void add_terms(const Wave& wave, const Place& place, char* memory, TileScales& scales,
+                          TileSums<8>& scores, __nv_bfloat16) {
+  const auto scale = [&] {
+    for_tile<8>([&](int m, int n, int i) {
+      scores[m][n][i] *= scales.row[tile_row_of(m, i)];
+      scores[m][n][i] *= scales.column[tile_column_of<8>(n, i)];
+    });
+  };
+  bool some = false;
+  Scales before{1.0f, 1.0f};
+  for (int64_t c = 0; c < wave.checkpoints; ++c) {
+    if (wave.terms[c].weight == 0.0f) continue;
+    const Scales now = scales_of(wave, c, place);
+    if (some) {
+      scales.set({before.row / now.row, before.column / now.column});
+      scale();
+    }
+    some = true;
+    before = now;
+    add_rows<__nv_bfloat16>(query_side<__nv_bfloat16>(wave, c, place.q),
+                            train_side<__nv_bfloat16>(wave, c, place.n), wave.width, wave.unit,
+                            memory, scores);
+  }
+  scales.set(before);
+  scale();
 }
 
 // Float32 operands of the tensor cores are split, which makes NaN of infinite ones: then the plain
@@ -141,15 +223,26 @@ __device__ float plain_score(const Wave& wave, int64_t q, int64_t n) {
   return score;
 }
 
+__device__ void say_plainly(const Wave& wave, int64_t q, int64_t n, int columns, float* table) {
+  __syncthreads();
+  for (int at = static_cast<int>(threadIdx.x); at < kSide * columns; at += kThreads) {
+    const int row = at / columns, column = at % columns;
+    float& score = table[row * kPadded<float> + column];
+    if (score != score && q + row < wave.queries) {
+      score = plain_score(wave, q + row, n + column) + 0.0f;
+    }
+  }
+}
+
 // The tile's columns, sorted by group.
 struct GroupOrder {
-  int column[kSide];
-  int64_t group[kSide];
+  int column[kMostColumns];
+  int64_t group[kMostColumns];
 };
 
 // True if a group is outside [0, G). Called by the whole block.
 __device__ bool sort_by_group(const Wave& wave, int64_t n, int columns, GroupOrder& order) {
-  __shared__ int64_t groups[kSide];
+  __shared__ int64_t groups[kMostColumns];
   const int mine = static_cast<int>(threadIdx.x);
   if (mine < columns) groups[mine] = wave.groups[n + mine];
   __syncthreads();
@@ -198,38 +291,31 @@ __device__ void note_candidates(const Wave& wave, int64_t q, int64_t n, const fl
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) score_tiles(Wave wave) {
+  __shared__ Place place;  // not in registers, which the scores fill
+  __shared__ TileScales scales;
   __shared__ GroupOrder order;
   char* memory = dynamic_shared();
-  // Bands of query tiles; in a band the queries first, so that blocks at work share their rows.
-  const int64_t tiles = ceil_div(wave.trains, kSide);
-  const int64_t band = blockIdx.x / (wave.band * tiles), at = blockIdx.x % (wave.band * tiles);
-  const int64_t left = wave.query_tiles - band * wave.band;
-  const int64_t height = left < wave.band ? left : wave.band;
-  const int64_t tile = at / height;
-  const int64_t q = (band * wave.band + at % height) * kSide, n = tile * kSide;
-  const int columns = static_cast<int>(wave.trains - n < kSide ? wave.trains - n : kSide);
-
-  TileSums scores = {};
-  add_terms<T>(wave, q, n, memory, scores);
+  if (threadIdx.x == 0) place = place_of<T>(wave);
+  __syncthreads();
+  TileSums<kN<T>> scores = {};
+  add_terms(wave, place, memory, scales, scores, T{});
   float* table = reinterpret_cast<float*>(memory);
-  for_tile([&](int m, int k, int i) {
-    const int row = tile_row_of(m, i), column = tile_column_of(k, i);
-    float score = scores[m][k][i];
-    if (sizeof(T) == 4 && score != score && q + row < wave.queries && column < columns) {
-      score = plain_score(wave, q + row, n + column);
-    }
+  for_tile<kN<T>>([&](int m, int k, int i) {
     // + 0.0f turns -0 into +0, its equal, so that a score's bits do not depend on the path to it.
-    table[row * kPadded + column] = score + 0.0f;
+    table[tile_row_of(m, i) * kPadded<T> + tile_column_of<kN<T>>(k, i)] = scores[m][k][i] + 0.0f;
   });
+  const int64_t q = place.q;
+  const int n = place.n, columns = place.columns;
+  if constexpr (sizeof(T) == 4) say_plainly(wave, q, n, columns, table);
   const bool sums = wave.groups != nullptr;
   const bool bad = sums && sort_by_group(wave, n, columns, order);
   __syncthreads();
   const int row = static_cast<int>(threadIdx.x) % kSide;
   if (q + row >= wave.queries) return;
   if (threadIdx.x >= kSide) {
-    note_candidates(wave, q + row, n, table + row * kPadded, columns);
+    note_candidates(wave, q + row, n, table + row * kPadded<T>, columns);
   } else if (sums) {
-    sum_groups(wave, q + row, tile, table + row * kPadded, columns, bad, order);
+    sum_groups(wave, q + row, n / kColumns<T>, table + row * kPadded<T>, columns, bad, order);
   }
 }
 
@@ -331,19 +417,19 @@ __global__ void add_partials(Wave wave, double* group_sums) {
   if (query >= wave.queries) return;
   for (int64_t group = blockIdx.y; group < wave.num_groups; group += gridDim.y) {
     double sum = group_sums[query * wave.num_groups + group];
-    for (int64_t tile = 0; tile < ceil_div(wave.trains, kSide); ++tile) {
+    for (int64_t tile = 0; tile < ceil_div(wave.trains, wave.tile_columns); ++tile) {
       sum += wave.partials[(tile * wave.num_groups + group) * wave.queries + query];
     }
     group_sums[query * wave.num_groups + group] = sum;
   }
 }
 
-// Training rows a wave: a multiple of 128, at least 128.
-int64_t wave_trains(const TopK& job) {
+// Training rows a wave: whole tiles, at least one.
+int64_t wave_trains(const TopK& job, int64_t columns) {
   const int64_t groups = job.group_sums == nullptr ? 0 : job.num_groups;
-  const int64_t tile_bytes = std::max<int64_t>(job.queries, 1) * 8 * (kSide + groups);
-  const int64_t fit = std::min(kWaveBytes / tile_bytes * kSide, kWaveTrains);
-  return std::min(std::max<int64_t>(fit, kSide), ceil_div(job.trains, kSide) * kSide);
+  const int64_t tile_bytes = std::max<int64_t>(job.queries, 1) * 8 * (columns + groups);
+  const int64_t fit = std::min(kWaveBytes / tile_bytes * columns, kWaveTrains);
+  return std::min(std::max(fit, columns), ceil_div(job.trains, columns) * columns);
 }
 
 // The scratch, and a wave that reads and writes it.
@@ -356,7 +442,8 @@ struct Plan {
 Plan make_plan(Scratch& scratch, const TopK& job) {
   Plan plan{};
   Wave& wave = plan.wave;
-  wave.capacity = wave_trains(job);
+  wave.tile_columns = job.dtype == DType::bfloat16 ? kColumns<__nv_bfloat16> : kColumns<float>;
+  wave.capacity = wave_trains(job, wave.tile_columns);
   wave.candidates = scratch.take<Candidate>(job.queries * wave.capacity);
   wave.counts = scratch.take<int>(job.queries);
   wave.terms = plan.terms = scratch.take<Term>(job.checkpoints);
@@ -366,13 +453,15 @@ Plan make_plan(Scratch& scratch, const TopK& job) {
   }
   if (job.group_sums != nullptr) {
     wave.num_groups = job.num_groups;
-    wave.partials = scratch.take<double>(wave.capacity / kSide * job.num_groups * job.queries);
+    wave.partials =
+        scratch.take<double>(wave.capacity / wave.tile_columns * job.num_groups * job.queries);
   }
   wave.queries = job.queries;
   wave.width = job.width;
   wave.checkpoints = job.checkpoints;
-  wave.query_tiles = ceil_div(job.queries, kSide);
-  wave.band = ceil_div(wave.query_tiles, std::max<int64_t>(ceil_div(wave.query_tiles, kBand), 1));
+  const int64_t tiles = ceil_div(job.queries, kSide);
+  wave.query_tiles = static_cast<unsigned>(tiles);
+  wave.band = static_cast<unsigned>(ceil_div(tiles, std::max<int64_t>(ceil_div(tiles, kBand), 1)));
   wave.k = job.k;
   wave.proponents = job.proponents;
   wave.opponents = job.opponents;
@@ -408,8 +497,9 @@ void run_wave(const TopK& job, const Plan& plan, const Wave& wave, cudaStream_t 
                      plan.train_scales + c * wave.capacity, stream);
   }
   check_call(kOp, cudaMemsetAsync(wave.counts, 0, sizeof(int) * job.queries, stream));
-  const auto tiles = static_cast<unsigned>(wave.query_tiles * ceil_div(wave.trains, kSide));
-  score_tiles<T><<<tiles, kThreads, kProductBytes, stream>>>(wave);
+  const auto tiles =
+      static_cast<unsigned>(wave.query_tiles * ceil_div(wave.trains, wave.tile_columns));
+  score_tiles<T><<<tiles, kThreads, kTileBytes<T>, stream>>>(wave);
   check_launch(kOp);
   const dim3 lists(static_cast<unsigned>(job.queries), 2);
   merge<<<lists, kThreads, 0, stream>>>(wave, job.index_offset + wave.first);
@@ -424,7 +514,7 @@ void run_wave(const TopK& job, const Plan& plan, const Wave& wave, cudaStream_t 
 template <class T>
 void run(const TopK& job, const Plan& plan, cudaStream_t stream) {
   check_call(kOp, cudaFuncSetAttribute(score_tiles<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       kProductBytes));
+                                       kTileBytes<T>));
   store_all_terms(job, plan.terms, stream);
   Wave wave = plan.wave;
   wave.unit = 16;

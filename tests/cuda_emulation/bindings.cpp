@@ -39,9 +39,10 @@ extern "C" {
 
 int emulated_project_gradients(const Gradients* gradients, const Projection* projection, float* out,
                                int64_t stride, int backwards) {
-  return run(cuda::project_gradients_scratch(*gradients, *projection), backwards, [&](void* memory) {
-    cuda::project_gradients(*gradients, *projection, out, stride, memory, nullptr);
-  });
+  return run(cuda::project_gradients_scratch(*gradients, *projection), backwards,
+             [&](void* memory) {
+               cuda::project_gradients(*gradients, *projection, out, stride, memory, nullptr);
+             });
 }
 
 int emulated_gradient_dot(const Gradients* first, const Gradients* second, int layer, int bias,

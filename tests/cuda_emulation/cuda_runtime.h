@@ -93,7 +93,7 @@ inline jmp_buf scheduler;
 inline std::function<void()>* kernel;
 inline Barrier whole, warps[kThreads / kWarp];
 inline char slots[kThreads][64];
-inline bool backwards = false;  // the order in which threads are taken up
+inline bool backwards = false;                        // the order in which threads are taken up
 inline std::map<const void*, size_t> shared_granted;  // to each kernel that asked for more
 alignas(1024) inline char shared_memory[kShared];
 
@@ -151,8 +151,8 @@ inline void resume(int index) {
   setcontext(&fiber.start);
 }
 
-inline void run_block(int threads) {
-  memset(shared_memory, 0xff, kShared);  // NaN
+inline void run_block(int threads, size_t shared) {
+  memset(shared_memory, 0xff, shared);  // NaN
   whole = {0, 0, threads};
   for (int i = 0; i < threads; ++i) prepare(fibers[i]);
   for (int w = 0; w * kWarp < threads; ++w) {
@@ -175,7 +175,8 @@ inline void run_block(int threads) {
 }
 
 template <class Kernel, class F>
-void launch(Kernel* function, F body, dim3 grid, dim3 size, size_t shared = 0, cudaStream_t = nullptr) {
+void launch(Kernel* function, F body, dim3 grid, dim3 size, size_t shared = 0,
+            cudaStream_t = nullptr) {
   std::function<void()> call = body;
   kernel = &call;
   block_size = size;
@@ -188,7 +189,7 @@ void launch(Kernel* function, F body, dim3 grid, dim3 size, size_t shared = 0, c
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         block = dim3(x, y, z);
-        run_block(static_cast<int>(size.x));
+        run_block(static_cast<int>(size.x), shared);
       }
     }
   }

@@ -12,7 +12,8 @@ namespace host {
 
 inline float towards_zero(double value) {
   const float nearest = static_cast<float>(value);
-  const bool over = std::isfinite(value) && std::fabs(static_cast<double>(nearest)) > std::fabs(value);
+  const bool over =
+      std::isfinite(value) && std::fabs(static_cast<double>(nearest)) > std::fabs(value);
   return over ? std::nextafterf(nearest, 0.0f) : nearest;
 }
 

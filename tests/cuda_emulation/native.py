@@ -21,8 +21,11 @@ LAYERS = ["linear", "elementwise", "embedding"]
 KINDS = ["rademacher", "sjlt", "identity"]
 # Scratch is cut small, so that small tests take many waves and parts.
 SMALLER = {
-    "top_k_dot": ("kWaveBytes = int64_t{1} << 28", "kWaveBytes = 1 << 16"),
-    "gradient_dot": ("kFormedBytes = int64_t{1} << 25", "kFormedBytes = 1 << 19"),
+    "top_k_dot": {"kWaveBytes = int64_t{1} << 28": "kWaveBytes = 1 << 16"},
+    "gradient_dot": {
+        "kFormedBytes = int64_t{1} << 25": "kFormedBytes = 1 << 19",
+        "kBlocks = 264": "kBlocks = 5",
+    },
 }
 
 backwards = False
@@ -77,9 +80,9 @@ def build(folder: Path, compiler: str) -> None:
 
     def compile_one(source: Path) -> Path:
         text = LAUNCH.sub(r"emu::launch(\1, [&] { \1(\3); }, \2);", source.read_text())
-        if source.stem in SMALLER:
-            assert SMALLER[source.stem][0] in text
-            text = text.replace(*SMALLER[source.stem])
+        for size, smaller in SMALLER.get(source.stem, {}).items():
+            assert size in text
+            text = text.replace(size, smaller)
         assert "<<<" not in text, f"{source.name}: a launch that is not understood"
         copy, target = folder / f"{source.stem}.cpp", folder / f"{source.stem}.o"
         copy.write_text(text)

@@ -29,6 +29,7 @@ namespace tracmod::cpu {
 namespace {
 
 constexpr int64_t kTokenBlock = 48;
+constexpr int64_t kWaveTokens = 768;  // of each thread
 constexpr int64_t kColumnBlock = 64;
 constexpr int64_t kRowBlock = 48;
 constexpr int64_t kWidenDepth = 256;
@@ -67,11 +68,14 @@ struct Side {
 
 struct Plan {
   int64_t* starts;
+  int64_t wave;  // tokens whose P and Q are there at a time
   Side in, out;
   float* sums;  // (threads, sums_size): sjlt
   int64_t sums_size;
   double* grids;  // (threads, grid + rows): elementwise and embedding
   int64_t grid, rows;
+  float* parts;         // (threads, rows): elementwise
+  SparseEntry* places;  // (rows,): of each element in the grid
 };
 
 void plan_side(Scratch& scratch, Kind kind, int64_t tokens, Side& side) {
@@ -95,7 +99,8 @@ Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& p
                int threads) {
   Plan plan{};
   if (projection.layer == Layer::linear) {
-    const int64_t tokens = gradients.batch * gradients.tokens;
+    plan.wave = std::min(gradients.batch * gradients.tokens,
+                         std::max(gradients.tokens, kWaveTokens * threads));
     plan.starts = scratch.take<int64_t>(gradients.batch + 1);
     plan.in.k = projection.k_in;
     plan.in.parts = 1;
@@ -108,8 +113,8 @@ Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& p
       plan.out.part[j] = {output.g, output.size, 0, output.columns,
                           stream_of(projection.seed, output.key)};
     }
-    plan_side(scratch, projection.kind, tokens, plan.in);
-    plan_side(scratch, projection.kind, tokens, plan.out);
+    plan_side(scratch, projection.kind, plan.wave, plan.in);
+    plan_side(scratch, projection.kind, plan.wave, plan.out);
     if (projection.kind == Kind::sjlt) {
       plan.sums_size = kSparseTokens * (std::max(plan.in.k, plan.out.k) + kSparseGroup);
       plan.sums = scratch.take<float>(plan.sums_size * threads);
@@ -119,6 +124,8 @@ Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& p
     // LayerNorm's sums are made before they are sketched: two more rows behind the grid.
     plan.rows = projection.layer == Layer::elementwise ? 2 * gradients.in : 0;
     plan.grids = scratch.take<double>((plan.grid + plan.rows) * threads);
+    plan.parts = scratch.take<float>(plan.rows * threads);
+    plan.places = scratch.take<SparseEntry>(plan.rows);
   }
   return plan;
 }
@@ -275,9 +282,9 @@ void fold(float* sums, int64_t k, float* projected) {
   std::fill(sums, sums + k + kSparseGroup, 0.0f);
 }
 
-// At most kTokenBlock tokens; `sums` (kSparseTokens, k + 16) zeros, and so they are left.
+// At most kSparseTokens tokens, after which those from `next` on come; `sums` (kSparseTokens, k + 16) zeros, and so they are left.
 template <class T>
-void project_sparse(const Side& side, const Rows<T>& rows, int64_t count, float* sums,
+void project_sparse(const Side& side, const Rows<T>& rows, int64_t next, int64_t count, float* sums,
                     float* projected) {
   constexpr int64_t kGroups = 256, kSingles = 64;  // additions in a row
   const int64_t ld = side.k + kSparseGroup;
@@ -289,7 +296,8 @@ void project_sparse(const Side& side, const Rows<T>& rows, int64_t count, float*
       const int64_t groups = std::min(kGroups, part.group_count - i * kGroups);
       const int64_t singles = std::min((i + 1) * kSingles, part.single_count);
       if (groups > 0) {
-        add_sparse(rows.of[p], count, part.groups + i * kGroups, groups, sums, ld);
+        add_sparse(rows.of[p], rows.of[p] + next, count, part.groups + i * kGroups, groups, sums,
+                   ld);
       }
       for (int64_t m = 0; m < count; ++m) {
         for (int64_t j = i * kSingles; j < singles; ++j) {
@@ -313,7 +321,8 @@ void project_sparse_block(const Side& side, const Rows<T>& rows, int64_t count, 
     for (int p = 0; p < side.parts; ++p) {
       std::copy(rows.of[p] + begin, rows.of[p] + count, some.of[p]);
     }
-    project_sparse(side, some, std::min(kSparseTokens, count - begin), sums,
+    const int64_t next = begin + 2 * kSparseTokens <= count ? kSparseTokens : 0;
+    project_sparse(side, some, next, std::min(kSparseTokens, count - begin), sums,
                    projected + begin * side.width);
   }
   const Part& first = side.part[0];  // the one that may have a bias
@@ -324,14 +333,13 @@ void project_sparse_block(const Side& side, const Rows<T>& rows, int64_t count, 
 
 template <class T>
 void project_block(const Side& side, Kind kind, const Gradients& gradients, const int64_t* starts,
-                   int64_t begin, int64_t end, float* sums) {
+                   int64_t begin, int64_t end, float* sums, float* projected) {
   Rows<T> rows;
   for_tokens(starts, gradients.batch, gradients.tokens, begin, end, [&](int64_t n, int64_t row) {
     for (int p = 0; p < side.parts; ++p) {
       rows.of[p][n - begin] = static_cast<const T*>(side.part[p].rows) + row * side.part[p].size;
     }
   });
-  float* projected = side.projected + begin * side.width;
   if (kind == Kind::rademacher) {
     if (signs().add_dense != nullptr) return project_tables(side, rows, end - begin, projected);
     return project_dense(side, rows, end - begin, projected);
@@ -343,48 +351,69 @@ void project_block(const Side& side, Kind kind, const Gradients& gradients, cons
   }
 }
 
+// P and Q of tokens [first, end).
+template <class T>
+void project_tokens(const Gradients& gradients, Kind kind, const Plan& plan, int64_t first,
+                    int64_t end, int threads) {
+  const int64_t blocks = ceil_div(end - first, kTokenBlock);
+  parallel_for(threads, 2 * blocks, [&](int64_t item, int slot) {
+    const Side& side = item < blocks ? plan.in : plan.out;
+    const int64_t begin = first + (item % blocks) * kTokenBlock;
+    project_block<T>(side, kind, gradients, plan.starts, begin, std::min(end, begin + kTokenBlock),
+                     plan.sums + slot * plan.sums_size,
+                     side.projected + (begin - first) * side.width);
+  });
+}
+
+// out[b] += scale * Q_b^T P_b of examples [first, end), whose P and Q begin the scratch.
+void add_products(const Plan& plan, Kind kind, int64_t first, int64_t end, float* out,
+                  int64_t stride, int threads) {
+  const Side &in = plan.in, &of = plan.out;
+  double scale = 1.0;
+  if (kind == Kind::rademacher) {
+    scale = 1.0 / std::sqrt(static_cast<double>(in.k) * static_cast<double>(of.k));
+  }
+  const int64_t bands = ceil_div(of.k, kRowBlock);
+  parallel_for(threads, (end - first) * bands, [&](int64_t item, int) {
+    const int64_t b = first + item / bands, m = item % bands * kRowBlock;
+    const int64_t begin = plan.starts[b] - plan.starts[first];
+    signs().add_product(of.projected + begin * of.width + m, of.width,
+                        std::min(kRowBlock, of.k - m), in.projected + begin * in.width, in.width,
+                        in.k, plan.starts[b + 1] - plan.starts[b], static_cast<float>(scale),
+                        out + b * stride + m * in.k, in.k);
+  });
+}
+
 template <class T>
 void project_linear(const Gradients& gradients, const Projection& projection, Plan& plan,
                     float* out, int64_t stride, int threads) {
   count_tokens(gradients, plan.starts);
-  const int64_t tokens = plan.starts[gradients.batch];
   write_projections(plan.in, projection.kind, threads);
   write_projections(plan.out, projection.kind, threads);
-  const int64_t blocks = ceil_div(tokens, kTokenBlock);
-  parallel_for(threads, 2 * blocks, [&](int64_t item, int slot) {
-    const Side& side = item < blocks ? plan.in : plan.out;
-    const int64_t begin = (item % blocks) * kTokenBlock;
-    project_block<T>(side, projection.kind, gradients, plan.starts, begin,
-                     std::min(tokens, begin + kTokenBlock), plan.sums + slot * plan.sums_size);
-  });
-  double scale = 1.0;
-  if (projection.kind == Kind::rademacher) {
-    scale = 1.0 / std::sqrt(static_cast<double>(plan.in.k) * static_cast<double>(plan.out.k));
+  for (int64_t first = 0; first < gradients.batch;) {
+    int64_t end = first + 1;
+    while (end < gradients.batch && plan.starts[end + 1] - plan.starts[first] <= plan.wave) ++end;
+    project_tokens<T>(gradients, projection.kind, plan, plan.starts[first], plan.starts[end],
+                      threads);
+    add_products(plan, projection.kind, first, end, out, stride, threads);
+    first = end;
   }
-  const Side &in = plan.in, &of = plan.out;
-  const int64_t bands = ceil_div(of.k, kRowBlock);
-  parallel_for(threads, gradients.batch * bands, [&](int64_t item, int) {
-    const int64_t b = item / bands, m = item % bands * kRowBlock;
-    const int64_t begin = plan.starts[b], count = plan.starts[b + 1] - begin;
-    signs().add_product(of.projected + begin * of.width + m, of.width,
-                        std::min(kRowBlock, of.k - m), in.projected + begin * in.width, in.width,
-                        in.k, count, static_cast<float>(scale), out + b * stride + m * in.k, in.k);
-  });
 }
 
-// One example's LayerNorm gradient: sums = [v, u], v_d = sum_s g_sd x_sd, u_d = sum_s g_sd.
+// One example's LayerNorm gradient: sums = [v, u], v_d = sum_s g_sd x_sd, u_d = sum_s g_sd, float32
+// in blocks of tokens (`part`, as large as sums), float64 across.
 template <class T>
-void sum_elementwise(const Gradients& gradients, int64_t b, double* sums) {
-  const int64_t size = gradients.in;
+void sum_elementwise(const Gradients& gradients, int64_t b, float* part, double* sums) {
+  constexpr int64_t kTokens = 128;
+  const int64_t size = gradients.in, length = length_of(gradients, b);
   std::fill(sums, sums + 2 * size, 0.0);
-  for (int64_t s = 0; s < length_of(gradients, b); ++s) {
+  for (int64_t s = 0; s < length; s += kTokens) {
     const int64_t at = (b * gradients.tokens + s) * size;
-    const T* x = static_cast<const T*>(gradients.x) + at;
-    const T* g = static_cast<const T*>(gradients.g) + at;
-    for (int64_t d = 0; d < size; ++d) {
-      sums[d] += static_cast<double>(to_float(g[d])) * static_cast<double>(to_float(x[d]));
-      sums[size + d] += static_cast<double>(to_float(g[d]));
-    }
+    std::fill(part, part + 2 * size, 0.0f);
+    add_elementwise(static_cast<const T*>(gradients.x) + at,
+                    static_cast<const T*>(gradients.g) + at, std::min(kTokens, length - s), size,
+                    part, part + size);
+    for (int64_t d = 0; d < 2 * size; ++d) sums[d] += static_cast<double>(part[d]);
   }
 }
 
@@ -397,21 +426,22 @@ void project_elementwise(const Gradients& gradients, const Projection& projectio
                          float* out, int64_t stride, int threads) {
   const int64_t size = gradients.in, rows = projection.bias ? 2 : 1;
   const uint64_t stream = stream_of(projection.seed, projection.output[0].key);
+  for (int64_t i = 0; projection.kind != Kind::identity && i < rows * size; ++i) {
+    const uint64_t hash = element_hash(stream, i / size, i % size);
+    plan.places[i] = {position_of(hash, plan.grid), sign_of(hash)};
+  }
   parallel_for(threads, gradients.batch, [&](int64_t b, int slot) {
     if (length_of(gradients, b) == 0) return;
     double* grid = plan.grids + slot * (plan.grid + plan.rows);
     double* sums = grid + plan.grid;
-    sum_elementwise<T>(gradients, b, sums);
+    sum_elementwise<T>(gradients, b, plan.parts + slot * plan.rows, sums);
     if (projection.kind == Kind::identity) {
       add_grid(sums, rows * size, out + b * stride);
       return;
     }
     std::fill(grid, grid + plan.grid, 0.0);
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t d = 0; d < size; ++d) {
-        const uint64_t hash = element_hash(stream, row, d);
-        grid[position_of(hash, plan.grid)] += sign_of(hash) * sums[row * size + d];
-      }
+    for (int64_t i = 0; i < rows * size; ++i) {
+      grid[plan.places[i].row] += static_cast<double>(plan.places[i].sign) * sums[i];
     }
     add_grid(grid, plan.grid, out + b * stride);
   });

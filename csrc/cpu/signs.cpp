@@ -32,6 +32,7 @@ namespace {
 
 constexpr int64_t kProductDepth = 256;
 constexpr int kProductRows = 6;
+constexpr int64_t kSparseAhead = 8;  // groups between asking for values and their use
 
 template <int W>
 struct Vector {
@@ -54,15 +55,21 @@ TRACMOD_INLINE typename Vector<W>::Bits bits(const bfloat16* from) {
   return __builtin_convertvector(half, typename Vector<W>::Bits) << 16;
 }
 
+// What comes kSparseAhead groups later, at the end the next rows' first groups, is asked for here.
 template <int W, class T>
-TRACMOD_INLINE void sparse(const T* const* a, int64_t rows, const SparseGroup* groups,
-                           int64_t count, float* sums, int64_t ld) {
+TRACMOD_INLINE void sparse(const T* const* a, const T* const* next, int64_t rows,
+                           const SparseGroup* groups, int64_t count, float* sums, int64_t ld) {
   using Type = typename Vector<W>::Type;
+  const int64_t ahead = std::min(kSparseAhead, count);
   for (int64_t g = 0; g < count; ++g) {
     const SparseGroup& group = groups[g];
+    const bool wraps = g + ahead >= count;
+    const T* const* later = wraps ? next : a;
+    const int64_t later_column = groups[wraps ? g + ahead - count : g + ahead].column;
     typename Vector<W>::Bits flip[16 / W];
     std::memcpy(flip, group.flip, sizeof group.flip);
     for (int64_t m = 0; m < rows; ++m) {
+      __builtin_prefetch(later[m] + later_column);
       for (int v = 0; v < 16 / W; ++v) {
         float* to = sums + m * ld + group.position + v * W;
         *reinterpret_cast<typename Vector<W>::Loose*>(to) +=
@@ -70,6 +77,32 @@ TRACMOD_INLINE void sparse(const T* const* a, int64_t rows, const SparseGroup* g
       }
     }
   }
+}
+
+template <int M, class T>
+TRACMOD_INLINE void elementwise_rows(const T* x, const T* g, int64_t size, float* __restrict weight,
+                                     float* __restrict shift) {
+  for (int64_t d = 0; d < size; ++d) {
+    float product = 0.0f, sum = 0.0f;
+    for (int m = 0; m < M; ++m) {
+      const float value = to_float(g[m * size + d]);
+      product += value * to_float(x[m * size + d]);
+      sum += value;
+    }
+    weight[d] += product;
+    shift[d] += sum;
+  }
+}
+
+// Four tokens at a time: the sums are read and written once for them.
+template <class T>
+TRACMOD_INLINE void elementwise(const T* x, const T* g, int64_t tokens, int64_t size, float* weight,
+                                float* shift) {
+  int64_t s = 0;
+  for (; s + 4 <= tokens; s += 4) {
+    elementwise_rows<4>(x + s * size, g + s * size, size, weight, shift);
+  }
+  for (; s < tokens; ++s) elementwise_rows<1>(x + s * size, g + s * size, size, weight, shift);
 }
 
 template <int W, int M, int V>
@@ -142,20 +175,30 @@ TRACMOD_INLINE void product(const float* q, int64_t ldq, int64_t rows, const flo
   }
 }
 
-#define TRACMOD_SIGNS(NAME, TARGET, W, V)                                                       \
-  TARGET void add_sparse_##NAME(const float* const* a, int64_t rows, const SparseGroup* groups, \
-                                int64_t count, float* sums, int64_t ld) {                       \
-    sparse<W>(a, rows, groups, count, sums, ld);                                                \
-  }                                                                                             \
-  TARGET void add_sparse_bfloat16_##NAME(const bfloat16* const* a, int64_t rows,                \
-                                         const SparseGroup* groups, int64_t count, float* sums, \
-                                         int64_t ld) {                                          \
-    sparse<W>(a, rows, groups, count, sums, ld);                                                \
-  }                                                                                             \
-  TARGET void add_product_##NAME(const float* q, int64_t ldq, int64_t rows, const float* p,     \
-                                 int64_t ldp, int64_t columns, int64_t tokens, float scale,     \
-                                 float* out, int64_t ldo) {                                     \
-    product<W, V>(q, ldq, rows, p, ldp, columns, tokens, scale, out, ldo);                      \
+#define TRACMOD_SIGNS(NAME, TARGET, W, V)                                                          \
+  TARGET void add_sparse_##NAME(const float* const* a, const float* const* next, int64_t rows,     \
+                                const SparseGroup* groups, int64_t count, float* sums,             \
+                                int64_t ld) {                                                      \
+    sparse<W>(a, next, rows, groups, count, sums, ld);                                             \
+  }                                                                                                \
+  TARGET void add_sparse_bfloat16_##NAME(const bfloat16* const* a, const bfloat16* const* next,    \
+                                         int64_t rows, const SparseGroup* groups, int64_t count,   \
+                                         float* sums, int64_t ld) {                                \
+    sparse<W>(a, next, rows, groups, count, sums, ld);                                             \
+  }                                                                                                \
+  TARGET void add_elementwise_##NAME(const float* x, const float* g, int64_t tokens, int64_t size, \
+                                     float* weight, float* shift) {                                \
+    elementwise(x, g, tokens, size, weight, shift);                                                \
+  }                                                                                                \
+  TARGET void add_elementwise_bfloat16_##NAME(const bfloat16* x, const bfloat16* g,                \
+                                              int64_t tokens, int64_t size, float* weight,         \
+                                              float* shift) {                                      \
+    elementwise(x, g, tokens, size, weight, shift);                                                \
+  }                                                                                                \
+  TARGET void add_product_##NAME(const float* q, int64_t ldq, int64_t rows, const float* p,        \
+                                 int64_t ldp, int64_t columns, int64_t tokens, float scale,        \
+                                 float* out, int64_t ldo) {                                        \
+    product<W, V>(q, ldq, rows, p, ldp, columns, tokens, scale, out, ldo);                         \
   }
 
 TRACMOD_SIGNS(baseline, , 4, 2)
@@ -164,6 +207,8 @@ constexpr Signs k_baseline = {nullptr,
                               nullptr,
                               add_sparse_baseline,
                               add_sparse_bfloat16_baseline,
+                              add_elementwise_baseline,
+                              add_elementwise_bfloat16_baseline,
                               add_product_baseline};
 
 #if defined(__x86_64__)
@@ -171,8 +216,14 @@ constexpr Signs k_baseline = {nullptr,
 #define TRACMOD_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 
 TRACMOD_SIGNS(avx2, TRACMOD_AVX2, 8, 2)
-constexpr Signs k_avx2 = {
-    nullptr, nullptr, nullptr, add_sparse_avx2, add_sparse_bfloat16_avx2, add_product_avx2};
+constexpr Signs k_avx2 = {nullptr,
+                          nullptr,
+                          nullptr,
+                          add_sparse_avx2,
+                          add_sparse_bfloat16_avx2,
+                          add_elementwise_avx2,
+                          add_elementwise_bfloat16_avx2,
+                          add_product_avx2};
 
 TRACMOD_SIGNS(avx512, TRACMOD_AVX512, 16, 4)
 
@@ -331,8 +382,14 @@ TRACMOD_AVX512 void add_dense_bfloat16(const bfloat16* const* a, int64_t rows, i
   dense_vectors(a, rows, columns, ones, indices, vectors, sums, ld);
 }
 
-constexpr Signs k_avx512 = {write_indices,     add_dense_float32,          add_dense_bfloat16,
-                            add_sparse_avx512, add_sparse_bfloat16_avx512, add_product_avx512};
+constexpr Signs k_avx512 = {write_indices,
+                            add_dense_float32,
+                            add_dense_bfloat16,
+                            add_sparse_avx512,
+                            add_sparse_bfloat16_avx512,
+                            add_elementwise_avx512,
+                            add_elementwise_bfloat16_avx512,
+                            add_product_avx512};
 #endif
 
 const Signs& choose() {

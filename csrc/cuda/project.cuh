@@ -255,8 +255,9 @@ class Loader {
 };
 
 // A warp's tokens as first operands, `kSteps` steps of 16 depths, as many as registers have room
-// for: all four of a bfloat16 slice (two beside sjlt's two words of signs), one of a float32 slice's
-// two. A value is the sum of its bfloat16 parts, the largest first: three parts hold a float32 exactly.
+// for: all four of a bfloat16 slice (two beside sjlt's two words of signs), one of a float32
+// slice's two. A value is the sum of its bfloat16 parts, the largest first: three parts hold a
+// float32 exactly.
 template <class T, Kind kind>
 struct Tokens {
   static constexpr int kParts = sizeof(T) == 4 ? 3 : 1;

@@ -14,9 +14,9 @@
 // k_out k_in) on the tensor cores: +-1 is exact in bfloat16, so a bfloat16 value takes one product
 // and a float32 three, its 24 bits in three parts; Q^T P is three products of tf32.
 // Limit, H200 (4.8 TB/s, 989 TFLOP/s): at k = 64 a byte of bfloat16 takes 64 operations, 0.3 of
-// what the tensor cores do meanwhile, 0.6 if mma.sync runs at half their rate: the read of x and g. The
-// instructions (some 300 a warp for 2 KB, of which 128 make signs) need nearly as long; in float32
-// the three products do. Counted in the SASS: no GPU has run it yet.
+// what the tensor cores do meanwhile, 0.6 if mma.sync runs at half their rate: the read of x and g.
+// The instructions (some 300 a warp for 2 KB, of which 128 make signs) need nearly as long; in
+// float32 the three products do. Counted in the SASS: no GPU has run it yet.
 //
 // identity: add_exact, straight from g and [x, 1]; a block owns 64 x 64 of the gradient.
 //

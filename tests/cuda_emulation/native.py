@@ -26,6 +26,7 @@ SMALLER = {
         "kFormedBytes = int64_t{1} << 25": "kFormedBytes = 1 << 19",
         "kBlocks = 264": "kBlocks = 5",
     },
+    "project_gradients": {"kBlocksWanted = 264": "kBlocksWanted = 7"},
 }
 
 backwards = False

@@ -82,13 +82,53 @@ def test_sparse_columns_are_fair() -> None:
     k, size = 50, 50_000
     matrix = kernels.projection_matrix("sjlt", k, size, 3, 4).double()
     assert torch.equal(matrix.abs().sum(0), torch.ones(size).double())
-    expected = size / k
-    chi_square = ((matrix.abs().sum(1) - expected) ** 2 / expected).sum().item()
-    assert abs(chi_square - (k - 1)) < 5 * math.sqrt(2 * (k - 1))
+    for lane in range(0, 16, 5):  # one column of each group: rows are independent
+        expected = size / 16 / k
+        chi_square = ((matrix[:, lane::16].abs().sum(1) - expected) ** 2 / expected).sum().item()
+        assert abs(chi_square - (k - 1)) < 5 * math.sqrt(2 * (k - 1))
     assert_unrelated(matrix.sum() / size, size)
+    signs = matrix.sum(0)
+    assert_unrelated(
+        off_diagonal(signs.view(-1, 16).T @ signs.view(-1, 16) / (size // 16)), size // 16
+    )
     rows = matrix.abs().argmax(0)
-    same = (rows[1:] == rows[:-1]).double().mean().item()
-    assert abs(same - 1 / k) < 5 * math.sqrt(1 / k / size)
+    for distance in (16, 23, 160):
+        same = (rows[distance:] == rows[:-distance]).double().mean().item()
+        assert abs(same - 1 / k) < 5 * math.sqrt(16 / k / size)
+
+
+@pytest.mark.parametrize("k", [1, 2, 15, 16, 17, 31, 50])
+def test_sparse_columns_meet_no_more_often_than_independent_ones(k: int) -> None:
+    seeds, size = 2000, 48
+    rows = torch.stack(
+        [
+            kernels.projection_matrix("sjlt", k, size, seed, 4).abs().argmax(0)
+            for seed in range(seeds)
+        ]
+    )
+    meet = (rows[:, :, None] == rows[:, None]).double().mean(0)
+    far = torch.arange(size)[:, None] // 16 != torch.arange(size) // 16
+    bound = 5 * math.sqrt((k - 1) / k**2 / seeds)
+    assert ((meet[far] - 1 / k).abs() <= bound).all()
+    near = off_diagonal(meet[:16, :16])
+    assert (near == 0).all() if k >= 16 else ((near - 1 / k).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("k", [2, 16, 40])
+def test_sparse_inner_products_vary_as_those_of_independent_columns(k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 96, generator=generator, dtype=torch.float64)
+    exact = (x @ y).item()
+    independent = ((x @ x) * (y @ y) + exact**2 - 2 * (x**2 @ y**2)).item() / k
+    errors = torch.stack(
+        [
+            (matrix @ x) @ (matrix @ y) - exact
+            for seed in range(3000)
+            for matrix in [kernels.projection_matrix("sjlt", k, 96, seed, 1).double()]
+        ]
+    )
+    assert abs(errors.mean().item()) < 4.5 * errors.std().item() / math.sqrt(3000)
+    assert errors.square().mean().item() < 1.15 * independent
 
 
 def test_every_instruction_set_gives_right_results() -> None:

@@ -29,11 +29,17 @@ namespace tracmod::cpu {
 namespace {
 
 constexpr int64_t kTokenBlock = 48;
+constexpr int64_t kWaveTokens = 768;  // of each thread
 constexpr int64_t kColumnBlock = 64;
 constexpr int64_t kRowBlock = 48;
 constexpr int64_t kWidenDepth = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct SparseSingle {
+  int32_t column, row;
+  float sign;
+};
 
 // Rows of `size` values each, and a 1 for the bias, that are multiplied by an R^T of their own.
 struct Part {
@@ -43,10 +49,10 @@ struct Part {
   uint64_t stream;
   float* dense = nullptr;      // (size + ones, width) signs, or
   int32_t* indices = nullptr;  // tables' indices: for each 64 rows of R, all columns'
-  // Sparse: columns [first[r], first[r + 1]) of `column`, with `sign`, are row r of R.
-  int64_t* first = nullptr;
-  int32_t* column = nullptr;
-  float* sign = nullptr;
+  // Sparse: whole groups of 16 columns, and the entries of the columns that are in none.
+  SparseGroup* groups = nullptr;
+  SparseSingle* singles = nullptr;
+  int64_t group_count = 0, single_count = 0;
 
   int64_t number(int64_t i) const { return columns == nullptr ? i : columns[i]; }
   int64_t tables() const { return (size + ones + kTableColumns - 1) / kTableColumns; }
@@ -62,9 +68,14 @@ struct Side {
 
 struct Plan {
   int64_t* starts;
+  int64_t wave;  // tokens whose P and Q are there at a time
   Side in, out;
-  double* grids;  // (threads, grid + sums): elementwise and embedding
-  int64_t grid, sums;
+  float* sums;  // (threads, sums_size): sjlt
+  int64_t sums_size;
+  double* grids;  // (threads, grid + rows): elementwise and embedding
+  int64_t grid, rows;
+  float* parts;         // (threads, rows): elementwise
+  SparseEntry* places;  // (rows,): of each element in the grid
 };
 
 void plan_side(Scratch& scratch, Kind kind, int64_t tokens, Side& side) {
@@ -77,9 +88,8 @@ void plan_side(Scratch& scratch, Kind kind, int64_t tokens, Side& side) {
       part.dense = scratch.take<float>((part.size + part.ones) * side.width);
     }
     if (kind == Kind::sjlt) {
-      part.first = scratch.take<int64_t>(side.k + 1);
-      part.column = scratch.take<int32_t>(part.size);
-      part.sign = scratch.take<float>(part.size);
+      part.groups = scratch.take<SparseGroup>(part.size / kSparseGroup);
+      part.singles = scratch.take<SparseSingle>(part.size);
     }
   }
   side.projected = scratch.take<float>(tokens * side.width);
@@ -89,7 +99,8 @@ Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& p
                int threads) {
   Plan plan{};
   if (projection.layer == Layer::linear) {
-    const int64_t tokens = gradients.batch * gradients.tokens;
+    plan.wave = std::min(gradients.batch * gradients.tokens,
+                         std::max(gradients.tokens, kWaveTokens * threads));
     plan.starts = scratch.take<int64_t>(gradients.batch + 1);
     plan.in.k = projection.k_in;
     plan.in.parts = 1;
@@ -102,13 +113,19 @@ Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& p
       plan.out.part[j] = {output.g, output.size, 0, output.columns,
                           stream_of(projection.seed, output.key)};
     }
-    plan_side(scratch, projection.kind, tokens, plan.in);
-    plan_side(scratch, projection.kind, tokens, plan.out);
+    plan_side(scratch, projection.kind, plan.wave, plan.in);
+    plan_side(scratch, projection.kind, plan.wave, plan.out);
+    if (projection.kind == Kind::sjlt) {
+      plan.sums_size = kSparseTokens * (std::max(plan.in.k, plan.out.k) + kSparseGroup);
+      plan.sums = scratch.take<float>(plan.sums_size * threads);
+    }
   } else {
     plan.grid = projection.k_out * projection.k_in;
     // LayerNorm's sums are made before they are sketched: two more rows behind the grid.
-    plan.sums = projection.layer == Layer::elementwise ? 2 * gradients.in : 0;
-    plan.grids = scratch.take<double>((plan.grid + plan.sums) * threads);
+    plan.rows = projection.layer == Layer::elementwise ? 2 * gradients.in : 0;
+    plan.grids = scratch.take<double>((plan.grid + plan.rows) * threads);
+    plan.parts = scratch.take<float>(plan.rows * threads);
+    plan.places = scratch.take<SparseEntry>(plan.rows);
   }
   return plan;
 }
@@ -155,28 +172,39 @@ void write_signs(const Side& side, const Part& part, int threads) {
   });
 }
 
-// Sorts the columns by their row of R, ascending within a row.
-void write_lists(const Part& part, int64_t k) {
-  std::fill(part.first, part.first + k + 1, 0);
-  for (int64_t i = 0; i < part.size; ++i) {
-    ++part.first[sparse_entry(part.stream, part.number(i), k).row + 1];
+// Whether columns i ... i + 15 are one group of R's.
+bool whole_group(const Part& part, int64_t i) {
+  if (i + kSparseGroup > part.size || part.number(i) % kSparseGroup != 0) return false;
+  for (int64_t l = 1; l < kSparseGroup; ++l) {
+    if (part.number(i + l) != part.number(i) + l) return false;
   }
-  for (int64_t r = 0; r < k; ++r) part.first[r + 1] += part.first[r];
-  // Filling moves first[r] to the end of row r, which is where row r + 1 began: shift back after.
-  for (int64_t i = 0; i < part.size; ++i) {
-    const SparseEntry entry = sparse_entry(part.stream, part.number(i), k);
-    const int64_t place = part.first[entry.row]++;
-    part.column[place] = static_cast<int32_t>(i);
-    part.sign[place] = entry.sign;
-  }
-  for (int64_t r = k; r > 0; --r) part.first[r] = part.first[r - 1];
-  part.first[0] = 0;
+  return true;
 }
 
-void write_projections(const Side& side, Kind kind, int threads) {
+void write_sparse(Part& part, int64_t k) {
+  for (int64_t i = 0; i < part.size;) {
+    if (k >= kSparseGroup && whole_group(part, i)) {
+      const uint64_t hash = group_hash(part.stream, part.number(i) / kSparseGroup);
+      SparseGroup& group = part.groups[part.group_count++];
+      group.column = static_cast<int32_t>(i);
+      group.position = static_cast<int32_t>(position_of(hash, k));
+      for (int64_t l = 0; l < kSparseGroup; ++l) {
+        group.flip[l] = static_cast<uint32_t>(hash >> l) << 31;
+      }
+      i += kSparseGroup;
+    } else {
+      const SparseEntry entry = sparse_entry(part.stream, part.number(i), k);
+      part.singles[part.single_count++] = {static_cast<int32_t>(i), static_cast<int32_t>(entry.row),
+                                           entry.sign};
+      ++i;
+    }
+  }
+}
+
+void write_projections(Side& side, Kind kind, int threads) {
   for (int j = 0; j < side.parts; ++j) {
     if (kind == Kind::rademacher) write_signs(side, side.part[j], threads);
-    if (kind == Kind::sjlt) write_lists(side.part[j], side.k);
+    if (kind == Kind::sjlt) write_sparse(side.part[j], side.k);
   }
 }
 
@@ -247,90 +275,145 @@ void project_tables(const Side& side, const Rows<T>& rows, int64_t count, float*
   }
 }
 
+// projected[0, k) += sums, of which what went beyond the last row belongs to the first ones.
+void fold(float* sums, int64_t k, float* projected) {
+  for (int64_t r = 0; r < k; ++r) projected[r] += sums[r];
+  for (int64_t r = 0; r < kSparseGroup && r < k; ++r) projected[r] += sums[k + r];
+  std::fill(sums, sums + k + kSparseGroup, 0.0f);
+}
+
+// At most kSparseTokens tokens, after which those from `next` on come; `sums` (kSparseTokens, k + 16) zeros, and so they are left.
 template <class T>
-void project_sparse(const Side& side, const Rows<T>& rows, int64_t m, float* projected) {
-  const Part& first = side.part[0];
-  SparseEntry bias{-1, 0.0f};
-  if (first.ones != 0) bias = sparse_entry(first.stream, first.number(first.size), side.k);
-  for (int64_t r = 0; r < side.k; ++r) {
-    double sum = r == bias.row ? bias.sign : 0.0;
-    for (int p = 0; p < side.parts; ++p) {
-      const Part& part = side.part[p];
-      for (int64_t j = part.first[r]; j < part.first[r + 1]; ++j) {
-        sum += static_cast<double>(part.sign[j] * to_float(rows.of[p][m][part.column[j]]));
+void project_sparse(const Side& side, const Rows<T>& rows, int64_t next, int64_t count, float* sums,
+                    float* projected) {
+  constexpr int64_t kGroups = 256, kSingles = 64;  // additions in a row
+  const int64_t ld = side.k + kSparseGroup;
+  for (int p = 0; p < side.parts; ++p) {
+    const Part& part = side.part[p];
+    const int64_t blocks =
+        std::max(ceil_div(part.group_count, kGroups), ceil_div(part.single_count, kSingles));
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t groups = std::min(kGroups, part.group_count - i * kGroups);
+      const int64_t singles = std::min((i + 1) * kSingles, part.single_count);
+      if (groups > 0) {
+        add_sparse(rows.of[p], rows.of[p] + next, count, part.groups + i * kGroups, groups, sums,
+                   ld);
+      }
+      for (int64_t m = 0; m < count; ++m) {
+        for (int64_t j = i * kSingles; j < singles; ++j) {
+          const SparseSingle& single = part.singles[j];
+          sums[m * ld + single.row] += single.sign * to_float(rows.of[p][m][single.column]);
+        }
+        fold(sums + m * ld, side.k, projected + m * side.width);
       }
     }
-    projected[r] = static_cast<float>(sum);
   }
-  std::fill(projected + side.k, projected + side.width, 0.0f);
+}
+
+// P or Q of a block of tokens for a sparse R.
+template <class T>
+void project_sparse_block(const Side& side, const Rows<T>& rows, int64_t count, float* sums,
+                          float* projected) {
+  std::fill(projected, projected + count * side.width, 0.0f);
+  std::fill(sums, sums + kSparseTokens * (side.k + kSparseGroup), 0.0f);
+  for (int64_t begin = 0; begin < count; begin += kSparseTokens) {
+    Rows<T> some;
+    for (int p = 0; p < side.parts; ++p) {
+      std::copy(rows.of[p] + begin, rows.of[p] + count, some.of[p]);
+    }
+    const int64_t next = begin + 2 * kSparseTokens <= count ? kSparseTokens : 0;
+    project_sparse(side, some, next, std::min(kSparseTokens, count - begin), sums,
+                   projected + begin * side.width);
+  }
+  const Part& first = side.part[0];  // the one that may have a bias
+  if (first.ones == 0) return;
+  const SparseEntry bias = sparse_entry(first.stream, first.number(first.size), side.k);
+  for (int64_t m = 0; m < count; ++m) projected[m * side.width + bias.row] += bias.sign;
 }
 
 template <class T>
 void project_block(const Side& side, Kind kind, const Gradients& gradients, const int64_t* starts,
-                   int64_t begin, int64_t end) {
+                   int64_t begin, int64_t end, float* sums, float* projected) {
   Rows<T> rows;
   for_tokens(starts, gradients.batch, gradients.tokens, begin, end, [&](int64_t n, int64_t row) {
     for (int p = 0; p < side.parts; ++p) {
       rows.of[p][n - begin] = static_cast<const T*>(side.part[p].rows) + row * side.part[p].size;
     }
   });
-  float* projected = side.projected + begin * side.width;
   if (kind == Kind::rademacher) {
     if (signs().add_dense != nullptr) return project_tables(side, rows, end - begin, projected);
     return project_dense(side, rows, end - begin, projected);
   }
+  if (kind == Kind::sjlt) return project_sparse_block(side, rows, end - begin, sums, projected);
   const Part& first = side.part[0];
   for (int64_t m = 0; m < end - begin; ++m) {
-    if (kind == Kind::sjlt) {
-      project_sparse(side, rows, m, projected + m * side.width);
-    } else {
-      widen(rows.of[0][m], first.size, first.ones, side.width, projected + m * side.width);
-    }
+    widen(rows.of[0][m], first.size, first.ones, side.width, projected + m * side.width);
   }
 }
 
+// P and Q of tokens [first, end).
 template <class T>
-void project_linear(const Gradients& gradients, const Projection& projection, const Plan& plan,
-                    float* out, int64_t stride, int threads) {
-  count_tokens(gradients, plan.starts);
-  const int64_t tokens = plan.starts[gradients.batch];
-  write_projections(plan.in, projection.kind, threads);
-  write_projections(plan.out, projection.kind, threads);
-  const int64_t blocks = ceil_div(tokens, kTokenBlock);
-  parallel_for(threads, 2 * blocks, [&](int64_t item, int) {
+void project_tokens(const Gradients& gradients, Kind kind, const Plan& plan, int64_t first,
+                    int64_t end, int threads) {
+  const int64_t blocks = ceil_div(end - first, kTokenBlock);
+  parallel_for(threads, 2 * blocks, [&](int64_t item, int slot) {
     const Side& side = item < blocks ? plan.in : plan.out;
-    const int64_t begin = (item % blocks) * kTokenBlock;
-    project_block<T>(side, projection.kind, gradients, plan.starts, begin,
-                     std::min(tokens, begin + kTokenBlock));
+    const int64_t begin = first + (item % blocks) * kTokenBlock;
+    project_block<T>(side, kind, gradients, plan.starts, begin, std::min(end, begin + kTokenBlock),
+                     plan.sums + slot * plan.sums_size,
+                     side.projected + (begin - first) * side.width);
   });
-  double scale = 1.0;
-  if (projection.kind == Kind::rademacher) {
-    scale = 1.0 / std::sqrt(static_cast<double>(plan.in.k) * static_cast<double>(plan.out.k));
-  }
+}
+
+// out[b] += scale * Q_b^T P_b of examples [first, end), whose P and Q begin the scratch.
+void add_products(const Plan& plan, Kind kind, int64_t first, int64_t end, float* out,
+                  int64_t stride, int threads) {
   const Side &in = plan.in, &of = plan.out;
+  double scale = 1.0;
+  if (kind == Kind::rademacher) {
+    scale = 1.0 / std::sqrt(static_cast<double>(in.k) * static_cast<double>(of.k));
+  }
   const int64_t bands = ceil_div(of.k, kRowBlock);
-  parallel_for(threads, gradients.batch * bands, [&](int64_t item, int) {
-    const int64_t b = item / bands, m = item % bands * kRowBlock;
-    const int64_t begin = plan.starts[b], count = plan.starts[b + 1] - begin;
+  parallel_for(threads, (end - first) * bands, [&](int64_t item, int) {
+    const int64_t b = first + item / bands, m = item % bands * kRowBlock;
+    const int64_t begin = plan.starts[b] - plan.starts[first];
     signs().add_product(of.projected + begin * of.width + m, of.width,
                         std::min(kRowBlock, of.k - m), in.projected + begin * in.width, in.width,
-                        in.k, count, static_cast<float>(scale), out + b * stride + m * in.k, in.k);
+                        in.k, plan.starts[b + 1] - plan.starts[b], static_cast<float>(scale),
+                        out + b * stride + m * in.k, in.k);
   });
 }
 
-// One example's LayerNorm gradient: sums = [v, u], v_d = sum_s g_sd x_sd, u_d = sum_s g_sd.
 template <class T>
-void sum_elementwise(const Gradients& gradients, int64_t b, double* sums) {
-  const int64_t size = gradients.in;
+void project_linear(const Gradients& gradients, const Projection& projection, Plan& plan,
+                    float* out, int64_t stride, int threads) {
+  count_tokens(gradients, plan.starts);
+  write_projections(plan.in, projection.kind, threads);
+  write_projections(plan.out, projection.kind, threads);
+  for (int64_t first = 0; first < gradients.batch;) {
+    int64_t end = first + 1;
+    while (end < gradients.batch && plan.starts[end + 1] - plan.starts[first] <= plan.wave) ++end;
+    project_tokens<T>(gradients, projection.kind, plan, plan.starts[first], plan.starts[end],
+                      threads);
+    add_products(plan, projection.kind, first, end, out, stride, threads);
+    first = end;
+  }
+}
+
+// One example's LayerNorm gradient: sums = [v, u], v_d = sum_s g_sd x_sd, u_d = sum_s g_sd, float32
+// in blocks of tokens (`part`, as large as sums), float64 across.
+template <class T>
+void sum_elementwise(const Gradients& gradients, int64_t b, float* part, double* sums) {
+  constexpr int64_t kTokens = 128;
+  const int64_t size = gradients.in, length = length_of(gradients, b);
   std::fill(sums, sums + 2 * size, 0.0);
-  for (int64_t s = 0; s < length_of(gradients, b); ++s) {
+  for (int64_t s = 0; s < length; s += kTokens) {
     const int64_t at = (b * gradients.tokens + s) * size;
-    const T* x = static_cast<const T*>(gradients.x) + at;
-    const T* g = static_cast<const T*>(gradients.g) + at;
-    for (int64_t d = 0; d < size; ++d) {
-      sums[d] += static_cast<double>(to_float(g[d])) * static_cast<double>(to_float(x[d]));
-      sums[size + d] += static_cast<double>(to_float(g[d]));
-    }
+    std::fill(part, part + 2 * size, 0.0f);
+    add_elementwise(static_cast<const T*>(gradients.x) + at,
+                    static_cast<const T*>(gradients.g) + at, std::min(kTokens, length - s), size,
+                    part, part + size);
+    for (int64_t d = 0; d < 2 * size; ++d) sums[d] += static_cast<double>(part[d]);
   }
 }
 
@@ -343,21 +426,22 @@ void project_elementwise(const Gradients& gradients, const Projection& projectio
                          float* out, int64_t stride, int threads) {
   const int64_t size = gradients.in, rows = projection.bias ? 2 : 1;
   const uint64_t stream = stream_of(projection.seed, projection.output[0].key);
+  for (int64_t i = 0; projection.kind != Kind::identity && i < rows * size; ++i) {
+    const uint64_t hash = element_hash(stream, i / size, i % size);
+    plan.places[i] = {position_of(hash, plan.grid), sign_of(hash)};
+  }
   parallel_for(threads, gradients.batch, [&](int64_t b, int slot) {
     if (length_of(gradients, b) == 0) return;
-    double* grid = plan.grids + slot * (plan.grid + plan.sums);
+    double* grid = plan.grids + slot * (plan.grid + plan.rows);
     double* sums = grid + plan.grid;
-    sum_elementwise<T>(gradients, b, sums);
+    sum_elementwise<T>(gradients, b, plan.parts + slot * plan.rows, sums);
     if (projection.kind == Kind::identity) {
       add_grid(sums, rows * size, out + b * stride);
       return;
     }
     std::fill(grid, grid + plan.grid, 0.0);
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t d = 0; d < size; ++d) {
-        const uint64_t hash = element_hash(stream, row, d);
-        grid[position_of(hash, plan.grid)] += sign_of(hash) * sums[row * size + d];
-      }
+    for (int64_t i = 0; i < rows * size; ++i) {
+      grid[plan.places[i].row] += static_cast<double>(plan.places[i].sign) * sums[i];
     }
     add_grid(grid, plan.grid, out + b * stride);
   });
@@ -386,7 +470,7 @@ void project_embedding(const Gradients& gradients, const Projection& projection,
 }
 
 template <class T>
-void project(const Gradients& gradients, const Projection& projection, const Plan& plan, float* out,
+void project(const Gradients& gradients, const Projection& projection, Plan& plan, float* out,
              int64_t stride, int threads) {
   switch (projection.layer) {
     case Layer::linear:
@@ -424,7 +508,7 @@ size_t project_gradients_scratch(const Gradients& gradients, const Projection& p
 void project_gradients(const Gradients& gradients, const Projection& projection, float* out,
                        int64_t stride, void* memory, int threads) {
   Scratch scratch(memory);
-  const Plan plan = make_plan(scratch, gradients, projection, threads);
+  Plan plan = make_plan(scratch, gradients, projection, threads);
   if (gradients.dtype == DType::bfloat16) {
     project<bfloat16>(gradients, projection, plan, out, stride, threads);
   } else {

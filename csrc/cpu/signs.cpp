@@ -32,6 +32,7 @@ namespace {
 
 constexpr int64_t kProductDepth = 256;
 constexpr int kProductRows = 6;
+constexpr int64_t kSparseAhead = 8;  // groups between asking for values and their use
 
 template <int W>
 struct Vector {
@@ -54,21 +55,54 @@ TRACMOD_INLINE typename Vector<W>::Bits bits(const bfloat16* from) {
   return __builtin_convertvector(half, typename Vector<W>::Bits) << 16;
 }
 
+// What comes kSparseAhead groups later, at the end the next rows' first groups, is asked for here.
 template <int W, class T>
-TRACMOD_INLINE void sparse(const T* const* a, int64_t rows, const SparseGroup* groups,
-                           int64_t count, float* sums, int64_t ld) {
+TRACMOD_INLINE void sparse(const T* const* a, const T* const* next, int64_t rows,
+                           const SparseGroup* groups, int64_t count, float* sums, int64_t ld) {
   using Type = typename Vector<W>::Type;
+  const int64_t ahead = std::min(kSparseAhead, count);
   for (int64_t g = 0; g < count; ++g) {
     const SparseGroup& group = groups[g];
+    const bool wraps = g + ahead >= count;
+    const T* const* later = wraps ? next : a;
+    const int64_t later_column = groups[wraps ? g + ahead - count : g + ahead].column;
     typename Vector<W>::Bits flip[16 / W];
     std::memcpy(flip, group.flip, sizeof group.flip);
     for (int64_t m = 0; m < rows; ++m) {
+      __builtin_prefetch(later[m] + later_column);
       for (int v = 0; v < 16 / W; ++v) {
-        auto* to = reinterpret_cast<typename Vector<W>::Loose*>(sums + m * ld + group.position) + v;
-        *to += (Type)(bits<W>(a[m] + group.column + v * W) ^ flip[v]);
+        float* to = sums + m * ld + group.position + v * W;
+        *reinterpret_cast<typename Vector<W>::Loose*>(to) +=
+            (Type)(bits<W>(a[m] + group.column + v * W) ^ flip[v]);
       }
     }
   }
+}
+
+template <int M, class T>
+TRACMOD_INLINE void elementwise_rows(const T* x, const T* g, int64_t size, float* __restrict weight,
+                                     float* __restrict shift) {
+  for (int64_t d = 0; d < size; ++d) {
+    float product = 0.0f, sum = 0.0f;
+    for (int m = 0; m < M; ++m) {
+      const float value = to_float(g[m * size + d]);
+      product += value * to_float(x[m * size + d]);
+      sum += value;
+    }
+    weight[d] += product;
+    shift[d] += sum;
+  }
+}
+
+// Four tokens at a time: the sums are read and written once for them.
+template <class T>
+TRACMOD_INLINE void elementwise(const T* x, const T* g, int64_t tokens, int64_t size, float* weight,
+                                float* shift) {
+  int64_t s = 0;
+  for (; s + 4 <= tokens; s += 4) {
+    elementwise_rows<4>(x + s * size, g + s * size, size, weight, shift);
+  }
+  for (; s < tokens; ++s) elementwise_rows<1>(x + s * size, g + s * size, size, weight, shift);
 }
 
 template <int W, int M, int V>
@@ -86,10 +120,16 @@ TRACMOD_INLINE void product_tile(const float* q, int64_t ldq, const float* p, in
     }
   }
   for (int m = 0; m < M; ++m) {
-    float lanes[V * W];
-    std::memcpy(lanes, sum[m], sizeof lanes);
-    for (int64_t n = 0; n < std::min<int64_t>(columns, V * W); ++n) {
-      out[m * ldo + n] += scale * lanes[n];
+    for (int v = 0; v < V; ++v) {
+      float* to = out + m * ldo + v * W;
+      const int64_t left = columns - v * W;
+      if (left >= W) {
+        *reinterpret_cast<typename Vector<W>::Loose*>(to) += scale * sum[m][v];
+      } else {
+        float lanes[W];
+        std::memcpy(lanes, &sum[m][v], sizeof lanes);
+        for (int64_t n = 0; n < left; ++n) to[n] += scale * lanes[n];
+      }
     }
   }
 }
@@ -135,20 +175,30 @@ TRACMOD_INLINE void product(const float* q, int64_t ldq, int64_t rows, const flo
   }
 }
 
-#define TRACMOD_SIGNS(NAME, TARGET, W, V)                                                       \
-  TARGET void add_sparse_##NAME(const float* const* a, int64_t rows, const SparseGroup* groups, \
-                                int64_t count, float* sums, int64_t ld) {                       \
-    sparse<W>(a, rows, groups, count, sums, ld);                                                \
-  }                                                                                             \
-  TARGET void add_sparse_bfloat16_##NAME(const bfloat16* const* a, int64_t rows,                \
-                                         const SparseGroup* groups, int64_t count, float* sums, \
-                                         int64_t ld) {                                          \
-    sparse<W>(a, rows, groups, count, sums, ld);                                                \
-  }                                                                                             \
-  TARGET void add_product_##NAME(const float* q, int64_t ldq, int64_t rows, const float* p,     \
-                                 int64_t ldp, int64_t columns, int64_t tokens, float scale,     \
-                                 float* out, int64_t ldo) {                                     \
-    product<W, V>(q, ldq, rows, p, ldp, columns, tokens, scale, out, ldo);                      \
+#define TRACMOD_SIGNS(NAME, TARGET, W, V)                                                          \
+  TARGET void add_sparse_##NAME(const float* const* a, const float* const* next, int64_t rows,     \
+                                const SparseGroup* groups, int64_t count, float* sums,             \
+                                int64_t ld) {                                                      \
+    sparse<W>(a, next, rows, groups, count, sums, ld);                                             \
+  }                                                                                                \
+  TARGET void add_sparse_bfloat16_##NAME(const bfloat16* const* a, const bfloat16* const* next,    \
+                                         int64_t rows, const SparseGroup* groups, int64_t count,   \
+                                         float* sums, int64_t ld) {                                \
+    sparse<W>(a, next, rows, groups, count, sums, ld);                                             \
+  }                                                                                                \
+  TARGET void add_elementwise_##NAME(const float* x, const float* g, int64_t tokens, int64_t size, \
+                                     float* weight, float* shift) {                                \
+    elementwise(x, g, tokens, size, weight, shift);                                                \
+  }                                                                                                \
+  TARGET void add_elementwise_bfloat16_##NAME(const bfloat16* x, const bfloat16* g,                \
+                                              int64_t tokens, int64_t size, float* weight,         \
+                                              float* shift) {                                      \
+    elementwise(x, g, tokens, size, weight, shift);                                                \
+  }                                                                                                \
+  TARGET void add_product_##NAME(const float* q, int64_t ldq, int64_t rows, const float* p,        \
+                                 int64_t ldp, int64_t columns, int64_t tokens, float scale,        \
+                                 float* out, int64_t ldo) {                                        \
+    product<W, V>(q, ldq, rows, p, ldp, columns, tokens, scale, out, ldo);                         \
   }
 
 TRACMOD_SIGNS(baseline, , 4, 2)
@@ -157,6 +207,8 @@ constexpr Signs k_baseline = {nullptr,
                               nullptr,
                               add_sparse_baseline,
                               add_sparse_bfloat16_baseline,
+                              add_elementwise_baseline,
+                              add_elementwise_bfloat16_baseline,
                               add_product_baseline};
 
 #if defined(__x86_64__)
@@ -164,8 +216,14 @@ constexpr Signs k_baseline = {nullptr,
 #define TRACMOD_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 
 TRACMOD_SIGNS(avx2, TRACMOD_AVX2, 8, 2)
-constexpr Signs k_avx2 = {
-    nullptr, nullptr, nullptr, add_sparse_avx2, add_sparse_bfloat16_avx2, add_product_avx2};
+constexpr Signs k_avx2 = {nullptr,
+                          nullptr,
+                          nullptr,
+                          add_sparse_avx2,
+                          add_sparse_bfloat16_avx2,
+                          add_elementwise_avx2,
+                          add_elementwise_bfloat16_avx2,
+                          add_product_avx2};
 
 TRACMOD_SIGNS(avx512, TRACMOD_AVX512, 16, 4)
 
@@ -202,9 +260,11 @@ TRACMOD_AVX512 TRACMOD_INLINE __m512 table_signs(int bit) {
 // The same as without a mask, of which GCC 12 warns.
 constexpr __mmask16 kAll = 0xffff;
 
+// `next`: the rows that come after these, of which a table has `bytes`; they are asked for here.
 template <int M, int V>
-TRACMOD_AVX512 TRACMOD_INLINE void dense_tile(const float* const* a, const int32_t* indices,
-                                              int64_t tables, float* sums, int64_t ld) {
+TRACMOD_AVX512 TRACMOD_INLINE void dense_tile(const float* const* a, const char* const* next,
+                                              int64_t bytes, const int32_t* indices, int64_t tables,
+                                              float* sums, int64_t ld) {
   const __m512 signs[kTableColumns] = {table_signs(0), table_signs(1), table_signs(2),
                                        table_signs(3)};
   __m512 sum[M][V];
@@ -215,6 +275,7 @@ TRACMOD_AVX512 TRACMOD_INLINE void dense_tile(const float* const* a, const int32
     __m512i index[V];
     for (int v = 0; v < V; ++v) index[v] = _mm512_loadu_si512(indices + (t * V + v) * 16);
     for (int m = 0; m < M; ++m) {
+      if (t % 4 == 0) __builtin_prefetch(next[m] + t * bytes);
       const float* x = a[m] + t * kTableColumns;
       __m512 table = _mm512_mul_ps(signs[0], _mm512_set1_ps(x[0]));
       for (int j = 1; j < kTableColumns; ++j) {
@@ -265,17 +326,20 @@ inline const float* as_is(const float* row) { return row; }
 inline const float* as_is(const bfloat16*) { return nullptr; }
 
 template <int M, int V, class T>
-TRACMOD_AVX512 TRACMOD_INLINE void dense_rows(const T* const* a, int64_t columns, int64_t ones,
-                                              const int32_t* indices, float* sums, int64_t ld) {
+TRACMOD_AVX512 TRACMOD_INLINE void dense_rows(const T* const* a, const T* const* next,
+                                              int64_t columns, int64_t ones, const int32_t* indices,
+                                              float* sums, int64_t ld) {
   float buffer[M][kDenseColumns + 16];
   const float* rows[M];
+  const char* ahead[M];
   const bool whole = whole_tables(a[0], columns, ones);
   for (int m = 0; m < M; ++m) {
     if (!whole) copy_row(a[m], columns, ones, buffer[m]);
     rows[m] = whole ? as_is(a[m]) : buffer[m];
+    ahead[m] = reinterpret_cast<const char*>(next[m]);
   }
   const int64_t tables = (columns + ones + kTableColumns - 1) / kTableColumns;
-  dense_tile<M, V>(rows, indices, tables, sums, ld);
+  dense_tile<M, V>(rows, ahead, kTableColumns * sizeof(T), indices, tables, sums, ld);
 }
 
 template <int V, class T>
@@ -284,9 +348,10 @@ TRACMOD_AVX512 TRACMOD_INLINE void dense(const T* const* a, int64_t rows, int64_
                                          int64_t ld) {
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4) {
-    dense_rows<4, V>(a + m, columns, ones, indices, sums + m * ld, ld);
+    const T* const* next = m + 8 <= rows ? a + m + 4 : a;
+    dense_rows<4, V>(a + m, next, columns, ones, indices, sums + m * ld, ld);
   }
-  for (; m < rows; ++m) dense_rows<1, V>(a + m, columns, ones, indices, sums + m * ld, ld);
+  for (; m < rows; ++m) dense_rows<1, V>(a + m, a, columns, ones, indices, sums + m * ld, ld);
 }
 
 template <class T>
@@ -317,8 +382,14 @@ TRACMOD_AVX512 void add_dense_bfloat16(const bfloat16* const* a, int64_t rows, i
   dense_vectors(a, rows, columns, ones, indices, vectors, sums, ld);
 }
 
-constexpr Signs k_avx512 = {write_indices,     add_dense_float32,          add_dense_bfloat16,
-                            add_sparse_avx512, add_sparse_bfloat16_avx512, add_product_avx512};
+constexpr Signs k_avx512 = {write_indices,
+                            add_dense_float32,
+                            add_dense_bfloat16,
+                            add_sparse_avx512,
+                            add_sparse_bfloat16_avx512,
+                            add_elementwise_avx512,
+                            add_elementwise_bfloat16_avx512,
+                            add_product_avx512};
 #endif
 
 const Signs& choose() {

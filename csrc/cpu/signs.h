@@ -1,11 +1,12 @@
-// The three products of a projection, each as its R allows, for the instruction set that the
-// processor has (chosen with `tiles()`): rows times dense signs, rows times sparse signs, and the
-// product of the two sides.
+// The inner loops of a projection, for the instruction set that the processor has (chosen with
+// `tiles()`): rows times dense signs, rows times sparse signs, the product of the two sides, and
+// LayerNorm's sums.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu/bfloat16.h"
+#include "random.h"
 
 namespace tracmod::cpu {
 
@@ -16,7 +17,7 @@ constexpr int64_t kSparseTokens = 16;   // tokens that pass together over the gr
 
 // Sixteen neighbouring columns of a sparse R and where they go: rows position ... position + 15.
 struct SparseGroup {
-  uint32_t flip[16];  // the sign bit where the sign is -1
+  uint32_t flip[kSparseGroup];  // the sign bit where the sign is -1
   int32_t column, position;
 };
 
@@ -34,11 +35,18 @@ struct Signs {
   void (*add_dense_bfloat16)(const bfloat16* const* a, int64_t rows, int64_t columns, int64_t ones,
                              const int32_t* indices, int64_t vectors, float* sums, int64_t ld);
 
-  // sums[m * ld + position + l] += +-a[m][column + l], l < 16, of every group.
-  void (*add_sparse)(const float* const* a, int64_t rows, const SparseGroup* groups, int64_t count,
-                     float* sums, int64_t ld);
-  void (*add_sparse_bfloat16)(const bfloat16* const* a, int64_t rows, const SparseGroup* groups,
-                              int64_t count, float* sums, int64_t ld);
+  // sums[m * ld + position + l] += +-a[m][column + l], l < 16, of every group. `next`: the rows that
+  // come after these.
+  void (*add_sparse)(const float* const* a, const float* const* next, int64_t rows,
+                     const SparseGroup* groups, int64_t count, float* sums, int64_t ld);
+  void (*add_sparse_bfloat16)(const bfloat16* const* a, const bfloat16* const* next, int64_t rows,
+                              const SparseGroup* groups, int64_t count, float* sums, int64_t ld);
+
+  // weight[d] += sum_s g[s, d] x[s, d] and shift[d] += sum_s g[s, d]; x and g (tokens, size).
+  void (*add_elementwise)(const float* x, const float* g, int64_t tokens, int64_t size,
+                          float* weight, float* shift);
+  void (*add_elementwise_bfloat16)(const bfloat16* x, const bfloat16* g, int64_t tokens,
+                                   int64_t size, float* weight, float* shift);
 
   // out[m * ldo + n] += scale * sum_s q[s * ldq + m] p[s * ldp + n]; p is readable up to the next
   // multiple of 16 columns.
@@ -57,13 +65,22 @@ inline void add_dense(const bfloat16* const* a, int64_t rows, int64_t columns, i
   signs().add_dense_bfloat16(a, rows, columns, ones, indices, vectors, sums, ld);
 }
 
-inline void add_sparse(const float* const* a, int64_t rows, const SparseGroup* groups,
-                       int64_t count, float* sums, int64_t ld) {
-  signs().add_sparse(a, rows, groups, count, sums, ld);
+inline void add_sparse(const float* const* a, const float* const* next, int64_t rows,
+                       const SparseGroup* groups, int64_t count, float* sums, int64_t ld) {
+  signs().add_sparse(a, next, rows, groups, count, sums, ld);
 }
-inline void add_sparse(const bfloat16* const* a, int64_t rows, const SparseGroup* groups,
-                       int64_t count, float* sums, int64_t ld) {
-  signs().add_sparse_bfloat16(a, rows, groups, count, sums, ld);
+inline void add_sparse(const bfloat16* const* a, const bfloat16* const* next, int64_t rows,
+                       const SparseGroup* groups, int64_t count, float* sums, int64_t ld) {
+  signs().add_sparse_bfloat16(a, next, rows, groups, count, sums, ld);
+}
+
+inline void add_elementwise(const float* x, const float* g, int64_t tokens, int64_t size,
+                            float* weight, float* shift) {
+  signs().add_elementwise(x, g, tokens, size, weight, shift);
+}
+inline void add_elementwise(const bfloat16* x, const bfloat16* g, int64_t tokens, int64_t size,
+                            float* weight, float* shift) {
+  signs().add_elementwise_bfloat16(x, g, tokens, size, weight, shift);
 }
 
 }  // namespace tracmod::cpu

@@ -18,14 +18,15 @@ __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(
 
 __device__ inline float not_a_number() { return __int_as_float(0x7fffffff); }
 
-// A launch that failed (a sticky error of earlier work included) becomes an exception.
-inline void check_launch(const char* op) {
-  const cudaError_t error = cudaGetLastError();
+inline void check_call(const char* op, cudaError_t error) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(op) +
                              ": CUDA launch failed: " + cudaGetErrorString(error));
   }
 }
+
+// A launch that failed (a sticky error of earlier work included) becomes an exception.
+inline void check_launch(const char* op) { check_call(op, cudaGetLastError()); }
 
 // Tokens of an example. Lengths on the GPU are not known on the host: a wrong one reads no token
 // and is told by `bad`, which the last kernel turns into NaN.

@@ -1,23 +1,46 @@
 // out[i, j] += <G_i, G'_j>, the gradients of examples i and j of two batches for one layer.
 //
-//   linear       sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + 1): a block owns one pair of examples and
-//                goes over their tokens in tiles of 64 x 64, both Gram tiles in registers; float32
-//                within a tile, float64 across tiles, the threads' sums by a tree. Operations
-//                2 S S' (I + O) a pair; bytes S S' (I + O) / 8 of float32 through the caches: the
-//                float32 units are the limit. Forming the gradients (cost.h) takes fewer operations
-//                for long sequences and is not done here.
+// linear, G = sum_s g_s [x_s, 1]^T, in the cheaper of two forms (cost.h; lengths on the GPU are not
+// known on the host, so padded tokens count):
+//
+//   token pairs  sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + 1). sum_token_pairs: a block owns 128 x 128
+//                tokens, which are whole examples if they are shorter, else one pair of examples
+//                tile by tile. The Gram tile of g waits in shared memory for that of x; then a
+//                thread sums an example's part of a row, and a thread a pair's rows. Operations
+//                2 S S' (I + O) a pair, bytes through L2 S S' (I + O) (4 or 2) / 64.
+//   formed       128 x 128 parts of all gradients into scratch, as many as stay in L2 (form_tiles: a
+//                block owns a part of one example), then their inner products (dot_shares: a block
+//                owns 128 x 128 pairs and a share of the numbers), added up over the parts;
+//                add_shares sums the shares in order. Operations 2 (n + n') I O, and 2 B B' I O of
+//                float32, as formed gradients are; bytes through L2 8 (B + B') I O.
+//
 //   elementwise  G = [sum_s g_s x_s, sum_s g_s] formed into scratch, a thread per feature; then a
 //                block per pair; one read of x and g.
 //   embedding    a block per pair; a warp per token of the first takes the second's tokens with the
 //                same id.
-#include "cuda/tile.cuh"
+//
+// On an H200 (4.8 TB/s, 989 TFLOP/s of bfloat16, a sixth of that for float32 in three tf32 products)
+// the tensor cores and L2 are the limit of token pairs; L2 and the float32 products that of formed
+// gradients. No GPU has run this file yet. Infinite float32 values make NaN.
+#include <algorithm>
+
+#include "cost.h"
+#include "cuda/product.cuh"
 #include "scratch.h"
 
 namespace tracmod::cuda {
 namespace {
 
 constexpr char kOp[] = "gradient_dot";
-constexpr int kThreads = kTileThreads;
+constexpr int kThreads = kProductThreads;
+constexpr int kPadded = kSide + 1;  // a column of a Gram tile lies in different banks
+// Every element of a Gram tile or of a gradient drifts the same way, so the sum of their products
+// does: shorter chains than for a single product.
+constexpr int kShortChain = 64;
+constexpr int kPairBytes = kProductBytes + kSide * kPadded * static_cast<int>(sizeof(float));
+constexpr int64_t kPart128 = int64_t{kSide} * kSide;  // numbers of a formed part
+constexpr int64_t kFormedBytes = int64_t{1} << 25;    // of all examples' parts
+constexpr int64_t kBlocks = 264;                      // that fill a GPU
 
 struct Batches {
   const void *x1, *g1, *x2, *g2;
@@ -41,34 +64,207 @@ __device__ void add_pair(double value, bool bad, float* out) {
   if (threadIdx.x == 0) *out += bad ? not_a_number() : static_cast<float>(total);
 }
 
+// How a batch's tokens lie in tiles of 128: `examples` whole ones of `span` tokens, or one example
+// that takes more than one tile.
+struct Layout {
+  int span, examples;
+  int64_t tiles;
+};
+
+Layout layout_of(const Gradients& gradients) {
+  const int span = static_cast<int>(std::min<int64_t>(gradients.tokens, kSide));
+  const int examples = span == 0 ? kSide : kSide / span;
+  return {span, examples, ceil_div(gradients.batch, examples)};
+}
+
+// The rows of a tile: -1 past an example's end.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    sum_token_pairs(Batches batches, float bias, float* out) {
-  __shared__ TileMemory memory;
-  const int64_t i = blockIdx.x / batches.batch2, j = blockIdx.x % batches.batch2;
-  const int64_t length1 = batches.lengths1.of(i), length2 = batches.lengths2.of(j);
-  const auto rows = [](const void* base, int64_t token, int64_t left, int64_t size) {
-    return MatrixRows<T>{static_cast<const T*>(base) + token * size, size, left};
+struct TokenSide {
+  const T* first;
+  int64_t stride;
+  const int64_t* tokens;  // (128,), in shared memory
+  int count;
+
+  __device__ const T* base() const { return first; }
+  __device__ int rows() const { return count; }
+  __device__ const T* operator()(int row) const {
+    return tokens[row] < 0 ? nullptr : first + tokens[row] * stride;
+  }
+};
+
+// tokens[row] of the tile with token `begin` of example `example` in its first row.
+__device__ void find_tokens(const Lengths& lengths, int64_t batch, const Layout& layout,
+                            int64_t example, int64_t begin, int row, int64_t* tokens) {
+  tokens[row] = -1;
+  const int64_t token = begin + (layout.span == 0 ? 0 : row % layout.span);
+  const int64_t mine = example + (layout.span == 0 ? row : row / layout.span);
+  if (row >= layout.examples * layout.span || mine >= batch) return;
+  if (token < lengths.of(mine)) tokens[row] = mine * lengths.tokens + token;
+}
+
+// gram[row][column] *= product + bias; the first time it is written.
+template <class T>
+__device__ void gram_tile(const TokenSide<T>& a, const TokenSide<T>& b, int unit, char* memory,
+                          bool first, float bias, float* gram) {
+  TileSums<> total = {};
+  multiply_rows<T, true, kShortChain>(a, b, a.stride, unit, memory, [&](const TileSums<>& sums) {
+    for_tile([&](int m, int n, int i) { total[m][n][i] += sums[m][n][i]; });
+  });
+  for_tile([&](int m, int n, int i) {
+    float& at = gram[tile_row_of(m, i) * kPadded + tile_column_of(n, i)];
+    at = first ? total[m][n][i] : at * (total[m][n][i] + bias);
+  });
+}
+
+// The sum of each row over each example's tokens, left in the first column of the example.
+__device__ void sum_rows(const Layout& layout1, const Layout& layout2, float* gram) {
+  for (int at = static_cast<int>(threadIdx.x); at < kSide * layout2.examples; at += kThreads) {
+    if (at % kSide >= layout1.examples * layout1.span) continue;
+    float* values = gram + at % kSide * kPadded + at / kSide * layout2.span;
+    double sum = 0.0;
+    for (int t = 0; t < layout2.span; ++t) sum += static_cast<double>(values[t]);
+    values[0] = static_cast<float>(sum);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    sum_token_pairs(Batches batches, Layout layout1, Layout layout2, int g_unit, int x_unit,
+                    float bias, float* out) {
+  __shared__ int64_t tokens1[kSide], tokens2[kSide];
+  char* memory = dynamic_shared();
+  float* gram = reinterpret_cast<float*>(memory + kProductBytes);
+  const int64_t i = blockIdx.x / layout2.tiles * layout1.examples;
+  const int64_t j = blockIdx.x % layout2.tiles * layout2.examples;
+  const int rows = layout1.examples * layout1.span, columns = layout2.examples * layout2.span;
+  const auto side1 = [&](const void* values, int64_t size) {
+    return TokenSide<T>{static_cast<const T*>(values), size, tokens1, rows};
+  };
+  const auto side2 = [&](const void* values, int64_t size) {
+    return TokenSide<T>{static_cast<const T*>(values), size, tokens2, columns};
+  };
+  // Sums of more than one tile are of at most 128 pairs, a thread for each.
+  const bool many1 = batches.lengths1.tokens > kSide, many2 = batches.lengths2.tokens > kSide;
+  const int64_t end1 = many1 ? batches.lengths1.of(i) : layout1.span;
+  const int64_t end2 = many2 ? batches.lengths2.of(j) : layout2.span;
+  const int pairs = layout1.examples * layout2.examples, mine = static_cast<int>(threadIdx.x);
+  const auto pair_sum = [&](int pair) {
+    const int row = pair / layout2.examples * layout1.span;
+    const int column = pair % layout2.examples * layout2.span;
+    double sum = 0.0;
+    for (int s = 0; s < layout1.span; ++s) {
+      sum += static_cast<double>(gram[(row + s) * kPadded + column]);
+    }
+    return sum;
   };
   double total = 0.0;
-  for (int64_t s = 0; s < length1; s += kTile) {
-    const int64_t token1 = i * batches.lengths1.tokens + s, left1 = length1 - s;
-    for (int64_t t = 0; t < length2; t += kTile) {
-      const int64_t token2 = j * batches.lengths2.tokens + t, left2 = length2 - t;
-      float gram_g[kPerThread][kPerThread], gram_x[kPerThread][kPerThread];
-      multiply_tile(rows(batches.g1, token1, left1, batches.out),
-                    rows(batches.g2, token2, left2, batches.out), batches.out, memory, gram_g);
-      multiply_tile(rows(batches.x1, token1, left1, batches.in),
-                    rows(batches.x2, token2, left2, batches.in), batches.in, memory, gram_x);
-      // Tokens past an end have gram_g = 0, so the bias adds nothing there.
-      float sum = 0.0f;
-      for (int m = 0; m < kPerThread; ++m) {
-        for (int n = 0; n < kPerThread; ++n) sum += gram_g[m][n] * (gram_x[m][n] + bias);
+  for (int64_t s = 0; s < end1; s += kSide) {
+    for (int64_t t = 0; t < end2; t += kSide) {
+      if (mine < kSide) {
+        find_tokens(batches.lengths1, batches.batch1, layout1, i, s, mine, tokens1);
+      } else {
+        find_tokens(batches.lengths2, batches.batch2, layout2, j, t, mine - kSide, tokens2);
       }
-      total += static_cast<double>(sum);
+      __syncthreads();
+      gram_tile(side1(batches.g1, batches.out), side2(batches.g2, batches.out), g_unit, memory,
+                true, 0.0f, gram);
+      gram_tile(side1(batches.x1, batches.in), side2(batches.x2, batches.in), x_unit, memory, false,
+                bias, gram);
+      __syncthreads();
+      sum_rows(layout1, layout2, gram);
+      __syncthreads();
+      if (many1 || many2) {
+        if (mine < pairs) total += pair_sum(mine);
+        __syncthreads();  // the tile has been read
+      }
     }
   }
-  add_pair(total, batches.lengths1.bad(i) || batches.lengths2.bad(j), out + blockIdx.x);
+  for (int pair = mine; pair < pairs; pair += kThreads) {
+    const int64_t row = i + pair / layout2.examples, column = j + pair % layout2.examples;
+    if (row >= batches.batch1 || column >= batches.batch2) continue;
+    const bool some = end1 > 0 && end2 > 0;
+    const double sum = many1 || many2 ? total : some ? pair_sum(pair) : 0.0;
+    const bool bad = batches.lengths1.bad(row) || batches.lengths2.bad(column);
+    out[row * batches.batch2 + column] += bad ? not_a_number() : static_cast<float>(sum);
+  }
+}
+
+// Parts [part, part + parts) of each example's gradient: formed (B, parts, 128, 128), zeros past O
+// and I. Part p is rows 128 (p / columns) and columns 128 (p % columns).
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    form_tiles(const T* x, const T* g, Lengths lengths, int64_t in, int64_t out, int unit,
+               int64_t part, int64_t parts, float* formed) {
+  char* memory = dynamic_shared();
+  const int64_t b = blockIdx.x / parts, at = part + blockIdx.x % parts;
+  const int64_t columns = ceil_div(in, kSide), length = lengths.of(b);
+  const int64_t o = at / columns * kSide, i = at % columns * kSide;
+  const MatrixColumnsSide<T> rows_side{g + b * lengths.tokens * out + o, out, out - o, length};
+  const MatrixColumnsSide<T> columns_side{x + b * lengths.tokens * in + i, in, in - i, length};
+  TileSums<> total = {};
+  multiply_columns<T, kShortChain>(
+      rows_side, columns_side, length, unit, memory, [&](const TileSums<>& sums) {
+        for_tile([&](int m, int n, int k) { total[m][n][k] += sums[m][n][k]; });
+      });
+  float* to = formed + blockIdx.x * kPart128;
+  for_tile([&](int m, int n, int k) {
+    to[tile_row_of(m, k) * kSide + tile_column_of(n, k)] = total[m][n][k];
+  });
+}
+
+// The gradient of the bias, (B, O).
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    sum_tokens(const T* g, Lengths lengths, int64_t out, float* sums) {
+  const int64_t o = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x, b = blockIdx.x;
+  if (o >= out) return;
+  float sum = 0.0f;
+  for (int64_t s = 0; s < lengths.of(b); ++s)
+    sum += to_float(g[(b * lengths.tokens + s) * out + o]);
+  sums[b * out + o] = sum;
+}
+
+// Inner products of rows of `depth` numbers, a share of them a block: products (shares, B1, B2).
+struct Products {
+  const float *first, *second;
+  int64_t batch1, batch2, depth;
+  int unit;
+  int64_t shares;
+  bool fresh;  // the products are written, not added to
+  double* to;
+};
+
+__global__ void __launch_bounds__(kThreads, 1) dot_shares(Products job) {
+  char* memory = dynamic_shared();
+  const int64_t tiles2 = ceil_div(job.batch2, kSide), share = blockIdx.y;
+  const int64_t i = blockIdx.x / tiles2 * kSide, j = blockIdx.x % tiles2 * kSide;
+  const int64_t size = ceil_div(ceil_div(job.depth, job.shares), kChain) * kChain;
+  const int64_t begin = share * size;
+  const int64_t left = job.depth - begin, depth = left < 0 ? 0 : left < size ? left : size;
+  const MatrixSide<float> a{job.first + i * job.depth + begin, job.depth, job.batch1 - i};
+  const MatrixSide<float> b{job.second + j * job.depth + begin, job.depth, job.batch2 - j};
+  TileSums<> total = {};
+  multiply_rows<float, true>(a, b, depth, job.unit, memory, [&](const TileSums<>& sums) {
+    for_tile([&](int m, int n, int k) { total[m][n][k] += sums[m][n][k]; });
+  });
+  for_tile([&](int m, int n, int k) {
+    const int64_t row = i + tile_row_of(m, k), column = j + tile_column_of(n, k);
+    if (row >= job.batch1 || column >= job.batch2) return;
+    double& to = job.to[(share * job.batch1 + row) * job.batch2 + column];
+    to = (job.fresh ? 0.0 : to) + static_cast<double>(total[m][n][k]);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    add_shares(Batches batches, const double* products, int64_t shares, float* out) {
+  const int64_t pairs = batches.batch1 * batches.batch2;
+  const int64_t pair = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (pair >= pairs) return;
+  double sum = 0.0;
+  for (int64_t share = 0; share < shares; ++share) sum += products[share * pairs + pair];
+  const bool bad =
+      batches.lengths1.bad(pair / batches.batch2) || batches.lengths2.bad(pair % batches.batch2);
+  out[pair] += bad ? not_a_number() : static_cast<float>(sum);
 }
 
 // sums (B, rows, D): weight gradients, and bias gradients behind them.
@@ -132,34 +328,147 @@ void form(const Gradients& gradients, int rows, float* sums, cudaStream_t stream
 }
 
 template <class T>
+void run_token_pairs(const Gradients& first, const Gradients& second, const Batches& batches,
+                     bool bias, float* out, cudaStream_t stream) {
+  const Layout layout1 = layout_of(first), layout2 = layout_of(second);
+  const auto blocks = static_cast<unsigned>(layout1.tiles * layout2.tiles);
+  check_call(kOp, cudaFuncSetAttribute(sum_token_pairs<T>,
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize, kPairBytes));
+  sum_token_pairs<T><<<blocks, kThreads, kPairBytes, stream>>>(
+      batches, layout1, layout2, copy_unit<T>(first.out, {first.g, second.g}),
+      copy_unit<T>(first.in, {first.x, second.x}), bias ? 1.0f : 0.0f, out);
+  check_launch(kOp);
+}
+
+// Scratch of the formed gradients.
+struct Formed {
+  int64_t parts, all_parts;  // at a time, and of a gradient
+  int64_t shares;
+  float *first, *second;            // (B, parts, 128, 128)
+  float *bias_first, *bias_second;  // (B, O)
+  double* products;                 // (shares, B1, B2)
+};
+
+Formed plan_formed(Scratch& scratch, const Gradients& first, const Gradients& second, bool bias) {
+  Formed plan{};
+  const int64_t part_bytes = (first.batch + second.batch) * kPart128 * int64_t{sizeof(float)};
+  const int64_t tiles = ceil_div(first.batch, kSide) * ceil_div(second.batch, kSide);
+  plan.all_parts = ceil_div(first.out, kSide) * ceil_div(first.in, kSide);
+  plan.parts = std::clamp<int64_t>(kFormedBytes / part_bytes, 1, plan.all_parts);
+  plan.shares = std::clamp<int64_t>(ceil_div(kBlocks, tiles), 1, plan.parts * kPart128 / kChain);
+  plan.first = scratch.take<float>(first.batch * plan.parts * kPart128);
+  plan.second = scratch.take<float>(second.batch * plan.parts * kPart128);
+  if (bias) {
+    plan.bias_first = scratch.take<float>(first.batch * first.out);
+    plan.bias_second = scratch.take<float>(second.batch * second.out);
+  }
+  plan.products = scratch.take<double>(plan.shares * first.batch * second.batch);
+  return plan;
+}
+
+template <class T>
+void form_parts(const Gradients& gradients, int64_t part, int64_t parts, float* formed,
+                cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(gradients.batch * parts);
+  const int unit = std::min(copy_unit<T>(gradients.in, {gradients.x}),
+                            copy_unit<T>(gradients.out, {gradients.g}));
+  form_tiles<T><<<blocks, kThreads, kColumnBytes<T>, stream>>>(
+      static_cast<const T*>(gradients.x), static_cast<const T*>(gradients.g), lengths_of(gradients),
+      gradients.in, gradients.out, unit, part, parts, formed);
+  check_launch(kOp);
+}
+
+template <class T>
+void form_bias(const Gradients& gradients, float* sums, cudaStream_t stream) {
+  const dim3 blocks(static_cast<unsigned>(gradients.batch),
+                    static_cast<unsigned>(ceil_div(gradients.out, kThreads)));
+  sum_tokens<T><<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(gradients.g),
+                                                 lengths_of(gradients), gradients.out, sums);
+  check_launch(kOp);
+}
+
+void add_products(const Formed& plan, const Batches& batches, const float* first,
+                  const float* second, int64_t depth, bool fresh, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(batches.batch1, kSide) * ceil_div(batches.batch2, kSide);
+  const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(plan.shares));
+  const Products job{first,          second, batches.batch1,
+                     batches.batch2, depth,  copy_unit<float>(depth, {first, second}),
+                     plan.shares,    fresh,  plan.products};
+  dot_shares<<<blocks, kThreads, kProductBytes, stream>>>(job);
+  check_launch(kOp);
+}
+
+template <class T>
+void run_formed(const Gradients& first, const Gradients& second, const Batches& batches, bool bias,
+                const Formed& plan, float* out, cudaStream_t stream) {
+  check_call(kOp, cudaFuncSetAttribute(dot_shares, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       kProductBytes));
+  check_call(kOp, cudaFuncSetAttribute(form_tiles<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       kColumnBytes<T>));
+  for (int64_t part = 0; part < plan.all_parts; part += plan.parts) {
+    const int64_t parts = std::min(plan.parts, plan.all_parts - part);
+    form_parts<T>(first, part, parts, plan.first, stream);
+    form_parts<T>(second, part, parts, plan.second, stream);
+    add_products(plan, batches, plan.first, plan.second, parts * kPart128, part == 0, stream);
+  }
+  if (bias) {
+    form_bias<T>(first, plan.bias_first, stream);
+    form_bias<T>(second, plan.bias_second, stream);
+    add_products(plan, batches, plan.bias_first, plan.bias_second, first.out, false, stream);
+  }
+  const auto blocks = static_cast<unsigned>(ceil_div(first.batch * second.batch, kThreads));
+  add_shares<<<blocks, kThreads, 0, stream>>>(batches, plan.products, plan.shares, out);
+  check_launch(kOp);
+}
+
+bool by_token_pairs(const Gradients& first, const Gradients& second) {
+  return token_pairs_are_cheaper(first.batch * first.tokens, second.batch * second.tokens,
+                                 first.batch, second.batch, first.in, first.out);
+}
+
+template <class T>
+void run_elementwise(const Gradients& first, const Gradients& second, const Batches& batches,
+                     bool bias, float* memory, float* out, cudaStream_t stream) {
+  const int rows = bias ? 2 : 1;
+  float* sums2 = memory + first.batch * rows * first.in;
+  form<T>(first, rows, memory, stream);
+  form<T>(second, rows, sums2, stream);
+  const auto pairs = static_cast<unsigned>(first.batch * second.batch);
+  dot_rows<<<pairs, kThreads, 0, stream>>>(batches, memory, sums2, rows * first.in, out);
+  check_launch(kOp);
+}
+
+template <class T>
 void dispatch(const Gradients& first, const Gradients& second, Layer layer, bool bias, float* out,
               void* memory, cudaStream_t stream) {
   const Batches batches{
       first.x,     first.g,      second.x, second.g, lengths_of(first), lengths_of(second),
       first.batch, second.batch, first.in, first.out};
-  const auto pairs = static_cast<unsigned>(first.batch * second.batch);
   if (layer == Layer::elementwise) {
-    const int rows = bias ? 2 : 1;
-    auto* sums1 = static_cast<float*>(memory);
-    float* sums2 = sums1 + first.batch * rows * first.in;
-    form<T>(first, rows, sums1, stream);
-    form<T>(second, rows, sums2, stream);
-    dot_rows<<<pairs, kThreads, 0, stream>>>(batches, sums1, sums2, rows * first.in, out);
+    run_elementwise<T>(first, second, batches, bias, static_cast<float*>(memory), out, stream);
   } else if (layer == Layer::embedding) {
+    const auto pairs = static_cast<unsigned>(first.batch * second.batch);
     sum_equal_ids<T><<<pairs, kThreads, 0, stream>>>(batches, out);
+    check_launch(kOp);
+  } else if (by_token_pairs(first, second)) {
+    run_token_pairs<T>(first, second, batches, bias, out, stream);
   } else {
-    sum_token_pairs<T><<<pairs, kThreads, 0, stream>>>(batches, bias ? 1.0f : 0.0f, out);
+    Scratch scratch(memory);
+    const Formed plan = plan_formed(scratch, first, second, bias);
+    run_formed<T>(first, second, batches, bias, plan, out, stream);
   }
-  check_launch(kOp);
 }
 
 }  // namespace
 
 size_t gradient_dot_scratch(const Gradients& first, const Gradients& second, Layer layer,
                             bool bias) {
-  if (layer != Layer::elementwise) return 0;
   Scratch scratch;
-  scratch.take<float>((first.batch + second.batch) * first.in * (bias ? 2 : 1));
+  if (layer == Layer::elementwise) {
+    scratch.take<float>((first.batch + second.batch) * first.in * (bias ? 2 : 1));
+  } else if (layer == Layer::linear && !by_token_pairs(first, second)) {
+    plan_formed(scratch, first, second, bias);
+  }
   return scratch.bytes();
 }
 

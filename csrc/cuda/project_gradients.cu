@@ -1,21 +1,34 @@
-// out[b] += sum_j vec(R_out_j G_bj R_in^T),  G_bj = sum_s g_js [x_s, 1]^T over the layers j that read
-// the same x, in three launches for linear layers:
+// out[b] += sum_j vec(R_out_j G_bj R_in^T),  G_bj = sum_s g_js [x_s, 1]^T, over the layers j that
+// read the same x. Linear layers take one launch of project_tiles (project.cuh): P = x R_in^T and
+// Q = sum_j g_j R_out_j^T, tokens x 64, float32, stay on the chip; then out[b] += Q_b^T P_b.
 //
-//   project_tokens   P = x R_in^T (B,S,k_in), then Q = sum_j g_j R_out_j^T (B,S,k_out), into scratch.
-//                    A block owns 64 tokens of one example x 64 rows of R; signs are made where
-//                    they are used. Blocks past the example's length return at once.
-//   add_products     out[b] += Q_b^T P_b. A block owns 64 x 64 numbers of one example's feature
-//                    row: one writer each, no atomics. identity: straight from g and [x, 1].
+// A block owns 64 x 64 numbers of the grids of as many examples as have room in 128 tokens, or of
+// one longer example, 128 tokens after the other: one writer for each number, no atomics. Sums run
+// over 16, 64, then all tokens of an example alone: no other token, tile or padding changes a bit.
+// Few long examples would leave multiprocessors idle: there a block owns one tile, stores its sums
+// of 64 tokens, and add_sums_in_order adds them in the same order. Padding is not read, and not
+// multiplied where 16 rows have no token.
 //
-// Bytes: x and g once per 64 rows of R, B S (I + O) times 4 or 2; P and Q 8 B S (k_in + k_out).
-// Operations: 2 B S (I k_in + O k_out + k_in k_out), float32: at k = 64, 32 or 64 a byte of input,
-// so the float32 units are the limit here; with matrix units and both launches in one it would be
-// the read of x and g.
+// Bytes: x and every g once per 64 x 64 of the grid, B S (I + sum O) times 2 or 4, and the grid
+// twice, 8 k_out k_in an example (what short examples cost). Operations: 2 B S (k (I + sum O) +
+// k_out k_in) on the tensor cores: +-1 is exact in bfloat16, so a bfloat16 value takes one product
+// and a float32 three, its 24 bits in three parts; Q^T P is three products of tf32.
+// Limit, H200 (4.8 TB/s, 989 TFLOP/s): at k = 64 a byte of bfloat16 takes 64 operations, 0.3 of
+// what the tensor cores do meanwhile, 0.6 if mma.sync runs at half their rate: the read of x and g.
+// The instructions (some 300 a warp for 2 KB, of which 128 make signs) need nearly as long; in
+// float32 the three products do. Counted in the SASS: no GPU has run it yet.
+//
+// identity: add_exact, straight from g and [x, 1]; a block owns 64 x 64 of the gradient.
 //
 // LayerNorm (elementwise): sum_elementwise makes v and u into scratch, a thread per feature; sketch
 // adds them into the grid. Embedding: sketch reads the tokens. A block of sketch owns one example's
 // grid, a thread the positions that equal its number modulo 256: it looks at every element and adds
 // its own, in order. Operations 256 per element: the integer units are the limit.
+#include <algorithm>
+#include <climits>
+#include <cmath>
+
+#include "cuda/project.cuh"
 #include "cuda/tile.cuh"
 #include "random.h"
 #include "scratch.h"
@@ -23,75 +36,10 @@
 namespace tracmod::cuda {
 namespace {
 
+using namespace fused;
+
 constexpr char kOp[] = "project_gradients";
 constexpr int kThreads = 256;
-
-// Rows [first, first + 64) of R as the second operand of a tile.
-template <Kind kind>
-struct Entries {
-  static constexpr bool kAlongDepth = true;
-  uint64_t stream;
-  const int64_t* columns;  // the numbers of R's columns; null: 0, 1, ...
-  int64_t k, first;
-
-  __device__ float operator()(int64_t row, int64_t i) const {
-    const int64_t r = first + row;
-    if (r >= k) return 0.0f;
-    const int64_t column = columns == nullptr ? i : columns[i];
-    if (kind == Kind::rademacher) {
-      return sign_of_bit(sign_word(stream, column, r / 64), static_cast<int>(r % 64));
-    }
-    const SparseEntry entry = sparse_entry(stream, column, k);
-    return entry.row == r ? entry.sign : 0.0f;
-  }
-};
-
-// `size` values a token (and a one for the bias) that are multiplied by an R^T of their own.
-struct Part {
-  const void* rows;
-  int64_t size;
-  bool one;
-  const int64_t* columns;
-  uint64_t stream;
-};
-
-// One side of the product, P or Q: the sum of its parts' products.
-struct Side {
-  int64_t k;
-  int parts;
-  Part part[kMaxOutputs];
-  float* projected;  // (B, S, k)
-};
-
-template <class T, Kind kind>
-__global__ void __launch_bounds__(kTileThreads)
-    project_tokens(Side side, Lengths lengths, int64_t token_tiles) {
-  __shared__ TileMemory memory;
-  const int64_t b = blockIdx.x / token_tiles, s = blockIdx.x % token_tiles * kTile;
-  const int64_t left = lengths.of(b) - s;
-  if (left <= 0) return;
-  const int64_t token = b * lengths.tokens + s;
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kTile;
-  float total[kPerThread][kPerThread] = {};
-  for (int p = 0; p < side.parts; ++p) {
-    const Part& part = side.part[p];
-    const Entries<kind> entries{part.stream, part.columns, side.k, first};
-    const MatrixRows<T> rows{static_cast<const T*>(part.rows) + token * part.size, part.size, left};
-    float sum[kPerThread][kPerThread];
-    multiply_tile(rows, entries, part.size, memory, sum);
-    for (int j = 0; j < kPerThread; ++j) {
-      const float bias = part.one ? entries(tile_column(j), part.size) : 0.0f;
-      for (int i = 0; i < kPerThread; ++i) total[i][j] += sum[i][j] + bias;
-    }
-  }
-  for (int j = 0; j < kPerThread; ++j) {
-    const int64_t r = first + tile_column(j);
-    for (int i = 0; i < kPerThread; ++i) {
-      const int64_t row = tile_row(i);
-      if (r < side.k && row < left) side.projected[(token + row) * side.k + r] = total[i][j];
-    }
-  }
-}
 
 // The two factors of a feature row: (B, S, m_width) and (B, S, n_width); columns from n_width to
 // n_count are ones.
@@ -103,7 +51,7 @@ struct Factors {
 
 template <class T>
 __global__ void __launch_bounds__(kTileThreads)
-    add_products(Factors<T> factors, Lengths lengths, float scale, float* out, int64_t stride) {
+    add_exact(Factors<T> factors, Lengths lengths, float* out, int64_t stride) {
   __shared__ TileMemory memory;
   const int64_t b = blockIdx.x, tokens = lengths.of(b);
   const int64_t n = static_cast<int64_t>(blockIdx.y) * kTile;
@@ -120,7 +68,7 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int j = 0; j < kPerThread; ++j) {
       const int64_t row = m + tile_row(i), column = n + tile_column(j);
       if (row >= factors.m_width || column >= factors.n_count) continue;
-      const float value = bad ? not_a_number() : scale * sum[i][j];
+      const float value = bad ? not_a_number() : sum[i][j];
       out[b * stride + row * factors.n_count + column] += value;
     }
   }
@@ -194,98 +142,136 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct Plan {
-  Side in, out;
-  float* sums;  // (B, 2, D): LayerNorm
-};
+constexpr int kBlocksWanted = 264;  // two for every multiprocessor of an H200
 
-Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& projection) {
-  Plan plan{};
-  if (projection.layer == Layer::linear && projection.kind != Kind::identity) {
-    const int64_t tokens = gradients.batch * gradients.tokens;
-    plan.in.k = projection.k_in;
-    plan.in.parts = 1;
-    plan.in.part[0] = {gradients.x, gradients.in, projection.bias, projection.input_columns,
-                       stream_of(projection.seed, projection.input_key)};
-    plan.in.projected = scratch.take<float>(tokens * projection.k_in);
-    plan.out.k = projection.k_out;
-    plan.out.parts = projection.outputs;
-    for (int j = 0; j < projection.outputs; ++j) {
-      const Output& output = projection.output[j];
-      plan.out.part[j] = {output.g, output.size, false, output.columns,
-                          stream_of(projection.seed, output.key)};
-    }
-    plan.out.projected = scratch.take<float>(tokens * projection.k_out);
-  }
-  if (projection.layer == Layer::elementwise) {
-    plan.sums = scratch.take<float>(2 * gradients.batch * gradients.in);
-  }
-  return plan;
+constexpr int64_t kMostSums = int64_t{1} << 24;
+
+// Blocks that leave multiprocessors idle, each with several tiles to do, become a block a tile:
+// numbers of scratch for their sums, 0 where they do not.
+int64_t sums_wanted(const Gradients& gradients, const Projection& projection) {
+  if (projection.layer != Layer::linear || projection.kind == Kind::identity) return 0;
+  const int64_t parts = ceil_div(projection.k_out, kRows) * ceil_div(projection.k_in, kRows);
+  if (gradients.tokens <= kTileTokens || gradients.batch * parts >= kBlocksWanted) return 0;
+  const int64_t sums =
+      gradients.batch * ceil_div(gradients.tokens, kSumTokens) * projection.k_out * projection.k_in;
+  return sums <= kMostSums ? sums : 0;
 }
 
-template <class T>
-void launch_projection(const Side& side, const Gradients& gradients, Kind kind,
-                       cudaStream_t stream) {
-  const int64_t tiles = ceil_div(gradients.tokens, kTile);
-  if (tiles == 0) return;
-  const dim3 blocks(static_cast<unsigned>(gradients.batch * tiles),
-                    static_cast<unsigned>(ceil_div(side.k, kTile)));
-  const Lengths lengths = lengths_of(gradients);
-  if (kind == Kind::rademacher) {
-    project_tokens<T, Kind::rademacher><<<blocks, kTileThreads, 0, stream>>>(side, lengths, tiles);
-  } else {
-    project_tokens<T, Kind::sjlt><<<blocks, kTileThreads, 0, stream>>>(side, lengths, tiles);
+int small(int64_t size, const char* of) {
+  if (size > INT_MAX) {
+    throw std::invalid_argument(std::string(kOp) + ": " + of + ": expected a size of at most " +
+                                std::to_string(INT_MAX) + ", got " + std::to_string(size));
   }
+  return static_cast<int>(size);
+}
+
+Source source_of(const void* rows, int64_t size, const int64_t* columns, uint64_t stream,
+                 DType dtype) {
+  const int64_t bytes = size * (dtype == DType::bfloat16 ? 2 : 4);
+  const bool aligned = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && bytes % 16 == 0;
+  return {rows, small(size, "x and g"), columns, stream, aligned};
+}
+
+// Whole examples share a tile when they fit: as many as leave enough blocks for the GPU.
+Job job_of(const Gradients& gradients, const Projection& projection, float* sums, float* out,
+           int64_t stride) {
+  const int tokens = std::max(1, small(gradients.tokens, "x"));
+  Job job{};
+  job.sources[0] = source_of(gradients.x, gradients.in, projection.input_columns,
+                             stream_of(projection.seed, projection.input_key), gradients.dtype);
+  for (int j = 0; j < projection.outputs; ++j) {
+    const Output& output = projection.output[j];
+    job.sources[1 + j] = source_of(output.g, output.size, output.columns,
+                                   stream_of(projection.seed, output.key), gradients.dtype);
+  }
+  job.count = 1 + projection.outputs;
+  job.bias = projection.bias;
+  job.lengths = lengths_of(gradients);
+  job.batch = small(gradients.batch, "x");
+  job.span = std::min(tokens, kTileTokens);
+  const int wanted = static_cast<int>(ceil_div(job.batch, kBlocksWanted));
+  job.examples = std::max(1, std::min(kTileTokens / tokens, wanted));
+  job.tiles = sums == nullptr ? 1 : static_cast<int>(ceil_div(tokens, job.span));
+  job.k_out = small(projection.k_out, "k_out");
+  job.k_in = small(projection.k_in, "k_in");
+  job.out_blocks = static_cast<int>(ceil_div(job.k_out, kRows));
+  job.in_blocks = static_cast<int>(ceil_div(job.k_in, kRows));
+  const double rows = static_cast<double>(job.k_out) * static_cast<double>(job.k_in);
+  job.scale = projection.kind == Kind::rademacher ? static_cast<float>(1 / std::sqrt(rows)) : 0.25f;
+  job.out = out;
+  job.stride = stride;
+  job.sums = sums;
+  return job;
+}
+
+// What project_tiles does itself where one block has all tiles of an example, in the same order.
+__global__ void add_sums_in_order(const __grid_constant__ Job job) {
+  const int64_t b = blockIdx.x, size = static_cast<int64_t>(job.k_out) * job.k_in;
+  const int64_t at = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+  const int64_t tokens = job.lengths.of(b);
+  if (at >= size || tokens == 0) return;
+  float value = job.out[b * job.stride + at];
+  for (int64_t token = 0; token < tokens; token += kSumTokens) {
+    value = fmaf(job.scale, job.sums_of(b, token)[at], value);
+  }
+  job.out[b * job.stride + at] = value;
+}
+
+template <class T, Kind kind>
+void launch_tiles(const Job& job, cudaStream_t stream) {
+  const int warps = static_cast<int>(ceil_div(job.examples * job.span, kWarpTokens));
+  const size_t bytes = shared_bytes<kind>(warps);
+  const int64_t tiles = ceil_div(job.batch, job.examples) * job.tiles;
+  const int blocks = small(tiles * job.out_blocks * job.in_blocks, "the number of blocks");
+  cudaFuncSetAttribute(project_tiles<T, kind>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(bytes));
+  project_tiles<T, kind><<<blocks, 32 * warps, bytes, stream>>>(job);
+  check_launch(kOp);
+  if (job.tiles == 1) return;
+  const int64_t numbers = static_cast<int64_t>(job.k_out) * job.k_in;
+  const dim3 rows(job.batch, static_cast<unsigned>(ceil_div(numbers, kThreads)));
+  add_sums_in_order<<<rows, kThreads, 0, stream>>>(job);
   check_launch(kOp);
 }
 
 template <class T>
-void launch_products(const Factors<T>& factors, const Gradients& gradients, double scale,
-                     float* out, int64_t stride, cudaStream_t stream) {
+void launch_products(const Factors<T>& factors, const Gradients& gradients, float* out,
+                     int64_t stride, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(gradients.batch),
                     static_cast<unsigned>(ceil_div(factors.n_count, kTile)),
                     static_cast<unsigned>(ceil_div(factors.m_width, kTile)));
-  add_products<T><<<blocks, kTileThreads, 0, stream>>>(factors, lengths_of(gradients),
-                                                       static_cast<float>(scale), out, stride);
+  add_exact<T><<<blocks, kTileThreads, 0, stream>>>(factors, lengths_of(gradients), out, stride);
   check_launch(kOp);
 }
 
 template <class T>
-void project_linear(const Gradients& gradients, const Projection& projection, const Plan& plan,
+void project_linear(const Gradients& gradients, const Projection& projection, float* sums,
                     float* out, int64_t stride, cudaStream_t stream) {
   if (projection.kind == Kind::identity) {
     const Factors<T> raw{static_cast<const T*>(gradients.g), static_cast<const T*>(gradients.x),
                          gradients.out, gradients.in, projection.k_in};
-    launch_products<T>(raw, gradients, 1.0, out, stride, stream);
-    return;
+    return launch_products<T>(raw, gradients, out, stride, stream);
   }
-  launch_projection<T>(plan.in, gradients, projection.kind, stream);
-  launch_projection<T>(plan.out, gradients, projection.kind, stream);
-  const Factors<float> factors{plan.out.projected, plan.in.projected, plan.out.k, plan.in.k,
-                               plan.in.k};
-  double scale = 1.0;
-  if (projection.kind == Kind::rademacher) {
-    scale = 1.0 / sqrt(static_cast<double>(plan.in.k) * static_cast<double>(plan.out.k));
-  }
-  launch_products<float>(factors, gradients, scale, out, stride, stream);
+  const Job job = job_of(gradients, projection, sums, out, stride);
+  if (projection.kind == Kind::rademacher) return launch_tiles<T, Kind::rademacher>(job, stream);
+  return launch_tiles<T, Kind::sjlt>(job, stream);
 }
 
 template <class T>
-void project_elementwise(const Gradients& gradients, const Projection& projection, const Plan& plan,
+void project_elementwise(const Gradients& gradients, const Projection& projection, float* sums,
                          float* out, int64_t stride, cudaStream_t stream) {
   const int64_t size = gradients.in, rows = projection.bias ? 2 : 1;
   const unsigned batch = static_cast<unsigned>(gradients.batch);
   const Lengths lengths = lengths_of(gradients);
   const dim3 blocks(batch, static_cast<unsigned>(ceil_div(size, kThreads)));
-  sum_elementwise<T><<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(gradients.x),
-                                                      static_cast<const T*>(gradients.g), size,
-                                                      lengths, plan.sums);
+  sum_elementwise<T><<<blocks, kThreads, 0, stream>>>(
+      static_cast<const T*>(gradients.x), static_cast<const T*>(gradients.g), size, lengths, sums);
   check_launch(kOp);
   if (projection.kind == Kind::identity) {
     const dim3 all(batch, static_cast<unsigned>(ceil_div(rows * size, kThreads)));
-    add_sums<<<all, kThreads, 0, stream>>>(plan.sums, 2 * size, rows * size, out, stride);
+    add_sums<<<all, kThreads, 0, stream>>>(sums, 2 * size, rows * size, out, stride);
   } else {
-    const Elements<float> elements{plan.sums, nullptr, 2, rows, size};
+    const Elements<float> elements{sums, nullptr, 2, rows, size};
     sketch<float><<<batch, kThreads, 0, stream>>>(
         elements, lengths, stream_of(projection.seed, projection.output[0].key),
         projection.k_out * projection.k_in, out, stride);
@@ -306,35 +292,42 @@ void project_embedding(const Gradients& gradients, const Projection& projection,
 }
 
 template <class T>
-void project(const Gradients& gradients, const Projection& projection, const Plan& plan, float* out,
+void project(const Gradients& gradients, const Projection& projection, float* sums, float* out,
              int64_t stride, cudaStream_t stream) {
   switch (projection.layer) {
     case Layer::linear:
-      return project_linear<T>(gradients, projection, plan, out, stride, stream);
+      return project_linear<T>(gradients, projection, sums, out, stride, stream);
     case Layer::elementwise:
-      return project_elementwise<T>(gradients, projection, plan, out, stride, stream);
+      return project_elementwise<T>(gradients, projection, sums, out, stride, stream);
     case Layer::embedding:
       return project_embedding<T>(gradients, projection, out, stride, stream);
   }
+}
+
+// (B, 2, D), what LayerNorm's gradients are summed into, or a linear layer's sums of 64 tokens.
+float* take_sums(Scratch& scratch, const Gradients& gradients, const Projection& projection) {
+  const int64_t count = projection.layer == Layer::elementwise ? 2 * gradients.batch * gradients.in
+                                                               : sums_wanted(gradients, projection);
+  return count == 0 ? nullptr : scratch.take<float>(count);
 }
 
 }  // namespace
 
 size_t project_gradients_scratch(const Gradients& gradients, const Projection& projection) {
   Scratch scratch;
-  make_plan(scratch, gradients, projection);
+  take_sums(scratch, gradients, projection);
   return scratch.bytes();
 }
 
 void project_gradients(const Gradients& gradients, const Projection& projection, float* out,
                        int64_t stride, void* memory, void* stream) {
   Scratch scratch(memory);
-  const Plan plan = make_plan(scratch, gradients, projection);
+  float* sums = take_sums(scratch, gradients, projection);
   const auto on = static_cast<cudaStream_t>(stream);
   if (gradients.dtype == DType::bfloat16) {
-    project<__nv_bfloat16>(gradients, projection, plan, out, stride, on);
+    project<__nv_bfloat16>(gradients, projection, sums, out, stride, on);
   } else {
-    project<float>(gradients, projection, plan, out, stride, on);
+    project<float>(gradients, projection, sums, out, stride, on);
   }
 }
 

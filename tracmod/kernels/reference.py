@@ -70,9 +70,12 @@ def projection_matrix(
         rows = torch.arange(k)[:, None]
         words = _step(_step(stream, columns), rows // 64)
         return (1 - 2 * ((words >> (rows % 64)) & 1)).to(dtype) / k**0.5
-    hashes = _step(stream, columns)
+    lanes = columns % 16 if k >= 16 else 0 * columns
+    hashes = _step(stream, columns // 16 if k >= 16 else columns)
     matrix = torch.zeros(k, size, dtype=dtype)
-    matrix[_position(hashes, k), torch.arange(size)] = _sign(hashes).to(dtype)
+    matrix[(_position(hashes, k) + lanes) % k, torch.arange(size)] = _sign(hashes >> lanes).to(
+        dtype
+    )
     return matrix
 
 

@@ -21,6 +21,8 @@ SIZES = [
     (3, 33, 127, 31, 31, 33),
     (2, 127, 31, 127, 33, 1),
     (4, 1, 127, 33, 127, 70),
+    (2, 9, 257, 600, 130, 65),
+    (1, 3, 5000, 1, 17, 16),
 ]
 
 
@@ -188,6 +190,22 @@ def test_columns_left_out_are_as_zeros(
     assert torch.equal(
         project(cut.to(device), **kwargs, **columns), project(cut.to(device), **kwargs, **there)
     )
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+def test_what_is_not_finite_goes_through(kind: str, value: float, device: torch.device) -> None:
+    batch = make_batch("linear", 6, 5, 39, 21, ragged=False)
+    for b, column in enumerate((0, 3, 17, 31, 38)):
+        batch.x[b, 2, column] = value
+    kwargs = arguments("linear", kind, batch, True, (18, 34))
+    found = project(batch.to(device), **kwargs).cpu()
+    assert found[5].isfinite().all()
+    if kind == "rademacher":  # sjlt leaves alone the columns of P in which the value is not
+        assert not found[:5, : 18 * 34].isfinite().any()
+    else:
+        touched = found[:5, : 18 * 34].view(5, 18, 34).isfinite().logical_not()
+        assert (touched.any(1).sum(1) == 1).all()
 
 
 @pytest.mark.parametrize("layer", LAYERS)

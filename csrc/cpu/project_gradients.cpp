@@ -3,14 +3,17 @@
 //
 //   P = x R_in^T (S,k_in)    Q = sum_j g_j R_out_j^T (S,k_out)    out[b] += Q^T P
 //
-// Work: two phases over threads. First a block of 48 tokens of P or Q an item: the signs are
-// written out once per call as floats (rows of R are few) and multiplied as `outer` tiles; a sparse
-// R is read as lists, one list of columns for each row of R. Then a band of 48 rows of one
-// example's Q^T P an item, added to its feature row by the item that owns it.
+// Work: as many examples at a time as leave P and Q in the second cache, in two phases over threads.
+// First a block of 48 tokens of P or Q an item. Dense R: with AVX-512 by tables of sums (see
+// signs.cpp), else the signs are written out once per call as floats (rows of R are few) and
+// multiplied as `outer` tiles. Sparse R: 16 columns at a time, those that are in no whole group one
+// by one. Then a band of 48 rows of one example's Q^T P an item, added to its feature row by the
+// item that owns it.
 //
-// Bytes: x and g once, B S (I + O) times 4 or 2, plus B S (k_in + k_out) 8 written and read.
-// Operations: 2 B S (I k_in + O k_out + k_in k_out); at k = 64 that is 32 or 64 a byte of input, so
-// the multiply-add units are the limit; sparse: 2 B S (I + O + k_in k_out), the memory is.
+// Bytes: x and g once, B S (I + O) times 4 or 2. Operations: 2 B S (I k_in + O k_out + k_in k_out);
+// tables take three instructions where four multiply-adds would stand (k = 64), each on units of its
+// own, and the vector units are the limit; sparse: 2 B S (I + O + k_in k_out), the limit is the read
+// of x and g and, for narrow layers, the last term.
 //
 // LayerNorm (elementwise) and embedding gradients are few sums or sparse: each example's go into
 // the grid as a count sketch, in float64, one example an item; one read of x and g is the limit.

@@ -1,6 +1,6 @@
 // Stands in for CUDA's header, so that g++ compiles the kernels and the CPU runs them: a block
-// after the other, every thread of a block as a fiber that runs until it has to wait for others. So one
-// warp is as far ahead of the others as barriers let it be, which shows a missing one.
+// after the other, every thread of a block as a fiber that runs until it has to wait for others. So
+// one warp is as far ahead of the others as barriers let it be, which shows a missing one.
 #pragma once
 
 #include <setjmp.h>

@@ -84,7 +84,8 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* r
 
 // Copies `bytes` (0 to 16) to shared memory and fills up with zeros to 16 (4 for the second),
 // later: commit_copies closes a group, wait_copies<n> waits until at most n of this thread's groups
-// are under way; others see the data after a barrier. Addresses are aligned to 16 (4), even at 0 bytes.
+// are under way; others see the data after a barrier. Addresses are aligned to 16 (4),
+// even at 0 bytes.
 __device__ inline void copy_16_later(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(bytes)

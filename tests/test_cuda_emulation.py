@@ -47,7 +47,14 @@ def emulated(request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [None, "cosine"])
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1, 1, 1), (2, 3, 31, 33, 3), (3, 33, 129, 40, 127), (1, 131, 300, 127, 5)]
+    "sizes",
+    [
+        (1, 1, 1, 1, 1),
+        (2, 3, 31, 33, 3),
+        (3, 33, 129, 40, 127),
+        (1, 131, 300, 127, 5),
+        (2, 9, 260, 264, 5),
+    ],
 )
 def test_top_k_dot(sizes: tuple[int, ...], normalize: Any, dtype: torch.dtype) -> None:
     top_k.test_equals_the_reference(*sizes, normalize, dtype, CPU)

@@ -8,9 +8,9 @@
 //                tile by tile. The Gram tile of g waits in shared memory for that of x; then a
 //                thread sums an example's part of a row, and a thread a pair's rows. Operations
 //                2 S S' (I + O) a pair, bytes through L2 S S' (I + O) (4 or 2) / 64.
-//   formed       128 x 128 parts of all gradients into scratch, as many as stay in L2 (form_tiles: a
-//                block owns a part of one example), then their inner products (dot_shares: a block
-//                owns 128 x 128 pairs and a share of the numbers), added up over the parts;
+//   formed       128 x 128 parts of all gradients into scratch, as many as stay in L2 (form_tiles:
+//                a block owns a part of one example), then their inner products (dot_shares: a
+//                block owns 128 x 128 pairs and a share of the numbers), added up over the parts;
 //                add_shares sums the shares in order. Operations 2 (n + n') I O, and 2 B B' I O of
 //                float32, as formed gradients are; bytes through L2 8 (B + B') I O.
 //
@@ -19,9 +19,9 @@
 //   embedding    a block per pair; a warp per token of the first takes the second's tokens with the
 //                same id.
 //
-// On an H200 (4.8 TB/s, 989 TFLOP/s of bfloat16, a sixth of that for float32 in three tf32 products)
-// the tensor cores and L2 are the limit of token pairs; L2 and the float32 products that of formed
-// gradients. No GPU has run this file yet. Infinite float32 values make NaN.
+// On an H200 (4.8 TB/s, 989 TFLOP/s of bfloat16, a sixth of that for float32 in three tf32
+// products) the tensor cores and L2 are the limit of token pairs; L2 and the float32 products
+// that of formed gradients. No GPU has run this file yet. Infinite float32 values make NaN.
 #include <algorithm>
 
 #include "cost.h"

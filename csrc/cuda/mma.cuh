@@ -1,5 +1,5 @@
-// The tensor cores' and the copy unit's instructions (compute capability 8.0 and later), a warp at a
-// time. Under TRACMOD_EMULATE the same functions run on the host (tests/cuda_emulation).
+// The tensor cores' and the copy unit's instructions (compute capability 8.0 and later), a warp at
+// a time. Under TRACMOD_EMULATE the same functions run on the host (tests/cuda_emulation).
 //
 // Which element a register of lane l holds, with r = l / 4 and t = l % 4; A is m x k, B is k x n, C
 // and D are m x n. A register of bfloat16 holds the two neighbours along k, the lower one first.
@@ -64,8 +64,8 @@ __device__ inline uint32_t to_tf32(float value) {
   return result;
 }
 
-// Four 8 x 16-byte matrices: lane l gives the address (16-byte aligned) of row l % 8 of matrix l / 8
-// and gets word l % 4 of row l / 4 of each.
+// Four 8 x 16-byte matrices: lane l gives the address (16-byte aligned) of row l % 8 of matrix
+// l / 8 and gets word l % 4 of row l / 4 of each.
 __device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -82,9 +82,10 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* r
                : "memory");
 }
 
-// Copies `bytes` (0 to 16) to shared memory and fills up with zeros to 16 (4 for the second), later:
-// commit_copies closes a group, wait_copies<n> waits until at most n of this thread's groups are
-// under way; others see the data after a barrier. Addresses are aligned to 16 (4), even at 0 bytes.
+// Copies `bytes` (0 to 16) to shared memory and fills up with zeros to 16 (4 for the second),
+// later: commit_copies closes a group, wait_copies<n> waits until at most n of this thread's groups
+// are under way; others see the data after a barrier. Addresses are aligned to 16 (4),
+// even at 0 bytes.
 __device__ inline void copy_16_later(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(bytes)

@@ -1,10 +1,10 @@
-// A 128 x 128 or 128 x 256 tile of a product by one block of 256 threads on the tensor cores; 8 warps
-// own 64 x 32 or 64 x 64 each, three stages of the operands pass through shared memory. Of rows
-// (multiply_rows), C[m][n] = sum_d a[m][d] b[n][d]: a stage is 128 bytes of every row, 64 bfloat16 or
-// 32 float32. Of columns (multiply_columns, below), C[m][n] = sum_s a[s][m] b[s][n].
+// A 128 x 128 or 128 x 256 tile of a product by one block of 256 threads on the tensor cores; 8
+// warps own 64 x 32 or 64 x 64 each, three stages of the operands pass through shared memory. Of
+// rows (multiply_rows), C[m][n] = sum_d a[m][d] b[n][d]: a stage is 128 bytes of every row, 64
+// bfloat16 or 32 float32. Of columns (multiply_columns, below), C[m][n] = sum_s a[s][m] b[s][n].
 //
-// Row r of a stage lies at 128 r; its 16-byte part p at place p ^ (r % 8), so that the eight rows of
-// a matrix that load_matrices reads lie in different banks.
+// Row r of a stage lies at 128 r; its 16-byte part p at place p ^ (r % 8), so that the eight rows
+// of a matrix that load_matrices reads lie in different banks.
 //
 // An element's sum runs along the depth in an order that depends on the depth alone. The tensor
 // cores' sums drift towards zero, so chains of them are short and handed on to `add`.

@@ -3,9 +3,10 @@
 //
 //   row_scales    cosine only: 1 / |n_c|, a warp per row.
 //   score_tiles   a block owns 128 queries x 256 training rows (128 if float32) and adds up all
-//                 checkpoints' terms in registers. The tile then passes through shared memory: a thread per query adds it
-//                 up by group into `partials`, another notes the scores that are not worse than the
-//                 last of the query's lists as candidates. No score goes to device memory otherwise.
+//                 checkpoints' terms in registers. The tile then passes through shared memory: a
+//                 thread per query adds it up by group into `partials`, another notes the scores
+//                 that are not worse than the last of the query's lists as candidates. No score
+//                 goes to device memory otherwise.
 //   merge         a block owns one query's list in one direction, which is kept sorted: the
 //                 candidates that pass go in, up to 256 at a time, each to the place its rank says.
 //   add_partials  a thread owns one query's sum of one group; tiles in order.
@@ -15,10 +16,15 @@
 // added in float64: exact, and so the same for any cut of the training rows into calls, unless a
 // query's scores span more than 2^(29 - log2 N).
 //
-// Bytes: training rows C N K (4 or 2) once per 24 x 128 queries, candidates about 8 Q k
-// ln(N / wave); through L2 C Q N K (4 or 2) / 64. Operations 2 C Q N K. On an H200 (4.8 TB/s, 989
-// TFLOP/s of bfloat16) with Q = 2,500 the tensor cores and L2 are the limit; float32 takes three
-// tf32 products: a sixth of that rate. No GPU has run this file yet.
+// Exactness: float32 rows in three tf32 products, float32 sums. bfloat16 rows in one product whose
+// sums stay in the tensor cores and round towards zero there: a score is low by up to about
+// 2^-25 K / 16 of itself, far below the rounding of the rows.
+//
+// Bytes: training rows C N K (4 or 2) once per 24 x 128 queries; candidates about 16 Q k ln(N /
+// wave); through L2 C Q N K / 64 times 4, or 3/4 of that times 2. Operations 2 C Q N K, three times
+// as many in tf32. Limits on an H200 (4.8 TB/s, 989 TFLOP/s of bfloat16, half of it in tf32): the
+// tensor cores, of which mma.sync reaches some 60%, and L2, which 128 x 256 tiles ask for a byte in
+// 85 operations. wgmma with copies shared by a cluster would lift both. No GPU has run this yet.
 #include <algorithm>
 
 #include "cuda/product.cuh"
@@ -176,8 +182,8 @@ __device__ void add_terms(const Wave& wave, const Place& place, char* memory, Ti
   }
 }
 
-// bfloat16: registers hold one tile, so the sum is kept in the scale of the checkpoint that is being
-// added. A checkpoint of weight 0 is left out.
+// bfloat16: registers hold one tile, so the sum is kept in the scale of the checkpoint that is
+// being added. A checkpoint of weight 0 is left out.
 __device__ void add_terms(const Wave& wave, const Place& place, char* memory, TileScales& scales,
                           TileSums<8>& scores, __nv_bfloat16) {
   const auto scale = [&] {

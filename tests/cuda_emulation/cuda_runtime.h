@@ -1,6 +1,6 @@
-// Stands in for CUDA's header, so that g++ compiles the kernels and the CPU runs them: a block after
-// the other, every thread of a block as a fiber that runs until it has to wait for others. So one
-// thread is as far ahead of its neighbours as barriers let it be, which shows a missing one.
+// Stands in for CUDA's header, so that g++ compiles the kernels and the CPU runs them: a block
+// after the other, every thread of a block as a fiber that runs until it has to wait for others. So
+// one warp is as far ahead of the others as barriers let it be, which shows a missing one.
 #pragma once
 
 #include <setjmp.h>
@@ -151,6 +151,21 @@ inline void resume(int index) {
   setcontext(&fiber.start);
 }
 
+// Lets every thread of a warp that need not wait run on; false if there is none.
+inline bool run_warp(int begin, int end) {
+  volatile bool some = false;
+  for (volatile int i = begin; i < end; i = i + 1) {
+    const int index = backwards ? begin + end - 1 - i : i;
+    const Fiber& fiber = fibers[index];
+    if (fiber.done) continue;
+    if (fiber.waits_for != nullptr && *fiber.waits_for == fiber.seen) continue;
+    some = true;
+    resume(index);
+  }
+  return some;
+}
+
+// A warp runs as far as it can before the next one: so what one warp does too early, shows.
 inline void run_block(int threads, size_t shared) {
   memset(shared_memory, 0xff, shared);  // NaN
   whole = {0, 0, threads};
@@ -159,19 +174,13 @@ inline void run_block(int threads, size_t shared) {
     warps[w] = {0, 0, threads - w * kWarp < kWarp ? threads - w * kWarp : kWarp};
   }
   for (volatile bool some = true; some;) {
-    volatile bool left = false;
     some = false;
-    for (volatile int i = 0; i < threads; i = i + 1) {
-      const int index = backwards ? threads - 1 - i : i;
-      const Fiber& fiber = fibers[index];
-      if (fiber.done) continue;
-      left = true;
-      if (fiber.waits_for != nullptr && *fiber.waits_for == fiber.seen) continue;
-      some = true;
-      resume(index);
+    for (volatile int i = 0; i < threads; i = i + kWarp) {
+      const int first = backwards ? (threads - 1) / kWarp * kWarp - i : i;
+      while (run_warp(first, first + kWarp < threads ? first + kWarp : threads)) some = true;
     }
-    if (left && !some) fail("threads wait for each other for ever");
   }
+  if (whole.members > 0) fail("threads wait for each other for ever");
 }
 
 template <class Kernel, class F>

@@ -12,13 +12,12 @@
 namespace tracmod {
 
 inline bool token_pairs_are_cheaper(int64_t tokens1, int64_t tokens2, int64_t batch1,
-                                    int64_t batch2, int64_t in, int64_t out) {
-  const double pairs =
-      static_cast<double>(tokens1) * static_cast<double>(tokens2) * static_cast<double>(in + out);
-  const double formed = (static_cast<double>(tokens1 + tokens2) +
-                         static_cast<double>(batch1) * static_cast<double>(batch2)) *
-                        static_cast<double>(in) * static_cast<double>(out);
-  return pairs <= formed;
+                                    int64_t batch2, int64_t in, int64_t out, int64_t pair = 1) {
+  const auto n1 = static_cast<double>(tokens1), n2 = static_cast<double>(tokens2);
+  const auto b1 = static_cast<double>(batch1), b2 = static_cast<double>(batch2);
+  const auto i = static_cast<double>(in), o = static_cast<double>(out);
+  const auto p = static_cast<double>(pair);
+  return n1 * n2 * (i + o) / p <= ((n1 + n2) / p + 6 * (b1 + b2) + b1 * b2) * i * o;
 }
 
 }  // namespace tracmod

@@ -12,6 +12,7 @@
 // Bytes: x and g of both batches are read from cache B or O / 6 times; operations as in cost.h,
 // tens to hundreds a byte: the multiply-add units are the limit.
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "cost.h"
@@ -25,7 +26,7 @@ namespace tracmod::cpu {
 namespace {
 
 constexpr int64_t kRowTokens = 96;
-constexpr int64_t kFormedRows = 24;
+constexpr int64_t kFormedRows = 48;
 constexpr int64_t kShares = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -123,17 +124,17 @@ void dot_pairs(const Gradients& first, const Gradients& second, bool bias, const
   });
 }
 
-// A batch's read tokens in steps, each example's on its own: x with its column of ones as panels,
-// g as rows.
+// A batch's read tokens in steps, each example's on its own, laid out as `form` reads them.
 struct Packed {
   int64_t* starts;  // in steps
-  float* x;         // (panels, steps, kPanel) of each example
-  float* g;         // (steps, g_width)
+  float* x;         // of each example (panels, steps, kPanel), a column of ones behind the last
+  float* g;         // of each example (groups of rows, steps, kFormedRows)
 };
 
 struct FormedPlan {
   Packed first, second;
-  int64_t x_width, x_panels, g_width;
+  int64_t columns;           // of G
+  int64_t x_width, g_width;  // the same in whole panels, and its rows in whole groups
   float* formed;     // (threads, B1 + B2, kFormedRows, kPanel)
   float* panel;      // (threads, kBlockSteps, kPanel)
   double* products;  // (kShares, B1, padded B2)
@@ -150,13 +151,13 @@ template <class T>
 FormedPlan plan_formed(Scratch& scratch, const Gradients& first, const Gradients& second, bool bias,
                        int threads) {
   FormedPlan plan{};
-  plan.x_width = padded(first.in + (bias ? 1 : 0));
-  plan.x_panels = ceil_div(plan.x_width, kPanel);
-  plan.g_width = padded(first.out) + kColumnUnit;  // rows a power of two apart share cache lines
+  plan.columns = first.in + (bias ? 1 : 0);
+  plan.x_width = ceil_div(plan.columns, kPanel) * kPanel;
+  plan.g_width = ceil_div(first.out, kFormedRows) * kFormedRows;
   for (const auto& [gradients, packed] : {std::pair(&first, &plan.first), {&second, &plan.second}}) {
     const int64_t steps = total_steps<T>(*gradients);
     packed->starts = scratch.take<int64_t>(gradients->batch + 1);
-    packed->x = scratch.take<float>(steps * plan.x_panels * kPanel);
+    packed->x = scratch.take<float>(steps * plan.x_width);
     packed->g = scratch.take<float>(steps * plan.g_width);
   }
   plan.formed =
@@ -166,44 +167,39 @@ FormedPlan plan_formed(Scratch& scratch, const Gradients& first, const Gradients
   return plan;
 }
 
-// to[n] = one step's number n < count; `next` is the second token of a pair, or null.
+// to[n] = number n of a token, or of two tokens as pairs; `next` may be null: no second token.
 void pack_step(const float* row, const float*, int64_t count, float* to) {
   std::copy(row, row + count, to);
 }
 void pack_step(const bfloat16* row, const bfloat16* next, int64_t count, float* to) {
-  for (int64_t n = 0; n < count; ++n) {
-    const uint32_t low = row[n].bits, high = next == nullptr ? 0 : next[n].bits;
-    const uint32_t bits = tiles().pair == 2 ? low | high << 16 : low << 16;
-    std::memcpy(to + n, &bits, sizeof bits);
+  uint32_t bits[kPanel];
+  for (int64_t n = 0; n < count; ++n) bits[n] = row[n].bits;
+  if (tiles().pair == 1) {
+    for (int64_t n = 0; n < count; ++n) bits[n] <<= 16;
+  } else if (next != nullptr) {
+    for (int64_t n = 0; n < count; ++n) bits[n] |= static_cast<uint32_t>(next[n].bits) << 16;
   }
+  std::memcpy(to, bits, static_cast<size_t>(count) * sizeof *bits);
 }
 
-// The step's number in a column of ones.
-void set_ones(float* to, float, bool) { *to = 1.0f; }
-void set_ones(float* to, bfloat16, bool both) {
-  const bfloat16 one = {0x3f80}, none = {0};
-  pack_step(&one, both ? &one : &none, 1, to);
-}
+constexpr float kOne = 1.0f;
+constexpr bfloat16 kOneBfloat16 = {0x3f80};
+const float* one(const float*) { return &kOne; }
+const bfloat16* one(const bfloat16*) { return &kOneBfloat16; }
 
+// to (ceil(size / width), steps, width) = an example's tokens of x or g, with a column of ones behind
+// the last if `ones`; then zeros.
 template <class T>
-void pack_example(const Gradients& gradients, int64_t b, bool bias, const FormedPlan& plan,
-                  const Packed& packed) {
-  const int64_t pair = numbers_per_step<T>(), in = gradients.in, out = gradients.out;
-  const int64_t length = length_of(gradients, b), steps = steps_of<T>(length);
-  const T* x = static_cast<const T*>(gradients.x) + b * gradients.tokens * in;
-  const T* g = static_cast<const T*>(gradients.g) + b * gradients.tokens * out;
-  float* x_to = packed.x + packed.starts[b] * plan.x_panels * kPanel;
-  float* g_to = packed.g + packed.starts[b] * plan.g_width;
-  for (int64_t s = 0; s < steps; ++s) {
-    const bool both = pair == 2 && 2 * s + 1 < length;
-    const T *x_row = x + s * pair * in, *g_row = g + s * pair * out;
-    pack_step(g_row, both ? g_row + out : nullptr, out, g_to + s * plan.g_width);
-    for (int64_t n = 0; n < plan.x_panels * kPanel; n += kPanel) {
-      float* to = x_to + n * steps + s * kPanel;
-      const int64_t count = std::clamp<int64_t>(in - n, 0, kPanel);
-      pack_step(x_row + n, both ? x_row + in + n : nullptr, count, to);
-      std::fill(to + count, to + kPanel, 0.0f);
-      if (bias && in - n == count && count < kPanel) set_ones(to + count, T(), both);
+void pack_tokens(const T* from, int64_t length, int64_t size, bool ones, int64_t width, float* to) {
+  const int64_t steps = steps_of<T>(length), pair = numbers_per_step<T>();
+  for (int64_t begin = 0; begin < size + ones; begin += width) {
+    const int64_t count = std::clamp<int64_t>(size - begin, 0, width);
+    for (int64_t s = 0; s < steps; ++s, to += width) {
+      const T* row = from + s * pair * size + begin;
+      const bool both = pair == 2 && 2 * s + 1 < length;
+      pack_step(row, both ? row + size : nullptr, count, to);
+      std::fill(to + count, to + width, 0.0f);
+      if (ones && count < width) pack_step(one(row), both ? one(row) : nullptr, 1, to + count);
     }
   }
 }
@@ -214,9 +210,9 @@ void form_chunk(const FormedPlan& plan, const Packed& packed, int64_t batch, int
                 int64_t rows, int64_t panel, int64_t columns, float* formed) {
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t start = packed.starts[b], steps = packed.starts[b + 1] - start;
-    const float* x = packed.x + (start * plan.x_panels + panel * steps) * kPanel;
-    form<T>(packed.g + start * plan.g_width + o, plan.g_width, rows, x, columns, steps,
-            formed + b * rows * columns, columns);
+    const float* x = packed.x + start * plan.x_width + panel * kPanel * steps;
+    const float* g = packed.g + start * plan.g_width + o * steps;
+    form<T>(g, kFormedRows, rows, x, columns, steps, formed + b * rows * columns, columns);
   }
 }
 
@@ -247,8 +243,13 @@ void pack_batch(const Gradients& gradients, bool bias, const FormedPlan& plan, c
   for (int64_t b = 0; b < gradients.batch; ++b) {
     packed.starts[b + 1] = packed.starts[b] + steps_of<T>(length_of(gradients, b));
   }
-  parallel_for(threads, gradients.batch,
-               [&](int64_t b, int) { pack_example<T>(gradients, b, bias, plan, packed); });
+  parallel_for(threads, gradients.batch, [&](int64_t b, int) {
+    const int64_t length = length_of(gradients, b), row = b * gradients.tokens;
+    pack_tokens(static_cast<const T*>(gradients.x) + row * gradients.in, length, gradients.in, bias,
+                kPanel, packed.x + packed.starts[b] * plan.x_width);
+    pack_tokens(static_cast<const T*>(gradients.g) + row * gradients.out, length, gradients.out,
+                false, kFormedRows, packed.g + packed.starts[b] * plan.g_width);
+  });
 }
 
 template <class T>
@@ -257,16 +258,17 @@ void dot_formed(const Gradients& first, const Gradients& second, bool bias, cons
   pack_batch<T>(first, bias, plan, plan.first, threads);
   pack_batch<T>(second, bias, plan, plan.second, threads);
   const int64_t width = padded(second.batch), pairs = first.batch * width;
-  const int64_t chunks = ceil_div(first.out, kFormedRows) * plan.x_panels;
+  const int64_t panels = plan.x_width / kPanel;
+  const int64_t chunks = plan.g_width / kFormedRows * panels;
   parallel_for(threads, kShares, [&](int64_t share, int slot) {
     double* products = plan.products + share * pairs;
     float* formed1 = plan.formed + slot * (first.batch + second.batch) * kFormedRows * kPanel;
     float* formed2 = formed1 + first.batch * kFormedRows * kPanel;
     std::fill(products, products + pairs, 0.0);
     for (int64_t chunk = share; chunk < chunks; chunk += kShares) {
-      const int64_t panel = chunk % plan.x_panels, o = chunk / plan.x_panels * kFormedRows;
+      const int64_t panel = chunk % panels, o = chunk / panels * kFormedRows;
       const int64_t rows = std::min(kFormedRows, first.out - o);
-      const int64_t columns = std::min(kPanel, plan.x_width - panel * kPanel);
+      const int64_t columns = std::min(kPanel, padded(plan.columns) - panel * kPanel);
       form_chunk<T>(plan, plan.first, first.batch, o, rows, panel, columns, formed1);
       form_chunk<T>(plan, plan.second, second.batch, o, rows, panel, columns, formed2);
       add_inner_products(formed1, first.batch, formed2, second.batch, rows * columns,

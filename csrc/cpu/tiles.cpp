@@ -143,11 +143,14 @@ TRACMOD_INLINE void with_rows(int64_t rows, const Run& run) {
   }
 }
 
-// run(first column, vectors of columns as a constant): V where as many are left, else one.
+// run(first column, vectors of columns as a constant): V where as many are left, else 2, else 1.
 template <int W, int V, class Run>
 TRACMOD_INLINE void for_columns(int64_t columns, const Run& run) {
   int64_t n = 0;
   for (; columns - n >= V * W; n += V * W) run(n, std::integral_constant<int, V>());
+  if constexpr (V > 2) {
+    for (; columns - n >= 2 * W; n += 2 * W) run(n, std::integral_constant<int, 2>());
+  }
   for (; n < columns; n += W) run(n, std::integral_constant<int, 1>());
 }
 

@@ -202,9 +202,11 @@ void run(const TopK& job, const Plan& plan, int threads) {
     for (int64_t train = 0; train < job.trains; train += kTrains) {
       const Block block{query, std::min(kQueries, job.queries - query), train,
                         std::min(kTrains, job.trains - train)};
-      parallel_for(threads, ceil_div(block.trains, kPanel), [&](int64_t item, int number) {
-        const int64_t n = item * kPanel;
-        score_panel<T>(job, plan, block, n, std::min(kPanel, block.trains - n),
+      // With few queries the memory is the limit: fewer rows at once, so that each is read on.
+      const int64_t rows = job.queries < kPanel / 2 ? kColumnUnit : kPanel;
+      parallel_for(threads, ceil_div(block.trains, rows), [&](int64_t item, int number) {
+        const int64_t n = item * rows;
+        score_panel<T>(job, plan, block, n, std::min(rows, block.trains - n),
                        slot_of(job, plan, number));
       });
       parallel_for(threads, block.queries, [&](int64_t q, int number) {

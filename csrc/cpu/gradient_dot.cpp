@@ -1,16 +1,20 @@
 // out[i, j] += <G_i, G'_j>, the gradients of examples i and j of two batches for one layer.
 //
 // linear, G = sum_s g_s [x_s, 1]^T, in the cheaper of two forms (cost.h):
-//   token pairs   sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + 1): one pair of examples an item; both Gram
-//                 matrices in tiles of 32 x 64 tokens, multiplied and summed while in cache.
-//   formed        6 rows of every G (6, I + 1) as `outer` tiles, then all inner products of them as
-//                 `dot` tiles: one of 16 fixed shares of the rows an item, the shares' sums added
-//                 up in order. A gradient is never whole in memory.
+//   token pairs   sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + 1): the second batch's tokens in panels of
+//                 64, whatever example they belong to; a panel and whole examples of the first an
+//                 item: both Gram matrices as `outer` tiles of 96 tokens x 64, multiplied and
+//                 summed over s while in cache; last the sums over t of each pair.
+//   formed        48 rows x 64 columns of every G as `form` tiles, then all inner products of them
+//                 as `outer` tiles: one of 16 fixed shares of these pieces an item, the shares'
+//                 sums added up in order. A gradient is never whole in memory. bfloat16 tokens are
+//                 paired for forming; the formed numbers stay float32.
 // elementwise (LayerNorm): G = [sum_s g_s x_s, sum_s g_s] is short: formed, then inner products.
 // embedding: sum over pairs of tokens with the same id of <g_s, g'_t>.
 //
-// Bytes: x and g of both batches are read from cache B or O / 6 times; operations as in cost.h,
-// tens to hundreds a byte: the multiply-add units are the limit.
+// Bytes: token pairs, x and g of the first batch once per 64 tokens of the second; formed, x and g
+// O / 48 and I / 64 times, from the last cache or memory. Operations as in cost.h, tens to hundreds
+// a byte: the multiply-add units are the limit, for formed gradients of long examples memory too.
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -35,10 +39,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class T>
 void find_rows(const Gradients& gradients, const int64_t* starts, const void* data, int64_t width,
                int64_t begin, int64_t count, const T** rows) {
-  for_tokens(starts, gradients.batch, gradients.tokens, begin, begin + count,
-             [&](int64_t n, int64_t row) {
-               rows[n - begin] = static_cast<const T*>(data) + row * width;
-             });
+  for_tokens(
+      starts, gradients.batch, gradients.tokens, begin, begin + count,
+      [&](int64_t n, int64_t row) { rows[n - begin] = static_cast<const T*>(data) + row * width; });
 }
 
 struct PairsPlan {
@@ -135,9 +138,9 @@ struct FormedPlan {
   Packed first, second;
   int64_t columns;           // of G
   int64_t x_width, g_width;  // the same in whole panels, and its rows in whole groups
-  float* formed;     // (threads, B1 + B2, kFormedRows, kPanel)
-  float* panel;      // (threads, kBlockSteps, kPanel)
-  double* products;  // (kShares, B1, padded B2)
+  float* formed;             // (threads, B1 + B2, kFormedRows, kPanel)
+  float* panel;              // (threads, kBlockSteps, kPanel)
+  double* products;          // (kShares, B1, padded B2)
 };
 
 template <class T>
@@ -154,14 +157,14 @@ FormedPlan plan_formed(Scratch& scratch, const Gradients& first, const Gradients
   plan.columns = first.in + (bias ? 1 : 0);
   plan.x_width = ceil_div(plan.columns, kPanel) * kPanel;
   plan.g_width = ceil_div(first.out, kFormedRows) * kFormedRows;
-  for (const auto& [gradients, packed] : {std::pair(&first, &plan.first), {&second, &plan.second}}) {
+  for (const auto& [gradients, packed] :
+       {std::pair(&first, &plan.first), {&second, &plan.second}}) {
     const int64_t steps = total_steps<T>(*gradients);
     packed->starts = scratch.take<int64_t>(gradients->batch + 1);
     packed->x = scratch.take<float>(steps * plan.x_width);
     packed->g = scratch.take<float>(steps * plan.g_width);
   }
-  plan.formed =
-      scratch.take<float>(threads * (first.batch + second.batch) * kFormedRows * kPanel);
+  plan.formed = scratch.take<float>(threads * (first.batch + second.batch) * kFormedRows * kPanel);
   plan.panel = scratch.take<float>(threads * kBlockSteps * kPanel);
   plan.products = scratch.take<double>(kShares * first.batch * padded(second.batch));
   return plan;

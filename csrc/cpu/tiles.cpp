@@ -1,15 +1,18 @@
-// C (M,N) += A (M,D) B (D,N): two loops over D that keep a tile of C in vector registers.
+// C (M,N) += A (M,D) B (D,N), and what prepares its operands.
 //
 //   outer  a tile is 6 rows x 2 or 4 vectors of columns: per step of D it loads the columns of b
-//          once and each a as a broadcast operand; 12 or 24 multiply-adds for 2 or 4 loads, so the
-//          multiply-add units are the limit. D goes in blocks of 256: a block of b (256 x 64
-//          floats, 64 KiB) stays in the second cache while the tiles of rows pass over it.
-//   dot    both operands lie along D: a tile is R rows x 4 columns of vector sums, R + 4 loads for
-//          4 R multiply-adds; D goes in blocks of 2048, four rows of a (32 KiB) stay in the first
-//          cache while the columns pass.
+//          once and each a as a broadcast operand; 12 or 24 multiply-adds for 8 or 10 loads, so the
+//          multiply-add units are the limit. D goes in blocks of 256 steps: a block of b (64 KiB)
+//          stays in the second cache while the tiles of rows pass over it. A step of bfloat16 pairs
+//          is the same with twice the products an instruction.
+//   form   the same tiles over the tokens of one example, few steps: sums go straight to float32.
+//   pack   rows along D turned into a panel for `outer`: about 5 cycles for 16 numbers, once for
+//          all rows of a that meet it.
+//   dot    one inner product of two rows as they lie: two loads a multiply-add, memory's limit.
 //
 // Written once with the compiler's vector types and instantiated per instruction set by functions
-// with a `target` attribute into which everything is inlined; no intrinsics, no build flags.
+// with a `target` attribute into which everything is inlined; no build flags, and one line of
+// assembly for the pairs. vdpbf16ps takes denormals as zero and rounds once per product.
 #include "cpu/tiles.h"
 
 #include <algorithm>
@@ -223,7 +226,7 @@ TRACMOD_INLINE void sum_squares(const float* panel, int64_t columns, int64_t ste
       Sums<W, 1, vectors> sums;
       for (int64_t s = begin; s < std::min(steps, begin + kBlockSteps); ++s) {
         for (int v = 0; v < vectors; ++v) {
-          const auto numbers = load<W>(panel + s * kPanel + n + v * W);
+          const auto numbers = load<W>(panel + s * columns + n + v * W);
           multiply_add<A>(sums.at[0][v], numbers, numbers);
         }
       }
@@ -237,7 +240,8 @@ TRACMOD_INLINE void sum_products(int64_t count, double factor, const double* a, 
                                  double shift, double* c) {
   typedef double Wide __attribute__((vector_size(W * 4), aligned(8), may_alias));
   for (int64_t n = 0; n < count; n += W / 2) {
-    const auto at = [n](auto* from) TRACMOD_LAMBDA { return reinterpret_cast<const Wide*>(from + n); };
+    const auto at = [n](auto* from)
+                        TRACMOD_LAMBDA { return reinterpret_cast<const Wide*>(from + n); };
     *reinterpret_cast<Wide*>(c + n) = *at(c) + factor * *at(a) * (*at(b) + shift);
   }
 }
@@ -337,7 +341,7 @@ TRACMOD_INLINE void transpose(Lanes<8>::Type* rows) {
   }
 }
 
-// panel[s * kPanel + n] = rows[n][s] in squares of L x L that are turned in registers; 16 rows at a
+// panel[s * columns + n] = rows[n][s] in squares of L x L that are turned in registers; 16 rows at a
 // time, whole cache lines of them, so that the memory's prefetchers follow.
 template <int L, class A>
 TRACMOD_INLINE void pack_steps(const A* const* rows, int64_t count, int64_t steps, float* panel) {
@@ -352,14 +356,14 @@ TRACMOD_INLINE void pack_steps(const A* const* rows, int64_t count, int64_t step
             if (n + i < count) square[i] = load_steps<L>(rows[n + i] + s);
           }
           transpose(square);
-          for (int i = 0; i < L; ++i) std::memcpy(to + (s + i) * kPanel + n, square + i, L * 4);
+          for (int i = 0; i < L; ++i) std::memcpy(to + (s + i) * columns + n, square + i, L * 4);
         }
       }
     }
   }
   for (int64_t s = full_steps; s < steps; ++s) {
     for (int64_t n = 0; n < columns; ++n) {
-      to[s * kPanel + n] = n < count ? bits_of(rows[n][s]) : 0;
+      to[s * columns + n] = n < count ? bits_of(rows[n][s]) : 0;
     }
   }
 }
@@ -376,7 +380,7 @@ TRACMOD_INLINE void pack_rows(const bfloat16* const* rows, int64_t count, int64_
   if (PAIR == 1) return pack_steps<L>(rows, count, depth, panel);
   pack_steps<L>(reinterpret_cast<const bfloat16_pair* const*>(rows), count, depth / 2, panel);
   if (depth % 2 == 0) return;
-  uint32_t* to = reinterpret_cast<uint32_t*>(panel) + depth / 2 * kPanel;
+  uint32_t* to = reinterpret_cast<uint32_t*>(panel) + depth / 2 * padded(count);
   for (int64_t n = 0; n < padded(count); ++n) to[n] = n < count ? rows[n][depth - 1].bits : 0;
 }
 
@@ -389,16 +393,16 @@ TRACMOD_INLINE void pack_rows(const bfloat16* const* rows, int64_t count, int64_
   }                                                                                               \
   TARGET void outer_bfloat16_##NAME(const bfloat16* const* a, int64_t rows, const float* panel,   \
                                     int64_t columns, int64_t depth, double* c, int64_t ldc) {     \
-    outer_product<W, V>(reinterpret_cast<const PAIR_TYPE* const*>(a), 1, rows, panel, kPanel,     \
+    outer_product<W, V>(reinterpret_cast<const PAIR_TYPE* const*>(a), 1, rows, panel, columns,    \
                         columns, depth / PAIR, depth % PAIR != 0, c, ldc);                        \
   }                                                                                               \
   TARGET void form_##NAME(const float* a, int64_t a_step, int64_t rows, const float* panel,       \
                           int64_t columns, int64_t steps, float* c, int64_t ldc) {                \
-    form_product<W, V, float>(a, a_step, rows, panel, columns, steps, c, ldc);                            \
+    form_product<W, V, float>(a, a_step, rows, panel, columns, steps, c, ldc);                    \
   }                                                                                               \
   TARGET void form_pairs_##NAME(const float* a, int64_t a_step, int64_t rows, const float* panel, \
                                 int64_t columns, int64_t steps, float* c, int64_t ldc) {          \
-    form_product<W, V, packed_t<PAIR>>(a, a_step, rows, panel, columns, steps, c, ldc);                   \
+    form_product<W, V, packed_t<PAIR>>(a, a_step, rows, panel, columns, steps, c, ldc);           \
   }                                                                                               \
   TARGET double dot_##NAME(const float* a, const float* b, int64_t depth) {                       \
     return inner_product<W>(a, b, depth);                                                         \
@@ -422,12 +426,20 @@ TRACMOD_INLINE void pack_rows(const bfloat16* const* rows, int64_t count, int64_
   }                                                                                               \
   TARGET void add_products_##NAME(int64_t count, double factor, const double* a, const double* b, \
                                   double shift, double* c) {                                      \
-    sum_products<W>(count, factor, a, b, shift, c);                                                  \
+    sum_products<W>(count, factor, a, b, shift, c);                                               \
   }                                                                                               \
-  constexpr Tiles k_##NAME = {#NAME,                 PAIR,                   outer_##NAME,        \
-                              outer_bfloat16_##NAME, pack_##NAME,            pack_bfloat16_##NAME, \
-                              form_##NAME,           form_pairs_##NAME,      dot_##NAME,          \
-                              dot_bfloat16_##NAME,   squares_##NAME,         squares_pairs_##NAME, \
+  constexpr Tiles k_##NAME = {#NAME,                                                              \
+                              PAIR,                                                               \
+                              outer_##NAME,                                                       \
+                              outer_bfloat16_##NAME,                                              \
+                              pack_##NAME,                                                        \
+                              pack_bfloat16_##NAME,                                               \
+                              form_##NAME,                                                        \
+                              form_pairs_##NAME,                                                  \
+                              dot_##NAME,                                                         \
+                              dot_bfloat16_##NAME,                                                \
+                              squares_##NAME,                                                     \
+                              squares_pairs_##NAME,                                               \
                               add_products_##NAME};
 
 TRACMOD_TILES(baseline, , 4, 2, 4, 1, bfloat16)

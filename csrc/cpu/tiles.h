@@ -1,9 +1,9 @@
 // The register-blocked products that all CPU ops are made of, for the instruction set that the
 // processor has: chosen at run time, never at build time.
 //
-// A panel is up to 64 rows of numbers laid out for `outer`: (steps of depth, 64), 32 bits each. A
-// step is one float32; or one pair of bfloat16, where the processor multiplies pairs (`pair` is 2);
-// elsewhere bfloat16 are widened to float32 as they are packed.
+// A panel is up to 64 rows of numbers turned for `outer`: (steps of depth, padded rows), 32 bits
+// each. A step is one float32; or one pair of bfloat16, where the processor multiplies pairs (`pair`
+// is 2); elsewhere bfloat16 are widened to float32 as they are packed.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ inline int64_t padded(int64_t columns) {
 }
 
 // Every element of a result is summed in an order that its own depth alone decides: float32 blocks
-// (256 steps; `dot`: 1024 numbers in 16 lanes or fewer), float64 across blocks. Where in a tile it
+// (256 steps; `dot`: 1024 numbers, 64 sums or fewer), float64 across blocks. Where in a tile it
 // lies, and with which neighbours, changes nothing.
 struct Tiles {
   const char* name;
@@ -39,8 +39,8 @@ struct Tiles {
   void (*outer_bfloat16)(const bfloat16* const* a, int64_t rows, const float* panel,
                          int64_t columns, int64_t depth, double* c, int64_t ldc);
 
-  // panel[s * kPanel + n] = step s of rows[n], n < padded(count): a missing row is zeros, and so is
-  // the second half of a pair of which there is but one.
+  // panel[s * padded(count) + n] = step s of rows[n]: a missing row is zeros, and so is the second
+  // half of a pair of which there is but one.
   void (*pack)(const float* const* rows, int64_t count, int64_t depth, float* panel);
   void (*pack_bfloat16)(const bfloat16* const* rows, int64_t count, int64_t depth, float* panel);
 
@@ -55,7 +55,7 @@ struct Tiles {
   double (*dot)(const float* a, const float* b, int64_t depth);
   double (*dot_bfloat16)(const bfloat16* a, const bfloat16* b, int64_t depth);
 
-  // c[n] += sum_s panel[s * kPanel + n]^2
+  // c[n] += sum_s panel[s * columns + n]^2
   void (*squares)(const float* panel, int64_t columns, int64_t steps, double* c);
   void (*squares_pairs)(const float* panel, int64_t columns, int64_t steps, double* c);
 
@@ -87,7 +87,7 @@ inline void pack(const bfloat16* const* rows, int64_t count, int64_t depth, floa
 
 inline void outer(const float* const* a, int64_t rows, const float* panel, int64_t columns,
                   int64_t depth, double* c, int64_t ldc) {
-  tiles().outer(a, 1, rows, panel, kPanel, columns, depth, c, ldc);
+  tiles().outer(a, 1, rows, panel, columns, columns, depth, c, ldc);
 }
 inline void outer(const bfloat16* const* a, int64_t rows, const float* panel, int64_t columns,
                   int64_t depth, double* c, int64_t ldc) {

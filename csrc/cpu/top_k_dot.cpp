@@ -1,14 +1,17 @@
 // score[q, n] = sum_c w_c <q_c, n_c>  (cosine: each term over |q_c| |n_c|); per query the k largest
 // and the k smallest, and the sums per group. The score matrix is never whole in memory.
 //
-// Blocks of 256 queries x 2048 training rows, one after the other. First 32 training rows an item:
-// their inner products with the block's queries as `dot` tiles, all checkpoints summed in float64,
-// written as float32 scores. Then a query an item: its scores pass through two heaps that live in
-// the result's own rows, and into its group sums, in the order of the training rows; so blocks
-// streamed in several calls give the bits of one call. A last pass sorts the heaps.
+// Blocks of 256 queries x 2048 training rows, one after the other. First 64 training rows an item
+// (16 beside fewer than 32 queries): packed 256 steps of depth at a time and multiplied with all
+// queries as `outer` tiles; float64 across blocks of depth and checkpoints, written as float32
+// scores. Up to 4 queries take `dot` of the rows as they lie: a query asked in such a call and the
+// same query among many may differ by rounding; otherwise it does not matter which are asked
+// together. Then a query an item: the few scores that may enter a ranking are selected, sorted and
+// merged into it; and its group sums, in the order of the training rows; so blocks streamed in
+// several calls give the bits of one call.
 //
-// Bytes: the training rows once per 256 queries, C N K (4 or 2). Operations: 2 C Q N K, so the
-// multiply-add units are the limit from about 32 queries on, memory below.
+// Bytes: the training rows once per 256 queries, C N K (4 or 2). Operations: 2 C Q N K, and 2 N for
+// the rankings: memory is the limit below some 30 queries, the multiply-add units above.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -26,23 +29,24 @@ namespace {
 constexpr int64_t kQueries = 256;
 constexpr int64_t kTrains = 2048;
 constexpr int64_t kScan = 16;
+constexpr int64_t kFew = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What a thread works in.
 struct Slot {
-  float* panel;     // (kBlockSteps, kPanel) of training rows
-  double* dots;     // (kQueries, kPanel) of one checkpoint
-  double* total;    // (kQueries, kPanel) of all checkpoints
-  uint64_t* keys;   // (kTrains,)
-  float* scores;    // (k,)
-  int64_t* indices; // (k,)
+  float* panel;      // (kBlockSteps, kPanel) of training rows
+  double* dots;      // (kQueries, kPanel) of one checkpoint
+  double* total;     // (kQueries, kPanel) of all checkpoints
+  uint64_t* keys;    // (kTrains,)
+  float* scores;     // (k,)
+  int64_t* indices;  // (k,)
 };
 
 struct Plan {
-  float* scores;          // (kQueries, kTrains)
-  double* query_inverses; // (C, Q) 1 / |q_c| if cosine
-  std::byte* slots;       // (threads,) of slot_bytes
+  float* scores;           // (kQueries, kTrains)
+  double* query_inverses;  // (C, Q) 1 / |q_c| if cosine
+  std::byte* slots;        // (threads,) of slot_bytes
   size_t slot_bytes;
 };
 
@@ -65,7 +69,8 @@ Slot slot_of(const TopK& job, const Plan& plan, int number) {
 
 Plan make_plan(Scratch& scratch, const TopK& job, int threads) {
   Plan plan{};
-  plan.scores = scratch.take<float>(std::min(kQueries, job.queries) * std::min(kTrains, job.trains));
+  plan.scores =
+      scratch.take<float>(std::min(kQueries, job.queries) * std::min(kTrains, job.trains));
   plan.query_inverses = scratch.take<double>(job.cosine ? job.checkpoints * job.queries : 0);
   Scratch one;
   make_slot(one, job);
@@ -82,13 +87,24 @@ struct Block {
 };
 
 // dots (queries, kPanel) = inner products of one checkpoint's `count` training rows from `train` on
-// with the block's queries; squares (kPanel) = those rows' with themselves.
+// with the block's queries; squares (kPanel) = those rows' with themselves. A few queries read the
+// rows as they lie; more share a panel of them.
 template <class T>
 void dot_panel(const TopK& job, int64_t c, const Block& block, int64_t train, int64_t count,
                float* panel, double* dots, double* squares) {
   const T *queries[kQueries], *trains[kPanel];
   const T* query_rows = static_cast<const T*>(job.query_rows[c]) + block.query * job.width;
   const T* train_rows = static_cast<const T*>(job.train_rows[c]) + train * job.width;
+  if (job.queries <= kFew) {
+    for (int64_t i = 0; i < count; ++i) {
+      const T* row = train_rows + i * job.width;
+      for (int64_t q = 0; q < block.queries; ++q) {
+        dots[q * kPanel + i] = dot(query_rows + q * job.width, row, job.width);
+      }
+      if (job.cosine) squares[i] = dot(row, row, job.width);
+    }
+    return;
+  }
   std::fill(dots, dots + block.queries * kPanel, 0.0);
   std::fill(squares, squares + kPanel, 0.0);
   const int64_t step = kBlockSteps * numbers_per_step<T>();
@@ -106,7 +122,7 @@ void dot_panel(const TopK& job, int64_t c, const Block& block, int64_t train, in
 template <class T>
 void score_panel(const TopK& job, const Plan& plan, const Block& block, int64_t n, int64_t count,
                  const Slot& slot) {
-  double factors[kPanel];
+  double factors[kPanel] = {};
   std::fill(slot.total, slot.total + block.queries * kPanel, 0.0);
   for (int64_t c = 0; c < job.checkpoints; ++c) {
     dot_panel<T>(job, c, block, block.train + n, count, slot.panel, slot.dots, factors);
@@ -167,10 +183,11 @@ void rank_scores(const Ranking& ranking, int64_t query, int64_t k, bool largest,
   std::copy(best, best + k, slot.scores);
   std::copy(indices, indices + k, slot.indices);
   for (int64_t at = 0, old = 0, next = 0; at < k; ++at) {
-    const int64_t position = static_cast<int64_t>(slot.keys[std::min(next, found - 1)] & 0xffffffff);
-    const bool take_new = next < found && ranks_before(largest, scores[position],
-                                                       first_index + position, slot.scores[old],
-                                                       slot.indices[old]);
+    const int64_t position =
+        static_cast<int64_t>(slot.keys[std::min(next, found - 1)] & 0xffffffff);
+    const bool take_new =
+        next < found && ranks_before(largest, scores[position], first_index + position,
+                                     slot.scores[old], slot.indices[old]);
     best[at] = take_new ? scores[position] : slot.scores[old];
     indices[at] = take_new ? first_index + position : slot.indices[old];
     ++(take_new ? next : old);

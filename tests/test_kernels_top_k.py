@@ -43,7 +43,7 @@ def assert_same(first: TopK, second: TopK) -> None:
         (1, 257, 700, 127, 5),
         (2, 5, 65, 1031, 65),
         (1, 40, 300, 513, 20),
-    ],  # fmt: skip
+    ],
 )
 def test_equals_the_reference(
     checkpoints: int,

@@ -157,31 +157,33 @@ TRACMOD_INLINE void for_columns(int64_t columns, const Run& run) {
   for (; n < columns; n += W) run(n, std::integral_constant<int, 1>());
 }
 
-// A is float, bfloat16 that are widened, or pairs; `tail` is half a pair at the end of the depth.
+// A is float, bfloat16 that are widened, or pairs.
 template <int W, int V, class A>
 TRACMOD_INLINE void outer_product(const A* const* a, int64_t a_step, int64_t rows, const float* b,
-                                  int64_t ldb, int64_t columns, int64_t steps, bool tail, double* c,
+                                  int64_t ldb, int64_t columns, int64_t steps, double* c,
                                   int64_t ldc) {
-  for (int64_t begin = 0; begin < steps + tail; begin += kBlockSteps) {
+  for (int64_t begin = 0; begin < steps; begin += kBlockSteps) {
     const int64_t end = std::min(steps, begin + kBlockSteps);
-    const bool last = tail && steps < begin + kBlockSteps;
     for_columns<W, V>(columns, [&](int64_t n, auto vectors) TRACMOD_LAMBDA {
       for (int64_t m = 0; m < rows; m += kOuterRows) {
         with_rows(rows - m, [&](auto count) TRACMOD_LAMBDA {
           Sums<W, count, vectors> sums;
           outer_steps(sums, a + m, a_step, begin, end, b + n, ldb);
-          if constexpr (std::is_same_v<A, bfloat16_pair>) {
-            if (last) {
-              A halves[count];
-              for (int i = 0; i < count; ++i) halves[i] = {a[m + i][steps * a_step].first, {0}};
-              outer_step<W, count, vectors, A>(
-                  sums, [&](int i) TRACMOD_LAMBDA { return halves + i; }, b + steps * ldb + n);
-            }
-          }
           add_to(sums, c + m * ldc + n, ldc);
         });
       }
     });
+  }
+}
+
+// The last number of an odd depth, half a pair.
+TRACMOD_INLINE void add_last(const bfloat16* const* a, int64_t rows, const float* pairs,
+                             int64_t columns, int64_t last, double* c, int64_t ldc) {
+  for (int64_t n = 0; n < columns; ++n) {
+    bfloat16_pair pair;
+    std::memcpy(&pair, pairs + n, sizeof pair);
+    const double b = to_float(pair.first);
+    for (int64_t m = 0; m < rows; ++m) c[m * ldc + n] += to_float(a[m][last]) * b;
   }
 }
 
@@ -389,12 +391,15 @@ TRACMOD_INLINE void pack_rows(const bfloat16* const* rows, int64_t count, int64_
 #define TRACMOD_TILES(NAME, TARGET, W, V, L, PAIR, PAIR_TYPE)                                     \
   TARGET void outer_##NAME(const float* const* a, int64_t a_step, int64_t rows, const float* b,   \
                            int64_t ldb, int64_t columns, int64_t depth, double* c, int64_t ldc) { \
-    outer_product<W, V>(a, a_step, rows, b, ldb, columns, depth, false, c, ldc);                  \
+    outer_product<W, V>(a, a_step, rows, b, ldb, columns, depth, c, ldc);                         \
   }                                                                                               \
   TARGET void outer_bfloat16_##NAME(const bfloat16* const* a, int64_t rows, const float* panel,   \
                                     int64_t columns, int64_t depth, double* c, int64_t ldc) {     \
     outer_product<W, V>(reinterpret_cast<const PAIR_TYPE* const*>(a), 1, rows, panel, columns,    \
-                        columns, depth / PAIR, depth % PAIR != 0, c, ldc);                        \
+                        columns, depth / PAIR, c, ldc);                                           \
+    if (depth % PAIR != 0) {                                                                      \
+      add_last(a, rows, panel + depth / PAIR * columns, columns, depth - 1, c, ldc);              \
+    }                                                                                             \
   }                                                                                               \
   TARGET void form_##NAME(const float* a, int64_t a_step, int64_t rows, const float* panel,       \
                           int64_t columns, int64_t steps, float* c, int64_t ldc) {                \

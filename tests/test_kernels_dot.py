@@ -21,6 +21,9 @@ SIZES = [
     (3, 33, 2, 31, 31, 3),
     (5, 127, 4, 33, 3, 33),
     (2, 31, 3, 127, 127, 31),
+    (35, 3, 67, 2, 65, 600),
+    (7, 301, 3, 127, 33, 17),
+    (25, 9, 66, 33, 33, 66),
 ]
 KINDS = [
     (layer, bias) for layer in LAYERS for bias in (False, True) if layer != "embedding" or not bias
@@ -70,6 +73,23 @@ def test_a_real_layer(device: torch.device) -> None:
     check(first, second, device, bias=True)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "size"), [(3, 200), (33, 20)], ids=["pairs", "formed"])
+def test_odd_numbers_come_through(
+    tokens: int, size: int, dtype: torch.dtype, value: float, device: torch.device
+) -> None:
+    first = make_batch("linear", 5, tokens, size, size, dtype, ragged=False)
+    second = make_batch("linear", 4, tokens, size, size, dtype, ragged=False, seed=1)
+    for part in (first.x, first.g):
+        clean = part.clone()
+        part[2, -1, -1] = value
+        found = products(first.to(device), second.to(device)).isfinite().cpu()
+        assert not found[2].any()
+        assert found[[0, 1, 3, 4]].all()
+        part.copy_(clean)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_two_sizes_mean_one_token(layer: str, device: torch.device) -> None:
     batch = make_batch(layer, 5, 1, 33, 31, ragged=False).to(device)
@@ -92,13 +112,20 @@ def test_empty_batches(device: torch.device) -> None:
     kernels.gradient_dot(none, none, x, x, torch.zeros(0, 2, device=device))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "size"), [(9, 200), (70, 20)], ids=["pairs", "formed"])
 @pytest.mark.parametrize(("layer", "bias"), KINDS)
 def test_bits_do_not_depend_on_order_padding_or_threads(
-    layer: str, bias: bool, tokens: int, size: int, device: torch.device, threads: None
+    layer: str,
+    bias: bool,
+    tokens: int,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: None,
 ) -> None:
-    first = make_batch(layer, 7, tokens, size, size).to(device)
-    second = make_batch(layer, 5, tokens, size, size, seed=1).to(device)
+    first = make_batch(layer, 7, tokens, size, size, dtype).to(device)
+    second = make_batch(layer, 5, tokens, size, size, dtype, seed=1).to(device)
     kwargs: dict[str, Any] = {"layer": layer, "bias": bias}
     whole = products(first, second, **kwargs)
     assert whole.isfinite().all()  # padding holds NaN
@@ -106,7 +133,10 @@ def test_bits_do_not_depend_on_order_padding_or_threads(
     assert torch.equal(products(first.rows(order), second, **kwargs), whole[order])
     shape = list(first.x.shape)
     shape[1] = tokens + 13
-    x, g = first.x.new_zeros(shape), torch.full((7, tokens + 13, first.g.shape[2]), torch.nan)
+    x, g = (
+        first.x.new_zeros(shape),
+        torch.full((7, tokens + 13, first.g.shape[2]), torch.nan, dtype=dtype),
+    )
     g = g.to(device)
     x[:, :tokens], g[:, :tokens] = first.x, first.g
     assert torch.equal(products(Batch(x, g, first.lengths), second, **kwargs), whole)

@@ -153,7 +153,7 @@ for dtype in DTYPES:
 print(kernels.build_info()["instructions"])
 """
     ran = []
-    for name in ("baseline", "avx2", "avx512"):
+    for name in ("baseline", "avx2", "avx512", "avx512_bf16"):
         done = subprocess.run(
             [sys.executable, "-c", script, os.path.dirname(__file__)],
             env={**os.environ, "TRACMOD_INSTRUCTIONS": name, "OMP_NUM_THREADS": "1"},

@@ -36,7 +36,14 @@ def assert_same(first: TopK, second: TopK) -> None:
 @pytest.mark.parametrize("normalize", [None, "cosine"])
 @pytest.mark.parametrize(
     ("checkpoints", "queries", "trains", "width", "k"),
-    [(1, 1, 1, 1, 1), (2, 3, 31, 33, 3), (3, 33, 127, 31, 127), (1, 257, 700, 127, 5)],
+    [
+        (1, 1, 1, 1, 1),
+        (2, 3, 31, 33, 3),
+        (3, 33, 127, 31, 127),
+        (1, 257, 700, 127, 5),
+        (2, 5, 65, 1031, 65),
+        (1, 40, 300, 513, 20),
+    ],
 )
 def test_equals_the_reference(
     checkpoints: int,
@@ -83,13 +90,16 @@ def one_hot(groups: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(groups, 5).double()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [2, 7])
 @pytest.mark.parametrize("normalize", [None, "cosine"])
 @pytest.mark.parametrize("block", [1, 37, 2048, 2500])
 def test_streamed_blocks_give_the_bits_of_one_call(
-    block: int, normalize: Any, device: torch.device
+    block: int, normalize: Any, queries: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     trains = 150 if block == 1 else 5000
-    q, n = on(make_rows(2, 7, 9, 0), device), on(make_rows(2, trains, 9, 1), device)
+    q = on(make_rows(2, queries, 9, 0, dtype), device)
+    n = on(make_rows(2, trains, 9, 1, dtype), device)
     groups = (torch.arange(trains) * 7 % 3).to(device)
     kwargs: dict[str, Any] = {
         "k": 20,
@@ -113,10 +123,12 @@ def test_streamed_blocks_give_the_bits_of_one_call(
     assert_same(state, whole)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_queries_do_not_depend_on_each_other_or_on_threads(
-    device: torch.device, threads: None
+    dtype: torch.dtype, device: torch.device, threads: None
 ) -> None:
-    q, n = on(make_rows(2, 300, 65, 0), device), on(make_rows(2, 2100, 65, 1), device)
+    q = on(make_rows(2, 300, 65, 0, dtype), device)
+    n = on(make_rows(2, 2100, 65, 1, dtype), device)
     whole = kernels.top_k_dot(q, n, k=9)
     part = kernels.top_k_dot([rows[290:] for rows in q], n, k=9)
     assert torch.equal(part.scores, whole.scores[290:])
@@ -176,11 +188,29 @@ def test_cosine_of_a_zero_row_is_zero(device: torch.device) -> None:
     assert top.indices.tolist() == [[1, 0], [0, 1]]
 
 
-def test_nan_comes_first_in_both_rankings(device: torch.device) -> None:
-    rows = torch.tensor([[1.0], [torch.inf], [torch.nan], [-torch.inf], [torch.nan]])
-    top = kernels.top_k_dot(on([torch.ones(1, 1)], device), on([rows], device), k=3)
-    assert top.indices.tolist() == [[2, 4, 1]]
-    assert top.opponent_indices.tolist() == [[2, 4, 3]]
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 9])
+def test_nan_comes_first_in_both_rankings(
+    queries: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    rows = torch.tensor([[1.0], [torch.inf], [torch.nan], [-torch.inf], [torch.nan]]).to(dtype)
+    ones = torch.ones(queries, 1, dtype=dtype)
+    top = kernels.top_k_dot(on([ones], device), on([rows], device), k=3)
+    assert top.indices.tolist() == [[2, 4, 1]] * queries
+    assert top.opponent_indices.tolist() == [[2, 4, 3]] * queries
+
+
+def test_blocks_may_come_in_any_order(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(-9, 9, (300, 1), generator=generator).float()
+    ones = on([torch.ones(1, 1)], device)
+    whole = kernels.top_k_dot(ones, on([rows], device), k=40)
+    state = None
+    for start in (200, 0, 100):
+        part = on([rows[start : start + 100]], device)
+        state = kernels.top_k_dot(ones, part, k=40, state=state, index_offset=start)
+    assert state is not None
+    assert_same(state, whole)
 
 
 def test_wide_rows(device: torch.device) -> None:

@@ -10,6 +10,11 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+// Two neighbours, as the processor's bfloat16 dot products take them.
+struct bfloat16_pair {
+  bfloat16 first, second;
+};
+
 inline float to_float(float value) { return value; }
 
 inline float to_float(bfloat16 value) {

@@ -1,17 +1,23 @@
 // out[i, j] += <G_i, G'_j>, the gradients of examples i and j of two batches for one layer.
 //
 // linear, G = sum_s g_s [x_s, 1]^T, in the cheaper of two forms (cost.h):
-//   token pairs   sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + 1): one pair of examples an item; both Gram
-//                 matrices in tiles of 32 x 64 tokens, multiplied and summed while in cache.
-//   formed        6 rows of every G (6, I + 1) as `outer` tiles, then all inner products of them as
-//                 `dot` tiles: one of 16 fixed shares of the rows an item, the shares' sums added
-//                 up in order. A gradient is never whole in memory.
+//   token pairs   sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + 1): the second batch's tokens in panels of
+//                 64, whatever example they belong to; a panel and whole examples of the first an
+//                 item: both Gram matrices as `outer` tiles of 96 tokens x 64, multiplied and
+//                 summed over s while in cache; last the sums over t of each pair.
+//   formed        48 rows x 64 columns of every G as `form` tiles, then all inner products of them
+//                 as `outer` tiles: one of 16 fixed shares of these pieces an item, the shares'
+//                 sums added up in order. A gradient is never whole in memory. bfloat16 tokens are
+//                 paired for forming; the formed numbers stay float32.
 // elementwise (LayerNorm): G = [sum_s g_s x_s, sum_s g_s] is short: formed, then inner products.
 // embedding: sum over pairs of tokens with the same id of <g_s, g'_t>.
 //
-// Bytes: x and g of both batches are read from cache B or O / 6 times; operations as in cost.h,
-// tens to hundreds a byte: the multiply-add units are the limit.
+// Bytes: token pairs, x and g of the first batch once per 64 tokens of the second; formed, x and g
+// O / 48 and I / 64 times, from the last cache or memory. Operations as in cost.h, tens to hundreds
+// a byte: the multiply-add units are the limit, for formed gradients of long examples memory too.
 #include <algorithm>
+#include <cstring>
+#include <utility>
 
 #include "cost.h"
 #include "cpu/parallel.h"
@@ -23,50 +29,264 @@
 namespace tracmod::cpu {
 namespace {
 
-constexpr int64_t kRowTokens = 32;
-constexpr int64_t kColumnTokens = 64;
-constexpr int64_t kFormedRows = 6;
+constexpr int64_t kRowTokens = 96;
+constexpr int64_t kFormedRows = 48;
 constexpr int64_t kShares = 16;
-constexpr int64_t kColumnBlock = 64;
 
-bool by_token_pairs(const Gradients& first, const Gradients& second) {
-  return token_pairs_are_cheaper(total_tokens(first), total_tokens(second), first.batch,
-                                 second.batch, first.in, first.out);
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A pointer to each read token's row of x or g (width numbers), for tokens [begin, begin + count).
+template <class T>
+void find_rows(const Gradients& gradients, const int64_t* starts, const void* data, int64_t width,
+               int64_t begin, int64_t count, const T** rows) {
+  for_tokens(
+      starts, gradients.batch, gradients.tokens, begin, begin + count,
+      [&](int64_t n, int64_t row) { rows[n - begin] = static_cast<const T*>(data) + row * width; });
 }
 
-// One example's Gram tile: c[m][n] = <a row s + m, b row t + n>.
+struct PairsPlan {
+  int64_t *starts1, *starts2;
+  float *x, *g;  // the second batch's tokens: (panels, steps, kPanel)
+  double* sums;  // (B1, panels, kPanel): of one example's tokens with one token
+  double* gram;  // (threads, 2, kRowTokens, kPanel)
+};
+
 template <class T>
-void gram_tile(const void* a, int64_t a_row, int64_t rows, const void* b, int64_t b_row,
-               int64_t columns, int64_t depth, double* c) {
-  const T* a_rows[kRowTokens];
-  const T* b_rows[kColumnTokens];
-  for (int64_t m = 0; m < rows; ++m) a_rows[m] = static_cast<const T*>(a) + (a_row + m) * depth;
-  for (int64_t n = 0; n < columns; ++n) b_rows[n] = static_cast<const T*>(b) + (b_row + n) * depth;
-  std::fill(c, c + rows * kColumnTokens, 0.0);
-  dot(a_rows, rows, b_rows, columns, depth, c, kColumnTokens);
+PairsPlan plan_pairs(Scratch& scratch, const Gradients& first, const Gradients& second,
+                     int threads) {
+  PairsPlan plan{};
+  const int64_t panels = ceil_div(total_tokens(second), kPanel);
+  plan.starts1 = scratch.take<int64_t>(first.batch + 1);
+  plan.starts2 = scratch.take<int64_t>(second.batch + 1);
+  plan.x = scratch.take<float>(panels * kPanel * steps_of<T>(first.in));
+  plan.g = scratch.take<float>(panels * kPanel * steps_of<T>(first.out));
+  plan.sums = scratch.take<double>(first.batch * panels * kPanel);
+  plan.gram = scratch.take<double>(threads * 2 * kRowTokens * kPanel);
+  return plan;
+}
+
+// sums[i, t] of a panel's tokens t for examples [begin, end) of the first batch.
+template <class T>
+void sum_panel(const Gradients& first, const PairsPlan& plan, int64_t begin, int64_t end,
+               int64_t panel, int64_t tokens2, double bias, double* gram) {
+  const int64_t columns = padded(std::min(kPanel, tokens2 - panel * kPanel));
+  const int64_t stride = ceil_div(tokens2, kPanel) * kPanel;
+  const float* x = plan.x + panel * kPanel * steps_of<T>(first.in);
+  const float* g = plan.g + panel * kPanel * steps_of<T>(first.out);
+  double* sums = plan.sums + panel * kPanel;
+  double *gram_g = gram, *gram_x = gram + kRowTokens * kPanel;
+  const T* rows[kRowTokens];
+  for (int64_t i = begin; i < end; ++i) {
+    std::fill(sums + i * stride, sums + i * stride + columns, 0.0);
+  }
+  const int64_t stop = plan.starts1[end];
+  for (int64_t s = plan.starts1[begin]; s < stop; s += kRowTokens) {
+    const int64_t count = std::min(kRowTokens, stop - s);
+    std::fill(gram, gram + 2 * kRowTokens * kPanel, 0.0);
+    find_rows(first, plan.starts1, first.g, first.out, s, count, rows);
+    outer(rows, count, g, columns, first.out, gram_g, kPanel);
+    find_rows(first, plan.starts1, first.x, first.in, s, count, rows);
+    outer(rows, count, x, columns, first.in, gram_x, kPanel);
+    for_tokens(plan.starts1, first.batch, 1, s, s + count, [&](int64_t n, int64_t) {
+      const int64_t i = std::upper_bound(plan.starts1, plan.starts1 + end, n) - plan.starts1 - 1;
+      const int64_t at = (n - s) * kPanel;
+      tiles().add_products(columns, 1.0, gram_g + at, gram_x + at, bias, sums + i * stride);
+    });
+  }
 }
 
 template <class T>
-double sum_token_pairs(const Gradients& first, int64_t i, const Gradients& second, int64_t j,
-                       double bias) {
-  double gram_g[kRowTokens * kColumnTokens], gram_x[kRowTokens * kColumnTokens];
-  const int64_t length1 = length_of(first, i), length2 = length_of(second, j);
-  double total = 0.0;
-  for (int64_t s = 0; s < length1; s += kRowTokens) {
-    const int64_t rows = std::min(kRowTokens, length1 - s), row1 = i * first.tokens + s;
-    for (int64_t t = 0; t < length2; t += kColumnTokens) {
-      const int64_t columns = std::min(kColumnTokens, length2 - t), row2 = j * second.tokens + t;
-      gram_tile<T>(first.g, row1, rows, second.g, row2, columns, first.out, gram_g);
-      gram_tile<T>(first.x, row1, rows, second.x, row2, columns, first.in, gram_x);
-      for (int64_t m = 0; m < rows; ++m) {
-        for (int64_t n = 0; n < columns; ++n) {
-          const int64_t at = m * kColumnTokens + n;
-          total += gram_g[at] * (gram_x[at] + bias);
-        }
+void dot_pairs(const Gradients& first, const Gradients& second, bool bias, const PairsPlan& plan,
+               float* out, int threads) {
+  count_tokens(first, plan.starts1);
+  count_tokens(second, plan.starts2);
+  const int64_t tokens2 = plan.starts2[second.batch], panels = ceil_div(tokens2, kPanel);
+  parallel_for(threads, panels, [&](int64_t panel, int) {
+    const int64_t begin = panel * kPanel, count = std::min(kPanel, tokens2 - begin);
+    const T* rows[kPanel];
+    find_rows(second, plan.starts2, second.x, second.in, begin, count, rows);
+    pack(rows, count, second.in, plan.x + begin * steps_of<T>(second.in));
+    find_rows(second, plan.starts2, second.g, second.out, begin, count, rows);
+    pack(rows, count, second.out, plan.g + begin * steps_of<T>(second.out));
+  });
+  // Whole examples an item, about four blocks of rows.
+  const int64_t group = ceil_div(4 * kRowTokens, std::max<int64_t>(1, first.tokens));
+  const int64_t groups = ceil_div(first.batch, group);
+  parallel_for(threads, groups * panels, [&](int64_t item, int slot) {
+    const int64_t begin = item / panels * group, end = std::min(first.batch, begin + group);
+    sum_panel<T>(first, plan, begin, end, item % panels, tokens2, bias ? 1.0 : 0.0,
+                 plan.gram + slot * 2 * kRowTokens * kPanel);
+  });
+  parallel_for(threads, first.batch, [&](int64_t i, int) {
+    const double* sums = plan.sums + i * panels * kPanel;
+    for (int64_t j = 0; j < second.batch; ++j) {
+      double total = 0.0;
+      for (int64_t t = plan.starts2[j]; t < plan.starts2[j + 1]; ++t) total += sums[t];
+      out[i * second.batch + j] += static_cast<float>(total);
+    }
+  });
+}
+
+// A batch's read tokens in steps, each example's on its own, laid out as `form` reads them.
+struct Packed {
+  int64_t* starts;  // in steps
+  float* x;         // of each example (panels, steps, kPanel), a column of ones behind the last
+  float* g;         // of each example (groups of rows, steps, kFormedRows)
+};
+
+struct FormedPlan {
+  Packed first, second;
+  int64_t columns;           // of G
+  int64_t x_width, g_width;  // the same in whole panels, and its rows in whole groups
+  float* formed;             // (threads, B1 + B2, kFormedRows, kPanel)
+  float* panel;              // (threads, kBlockSteps, kPanel)
+  double* products;          // (kShares, B1, padded B2)
+};
+
+template <class T>
+int64_t total_steps(const Gradients& gradients) {
+  int64_t total = 0;
+  for (int64_t b = 0; b < gradients.batch; ++b) total += steps_of<T>(length_of(gradients, b));
+  return total;
+}
+
+template <class T>
+FormedPlan plan_formed(Scratch& scratch, const Gradients& first, const Gradients& second, bool bias,
+                       int threads) {
+  FormedPlan plan{};
+  plan.columns = first.in + (bias ? 1 : 0);
+  plan.x_width = ceil_div(plan.columns, kPanel) * kPanel;
+  plan.g_width = ceil_div(first.out, kFormedRows) * kFormedRows;
+  for (const auto& [gradients, packed] :
+       {std::pair(&first, &plan.first), {&second, &plan.second}}) {
+    const int64_t steps = total_steps<T>(*gradients);
+    packed->starts = scratch.take<int64_t>(gradients->batch + 1);
+    packed->x = scratch.take<float>(steps * plan.x_width);
+    packed->g = scratch.take<float>(steps * plan.g_width);
+  }
+  plan.formed = scratch.take<float>(threads * (first.batch + second.batch) * kFormedRows * kPanel);
+  plan.panel = scratch.take<float>(threads * kBlockSteps * kPanel);
+  plan.products = scratch.take<double>(kShares * first.batch * padded(second.batch));
+  return plan;
+}
+
+// to[n] = number n of a token, or of two tokens as pairs; `next` may be null: no second token.
+void pack_step(const float* row, const float*, int64_t count, float* to) {
+  std::copy(row, row + count, to);
+}
+void pack_step(const bfloat16* row, const bfloat16* next, int64_t count, float* to) {
+  uint32_t bits[kPanel];
+  for (int64_t n = 0; n < count; ++n) bits[n] = row[n].bits;
+  if (tiles().pair == 1) {
+    for (int64_t n = 0; n < count; ++n) bits[n] <<= 16;
+  } else if (next != nullptr) {
+    for (int64_t n = 0; n < count; ++n) bits[n] |= static_cast<uint32_t>(next[n].bits) << 16;
+  }
+  std::memcpy(to, bits, static_cast<size_t>(count) * sizeof *bits);
+}
+
+constexpr float kOne = 1.0f;
+constexpr bfloat16 kOneBfloat16 = {0x3f80};
+const float* one(const float*) { return &kOne; }
+const bfloat16* one(const bfloat16*) { return &kOneBfloat16; }
+
+// to (ceil(size / width), steps, width) = an example's tokens of x or g, with a column of ones behind
+// the last if `ones`; then zeros.
+template <class T>
+void pack_tokens(const T* from, int64_t length, int64_t size, bool ones, int64_t width, float* to) {
+  const int64_t steps = steps_of<T>(length), pair = numbers_per_step<T>();
+  for (int64_t begin = 0; begin < size + ones; begin += width) {
+    const int64_t count = std::clamp<int64_t>(size - begin, 0, width);
+    for (int64_t s = 0; s < steps; ++s, to += width) {
+      const T* row = from + s * pair * size + begin;
+      const bool both = pair == 2 && 2 * s + 1 < length;
+      pack_step(row, both ? row + size : nullptr, count, to);
+      std::fill(to + count, to + width, 0.0f);
+      if (ones && count < width) pack_step(one(row), both ? one(row) : nullptr, 1, to + count);
+    }
+  }
+}
+
+// Rows [o, o + rows) of a panel of every example's gradient: formed (B, rows, columns).
+template <class T>
+void form_chunk(const FormedPlan& plan, const Packed& packed, int64_t batch, int64_t o,
+                int64_t rows, int64_t panel, int64_t columns, float* formed) {
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t start = packed.starts[b], steps = packed.starts[b + 1] - start;
+    const float* x = packed.x + start * plan.x_width + panel * kPanel * steps;
+    const float* g = packed.g + start * plan.g_width + o * steps;
+    form<T>(g, kFormedRows, rows, x, columns, steps, formed + b * rows * columns, columns);
+  }
+}
+
+// products (B1, padded B2) += inner products of rows of `depth` numbers.
+void add_inner_products(const float* first, int64_t batch1, const float* second, int64_t batch2,
+                        int64_t depth, float* panel, double* products) {
+  const float *a[kRowTokens], *b[kPanel];
+  for (int64_t d = 0; d < depth; d += kBlockSteps) {
+    const int64_t steps = std::min(kBlockSteps, depth - d);
+    for (int64_t j = 0; j < batch2; j += kPanel) {
+      const int64_t count = std::min(kPanel, batch2 - j);
+      for (int64_t n = 0; n < count; ++n) b[n] = second + (j + n) * depth + d;
+      pack(b, count, steps, panel);
+      for (int64_t i = 0; i < batch1; i += kRowTokens) {
+        const int64_t rows = std::min(kRowTokens, batch1 - i);
+        for (int64_t m = 0; m < rows; ++m) a[m] = first + (i + m) * depth + d;
+        outer(a, rows, panel, padded(count), steps, products + i * padded(batch2) + j,
+              padded(batch2));
       }
     }
   }
-  return total;
+}
+
+template <class T>
+void pack_batch(const Gradients& gradients, bool bias, const FormedPlan& plan, const Packed& packed,
+                int threads) {
+  packed.starts[0] = 0;
+  for (int64_t b = 0; b < gradients.batch; ++b) {
+    packed.starts[b + 1] = packed.starts[b] + steps_of<T>(length_of(gradients, b));
+  }
+  parallel_for(threads, gradients.batch, [&](int64_t b, int) {
+    const int64_t length = length_of(gradients, b), row = b * gradients.tokens;
+    pack_tokens(static_cast<const T*>(gradients.x) + row * gradients.in, length, gradients.in, bias,
+                kPanel, packed.x + packed.starts[b] * plan.x_width);
+    pack_tokens(static_cast<const T*>(gradients.g) + row * gradients.out, length, gradients.out,
+                false, kFormedRows, packed.g + packed.starts[b] * plan.g_width);
+  });
+}
+
+template <class T>
+void dot_formed(const Gradients& first, const Gradients& second, bool bias, const FormedPlan& plan,
+                float* out, int threads) {
+  pack_batch<T>(first, bias, plan, plan.first, threads);
+  pack_batch<T>(second, bias, plan, plan.second, threads);
+  const int64_t width = padded(second.batch), pairs = first.batch * width;
+  const int64_t panels = plan.x_width / kPanel;
+  const int64_t chunks = plan.g_width / kFormedRows * panels;
+  parallel_for(threads, kShares, [&](int64_t share, int slot) {
+    double* products = plan.products + share * pairs;
+    float* formed1 = plan.formed + slot * (first.batch + second.batch) * kFormedRows * kPanel;
+    float* formed2 = formed1 + first.batch * kFormedRows * kPanel;
+    std::fill(products, products + pairs, 0.0);
+    for (int64_t chunk = share; chunk < chunks; chunk += kShares) {
+      const int64_t panel = chunk % panels, o = chunk / panels * kFormedRows;
+      const int64_t rows = std::min(kFormedRows, first.out - o);
+      const int64_t columns = std::min(kPanel, padded(plan.columns) - panel * kPanel);
+      form_chunk<T>(plan, plan.first, first.batch, o, rows, panel, columns, formed1);
+      form_chunk<T>(plan, plan.second, second.batch, o, rows, panel, columns, formed2);
+      add_inner_products(formed1, first.batch, formed2, second.batch, rows * columns,
+                         plan.panel + slot * kBlockSteps * kPanel, products);
+    }
+  });
+  for (int64_t i = 0; i < first.batch; ++i) {
+    for (int64_t j = 0; j < second.batch; ++j) {
+      double total = 0.0;
+      for (int64_t share = 0; share < kShares; ++share) {
+        total += plan.products[share * pairs + i * width + j];
+      }
+      out[i * second.batch + j] += static_cast<float>(total);
+    }
+  }
 }
 
 template <class T>
@@ -79,122 +299,18 @@ double sum_equal_ids(const Gradients& first, int64_t i, const Gradients& second,
     for (int64_t t = 0; t < length_of(second, j); ++t) {
       if (ids1[s] != ids2[t]) continue;
       const T* g2 = static_cast<const T*>(second.g) + (j * second.tokens + t) * first.out;
-      dot(&g1, 1, &g2, 1, first.out, &total, 1);
+      total += dot(g1, g2, first.out);
     }
   }
   return total;
 }
 
-// A batch's tokens as padded float32 rows: x with its column of ones, and g.
-struct Rows {
-  int64_t* starts;
-  float *x, *g;
-  int64_t x_width, g_width;
-};
-
-struct Plan {
-  Rows first, second;
-  float* formed;     // (threads, B1 + B2, kFormedRows, x_width)
-  double* products;  // (kShares, B1, B2)
-};
-
-Rows plan_rows(Scratch& scratch, const Gradients& gradients, bool bias) {
-  Rows rows{};
-  rows.x_width = padded(gradients.in + (bias ? 1 : 0));
-  rows.g_width = padded(gradients.out);
-  const int64_t tokens = total_tokens(gradients);
-  rows.starts = scratch.take<int64_t>(gradients.batch + 1);
-  rows.x = scratch.take<float>(tokens * rows.x_width);
-  rows.g = scratch.take<float>(tokens * rows.g_width);
-  return rows;
-}
-
-Plan plan_formed(Scratch& scratch, const Gradients& first, const Gradients& second, bool bias,
-                 int threads) {
-  Plan plan{};
-  plan.first = plan_rows(scratch, first, bias);
-  plan.second = plan_rows(scratch, second, bias);
-  plan.formed = scratch.take<float>(threads * (first.batch + second.batch) * kFormedRows *
-                                    plan.first.x_width);
-  plan.products = scratch.take<double>(kShares * first.batch * second.batch);
-  return plan;
-}
-
 template <class T>
-void widen_rows(const Gradients& gradients, const Rows& rows, bool bias, int threads) {
-  count_tokens(gradients, rows.starts);
-  parallel_for(threads, gradients.batch, [&](int64_t b, int) {
-    for (int64_t n = rows.starts[b]; n < rows.starts[b + 1]; ++n) {
-      const int64_t row = b * gradients.tokens + n - rows.starts[b];
-      widen(static_cast<const T*>(gradients.x) + row * gradients.in, gradients.in, bias ? 1 : 0,
-            rows.x_width, rows.x + n * rows.x_width);
-      widen(static_cast<const T*>(gradients.g) + row * gradients.out, gradients.out, 0,
-            rows.g_width, rows.g + n * rows.g_width);
-    }
+void dot_embedding(const Gradients& first, const Gradients& second, float* out, int threads) {
+  parallel_for(threads, first.batch * second.batch, [&](int64_t item, int) {
+    const int64_t i = item / second.batch, j = item % second.batch;
+    out[item] += static_cast<float>(sum_equal_ids<T>(first, i, second, j));
   });
-}
-
-// Rows [o, o + count) of every example's gradient; rows beyond count are zero.
-void form_rows(const Rows& rows, int64_t batch, int64_t o, int64_t count, float* formed) {
-  double sums[kFormedRows * kColumnBlock];
-  const float* a[kFormedRows];
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t begin = rows.starts[b], tokens = rows.starts[b + 1] - begin;
-    float* to = formed + b * kFormedRows * rows.x_width;
-    for (int64_t m = 0; m < count; ++m) a[m] = rows.g + begin * rows.g_width + o + m;
-    for (int64_t n = 0; n < rows.x_width; n += kColumnBlock) {
-      const int64_t columns = std::min(kColumnBlock, rows.x_width - n);
-      std::fill(sums, sums + kFormedRows * kColumnBlock, 0.0);
-      tiles().outer(a, rows.g_width, count, rows.x + begin * rows.x_width + n, rows.x_width,
-                    columns, tokens, sums, kColumnBlock);
-      for (int64_t m = 0; m < kFormedRows; ++m) {
-        for (int64_t j = 0; j < columns; ++j) {
-          to[m * rows.x_width + n + j] = static_cast<float>(sums[m * kColumnBlock + j]);
-        }
-      }
-    }
-  }
-}
-
-// products (B1, B2) += inner products of rows of `depth` numbers.
-void add_products(const float* first, int64_t batch1, const float* second, int64_t batch2,
-                  int64_t depth, double* products) {
-  const float *a[kRowTokens], *b[kColumnTokens];
-  for (int64_t i = 0; i < batch1; i += kRowTokens) {
-    const int64_t rows = std::min(kRowTokens, batch1 - i);
-    for (int64_t m = 0; m < rows; ++m) a[m] = first + (i + m) * depth;
-    for (int64_t j = 0; j < batch2; j += kColumnTokens) {
-      const int64_t columns = std::min(kColumnTokens, batch2 - j);
-      for (int64_t n = 0; n < columns; ++n) b[n] = second + (j + n) * depth;
-      dot(a, rows, b, columns, depth, products + i * batch2 + j, batch2);
-    }
-  }
-}
-
-template <class T>
-void dot_formed(const Gradients& first, const Gradients& second, bool bias, const Plan& plan,
-                float* out, int threads) {
-  widen_rows<T>(first, plan.first, bias, threads);
-  widen_rows<T>(second, plan.second, bias, threads);
-  const int64_t pairs = first.batch * second.batch;
-  const int64_t row_size = kFormedRows * plan.first.x_width;
-  parallel_for(threads, kShares, [&](int64_t share, int slot) {
-    double* products = plan.products + share * pairs;
-    float* formed1 = plan.formed + slot * (first.batch + second.batch) * row_size;
-    float* formed2 = formed1 + first.batch * row_size;
-    std::fill(products, products + pairs, 0.0);
-    for (int64_t o = share * kFormedRows; o < first.out; o += kShares * kFormedRows) {
-      const int64_t count = std::min(kFormedRows, first.out - o);
-      form_rows(plan.first, first.batch, o, count, formed1);
-      form_rows(plan.second, second.batch, o, count, formed2);
-      add_products(formed1, first.batch, formed2, second.batch, row_size, products);
-    }
-  });
-  for (int64_t at = 0; at < pairs; ++at) {
-    double total = 0.0;
-    for (int64_t share = 0; share < kShares; ++share) total += plan.products[share * pairs + at];
-    out[at] += static_cast<float>(total);
-  }
 }
 
 // sums (B, rows, D): weight gradients, and bias gradients behind them.
@@ -234,55 +350,53 @@ void dot_elementwise(const Gradients& first, const Gradients& second, bool bias,
   parallel_for(threads, first.batch * second.batch, [&](int64_t item, int) {
     const float* a = sums1 + item / second.batch * depth;
     const float* b = sums2 + item % second.batch * depth;
-    double total = 0.0;
-    dot(&a, 1, &b, 1, depth, &total, 1);
-    out[item] += static_cast<float>(total);
+    out[item] += static_cast<float>(dot(a, b, depth));
   });
 }
 
 template <class T>
-void dispatch(const Gradients& first, const Gradients& second, Layer layer, bool bias, float* out,
-              void* memory, int threads) {
+bool by_token_pairs(const Gradients& first, const Gradients& second) {
+  return token_pairs_are_cheaper(total_tokens(first), total_tokens(second), first.batch,
+                                 second.batch, first.in, first.out, numbers_per_step<T>());
+}
+
+// Without memory it only lays the scratch out and tells its size.
+template <class T>
+size_t dispatch(const Gradients& first, const Gradients& second, Layer layer, bool bias, float* out,
+                void* memory, int threads) {
   Scratch scratch(memory);
   if (layer == Layer::elementwise) {
-    const int64_t size = (first.batch + second.batch) * first.in * 2;
-    dot_elementwise<T>(first, second, bias, scratch.take<float>(size), out, threads);
-    return;
+    float* sums = scratch.take<float>((first.batch + second.batch) * first.in * 2);
+    if (out != nullptr) dot_elementwise<T>(first, second, bias, sums, out, threads);
+  } else if (layer == Layer::embedding) {
+    if (out != nullptr) dot_embedding<T>(first, second, out, threads);
+  } else if (by_token_pairs<T>(first, second)) {
+    const PairsPlan plan = plan_pairs<T>(scratch, first, second, threads);
+    if (out != nullptr) dot_pairs<T>(first, second, bias, plan, out, threads);
+  } else {
+    const FormedPlan plan = plan_formed<T>(scratch, first, second, bias, threads);
+    if (out != nullptr) dot_formed<T>(first, second, bias, plan, out, threads);
   }
-  if (layer == Layer::linear && !by_token_pairs(first, second)) {
-    dot_formed<T>(first, second, bias, plan_formed(scratch, first, second, bias, threads), out,
-                  threads);
-    return;
-  }
-  parallel_for(threads, first.batch * second.batch, [&](int64_t item, int) {
-    const int64_t i = item / second.batch, j = item % second.batch;
-    const double total = layer == Layer::linear
-                             ? sum_token_pairs<T>(first, i, second, j, bias ? 1.0 : 0.0)
-                             : sum_equal_ids<T>(first, i, second, j);
-    out[item] += static_cast<float>(total);
-  });
+  return scratch.bytes();
+}
+
+size_t dispatch(const Gradients& first, const Gradients& second, Layer layer, bool bias, float* out,
+                void* memory, int threads) {
+  return first.dtype == DType::bfloat16
+             ? dispatch<bfloat16>(first, second, layer, bias, out, memory, threads)
+             : dispatch<float>(first, second, layer, bias, out, memory, threads);
 }
 
 }  // namespace
 
 size_t gradient_dot_scratch(const Gradients& first, const Gradients& second, Layer layer, bool bias,
                             int threads) {
-  Scratch scratch;
-  if (layer == Layer::elementwise) {
-    scratch.take<float>((first.batch + second.batch) * first.in * 2);
-  } else if (layer == Layer::linear && !by_token_pairs(first, second)) {
-    plan_formed(scratch, first, second, bias, threads);
-  }
-  return scratch.bytes();
+  return dispatch(first, second, layer, bias, nullptr, nullptr, threads);
 }
 
 void gradient_dot(const Gradients& first, const Gradients& second, Layer layer, bool bias,
                   float* out, void* scratch, int threads) {
-  if (first.dtype == DType::bfloat16) {
-    dispatch<bfloat16>(first, second, layer, bias, out, scratch, threads);
-  } else {
-    dispatch<float>(first, second, layer, bias, out, scratch, threads);
-  }
+  dispatch(first, second, layer, bias, out, scratch, threads);
 }
 
 }  // namespace tracmod::cpu

@@ -1,15 +1,18 @@
-// C (M,N) += A (M,D) B (D,N): two loops over D that keep a tile of C in vector registers.
+// C (M,N) += A (M,D) B (D,N), and what prepares its operands.
 //
 //   outer  a tile is 6 rows x 2 or 4 vectors of columns: per step of D it loads the columns of b
-//          once and each a as a broadcast operand; 12 or 24 multiply-adds for 2 or 4 loads, so the
-//          multiply-add units are the limit. D goes in blocks of 256: a block of b (256 x 64
-//          floats, 64 KiB) stays in the second cache while the tiles of rows pass over it.
-//   dot    both operands lie along D: a tile is R rows x 4 columns of vector sums, R + 4 loads for
-//          4 R multiply-adds; D goes in blocks of 2048, four rows of a (32 KiB) stay in the first
-//          cache while the columns pass.
+//          once and each a as a broadcast operand; 12 or 24 multiply-adds for 8 or 10 loads, so the
+//          multiply-add units are the limit. D goes in blocks of 256 steps: a block of b (64 KiB)
+//          stays in the second cache while the tiles of rows pass over it. A step of bfloat16 pairs
+//          is the same with twice the products an instruction.
+//   form   the same tiles over the tokens of one example, few steps: sums go straight to float32.
+//   pack   rows along D turned into a panel for `outer`: about 5 cycles for 16 numbers, once for
+//          all rows of a that meet it.
+//   dot    one inner product of two rows as they lie: two loads a multiply-add, memory's limit.
 //
 // Written once with the compiler's vector types and instantiated per instruction set by functions
-// with a `target` attribute into which everything is inlined; no intrinsics, no build flags.
+// with a `target` attribute into which everything is inlined; no build flags, and one line of
+// assembly for the pairs. vdpbf16ps takes denormals as zero and rounds once per product.
 #include "cpu/tiles.h"
 
 #include <algorithm>
@@ -17,16 +20,16 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #define TRACMOD_INLINE inline __attribute__((always_inline))
+#define TRACMOD_LAMBDA __attribute__((always_inline))
 
 namespace tracmod::cpu {
 namespace {
 
-constexpr int64_t kOuterDepth = 256;
-constexpr int64_t kDotDepth = 2048;
+constexpr int64_t kDotDepth = 1024;
 constexpr int kOuterRows = 6;
-constexpr int kDotColumns = 4;
 
 // W floats; `Loose` may lie at any address.
 template <int W>
@@ -49,6 +52,10 @@ TRACMOD_INLINE typename Vector<W>::Type load(const bfloat16* from) {
   return (typename Vector<W>::Type)bits;
 }
 
+// What a packed step holds: a float32, or PAIR = 2 bfloat16.
+template <int PAIR>
+using packed_t = std::conditional_t<PAIR == 2, bfloat16_pair, float>;
+
 // The first `count` < W values, then zeros.
 template <int W, class T>
 TRACMOD_INLINE typename Vector<W>::Type load_part(const T* from, int64_t count) {
@@ -58,172 +65,405 @@ TRACMOD_INLINE typename Vector<W>::Type load_part(const T* from, int64_t count) 
   return load<W>(part);
 }
 
-// The sum of a vector's lanes, halves first: the same order for every element.
-template <int W>
-TRACMOD_INLINE float lane_sum(const typename Vector<W>::Type& vector) {
-  float lanes[W];
-  std::memcpy(lanes, &vector, sizeof lanes);
-  for (int width = W / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+// The number (or pair) at this address in every lane.
+template <int W, class A>
+TRACMOD_INLINE typename Vector<W>::Type broadcast(const A* from) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<A, bfloat16>) {
+    bits = static_cast<uint32_t>(from->bits) << 16;
+  } else {
+    std::memcpy(&bits, from, sizeof bits);
   }
-  return lanes[0];
+  return (typename Vector<W>::Type)(typename Vector<W>::Bits{} + bits);
+}
+
+// sum += a * b in every lane; of pairs both products. The compiler has no vector type for pairs.
+template <class A, class V>
+TRACMOD_INLINE void multiply_add(V& sum, const V& a, const V& b) {
+  if constexpr (std::is_same_v<A, bfloat16_pair>) {
+#if defined(__x86_64__)
+    V in_register = sum;  // the address of `sum` is never taken: sums stay in registers
+    asm("vdpbf16ps %2, %1, %0" : "+v"(in_register) : "v"(a), "v"(b));
+    sum = in_register;
+#endif
+  } else {
+    sum += a * b;
+  }
 }
 
 template <int W, int M, int V>
-TRACMOD_INLINE void outer_tile(const float* const* a, int64_t a_step, int64_t begin, int64_t end,
-                               const float* b, int64_t ldb, double* c, int64_t ldc) {
-  typename Vector<W>::Type sum[M][V] = {};
-  for (int64_t d = begin; d < end; ++d) {
-    typename Vector<W>::Type row[V];
-    for (int v = 0; v < V; ++v) row[v] = load<W>(b + d * ldb + v * W);
-    for (int m = 0; m < M; ++m) {
-      for (int v = 0; v < V; ++v) sum[m][v] += a[m][d * a_step] * row[v];
-    }
+struct Sums {
+  typename Vector<W>::Type at[M][V] = {};
+};
+
+// One step: M broadcast numbers of a times V vectors of b.
+template <int W, int M, int V, class A, class At>
+TRACMOD_INLINE void outer_step(Sums<W, M, V>& sums, const At& a_at, const float* b) {
+  typename Vector<W>::Type row[V];
+  for (int v = 0; v < V; ++v) row[v] = load<W>(b + v * W);
+  for (int m = 0; m < M; ++m) {
+    const auto a = broadcast<W>(a_at(m));
+    for (int v = 0; v < V; ++v) multiply_add<A>(sums.at[m][v], a, row[v]);
   }
+}
+
+template <int W, int M, int V, class A>
+TRACMOD_INLINE void outer_steps(Sums<W, M, V>& sums, const A* const* a, int64_t a_step,
+                                int64_t begin, int64_t end, const float* b, int64_t ldb) {
+  for (int64_t s = begin; s < end; ++s) {
+    outer_step<W, M, V, A>(
+        sums, [&](int m) TRACMOD_LAMBDA { return a[m] + s * a_step; }, b + s * ldb);
+  }
+}
+
+template <int W, int M, int V>
+TRACMOD_INLINE void add_to(const Sums<W, M, V>& sums, double* c, int64_t ldc) {
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v) {
       float lanes[W];
-      std::memcpy(lanes, &sum[m][v], sizeof lanes);
+      std::memcpy(lanes, &sums.at[m][v], sizeof lanes);
       for (int i = 0; i < W; ++i) c[m * ldc + v * W + i] += lanes[i];
     }
   }
 }
 
-template <int W, int V>
-TRACMOD_INLINE void outer_rows(int64_t rows, const float* const* a, int64_t a_step, int64_t begin,
-                               int64_t end, const float* b, int64_t ldb, double* c, int64_t ldc) {
+// run(number of rows as a constant)
+template <class Run>
+TRACMOD_INLINE void with_rows(int64_t rows, const Run& run) {
   switch (rows) {
     case 1:
-      return outer_tile<W, 1, V>(a, a_step, begin, end, b, ldb, c, ldc);
+      return run(std::integral_constant<int, 1>());
     case 2:
-      return outer_tile<W, 2, V>(a, a_step, begin, end, b, ldb, c, ldc);
+      return run(std::integral_constant<int, 2>());
     case 3:
-      return outer_tile<W, 3, V>(a, a_step, begin, end, b, ldb, c, ldc);
+      return run(std::integral_constant<int, 3>());
     case 4:
-      return outer_tile<W, 4, V>(a, a_step, begin, end, b, ldb, c, ldc);
+      return run(std::integral_constant<int, 4>());
     case 5:
-      return outer_tile<W, 5, V>(a, a_step, begin, end, b, ldb, c, ldc);
+      return run(std::integral_constant<int, 5>());
     default:
-      return outer_tile<W, 6, V>(a, a_step, begin, end, b, ldb, c, ldc);
+      return run(std::integral_constant<int, kOuterRows>());
   }
 }
 
-// V vectors a tile where as many columns are left, one vector for the rest.
-template <int W, int V>
-TRACMOD_INLINE void outer_product(const float* const* a, int64_t a_step, int64_t rows,
-                                  const float* b, int64_t ldb, int64_t columns, int64_t depth,
-                                  double* c, int64_t ldc) {
-  for (int64_t begin = 0; begin < depth; begin += kOuterDepth) {
-    const int64_t end = std::min(depth, begin + kOuterDepth);
-    for (int64_t n = 0; n < columns;) {
-      const bool full = columns - n >= V * W;
+// run(first column, vectors of columns as a constant): V where as many are left, else 2, else 1.
+template <int W, int V, class Run>
+TRACMOD_INLINE void for_columns(int64_t columns, const Run& run) {
+  int64_t n = 0;
+  for (; columns - n >= V * W; n += V * W) run(n, std::integral_constant<int, V>());
+  if constexpr (V > 2) {
+    for (; columns - n >= 2 * W; n += 2 * W) run(n, std::integral_constant<int, 2>());
+  }
+  for (; n < columns; n += W) run(n, std::integral_constant<int, 1>());
+}
+
+// A is float, bfloat16 that are widened, or pairs.
+template <int W, int V, class A>
+TRACMOD_INLINE void outer_product(const A* const* a, int64_t a_step, int64_t rows, const float* b,
+                                  int64_t ldb, int64_t columns, int64_t steps, double* c,
+                                  int64_t ldc) {
+  for (int64_t begin = 0; begin < steps; begin += kBlockSteps) {
+    const int64_t end = std::min(steps, begin + kBlockSteps);
+    for_columns<W, V>(columns, [&](int64_t n, auto vectors) TRACMOD_LAMBDA {
       for (int64_t m = 0; m < rows; m += kOuterRows) {
-        const int64_t count = std::min<int64_t>(kOuterRows, rows - m);
-        double* target = c + m * ldc + n;
-        if (full) {
-          outer_rows<W, V>(count, a + m, a_step, begin, end, b + n, ldb, target, ldc);
-        } else {
-          outer_rows<W, 1>(count, a + m, a_step, begin, end, b + n, ldb, target, ldc);
+        with_rows(rows - m, [&](auto count) TRACMOD_LAMBDA {
+          Sums<W, count, vectors> sums;
+          outer_steps(sums, a + m, a_step, begin, end, b + n, ldb);
+          add_to(sums, c + m * ldc + n, ldc);
+        });
+      }
+    });
+  }
+}
+
+// The last number of an odd depth, half a pair.
+TRACMOD_INLINE void add_last(const bfloat16* const* a, int64_t rows, const float* pairs,
+                             int64_t columns, int64_t last, double* c, int64_t ldc) {
+  for (int64_t n = 0; n < columns; ++n) {
+    bfloat16_pair pair;
+    std::memcpy(&pair, pairs + n, sizeof pair);
+    const double b = to_float(pair.first);
+    for (int64_t m = 0; m < rows; ++m) c[m * ldc + n] += to_float(a[m][last]) * b;
+  }
+}
+
+// Sums of one block are stored as they are, those of several blocks added up in float64 first.
+template <int W, int V, class A>
+TRACMOD_INLINE void form_product(const float* a, int64_t a_step, int64_t rows, const float* panel,
+                                 int64_t columns, int64_t steps, float* c, int64_t ldc) {
+  for_columns<W, V>(columns, [&](int64_t n, auto vectors) TRACMOD_LAMBDA {
+    for (int64_t first = 0; first < rows; first += kOuterRows) {
+      with_rows(rows - first, [&](auto count) TRACMOD_LAMBDA {
+        constexpr int kWidth = vectors * W;
+        const A* from[count];
+        for (int m = 0; m < count; ++m) from[m] = reinterpret_cast<const A*>(a + first + m);
+        float* to = c + first * ldc + n;
+        if (steps <= kBlockSteps) {
+          Sums<W, count, vectors> sums;
+          outer_steps(sums, from, a_step, 0, steps, panel + n, kPanel);
+          for (int m = 0; m < count; ++m) std::memcpy(to + m * ldc, sums.at[m], kWidth * 4);
+          return;
+        }
+        double total[count * kWidth] = {};
+        for (int64_t begin = 0; begin < steps; begin += kBlockSteps) {
+          Sums<W, count, vectors> sums;
+          const int64_t end = std::min(steps, begin + kBlockSteps);
+          outer_steps(sums, from, a_step, begin, end, panel + n, kPanel);
+          add_to(sums, total, kWidth);
+        }
+        for (int m = 0; m < count; ++m) {
+          for (int i = 0; i < kWidth; ++i) {
+            to[m * ldc + i] = static_cast<float>(total[m * kWidth + i]);
+          }
+        }
+      });
+    }
+  });
+}
+
+template <int W, int V, class A>
+TRACMOD_INLINE void sum_squares(const float* panel, int64_t columns, int64_t steps, double* c) {
+  for (int64_t begin = 0; begin < steps; begin += kBlockSteps) {
+    for_columns<W, V>(columns, [&](int64_t n, auto vectors) TRACMOD_LAMBDA {
+      Sums<W, 1, vectors> sums;
+      for (int64_t s = begin; s < std::min(steps, begin + kBlockSteps); ++s) {
+        for (int v = 0; v < vectors; ++v) {
+          const auto numbers = load<W>(panel + s * columns + n + v * W);
+          multiply_add<A>(sums.at[0][v], numbers, numbers);
         }
       }
-      n += full ? V * W : W;
-    }
+      add_to(sums, c + n, 0);
+    });
   }
 }
 
-template <int W, int M, int N, class T>
-TRACMOD_INLINE void dot_tile(const T* const* a, const T* const* b, int64_t begin, int64_t end,
-                             double* c, int64_t ldc) {
-  typename Vector<W>::Type sum[M][N] = {};
-  int64_t d = begin;
-  for (; d + W <= end; d += W) {
-    typename Vector<W>::Type column[N];
-    for (int n = 0; n < N; ++n) column[n] = load<W>(b[n] + d);
-    for (int m = 0; m < M; ++m) {
-      const auto row = load<W>(a[m] + d);
-      for (int n = 0; n < N; ++n) sum[m][n] += row * column[n];
-    }
-  }
-  if (d < end) {
-    typename Vector<W>::Type column[N];
-    for (int n = 0; n < N; ++n) column[n] = load_part<W>(b[n] + d, end - d);
-    for (int m = 0; m < M; ++m) {
-      const auto row = load_part<W>(a[m] + d, end - d);
-      for (int n = 0; n < N; ++n) sum[m][n] += row * column[n];
-    }
-  }
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) c[m * ldc + n] += lane_sum<W>(sum[m][n]);
+template <int W>
+TRACMOD_INLINE void sum_products(int64_t count, double factor, const double* a, const double* b,
+                                 double shift, double* c) {
+  typedef double Wide __attribute__((vector_size(W * 4), aligned(8), may_alias));
+  for (int64_t n = 0; n < count; n += W / 2) {
+    const auto at = [n](auto* from)
+                        TRACMOD_LAMBDA { return reinterpret_cast<const Wide*>(from + n); };
+    *reinterpret_cast<Wide*>(c + n) = *at(c) + factor * *at(a) * (*at(b) + shift);
   }
 }
 
-template <int W, int M, class T>
-TRACMOD_INLINE void dot_columns(int64_t columns, const T* const* a, const T* const* b,
-                                int64_t begin, int64_t end, double* c, int64_t ldc) {
-  switch (columns) {
-    case 1:
-      return dot_tile<W, M, 1>(a, b, begin, end, c, ldc);
-    case 2:
-      return dot_tile<W, M, 2>(a, b, begin, end, c, ldc);
-    case 3:
-      return dot_tile<W, M, 3>(a, b, begin, end, c, ldc);
-    default:
-      return dot_tile<W, M, 4>(a, b, begin, end, c, ldc);
-  }
-}
-
-// R rows a tile where as many are left, one row for the rest.
-template <int W, int R, class T>
-TRACMOD_INLINE void dot_product(const T* const* a, int64_t rows, const T* const* b, int64_t columns,
-                                int64_t depth, double* c, int64_t ldc) {
+// Four vectors of sums, so that the additions of one do not wait for each other.
+template <int W, class T>
+TRACMOD_INLINE double inner_product(const T* a, const T* b, int64_t depth) {
+  double total = 0.0;
   for (int64_t begin = 0; begin < depth; begin += kDotDepth) {
     const int64_t end = std::min(depth, begin + kDotDepth);
-    for (int64_t m = 0; m < rows;) {
-      const bool full = rows - m >= R;
-      for (int64_t n = 0; n < columns; n += kDotColumns) {
-        const int64_t count = std::min<int64_t>(kDotColumns, columns - n);
-        double* target = c + m * ldc + n;
-        if (full) {
-          dot_columns<W, R>(count, a + m, b + n, begin, end, target, ldc);
-        } else {
-          dot_columns<W, 1>(count, a + m, b + n, begin, end, target, ldc);
+    typename Vector<W>::Type sum[4] = {};
+    int64_t d = begin;
+    for (; d + 4 * W <= end; d += 4 * W) {
+      for (int v = 0; v < 4; ++v) sum[v] += load<W>(a + d + v * W) * load<W>(b + d + v * W);
+    }
+    for (; d < end; d += W) {
+      const int64_t count = std::min<int64_t>(W, end - d);
+      sum[0] += load_part<W>(a + d, count) * load_part<W>(b + d, count);
+    }
+    float lanes[W];
+    const auto all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    std::memcpy(lanes, &all, sizeof lanes);
+    for (int i = 0; i < W; ++i) total += lanes[i];
+  }
+  return total;
+}
+
+// L steps of a row as 32-bit numbers.
+template <int L>
+struct Lanes {
+  typedef uint32_t Type __attribute__((vector_size(L * 4)));
+  typedef uint32_t Loose __attribute__((vector_size(L * 4), aligned(2), may_alias));
+};
+
+template <int L>
+TRACMOD_INLINE typename Lanes<L>::Type load_steps(const bfloat16* from) {
+  return (typename Lanes<L>::Type)load<L>(from);
+}
+template <int L, class A>
+TRACMOD_INLINE typename Lanes<L>::Type load_steps(const A* from) {
+  return *reinterpret_cast<const typename Lanes<L>::Loose*>(from);
+}
+
+TRACMOD_INLINE uint32_t bits_of(bfloat16 value) { return static_cast<uint32_t>(value.bits) << 16; }
+template <class A>
+TRACMOD_INLINE uint32_t bits_of(const A& value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+#if defined(__clang__)
+#define TRACMOD_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define TRACMOD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, std::decay_t<decltype(a)>{__VA_ARGS__})
+#endif
+
+// Rows a, b, c, d of 4 x 4 numbers in each 128 bits turned into columns.
+TRACMOD_INLINE void transpose_fours(Lanes<4>::Type* rows) {
+  const auto a = rows[0], b = rows[1], c = rows[2], d = rows[3];
+  const auto ab0 = TRACMOD_SHUFFLE(a, b, 0, 4, 1, 5), ab1 = TRACMOD_SHUFFLE(a, b, 2, 6, 3, 7);
+  const auto cd0 = TRACMOD_SHUFFLE(c, d, 0, 4, 1, 5), cd1 = TRACMOD_SHUFFLE(c, d, 2, 6, 3, 7);
+  rows[0] = TRACMOD_SHUFFLE(ab0, cd0, 0, 1, 4, 5);
+  rows[1] = TRACMOD_SHUFFLE(ab0, cd0, 2, 3, 6, 7);
+  rows[2] = TRACMOD_SHUFFLE(ab1, cd1, 0, 1, 4, 5);
+  rows[3] = TRACMOD_SHUFFLE(ab1, cd1, 2, 3, 6, 7);
+}
+
+// The even (0) or odd (1) halves of 64 bits of both: as 64-bit numbers it is one fast instruction.
+template <int HALF>
+TRACMOD_INLINE Lanes<8>::Type interleave(Lanes<8>::Type a, Lanes<8>::Type b) {
+  typedef uint64_t Long __attribute__((vector_size(32)));
+  const Long first = (Long)a, second = (Long)b;
+  return (Lanes<8>::Type)TRACMOD_SHUFFLE(first, second, HALF, 4 + HALF, 2 + HALF, 6 + HALF);
+}
+
+TRACMOD_INLINE void transpose_fours(Lanes<8>::Type* rows) {
+  const auto a = rows[0], b = rows[1], c = rows[2], d = rows[3];
+  const auto ab0 = TRACMOD_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+  const auto ab1 = TRACMOD_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  const auto cd0 = TRACMOD_SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13);
+  const auto cd1 = TRACMOD_SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
+  rows[0] = interleave<0>(ab0, cd0);
+  rows[1] = interleave<1>(ab0, cd0);
+  rows[2] = interleave<0>(ab1, cd1);
+  rows[3] = interleave<1>(ab1, cd1);
+}
+
+TRACMOD_INLINE void transpose(Lanes<4>::Type* rows) { transpose_fours(rows); }
+TRACMOD_INLINE void transpose(Lanes<8>::Type* rows) {
+  transpose_fours(rows);
+  transpose_fours(rows + 4);
+  for (int i = 0; i < 4; ++i) {
+    const auto low = rows[i], high = rows[i + 4];
+    rows[i] = TRACMOD_SHUFFLE(low, high, 0, 1, 2, 3, 8, 9, 10, 11);
+    rows[i + 4] = TRACMOD_SHUFFLE(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// panel[s * columns + n] = rows[n][s] in squares of L x L that are turned in registers; 16 rows at a
+// time, whole cache lines of them, so that the memory's prefetchers follow.
+template <int L, class A>
+TRACMOD_INLINE void pack_steps(const A* const* rows, int64_t count, int64_t steps, float* panel) {
+  uint32_t* to = reinterpret_cast<uint32_t*>(panel);
+  const int64_t columns = padded(count), full_steps = steps / L * L;
+  for (int64_t group = 0; group < columns; group += 16) {
+    for (int64_t line = 0; line < full_steps; line += 16) {
+      for (int64_t n = group; n < group + 16; n += L) {
+        for (int64_t s = line; s < std::min(full_steps, line + 16); s += L) {
+          typename Lanes<L>::Type square[L] = {};
+          for (int i = 0; i < L; ++i) {
+            if (n + i < count) square[i] = load_steps<L>(rows[n + i] + s);
+          }
+          transpose(square);
+          for (int i = 0; i < L; ++i) std::memcpy(to + (s + i) * columns + n, square + i, L * 4);
         }
       }
-      m += full ? R : 1;
+    }
+  }
+  for (int64_t s = full_steps; s < steps; ++s) {
+    for (int64_t n = 0; n < columns; ++n) {
+      to[s * columns + n] = n < count ? bits_of(rows[n][s]) : 0;
     }
   }
 }
 
-// One instruction set: W floats a vector, V vectors a tile of `outer`, R rows a tile of `dot`.
-#define TRACMOD_TILES(NAME, TARGET, W, V, R)                                                      \
+template <int L>
+TRACMOD_INLINE void pack_rows(const float* const* rows, int64_t count, int64_t depth,
+                              float* panel) {
+  pack_steps<L>(rows, count, depth, panel);
+}
+
+template <int L, int PAIR>
+TRACMOD_INLINE void pack_rows(const bfloat16* const* rows, int64_t count, int64_t depth,
+                              float* panel) {
+  if (PAIR == 1) return pack_steps<L>(rows, count, depth, panel);
+  pack_steps<L>(reinterpret_cast<const bfloat16_pair* const*>(rows), count, depth / 2, panel);
+  if (depth % 2 == 0) return;
+  uint32_t* to = reinterpret_cast<uint32_t*>(panel) + depth / 2 * padded(count);
+  for (int64_t n = 0; n < padded(count); ++n) to[n] = n < count ? rows[n][depth - 1].bits : 0;
+}
+
+// One instruction set: W floats a vector, V vectors of columns a tile, L x L numbers turned at
+// a time, PAIR bfloat16 a step.
+#define TRACMOD_TILES(NAME, TARGET, W, V, L, PAIR, PAIR_TYPE)                                     \
   TARGET void outer_##NAME(const float* const* a, int64_t a_step, int64_t rows, const float* b,   \
                            int64_t ldb, int64_t columns, int64_t depth, double* c, int64_t ldc) { \
     outer_product<W, V>(a, a_step, rows, b, ldb, columns, depth, c, ldc);                         \
   }                                                                                               \
-  TARGET void dot_##NAME(const float* const* a, int64_t rows, const float* const* b,              \
-                         int64_t columns, int64_t depth, double* c, int64_t ldc) {                \
-    dot_product<W, R>(a, rows, b, columns, depth, c, ldc);                                        \
+  TARGET void outer_bfloat16_##NAME(const bfloat16* const* a, int64_t rows, const float* panel,   \
+                                    int64_t columns, int64_t depth, double* c, int64_t ldc) {     \
+    outer_product<W, V>(reinterpret_cast<const PAIR_TYPE* const*>(a), 1, rows, panel, columns,    \
+                        columns, depth / PAIR, c, ldc);                                           \
+    if (depth % PAIR != 0) {                                                                      \
+      add_last(a, rows, panel + depth / PAIR * columns, columns, depth - 1, c, ldc);              \
+    }                                                                                             \
   }                                                                                               \
-  TARGET void dot_bfloat16_##NAME(const bfloat16* const* a, int64_t rows,                         \
-                                  const bfloat16* const* b, int64_t columns, int64_t depth,       \
-                                  double* c, int64_t ldc) {                                       \
-    dot_product<W, R>(a, rows, b, columns, depth, c, ldc);                                        \
+  TARGET void form_##NAME(const float* a, int64_t a_step, int64_t rows, const float* panel,       \
+                          int64_t columns, int64_t steps, float* c, int64_t ldc) {                \
+    form_product<W, V, float>(a, a_step, rows, panel, columns, steps, c, ldc);                    \
   }                                                                                               \
-  constexpr Tiles k_##NAME = {#NAME, outer_##NAME, dot_##NAME, dot_bfloat16_##NAME};
+  TARGET void form_pairs_##NAME(const float* a, int64_t a_step, int64_t rows, const float* panel, \
+                                int64_t columns, int64_t steps, float* c, int64_t ldc) {          \
+    form_product<W, V, packed_t<PAIR>>(a, a_step, rows, panel, columns, steps, c, ldc);           \
+  }                                                                                               \
+  TARGET double dot_##NAME(const float* a, const float* b, int64_t depth) {                       \
+    return inner_product<W>(a, b, depth);                                                         \
+  }                                                                                               \
+  TARGET double dot_bfloat16_##NAME(const bfloat16* a, const bfloat16* b, int64_t depth) {        \
+    return inner_product<W>(a, b, depth);                                                         \
+  }                                                                                               \
+  TARGET void pack_##NAME(const float* const* rows, int64_t count, int64_t depth, float* panel) { \
+    pack_rows<L>(rows, count, depth, panel);                                                      \
+  }                                                                                               \
+  TARGET void pack_bfloat16_##NAME(const bfloat16* const* rows, int64_t count, int64_t depth,     \
+                                   float* panel) {                                                \
+    pack_rows<L, PAIR>(rows, count, depth, panel);                                                \
+  }                                                                                               \
+  TARGET void squares_##NAME(const float* panel, int64_t columns, int64_t steps, double* c) {     \
+    sum_squares<W, V, float>(panel, columns, steps, c);                                           \
+  }                                                                                               \
+  TARGET void squares_pairs_##NAME(const float* panel, int64_t columns, int64_t steps,            \
+                                   double* c) {                                                   \
+    sum_squares<W, V, packed_t<PAIR>>(panel, columns, steps, c);                                  \
+  }                                                                                               \
+  TARGET void add_products_##NAME(int64_t count, double factor, const double* a, const double* b, \
+                                  double shift, double* c) {                                      \
+    sum_products<W>(count, factor, a, b, shift, c);                                               \
+  }                                                                                               \
+  constexpr Tiles k_##NAME = {#NAME,                                                              \
+                              PAIR,                                                               \
+                              outer_##NAME,                                                       \
+                              outer_bfloat16_##NAME,                                              \
+                              pack_##NAME,                                                        \
+                              pack_bfloat16_##NAME,                                               \
+                              form_##NAME,                                                        \
+                              form_pairs_##NAME,                                                  \
+                              dot_##NAME,                                                         \
+                              dot_bfloat16_##NAME,                                                \
+                              squares_##NAME,                                                     \
+                              squares_pairs_##NAME,                                               \
+                              add_products_##NAME};
 
-TRACMOD_TILES(baseline, , 4, 2, 2)
+TRACMOD_TILES(baseline, , 4, 2, 4, 1, bfloat16)
 #if defined(__x86_64__)
-TRACMOD_TILES(avx2, __attribute__((target("avx2,fma"))), 8, 2, 2)
-TRACMOD_TILES(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), 16, 4, 4)
+TRACMOD_TILES(avx2, __attribute__((target("avx2,fma"))), 8, 2, 8, 1, bfloat16)
+TRACMOD_TILES(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), 16, 4, 8,
+              1, bfloat16)
+TRACMOD_TILES(avx512_bf16,
+              __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,fma"))), 16, 4,
+              8, 2, bfloat16_pair)
 #endif
 
 bool supported(const Tiles& tiles) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (&tiles == &k_avx512) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  }
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (&tiles == &k_avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (&tiles == &k_avx512) return avx512;
   if (&tiles == &k_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return &tiles == &k_baseline;
@@ -234,7 +474,7 @@ bool supported(const Tiles& tiles) {
 const Tiles& choose() {
   constexpr const Tiles* kAll[] = {
 #if defined(__x86_64__)
-      &k_avx512, &k_avx2,
+      &k_avx512_bf16, &k_avx512, &k_avx2,
 #endif
       &k_baseline};
   const char* wanted = std::getenv("TRACMOD_INSTRUCTIONS");
@@ -244,8 +484,8 @@ const Tiles& choose() {
     }
   }
   throw std::invalid_argument(
-      std::string("TRACMOD_INSTRUCTIONS: expected baseline, avx2 or avx512, and this processor to "
-                  "have it, got ") +
+      std::string("TRACMOD_INSTRUCTIONS: expected baseline, avx2, avx512 or avx512_bf16, and this "
+                  "processor to have it, got ") +
       wanted);
 }
 

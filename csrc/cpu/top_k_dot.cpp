@@ -1,17 +1,21 @@
 // score[q, n] = sum_c w_c <q_c, n_c>  (cosine: each term over |q_c| |n_c|); per query the k largest
 // and the k smallest, and the sums per group. The score matrix is never whole in memory.
 //
-// Blocks of 256 queries x 2048 training rows, one after the other. First 32 training rows an item:
-// their inner products with the block's queries as `dot` tiles, all checkpoints summed in float64,
-// written as float32 scores. Then a query an item: its scores pass through two heaps that live in
-// the result's own rows, and into its group sums, in the order of the training rows; so blocks
-// streamed in several calls give the bits of one call. A last pass sorts the heaps.
+// Blocks of 256 queries x 2048 training rows, one after the other. First 64 training rows an item
+// (16 beside fewer than 32 queries): packed 256 steps of depth at a time and multiplied with all
+// queries as `outer` tiles; float64 across blocks of depth and checkpoints, written as float32
+// scores. Up to 4 queries take `dot` of the rows as they lie: a query asked in such a call and the
+// same query among many may differ by rounding; otherwise it does not matter which are asked
+// together. Then a query an item: the few scores that may enter a ranking are selected, sorted and
+// merged into it; and its group sums, in the order of the training rows; so blocks streamed in
+// several calls give the bits of one call.
 //
-// Bytes: the training rows once per 256 queries, C N K (4 or 2). Operations: 2 C Q N K, so the
-// multiply-add units are the limit from about 32 queries on, memory below.
+// Bytes: the training rows once per 256 queries, C N K (4 or 2). Operations: 2 C Q N K, and 2 N for
+// the rankings: memory is the limit below some 30 queries, the multiply-add units above.
 #include <algorithm>
 #include <cmath>
-#include <utility>
+#include <cstddef>
+#include <cstring>
 
 #include "cpu/parallel.h"
 #include "cpu/tiles.h"
@@ -24,144 +28,177 @@ namespace {
 
 constexpr int64_t kQueries = 256;
 constexpr int64_t kTrains = 2048;
-constexpr int64_t kItemTrains = 32;
+constexpr int64_t kScan = 16;
+constexpr int64_t kFew = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct Plan {
-  float* scores;        // (kQueries, kTrains)
-  double* dots;         // (threads, 2, kQueries, kItemTrains): one checkpoint, and all so far
-  double* query_norms;  // (C, Q) if cosine
+// What a thread works in.
+struct Slot {
+  float* panel;      // (kBlockSteps, kPanel) of training rows
+  double* dots;      // (kQueries, kPanel) of one checkpoint
+  double* total;     // (kQueries, kPanel) of all checkpoints
+  uint64_t* keys;    // (kTrains,)
+  float* scores;     // (k,)
+  int64_t* indices;  // (k,)
 };
+
+struct Plan {
+  float* scores;           // (kQueries, kTrains)
+  double* query_inverses;  // (C, Q) 1 / |q_c| if cosine
+  std::byte* slots;        // (threads,) of slot_bytes
+  size_t slot_bytes;
+};
+
+Slot make_slot(Scratch& scratch, const TopK& job) {
+  Slot slot{};
+  const int64_t queries = std::min(kQueries, job.queries);
+  slot.panel = scratch.take<float>(kBlockSteps * kPanel);
+  slot.dots = scratch.take<double>(queries * kPanel);
+  slot.total = scratch.take<double>(queries * kPanel);
+  slot.keys = scratch.take<uint64_t>(std::min(kTrains, job.trains) + kScan);
+  slot.scores = scratch.take<float>(job.k);
+  slot.indices = scratch.take<int64_t>(job.k);
+  return slot;
+}
+
+Slot slot_of(const TopK& job, const Plan& plan, int number) {
+  Scratch scratch(plan.slots + static_cast<size_t>(number) * plan.slot_bytes);
+  return make_slot(scratch, job);
+}
 
 Plan make_plan(Scratch& scratch, const TopK& job, int threads) {
   Plan plan{};
-  const int64_t queries = std::min(kQueries, job.queries);
-  plan.scores = scratch.take<float>(queries * std::min(kTrains, job.trains));
-  plan.dots = scratch.take<double>(threads * 2 * queries * kItemTrains);
-  plan.query_norms = scratch.take<double>(job.cosine ? job.checkpoints * job.queries : 0);
+  plan.scores =
+      scratch.take<float>(std::min(kQueries, job.queries) * std::min(kTrains, job.trains));
+  plan.query_inverses = scratch.take<double>(job.cosine ? job.checkpoints * job.queries : 0);
+  Scratch one;
+  make_slot(one, job);
+  plan.slot_bytes = (one.bytes() + 255) / 256 * 256;
+  plan.slots = scratch.take<std::byte>(threads * static_cast<int64_t>(plan.slot_bytes));
   return plan;
 }
 
-template <class T>
-double norm_of(const T* row, int64_t width) {
-  double square = 0.0;
-  dot(&row, 1, &row, 1, width, &square, 1);
-  return std::sqrt(square);
-}
+// 1 / norm, and 0 for a row of zeros: its cosine with everything is 0.
+double inverse_norm(double square) { return square == 0.0 ? 0.0 : 1.0 / std::sqrt(square); }
 
 struct Block {
   int64_t query, queries, train, trains;
 };
 
+// dots (queries, kPanel) = inner products of one checkpoint's `count` training rows from `train` on
+// with the block's queries; squares (kPanel) = those rows' with themselves. A few queries read the
+// rows as they lie; more share a panel of them.
+template <class T>
+void dot_panel(const TopK& job, int64_t c, const Block& block, int64_t train, int64_t count,
+               float* panel, double* dots, double* squares) {
+  const T *queries[kQueries], *trains[kPanel];
+  const T* query_rows = static_cast<const T*>(job.query_rows[c]) + block.query * job.width;
+  const T* train_rows = static_cast<const T*>(job.train_rows[c]) + train * job.width;
+  if (job.queries <= kFew) {
+    for (int64_t i = 0; i < count; ++i) {
+      const T* row = train_rows + i * job.width;
+      for (int64_t q = 0; q < block.queries; ++q) {
+        dots[q * kPanel + i] = dot(query_rows + q * job.width, row, job.width);
+      }
+      if (job.cosine) squares[i] = dot(row, row, job.width);
+    }
+    return;
+  }
+  std::fill(dots, dots + block.queries * kPanel, 0.0);
+  std::fill(squares, squares + kPanel, 0.0);
+  const int64_t step = kBlockSteps * numbers_per_step<T>();
+  for (int64_t d = 0; d < job.width; d += step) {
+    const int64_t depth = std::min(step, job.width - d);
+    for (int64_t i = 0; i < count; ++i) trains[i] = train_rows + i * job.width + d;
+    for (int64_t q = 0; q < block.queries; ++q) queries[q] = query_rows + q * job.width + d;
+    pack(trains, count, depth, panel);
+    if (job.cosine) sum_squares<T>(panel, padded(count), steps_of<T>(depth), squares);
+    outer(queries, block.queries, panel, padded(count), depth, dots, kPanel);
+  }
+}
+
 // Scores of training rows [n, n + count) of the block with its queries.
 template <class T>
-void score_item(const TopK& job, const Plan& plan, const Block& block, int64_t n, int64_t count,
-                int slot) {
-  const T* queries[kQueries];
-  const T* trains[kItemTrains];
-  double norms[kItemTrains];
-  const int64_t size = std::min(kQueries, job.queries) * kItemTrains;
-  double* dots = plan.dots + slot * 2 * size;
-  double* total = dots + size;
-  std::fill(total, total + size, 0.0);
+void score_panel(const TopK& job, const Plan& plan, const Block& block, int64_t n, int64_t count,
+                 const Slot& slot) {
+  double factors[kPanel] = {};
+  std::fill(slot.total, slot.total + block.queries * kPanel, 0.0);
   for (int64_t c = 0; c < job.checkpoints; ++c) {
-    const T* query_rows = static_cast<const T*>(job.query_rows[c]) + block.query * job.width;
-    const T* train_rows = static_cast<const T*>(job.train_rows[c]) + (block.train + n) * job.width;
-    for (int64_t q = 0; q < block.queries; ++q) queries[q] = query_rows + q * job.width;
-    for (int64_t i = 0; i < count; ++i) {
-      trains[i] = train_rows + i * job.width;
-      if (job.cosine) norms[i] = norm_of(trains[i], job.width);
-    }
-    std::fill(dots, dots + size, 0.0);
-    dot(queries, block.queries, trains, count, job.width, dots, kItemTrains);
+    dot_panel<T>(job, c, block, block.train + n, count, slot.panel, slot.dots, factors);
+    for (double& factor : factors) factor = job.cosine ? inverse_norm(factor) : 1.0;
+    const double* inverses = plan.query_inverses + c * job.queries + block.query;
     for (int64_t q = 0; q < block.queries; ++q) {
-      for (int64_t i = 0; i < count; ++i) {
-        double value = dots[q * kItemTrains + i];
-        if (job.cosine) {
-          const double norm = plan.query_norms[c * job.queries + block.query + q] * norms[i];
-          value = norm == 0.0 ? 0.0 : value / norm;
-        }
-        total[q * kItemTrains + i] += job.weights[c] * value;
-      }
+      tiles().add_products(padded(count), job.weights[c] * (job.cosine ? inverses[q] : 1.0),
+                           slot.dots + q * kPanel, factors, 0.0, slot.total + q * kPanel);
     }
   }
   for (int64_t q = 0; q < block.queries; ++q) {
     float* scores = plan.scores + q * block.trains + n;
     // + 0.0f turns -0 into +0, its equal, so that a score's bits do not depend on the path to it.
     for (int64_t i = 0; i < count; ++i) {
-      scores[i] = static_cast<float>(total[q * kItemTrains + i]) + 0.0f;
+      scores[i] = static_cast<float>(slot.total[q * kPanel + i]) + 0.0f;
     }
   }
 }
 
-// A query's k best so far: a heap with the worst on top, laid from the row's end to its beginning,
-// so that a row sorted best first is a heap as it is.
-class Heap {
- public:
-  Heap(const Ranking& ranking, int64_t query, int64_t k, bool largest)
-      : scores_(ranking.scores + query * k),
-        indices_(ranking.indices + query * k),
-        k_(k),
-        largest_(largest) {}
+// Smaller for a better score: an integer in the order of ranks_before.
+uint32_t key_of(bool largest, float score) {
+  uint32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  const uint32_t ascending = bits ^ (bits >> 31 != 0 ? 0xffffffffu : 0x80000000u);
+  return score != score ? 0 : largest ? ~ascending : ascending;
+}
 
-  void offer(float score, int64_t index) {
-    const float worst = scores_[k_ - 1];
-    if (largest_ ? score < worst : score > worst) return;  // most scores end here
-    if (!ranks_before(largest_, score, index, worst, indices_[k_ - 1])) return;
-    scores_[k_ - 1] = score;
-    indices_[k_ - 1] = index;
-    sink(k_);
-  }
-
-  // Best first. The heap's worst go to its end one after the other; then the row is turned round.
-  void sort() {
-    for (int64_t size = k_ - 1; size > 0; --size) {
-      swap(0, size);
-      sink(size);
-    }
-    std::reverse(scores_, scores_ + k_);
-    std::reverse(indices_, indices_ + k_);
-  }
-
- private:
-  int64_t place(int64_t node) const { return k_ - 1 - node; }
-
-  void swap(int64_t a, int64_t b) {
-    std::swap(scores_[place(a)], scores_[place(b)]);
-    std::swap(indices_[place(a)], indices_[place(b)]);
-  }
-
-  bool worse(int64_t a, int64_t b) const {
-    return ranks_before(largest_, scores_[place(b)], indices_[place(b)], scores_[place(a)],
-                        indices_[place(a)]);
-  }
-
-  // Moves the top down among the first `size` nodes until no child is worse.
-  void sink(int64_t size) {
-    for (int64_t node = 0; 2 * node + 1 < size;) {
-      int64_t child = 2 * node + 1;
-      if (child + 1 < size && worse(child + 1, child)) ++child;
-      if (!worse(child, node)) return;
-      swap(node, child);
-      node = child;
+// The positions of the scores that may rank before `worst`, behind their keys; how many. Most
+// groups of kScan scores hold none.
+int64_t find_candidates(bool largest, float worst, const float* scores, int64_t count,
+                        uint64_t* keys) {
+  int64_t found = 0;
+  for (int64_t begin = 0; begin < count; begin += kScan) {
+    const int64_t end = std::min(count, begin + kScan);
+    int any = 0;
+    for (int64_t i = begin; i < end; ++i) any |= !(largest ? scores[i] < worst : scores[i] > worst);
+    if (any == 0) continue;
+    for (int64_t i = begin; i < end; ++i) {
+      keys[found] = static_cast<uint64_t>(key_of(largest, scores[i])) << 32 | i;
+      found += !(largest ? scores[i] < worst : scores[i] > worst);
     }
   }
+  return found;
+}
 
-  float* scores_;
-  int64_t* indices_;
-  int64_t k_;
-  bool largest_;
-};
-
-void reduce_query(const TopK& job, const float* scores, const Block& block, int64_t query) {
-  Heap proponents(job.proponents, query, job.k, true);
-  Heap opponents(job.opponents, query, job.k, false);
-  for (int64_t i = 0; i < block.trains; ++i) {
-    const int64_t index = job.index_offset + block.train + i;
-    proponents.offer(scores[i], index);
-    opponents.offer(scores[i], index);
+// Puts the block's scores of a query into its ranking, which is sorted before and after.
+void rank_scores(const Ranking& ranking, int64_t query, int64_t k, bool largest,
+                 const float* scores, int64_t count, int64_t first_index, const Slot& slot) {
+  float* best = ranking.scores + query * k;
+  int64_t* indices = ranking.indices + query * k;
+  int64_t found = find_candidates(largest, best[k - 1], scores, count, slot.keys);
+  if (found > k) {
+    std::nth_element(slot.keys, slot.keys + k, slot.keys + found);
+    found = k;
   }
+  if (found == 0) return;
+  std::sort(slot.keys, slot.keys + found);
+  std::copy(best, best + k, slot.scores);
+  std::copy(indices, indices + k, slot.indices);
+  for (int64_t at = 0, old = 0, next = 0; at < k; ++at) {
+    const int64_t position =
+        static_cast<int64_t>(slot.keys[std::min(next, found - 1)] & 0xffffffff);
+    const bool take_new =
+        next < found && ranks_before(largest, scores[position], first_index + position,
+                                     slot.scores[old], slot.indices[old]);
+    best[at] = take_new ? scores[position] : slot.scores[old];
+    indices[at] = take_new ? first_index + position : slot.indices[old];
+    ++(take_new ? next : old);
+  }
+}
+
+void reduce_query(const TopK& job, const float* scores, const Block& block, int64_t query,
+                  const Slot& slot) {
+  const int64_t first_index = job.index_offset + block.train;
+  rank_scores(job.proponents, query, job.k, true, scores, block.trains, first_index, slot);
+  rank_scores(job.opponents, query, job.k, false, scores, block.trains, first_index, slot);
   if (job.group_sums == nullptr) return;
   double* sums = job.group_sums + query * job.num_groups;
   for (int64_t i = 0; i < block.trains; ++i) {
@@ -174,26 +211,27 @@ void run(const TopK& job, const Plan& plan, int threads) {
   if (job.cosine) {
     parallel_for(threads, job.checkpoints * job.queries, [&](int64_t item, int) {
       const T* rows = static_cast<const T*>(job.query_rows[item / job.queries]);
-      plan.query_norms[item] = norm_of(rows + item % job.queries * job.width, job.width);
+      const T* row = rows + item % job.queries * job.width;
+      plan.query_inverses[item] = inverse_norm(dot(row, row, job.width));
     });
   }
   for (int64_t query = 0; query < job.queries; query += kQueries) {
     for (int64_t train = 0; train < job.trains; train += kTrains) {
       const Block block{query, std::min(kQueries, job.queries - query), train,
                         std::min(kTrains, job.trains - train)};
-      parallel_for(threads, ceil_div(block.trains, kItemTrains), [&](int64_t item, int slot) {
-        const int64_t n = item * kItemTrains;
-        score_item<T>(job, plan, block, n, std::min(kItemTrains, block.trains - n), slot);
+      // With few queries the memory is the limit: fewer rows at once, so that each is read on.
+      const int64_t rows = job.queries < kPanel / 2 ? kColumnUnit : kPanel;
+      parallel_for(threads, ceil_div(block.trains, rows), [&](int64_t item, int number) {
+        const int64_t n = item * rows;
+        score_panel<T>(job, plan, block, n, std::min(rows, block.trains - n),
+                       slot_of(job, plan, number));
       });
-      parallel_for(threads, block.queries, [&](int64_t q, int) {
-        reduce_query(job, plan.scores + q * block.trains, block, query + q);
+      parallel_for(threads, block.queries, [&](int64_t q, int number) {
+        reduce_query(job, plan.scores + q * block.trains, block, query + q,
+                     slot_of(job, plan, number));
       });
     }
   }
-  parallel_for(threads, job.queries, [&](int64_t query, int) {
-    Heap(job.proponents, query, job.k, true).sort();
-    Heap(job.opponents, query, job.k, false).sort();
-  });
 }
 
 }  // namespace

@@ -271,7 +271,7 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         version, compiler, cuda (toolkit or None), cuda_architectures (or None), instructions (the
-        CPU's set in use: baseline, avx2 or avx512), threads.
+        CPU's set in use: baseline, avx2, avx512 or avx512_bf16), threads.
     """
     return {**native.build_info(), "threads": torch.get_num_threads()}
 

@@ -19,13 +19,12 @@
 #include <cstring>
 
 #include "cpu/tiles.h"
+#include "cpu/vector.h"
 #include "random.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-
-#define TRACMOD_INLINE inline __attribute__((always_inline))
 
 namespace tracmod::cpu {
 namespace {
@@ -33,27 +32,6 @@ namespace {
 constexpr int64_t kProductDepth = 256;
 constexpr int kProductRows = 6;
 constexpr int64_t kSparseAhead = 8;  // groups between asking for values and their use
-
-template <int W>
-struct Vector {
-  typedef float Type __attribute__((vector_size(W * 4)));
-  typedef float Loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
-  typedef uint32_t Bits __attribute__((vector_size(W * 4)));
-  typedef uint32_t LooseBits __attribute__((vector_size(W * 4), aligned(4), may_alias));
-  typedef uint16_t Half __attribute__((vector_size(W * 2), aligned(2), may_alias));
-};
-
-// W floats as their bits.
-template <int W>
-TRACMOD_INLINE typename Vector<W>::Bits bits(const float* from) {
-  return *reinterpret_cast<const typename Vector<W>::LooseBits*>(from);
-}
-
-template <int W>
-TRACMOD_INLINE typename Vector<W>::Bits bits(const bfloat16* from) {
-  const auto half = *reinterpret_cast<const typename Vector<W>::Half*>(from);
-  return __builtin_convertvector(half, typename Vector<W>::Bits) << 16;
-}
 
 // What comes kSparseAhead groups later, at the end the next rows' first groups, is asked for here.
 template <int W, class T>
@@ -73,7 +51,7 @@ TRACMOD_INLINE void sparse(const T* const* a, const T* const* next, int64_t rows
       for (int v = 0; v < 16 / W; ++v) {
         float* to = sums + m * ld + group.position + v * W;
         *reinterpret_cast<typename Vector<W>::Loose*>(to) +=
-            (Type)(bits<W>(a[m] + group.column + v * W) ^ flip[v]);
+            (Type)(load_bits<W>(a[m] + group.column + v * W) ^ flip[v]);
       }
     }
   }

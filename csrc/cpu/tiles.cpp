@@ -22,7 +22,8 @@
 #include <string>
 #include <type_traits>
 
-#define TRACMOD_INLINE inline __attribute__((always_inline))
+#include "cpu/vector.h"
+
 #define TRACMOD_LAMBDA __attribute__((always_inline))
 
 namespace tracmod::cpu {
@@ -30,27 +31,6 @@ namespace {
 
 constexpr int64_t kDotDepth = 1024;
 constexpr int kOuterRows = 6;
-
-// W floats; `Loose` may lie at any address.
-template <int W>
-struct Vector {
-  typedef float Type __attribute__((vector_size(W * 4)));
-  typedef float Loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
-  typedef uint32_t Bits __attribute__((vector_size(W * 4)));
-  typedef uint16_t Half __attribute__((vector_size(W * 2), aligned(2), may_alias));
-};
-
-template <int W>
-TRACMOD_INLINE typename Vector<W>::Type load(const float* from) {
-  return *reinterpret_cast<const typename Vector<W>::Loose*>(from);
-}
-
-template <int W>
-TRACMOD_INLINE typename Vector<W>::Type load(const bfloat16* from) {
-  const auto half = *reinterpret_cast<const typename Vector<W>::Half*>(from);
-  const auto bits = __builtin_convertvector(half, typename Vector<W>::Bits) << 16;
-  return (typename Vector<W>::Type)bits;
-}
 
 // What a packed step holds: a float32, or PAIR = 2 bfloat16.
 template <int PAIR>

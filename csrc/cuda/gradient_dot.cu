@@ -423,7 +423,7 @@ void run_formed(const Gradients& first, const Gradients& second, const Batches& 
 
 bool by_token_pairs(const Gradients& first, const Gradients& second) {
   return token_pairs_are_cheaper(first.batch * first.tokens, second.batch * second.tokens,
-                                 first.batch, second.batch, first.in, first.out);
+                                 first.batch, second.batch, first.in, first.out, 1);
 }
 
 template <class T>

@@ -82,7 +82,8 @@ def test_top_k_dot_rankings() -> None:
     top_k.test_fewer_rows_than_places(CPU)
     top_k.test_no_rows_or_no_queries(CPU)
     top_k.test_cosine_of_a_zero_row_is_zero(CPU)
-    top_k.test_nan_comes_first_in_both_rankings(CPU)
+    for dtype in DTYPES:
+        top_k.test_nan_comes_first_in_both_rankings(9, dtype, CPU)
 
 
 def test_top_k_dot_of_wide_rows() -> None:
@@ -140,7 +141,7 @@ def test_gradient_dot_repeats_its_bits(tokens: int, size: int) -> None:
     threads = torch.get_num_threads()
     for layer, bias in dots.KINDS:
         dots.test_bits_do_not_depend_on_order_padding_or_threads(
-            layer, bias, tokens, size, CPU, None
+            layer, bias, tokens, size, torch.float32, CPU, None
         )
     torch.set_num_threads(threads)
 

@@ -44,7 +44,7 @@ EXACT_SHARE = 0.8
 # have in common by a random factor, 1 +- sqrt(4 / k), the same for all pairs, and these layers hold
 # most of the norm that is not kept exactly. So many draws, averaged, cost next to nothing there. A
 # square of a power of two: dividing by its root rounds nothing, in bfloat16 either.
-POOLED_DRAWS = 16
+POOLED_DRAWS = 4
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
 

@@ -372,7 +372,7 @@ constexpr Signs k_avx512 = {write_indices,
 
 const Signs& choose() {
 #if defined(__x86_64__)
-  if (std::strcmp(tiles().name, "avx512") == 0) return k_avx512;
+  if (std::strncmp(tiles().name, "avx512", 6) == 0) return k_avx512;  // avx512_bf16 too
   if (std::strcmp(tiles().name, "avx2") == 0) return k_avx2;
 #endif
   return k_baseline;

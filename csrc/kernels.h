@@ -68,6 +68,14 @@ struct TopK {
   double* group_sums;  // (Q, G) added to, or null
 };
 
+// A linear layer's product: x (rows, depth) by a weight (columns, depth), or (depth, columns) if
+// transposed.
+struct Linear {
+  const float *x, *weight, *bias;  // bias (columns,) or null
+  int64_t rows, depth, columns;
+  bool transposed;
+};
+
 namespace cpu {
 
 // Fills matrix (rows, size) with a projection's entries, without the scale 1 / sqrt(rows).
@@ -89,6 +97,10 @@ void gradient_dot(const Gradients& first, const Gradients& second, Layer layer, 
 
 size_t top_k_dot_scratch(const TopK& job, int threads);
 void top_k_dot(const TopK& job, void* scratch, int threads);
+
+// out (rows, columns), written.
+size_t linear_scratch(const Linear& linear, int threads);
+void linear(const Linear& linear, float* out, void* scratch, int threads);
 
 }  // namespace cpu
 

@@ -315,6 +315,31 @@ void project_gradients(const Capsule& x_capsule, const std::vector<Capsule>& g_c
   cpu::project_gradients(gradients, projection, target, out.size(1), scratch.data, threads);
 }
 
+void linear(const Capsule& x_capsule, const Capsule& weight_capsule, const Capsule& out_capsule,
+            const std::optional<Capsule>& bias_capsule, bool transposed,
+            const py::function& allocate, int threads) {
+  const std::string op = "linear";
+  const TensorView x = view(x_capsule, op, "x"), weight = view(weight_capsule, op, "weight");
+  const TensorView out = view(out_capsule, op, "out");
+  if (x.device_name() != "cpu") reject(op, "x", "a tensor on cpu", x.device_name());
+  x.check_dtype("float32").check_ndim({2}, "(T, depth)").check_contiguous();
+  weight.check_device(x).check_dtype("float32").check_ndim({2}, "(O, I)").check_contiguous();
+  const int64_t depth = weight.size(transposed ? 0 : 1), columns = weight.size(transposed ? 1 : 0);
+  x.check_shape({x.size(0), depth}, transposed ? "(T, O) for weight (O, I)" : "(T, I) for weight");
+  out.check_device(x).check_dtype("float32").check_shape({x.size(0), columns}, "(T, columns)");
+  out.check_contiguous();
+  Linear job{x.as<float>(), weight.as<float>(), nullptr, x.size(0), depth, columns, transposed};
+  if (bias_capsule) {
+    const TensorView bias = view(*bias_capsule, op, "bias");
+    bias.check_device(x).check_dtype("float32").check_shape({columns}, "(columns,)");
+    bias.check_contiguous();
+    job.bias = bias.as<float>();
+  }
+  const Memory scratch = allocate_on(allocate, cpu::linear_scratch(job, threads), op);
+  const py::gil_scoped_release release;
+  cpu::linear(job, out.as<float>(), scratch.data, threads);
+}
+
 void gradient_dot(const Capsule& x1_capsule, const Capsule& g1_capsule, const Capsule& x2_capsule,
                   const Capsule& g2_capsule, const Capsule& out_capsule,
                   const std::optional<Capsule>& lengths1, const std::optional<Capsule>& lengths2,
@@ -493,6 +518,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("check_lengths", &check_lengths);
   m.def("check_columns", &check_columns);
   m.def("project_gradients", &project_gradients);
+  m.def("linear", &linear);
   m.def("gradient_dot", &gradient_dot);
   m.def("top_k_dot", &top_k_dot);
   m.def("projection_matrix", &projection_matrix);

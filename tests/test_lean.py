@@ -180,3 +180,20 @@ def _inputs(model):
     batch = batch_of(model, ragged_examples(3))
     batch.pop("labels")
     return batch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
+def test_gradients_by_our_own_products(family, mask, monkeypatch):
+    monkeypatch.setattr("tracmod.lean.FEWEST_ROWS", 1)
+    errors = check_gradients(tiny_encoder(family), ragged_examples(7), head_mask=mask)
+    assert all(error.passed for error in errors), errors
+
+
+def test_our_own_products_take_inputs_that_are_not_contiguous(monkeypatch):
+    monkeypatch.setattr("tracmod.lean.FEWEST_ROWS", 1)
+    examples = ragged_examples(3)
+    found = tm.exact_influence(reads_mean(tiny_encoder()), examples, examples, batch_tokens=1)
+    monkeypatch.setattr("tracmod.lean.FEWEST_ROWS", 10**9)
+    expected = tm.exact_influence(reads_mean(tiny_encoder()), examples, examples, batch_tokens=1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -29,6 +29,16 @@ def project_gradients(
     stream: int,
     /,
 ) -> None: ...
+def linear(
+    x: Any,
+    weight: Any,
+    out: Any,
+    bias: Any | None,
+    transposed: bool,
+    allocate: _Allocate,
+    threads: int,
+    /,
+) -> None: ...
 def gradient_dot(
     x1: Any,
     g1: Any,

@@ -1,6 +1,6 @@
 """A model's pass without what its loss does not depend on, for as long as a context lasts.
 
-Two things are left out, both exactly:
+Two things are left out, both exactly, and in float32 on a CPU the narrow products are our own:
 
 - heads that a mask removes: their rows of query, key and value and their columns of the attention
   output projection are taken out of the matrix products, not multiplied by zero;
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from tracmod import kernels
 from tracmod.heads import HeadMask, matching_layers
 from tracmod.model import AttentionLayer, attention_layers, collate, pad_token_id
 
@@ -61,8 +63,11 @@ def lean(
     """
     probe = _probe(model)
     with ExitStack() as stack:
-        if dtype is not None and probe["input_ids"].device.type == "cpu":
-            stack.enter_context(_plain_attention(model))
+        if probe["input_ids"].device.type == "cpu":
+            if dtype is not None:
+                stack.enter_context(_plain_attention(model))
+            elif model.dtype is torch.float32:
+                _use_native_products(stack, model)
         kept: dict[nn.Module, Columns] = {}
         if head_mask is not None:
             kept = _leave_heads_out(stack, model, head_mask, probe)
@@ -235,6 +240,47 @@ def _reads_first_alone(
 def _replace_forward(stack: ExitStack, block: nn.Module, forward: Forward) -> None:
     block.forward = forward
     stack.callback(delattr, block, "forward")
+
+
+# --- float32 products on the CPU ------------------------------------------------------------
+
+# Fewer rows than this are left to torch: the weight is laid out anew for each product.
+FEWEST_ROWS = 512
+
+
+class _Linear(torch.autograd.Function):
+    """`x W^T + bias` of a frozen layer, by whichever of torch and `kernels.linear` is faster.
+
+    Ours wins (7 to 15% on one AVX-512 core) where the result is no wider than the input; a wide one
+    is bound by writing it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.weight_OI = weight_OI
+        x_TI = x_BSI.reshape(-1, x_BSI.shape[-1]).contiguous()
+        if len(x_TI) < FEWEST_ROWS or weight_OI.shape[0] > weight_OI.shape[1]:
+            return F.linear(x_BSI, weight_OI, bias_O)
+        return kernels.linear(x_TI, weight_OI, bias_O).unflatten(0, x_BSI.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> Any:
+        weight_OI, (g_BSO,) = ctx.weight_OI, gs
+        g_TO = g_BSO.reshape(-1, g_BSO.shape[-1]).contiguous()
+        if len(g_TO) < FEWEST_ROWS or weight_OI.shape[1] > weight_OI.shape[0]:
+            return g_BSO @ weight_OI, None, None
+        product_TI = kernels.linear(g_TO, weight_OI, transposed=True)
+        return product_TI.unflatten(0, g_BSO.shape[:-1]), None, None
+
+
+def _use_native_products(stack: ExitStack, model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.is_contiguous():
+            _replace_forward(stack, module, partial(_native_forward, module))
+
+
+def _native_forward(linear: nn.Linear, x_BSI: Tensor) -> Tensor:
+    return _Linear.apply(x_BSI, linear.weight, linear.bias)
 
 
 # --- attention in bfloat16 ------------------------------------------------------------------

@@ -112,6 +112,30 @@ def project_gradients(
     )  # fmt: skip
 
 
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+) -> Tensor:
+    """A linear layer's product on the CPU: `x W^T + bias`; transposed `x W + bias`.
+
+    Args:
+        x: (T, I), or (T, O) if transposed; float32, contiguous.
+        weight: (O, I) float32, contiguous.
+        bias: (O,), or (I,) if transposed.
+        transposed: the gradient at the layer's input, of that at its output.
+
+    Returns:
+        (T, O), or (T, I) if transposed. Sums are float32 in blocks of 256, float64 across.
+
+    Raises:
+        ValueError: wrong dtype, shape, device or layout; the message names argument, expected and
+            got.
+    """
+    columns = weight.shape[1 if transposed else 0] if weight.dim() == 2 else 0
+    out = torch.empty(len(x), columns, device=x.device)
+    native.linear(x, weight, out, bias, bool(transposed))
+    return out
+
+
 def gradient_dot(
     x1: Tensor,
     g1: Tensor,
@@ -282,6 +306,7 @@ __all__ = [
     "TopK",
     "build_info",
     "gradient_dot",
+    "linear",
     "project_gradients",
     "projection_matrix",
     "top_k_dot",

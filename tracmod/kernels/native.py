@@ -92,6 +92,19 @@ def project_gradients(
     )
 
 
+def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, transposed: bool) -> None:
+    """See `tracmod.kernels.linear`."""
+    _C.linear(
+        _capsule(x),
+        _capsule(weight),
+        _capsule(out),
+        None if bias is None else _capsule(bias),
+        transposed,
+        _scratch(x.device),
+        torch.get_num_threads(),
+    )
+
+
 def gradient_dot(
     x1: Tensor,
     g1: Tensor,

@@ -223,3 +223,11 @@ def group_sums(scores_QN: Tensor, groups_N: Tensor, num_groups: int) -> Tensor:
     """(Q, G) float64: the scores of each group's training examples summed."""
     sums = torch.zeros(len(scores_QN), num_groups, dtype=torch.float64, device=scores_QN.device)
     return sums.index_add(1, groups_N, scores_QN.double())
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+) -> Tensor:
+    """See `tracmod.kernels.linear`."""
+    product = x @ weight if transposed else x @ weight.T
+    return product if bias is None else product + bias

@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "cpu/signs.h"
 #include "cpu/tiles.h"
 #include "kernels.h"
 #include "tensor.h"
@@ -504,6 +505,7 @@ py::dict build_info() {
   info["cuda_architectures"] = py::none();
 #endif
   info["instructions"] = cpu::tiles().name;
+  info["dense_signs"] = cpu::signs().write_indices == nullptr ? "products" : "tables";
   return info;
 }
 

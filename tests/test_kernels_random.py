@@ -150,7 +150,9 @@ for dtype in DTYPES:
     for tokens, size in ((3, 90), (70, 19)):
         batch = make_batch("linear", 5, tokens, size, size, dtype)
         check_dot(batch, batch, cpu, bias=True)
-print(kernels.build_info()["instructions"])
+info = kernels.build_info()
+assert info["dense_signs"] == ("tables" if "avx512" in info["instructions"] else "products")
+print(info["instructions"])
 """
     ran = []
     for name in ("baseline", "avx2", "avx512", "avx512_bf16"):
@@ -171,7 +173,8 @@ print(kernels.build_info()["instructions"])
 def test_build_info_says_what_was_built() -> None:
     info = kernels.build_info()
     assert set(info) == {
-        "version", "compiler", "cuda", "cuda_architectures", "instructions", "threads",
+        "version", "compiler", "cuda", "cuda_architectures", "instructions", "dense_signs",
+        "threads",
     }  # fmt: skip
     assert info["version"] == tracmod.__version__
     assert info["threads"] == torch.get_num_threads()

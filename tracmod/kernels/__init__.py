@@ -295,7 +295,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         version, compiler, cuda (toolkit or None), cuda_architectures (or None), instructions (the
-        CPU's set in use: baseline, avx2, avx512 or avx512_bf16), threads.
+        CPU's set in use: baseline, avx2, avx512 or avx512_bf16), dense_signs (how rademacher
+        projections are multiplied: by tables of sums, or as products), threads.
     """
     return {**native.build_info(), "threads": torch.get_num_threads()}
 

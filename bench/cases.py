@@ -392,6 +392,38 @@ def _ranking_error(
 # --- all of them ----------------------------------------------------------------------------
 
 
+# --- linear ---------------------------------------------------------------------------------
+
+
+# (T, I, O, transposed): products of the lean pass that are no wider than their input.
+LINEAR = [
+    (8192, 256, 256, False), (8192, 1024, 256, False), (8192, 256, 1024, True),
+    (4096, 768, 768, False), (4096, 3072, 768, False), (4096, 768, 3072, True),
+]  # fmt: skip
+
+
+def linear_case(rows: int, size_in: int, size_out: int, transposed: bool) -> Case:
+    """float32 on the CPU: there is no other."""
+    weight, bias = torch.randn(size_out, size_in), torch.randn(size_in if transposed else size_out)
+    x = torch.randn(rows, size_out if transposed else size_in)
+    matrix = weight if transposed else weight.T
+
+    def error(function: Callable[[], Any]) -> float:
+        truth = x.double() @ matrix.double() + bias.double()
+        return float((function().double() - truth).abs().max() / truth.abs().max())
+
+    return Case(
+        "linear",
+        f"T {rows}, {size_in} -> {size_out}{' transposed' if transposed else ''}",
+        lambda: kernels.linear(x, weight, bias, transposed=transposed),
+        {"addmm": lambda: torch.addmm(bias, x, matrix)},
+        error,
+        flops=2 * rows * size_in * size_out,
+        input_bytes=4 * (x.numel() + weight.numel()),
+        output_bytes=4 * rows * len(bias),
+    )
+
+
 def cases(
     device: torch.device, dtype: torch.dtype, *, short: bool = False, rows: int | None = None
 ) -> Iterator[Case]:
@@ -410,6 +442,9 @@ def cases(
         project = project._replace(batch=_few(project.batch * (fuller if gpu else 1), rows))
         for kind in KINDS:
             yield project_case(project, kind, device, dtype)
+    if not gpu and dtype is torch.float32:
+        for tokens, size_in, size_out, transposed in LINEAR[:1] if short else LINEAR:
+            yield linear_case(_few(tokens, rows), size_in, size_out, transposed)
     for dot in DOT_SHORT if short else DOT:
         fuller = 4 if gpu else 1
         yield dot_case(

@@ -57,7 +57,7 @@ def test_a_table_states_limits_shares_and_where_it_was_made(tmp_path, capsys):
     result = json.loads(file.read_text())
     assert result["environment"].keys() >= {"device", "threads", "commit", "torch", "build"}
     assert {row["op"].split()[0] for row in result["cases"]} == {
-        "project_gradients", "gradient_dot", "top_k_dot",
+        "project_gradients", "linear", "gradient_dot", "top_k_dot",
     }  # fmt: skip
     for row in result["cases"]:
         assert row["share_of_limit"] > 0

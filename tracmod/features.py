@@ -54,8 +54,10 @@ class Projection:
 
     A linear layer's gradient G (O, I + 1; the bias is the last column) becomes
     `vec(R_out G R_in^T)` with `R_out` (k_out, O) and `R_in` (k_in, I + 1), computed from the
-    layer's input and output gradient without ever forming G (LoGra, arXiv 2405.13954). LayerNorm
-    and embedding gradients go through a count sketch into a grid of the same size.
+    layer's input and output gradient without ever forming G (LoGra, arXiv 2405.13954). Of
+    layers beyond the encoder (pooler, classifier) several such draws are added up, over the root of
+    their number. LayerNorm and embedding gradients go through a count sketch into a grid of the
+    same size.
 
     Attributes:
         dim: K, numbers per example, exact blocks included.

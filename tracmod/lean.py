@@ -251,26 +251,32 @@ FEWEST_ROWS = 512
 class _Linear(torch.autograd.Function):
     """`x W^T + bias` of a frozen layer, by whichever of torch and `kernels.linear` is faster.
 
-    Ours wins (7 to 15% on one AVX-512 core) where the result is no wider than the input; a wide one
-    is bound by writing it.
+    Ours wins where the result is no wider than the input (`tracmod bench --full`); a wide one is
+    bound by writing it.
     """
 
     @staticmethod
     def forward(ctx: Any, x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.weight_OI = weight_OI
-        x_TI = x_BSI.reshape(-1, x_BSI.shape[-1]).contiguous()
-        if len(x_TI) < FEWEST_ROWS or weight_OI.shape[0] > weight_OI.shape[1]:
+        if _torch_is_faster(x_BSI, len(weight_OI)):
             return F.linear(x_BSI, weight_OI, bias_O)
+        x_TI = x_BSI.reshape(-1, x_BSI.shape[-1]).contiguous()
         return kernels.linear(x_TI, weight_OI, bias_O).unflatten(0, x_BSI.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> Any:
         weight_OI, (g_BSO,) = ctx.weight_OI, gs
-        g_TO = g_BSO.reshape(-1, g_BSO.shape[-1]).contiguous()
-        if len(g_TO) < FEWEST_ROWS or weight_OI.shape[1] > weight_OI.shape[0]:
+        if _torch_is_faster(g_BSO, weight_OI.shape[1]):
             return g_BSO @ weight_OI, None, None
+        g_TO = g_BSO.reshape(-1, g_BSO.shape[-1]).contiguous()
         product_TI = kernels.linear(g_TO, weight_OI, transposed=True)
         return product_TI.unflatten(0, g_BSO.shape[:-1]), None, None
+
+
+def _torch_is_faster(x: Tensor, columns: int) -> bool:
+    """Of a product of x's rows with as many columns in its result."""
+    width = x.shape[-1]
+    return x.numel() < FEWEST_ROWS * width or columns > width
 
 
 def _use_native_products(stack: ExitStack, model: nn.Module) -> None:
@@ -290,7 +296,7 @@ def _native_forward(linear: nn.Linear, x_BSI: Tensor) -> Tensor:
 def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """Attention as matrix products and a softmax, which transformers takes in float32.
 
-    The backward pass of torch's fused attention on a CPU takes four times as long in bfloat16.
+    The backward pass of torch's fused attention on a CPU is slower in bfloat16 than in float32.
     """
     before = model.config._attn_implementation
     model.config._attn_implementation = "eager"

@@ -64,18 +64,6 @@ __device__ void multiply_tile(const A& a, const B& b, int64_t depth, TileMemory&
   }
 }
 
-// Rows of a row-major matrix, `stride` apart; row r is rows + r * stride, valid below `count`.
-template <class T>
-struct MatrixRows {
-  static constexpr bool kAlongDepth = true;
-  const T* rows;
-  int64_t stride, count;
-
-  __device__ float operator()(int64_t row, int64_t d) const {
-    return row < count ? to_float(rows[row * stride + d]) : 0.0f;
-  }
-};
-
 // Columns of a row-major matrix with `width` values a row: element (row, d) is matrix[d][row]. The
 // column at `width` itself is one (a bias's input) where count > width.
 template <class T>

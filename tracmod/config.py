@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Parameters = Literal["encoder", "all", "attention", "classifier"]
+Combine = Literal["first", "union", "majority", "intersection"]
 
 
 class _Section(BaseModel):
@@ -107,6 +108,22 @@ class PruneConfig(_Section):
 
     threshold: float = Field(0.95, gt=0, le=1, description="share of the full score to keep")
     step: float = Field(0.10, gt=0, le=1, description="share of all heads pruned at a time")
+    model: Literal["multilingual", "monolingual"] = Field(
+        "multilingual",
+        description="pruned: the model fine-tuned on all languages, or one per language, fine-tuned "
+        "on its training examples alone",
+    )
+    seeds: int = Field(
+        1, ge=1, description="fine-tunings pruned per language: seed, seed + 1, ... of the run"
+    )
+    combine: Combine = Field(
+        "first", description="which heads are kept, where seeds differ: the first seed's, ..."
+    )
+    other_thresholds: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=list,
+        description="further thresholds, whose masks go to subnetworks/thresholds/ and into the "
+        "report; views are under `threshold`'s",
+    )
 
 
 class CollectConfig(_Section):
@@ -128,11 +145,44 @@ class CollectConfig(_Section):
 class ViewsConfig(_Section):
     """Under which head masks influence is computed, beside the full model."""
 
-    subnetwork: bool = True
+    subnetwork: bool = Field(
+        True, description="the test example's language's mask, on its gradient and on all training"
+    )
+    subnetwork_own: bool = Field(
+        False, description="each example's gradient under its own language's mask"
+    )
+    subnetwork_test: bool = Field(
+        False, description="the mask on the test gradient only, training gradients of all heads"
+    )
     random: int = Field(1, ge=0, description="draws of random masks of each subnetwork's size")
     other: list[str] = Field(
         default_factory=list, description="every language's influence under these languages' masks"
     )
+    union: list[tuple[str, str]] = Field(
+        default_factory=list, description="pairs of languages: heads that either subnetwork keeps"
+    )
+    intersection: list[tuple[str, str]] = Field(
+        default_factory=list, description="pairs of languages: heads that both subnetworks keep"
+    )
+
+    @model_validator(mode="after")
+    def _of_subnetworks(self) -> ViewsConfig:
+        if not self.subnetwork and (self.subnetwork_own or self.subnetwork_test):
+            raise ValueError(
+                "subnetwork_own and subnetwork_test are computed from the features of the view "
+                "subnetwork: set subnetwork to true"
+            )
+        for name in ("union", "intersection"):
+            same = [a for a, b in getattr(self, name) if a == b]
+            if same:
+                raise ValueError(f"{name} needs two different languages, got {same[0]} twice")
+        return self
+
+    @property
+    def named_languages(self) -> set[str]:
+        """The languages that views are asked for by name."""
+        pairs = [*self.union, *self.intersection]
+        return {*self.other, *(language for pair in pairs for language in pair)}
 
 
 class InfluenceConfig(_Section):
@@ -170,10 +220,10 @@ class RunConfig(_Section):
     analyze: AnalyzeConfig = AnalyzeConfig()
 
     @model_validator(mode="after")
-    def _other_languages_exist(self) -> RunConfig:
-        unknown = sorted(set(self.views.other) - set(self.task.languages))
+    def _languages_of_views_exist(self) -> RunConfig:
+        unknown = sorted(self.views.named_languages - set(self.task.languages))
         if unknown:
-            raise ValueError(f"views.other names {', '.join(unknown)}, not in task.languages")
+            raise ValueError(f"views: {', '.join(unknown)} not in task.languages")
         return self
 
 

@@ -45,7 +45,7 @@ class Attributor:
         self.model = model
         if not self.study.run.is_done("collect"):
             raise ValueError(f"{run_dir}: expected collected features; run `tracmod collect`")
-        views = {one.name: one for one in self.study.views}
+        views = {one.name: one for one in self.study.views if one.collected}
         if model not in ("full", "sparse") or view not in views:
             raise ValueError(
                 f"{run_dir}: expected model full or sparse and a view of {', '.join(views)}, "

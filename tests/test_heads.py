@@ -16,7 +16,6 @@ from tracmod.heads import (
     HeadMask,
     head_importance,
     head_slices,
-    masked_accuracy,
     without_least,
 )
 from tracmod.model import attention_layers, collate, pad_token_id, per_example_loss, predict

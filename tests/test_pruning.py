@@ -15,7 +15,6 @@ from tracmod.model import attention_layers, predict
 from tracmod.pruning import PruneResult, combine_masks, prune
 
 
-
 def planted_model() -> nn.Module:
     """One layer of four heads: head 1 alone tells ids 4 and 5 apart, head 3 alone ids 6 and 7.
 
@@ -128,7 +127,9 @@ def test_a_result_is_saved_as_a_subnetwork(tmp_path):
     assert HeadMask.load(tmp_path / "xx.json") == result.mask
 
 
-@pytest.mark.parametrize("wrong", [{"threshold": 0}, {"threshold": 1.1}, {"step": 0}, {"step": 2}, {"lowest": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"threshold": 0}, {"threshold": 1.1}, {"step": 0}, {"step": 2}, {"lowest": 0}]
+)
 def test_shares_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         prune(tiny_model(), tiny_examples(2), **wrong)

@@ -57,9 +57,7 @@ def test_the_seeds_masks_are_kept_and_combined(done, language):
     assert tree["seeds"] == [0, 1, 2]
     assert (tree["model"], tree["combine"]) == ("multilingual", "majority")
     model, tokenizer = load_model(done / "models/full/checkpoint-2")
-    assert tree["score"] == masked_accuracy(
-        model, dev_examples(done, tokenizer, language), mask
-    )
+    assert tree["score"] == masked_accuracy(model, dev_examples(done, tokenizer, language), mask)
 
 
 def test_each_seed_is_a_training_of_its_own_from_one_start(done):
@@ -107,9 +105,7 @@ def test_monolingual_models_are_fine_tuned_on_their_language_alone(tmp_path):
 
 def read(done, model, view, language, split):
     folder = done / "features" / model / view / (language or "")
-    return [
-        tm.FeatureStore.open(folder / f"checkpoint-{epoch}" / split).read() for epoch in (1, 2)
-    ]
+    return [tm.FeatureStore.open(folder / f"checkpoint-{epoch}" / split).read() for epoch in (1, 2)]
 
 
 @pytest.mark.parametrize("model", ["full", "sparse"])

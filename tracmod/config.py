@@ -110,8 +110,8 @@ class PruneConfig(_Section):
     step: float = Field(0.10, gt=0, le=1, description="share of all heads pruned at a time")
     model: Literal["multilingual", "monolingual"] = Field(
         "multilingual",
-        description="pruned: the model fine-tuned on all languages, or one per language, fine-tuned "
-        "on its training examples alone",
+        description="what is pruned: the model fine-tuned on all languages, or one per language, "
+        "fine-tuned on its training examples alone",
     )
     seeds: int = Field(
         1, ge=1, description="fine-tunings pruned per language: seed, seed + 1, ... of the run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -169,6 +170,13 @@ class Study:
             lowest=min([settings.threshold, *settings.other_thresholds]),
             description=f"prune {language}, seed {seed}",
         )
+        if not result.pruned:
+            tqdm.write(
+                f"tracmod: prune {language}, seed {seed}: the first step already falls below "
+                f"{settings.threshold:.0%} of the full score, so every head is kept; a smaller "
+                f"prune.step prunes fewer heads at a time",
+                file=sys.stderr,
+            )
         result.save(self.run.subnetwork(language, seed), language, [seed])
 
     def _model_and_dev(
@@ -193,7 +201,7 @@ class Study:
         train = self.table("train")
         if language is not None:
             train = _of_language(train, language)
-        model, tokenizer = self._initial_model()
+        model, tokenizer = self.initial_model()
         last = fine_tune(
             model,
             tokenizer,
@@ -233,7 +241,7 @@ class Study:
     def _fine_tune(
         self, name: str, config: FinetuneConfig, masks: dict[str, HeadMask] | None
     ) -> None:
-        model, tokenizer = self._initial_model()
+        model, tokenizer = self.initial_model()
         train, test = self.table("train"), self.table("test")
         languages = test.column("language").to_pylist()
         test_examples = self._encode(tokenizer, test, model)
@@ -259,7 +267,7 @@ class Study:
     def _settings(self, config: FinetuneConfig, seed: int) -> Settings:
         return Settings(seed=seed, **config.model_dump(exclude={"save_seconds"}))
 
-    def _initial_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def initial_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Where full and sparse fine-tuning both begin: the same weights, by the same seed."""
         shape, labels = self.config.model, self.run.record["label_names"]
         if shape.name is not None:
@@ -561,8 +569,7 @@ class Study:
         Raises:
             ValueError: one of them has no learning rate, and the weights are learning rates.
         """
-        last, every = self._epochs(model_name), self.config.collect.every
-        chosen = sorted({*range(every, last + 1, every), last})
+        last, chosen = self._epochs(model_name), self.counted_epochs(model_name)
         folder = self.run.model(model_name)
         all_epochs = load_checkpoints(folder / f"checkpoint-{e}" for e in range(1, last + 1))
         found = []
@@ -570,6 +577,11 @@ class Study:
             rate = self._mean_rate(all_epochs[before:epoch])
             found.append(replace(all_epochs[epoch - 1], learning_rate=rate))
         return found
+
+    def counted_epochs(self, model_name: str) -> list[int]:
+        """The epochs whose checkpoints count for influence."""
+        last, every = self._epochs(model_name), self.config.collect.every
+        return sorted({*range(every, last + 1, every), last})
 
     def _mean_rate(self, checkpoints: Sequence[Checkpoint]) -> float | None:
         """None where learning rates do not count."""

@@ -72,13 +72,14 @@ def test_the_command_prints_it_and_writes_nothing(tmp_path):
 
 def test_bad_data_is_found_before_the_work(tmp_path):
     rows = ["id\tlanguage\ttext_a\tlabel"]
-    rows += [f"{language}{i}\t{language}\ttext {i}\tgood" for i in range(9) for language in ("en", "de")]
+    for i in range(12):
+        rows += [f"en{i}\ten\ttext {i}\t{'good' if i % 2 else 'bad'}", f"de{i}\tde\tTexte\tgood"]
     (tmp_path / "one_class.tsv").write_text("\n".join(rows))
     task = {"name": "files", "shape": "nli", "train_file": str(tmp_path / "one_class.tsv")}
     task |= {"languages": ["en", "de"], "train_per_language": 3, "dev_per_language": 2}
     task |= {"test_per_language": 2}
     config = tiny_config(task=task, views={"other": []})
-    what = "train: expected examples of several classes, got 6, all good"
+    what = "dev, language de: expected examples of several classes, got 2, all good"
     with pytest.raises(ValueError, match=what):
         plan_run(RunFolder(tmp_path / "run", config))
     task["languages"] = ["en", "fr"]

@@ -20,6 +20,7 @@ from tracmod.report import words
 from tracmod.report.explorer import explorer_data
 from tracmod.report.findings import cautions, findings, how_sure, tiles
 from tracmod.report.plots import Figure, Panel
+from tracmod.report.pruning import pruning_panels, threshold_rows
 from tracmod.report.sections import (
     accuracy_figures,
     change_panels,
@@ -105,6 +106,8 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
         "reliance": reliance_panels(tables["matrices"], summary["in_language"]),
         "course": _course(tables["course"], summary),
         "masks": run.masks,
+        "pruning": pruning_panels(run.subnetworks),
+        "thresholds": threshold_rows(run.path, run.subnetworks),
         "usage": head_usage(run.masks) if run.masks else np.zeros((0, 0)),
         "similarity": _similarity(tables["similarity"], list(run.masks)),
         "similarity_rows": tables["similarity"],

@@ -183,7 +183,7 @@ def lines(
     mark: tuple[float, str] | None = None,
     caption: str = "",
 ) -> Figure:
-    """Percentages over epochs. `series`: name, color, x, y, and optionally `bold`."""
+    """Percentages over a count (epochs, heads). `series`: name, color, x, y, optionally `bold`."""
     traces = []
     for place, one in enumerate(series):
         name = html.escape(one["name"])
@@ -195,17 +195,17 @@ def lines(
                 mode="lines+markers",
                 line={"width": 3 if one.get("bold") else 1.8},
                 marker={"size": 7, "symbol": place % 7},
-                hovertemplate=f"{name}<br>epoch %{{x}}: %{{y:.1f}}%<extra></extra>",
+                hovertemplate=f"{name}<br>{axes[0]} %{{x}}: %{{y:.1f}}%<extra></extra>",
                 meta={"color": one["color"]},
             )
         )
-    epochs = sorted({epoch for one in series for epoch in one["x"]})
+    counts = sorted({count for one in series for count in one["x"]})
     layout: dict[str, Any] = {
         "xaxis": {
             "title": {"text": axes[0]},
             "showgrid": False,
-            "dtick": max(1, len(epochs) // 12),
-            "range": [epochs[0] - 0.3, epochs[-1] + 0.3] if epochs else None,
+            "dtick": max(1, (counts[-1] - counts[0] + 1) // 12) if counts else 1,
+            "range": [counts[0] - 0.3, counts[-1] + 0.3] if counts else None,
         },
         "yaxis": {"title": {"text": axes[1]}, "range": list(limits), "ticksuffix": "%"},
         "showlegend": True,

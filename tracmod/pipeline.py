@@ -41,7 +41,7 @@ from tracmod.store import FeatureStore
 from tracmod.tables import InfluenceTables
 from tracmod.tasks import load_task
 from tracmod.tokenizer import read_sentencepiece, train_tokenizer
-from tracmod.train import Settings, accuracy_by_language, fine_tune
+from tracmod.train import Masks, Settings, accuracy_by_language, fine_tune
 
 MODELS = ("full", "sparse")
 SPLITS = ("train", "dev", "test")
@@ -134,7 +134,7 @@ class Study:
     def sparse_finetune(self) -> None:
         """Fine-tune from the same start, each batch in one language through its subnetwork."""
         masks = {language: self.subnetwork(language) for language in self.languages}
-        self._fine_tune("sparse", self.config.sparse_finetune or self.config.finetune, masks)
+        self._fine_tune("sparse", self.config.sparse, masks)
 
     def collect(self) -> None:
         """Features of every model, checkpoint, view and mask: features/."""
@@ -182,8 +182,12 @@ class Study:
         train, test = self.table("train"), self.table("test")
         languages = test.column("language").to_pylist()
         test_examples = self._encode(tokenizer, test, model)
+        dev = {
+            language: self._encode(tokenizer, _of_language(self.table("dev"), language), model)
+            for language in masks or {}
+        }
 
-        def evaluate(model: PreTrainedModel) -> dict[str, float]:
+        def evaluate(model: PreTrainedModel, masks: Masks | None) -> dict[str, float]:
             return accuracy_by_language(model, test_examples, languages, masks)
 
         fine_tune(
@@ -192,8 +196,9 @@ class Study:
             self._encode(tokenizer, train, model),
             train.column("language").to_pylist(),
             self.run.model(name),
-            Settings(seed=self.config.seed, **config.model_dump(exclude={"save_seconds"})),
+            Settings(seed=self.config.seed, **config.model_dump(exclude={"save_seconds", "masks"})),
             masks=masks,
+            dev=dev,
             evaluate=evaluate,
             device=self.device,
             save_seconds=config.save_seconds,
@@ -496,8 +501,7 @@ class Study:
         return sum(rates) / len(rates)
 
     def _epochs(self, model_name: str) -> int:
-        sparse = self.config.sparse_finetune if model_name == "sparse" else None
-        return (sparse or self.config.finetune).epochs
+        return (self.config.sparse if model_name == "sparse" else self.config.finetune).epochs
 
     def _load(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = load_model(checkpoint.path)

@@ -69,7 +69,9 @@ def test_each_seed_is_a_training_of_its_own_from_one_start(done):
     assert not (done / "subnetworks/models/all/seed-0").exists()  # that is models/full
     full = json.loads((done / "models/full/training.json").read_text())
     for seed, state in states.items():
-        assert state == full | {"seed": seed}
+        assert state == full | {"seed": seed, "keep": "last"}
+        kept = (done / f"subnetworks/models/all/seed-{seed}").glob("checkpoint-*")
+        assert [folder.name for folder in kept] == ["checkpoint-2"]
 
 
 def test_other_thresholds_are_of_the_same_course(done):
@@ -147,9 +149,40 @@ def test_pairs_of_languages_have_one_mask_for_all(done):
     assert len(store.ids) == 18
 
 
+def test_dynamic_masks_are_applied_at_the_checkpoints_they_belong_to(tmp_path):
+    config = tiny_config(
+        prune={"step": 0.5, "threshold": 0.1},
+        sparse_finetune={"masks": "dynamic"},
+        views={"other": ["de"], "random": 1},
+    )
+    run = RunFolder(tmp_path / "run", config)
+    run_stages(run)
+    study = Study(run)
+    train = pq.read_table(run.data("train"))
+    for epoch in (1, 2):
+        model, tokenizer = load_model(run.model("sparse") / f"checkpoint-{epoch}")
+        examples = encode(tokenizer, train, 48)
+        for language in LANGUAGES:
+            mask = HeadMask.load(run.model("sparse") / f"masks/epoch-{epoch}/{language}.json")
+            found = tm.FeatureStore.open(
+                run.path / f"features/sparse/subnetwork/{language}/checkpoint-{epoch}/train"
+            ).read()
+            expected = tm.collect_features(model, examples, tm.Projection(256), head_mask=mask)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            views = {view.name: dict(view.masks) for view in study.views_at("sparse", epoch)}
+            assert views["subnetwork"][language] == mask
+        other = HeadMask.load(run.model("sparse") / f"masks/epoch-{epoch}/de.json")
+        assert views["other-de"] == {None: other}
+    assert study.views_at("full", 2) == study.views
+    assert Attributor(run.path, "sparse", "subnetwork", "de").query("Der Hund schläft.", "x", k=1)
+    assert verify(run.path) == []
+
+
 def test_the_run_is_sound_and_reported(done):
     assert verify(done) == []
-    assert (done / "report/index.html").is_file()
+    page = (done / "report/index.html").read_text(encoding="utf-8")
+    assert "How they were found" in page
+    assert "Heads kept at threshold" in page
     with pytest.raises(ValueError, match="got full and subnetwork-own"):
         Attributor(done, "full", "subnetwork-own", "de")
 

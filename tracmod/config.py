@@ -101,6 +101,50 @@ class FinetuneConfig(_Section):
     save_seconds: float = Field(
         300.0, gt=0, description="how often the state to resume from is written within an epoch"
     )
+    sampling: Literal["proportional", "uniform"] = Field(
+        "proportional",
+        description="proportional: every example once per epoch; uniform: as many examples per "
+        "epoch, and of each language equally many",
+    )
+
+
+class SparseFinetuneConfig(FinetuneConfig):
+    """Fine-tuning through each language's head mask; what is not given here is as in `finetune`."""
+
+    masks: Literal["static", "dynamic"] = Field(
+        "static",
+        description="static: those of the prune stage; dynamic: of the same size, re-estimated "
+        "during training",
+    )
+    reestimate_every: int | None = Field(
+        None, ge=1, description="dynamic only: in epochs, the first has the static masks; absent: 1"
+    )
+    shared: Literal["trained", "classifier", "frozen"] = Field(
+        "trained",
+        description="what no head owns (embeddings, feed-forward, LayerNorm, classifier, ...): "
+        "all trained, only the classifier, or nothing of it",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dynamic_every_epoch(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("masks") != "dynamic":
+            return tree
+        return {**tree, "reestimate_every": 1} if tree.get("reestimate_every") is None else tree
+
+    @model_validator(mode="after")
+    def _reestimation_happens(self) -> SparseFinetuneConfig:
+        every = self.reestimate_every
+        if every is not None and self.masks == "static":
+            raise ValueError(
+                f"reestimate_every is for masks: dynamic, got {every} with masks: static"
+            )
+        if every is not None and every >= self.epochs:
+            raise ValueError(
+                f"masks: dynamic re-estimates at the start of epoch {every + 1} first, expected "
+                f"more epochs than reestimate_every, got {self.epochs} and {every}"
+            )
+        return self
 
 
 class PruneConfig(_Section):
@@ -212,12 +256,30 @@ class RunConfig(_Section):
     task: TaskConfig
     model: ModelConfig = ModelConfig()
     finetune: FinetuneConfig = FinetuneConfig()
-    sparse_finetune: FinetuneConfig | None = Field(None, description="absent: the same as finetune")
+    sparse_finetune: SparseFinetuneConfig | None = Field(
+        None, description="absent: the same as finetune"
+    )
     prune: PruneConfig = PruneConfig()
     views: ViewsConfig = ViewsConfig()
     collect: CollectConfig = CollectConfig()
     influence: InfluenceConfig = InfluenceConfig()
     analyze: AnalyzeConfig = AnalyzeConfig()
+
+    @property
+    def sparse(self) -> SparseFinetuneConfig:
+        """`sparse_finetune`, or where it is absent the values of `finetune`."""
+        return self.sparse_finetune or SparseFinetuneConfig(**self.finetune.model_dump())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_finetune(cls, tree: Any) -> Any:
+        """Values that `sparse_finetune` does not give are those of `finetune`, not the defaults."""
+        if not isinstance(tree, dict) or tree.get("sparse_finetune") is None:
+            return tree
+        full, sparse = (_given(tree.get(key, {})) for key in ("finetune", "sparse_finetune"))
+        if not isinstance(full, dict) or not isinstance(sparse, dict):
+            return tree  # and let each section's own validation say so
+        return {**tree, "sparse_finetune": {**full, **sparse}}
 
     @model_validator(mode="after")
     def _languages_of_views_exist(self) -> RunConfig:
@@ -225,6 +287,11 @@ class RunConfig(_Section):
         if unknown:
             raise ValueError(f"views: {', '.join(unknown)} not in task.languages")
         return self
+
+
+def _given(section: Any) -> Any:
+    """What a section's tree, or the model made of one, states."""
+    return section.model_dump(exclude_unset=True) if isinstance(section, BaseModel) else section
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -251,8 +318,18 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 
 
 def override_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
-    """The config with `section.key=value` overrides applied; errors as in `load_config`."""
+    """The config with `section.key=value` overrides applied; errors as in `load_config`.
+
+    A config read back from run.json does not tell what was inherited: a value of `sparse_finetune`
+    that equals the one of `finetune` counts as inherited, and follows an override of it.
+    """
     tree = config.model_dump(mode="json")
+    if tree["sparse_finetune"] is not None:
+        tree["sparse_finetune"] = {
+            key: value
+            for key, value in tree["sparse_finetune"].items()
+            if value != tree["finetune"].get(key)
+        }
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, "--set")
@@ -289,7 +366,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     node = tree
     for section in sections:
-        node = node.setdefault(section, {})
+        if node.get(section) is None:  # not there, or stated to be absent
+            node[section] = {}
+        node = node[section]
         if not isinstance(node, dict):
             raise ValueError(f"--set {override}: {section} is a value, not a section")
     try:

@@ -43,7 +43,8 @@ from tracmod.store import FeatureStore
 from tracmod.tables import InfluenceTables
 from tracmod.tasks import load_task
 from tracmod.tokenizer import read_sentencepiece, train_tokenizer
-from tracmod.train import Settings, accuracy_by_language, fine_tune
+from tracmod.train import Masks, Settings, accuracy_by_language, fine_tune
+from tracmod.training_folder import epoch_masks
 from tracmod.views import View, views_of
 
 MODELS = ("full", "sparse")
@@ -114,8 +115,7 @@ class Study:
 
     def sparse_finetune(self) -> None:
         """Fine-tune from the same start, each batch in one language through its subnetwork."""
-        masks = {language: self.subnetwork(language) for language in self.languages}
-        self._fine_tune("sparse", self.config.sparse_finetune or self.config.finetune, masks)
+        self._fine_tune("sparse", self.config.sparse, self.subnetworks)
 
     def collect(self) -> None:
         """Features of every model, checkpoint, view and mask: features/."""
@@ -134,7 +134,7 @@ class Study:
                     model, tokenizer = self._load(checkpoint)
                     digests.append(model_digests(model, tokenizer))
                 test = self._encode(tokenizer, self.table("test"), model)
-                for view in self.views:  # predictions are the last checkpoint's
+                for view in self.views_at(model_name, checkpoint.epoch):  # the last checkpoint's
                     predictions = self._predictions(model, test, view)
                     self._influence_of_view(model_name, view, digests, predictions)
                     bar.update(1)
@@ -208,7 +208,7 @@ class Study:
             self._encode(tokenizer, train, model),
             train.column("language").to_pylist(),
             self.run.pruned_model(seed, language),
-            self._settings(self.config.finetune, seed),
+            replace(self._settings(self.config.finetune, seed), keep="last"),
             device=self.device,
             save_seconds=self.config.finetune.save_seconds,
             ids=train.column("id").to_pylist(),
@@ -245,8 +245,12 @@ class Study:
         train, test = self.table("train"), self.table("test")
         languages = test.column("language").to_pylist()
         test_examples = self._encode(tokenizer, test, model)
+        dev = {
+            language: self._encode(tokenizer, _of_language(self.table("dev"), language), model)
+            for language in masks or {}
+        }
 
-        def evaluate(model: PreTrainedModel) -> dict[str, float]:
+        def evaluate(model: PreTrainedModel, masks: Masks | None) -> dict[str, float]:
             return accuracy_by_language(model, test_examples, languages, masks)
 
         fine_tune(
@@ -257,6 +261,7 @@ class Study:
             self.run.model(name),
             self._settings(config, self.config.seed),
             masks=masks,
+            dev=dev,
             evaluate=evaluate,
             device=self.device,
             save_seconds=config.save_seconds,
@@ -265,7 +270,7 @@ class Study:
         )
 
     def _settings(self, config: FinetuneConfig, seed: int) -> Settings:
-        return Settings(seed=seed, **config.model_dump(exclude={"save_seconds"}))
+        return Settings(seed=seed, **config.model_dump(exclude={"save_seconds", "masks"}))
 
     def initial_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Where full and sparse fine-tuning both begin: the same weights, by the same seed."""
@@ -298,7 +303,7 @@ class Study:
         train, test = len(self.table("train")), len(self.table("test"))
         per_checkpoint = sum(
             train + (test if language is None else len(_of_language(self.table("test"), language)))
-            for view, language, _ in self._passes()
+            for view, language, _ in self._passes(self.views)
         )
         return per_checkpoint * sum(len(self.checkpoints(model)) for model in MODELS)
 
@@ -310,7 +315,7 @@ class Study:
         encoded = {
             split: self._encode(tokenizer, self.table(split), model) for split in ("train", "test")
         }
-        for view, language, mask in self._passes():
+        for view, language, mask in self._passes(self.views_at(model_name, checkpoint.epoch)):
             with frozen(model):
                 collector = self.collector(model, mask)
                 for split in ("train", "test"):
@@ -325,9 +330,9 @@ class Study:
                         examples = [encoded[split][row] for row in rows]
                         collect_to_store(collector, examples, store, advance)
 
-    def _passes(self) -> Iterator[tuple[View, str | None, HeadMask | None]]:
+    def _passes(self, views: Sequence[View]) -> Iterator[tuple[View, str | None, HeadMask | None]]:
         """Every view with features of its own, and the masks under which they are collected."""
-        for view in self.views:
+        for view in views:
             if view.collected:
                 for language, mask in view.masks:
                     yield view, language, mask
@@ -411,14 +416,22 @@ class Study:
         Raises:
             ValueError: a store made with another checkpoint, mask, data or projection than these.
         """
-        mask = dict(view.masks)[language]
         return [
             FeatureStore.open(
                 self.run.features(model_name, view.name, language, one.epoch, split),
-                self._identity(split, mask, of_checkpoint),
+                self._identity(
+                    split, self.mask(model_name, view, language, one.epoch), of_checkpoint
+                ),
             )
             for one, of_checkpoint in zip(self.checkpoints(model_name), digests, strict=True)
         ]
+
+    def mask(
+        self, model_name: str, view: View, language: str | None, epoch: int
+    ) -> HeadMask | None:
+        """The mask of one pass of a view at the checkpoint of an epoch."""
+        at = next(one for one in self.views_at(model_name, epoch) if one.name == view.name)
+        return dict(at.masks)[language]
 
     # --- influence --------------------------------------------------------------------------
 
@@ -553,12 +566,24 @@ class Study:
     @cached_property
     def views(self) -> list[View]:
         """The views of the config, in the order they are computed."""
-        subnetworks = {language: self.subnetwork(language) for language in self.languages}
-        return views_of(self.config.views, subnetworks, self.config.seed)
+        return views_of(self.config.views, self.subnetworks, self.config.seed)
 
-    def subnetwork(self, language: str) -> HeadMask:
-        """The language's pruned mask."""
-        return HeadMask.load(self.run.subnetwork(language))
+    def views_at(self, model_name: str, epoch: int) -> list[View]:
+        """The views with the masks of a checkpoint.
+
+        They differ from `views` where sparse fine-tuning re-estimates the masks.
+        """
+        if model_name != "sparse" or self.config.sparse.masks == "static":
+            return self.views
+        masks = epoch_masks(self.run.model(model_name), epoch, self.subnetworks)
+        return views_of(self.config.views, masks, self.config.seed)
+
+    @cached_property
+    def subnetworks(self) -> dict[str, HeadMask]:
+        """Every language's pruned mask."""
+        return {
+            language: HeadMask.load(self.run.subnetwork(language)) for language in self.languages
+        }
 
     def checkpoints(self, model_name: str) -> list[Checkpoint]:
         """The checkpoints that count for influence: every `collect.every` epochs, and the last.
@@ -591,8 +616,7 @@ class Study:
         return sum(rates) / len(rates)
 
     def _epochs(self, model_name: str) -> int:
-        sparse = self.config.sparse_finetune if model_name == "sparse" else None
-        return (sparse or self.config.finetune).epochs
+        return (self.config.sparse if model_name == "sparse" else self.config.finetune).epochs
 
     def _load(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = load_model(checkpoint.path)

@@ -133,9 +133,7 @@ class _Planner:
             "data": (self._data_work(), None, 0),
             "finetune": self._training(self.config.finetune, rates, by_language=False),
             "prune": self._pruning(rates),
-            "sparse-finetune": self._training(
-                self.config.sparse_finetune or self.config.finetune, rates, by_language=True
-            ),
+            "sparse-finetune": self._training(self.config.sparse, rates, by_language=True),
             "collect": self._collecting(rates),
             "influence": self._scoring(rates),
             "analyze": ("comparisons, intervals, tests", None, 0),
@@ -165,6 +163,8 @@ class _Planner:
             if by_language
             else [self._count("train")]
         )
+        if config.sampling == "uniform":
+            counts = [math.ceil(self._count("train") / len(languages))] * len(counts)
         steps = config.epochs * sum(math.ceil(count / config.batch_size) for count in counts)
         seconds = steps * rates.step + config.epochs * self._count("test") * rates.forward
         work = f"{steps} steps of {config.batch_size}, {config.epochs} checkpoints"

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"kernels", "config", "durable", "__init__"},
     {"tasks", "model", "tokenizer"},
-    {"heads", "lean", "optimizer", "training_folder", "train", "capture", "store", "engine"},
-    {"features", "influence", "index", "exact_scores"},
+    {"heads", "lean", "pruned", "optimizer", "training_folder", "train", "capture", "store", "engine"},
+    {"features", "influence", "index", "exact_scores", "blocks"},
     {"analysis", "report", "validation"},
-    {"run_folder", "tables", "attribute", "query", "pipeline"},
+    {"run_folder", "tables", "attribute", "query", "pipeline", "export"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"kernels", "config", "durable", "__init__"},
     {"tasks", "model", "tokenizer"},
-    {"heads", "lean", "pruned", "optimizer", "training_folder", "train", "capture", "store", "engine"},
-    {"features", "influence", "index", "exact_scores", "blocks"},
+    {"heads", "lean", "optimizer", "training_folder", "train", "capture", "store", "engine"},
+    {"features", "influence", "index", "exact_scores", "blocks", "pruned"},
     {"analysis", "report", "validation"},
     {"run_folder", "tables", "attribute", "query", "pipeline", "export"},
     {"cli"},

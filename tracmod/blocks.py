@@ -8,7 +8,7 @@ layers. With g^b the entries of a gradient in block b,
 
 and an inner product is linear in each side, so its mean over pairs is one of mean gradients:
 
-    mean_{z, z'} <g^b(z), g^b(z')> / (|g(z)| |g(z')|) = <mean_z g^b(z)/|g(z)|, mean_z' g^b(z')/|g(z')|>
+    mean_{z, z'} <u^b(z), u^b(z')> = <mean_z u^b(z), mean_z' u^b(z')>,    u = g or g / |g| (cosine).
 
 One pass over each language's examples therefore gives the exact means of every pair of languages
 and every block: no projection, no store, no matrix of scores.
@@ -79,9 +79,10 @@ def block_influence(
 ) -> pa.Table:
     """Mean influence between languages at one checkpoint, divided among blocks of parameters.
 
-    `influence(l, m, b) = mean_{z in test[l], z' in train[m]} <g^b(z), g^b(z')> [/ (|g(z)| |g(z')|)]`
-    with the norms of whole gradients, so that the blocks of a pair of languages add up to the mean
-    of `exact_influence` between them: to the mean influence that projected features estimate.
+    `influence(l, m, b) = mean_{z in test[l], z' in train[m]} <u^b(z), u^b(z')>`, where u is the
+    gradient, or with "cosine" the gradient over the norm of the whole of it. The blocks of a pair
+    of languages therefore add up to the mean of `exact_influence` between them, which is the mean
+    influence that projected features estimate.
 
     Memory: a gradient, 4 bytes per selected parameter, for each test language and one more.
 
@@ -93,7 +94,7 @@ def block_influence(
         head_mask: applied in the forward pass; a masked head's block is exactly 0.
         normalize: None or "cosine".
         batch_tokens: bound on examples x longest length of a batch.
-        dtype: torch.bfloat16 or torch.float16 for an autocast pass; None for the model's own.
+        dtype: torch.bfloat16 for an autocast pass; None or torch.float32 for none.
         advance: called with the number of examples done.
 
     Returns:
@@ -109,6 +110,9 @@ def block_influence(
     """
     if normalize not in (None, "cosine"):
         raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype: expected None, torch.float32 or torch.bfloat16, got {dtype}")
+    dtype = None if dtype is torch.float32 else dtype
     tests = {name: _checked(model, rows, f"test {name}") for name, rows in test.items()}
     trains = {name: _checked(model, rows, f"train {name}") for name, rows in train.items()}
     layers = select_layers(model, parameters)

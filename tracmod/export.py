@@ -1,4 +1,4 @@
-"""A run's model and one of its subnetworks, or any mask, as a folder of its own: `tracmod export`."""
+"""A run's model in one of its subnetworks, or under any mask, as a model of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from tracmod.heads import HeadMask, matching_layers
 from tracmod.model import load_model
 from tracmod.pipeline import MODELS, Study
-from tracmod.pruned import WEIGHTS_FILE, save_masked, save_pruned
+from tracmod.pruned import save_masked, save_pruned
 from tracmod.run_folder import RunFolder
 
 FORMS = ("masked", "pruned")
@@ -74,12 +74,14 @@ def export_subnetwork(
         made_from["language"] = language
     aside = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save(network, kept, aside, tokenizer, **made_from)
-    os.replace(aside, out)
-    weights = out / (WEIGHTS_FILE if form == "pruned" else "model.safetensors")
+    try:
+        save(network, kept, aside, tokenizer, made_from)
+        os.replace(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    num_bytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     loader = "tracmod.load_pruned" if form == "pruned" else "from_pretrained of transformers"
-    return Exported(kept, weights.stat().st_size, loader)
+    return Exported(kept, num_bytes, loader)
 
 
 def _mask(run: RunFolder, language: str | None, file: str | Path | None) -> HeadMask:

@@ -47,7 +47,7 @@ def save_masked(
     mask: HeadMask,
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    **fields: Any,
+    made_from: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a transformers folder of the same shapes, the masked heads' parameters zero.
 
@@ -59,7 +59,7 @@ def save_masked(
         mask: heads to keep.
         folder: made if it is not there.
         tokenizer: saved beside it.
-        **fields: what else head_mask.json, written beside, is to say: language, ...
+        made_from: what else head_mask.json, written beside, is to say: language, ...
 
     Raises:
         ValueError: the mask does not fit the model.
@@ -71,7 +71,7 @@ def save_masked(
         state[one.name][one.index] = 0
     with quiet_transformers():
         model.save_pretrained(folder, state_dict=state)
-    _save_beside(folder, mask, tokenizer, fields)
+    _save_beside(folder, mask, tokenizer, made_from)
 
 
 def save_pruned(
@@ -79,7 +79,7 @@ def save_pruned(
     mask: HeadMask,
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    **fields: Any,
+    made_from: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the model without its masked heads: fewer bytes, fewer operations.
 
@@ -88,7 +88,7 @@ def save_pruned(
     head left keeps one of zeros, since attention needs a head: its output is the projection's bias.
 
     Args:
-        model, mask, folder, tokenizer, **fields: as in `save_masked`.
+        model, mask, folder, tokenizer, made_from: as in `save_masked`.
 
     Raises:
         ValueError: the mask does not fit the model, or the model does not compute the same without
@@ -110,7 +110,7 @@ def save_pruned(
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     save_file(state, folder / WEIGHTS_FILE, {"format": "pt"})
-    _save_beside(folder, mask, tokenizer, fields)
+    _save_beside(folder, mask, tokenizer, made_from)
 
 
 def load_pruned(folder: str | Path) -> PreTrainedModel:
@@ -144,9 +144,9 @@ def _save_beside(
     folder: Path,
     mask: HeadMask,
     tokenizer: PreTrainedTokenizerBase | None,
-    fields: Mapping[str, Any],
+    made_from: Mapping[str, Any] | None,
 ) -> None:
-    mask.save(folder / MASK_FILE, **fields)
+    mask.save(folder / MASK_FILE, **(made_from or {}))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

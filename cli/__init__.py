@@ -382,6 +382,47 @@ def query(
             click.echo(f"{row['rank']:4} {score}  {where} {texts}")
 
 
+@main.command()
+@click.argument("run_dir", type=EXISTING)
+@click.option("--language", help="Whose subnetwork.")
+@click.option("--mask", type=EXISTING, help="JSON of another mask, in place of a language's.")
+@click.option(
+    "--model",
+    type=click.Choice(["full", "sparse"]),
+    default="full",
+    show_default=True,
+    help="Whose last checkpoint.",
+)
+@click.option(
+    "--form",
+    type=click.Choice(["masked", "pruned"]),
+    default="masked",
+    show_default=True,
+    help="Masked heads zero, the same shapes; or taken out, smaller and faster.",
+)
+@click.option("--out", required=True, type=FOLDER, help="Folder to make.")
+def export(run_dir: Path, out: Path, **options: Any) -> None:
+    """Write a run's model, as it is in a language's subnetwork, as a model of its own.
+
+    Both forms give the logits of the masked model. transformers loads the masked form like any
+    other folder; the pruned one, whose layers may differ in their number of heads, is loaded by
+    tracmod.load_pruned.
+
+    \b
+    Examples:
+      tracmod export runs/demo --language de --out demo-de
+      tracmod export runs/demo --mask my-mask.json --model sparse --form pruned --out demo-mine
+    """
+    from tracmod.export import export_subnetwork
+
+    exported = export_subnetwork(run_dir, out, **options)
+    heads, size = exported.mask.size, exported.mask.array.size
+    click.echo(
+        f"{out}: {heads} of {size} heads, {exported.num_bytes:,} bytes of weights; load with "
+        f"{exported.loader}"
+    )
+
+
 # --- what is on disk, what is installed -----------------------------------------------------
 
 

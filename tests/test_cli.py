@@ -22,7 +22,7 @@ from tracmod.tokenizer import train_tokenizer
 
 COMMANDS = {
     "run", "finetune", "prune", "sparse-finetune", "collect", "influence", "analyze", "report",
-    "attribute", "index", "query", "verify", "check", "doctor", "bench",
+    "attribute", "index", "query", "verify", "check", "export", "doctor", "bench",
 }  # fmt: skip
 TEXTS = ["the cat sleeps", "a dog runs home", "der Hund schläft", "die Katze rennt heim"]
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tracmod import kernels
+    from tracmod.blocks import block_influence
     from tracmod.features import Projection, collect_features
     from tracmod.heads import HeadMask
     from tracmod.influence import exact_influence, influence_scores, top_influences
+    from tracmod.pruned import load_pruned, save_masked, save_pruned
     from tracmod.store import FeatureStore
 
 __version__ = "0.1.0"
@@ -22,10 +24,14 @@ __all__ = [
     "HeadMask",
     "Projection",
     "__version__",
+    "block_influence",
     "collect_features",
     "exact_influence",
     "influence_scores",
     "kernels",
+    "load_pruned",
+    "save_masked",
+    "save_pruned",
     "top_influences",
 ]
 
@@ -33,9 +39,13 @@ _MODULE_OF = {
     "FeatureStore": "tracmod.store",
     "HeadMask": "tracmod.heads",
     "Projection": "tracmod.features",
+    "block_influence": "tracmod.blocks",
     "collect_features": "tracmod.features",
     "exact_influence": "tracmod.influence",
     "influence_scores": "tracmod.influence",
+    "load_pruned": "tracmod.pruned",
+    "save_masked": "tracmod.pruned",
+    "save_pruned": "tracmod.pruned",
     "top_influences": "tracmod.influence",
 }
 

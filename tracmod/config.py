@@ -237,6 +237,11 @@ class InfluenceConfig(_Section):
     weights: Literal["learning_rate", "uniform"] = Field(
         "learning_rate", description="what each checkpoint counts"
     )
+    blocks: bool = Field(
+        False,
+        description="also mean influence by head and layer, of the views full and subnetwork; "
+        "costs about as much again as collecting these views",
+    )
 
 
 class AnalyzeConfig(_Section):

@@ -196,10 +196,16 @@ def matching_layers(model: nn.Module, mask: HeadMask) -> list[AttentionLayer]:
     """The model's attention layers, after a check that `mask` has a row and entries for each.
 
     Raises:
-        ValueError: the mask's shape is not the model's (layers, heads).
+        ValueError: the mask's shape is not the model's (layers, heads), or layers of the model have
+            lost heads (`tracmod.load_pruned`).
     """
     layers = attention_layers(model)
     expected = [layer.num_heads for layer in layers]
+    if len(set(expected)) > 1:
+        raise ValueError(
+            f"head mask: expected a model with as many heads in every layer, got {expected}: heads "
+            f"have been taken out of it; mask the model that still has them"
+        )
     if expected != [mask.array.shape[1]] * mask.array.shape[0]:
         raise ValueError(
             f"head mask: expected {len(layers)} layers of {expected[0]} heads, as the model has, "
@@ -235,7 +241,7 @@ def head_slices(model: nn.Module, mask: HeadMask | None = None) -> list[HeadSlic
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     slices = []
     for number, layer in enumerate(layers):
-        for parameter, axis in _head_parameters(layer):
+        for parameter, axis in head_parameters(layer):
             for head in range(layer.num_heads):
                 if mask is not None and mask.array[number, head]:
                     continue
@@ -245,11 +251,24 @@ def head_slices(model: nn.Module, mask: HeadMask | None = None) -> list[HeadSlic
     return slices
 
 
-def _head_parameters(layer: AttentionLayer) -> list[tuple[Tensor, int]]:
+def head_parameters(layer: AttentionLayer) -> list[tuple[Tensor, int]]:
     """The parameters that heads divide, each with the axis they divide it along."""
     linears = (layer.query, layer.key, layer.value)
     parameters = [parameter for linear in linears for parameter in linear.parameters()]
     return [*((parameter, 0) for parameter in parameters), (layer.output.weight, 1)]
+
+
+def kept_columns(layer: AttentionLayer, kept_H: Tensor) -> Tensor:
+    """What is left along these axes without the heads that `kept_H` masks, int64.
+
+    Attention needs a head: where none is kept, the first one's columns stay, and it is for the
+    caller to see that they count nothing.
+    """
+    heads = kept_H.nonzero().flatten()
+    if len(heads) == 0:
+        heads = torch.zeros(1, dtype=torch.int64)
+    columns = (heads[:, None] * layer.head_dim + torch.arange(layer.head_dim)).flatten()
+    return columns.to(layer.query.weight.device)
 
 
 # --- importance -----------------------------------------------------------------------------

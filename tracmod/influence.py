@@ -193,7 +193,7 @@ def exact_influence(
         )
     _check_finite(products_QN, squares_Q, squares_N)
     if normalize == "cosine":
-        products_QN *= _inverse_root(squares_Q)[:, None] * _inverse_root(squares_N)[None]
+        products_QN *= inverse_root(squares_Q)[:, None] * inverse_root(squares_N)[None]
     return products_QN
 
 
@@ -269,7 +269,7 @@ def _exact_products(
         if norms:
             for query_batch in block:
                 for captured in query_batch.groups.values():
-                    squares_Q.index_add_(0, query_batch.rows, _squared_norms(captured))
+                    squares_Q.index_add_(0, query_batch.rows, squared_norms(captured))
         for rows, batch in one_pass.batches(trains):
             tiles = [torch.zeros(len(b.rows), len(rows), device=device) for b in block]
 
@@ -278,7 +278,7 @@ def _exact_products(
                 for query_batch, tile in zip(block, tiles, strict=True):  # noqa: B023
                     _add_products(query_batch.groups[_name(captured)], captured, tile)
                 if norms and first:  # noqa: B023
-                    squares_N.index_add_(0, rows, _squared_norms(captured))
+                    squares_N.index_add_(0, rows, squared_norms(captured))
 
             one_pass.capture(batch, multiply)
             for query_batch, tile in zip(block, tiles, strict=True):
@@ -338,11 +338,13 @@ def _add_products(query: Captured, train: Captured, out: Tensor) -> None:
     )
 
 
-def _squared_norms(captured: Captured) -> Tensor:
+def squared_norms(captured: Captured) -> Tensor:
     """`|G_b|^2` of every example, (B,) float32: of LayerNorm as it is, else over pairs of tokens.
 
-    linear: `sum_{s,t} <g_s, g_t> (<x_s, x_t> + bias)`; embedding: of pairs with the same id.
+    linear: `sum_{s,t} <g_s, g_t> (<x_s, x_t> + bias)`; embedding: of pairs with the same id. Of
+    layers that share x, the sum over them.
     """
+    captured = _side_by_side(captured)
     layer, x, g_BSO = captured.layers[0], captured.x, captured.g[0].float()
     if captured.lengths is not None:
         position_S = torch.arange(g_BSO.shape[1], device=g_BSO.device)
@@ -358,7 +360,7 @@ def _squared_norms(captured: Captured) -> Tensor:
     return (g_BSO @ g_BSO.mT * pairs_BSS).sum(dim=(1, 2))
 
 
-def _inverse_root(squares: Tensor) -> Tensor:
+def inverse_root(squares: Tensor) -> Tensor:
     return torch.where(squares > 0, squares.clamp_min(1e-45).rsqrt(), 0)
 
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from tracmod import kernels
-from tracmod.heads import HeadMask, matching_layers
+from tracmod.heads import HeadMask, kept_columns, matching_layers
 from tracmod.model import AttentionLayer, attention_layers, collate, pad_token_id
 
 
@@ -92,6 +92,17 @@ def _logits(model: PreTrainedModel, probe: Mapping[str, Tensor]) -> Tensor:
     return model(**probe).logits
 
 
+def same_logits(found: PreTrainedModel, expected: PreTrainedModel) -> bool:
+    """Whether two models of one vocabulary, as they are now, agree on eight tokens up to rounding.
+
+    A model that fails at them does not agree.
+    """
+    probe = _probe(expected)
+    with suppress(RuntimeError, ValueError):
+        return _close(_logits(found, probe), _logits(expected, probe))
+    return False
+
+
 def _close(found: Tensor, expected: Tensor) -> bool:
     """Equal up to rounding; never with NaN or infinity in either."""
     if found.shape != expected.shape:
@@ -126,12 +137,9 @@ def _leave_heads_out(
 
 def _narrow(stack: ExitStack, layer: AttentionLayer, kept_H: Tensor) -> dict[nn.Module, Columns]:
     """Swap the layer's weights for those of the heads that are kept."""
-    heads = kept_H.nonzero().flatten()
-    if len(heads) == 0:  # attention needs a head: the first stays, and counts nothing
-        heads = torch.zeros(1, dtype=torch.int64)
+    if not kept_H.any():
         stack.callback(layer.output.register_forward_pre_hook(_times_zero, prepend=True).remove)
-    columns = (heads[:, None] * layer.head_dim + torch.arange(layer.head_dim)).flatten()
-    columns = columns.to(layer.query.weight.device)
+    columns = kept_columns(layer, kept_H)
     for linear in (layer.query, layer.key, layer.value):
         for name, parameter in list(linear.named_parameters(recurse=False)):
             _swap(stack, linear, name, parameter[columns])

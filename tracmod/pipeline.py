@@ -18,9 +18,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.analysis.study import analyze
+from tracmod.blocks import block_influence, weighted_sum
 from tracmod.capture import frozen
 from tracmod.config import FinetuneConfig, RunConfig
-from tracmod.durable import file_sha256, write_parquet
+from tracmod.durable import canonical_json, file_sha256, sha256, write_parquet
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
 from tracmod.heads import HeadMask, masked_accuracy
 from tracmod.influence import TopInfluences, top_influences
@@ -49,6 +50,7 @@ from tracmod.views import View, views_of
 
 MODELS = ("full", "sparse")
 SPLITS = ("train", "dev", "test")
+BLOCK_VIEWS = ("full", "subnetwork")
 
 
 def run_stages(run: RunFolder, stages: Sequence[str] = STAGES, again: str | None = None) -> None:
@@ -126,7 +128,10 @@ class Study:
 
     def influence(self) -> None:
         """Scores, strongest training examples and language tables: influence/."""
-        self._begin_anew("influence")  # views of an earlier config must not be left in it
+        blocks = self.config.influence.blocks
+        # Views of an earlier config must not be left in it.
+        self._begin_anew("influence", keep="blocks" if blocks else None)
+        block_parts: set[Path] = set()
         with self._bar("influence", len(MODELS) * len(self.views), "view") as bar:
             for model_name in MODELS:
                 digests = []
@@ -138,6 +143,11 @@ class Study:
                     predictions = self._predictions(model, test, view)
                     self._influence_of_view(model_name, view, digests, predictions)
                     bar.update(1)
+                if blocks:
+                    block_parts |= self._influence_of_blocks(model_name, digests)
+        for path in (self.run.path / "influence" / "blocks").glob("*"):
+            if path not in block_parts:
+                path.unlink()
 
     def analyze(self) -> None:
         """Comparisons, intervals and tests: analysis/."""
@@ -535,9 +545,91 @@ class Study:
             predicted[rows] = logits.argmax(dim=1).numpy()
         return predicted.tolist()
 
-    def _begin_anew(self, folder: str) -> None:
-        if (self.run.path / folder).exists():
-            shutil.rmtree(self.run.path / folder)
+    def _begin_anew(self, folder: str, keep: str | None = None) -> None:
+        """Empty a stage's folder, but for what is named `keep`."""
+        for path in (self.run.path / folder).glob("*"):
+            if path.name != keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    # --- influence by head and layer --------------------------------------------------------
+
+    def _influence_of_blocks(self, model_name: str, digests: Sequence[dict[str, str]]) -> set[Path]:
+        """blocks.parquet of the views full and subnetwork; the files that it is the sum of."""
+        checkpoints, used = self.checkpoints(model_name), set[Path]()
+        tables: dict[str, list[pa.Table]] = {}
+        for checkpoint, of_checkpoint in zip(checkpoints, digests, strict=True):
+            for view in self.views_at(model_name, checkpoint.epoch):
+                if view.name not in BLOCK_VIEWS:
+                    continue
+                parts = {self._block_part(*one, of_checkpoint): one for one in view.masks}
+                self._make_block_parts(checkpoint, parts)
+                tables.setdefault(view.name, []).append(
+                    pa.concat_tables(map(pq.read_table, parts))
+                )
+                used |= parts.keys()
+        weights = self.weights(checkpoints) or [1.0] * len(checkpoints)
+        for name, of_checkpoints in tables.items():
+            path = self.run.influence(model_name, name) / "blocks.parquet"
+            write_parquet(path, weighted_sum(of_checkpoints, weights))
+        return used
+
+    def _make_block_parts(
+        self, checkpoint: Checkpoint, parts: dict[Path, tuple[str | None, HeadMask | None]]
+    ) -> None:
+        """Influence by block at one checkpoint, under each mask that has no file yet."""
+        missing = {file: one for file, one in parts.items() if not file.is_file()}
+        if not missing:
+            return
+        model, tokenizer = self._load(checkpoint)
+        encoded = {
+            split: self._encode(tokenizer, self.table(split), model) for split in ("train", "test")
+        }
+        collect = self.config.collect
+        total = sum(
+            len(self._rows(s, language)) for language, _ in missing.values() for s in encoded
+        )
+        with self._bar(f"blocks of epoch {checkpoint.epoch}", total) as bar:
+            for file, (language, mask) in missing.items():
+                train, test = (
+                    self._by_language(split, encoded[split], language) for split in encoded
+                )
+                table = block_influence(
+                    model,
+                    train,
+                    test,
+                    collect.parameters,
+                    mask,
+                    self.normalize,
+                    dtype=getattr(torch, collect.dtype),
+                    advance=bar.update,
+                )
+                write_parquet(file, table)
+
+    def _by_language(
+        self, split: str, examples: Sequence[dict[str, Any]], language: str | None
+    ) -> dict[str, list[dict[str, Any]]]:
+        """A split's examples that one of a view's masks is for, by their own language."""
+        names = self.table(split).column("language").to_pylist()
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in self._rows(split, language):
+            found.setdefault(names[row], []).append(examples[row])
+        return found
+
+    def _block_part(
+        self, language: str | None, mask: HeadMask | None, digests: dict[str, str]
+    ) -> Path:
+        """Where influence by block at one checkpoint, under one mask, is kept.
+
+        The name is a digest of all that it depends on: a stage that is done again finds what is
+        still right, and never takes anything else for it.
+        """
+        identity = {
+            "language": language,
+            "normalize": self.config.influence.normalize,
+            **{split: self._identity(split, mask, digests) for split in ("train", "test")},
+        }
+        name = sha256(canonical_json(identity))
+        return self.run.path / "influence" / "blocks" / f"{name[:32]}.parquet"
 
     # --- what the stages share --------------------------------------------------------------
 

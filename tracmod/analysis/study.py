@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.stats import false_discovery_control
 
+from tracmod.analysis.blocks import block_shares, block_table
 from tracmod.analysis.dynamics import in_language_course
 from tracmod.analysis.languages import MEASURES, interval_columns
 from tracmod.analysis.results import MODELS, RunResults, View
@@ -63,8 +64,9 @@ def analyze(
     Files: summary.json; matrices.parquet (mean and interval per model, view, test and training
     language); changes.parquet (the same for each difference of `COMPARISONS`, paired per test
     example); course.parquet (in-language reliance per epoch); similarity.parquet (pairs of
-    subnetworks); pairs.parquet (similarity beside influence). Models, views and subnetworks that
-    are not there are left out. The result depends on the folder and the arguments alone.
+    subnetworks); pairs.parquet (similarity beside influence); blocks.parquet (by head and layer, of
+    runs with `influence.blocks`). Models, views and subnetworks that are not there are left out.
+    The result depends on the folder and the arguments alone.
 
     Args:
         run_dir: a run folder with at least one view's `examples.parquet`.
@@ -88,6 +90,7 @@ def analyze(
     matrices = [_view_rows(run, view, settings) for view in views]
     comparisons = _present_comparisons(views)
     changes = [_change_rows(run, a, b, settings) for a, b in comparisons]
+    blocks = block_table(run)
     correlations, pairs = _similarity_influence(run, views, similarity, settings)
     summary = {
         "settings": settings.__dict__,
@@ -103,6 +106,7 @@ def analyze(
         "accuracy": _accuracy(run, views, confidence),
         "subnetworks": _subnetworks(run),
         "heads": usage_summary(run.masks) if run.masks else None,
+        "blocks": block_shares(blocks) if blocks else [],
     }
     tables = {
         "matrices": pa.concat_tables(matrices),
@@ -110,6 +114,7 @@ def analyze(
         "course": _course(run),
         "similarity": similarity if similarity.num_rows else None,
         "pairs": pairs,
+        "blocks": blocks,
     }
     return _write(run.path / "analysis", _plain(summary), tables)
 

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from tracmod.analysis import RunResults, head_usage
 from tracmod.report import words
+from tracmod.report.blocks import block_panels
 from tracmod.report.explorer import explorer_data
 from tracmod.report.findings import cautions, findings, how_sure, tiles
 from tracmod.report.plots import Figure, Panel
@@ -31,7 +32,7 @@ from tracmod.report.sections import (
     similarity_panels,
 )
 
-_TABLES = ("matrices", "changes", "course", "similarity", "pairs")
+_TABLES = ("matrices", "changes", "course", "similarity", "pairs", "blocks")
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -112,6 +113,7 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
         "similarity": _similarity(tables["similarity"], list(run.masks)),
         "similarity_rows": tables["similarity"],
         "scatter": _scatter(tables["pairs"], summary, unit),
+        "blocks": block_panels(tables["blocks"], unit),
         "stages": _stages(run.settings.get("stages", {})),
     }
 

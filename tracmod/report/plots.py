@@ -174,6 +174,42 @@ def bars(
     return _figure(title, traces, layout, 360, caption)
 
 
+def stacked_bars(
+    title: str,
+    names: Sequence[str],
+    series: Sequence[dict[str, Any]],
+    *,
+    axes: tuple[str, str],
+    caption: str = "",
+) -> Figure:
+    """Bars of parts upon each other, those below 0 downwards.
+
+    Args:
+        names: the bars.
+        series: name, color, value (a list over the bars); values are percentages.
+        axes: titles of x and y.
+    """
+    labels = [html.escape(name) for name in names]
+    traces = [
+        go.Bar(
+            name=one["name"],
+            x=labels,
+            y=_finite(one["value"]),
+            hovertemplate=f"%{{x}}, {html.escape(one['name'])}<br>%{{y:.1f}}%<extra></extra>",
+            meta={"color": one["color"]},
+        )
+        for one in series
+    ]
+    layout = {
+        "barmode": "relative",
+        "bargap": 0.22,
+        "xaxis": {"title": {"text": axes[0]}, "type": "category", "showgrid": False},
+        "yaxis": {"title": {"text": axes[1]}, "ticksuffix": "%"},
+        "showlegend": len(series) > 1,
+    }
+    return _figure(title, traces, layout, 360, caption)
+
+
 def lines(
     title: str,
     series: Sequence[dict[str, Any]],

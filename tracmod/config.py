@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -45,11 +45,44 @@ class TaskConfig(_Section):
     train_per_language: int = Field(ge=1)
     dev_per_language: int = Field(ge=1)
     test_per_language: int = Field(ge=1)
+    train_languages: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="which languages are trained on; absent: all. The others are pruned and tested "
+        "without training data of their own (zero-shot, leave-one-out)",
+    )
+    train_counts: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="training examples of single languages, in place of train_per_language",
+    )
+    test_from_train: bool = Field(
+        False,
+        description="parallel tasks only: every test item is among the training items of all other "
+        "languages, and not of its own; each language has test items of its own",
+    )
     seed: int = 0
 
-    @field_validator("languages")
+    def languages_of(self, split: str) -> list[str]:
+        """The languages that a split's examples are drawn from, in the order of `languages`."""
+        if split != "train" or self.test_from_train:
+            return self.languages
+        return self.trained_languages
+
+    @property
+    def trained_languages(self) -> list[str]:
+        """The languages that have training data, in the order of `languages`."""
+        chosen = self.languages if self.train_languages is None else self.train_languages
+        return [language for language in self.languages if language in chosen]
+
+    def train_count(self, language: str) -> int:
+        """How many training examples are drawn in a language."""
+        return self.train_counts.get(language, self.train_per_language)
+
+    @field_validator("languages", "train_languages")
     @classmethod
-    def _distinct(cls, languages: list[str]) -> list[str]:
+    def _distinct(cls, languages: list[str] | None) -> list[str] | None:
+        if languages is None:
+            return None
         repeated = sorted({language for language in languages if languages.count(language) > 1})
         if repeated:
             raise ValueError(f"each language once, got {', '.join(repeated)} more than once")
@@ -59,6 +92,43 @@ class TaskConfig(_Section):
     def _files_need_a_file(self) -> TaskConfig:
         if self.name == "files" and self.train_file is None:
             raise ValueError("task `files` needs train_file")
+        return self
+
+    @model_validator(mode="after")
+    def _training_data_is_of_known_languages(self) -> TaskConfig:
+        unknown = sorted(set(self.train_languages or []) - set(self.languages))
+        if unknown:
+            raise ValueError(
+                f"train_languages: expected some of {', '.join(self.languages)}, "
+                f"got {', '.join(unknown)}"
+            )
+        untrained = sorted(set(self.train_counts) - set(self.trained_languages))
+        if untrained:
+            raise ValueError(
+                f"train_counts: expected languages with training data, "
+                f"{', '.join(self.trained_languages)}, got {', '.join(untrained)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _items_suffice_to_test_from_train(self) -> TaskConfig:
+        if not self.test_from_train:
+            return self
+        if self.train_counts:
+            raise ValueError("test_from_train needs the same items in all: leave out train_counts")
+        if len(self.trained_languages) < 2:
+            raise ValueError(
+                "test_from_train: expected two languages with training data or more, so that each "
+                f"item is trained in another, got {', '.join(self.trained_languages)}"
+            )
+        items = self.train_per_language + self.test_per_language
+        wanted = len(self.languages) * self.test_per_language
+        if wanted > items:
+            raise ValueError(
+                "test_from_train: expected train_per_language + test_per_language of at least "
+                f"{len(self.languages)} languages x {self.test_per_language} test items, {wanted}, "
+                f"got {items}"
+            )
         return self
 
 

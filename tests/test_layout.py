@@ -17,7 +17,7 @@ LAYERS = [
     {"heads", "lean", "optimizer", "training_folder", "train", "capture", "store", "engine"},
     {"features", "influence", "index", "exact_scores"},
     {"analysis", "report", "validation"},
-    {"run_folder", "tables", "attribute", "query", "pipeline"},
+    {"run_folder", "tables", "attribute", "query", "pipeline", "sweep"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -257,25 +257,39 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises:
         ValueError: one line per fault: where, what was expected, what was found.
     """
-    try:
-        tree = yaml.safe_load(_config_text(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(
-            f"{path}: expected sections (task:, model:, ...), got {type(tree).__name__}"
-        )
-    for override in overrides:
-        _apply_override(tree, override)
+    tree = read_tree(path)
+    for key, value in parse_overrides(overrides).items():
+        set_value(tree, key, value)
     return parse_config(tree, str(path))
 
 
 def override_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
     """The config with `section.key=value` overrides applied; errors as in `load_config`."""
     tree = config.model_dump(mode="json")
-    for override in overrides:
-        _apply_override(tree, override)
+    for key, value in parse_overrides(overrides).items():
+        set_value(tree, key, value)
     return parse_config(tree, "--set")
+
+
+def read_tree(path: str | Path, embedded: str = "") -> dict[str, Any]:
+    """Read a YAML file, or the embedded one of that name, that has sections.
+
+    Args:
+        path: a file or a name.
+        embedded: the folder of embedded configurations to look into: `sweeps`, or the uppermost.
+
+    Raises:
+        ValueError: no such file, not YAML, or no sections in it.
+    """
+    try:
+        tree = yaml.safe_load(_config_text(path, embedded))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(
+            f"{path}: expected sections (task:, model:, ...), got {type(tree).__name__}"
+        )
+    return tree
 
 
 def parse_config(tree: dict[str, Any], source: str) -> RunConfig:
@@ -293,26 +307,35 @@ def _fault(fault: Any, source: str) -> str:
     return f"{source}: {where}: {message}{got}"
 
 
-def _config_text(path: str | Path) -> str:
+def _config_text(path: str | Path, embedded: str) -> str:
     if Path(path).is_file():
         return Path(path).read_text(encoding="utf-8")
-    embedded = resources.files("tracmod.configs").joinpath(f"{path}.yaml")
-    if embedded.is_file():
-        return embedded.read_text(encoding="utf-8")
+    resource = resources.files("tracmod.configs").joinpath(embedded, f"{path}.yaml")
+    if resource.is_file():
+        return resource.read_text(encoding="utf-8")
     raise ValueError(f"{path}: no such file, and no embedded configuration of that name")
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise ValueError(f"--set {override}: expected key=value, for example finetune.epochs=5")
+def parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """`section.key=value`, each value read as YAML; the last of a key counts."""
+    values = {}
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ValueError(f"--set {override}: expected key=value, for example finetune.epochs=5")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {override}: {value} is not valid YAML") from None
+    return values
+
+
+def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set `section.key` in a tree of sections, in place."""
     *sections, last = key.split(".")
     node = tree
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise ValueError(f"--set {override}: {section} is a value, not a section")
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {override}: {value} is not valid YAML") from None
+            raise ValueError(f"{key}={value}: {section} is a value, not a section")
+    node[last] = value

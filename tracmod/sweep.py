@@ -42,7 +42,8 @@ class SweepFile(BaseModel):
     )
     grid: dict[str, list[Any]] = Field(
         default_factory=dict,
-        description="setting -> its values; each combination is a point, or one of each of `points`",
+        description="setting -> its values: each combination is a point, or several, one for each "
+        "of `points`",
     )
 
 

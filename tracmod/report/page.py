@@ -16,6 +16,7 @@ import yaml
 from markupsafe import Markup
 
 from tracmod.analysis import RunResults, head_usage
+from tracmod.durable import write_file
 from tracmod.report import words
 from tracmod.report.explorer import explorer_data
 from tracmod.report.findings import cautions, findings, how_sure, tiles
@@ -54,7 +55,7 @@ def write_report(run_dir: str | Path) -> Path:
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
     page = run.path / "report" / "index.html"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(_render(run, summary), encoding="utf-8")
+    write_file(page, _render(run, summary).encode())
     return page
 
 

@@ -19,8 +19,8 @@ Row = dict[str, Any]
 _OWN_COLORS = ("full", "subnetwork", "random", "other")
 _SHARE_NOTE = (
     "How many of a test example's strongest proponents are in its own language, with interval, "
-    "over the test languages with training data. Dotted: by chance, the language's part of the training "
-    "data."
+    "over the test languages with training data. Dotted: by chance, the language's part of the "
+    "training data."
 )
 _CHANGE_NOTE = "Paired: the same test example seen both ways. In percentage points, with interval."
 # Column, heading, note.

@@ -27,9 +27,10 @@ def sample(corpus: Corpus, config: TaskConfig) -> TaskData:
     language; items that a language lacks, or labels otherwise, are left out. Depends on
     `config.seed` and the data alone.
 
-    A language left out of `train_languages` is left out of what was drawn: the other splits, and
-    the other languages' training examples, stay the same. In a parallel task a language with fewer
-    `train_counts` gets part of the items, the classes in the same proportion.
+    To leave a language out of `train_languages` changes neither the other splits nor the other
+    languages' training examples (but where a parallel task has a training file of its own, with
+    items that only this language lacks: those may then be drawn). In a parallel task a language
+    with fewer `train_counts` gets part of the items, the classes in the same proportion.
 
     Raises:
         ValueError: too few examples (language, split, wanted, available), a parallel task whose

@@ -144,29 +144,32 @@ def _value(tree: Any, key: str) -> Any:
 def sweep_plan(sweep: Sweep, out: Path) -> dict[str, dict[str, str]]:
     """What `run_sweep` would do: point -> stage -> `done`, `to do`, or the point it is taken from.
 
+    Where `collect` is to do, features of the same identity are taken from other points all the
+    same: which those are, only the masks will tell.
+
     Raises:
         ValueError: a folder in `out` was begun with another configuration.
     """
     runs = _runs(sweep, out)
     plan: dict[str, dict[str, str]] = {}
     for name, run in runs.items():
-        # A point has what is finished on disk; by its turn, the points before it have everything.
-        donors = [other for other in runs if other != name]
-        plan[name] = {stage: "done" if run.is_done(stage) else "to do" for stage in STAGES}
-        for stage in STAGES[:-1]:
-            sharing = [
+        others = {other: runs[other] for other in runs if other != name}
+        plan[name] = {}
+        for stage in STAGES:
+            # By this point's turn those before it have everything, others what is on disk now.
+            donors = (
                 other
-                for other in donors
-                if (other in plan or _is_done_up_to(runs[other], stage))
-                and run.has_same_inputs(stage, runs[other])
-            ]
-            if sharing and plan[name][stage] == "to do":
-                plan[name][stage] = sharing[0]
+                for other, theirs in others.items()
+                if run.has_same_inputs(stage, theirs)
+                and (other in plan or all(map(theirs.is_done, _up_to(stage))))
+            )
+            donor = next(donors, None) if stage != "report" else None
+            plan[name][stage] = "done" if run.is_done(stage) else donor or "to do"
     return plan
 
 
-def _is_done_up_to(run: RunFolder, stage: str) -> bool:
-    return all(run.is_done(one) for one in STAGES[: STAGES.index(stage) + 1])
+def _up_to(stage: str) -> tuple[str, ...]:
+    return STAGES[: STAGES.index(stage) + 1]
 
 
 def run_sweep(sweep: Sweep, out: Path, say: Callable[[str], None]) -> dict[str, str]:
@@ -186,11 +189,15 @@ def run_sweep(sweep: Sweep, out: Path, say: Callable[[str], None]) -> dict[str, 
         Point -> why it failed, of those that did.
 
     Raises:
-        ValueError: a folder in `out` was begun with another configuration.
+        ValueError: a folder in `out` was begun with another configuration, or there is no such
+            device.
     """
-    from tracmod.pipeline import run_stages  # here: it loads torch, which --check needs not
+    from tracmod.model import resolve_device  # here: they load torch, which --check needs not
+    from tracmod.pipeline import run_stages
 
     runs = _runs(sweep, out)
+    for run in runs.values():
+        resolve_device(run.config.device)
     failed = {}
     for number, (name, run) in enumerate(runs.items(), 1):
         say(f"point {number} of {len(runs)}: {name}")

@@ -161,6 +161,40 @@ def _size(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
+@main.command()
+@click.argument("config")
+@click.option("--out", required=True, type=FOLDER, help="Folder of the runs and of the results.")
+@click.option("--check", is_flag=True, help="Say which stages are to be done and which are shared.")
+@_options(_RUN_OPTIONS)
+def sweep(config: str, out: Path, check: bool, overrides: tuple[str, ...], engine: str) -> None:
+    """Do many runs that differ in some settings; one table and figure of them all.
+
+    CONFIG is a YAML file or the name of an embedded one (sparsity, thresholds, difficulty,
+    typology, leave-one-out, imbalance, zero-shot): base, and points or a grid of settings. Every
+    point is a run folder in --out; what points share is done once. Written: sweep.html,
+    sweep.parquet, sweep.csv. Stopped at any time, the same command goes on where it was.
+
+    \b
+    Examples:
+      tracmod sweep thresholds --out runs/thresholds --check
+      tracmod sweep thresholds --out runs/thresholds --set finetune.epochs=5
+      tracmod sweep my-sweep.yaml --out runs/mine
+    """
+    from tracmod.sweep import load_sweep, run_sweep, sweep_plan
+
+    _check_engine(engine)
+    loaded = load_sweep(config, overrides)
+    if check:
+        for point, stages in sweep_plan(loaded, out).items():
+            told = [f"{stage}: {how}" for stage, how in stages.items()]
+            click.echo(f"{point}\n  {', '.join(told)}")
+        return
+    failed = run_sweep(loaded, out, click.echo)
+    if failed:
+        _fail(f"{len(failed)} of {len(loaded.points)} points failed: {', '.join(failed)}", 1)
+    click.echo(f"table: {out / 'sweep.csv'}, figures: {out / 'sweep.html'}")
+
+
 def _stage(stage: str, does: str, example: str = "") -> None:
     """Add the command of one stage on a run folder."""
 

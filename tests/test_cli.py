@@ -21,8 +21,8 @@ from tracmod.model import load_model
 from tracmod.tokenizer import train_tokenizer
 
 COMMANDS = {
-    "run", "finetune", "prune", "sparse-finetune", "collect", "influence", "analyze", "report",
-    "attribute", "index", "query", "verify", "check", "export", "doctor", "bench",
+    "run", "sweep", "finetune", "prune", "sparse-finetune", "collect", "influence", "analyze",
+    "report", "attribute", "index", "query", "verify", "check", "export", "doctor", "bench",
 }  # fmt: skip
 TEXTS = ["the cat sleeps", "a dog runs home", "der Hund schläft", "die Katze rennt heim"]
 

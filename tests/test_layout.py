@@ -17,7 +17,7 @@ LAYERS = [
     {"heads", "lean", "optimizer", "training_folder", "train", "capture", "store", "engine"},
     {"features", "influence", "index", "exact_scores", "pruning", "blocks", "pruned"},
     {"analysis", "report", "validation"},
-    {"run_folder", "views", "tables", "attribute", "query", "pipeline", "plan", "export"},
+    {"run_folder", "views", "tables", "attribute", "query", "pipeline", "plan", "export", "sweep"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -81,6 +81,15 @@ def test_xnli_names_a_bad_row_and_a_missing_file(tmp_path: Path) -> None:
         load_task(_config("xnli", path=tmp_path, languages=["nl"]))
 
 
+def test_xnli_has_languages_that_are_not_trained_on_and_need_no_training_file(
+    tmp_path: Path,
+) -> None:
+    _write_xnli(tmp_path)
+    task = load_task(_config("xnli", path=tmp_path, languages=["en", "ar"], train_languages=["en"]))
+    assert task.train["language"].to_pylist() == ["en"] * 6
+    assert task.test["language"].to_pylist() == ["en"] * 3 + ["ar"] * 3
+
+
 def test_pawsx_from_files(tmp_path: Path) -> None:
     header = "id\tsentence1\tsentence2\tlabel\n"
     for language in ("en", "de"):

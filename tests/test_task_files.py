@@ -253,6 +253,23 @@ def test_one_file_of_all_languages_and_a_separate_test_file(tmp_path: Path) -> N
     assert load_task(config).train.equals(task.train)
 
 
+def test_a_language_that_is_not_trained_on_needs_no_training_file(tmp_path: Path) -> None:
+    _nli_file(tmp_path / "{language}.tsv", ("en", "de"), premises=26)
+    for language in ("en", "de"):
+        (tmp_path / f"{language}.tsv").rename(tmp_path / f"test.{language}.tsv")
+    _nli_file(tmp_path / "{language}.tsv", ("en",), premises=27)
+    text = (tmp_path / "en.tsv").read_text("utf-8-sig").replace("en p", "en train p")
+    (tmp_path / "en.tsv").write_text(text)
+    test_file = str(tmp_path / "test.{language}.tsv")
+    files = {"train_file": str(tmp_path / "{language}.tsv"), "dev_file": test_file}
+    options = {**files, "test_file": test_file, "columns": {"id": "row", "group": "row"}}
+    with pytest.raises(ValueError, match=r"de\.tsv: no such file"):
+        load_task(_config(**options, parallel=True))
+    task = load_task(_config(**options, parallel=True, train_languages=["en"]))
+    assert task.train["language"].to_pylist() == ["en"] * 50
+    assert task.dev["language"].to_pylist() == ["en"] * 10 + ["de"] * 10
+
+
 def test_an_example_in_two_files_is_refused(tmp_path: Path) -> None:
     _nli_file(tmp_path / "train.csv", ("en", "de"), premises=40)
     (tmp_path / "test.csv").write_bytes((tmp_path / "train.csv").read_bytes())

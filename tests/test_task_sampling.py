@@ -14,13 +14,16 @@ from tracmod.tasks.examples import SPLITS, Corpus, Pool, TaskData, pool_from_row
 from tracmod.tasks.sampling import sample
 
 
-def _config(train: int, dev: int, test: int, *languages: str, seed: int = 0) -> TaskConfig:
+def _config(
+    train: int, dev: int, test: int, *languages: str, seed: int = 0, **options: Any
+) -> TaskConfig:
     return TaskConfig(
         languages=list(languages or ("en", "de")),
         train_per_language=train,
         dev_per_language=dev,
         test_per_language=test,
         seed=seed,
+        **options,
     )
 
 
@@ -195,3 +198,111 @@ def test_against_brute_force_counts_over_many_shapes() -> None:
         share = (train + dev + test) / num_labels
         for label in range(num_labels):
             assert total[label] >= min(labels.count(label), int(share)) - num_labels
+
+
+# --- which languages are trained on, and how much ---------------------------------------------
+
+
+def _ids(table: pa.Table, language: str) -> list[str]:
+    return [row["id"] for row in table.to_pylist() if row["language"] == language]
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("splits", [(SPLITS,), (("train",), ("dev",), ("test",))])
+def test_leaving_a_language_out_changes_nothing_else(parallel: bool, splits: Any) -> None:
+    labels = np.random.default_rng(1).integers(0, 3, size=90).tolist()
+    names = ("en", "de", "es")
+    corpus = _corpus(dict.fromkeys(names, labels), 3, parallel, splits=splits)
+    whole = sample(corpus, _config(30, 12, 9, *names))
+    without = sample(corpus, _config(30, 12, 9, *names, train_languages=["es", "en"]))
+    assert whole.dev.equals(without.dev)
+    assert whole.test.equals(without.test)
+    assert _ids(without.train, "de") == []
+    for language in ("en", "es"):
+        assert _ids(without.train, language) == _ids(whole.train, language) != []
+    assert without.languages == list(names)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_language_without_training_data_needs_none(parallel: bool) -> None:
+    pools = [
+        _corpus(languages, 2, parallel).pools[0].table
+        for languages in ({"en": [0, 1] * 20}, {"en": [0, 1] * 9, "sw": [0, 1] * 9})
+    ]
+    corpus = Corpus(["0", "1"], parallel, [Pool(pools[0], ("train",)), Pool(pools[1], SPLITS[1:])])
+    with pytest.raises(ValueError, match=r"language 'sw': .*available 0"):
+        sample(corpus, _config(20, 6, 6, "en", "sw"))
+    task = sample(corpus, _config(20, 6, 6, "en", "sw", train_languages=["en"]))
+    assert task.train["language"].to_pylist() == ["en"] * 20
+    assert len(_ids(task.test, "sw")) == 6
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_languages_may_have_different_amounts_of_training_data(parallel: bool) -> None:
+    labels = [0, 1, 2] * 40
+    corpus = _corpus({"en": labels, "de": labels, "es": labels}, 3, parallel)
+    options = {"train_counts": {"de": 9, "es": 60}}
+    task = sample(corpus, _config(30, 6, 9, "en", "de", "es", **options))
+    assert [_counts(task.train, name, 3) for name in ("en", "de", "es")] == [
+        [10] * 3, [3] * 3, [20] * 3,
+    ]  # fmt: skip
+    assert len(task.test) == 3 * 9
+    if parallel:  # fewer items are part of the same items
+        items = {name: set(_groups_of(task.train, name)) for name in ("en", "de", "es")}
+        assert items["de"] < items["en"] < items["es"]
+    with pytest.raises(ValueError, match=r"wanted train 106 \+ dev 6 \+ test 9 .*available 120"):
+        sample(corpus, _config(30, 6, 9, "en", "de", "es", train_counts={"de": 106}))
+
+
+def _groups_of(table: pa.Table, language: str) -> list[str]:
+    return [row["group"] for row in table.to_pylist() if row["language"] == language]
+
+
+@pytest.mark.parametrize("splits", [(SPLITS,), (("train",), ("dev",), ("test",))])
+def test_test_items_from_train_are_trained_in_all_other_languages_only(splits: Any) -> None:
+    labels = np.random.default_rng(2).permutation([0, 1, 2] * 40).tolist()
+    names = ("en", "de", "es")
+    corpus = _corpus(dict.fromkeys(names, labels), 3, True, splits=splits)
+    task = sample(corpus, _config(48, 6, 12, *names, test_from_train=True))
+    for language in names:
+        tested, trained = _groups_of(task.test, language), _groups_of(task.train, language)
+        assert len(set(tested)) == 12
+        assert len(set(trained)) == 48
+        assert not set(tested) & set(trained)
+        for other in set(names) - {language}:
+            assert set(tested) <= set(_groups_of(task.train, other))
+        assert max(_counts(task.test, language, 3)) - min(_counts(task.test, language, 3)) <= 1
+    assert not set(task.dev["group"].to_pylist()) & set(task.train["group"].to_pylist())
+    without = {"test_from_train": True, "train_languages": ["en", "es"]}
+    zero_shot = sample(corpus, _config(48, 6, 12, *names, **without))
+    assert zero_shot.test.equals(task.test)
+    assert set(zero_shot.train["language"].to_pylist()) == {"en", "es"}
+
+
+def test_test_items_from_train_need_a_parallel_task() -> None:
+    corpus = _corpus({"en": [0, 1] * 30, "de": [0, 1] * 30}, 2)
+    with pytest.raises(ValueError, match="test_from_train: expected a parallel task"):
+        sample(corpus, _config(20, 5, 5, test_from_train=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_languages": ["fr"]}, "train_languages: expected some of en, de, got fr"),
+        ({"train_languages": ["en", "en"]}, "got en more than once"),
+        ({"train_languages": []}, "at least 1"),
+        ({"train_counts": {"fr": 5}}, "train_counts: expected languages .* en, de, got fr"),
+        ({"train_counts": {"en": 0}}, "greater than or equal to 1"),
+        ({"train_languages": ["en"], "train_counts": {"de": 5}}, "got de"),
+        ({"test_from_train": True, "train_counts": {"en": 5}}, "leave out train_counts"),
+        ({"test_from_train": True, "train_languages": ["en"]}, "two languages .* got en"),
+    ],
+)
+def test_training_data_of_unknown_languages_is_refused(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _config(20, 5, 5, **options)
+
+
+def test_test_items_from_train_must_suffice_for_every_language() -> None:
+    with pytest.raises(ValueError, match="at least 3 languages x 20 test items, 60, got 50"):
+        _config(30, 5, 20, "en", "de", "es", test_from_train=True)

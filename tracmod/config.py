@@ -46,11 +46,44 @@ class TaskConfig(_Section):
     train_per_language: int = Field(ge=1)
     dev_per_language: int = Field(ge=1)
     test_per_language: int = Field(ge=1)
+    train_languages: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="which languages are trained on; absent: all. The others are pruned and tested "
+        "without training data of their own (zero-shot, leave-one-out)",
+    )
+    train_counts: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="training examples of single languages, in place of train_per_language",
+    )
+    test_from_train: bool = Field(
+        False,
+        description="parallel tasks only: every test item is among the training items of all other "
+        "languages, and not of its own; each language has test items of its own",
+    )
     seed: int = 0
 
-    @field_validator("languages")
+    def languages_of(self, split: str) -> list[str]:
+        """The languages that a split's examples are drawn from, in the order of `languages`."""
+        if split != "train" or self.test_from_train:
+            return self.languages
+        return self.trained_languages
+
+    @property
+    def trained_languages(self) -> list[str]:
+        """The languages that have training data, in the order of `languages`."""
+        chosen = self.languages if self.train_languages is None else self.train_languages
+        return [language for language in self.languages if language in chosen]
+
+    def train_count(self, language: str) -> int:
+        """How many training examples are drawn in a language."""
+        return self.train_counts.get(language, self.train_per_language)
+
+    @field_validator("languages", "train_languages")
     @classmethod
-    def _distinct(cls, languages: list[str]) -> list[str]:
+    def _distinct(cls, languages: list[str] | None) -> list[str] | None:
+        if languages is None:
+            return None
         repeated = sorted({language for language in languages if languages.count(language) > 1})
         if repeated:
             raise ValueError(f"each language once, got {', '.join(repeated)} more than once")
@@ -60,6 +93,43 @@ class TaskConfig(_Section):
     def _files_need_a_file(self) -> TaskConfig:
         if self.name == "files" and self.train_file is None:
             raise ValueError("task `files` needs train_file")
+        return self
+
+    @model_validator(mode="after")
+    def _training_data_is_of_known_languages(self) -> TaskConfig:
+        unknown = sorted(set(self.train_languages or []) - set(self.languages))
+        if unknown:
+            raise ValueError(
+                f"train_languages: expected some of {', '.join(self.languages)}, "
+                f"got {', '.join(unknown)}"
+            )
+        untrained = sorted(set(self.train_counts) - set(self.trained_languages))
+        if untrained:
+            raise ValueError(
+                f"train_counts: expected languages with training data, "
+                f"{', '.join(self.trained_languages)}, got {', '.join(untrained)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _items_suffice_to_test_from_train(self) -> TaskConfig:
+        if not self.test_from_train:
+            return self
+        if self.train_counts:
+            raise ValueError("test_from_train needs the same items in all: leave out train_counts")
+        if len(self.trained_languages) < 2:
+            raise ValueError(
+                "test_from_train: expected two languages with training data or more, so that each "
+                f"item is trained in another, got {', '.join(self.trained_languages)}"
+            )
+        items = self.train_per_language + self.test_per_language
+        wanted = len(self.languages) * self.test_per_language
+        if wanted > items:
+            raise ValueError(
+                "test_from_train: expected train_per_language + test_per_language of at least "
+                f"{len(self.languages)} languages x {self.test_per_language} test items, {wanted}, "
+                f"got {items}"
+            )
         return self
 
 
@@ -309,16 +379,9 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises:
         ValueError: one line per fault: where, what was expected, what was found.
     """
-    try:
-        tree = yaml.safe_load(_config_text(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(
-            f"{path}: expected sections (task:, model:, ...), got {type(tree).__name__}"
-        )
-    for override in overrides:
-        _apply_override(tree, override)
+    tree = read_tree(path)
+    for key, value in parse_overrides(overrides).items():
+        set_value(tree, key, value)
     return parse_config(tree, str(path))
 
 
@@ -335,9 +398,30 @@ def override_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
             for key, value in tree["sparse_finetune"].items()
             if value != tree["finetune"].get(key)
         }
-    for override in overrides:
-        _apply_override(tree, override)
+    for key, value in parse_overrides(overrides).items():
+        set_value(tree, key, value)
     return parse_config(tree, "--set")
+
+
+def read_tree(path: str | Path, embedded: str = "") -> dict[str, Any]:
+    """Read a YAML file, or the embedded one of that name, that has sections.
+
+    Args:
+        path: a file or a name.
+        embedded: the folder of embedded configurations to look into: `sweeps`, or the uppermost.
+
+    Raises:
+        ValueError: no such file, not YAML, or no sections in it.
+    """
+    try:
+        tree = yaml.safe_load(_config_text(path, embedded))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(
+            f"{path}: expected sections (task:, model:, ...), got {type(tree).__name__}"
+        )
+    return tree
 
 
 def parse_config(tree: dict[str, Any], source: str) -> RunConfig:
@@ -355,19 +439,31 @@ def _fault(fault: Any, source: str) -> str:
     return f"{source}: {where}: {message}{got}"
 
 
-def _config_text(path: str | Path) -> str:
+def _config_text(path: str | Path, embedded: str) -> str:
     if Path(path).is_file():
         return Path(path).read_text(encoding="utf-8")
-    embedded = resources.files("tracmod.configs").joinpath(f"{path}.yaml")
-    if embedded.is_file():
-        return embedded.read_text(encoding="utf-8")
+    resource = resources.files("tracmod.configs").joinpath(embedded, f"{path}.yaml")
+    if resource.is_file():
+        return resource.read_text(encoding="utf-8")
     raise ValueError(f"{path}: no such file, and no embedded configuration of that name")
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise ValueError(f"--set {override}: expected key=value, for example finetune.epochs=5")
+def parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """`section.key=value`, each value read as YAML; the last of a key counts."""
+    values = {}
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ValueError(f"--set {override}: expected key=value, for example finetune.epochs=5")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {override}: {value} is not valid YAML") from None
+    return values
+
+
+def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set `section.key` in a tree of sections, in place."""
     *sections, last = key.split(".")
     node = tree
     for section in sections:
@@ -375,8 +471,5 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             node[section] = {}
         node = node[section]
         if not isinstance(node, dict):
-            raise ValueError(f"--set {override}: {section} is a value, not a section")
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {override}: {value} is not valid YAML") from None
+            raise ValueError(f"{key}={value}: {section} is a value, not a section")
+    node[last] = value

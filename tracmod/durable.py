@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,31 @@ def publish_file(temporary: Path, file: Path) -> None:
         os.fsync(written.fileno())
     os.replace(temporary, file)
     sync_folder(file.parent)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Give a file a second name (a hard link), or copy it where the file system has no links.
+
+    What tracmod writes is put in place by a rename, never changed in place: so whoever writes
+    `target` anew leaves `source` as it is.
+    """
+    temporary = temporary_name(target)
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    publish_file(temporary, target)
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """`link_file` for every file below a folder; temporary files and locks are left out."""
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if file.is_file() and not hidden and file.suffix != ".lock":
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            link_file(file, target / name)
 
 
 def file_sha256(file: Path) -> str:
@@ -147,6 +173,20 @@ def write_checksums(folder: Path, owned: str = ".") -> None:
         name = file.relative_to(folder)
         if file.is_file() and _is_recorded(name):
             sums[str(name)] = file_sha256(file)
+    write_json(folder / CHECKSUMS, dict(sorted(sums.items())))
+
+
+def take_checksums(source: Path, folder: Path, owned: str) -> None:
+    """Record for the part `owned` of `folder` what `source` records for it.
+
+    So damage done in `source` before its files were linked is not taken for sound.
+    """
+    sums = {
+        name: digest
+        for place, is_source in ((folder, False), (source, True))
+        for name, digest in read_checksums(place).items()
+        if Path(name).is_relative_to(owned) == is_source
+    }
     write_json(folder / CHECKSUMS, dict(sorted(sums.items())))
 
 

@@ -53,18 +53,24 @@ SPLITS = ("train", "dev", "test")
 BLOCK_VIEWS = ("full", "subnetwork")
 
 
-def run_stages(run: RunFolder, stages: Sequence[str] = STAGES, again: str | None = None) -> None:
+def run_stages(
+    run: RunFolder,
+    stages: Sequence[str] = STAGES,
+    again: str | None = None,
+    donors: Sequence[RunFolder] = (),
+) -> None:
     """Do the stages that are not yet done, in order.
 
     Args:
         run: the folder, locked.
         stages: which; those before them must be done.
         again: a stage to do even if it is done (what is on disk and whole is not made twice).
+        donors: runs whose finished stages and features are taken over where they are the same.
 
     Raises:
         ValueError: a stage before these is not done.
     """
-    study = Study(run)
+    study = Study(run, donors)
     for stage in stages:
         if run.is_done(stage) and stage != again:
             continue
@@ -74,6 +80,8 @@ def run_stages(run: RunFolder, stages: Sequence[str] = STAGES, again: str | None
                     f"{run.path}: {stage} needs {earlier}, which is not done: "
                     f"`tracmod run` does every stage that is missing"
                 )
+        if stage not in (again, "report") and any(run.take_over(stage, one) for one in donors):
+            continue
         with run.stage(stage):
             getattr(study, stage.replace("-", "_"))()
 
@@ -81,8 +89,9 @@ def run_stages(run: RunFolder, stages: Sequence[str] = STAGES, again: str | None
 class Study:
     """The stages, one method each, and what they share."""
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: RunFolder, donors: Sequence[RunFolder] = ()) -> None:
         self.run = run
+        self._donors = donors
         self.config: RunConfig = run.config
         self._tables: dict[str, pa.Table] = {}
         self._data_digests: dict[str, str] = {}
@@ -384,13 +393,16 @@ class Study:
         digests: dict[str, str],
     ) -> FeatureStore:
         collect = self.config.collect
-        return FeatureStore.create(
+        store = FeatureStore.create(
             path,
             ids=self.table(split).column("id").take(rows).to_pylist(),
             dim=collect.projection_dim,
             identity=self._identity(split, mask, digests),
             shard_rows=collect.shard_rows,
         )
+        for donor in self._donors:
+            store.link_shards(donor.path / path.relative_to(self.run.path))
+        return store
 
     def _identity(
         self, split: str, mask: HeadMask | None, digests: dict[str, str]

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from tracmod.config import RunConfig, parse_config
-from tracmod.durable import read_json, write_checksums, write_json
+from tracmod.durable import (
+    link_folder,
+    read_checksums,
+    read_json,
+    take_checksums,
+    write_checksums,
+    write_json,
+)
 
 STAGES = (
     "data",
@@ -51,6 +59,8 @@ _OWNED = {
     "analyze": "analysis",
     "report": "report",
 }
+# What the data stage adds to run.json.
+_FOUND = ("label_names", "languages", "parallel", "device")
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "faiss-cpu")
 
 
@@ -156,6 +166,44 @@ class RunFolder:
             seconds = round(before + time.perf_counter() - started, 3)
             self.record["stages"][stage] = {"state": state, "seconds": seconds, "inputs": inputs}
             self.save()
+
+    def has_same_inputs(self, stage: str, other: RunFolder) -> bool:
+        """Whether the other run does the same up to the end of the stage, on the same device."""
+        same_device = self.config.device == other.config.device
+        return same_device and self._inputs(stage) == other._inputs(stage)
+
+    def take_over(self, stage: str, other: RunFolder) -> bool:
+        """Take a stage from another run that has done the same: its files are linked, not made.
+
+        Args:
+            stage: not the report, which says what it is the report of.
+            other: another run; where it has not finished the stage, or something before it is not
+                the same there, byte for byte, nothing is done.
+
+        Returns:
+            Whether the stage was taken over.
+        """
+        assert stage != "report"
+        earlier = STAGES[: STAGES.index(stage)]
+        same_inputs = self.has_same_inputs(stage, other)
+        if not same_inputs or not all(other.is_done(one) for one in (*earlier, stage)):
+            return False
+        if any(self._sums(one) != other._sums(one) for one in earlier):
+            return False
+        owned, done = _OWNED[stage], other.record["stages"][stage]
+        self._begin(stage, done["inputs"], 0.0)
+        shutil.rmtree(self.path / owned, ignore_errors=True)
+        link_folder(other.path / owned, self.path / owned)
+        take_checksums(other.path, self.path, owned)
+        self.record |= {key: other.record[key] for key in _FOUND if key in other.record}
+        self.record["stages"][stage] = {**done, "taken_from": other.path.name}
+        self.save()
+        return True
+
+    def _sums(self, stage: str) -> dict[str, str]:
+        """The recorded checksums of what a stage wrote."""
+        sums = read_checksums(self.path)
+        return {name: sums[name] for name in sums if Path(name).is_relative_to(_OWNED[stage])}
 
     def _begin(self, stage: str, inputs: str, seconds: float) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,15 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tracmod.durable import canonical_json, seal, sha256, sync_folder, unseal, write_file
+from tracmod.durable import (
+    canonical_json,
+    link_file,
+    seal,
+    sha256,
+    sync_folder,
+    unseal,
+    write_file,
+)
 
 FORMAT = "tracmod-features"
 VERSION = 1
@@ -249,6 +257,34 @@ class FeatureStore:
         self._sound.discard(shard)
         write_file(self._file(shard), data[:position] + digest + data[position + 64 :])
         self._sound.add(shard)
+
+    def link_shards(self, other: str | os.PathLike[str]) -> int:
+        """Links the shards that this store lacks from another store of the very same content.
+
+        The same: ids, dim, dtype, shard_rows and identity. A linked shard is verified at its first
+        use as any other, and written anew if it is damaged.
+
+        Args:
+            other: The folder of a store, finished or not, or of none.
+
+        Returns:
+            How many shards were linked; 0 where `other` is no store or holds something else.
+        """
+        assert self._lock is not None
+        try:
+            source = FeatureStore.open(other)
+        except ValueError:
+            return 0
+        if source._fingerprint != self._fingerprint:
+            return 0
+        lacking = [
+            shard
+            for shard in range(self.num_shards)
+            if source._file(shard).is_file() and not self._file(shard).exists()
+        ]
+        for shard in lacking:
+            link_file(source._file(shard), self._file(shard))
+        return len(lacking)
 
     def norms(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The L2 norms of rows [start, stop), (rows,) float32; raises as `read` does."""

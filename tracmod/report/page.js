@@ -56,7 +56,7 @@
       if (meta.color) {
         trace.marker = Object.assign({}, trace.marker, { color: color(meta.color) });
         if (trace.line) trace.line.color = color(meta.color);
-        if (trace.error_y) trace.error_y.color = ink;
+        if (trace.error_y) trace.error_y.color = trace.line ? color(meta.color) : ink;
         if (trace.textfont) trace.textfont.color = muted;
       }
     }
@@ -123,6 +123,7 @@
 
   /* --- examples: every text is set as text, never as markup ------------------------------------ */
   const data = JSON.parse(document.getElementById("explorer-data").textContent);
+  if (data === null) return; // a page without examples
   const chooser = {};
   for (const name of ["language", "outcome", "example", "view"]) {
     chooser[name] = document.getElementById("choose-" + name);

@@ -16,6 +16,7 @@ import yaml
 from markupsafe import Markup
 
 from tracmod.analysis import RunResults, head_usage
+from tracmod.durable import write_file
 from tracmod.report import words
 from tracmod.report.blocks import block_panels
 from tracmod.report.explorer import explorer_data
@@ -56,7 +57,7 @@ def write_report(run_dir: str | Path) -> Path:
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
     page = run.path / "report" / "index.html"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(_render(run, summary), encoding="utf-8")
+    write_file(page, _render(run, summary).encode())
     return page
 
 
@@ -74,14 +75,28 @@ def _render(run: RunResults, summary: dict[str, Any]) -> str:
     template = environment.from_string(_file("page.html.j2"))
     body = template.render(_context(run, summary))
     # The figures are numbered while the template is drawn, so their data is added after it.
+    title = run.settings.get("config", {}).get("name", "run")
+    return framed(title, body, figures, explorer_data(run))
+
+
+def framed(title: str, body: str, figures: list[Any], explorer: Any = None) -> str:
+    """A whole page, with all it needs in it, from its body.
+
+    Args:
+        title: of the window.
+        body: HTML; `data-figure="0"` marks the place of the first of the figures.
+        figures: Plotly's JSON of each.
+        explorer: data of the examples to be looked through; None: a page without.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(_file("frame.html.j2")).render(
-        title=run.settings.get("config", {}).get("name", "run"),
+        title=title,
         body=Markup(body),
         style=Markup(_file("page.css")),
         script=Markup(_file("page.js")),
         plotly=Markup(plotly.offline.get_plotlyjs()),
         figures=_embedded_json(figures),
-        explorer=_embedded_json(explorer_data(run)),
+        explorer=_embedded_json(explorer),
     )
 
 

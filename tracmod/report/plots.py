@@ -272,6 +272,61 @@ def lines(
     return _figure(title, traces, layout, 340, caption)
 
 
+def interval_lines(
+    title: str,
+    series: Sequence[dict[str, Any]],
+    *,
+    axes: tuple[str, str],
+    limits: tuple[float, float],
+    numeric: bool,
+) -> Figure:
+    """Percentages with intervals over the points of a sweep, side by side at each point.
+
+    Args:
+        title: what is shown.
+        series: name, color, x, y, and low and high, None where there is no interval; `dash` draws
+            a thin broken line.
+        axes: titles of x and y.
+        limits: ends of the y axis.
+        numeric: whether x are numbers; otherwise they are names, in the order given.
+    """
+    traces = []
+    for one in series:
+        name, y = html.escape(one["name"]), np.array(_finite(one["y"]), dtype=float)
+        low, high = (np.array(_finite(one[end]), dtype=float) for end in ("low", "high"))
+        traces.append(
+            go.Scatter(
+                name=name,
+                x=one["x"] if numeric else [html.escape(x) for x in one["x"]],
+                y=_finite(y),
+                mode="lines" if one.get("dash") else "lines+markers",
+                line={"width": 1.5, "dash": "dot"} if one.get("dash") else {"width": 1.8},
+                marker={"size": 7},
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": _finite(high - y),
+                    "arrayminus": _finite(y - low),
+                    "thickness": 1.4,
+                    "width": 3,
+                },
+                hovertemplate=f"{name}<br>%{{x}}: %{{y:.1f}}%<extra></extra>",
+                offsetgroup=None if one.get("dash") else name,
+                meta={"color": one["color"]},
+            )
+        )
+    layout: dict[str, Any] = {
+        "scattermode": "group",
+        "scattergap": 0.7,
+        "xaxis": {"title": {"text": axes[0]}, "showgrid": False},
+        "yaxis": {"title": {"text": axes[1]}, "range": list(limits), "ticksuffix": "%"},
+        "showlegend": True,
+    }
+    if not numeric:
+        layout["xaxis"] |= {"type": "category", "dtick": 1}
+    return _figure(title, traces, layout, 380, "")
+
+
 def scatter(
     title: str,
     x: Sequence[float],

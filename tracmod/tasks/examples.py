@@ -34,7 +34,7 @@ class TaskData:
         languages: in the order asked for.
         parallel: `group` names the same item in every language.
         train, dev, test: tables with `SCHEMA`; ids are unique within a table, and no group is in
-            two tables.
+            two tables (but with `test_from_train`, where every test group is in train).
     """
 
     name: str

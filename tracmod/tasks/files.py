@@ -78,7 +78,10 @@ def load_files(config: TaskConfig) -> Corpus:
     for split in SPLITS:
         template = getattr(config, f"{split}_file") or config.train_file
         splits_of.setdefault(template, []).append(split)
-    raw = {template: _read_languages(template, config) for template in splits_of}
+    raw = {
+        template: _read_languages(template, config, splits)
+        for template, splits in splits_of.items()
+    }
     names = _distinct_labels(file for files in raw.values() for file in files)
     if len(names) < 2:
         raise ValueError(f"{config.train_file}: expected two labels or more, got only {names[0]}")
@@ -90,11 +93,12 @@ def load_files(config: TaskConfig) -> Corpus:
     return Corpus(names, config.parallel, pools)
 
 
-def _read_languages(template: str, config: TaskConfig) -> list[_RawFile]:
+def _read_languages(template: str, config: TaskConfig, splits: list[str]) -> list[_RawFile]:
     if "{language}" not in template:
         return [_RawFile.read(template, config.columns, None)]
     files = []
-    for language in config.languages:
+    needed = {language for split in splits for language in config.languages_of(split)}
+    for language in [language for language in config.languages if language in needed]:
         path = template.replace("{language}", language)
         file = _RawFile.read(path, config.columns, language)
         file.values["id"] = [f"{language}-{number}" for number in file.values["id"]]

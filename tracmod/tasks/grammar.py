@@ -83,7 +83,8 @@ def load_grammar(config: TaskConfig) -> Corpus:
 def _items(config: TaskConfig, shape: _Shape, language: str) -> list[tuple[Item, int]]:
     """Items with labels 0, 1, ... in turn; no two with the same first text."""
     num_labels = len(shape.label_names)
-    counts = (config.train_per_language, config.dev_per_language, config.test_per_language)
+    most_train = max(map(config.train_count, config.languages))
+    counts = (most_train, config.dev_per_language, config.test_per_language)
     wanted = num_labels * sum(math.ceil(count / num_labels) for count in counts)
     source = "items" if shape.parallel else language
     rng = random.Random(f"{config.shape} {source} {config.seed}")

@@ -33,7 +33,7 @@ def load_marc(config: TaskConfig) -> Corpus:
 
 def _examples(config: TaskConfig, split: str) -> Iterator[dict[str, Any]]:
     read = _from_hub if config.path is None else _from_file
-    for language in config.languages:
+    for language in config.languages_of(split):
         for row in read(config, split, language):
             if not is_left_out(row["text_a"]):
                 yield row | {"id": _with_language(row["id"], language), "language": language}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from tracmod.tasks.examples import SCHEMA, SPLITS, Corpus, Pool, TaskData
 # Counts per stratum; a stratum is a class, or a class in one language where items differ by
 # language: stratum = language index * number of classes + label.
 Quotas = Mapping[str, np.ndarray]
+Tables = dict[str, pa.Table]  # a table per language
 
 
 def sample(corpus: Corpus, config: TaskConfig) -> TaskData:
@@ -26,30 +27,82 @@ def sample(corpus: Corpus, config: TaskConfig) -> TaskData:
     language; items that a language lacks, or labels otherwise, are left out. Depends on
     `config.seed` and the data alone.
 
+    To leave a language out of `train_languages` changes neither the other splits nor the other
+    languages' training examples (but where a parallel task has a training file of its own, with
+    items that only this language lacks: those may then be drawn). In a parallel task a language
+    with fewer `train_counts` gets part of the items, the classes in the same proportion.
+
     Raises:
-        ValueError: too few examples (language, split, wanted, available), or a parallel task whose
-            `group` does not name one item per language.
+        ValueError: too few examples (language, split, wanted, available), a parallel task whose
+            `group` does not name one item per language, or `test_from_train` in another task.
     """
-    wanted = {
-        "train": config.train_per_language,
-        "dev": config.dev_per_language,
-        "test": config.test_per_language,
-    }
-    drawn: dict[str, pa.Table] = {}
+    if config.test_from_train and not corpus.parallel:
+        raise ValueError(
+            f"test_from_train: expected a parallel task, got {config.name}, which is not"
+        )
+    drawn: dict[str, Tables] = {}
     for pool in corpus.pools:
-        tables = [_of_language(pool.table, language) for language in config.languages]
+        splits = [s for s in pool.splits if s != "test" or not config.test_from_train]
+        if not splits:
+            continue
+        needed = {language for split in splits for language in config.languages_of(split)}
+        languages = [language for language in config.languages if language in needed]
+        tables = {language: _of_language(pool.table, language) for language in languages}
         if _share_groups(corpus.pools):
-            tables = [_mark_group(table, pool) for table in tables]
-        counts = {split: wanted[split] for split in pool.splits}
+            tables = {language: _mark_group(table, pool) for language, table in tables.items()}
         draw = _draw_parallel if corpus.parallel else _draw_apart
-        drawn |= draw(tables, counts, len(corpus.label_names), config)
+        drawn |= draw(tables, splits, len(corpus.label_names), config)
+    if config.test_from_train:
+        drawn["train"], drawn["test"] = _hold_out(drawn["train"], config.test_per_language)
+    drawn["train"] = {
+        language: _thin(drawn["train"][language], config.train_count(language))
+        for language in config.trained_languages
+    }
     return TaskData(
         name=config.name,
         label_names=corpus.label_names,
         languages=list(config.languages),
         parallel=corpus.parallel,
-        **{split: drawn[split] for split in SPLITS},
+        **{split: _concat(list(drawn[split].values())) for split in SPLITS},
     )
+
+
+def _counts(config: TaskConfig, splits: Sequence[str], language: str) -> dict[str, int]:
+    """How many examples to draw in a language; the train split holds what is tested from it."""
+    wanted = {
+        "train": config.train_count(language),
+        "dev": config.dev_per_language,
+        "test": config.test_per_language,
+    }
+    if config.test_from_train:
+        wanted["train"] += wanted["test"]
+    return {split: wanted[split] for split in splits}
+
+
+def _hold_out(train: Tables, size: int) -> tuple[Tables, Tables]:
+    """Move `size` items of each language from train to test, of no two languages the same items."""
+    kept, held = {}, {}
+    for place, (language, table) in enumerate(train.items()):
+        tested = np.zeros(len(table), dtype=bool)
+        tested[_spread_classes(table)[place * size : (place + 1) * size]] = True
+        kept[language] = table.filter(pa.array(~tested))
+        held[language] = table.filter(pa.array(tested))
+    return kept, held
+
+
+def _thin(table: pa.Table, count: int) -> pa.Table:
+    """`count` of the rows, in their order; fewer are part of more."""
+    return table.take(np.sort(_spread_classes(table)[:count]))
+
+
+def _spread_classes(table: pa.Table) -> np.ndarray:
+    """The rows in an order whose every stretch has the classes in the proportion of the whole."""
+    labels = table["label"].to_numpy()
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        place[own] = (np.arange(len(own)) + 0.5) / len(own)
+    return np.argsort(place, kind="stable")
 
 
 def _of_language(table: pa.Table, language: str) -> pa.Table:
@@ -73,19 +126,22 @@ def _mark_group(table: pa.Table, pool: Pool) -> pa.Table:
 
 
 def _draw_parallel(
-    tables: list[pa.Table], counts: dict[str, int], num_labels: int, config: TaskConfig
-) -> dict[str, pa.Table]:
-    for table, language in zip(tables, config.languages, strict=True):
+    tables: Tables, splits: Sequence[str], num_labels: int, config: TaskConfig
+) -> dict[str, Tables]:
+    languages = list(tables)
+    counted = [_counts(config, splits, language) for language in languages]
+    counts = {split: max(of_language[split] for of_language in counted) for split in splits}
+    for language, table in tables.items():
         _require(len(table), counts, f"examples of language {language!r}")
-    rows_LN = _common_items(tables, config.languages)
-    _require(rows_LN.shape[1], counts, "items that are in all of " + ", ".join(config.languages))
-    items = tables[0].take(rows_LN[0])
+    rows_LN = _common_items(list(tables.values()), languages)
+    _require(rows_LN.shape[1], counts, "items that are in all of " + ", ".join(languages))
+    items = tables[languages[0]].take(rows_LN[0])
     labels = items["label"].to_numpy()
     quotas = _quotas(np.bincount(labels, minlength=num_labels), counts)
     units = _units(items, len(counts))
-    chosen = _draw(labels, np.zeros_like(labels), units, quotas, _generator(config, counts))
+    chosen = _draw(labels, np.zeros_like(labels), units, quotas, _generator(config, splits))
     return {
-        split: _concat([table.take(rows_LN[i, take]) for i, table in enumerate(tables)])
+        split: {name: tables[name].take(rows_LN[i, take]) for i, name in enumerate(languages)}
         for split, take in chosen.items()
     }
 
@@ -116,21 +172,40 @@ def _common_items(tables: list[pa.Table], languages: list[str]) -> np.ndarray:
 
 
 def _draw_apart(
-    tables: list[pa.Table], counts: dict[str, int], num_labels: int, config: TaskConfig
-) -> dict[str, pa.Table]:
-    quotas = {split: np.zeros(0, dtype=np.int64) for split in counts}
-    for table, language in zip(tables, config.languages, strict=True):
+    tables: Tables, splits: Sequence[str], num_labels: int, config: TaskConfig
+) -> dict[str, Tables]:
+    if len(splits) > 1:
+        return _draw_languages(tables, splits, num_labels, config, _generator(config, splits))
+    # No group to keep in one split: each language by itself, whichever others there are.
+    drawn: Tables = {}
+    for language, table in tables.items():
+        generator = _generator(config, [*splits, language])
+        alone = _draw_languages({language: table}, splits, num_labels, config, generator)
+        drawn |= alone[splits[0]]
+    return {splits[0]: drawn}
+
+
+def _draw_languages(
+    tables: Tables,
+    splits: Sequence[str],
+    num_labels: int,
+    config: TaskConfig,
+    generator: np.random.Generator,
+) -> dict[str, Tables]:
+    quotas = {split: np.zeros(0, dtype=np.int64) for split in splits}
+    for language, table in tables.items():
+        counts = _counts(config, splits, language)
         _require(len(table), counts, f"examples of language {language!r}")
         here = _quotas(np.bincount(table["label"].to_numpy(), minlength=num_labels), counts)
-        quotas = {split: np.concatenate([quotas[split], here[split]]) for split in counts}
-    rows = pa.concat_tables(tables)
-    blocks = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        quotas = {split: np.concatenate([quotas[split], here[split]]) for split in splits}
+    rows = pa.concat_tables(tables.values())
+    blocks = np.repeat(np.arange(len(tables)), [len(table) for table in tables.values()])
     strata = blocks * num_labels + rows["label"].to_numpy()
-    units = _units(rows, len(counts))
-    chosen = _draw(strata, blocks, units, quotas, _generator(config, counts))
-    # A stable sort by language: the drawn order stays within each language.
-    ordered = {s: take[np.argsort(blocks[take], kind="stable")] for s, take in chosen.items()}
-    return {split: _concat([rows.take(take)]) for split, take in ordered.items()}
+    chosen = _draw(strata, blocks, _units(rows, len(splits)), quotas, generator)
+    return {
+        split: {name: rows.take(take[blocks[take] == i]) for i, name in enumerate(tables)}
+        for split, take in chosen.items()
+    }
 
 
 def _require(available: int, counts: dict[str, int], what: str) -> None:
@@ -143,8 +218,8 @@ def _concat(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables(tables).select(SCHEMA.names).combine_chunks()
 
 
-def _generator(config: TaskConfig, counts: dict[str, int]) -> np.random.Generator:
-    return np.random.default_rng([config.seed, zlib.crc32("-".join(counts).encode())])
+def _generator(config: TaskConfig, what: Sequence[str]) -> np.random.Generator:
+    return np.random.default_rng([config.seed, zlib.crc32("-".join(what).encode())])
 
 
 def _quotas(available: np.ndarray, counts: dict[str, int]) -> Quotas:

@@ -49,7 +49,7 @@ def load_xnli(config: TaskConfig) -> Corpus:
 
 
 def _examples(config: TaskConfig, split: str) -> Iterator[dict[str, Any]]:
-    for language in config.languages:
+    for language in config.languages_of(split):
         for place, row in _rows(config, split, language):
             if not is_left_out(row["text_a"], row["text_b"]):
                 yield row | {

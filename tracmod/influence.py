@@ -168,15 +168,12 @@ def without_examples(
     if groups_N is not None and top.group_sums is not None:
         sums_QG = top.group_sums.clone()
         for query_rows, train_rows in _blocks_left_out(left_out):
-            scores = influence_scores(
-                [one[query_rows] for one in queries],
-                [one[train_rows] for one in trains],
-                weights,
-                normalize,
-            )
-            of_group = torch.zeros_like(sums_QG[query_rows])
-            of_group.index_add_(1, groups_N[train_rows], scores.to(of_group))
-            sums_QG[query_rows] -= of_group
+            query_block = [one[query_rows] for one in queries]
+            train_block = [one[train_rows] for one in trains]
+            scores = influence_scores(query_block, train_block, weights, normalize)
+            of_groups = torch.zeros_like(sums_QG[query_rows])
+            of_groups.index_add_(1, groups_N[train_rows], scores.to(of_groups))
+            sums_QG[query_rows] -= of_groups
     return _with_shares(
         top.scores.gather(1, places), top.indices.gather(1, places),
         top.opponent_scores.gather(1, opponent_places),

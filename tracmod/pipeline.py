@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tracmod.analysis.language_pairs import read_distances
 from tracmod.analysis.results import WITHOUT_GROUP
 from tracmod.analysis.same_group import same_group_rows
 from tracmod.analysis.study import analyze
@@ -72,9 +73,10 @@ def run_stages(run: RunFolder, stages: Sequence[str] = STAGES, again: str | None
         again: a stage to do even if it is done (what is on disk and whole is not made twice).
 
     Raises:
-        ValueError: a stage before these is not done.
+        ValueError: a stage before these is not done, or `analyze.distances` cannot be used.
     """
     study = Study(run)
+    study.check_distances()
     for stage in stages:
         if run.is_done(stage) and stage != again:
             continue
@@ -96,6 +98,12 @@ class Study:
         self.config: RunConfig = run.config
         self._tables: dict[str, pa.Table] = {}
         self._data_digests: dict[str, str] = {}
+
+    def check_distances(self) -> None:
+        """ValueError where `analyze.distances` cannot be used: now, not after days of work."""
+        asked = self.config.analyze
+        if asked.distances is not None:
+            read_distances(asked.distances, self.languages, asked.distance_names)
 
     # --- stages -----------------------------------------------------------------------------
 

@@ -209,7 +209,16 @@ def _interval(value: float, half: float) -> dict:
     return {"value": value, "low": value - half, "high": value + half}
 
 
-def _summary(change: float, control: float) -> dict:
+def _change(value: float, half: float, p_adjusted: float = 0.004) -> dict:
+    return {
+        **_interval(value, half),
+        "p_value": 0.002,
+        "p_adjusted": p_adjusted,
+        "effect_size": 0.3,
+    }
+
+
+def _summary(change: float, control: float, p_adjusted: float = 0.004) -> dict:
     base = {"share_negative": _interval(0.2, 0.01), "null_share": 0.2, "draws": 1}
     full = {"model": "full", "view": "full", "share_positive": _interval(0.3, 0.02), **base}
     names = {"model": "full", "view": "subnetwork", "base_model": "full"}
@@ -219,8 +228,8 @@ def _summary(change: float, control: float) -> dict:
         "num_test": {"en": 50, "sw": 50},
         "in_language": [full],
         "changes": [
-            {**names, "base_view": "full", "share_positive": _interval(change, 0.02)},
-            {**names, "base_view": "random", "share_positive": _interval(control, 0.02)},
+            {**names, "base_view": base, "share_positive": _change(value, 0.02, p_adjusted)}
+            for base, value in (("full", change), ("random", control))
         ],
         "similarity_influence": [],
         "subnetworks": {},
@@ -256,6 +265,43 @@ def test_the_summary_says_what_the_intervals_allow(
     assert all(words in texts[2] for words in said)
     assert len(texts) == 3
     assert "1,000 bootstrap resamples of 100 test examples" in how_sure(_summary(0, 0))[0]
+
+
+def test_a_change_is_none_where_its_adjusted_p_is_above_the_level() -> None:
+    text = findings(_summary(0.05, 0.04, p_adjusted=0.06))[2]
+    assert "does not clearly change" in text
+    assert "cannot be told" in text
+    assert "p = 0.060, d = 0.30" in text
+    assert "adjusted for 2 comparisons" in how_sure(_summary(0, 0))[1]
+
+
+def test_translations_seeds_partial_tests_and_distances_are_said() -> None:
+    summary = _summary(0.05, 0.04)
+    share = {"share_positive": _interval(0.3, 0.02), "null_share": 0.2}
+    view = {"model": "full", "view": "full", "strongest": 0.9, "within_k": 1.0, "with": share}
+    view |= {"without": share, "change": {"share_positive": _change(-0.05, 0.02)}}
+    summary["same_group"] = {"num_test": 100, "num_with_same_group": 40, "views": [view]}
+    summary["same_group"] |= {"strongest_null": 0.004, "within_k_null": 0.3}
+    summary["seed_baseline"] = {
+        "within": {"jaccard": 0.6, "corrected_jaccard": 0.2},
+        "between": {"jaccard": 0.5, "corrected_jaccard": 0.1},
+    }
+    test = {"model": "full", "view": "full", "measure": "share_positive", "correlation": -0.7}
+    test |= {"p_value": 0.01, "p_adjusted": 0.02, "pairs": 10, "exact": True, "permutations": 120}
+    summary["similarity_influence"] = [test]
+    controls = ["label_distance", "seed_similarity"]
+    summary["partial_similarity_influence"] = [{**test, "p_adjusted": 0.4, "controls": controls}]
+    summary["distance_influence"] = [
+        {**test, "metric": "syntactic"},
+        {**test, "metric": "genetic", "p_adjusted": 0.3},
+    ]
+    text = "\n".join(findings(summary))
+    assert "40 of 100 test examples have training examples of their own parallel item" in text
+    assert "strongest proponent of 90.0% of them (by chance 0.4%)" in text
+    assert "Leaving them out lowers the share of the own language" in text
+    assert "Jaccard similarity of 0.60 on average (beyond chance 0.20), those of two" in text
+    assert "With different label balance and agreement from seed to seed taken out" in text
+    assert "goes with their syntactic (Spearman \N{MINUS SIGN}0.70, adjusted p = 0.020)" in text
 
 
 def test_numbers_are_written_plainly() -> None:

@@ -196,6 +196,8 @@ def _course(run: RunResults) -> pa.Table | None:
                 table = in_language_course(pq.read_table(path))
                 counted = [counts_under(view, name) for name in table["test_language"].to_pylist()]
                 table = table.filter(pa.array(counted, pa.bool_()))
+                nulls = [run.null_shares.get(name) for name in table["test_language"].to_pylist()]
+                table = table.append_column("null_share", pa.array(nulls, pa.float64()))
                 tables.append(named(table, {"model": model, "view": view}))
     return pa.concat_tables(tables) if tables else None
 

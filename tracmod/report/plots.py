@@ -182,8 +182,12 @@ def lines(
     limits: tuple[float, float],
     mark: tuple[float, str] | None = None,
     caption: str = "",
+    even: bool = False,
 ) -> Figure:
-    """Percentages over epochs. `series`: name, color, x, y, and optionally `bold`."""
+    """Percentages over epochs, say. `series`: name, color, x, y, and optionally `bold`.
+
+    `even`: the values of x stand at equal distances, whatever they are.
+    """
     traces = []
     for place, one in enumerate(series):
         name = html.escape(one["name"])
@@ -195,18 +199,18 @@ def lines(
                 mode="lines+markers",
                 line={"width": 3 if one.get("bold") else 1.8},
                 marker={"size": 7, "symbol": place % 7},
-                hovertemplate=f"{name}<br>epoch %{{x}}: %{{y:.1f}}%<extra></extra>",
+                hovertemplate=f"{name}<br>{axes[0]} %{{x}}: %{{y:.1f}}%<extra></extra>",
                 meta={"color": one["color"]},
             )
         )
-    epochs = sorted({epoch for one in series for epoch in one["x"]})
+    xaxis: dict[str, Any] = {"title": {"text": axes[0]}, "showgrid": False}
+    if even:
+        xaxis["type"] = "category"
+    elif numbers := sorted({number for one in series for number in one["x"]}):
+        xaxis["dtick"] = max(1, len(numbers) // 12)
+        xaxis["range"] = [numbers[0] - 0.3, numbers[-1] + 0.3]
     layout: dict[str, Any] = {
-        "xaxis": {
-            "title": {"text": axes[0]},
-            "showgrid": False,
-            "dtick": max(1, len(epochs) // 12),
-            "range": [epochs[0] - 0.3, epochs[-1] + 0.3] if epochs else None,
-        },
+        "xaxis": xaxis,
         "yaxis": {"title": {"text": axes[1]}, "range": list(limits), "ticksuffix": "%"},
         "showlegend": True,
     }

@@ -12,7 +12,8 @@ import pytest
 from make_run import HOSTILE, LANGUAGES, make_run
 
 from tracmod.analysis import analyze
-from tracmod.report import write_report
+from tracmod.analysis.results import VIEWS
+from tracmod.report import words, write_report
 from tracmod.report.findings import findings, how_sure
 from tracmod.report.words import number, percent, points, seconds, superscript
 
@@ -87,6 +88,47 @@ def test_every_section_and_figure_is_there(page: Page) -> None:
     assert len(figures) == 2 + 3 * 6 + 3 * 8 + 2 * 2 + 2 * 4 + 4 + 2 * 6
     grids = [attrs for tag, attrs in page.tags if tag == "svg"]
     assert len(grids) == len(LANGUAGES) + 1
+
+
+def test_the_sections_of_a_study_with_everything(tmp_path: Path) -> None:
+    """Seeds, several k, distances, shared parallel items and pairs of subnetworks."""
+    views = ("full", "subnetwork", "subnetwork-own", "subnetwork-test", "union-en+de")
+    run = make_run(tmp_path / "run", num_train=8, num_test=3, views=views, mask_seeds=2)
+    settings = json.loads((run / "run.json").read_text())
+    settings["config"]["influence"]["k"] = [20, 5]
+    (run / "run.json").write_text(json.dumps(settings))
+    train = pq.read_table(run / "data" / "train.parquet")
+    groups = [group.replace("train", "test") for group in train["group"].to_pylist()]
+    place = train.schema.get_field_index("group")
+    pq.write_table(
+        train.set_column(place, "group", pa.array(groups)), run / "data" / "train.parquet"
+    )
+    lines = ["language_a,language_b,<b>km</b>"]
+    lines += [f"{a},{b},{len(a + b) + i}" for i, a in enumerate(LANGUAGES) for b in LANGUAGES[:i]]
+    (tmp_path / "distances.csv").write_text("\n".join(lines))
+    analyze(run, bootstrap=20, permutations=20, distances=tmp_path / "distances.csv")
+    found = Page(write_report(run).read_text(encoding="utf-8"))
+    sections = {attrs["id"] for tag, attrs in found.tags if tag == "section"}
+    assert {"translations", "distances", "similarity"} <= sections
+    assert {attrs["href"] for tag, attrs in found.tags if tag == "a"} == {f"#{s}" for s in sections}
+    figures = found.json("figure-data")
+    placed = [int(attrs["data-figure"]) for _, attrs in found.tags if "data-figure" in attrs]
+    assert placed == list(range(len(figures)))
+    by_k = [f for f in figures if f["layout"]["xaxis"]["title"]["text"].startswith("k, the")]
+    assert len(by_k) == 2 * 2
+    assert by_k[0]["data"][0]["x"] == ["5", "20"]
+    assert by_k[0]["layout"]["shapes"][0]["y0"] == pytest.approx(20)
+    seeds = pq.read_table(run / "analysis" / "similarity_seeds.parquet").to_pylist()
+    jaccard = next(f for f in figures if f["layout"]["xaxis"]["title"]["text"] == "language")
+    assert jaccard["data"][0]["z"][0][0] == pytest.approx(seeds[0]["jaccard"])
+    css = Path(words.__file__).with_name("page.css").read_text(encoding="utf-8")
+    assert all(css.count(f"--{view}:") == 2 for view in VIEWS)
+    assert set(VIEWS) == set(words.VIEW_NAMES)
+
+
+def test_fewer_training_examples_than_k_is_said() -> None:
+    texts = how_sure({**_summary(0.05, 0.04), "k": 36, "asked_k": 100})
+    assert "there are 36, so all of them are counted and every share is the null" in texts[1]
 
 
 def test_every_figure_names_its_axes(page: Page) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from study import tiny_config
+from test_report import Page
 
 import tracmod as tm
 from tracmod.analysis import analyze
@@ -166,6 +167,7 @@ def test_the_summary_counts_and_the_report_says_it(run):
     )
     assert change["p_adjusted"] >= change["p_value"] > 0
     text = (run / "report/index.html").read_text(encoding="utf-8")
+    Page(text)
     assert "test examples have training examples of their own parallel item" in text
     assert 'id="translations"' in text
 

@@ -88,7 +88,9 @@ def partial_mantel(
     r = correlation of the residuals of `a` and of `b` on the controls (and a constant); for
     Spearman all are ranks. The test permutes rows and columns of the residuals of `a` together and
     takes the controls out of them again, so that every r is made as the observed one was; p as in
-    `mantel`.
+    `mantel`. Ranks of the controls are taken out linearly: where a control alone decides both
+    matrices and rows have strong effects of their own, 7 to 10% of Spearman tests reject at the 5%
+    level in simulation (Pearson: 6 to 8% with 5 or 6 items, 6% with more).
 
     Args:
         a, b: (n, n) symmetric float; diagonals are not read.

@@ -84,14 +84,19 @@ class RunResults:
         return self.settings.get("config", {}).get(name) or {}
 
     @property
+    def asked_ks(self) -> list[int]:
+        """`influence.k` as a list, the main number first; [] where it is not recorded."""
+        k = self.section("influence").get("k") or []
+        return k if isinstance(k, list) else [k]
+
+    @property
     def ks(self) -> list[int]:
         """Over how many strongest training examples shares are counted, the main number first.
 
-        One above the number of training examples counts as that; [] where it is not recorded.
+        One above the number of training examples counts as that.
         """
-        k = self.section("influence").get("k") or []
         total = sum(self.num_train.values())
-        return list(dict.fromkeys(min(one, total) for one in (k if isinstance(k, list) else [k])))
+        return list(dict.fromkeys(min(k, total) for k in self.asked_ks))
 
     @cached_property
     def test(self) -> pa.Table:

@@ -56,6 +56,11 @@ def how_sure(summary: Row) -> list[str]:
         "of one item are drawn together). They say how the result would vary with other test "
         "examples; they do not cover another training run, another seed, or other training data."
     ]
+    if summary["k"] and summary["k"] < summary.get("asked_k", 0):
+        texts.append(
+            f"Shares were to be counted over {summary['asked_k']:,} training examples; there are "
+            f"{summary['k']:,}, so all of them are counted and every share is the null share."
+        )
     if summary["changes"]:
         texts.append(
             f"A change is called one where its interval leaves out 0 and its p, adjusted for "

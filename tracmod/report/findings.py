@@ -14,7 +14,6 @@ from tracmod.report.words import (
     percent,
     percent_interval,
     points_interval,
-    tested,
 )
 
 Row = dict[str, Any]
@@ -305,8 +304,7 @@ def _moves(change: Row, what: str) -> str:
 
 
 def _interval(change: Row) -> str:
-    share = change["share_positive"]
-    return f"{points_interval(share)}; {tested(share)}"
+    return points_interval(change["share_positive"])
 
 
 def listed(names: list[str]) -> str:

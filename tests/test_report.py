@@ -245,6 +245,10 @@ def test_without_analysis_the_command_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", num_test=1, models=())
     with pytest.raises(ValueError, match="tracmod analyze"):
         write_report(run)
+    (run / "analysis").mkdir()
+    (run / "analysis" / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"earlier version of tracmod; run `tracmod analyze`"):
+        write_report(run)
 
 
 def _interval(value: float, half: float) -> dict:
@@ -264,6 +268,7 @@ def _summary(change: float, control: float, p_adjusted: float = 0.004) -> dict:
     base = {"share_negative": _interval(0.2, 0.01), "null_share": 0.2, "draws": 1}
     full = {"model": "full", "view": "full", "share_positive": _interval(0.3, 0.02), **base}
     names = {"model": "full", "view": "subnetwork", "base_model": "full"}
+    names |= {"tested": {"clusters": 5, "permutations": 32, "exact": True}}
     return {
         "settings": {"confidence": 0.95, "bootstrap": 1000},
         "k": 100,
@@ -314,7 +319,12 @@ def test_a_change_is_none_where_its_adjusted_p_is_above_the_level() -> None:
     assert "does not clearly change" in text
     assert "cannot be told" in text
     assert "p = 0.060, d = 0.30" in text
-    assert "adjusted for 2 comparisons" in how_sure(_summary(0, 0))[1]
+    texts = how_sure(_summary(0, 0))
+    assert "adjusted for 2 comparisons" in texts[1]
+    assert (
+        "of only 5 parallel items: before it is adjusted, the smallest p of a change is 0.062"
+        in texts[2]
+    )
 
 
 def test_translations_seeds_partial_tests_and_distances_are_said() -> None:

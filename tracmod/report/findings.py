@@ -68,6 +68,12 @@ def how_sure(summary: Row) -> list[str]:
             "translations of one item together. d is the mean change over its standard deviation, "
             "across such items."
         )
+        tested = summary["changes"][0]["tested"]
+        if tested["exact"]:
+            texts.append(
+                f"The test examples are of only {tested['clusters']} parallel items: before it is "
+                f"adjusted, the smallest p of a change is {2 / tested['permutations']:.3f}."
+            )
     pairs = [test for test in summary["similarity_influence"] if test["p_value"] is not None]
     if pairs and pairs[0]["exact"]:
         texts.append(

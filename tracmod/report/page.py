@@ -63,13 +63,17 @@ def write_report(run_dir: str | Path) -> Path:
         Path of the page.
 
     Raises:
-        ValueError: no analysis/summary.json in the folder.
+        ValueError: no analysis/summary.json in the folder, or one of an earlier version.
     """
     run = RunResults(run_dir)
     summary_path = run.path / "analysis" / "summary.json"
     if not summary_path.is_file():
         raise ValueError(f"{run.path}: no analysis/summary.json; run `tracmod analyze` first")
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    if "seed_baseline" not in summary:
+        raise ValueError(
+            f"{summary_path}: of an earlier version of tracmod; run `tracmod analyze` again"
+        )
     page = run.path / "report" / "index.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(_render(run, summary), encoding="utf-8")

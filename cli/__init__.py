@@ -105,8 +105,13 @@ _VIEW_OPTIONS = [
 @main.command()
 @click.argument("config")
 @click.option("--out", required=True, type=FOLDER, help="Run folder; begun or gone on with.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Only say what would be done: passes, time and disk of every stage, from a short probe.",
+)
 @_options(_RUN_OPTIONS)
-def run(config: str, out: Path, overrides: tuple[str, ...], engine: str) -> None:
+def run(config: str, out: Path, check: bool, overrides: tuple[str, ...], engine: str) -> None:
     """Do every stage of CONFIG that is not yet done in the run folder.
 
     CONFIG is a YAML file or the name of an embedded one (demo, xnli, pawsx, marc). Stopped at any
@@ -115,16 +120,45 @@ def run(config: str, out: Path, overrides: tuple[str, ...], engine: str) -> None
     \b
     Examples:
       tracmod run demo --out runs/demo
-      tracmod run configs/xnli.yaml --out runs/xnli --set task.train_per_language=5000
+      tracmod run xnli --out runs/xnli --check
+      tracmod run xnli --out runs/xnli --set task.train_per_language=5000
     """
     from tracmod.config import load_config
     from tracmod.run_folder import STAGES, RunFolder
 
     _check_engine(engine)
     folder = RunFolder(out, load_config(config, overrides))
+    if check:
+        _show_plan(folder)
+        return
     _do(folder, STAGES)
     report = out / "report" / "index.html"
     click.echo(f"report: {report}")
+
+
+def _show_plan(folder: RunFolder) -> None:
+    from tracmod.plan import plan_run
+
+    plan = plan_run(folder)
+    click.echo(f"{'stage':16} {'state':6} {'time':>8} {'disk':>9}  work")
+    for one in plan.stages:
+        seconds = "-" if one.seconds is None else _duration(one.seconds)
+        state = "done" if one.done else "to do"
+        click.echo(f"{one.stage:16} {state:6} {seconds:>8} {_size(one.bytes):>9}  {one.work}")
+    total = f"about {_duration(plan.seconds)} and {_size(plan.bytes)}"
+    click.echo(f"\nto do: {total} on this machine as it is now; pruning at its longest")
+    for note in plan.notes:
+        click.echo(f"note: {note}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def _stage(stage: str, does: str, example: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Head masks, importance and pruning, against edited weights, derivatives and planted heads."""
+"""Head masks and importance, against edited weights and derivatives."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from tracmod.heads import (
     HeadMask,
     head_importance,
     head_slices,
-    masked_accuracy,
-    prune,
     without_least,
 )
 from tracmod.model import attention_layers, collate, pad_token_id, per_example_loss, predict
@@ -331,126 +329,9 @@ def test_a_layer_without_influence_stays_zero():
         head_importance(model, [])
 
 
-# --- pruning --------------------------------------------------------------------------------
-
-
-def planted_model() -> nn.Module:
-    """One layer of four heads: head 1 alone tells ids 4 and 5 apart, head 3 alone ids 6 and 7.
-
-    Each head carries one direction of the embeddings to a direction of its own, which the
-    classifier reads; the other two heads carry nothing that it reads.
-    """
-    model = tiny_model("xlm-roberta", layers=1, hidden=16, heads=4, num_labels=2, scale=0.0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.fill_(1.0 if name.endswith("LayerNorm.weight") else 0.0)
-        embeddings = model.get_input_embeddings().weight
-        for token, (direction, sign) in {4: (0, 1), 5: (0, -1), 6: (1, 1), 7: (1, -1)}.items():
-            embeddings[token, direction] = 2.0 * sign
-            embeddings[token, direction + 2] = -2.0 * sign  # so that LayerNorm keeps the sign
-        # Content of its own in <s>, or LayerNorm would undo what a head's scale changes.
-        embeddings[0, 12], embeddings[0, 13] = 1.0, -1.0
-        layer = attention_layers(model)[0]
-        for head, direction in ((1, 0), (3, 1)):
-            layer.value.weight[4 * head, direction] = 1.0
-            layer.output.weight[8 + direction, 4 * head] = 3.0
-            model.classifier.dense.weight[direction, 8 + direction] = 1.0
-            model.classifier.out_proj.weight[:, direction] = torch.tensor([1.0, -1.0])
-        model.classifier.out_proj.bias[0] = 0.05  # what carries nothing is class 0, not rounding
-        for head in (0, 2):
-            layer.value.weight[4 * head, 4] = 1.0
-            layer.output.weight[12 + head, 4 * head] = 1.0
-    return model
-
-
-def planted_examples(first: int) -> list[dict]:
-    """Examples that hold id `first` (label 0) or `first + 1` (label 1) between neutral ids."""
-    examples = []
-    for length in range(1, 6):
-        for label in (0, 1):
-            ids = [0, *[first + label] * length, 2]
-            examples.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label})
-    return examples
-
-
-@pytest.mark.parametrize(("first", "needed"), [(4, 1), (6, 3)])
-def test_a_language_keeps_the_head_it_needs(first, needed):
-    model, examples = planted_model(), planted_examples(first)
-    result = prune(model, examples, threshold=0.95, step=0.25)
-    assert result.full_score == 1.0
-    assert result.score == 1.0
-    assert np.flatnonzero(result.mask.array).tolist() == [needed]
-    assert [row["heads"] for row in result.course] == [4, 3, 2, 1]
-    alone = np.ones((1, 4))
-    alone[0, needed] = 0
-    assert masked_accuracy(model, examples, HeadMask(alone)) == 0.5
-
-
-def test_both_languages_together_keep_both_heads():
-    model = planted_model()
-    result = prune(model, planted_examples(4) + planted_examples(6), threshold=0.95, step=0.25)
-    assert np.flatnonzero(result.mask.array).tolist() == [1, 3]
-    assert [row["heads"] for row in result.course] == [4, 3, 2, 1]
-    assert result.course[-1]["score"] == 0.75
-
-
-def reference_prune(model, examples, threshold, count):
-    """The algorithm again, written with sets of heads."""
-    kept = [(layer, head) for layer in range(2) for head in range(4)]
-
-    def mask_of(heads):
-        array = np.zeros((2, 4))
-        array[tuple(zip(*heads, strict=True))] = 1
-        return HeadMask(array)
-
-    full = masked_accuracy(model, examples, None)
-    last = kept
-    while len(kept) > 1:
-        importance = head_importance(model, examples, mask_of(kept))
-        ranked = sorted(kept, key=lambda head: (importance[head], head))
-        kept = sorted(ranked[min(count, len(kept) - 1) :])
-        if masked_accuracy(model, examples, mask_of(kept)) < threshold * full - 1e-9:
-            break
-        last = kept
-    return mask_of(last)
-
-
-@pytest.mark.parametrize("threshold", [0.3, 0.8, 0.95, 1.0])
-@pytest.mark.parametrize(("step", "count"), [(0.01, 1), (0.10, 1), (0.25, 2), (1.0, 8)])
-def test_pruning_follows_the_algorithm(threshold, step, count):
-    model = tiny_model(seed=1)
-    examples = tiny_examples(60)
-    for example, row in zip(examples, predict(model, examples), strict=True):
-        example["labels"] = int(row.argmax())
-    result = prune(model, examples, threshold=threshold, step=step)
-    assert result.mask == reference_prune(model, examples, threshold, count)
-    assert result.score >= threshold * result.full_score - 1e-9
-    assert result.course[0] == {"heads": 8, "score": result.full_score}
-    assert {"heads": result.mask.size, "score": result.score} in result.course
-    assert result.mask.size >= 1
-    again = prune(model, examples, threshold=threshold, step=step)
-    assert again == result
-
-
 def test_ties_go_to_the_lower_layer_and_head():
     mask = HeadMask([[1, 0, 1], [1, 1, 1]])
     equal = np.ones((2, 3))
     assert without_least(mask, equal, 2).array.tolist() == [[0, 0, 0], [1, 1, 1]]
     equal[0, 2] = 2
     assert without_least(mask, equal, 2).array.tolist() == [[0, 0, 1], [0, 1, 1]]
-
-
-def test_a_result_is_saved_as_a_subnetwork(tmp_path):
-    result = prune(planted_model(), planted_examples(4), step=0.5)
-    result.save(tmp_path / "xx.json", "xx", seeds=[3])
-    tree = json.loads((tmp_path / "xx.json").read_text())
-    assert tree["language"] == "xx"
-    assert tree["seeds"] == [3]
-    assert (tree["score"], tree["full_score"], tree["threshold"]) == (1.0, 1.0, 0.95)
-    assert HeadMask.load(tmp_path / "xx.json") == result.mask
-
-
-@pytest.mark.parametrize("wrong", [{"threshold": 0}, {"threshold": 1.1}, {"step": 0}, {"step": 2}])
-def test_shares_are_checked(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        prune(tiny_model(), tiny_examples(2), **wrong)

@@ -15,9 +15,9 @@ LAYERS = [
     {"kernels", "config", "durable", "__init__"},
     {"tasks", "model", "tokenizer"},
     {"heads", "lean", "optimizer", "training_folder", "train", "capture", "store", "engine"},
-    {"features", "influence", "index", "exact_scores"},
+    {"features", "influence", "index", "exact_scores", "pruning"},
     {"analysis", "report", "validation"},
-    {"run_folder", "tables", "attribute", "query", "pipeline"},
+    {"run_folder", "views", "tables", "attribute", "query", "pipeline", "plan"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

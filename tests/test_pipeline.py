@@ -22,12 +22,15 @@ from tracmod import kernels
 from tracmod.analysis.results import RunResults
 from tracmod.analysis.study import analyze
 from tracmod.config import CollectConfig, RunConfig
+from tracmod.heads import head_importance
 from tracmod.influence import top_influences
 from tracmod.model import encode, load_checkpoints, load_model
 from tracmod.pipeline import Study, model_digests, run_stages
 from tracmod.query import Attributor
 from tracmod.run_folder import STAGES, RunFolder
 from tracmod.store import verify_store
+from tracmod.train import accuracy_by_language
+from tracmod.training_folder import epoch_masks
 from tracmod.validation.integrity import verify
 
 # Everything of a run that must not depend on how often it was interrupted.
@@ -412,6 +415,40 @@ def test_the_other_shapes_of_the_embedded_task_run_through(tmp_path, shape):
     run = RunFolder(tmp_path / "run", config)
     run_stages(run)
     assert (tmp_path / "run/report/index.html").is_file()
+
+
+def test_sparse_fine_tuning_with_dynamic_masks(tmp_path):
+    """The stage: its settings are the config's, its masks on disk, its scores under them."""
+    config = tiny_config(
+        sparse_finetune={"masks": "dynamic", "shared": "classifier", "sampling": "uniform"}
+    )
+    run = RunFolder(tmp_path / "run", config)
+    run_stages(run, ["data", "finetune", "prune", "sparse-finetune"])
+    folder, study = run.model("sparse"), Study(run)
+    identity = json.loads((folder / "training.json").read_text())
+    assert (identity["shared"], identity["sampling"]) == ("classifier", "uniform")
+    (first, tokenizer), (last, _) = (load_model(folder / f"checkpoint-{e}") for e in (1, 2))
+    embeddings = [model.get_input_embeddings().weight for model in (first, last)]
+    assert torch.equal(*embeddings)
+    assert not torch.equal(first.classifier.dense.weight, last.classifier.dense.weight)
+
+    static = {language: study.subnetwork(language) for language in LANGUAGES}
+    assert epoch_masks(folder, 1, static) == static
+    masks = epoch_masks(folder, 2, static)
+    dev, test = (encode(tokenizer, study.table(split), 48) for split in ("dev", "test"))
+    for language, mask in masks.items():
+        own = study.table("dev").column("language").to_pylist()
+        own = [example for example, of in zip(dev, own, strict=True) if of == language]
+        importance = head_importance(first, own)
+        assert mask.size == static[language].size
+        assert importance[mask.array == 0].max(initial=0) <= importance[mask.array == 1].min()
+    languages = study.table("test").column("language").to_pylist()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics[1]["accuracy"] == accuracy_by_language(last, test, languages, masks)
+
+    assert verify(run.path) == []
+    (folder / "masks/epoch-2/de.json").write_text("{}")
+    assert any("epoch-2/de.json is damaged" in problem for problem in verify(run.path))
 
 
 def test_every_second_checkpoint_counts_for_the_steps_since_the_one_before(tmp_path):

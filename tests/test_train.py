@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,27 @@ from tiny_models import FAMILIES, tiny_examples, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from tracmod.heads import HeadMask, head_slices, masked_accuracy
+from tracmod import train as train_module
+from tracmod.heads import HeadMask, head_importance, head_slices, masked_accuracy
 from tracmod.model import collate, load_model, model_digest, pad_token_id, per_example_loss
 from tracmod.optimizer import HeadwiseAdamW
-from tracmod.train import Settings, _Plan, accuracy_by_language, fine_tune, scheduled_rate
+from tracmod.train import (
+    Settings,
+    _most_important,
+    _Plan,
+    accuracy_by_language,
+    fine_tune,
+    scheduled_rate,
+)
+from tracmod.training_folder import TrainingFolder, epoch_masks
 
 SETTINGS = Settings(epochs=2, batch_size=4, learning_rate=1e-2, weight_decay=0.1, seed=5)
 MASKS = {"en": HeadMask([[1, 0, 0, 1], [0, 1, 1, 1]]), "de": HeadMask([[1, 1, 0, 0], [1, 1, 1, 0]])}
+DISJOINT = {
+    "en": HeadMask([[1, 0, 0, 1], [0, 1, 0, 1]]),
+    "de": HeadMask([[0, 1, 1, 0], [1, 0, 1, 0]]),
+}
+DYNAMIC = replace(SETTINGS, reestimate_every=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,11 +61,17 @@ def data(count=22):
     return examples, ["de" if row % 3 == 0 else "en" for row in range(count)]
 
 
+def dev_examples():
+    return {"en": tiny_examples(2, seed=10), "de": tiny_examples(2, seed=42)}
+
+
 def new_model():
     return tiny_model("xlm-roberta", dropout=0.1, dtype=torch.float32, scale=1.0)
 
 
 def train(tokenizer, out_dir, *, masks=None, settings=SETTINGS, **options):
+    if settings.reestimate_every is not None:
+        options = {"dev": dev_examples()} | options
     examples, languages = data()
     return fine_tune(
         new_model(), tokenizer, examples, languages, out_dir, settings, masks=masks, **options
@@ -238,6 +259,54 @@ def test_an_epoch_takes_every_example_once(by_language):
         assert order != sorted(order, key=languages.index)
 
 
+@pytest.mark.parametrize("by_language", [False, True])
+def test_uniform_sampling_takes_as_many_of_every_language(by_language):
+    languages = ["en"] * 13 + ["de"] * 3 + ["zh"] * 8
+    settings = Settings(batch_size=4, epochs=3, seed=1, sampling="uniform")
+    plan = _Plan(languages, settings, by_language=by_language)
+    epochs = [plan.epoch(epoch) for epoch in (1, 2)]
+    for batches in epochs:
+        assert len(batches) == plan.steps_per_epoch == 6
+        rows = [row for batch in batches for row in batch]
+        times = np.bincount(rows, minlength=24)
+        of_language = np.array(languages)
+        assert {name: times[of_language == name].sum() for name in ("en", "de", "zh")} == {
+            "en": 8, "de": 8, "zh": 8,
+        }  # fmt: skip
+        assert set(times[of_language == "en"]) == {0, 1}
+        assert sorted(times[of_language == "de"]) == [2, 3, 3]  # all of them, before any again
+        assert set(times[of_language == "zh"]) == {1}
+        if by_language:
+            names = [{languages[row] for row in batch} for batch in batches]
+            assert sorted(names, key=str) == [{"de"}] * 2 + [{"en"}] * 2 + [{"zh"}] * 2
+        else:
+            assert any(len({languages[row] for row in batch}) > 1 for batch in batches)
+    taken = [{row for batch in one for row in batch if row < 13} for one in epochs]
+    assert taken[0] != taken[1]
+    assert epochs[0] == _Plan(languages, settings, by_language=by_language).epoch(1)
+
+
+def test_uniform_sampling_of_equal_languages_is_proportional():
+    languages = ["en", "de", "zh"] * 7
+    plans = [
+        _Plan(languages, Settings(batch_size=4, sampling=sampling), by_language=True)
+        for sampling in ("uniform", "proportional")
+    ]
+    assert plans[0].epoch(2) == plans[1].epoch(2)
+    assert plans[0].total_steps == plans[1].total_steps
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (13, 3, 8), (100, 1, 1), (5, 31)])
+def test_uniform_sampling_takes_about_as_many_steps(sizes, batch_size):
+    languages = [str(place) for place, size in enumerate(sizes) for _ in range(size)]
+    uniform, proportional = (
+        _Plan(languages, Settings(batch_size=batch_size, sampling=sampling), by_language=True)
+        for sampling in ("uniform", "proportional")
+    )
+    assert abs(uniform.steps_per_epoch - proportional.steps_per_epoch) < len(sizes)
+
+
 # --- whole trainings ------------------------------------------------------------------------
 
 
@@ -248,7 +317,7 @@ def test_a_training_leaves_what_the_contract_says(tokenizer, tmp_path, masks):
         tokenizer,
         tmp_path,
         masks=masks,
-        evaluate=lambda model: accuracy_by_language(model, examples, languages, masks),
+        evaluate=lambda model, masks: accuracy_by_language(model, examples, languages, masks),
     )
     steps = 6 if masks is None else 4 + 2
     assert [(c.epoch, c.step) for c in checkpoints] == [(1, steps), (2, 2 * steps)]
@@ -313,6 +382,165 @@ def test_heads_no_language_keeps_never_move(tokenizer, tmp_path):
         assert same != kept, part
 
 
+@pytest.fixture
+def steps(monkeypatch):
+    """Of every optimizer step: its mask, and which heads and shared parameters have moved.
+
+    A head is (layer, head), and has moved where a weight, or a moment or step count that the
+    optimizer keeps of it, is another than before.
+    """
+    taken = []
+
+    class Watched(HeadwiseAdamW):
+        def __init__(self, model, **options):
+            super().__init__(model, **options)
+            self.model = model
+
+        def snapshot(self):
+            parts = {}
+            for part in head_slices(self.model):
+                own = parts.setdefault((part.layer, part.head), {})
+                own[part.name] = part.parameter.detach()[part.index].clone()
+                for key, value in self.state().items():
+                    if key.endswith(f":{part.name}[{part.head}]"):
+                        own[key] = value.clone()
+            owned = {part.name for part in head_slices(self.model)}
+            for name, parameter in self.model.named_parameters():
+                if name not in owned:
+                    parts[name] = {name: parameter.detach().clone()}
+            return parts
+
+        def step(self, learning_rate, mask=None):
+            before = self.snapshot()
+            super().step(learning_rate, mask)
+            moved = {key for key, own in self.snapshot().items() if differ(own, before[key])}
+            heads = {key for key in moved if isinstance(key, tuple)}
+            taken.append((mask, heads, moved - heads, set(self.state())))
+
+    monkeypatch.setattr(train_module, "HeadwiseAdamW", Watched)
+    return taken
+
+
+def differ(first, second):
+    return first.keys() != second.keys() or any(
+        not torch.equal(first[key], second[key]) for key in first
+    )
+
+
+def kept_heads(mask):
+    return set(zip(*(axis.tolist() for axis in np.nonzero(mask.array)), strict=True))
+
+
+@pytest.mark.parametrize("shared", ["trained", "classifier", "frozen"])
+@pytest.mark.parametrize("every", [None, 1], ids=["static", "dynamic"])
+def test_every_step_leaves_the_masks_complement_bitwise_unmoved(
+    tokenizer, tmp_path, steps, shared, every
+):
+    settings = replace(SETTINGS, warmup=0.0, epochs=3, reestimate_every=every, shared=shared)
+    train(tokenizer, tmp_path, masks=DISJOINT, settings=settings)
+    languages = data()[1]
+    plan = _Plan(languages, settings, by_language=True)
+    outside = {name for name, _ in new_model().named_parameters()}
+    outside -= {part.name for part in head_slices(new_model())}
+    trained = {
+        "trained": outside,
+        "classifier": {name for name in outside if name.startswith("classifier.")},
+        "frozen": set(),
+    }[shared]
+    assert len(steps) == plan.total_steps == 18
+    everything = {head for mask in DISJOINT.values() for head in kept_heads(mask)}
+    for epoch in (1, 2, 3):
+        masks = epoch_masks(tmp_path, epoch, DISJOINT)
+        for batch in plan.epoch(epoch):
+            mask, heads, moved, state = steps.pop(0)
+            assert mask == masks[languages[batch[0]]]
+            assert heads == kept_heads(mask) < everything
+            assert moved == trained
+            of_heads = {name for name in state if name.endswith("]")}
+            assert {name.partition(":")[2] for name in state - of_heads} == trained
+    assert (masks != DISJOINT) == (every is not None)
+
+
+def test_full_gradients_do_not_come_back_after_a_training(tokenizer, tmp_path):
+    model, (examples, languages) = new_model(), data()
+    model.classifier.dense.bias.requires_grad_(False)
+    settings = replace(SETTINGS, shared="frozen", epochs=1)
+    fine_tune(model, tokenizer, examples, languages, tmp_path, settings, masks=MASKS)
+    left_out = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert left_out == ["classifier.dense.bias"]
+
+
+def best_heads(model, examples, size, mask=None):
+    importance = head_importance(model, examples, mask).reshape(-1)
+    return sorted(sorted(range(importance.size), key=lambda head: -importance[head])[:size])
+
+
+def test_importance_is_that_at_the_full_mask():
+    model, examples = tiny_model("xlm-roberta"), tiny_examples(9)
+    found = [_most_important(model, examples, size) for size in range(9)]
+    chosen = [np.flatnonzero(mask.array).tolist() for mask in found]
+    assert chosen == [best_heads(model, examples, size) for size in range(9)]
+    assert chosen != [best_heads(model, examples, size, MASKS["en"]) for size in range(9)]
+
+
+def test_dynamic_masks_are_the_most_important_heads_of_the_model_as_it_is(tokenizer, tmp_path):
+    settings = replace(SETTINGS, epochs=4, reestimate_every=2)
+    checkpoints = train(tokenizer, tmp_path, masks=DISJOINT, settings=settings)
+    assert epoch_masks(tmp_path, 1, DISJOINT) == epoch_masks(tmp_path, 2, DISJOINT) == DISJOINT
+    third = epoch_masks(tmp_path, 3, DISJOINT)
+    assert third == epoch_masks(tmp_path, 4, DISJOINT)
+    models = [load_model(one.path)[0] for one in checkpoints]
+    best = [
+        {language: best_heads(model, own, 4) for language, own in dev_examples().items()}
+        for model in models
+    ]
+    assert {name: np.flatnonzero(mask.array).tolist() for name, mask in third.items()} == best[1]
+    assert best[1]["en"] != best[1]["de"]
+    assert best[0] != best[1] != best[2]
+    tree = json.loads((tmp_path / "masks" / "epoch-3" / "de.json").read_text())
+    assert (tree["language"], tree["epoch"]) == ("de", 3)
+
+
+def test_masks_of_an_epoch_are_those_evaluated(tokenizer, tmp_path):
+    seen = []
+    train(
+        tokenizer,
+        tmp_path,
+        masks=MASKS,
+        settings=DYNAMIC,
+        evaluate=lambda model, masks: seen.append(masks) or {},
+    )
+    assert seen == [epoch_masks(tmp_path, epoch, MASKS) for epoch in (1, 2)]
+    assert seen[0] != seen[1]
+    (tmp_path / "masks" / "epoch-2" / "de.json").unlink()
+    with pytest.raises(ValueError, match=r"epoch-2/de\.json: no such file"):
+        epoch_masks(tmp_path, 2, MASKS)
+    with pytest.raises(ValueError, match=r"found no training\.json"):
+        epoch_masks(tmp_path / "elsewhere", 2, MASKS)
+
+
+def test_only_the_last_checkpoint_is_kept(tokenizer, tmp_path, monkeypatch):
+    every = train(tokenizer, tmp_path / "all")
+    settings = replace(SETTINGS, keep="last")
+    (last,) = train(tokenizer, tmp_path / "last", settings=settings)
+    assert [path.name for path in (tmp_path / "last").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (last.epoch, last.step) == (2, 12)
+    # It stands for all the steps, not for those of its epoch.
+    rates = [one.learning_rate for one in every]
+    assert last.learning_rate == pytest.approx(sum(rates) / 2)
+    models = [load_model(one.path)[0] for one in (every[-1], last)]
+    assert model_digest(models[0]) == model_digest(models[1])
+    metrics = [(tmp_path / name / "metrics.json").read_text() for name in ("all", "last")]
+    assert metrics[0] == metrics[1]
+    before = contents(tmp_path / "last")
+    with monkeypatch.context() as patch:
+        stop_at(patch, HeadwiseAdamW, "step", 1)
+        assert train(tokenizer, tmp_path / "last", settings=settings) == [last]
+    assert contents(tmp_path / "last") == before
+    with pytest.raises(ValueError, match="another keep"):
+        train(tokenizer, tmp_path / "last")
+
+
 def test_training_learns(tokenizer, tmp_path):
     examples = tiny_examples(60, seed=3)
     for example in examples:
@@ -355,7 +583,11 @@ def stop_at(monkeypatch, owner, method, call):
     monkeypatch.setattr(owner, method, wrapped)
 
 
-@pytest.mark.parametrize("masks", [None, MASKS], ids=["full", "sparse"])
+@pytest.mark.parametrize(
+    ("masks", "settings"),
+    [(None, SETTINGS), (MASKS, SETTINGS), (MASKS, DYNAMIC)],
+    ids=["full", "sparse", "dynamic"],
+)
 @pytest.mark.parametrize(
     ("method", "call"),
     [
@@ -369,19 +601,39 @@ def stop_at(monkeypatch, owner, method, call):
     ],
 )
 def test_a_stopped_training_goes_on_to_the_same_bits(
-    tokenizer, tmp_path, monkeypatch, masks, method, call
+    tokenizer, tmp_path, monkeypatch, masks, settings, method, call
 ):
-    from transformers import PreTrainedModel
+    check_stopped_and_resumed(tokenizer, tmp_path, monkeypatch, masks, settings, method, call)
 
-    from tracmod.training_folder import TrainingFolder
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_stopped_at_its_masks_it_goes_on_to_the_same_bits(tokenizer, tmp_path, monkeypatch, call):
+    """Between two languages' masks, of the first epoch's or of the second's."""
+    check_stopped_and_resumed(tokenizer, tmp_path, monkeypatch, MASKS, DYNAMIC, "save", call)
+
+
+@pytest.mark.parametrize("change", [{"sampling": "uniform"}, {"shared": "frozen"}], ids=str)
+def test_every_way_of_sparse_fine_tuning_resumes(tokenizer, tmp_path, monkeypatch, change):
+    settings = replace(DYNAMIC, **change)
+    check_stopped_and_resumed(tokenizer, tmp_path, monkeypatch, MASKS, settings, "step", 9)
+
+
+def test_a_training_that_keeps_only_its_last_checkpoint_resumes(tokenizer, tmp_path, monkeypatch):
+    settings = replace(SETTINGS, keep="last")
+    check_stopped_and_resumed(tokenizer, tmp_path, monkeypatch, None, settings, "step", 9)
+
+
+def check_stopped_and_resumed(tokenizer, tmp_path, monkeypatch, masks, settings, method, call):
+    from transformers import PreTrainedModel
 
     examples, languages = data()
     options = {
         "masks": masks,
-        "evaluate": lambda model: accuracy_by_language(model, examples, languages, masks),
+        "settings": settings,
+        "evaluate": lambda model, masks: accuracy_by_language(model, examples, languages, masks),
     }
     train(tokenizer, tmp_path / "whole", **options)
-    owners = {"step": HeadwiseAdamW, "save_pretrained": PreTrainedModel}
+    owners = {"step": HeadwiseAdamW, "save_pretrained": PreTrainedModel, "save": HeadMask}
     with monkeypatch.context() as patch:
         stop_at(patch, owners.get(method, TrainingFolder), method, call)
         with pytest.raises(Killed):
@@ -407,12 +659,12 @@ def test_a_stopped_training_does_not_start_over(tokenizer, tmp_path, monkeypatch
     assert len(steps) == 12 - 8
 
 
+LONG = Settings(epochs=12, batch_size=4, learning_rate=1e-2, reestimate_every=1)
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
 import test_train as t
-t.train(t.tiny_tokenizer(), sys.argv[1], masks=t.MASKS, save_seconds=1e-9,
-        settings=t.Settings(epochs=12, batch_size=4, learning_rate=1e-2))
+t.train(t.tiny_tokenizer(), sys.argv[1], masks=t.MASKS, save_seconds=1e-9, settings=t.LONG)
 """
 
 
@@ -431,9 +683,8 @@ def test_a_killed_process_goes_on_to_the_same_bits(tokenizer, tmp_path):
         process.wait()
     assert (killed / "checkpoint-2").is_dir()
     assert not (killed / "checkpoint-12").is_dir()
-    settings = Settings(epochs=12, batch_size=4, learning_rate=1e-2)
-    train(tokenizer, killed, masks=MASKS, settings=settings)
-    train(tokenizer, tmp_path / "whole", masks=MASKS, settings=settings)
+    train(tokenizer, killed, masks=MASKS, settings=LONG)
+    train(tokenizer, tmp_path / "whole", masks=MASKS, settings=LONG)
     assert contents(killed) == contents(tmp_path / "whole")
 
 
@@ -462,6 +713,26 @@ def test_another_training_in_the_same_folder_is_refused(tokenizer, tmp_path):
         fine_tune(other, tokenizer, *data(), tmp_path, SETTINGS)
 
 
+def test_a_training_begun_before_a_setting_was_there_goes_on(tokenizer, tmp_path):
+    first = train(tokenizer, tmp_path)
+    file = tmp_path / "training.json"
+    tree = json.loads(file.read_text())
+    older = {"epochs", "batch_size", "learning_rate", "weight_decay", "warmup", "max_grad_norm"}
+    newer = asdict(SETTINGS).keys() - older - {"seed"}
+    assert newer <= tree.keys()
+    file.write_text(json.dumps({key: tree[key] for key in tree.keys() - newer}))
+    assert train(tokenizer, tmp_path) == first
+    with pytest.raises(ValueError, match="another sampling"):
+        train(tokenizer, tmp_path, settings=replace(SETTINGS, sampling="uniform"))
+
+
+def test_dynamic_masks_of_other_dev_examples_are_another_training(tokenizer, tmp_path):
+    train(tokenizer, tmp_path, masks=MASKS, settings=DYNAMIC)
+    dev = dev_examples() | {"de": tiny_examples(2, seed=43)}
+    with pytest.raises(ValueError, match="another dev;"):
+        train(tokenizer, tmp_path, masks=MASKS, settings=DYNAMIC, dev=dev)
+
+
 # --- what can go wrong ----------------------------------------------------------------------
 
 
@@ -484,8 +755,8 @@ def test_inputs_that_do_not_fit_are_named(tokenizer, tmp_path):
     examples, languages = data()
     model = new_model()
 
-    def attempt(given, of, settings=SETTINGS, masks=None):
-        fine_tune(model, tokenizer, given, of, tmp_path, settings, masks=masks)
+    def attempt(given, of, settings=SETTINGS, masks=None, dev=None):
+        fine_tune(model, tokenizer, given, of, tmp_path, settings, masks=masks, dev=dev)
 
     with pytest.raises(ValueError, match="got none"):
         attempt([], [])
@@ -497,6 +768,17 @@ def test_inputs_that_do_not_fit_are_named(tokenizer, tmp_path):
         attempt(examples, languages, masks={**MASKS, "de": HeadMask.full(3, 4)})
     with pytest.raises(ValueError, match="0 and 4"):
         attempt(examples, languages, Settings(epochs=0, batch_size=4))
+    with pytest.raises(ValueError, match=r"without masks: .* got `frozen` and None"):
+        attempt(examples, languages, replace(SETTINGS, shared="frozen"))
+    with pytest.raises(ValueError, match=r"without masks: .* got `trained` and 1"):
+        attempt(examples, languages, DYNAMIC)
+    three = {**MASKS, "zh": MASKS["en"]}
+    with pytest.raises(ValueError, match=r"uniform sampling .* got none of zh"):
+        attempt(examples, languages, replace(SETTINGS, sampling="uniform"), three)
+    with pytest.raises(ValueError, match="dev examples, got none of de, zh"):
+        attempt(examples, languages, DYNAMIC, three, {"en": examples, "de": []})
+    with pytest.raises(ValueError, match="fewer than epochs, got 2 and 2"):
+        attempt(examples, languages, replace(SETTINGS, reestimate_every=2), MASKS, dev_examples())
     assert not list(tmp_path.iterdir())
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Parameters = Literal["encoder", "all", "attention", "classifier"]
+Combine = Literal["first", "union", "majority", "intersection"]
 
 
 class _Section(BaseModel):
@@ -100,6 +101,50 @@ class FinetuneConfig(_Section):
     save_seconds: float = Field(
         300.0, gt=0, description="how often the state to resume from is written within an epoch"
     )
+    sampling: Literal["proportional", "uniform"] = Field(
+        "proportional",
+        description="proportional: every example once per epoch; uniform: as many examples per "
+        "epoch, and of each language equally many",
+    )
+
+
+class SparseFinetuneConfig(FinetuneConfig):
+    """Fine-tuning through each language's head mask; what is not given here is as in `finetune`."""
+
+    masks: Literal["static", "dynamic"] = Field(
+        "static",
+        description="static: those of the prune stage; dynamic: of the same size, re-estimated "
+        "during training",
+    )
+    reestimate_every: int | None = Field(
+        None, ge=1, description="dynamic only: in epochs, the first has the static masks; absent: 1"
+    )
+    shared: Literal["trained", "classifier", "frozen"] = Field(
+        "trained",
+        description="what no head owns (embeddings, feed-forward, LayerNorm, classifier, ...): "
+        "all trained, only the classifier, or nothing of it",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dynamic_every_epoch(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("masks") != "dynamic":
+            return tree
+        return {**tree, "reestimate_every": 1} if tree.get("reestimate_every") is None else tree
+
+    @model_validator(mode="after")
+    def _reestimation_happens(self) -> SparseFinetuneConfig:
+        every = self.reestimate_every
+        if every is not None and self.masks == "static":
+            raise ValueError(
+                f"reestimate_every is for masks: dynamic, got {every} with masks: static"
+            )
+        if every is not None and every >= self.epochs:
+            raise ValueError(
+                f"masks: dynamic re-estimates at the start of epoch {every + 1} first, expected "
+                f"more epochs than reestimate_every, got {self.epochs} and {every}"
+            )
+        return self
 
 
 class PruneConfig(_Section):
@@ -107,6 +152,22 @@ class PruneConfig(_Section):
 
     threshold: float = Field(0.95, gt=0, le=1, description="share of the full score to keep")
     step: float = Field(0.10, gt=0, le=1, description="share of all heads pruned at a time")
+    model: Literal["multilingual", "monolingual"] = Field(
+        "multilingual",
+        description="what is pruned: the model fine-tuned on all languages, or one per language, "
+        "fine-tuned on its training examples alone",
+    )
+    seeds: int = Field(
+        1, ge=1, description="fine-tunings pruned per language: seed, seed + 1, ... of the run"
+    )
+    combine: Combine = Field(
+        "first", description="which heads are kept, where seeds differ: the first seed's, ..."
+    )
+    other_thresholds: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=list,
+        description="further thresholds, whose masks go to subnetworks/thresholds/ and into the "
+        "report; views are under `threshold`'s",
+    )
 
 
 class CollectConfig(_Section):
@@ -128,11 +189,44 @@ class CollectConfig(_Section):
 class ViewsConfig(_Section):
     """Under which head masks influence is computed, beside the full model."""
 
-    subnetwork: bool = True
+    subnetwork: bool = Field(
+        True, description="the test example's language's mask, on its gradient and on all training"
+    )
+    subnetwork_own: bool = Field(
+        False, description="each example's gradient under its own language's mask"
+    )
+    subnetwork_test: bool = Field(
+        False, description="the mask on the test gradient only, training gradients of all heads"
+    )
     random: int = Field(1, ge=0, description="draws of random masks of each subnetwork's size")
     other: list[str] = Field(
         default_factory=list, description="every language's influence under these languages' masks"
     )
+    union: list[tuple[str, str]] = Field(
+        default_factory=list, description="pairs of languages: heads that either subnetwork keeps"
+    )
+    intersection: list[tuple[str, str]] = Field(
+        default_factory=list, description="pairs of languages: heads that both subnetworks keep"
+    )
+
+    @model_validator(mode="after")
+    def _of_subnetworks(self) -> ViewsConfig:
+        if not self.subnetwork and (self.subnetwork_own or self.subnetwork_test):
+            raise ValueError(
+                "subnetwork_own and subnetwork_test are computed from the features of the view "
+                "subnetwork: set subnetwork to true"
+            )
+        for name in ("union", "intersection"):
+            same = [a for a, b in getattr(self, name) if a == b]
+            if same:
+                raise ValueError(f"{name} needs two different languages, got {same[0]} twice")
+        return self
+
+    @property
+    def named_languages(self) -> set[str]:
+        """The languages that views are asked for by name."""
+        pairs = [*self.union, *self.intersection]
+        return {*self.other, *(language for pair in pairs for language in pair)}
 
 
 class InfluenceConfig(_Section):
@@ -187,19 +281,42 @@ class RunConfig(_Section):
     task: TaskConfig
     model: ModelConfig = ModelConfig()
     finetune: FinetuneConfig = FinetuneConfig()
-    sparse_finetune: FinetuneConfig | None = Field(None, description="absent: the same as finetune")
+    sparse_finetune: SparseFinetuneConfig | None = Field(
+        None, description="absent: the same as finetune"
+    )
     prune: PruneConfig = PruneConfig()
     views: ViewsConfig = ViewsConfig()
     collect: CollectConfig = CollectConfig()
     influence: InfluenceConfig = InfluenceConfig()
     analyze: AnalyzeConfig = AnalyzeConfig()
 
+    @property
+    def sparse(self) -> SparseFinetuneConfig:
+        """`sparse_finetune`, or where it is absent the values of `finetune`."""
+        return self.sparse_finetune or SparseFinetuneConfig(**self.finetune.model_dump())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_finetune(cls, tree: Any) -> Any:
+        """Values that `sparse_finetune` does not give are those of `finetune`, not the defaults."""
+        if not isinstance(tree, dict) or tree.get("sparse_finetune") is None:
+            return tree
+        full, sparse = (_given(tree.get(key, {})) for key in ("finetune", "sparse_finetune"))
+        if not isinstance(full, dict) or not isinstance(sparse, dict):
+            return tree  # and let each section's own validation say so
+        return {**tree, "sparse_finetune": {**full, **sparse}}
+
     @model_validator(mode="after")
-    def _other_languages_exist(self) -> RunConfig:
-        unknown = sorted(set(self.views.other) - set(self.task.languages))
+    def _languages_of_views_exist(self) -> RunConfig:
+        unknown = sorted(self.views.named_languages - set(self.task.languages))
         if unknown:
-            raise ValueError(f"views.other names {', '.join(unknown)}, not in task.languages")
+            raise ValueError(f"views: {', '.join(unknown)} not in task.languages")
         return self
+
+
+def _given(section: Any) -> Any:
+    """What a section's tree, or the model made of one, states."""
+    return section.model_dump(exclude_unset=True) if isinstance(section, BaseModel) else section
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -226,8 +343,18 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 
 
 def override_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
-    """The config with `section.key=value` overrides applied; errors as in `load_config`."""
+    """The config with `section.key=value` overrides applied; errors as in `load_config`.
+
+    A config read back from run.json does not tell what was inherited: a value of `sparse_finetune`
+    that equals the one of `finetune` counts as inherited, and follows an override of it.
+    """
     tree = config.model_dump(mode="json")
+    if tree["sparse_finetune"] is not None:
+        tree["sparse_finetune"] = {
+            key: value
+            for key, value in tree["sparse_finetune"].items()
+            if value != tree["finetune"].get(key)
+        }
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, "--set")
@@ -264,7 +391,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     node = tree
     for section in sections:
-        node = node.setdefault(section, {})
+        if node.get(section) is None:  # not there, or stated to be absent
+            node[section] = {}
+        node = node[section]
         if not isinstance(node, dict):
             raise ValueError(f"--set {override}: {section} is a value, not a section")
     try:

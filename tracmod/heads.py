@@ -1,4 +1,4 @@
-"""Attention heads: masks over them, their importance, and pruning to a language's subnetwork.
+"""Attention heads: masks over them, what belongs to one, and how important each is.
 
 Shape suffixes: B examples of a batch, S tokens, I inputs of a layer, L layers, H heads.
 """
@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tracmod.durable import write_file
@@ -253,7 +252,7 @@ def _head_parameters(layer: AttentionLayer) -> list[tuple[Tensor, int]]:
     return [*((parameter, 0) for parameter in parameters), (layer.output.weight, 1)]
 
 
-# --- importance and pruning -----------------------------------------------------------------
+# --- importance -----------------------------------------------------------------------------
 
 
 def head_importance(
@@ -327,89 +326,6 @@ def _gate_heads(layer: AttentionLayer, xi_BH: Tensor) -> Callable[[], None]:
         return (inputs[0] * gate_BI[:, None, :], *inputs[1:])
 
     return layer.output.register_forward_pre_hook(gate, prepend=True).remove
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """A subnetwork and how it was found.
-
-    Attributes:
-        mask: the smallest mask reached whose score is at or above `threshold * full_score`.
-        score: accuracy under `mask`.
-        full_score: accuracy with every head.
-        threshold: share of the full score to keep.
-        course: `{"heads", "score"}` of every mask tried, the full one first; the last may be
-            below the threshold.
-    """
-
-    mask: HeadMask
-    score: float
-    full_score: float
-    threshold: float
-    course: list[dict[str, float]] = field(default_factory=list)
-
-    def save(self, path: str | Path, language: str, seeds: Sequence[int]) -> None:
-        """Write `subnetworks/<language>.json` of a run folder."""
-        self.mask.save(
-            path,
-            language=language,
-            score=self.score,
-            full_score=self.full_score,
-            threshold=self.threshold,
-            seeds=list(seeds),
-            course=self.course,
-        )
-
-
-def prune(
-    model: PreTrainedModel,
-    examples: Sequence[Mapping[str, Any]],
-    *,
-    threshold: float = 0.95,
-    step: float = 0.10,
-    batch_tokens: int = 8192,
-    description: str = "prune",
-) -> PruneResult:
-    """Mask heads, least important first, while the score stays at or above the threshold.
-
-    Each round computes `head_importance` under the current mask, masks the
-    `max(1, round(step * L * H))` least important of the heads left (equal importance: the lower
-    layer, then the lower head first) and measures accuracy under the new mask. The first mask
-    below `threshold` times the full score ends it, or a mask of one head; the last mask at or
-    above the threshold is the result. Importance and score are of the same examples.
-
-    Args:
-        model: on any device; not changed.
-        examples: one language's, as `encode` returns them.
-        threshold: share of the full score to keep, in (0, 1].
-        step: share of all heads masked per round, in (0, 1].
-        batch_tokens: largest batch, in tokens.
-        description: of the progress bar.
-
-    Source: Michel et al. 2019 (arXiv 1905.10650), section 4; Prasanna et al. 2020
-        (arXiv 2005.00561), section 3, for the recomputation in every round.
-    """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"prune: expected a threshold in (0, 1], got {threshold}")
-    if not 0 < step <= 1:
-        raise ValueError(f"prune: expected a step in (0, 1], got {step}")
-    layers = attention_layers(model)
-    mask = HeadMask.full(len(layers), layers[0].num_heads)
-    count = max(1, round(step * mask.array.size))
-    full_score = score = masked_accuracy(model, examples, mask, batch_tokens)
-    course: list[dict[str, float]] = [{"heads": mask.size, "score": score}]
-    with tqdm(total=mask.size, desc=description, unit="head", disable=None) as bar:
-        while mask.size > 1:
-            importance_LH = head_importance(model, examples, mask, batch_tokens=batch_tokens)
-            smaller = without_least(mask, importance_LH, min(count, mask.size - 1))
-            new_score = masked_accuracy(model, examples, smaller, batch_tokens)
-            course.append({"heads": smaller.size, "score": new_score})
-            bar.update(mask.size - smaller.size)
-            # A score of exactly the threshold must not be lost to rounding of the product.
-            if new_score < threshold * full_score - 1e-9:
-                break
-            mask, score = smaller, new_score
-    return PruneResult(mask, score, full_score, threshold, course)
 
 
 def without_least(mask: HeadMask, importance_LH: NDArray[np.float64], count: int) -> HeadMask:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tracmod.capture import frozen
 from tracmod.config import FinetuneConfig, RunConfig
 from tracmod.durable import file_sha256, write_parquet
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
-from tracmod.heads import HeadMask, prune
+from tracmod.heads import HeadMask, masked_accuracy
 from tracmod.influence import top_influences, without_examples
 from tracmod.model import (
     Checkpoint,
@@ -38,30 +39,19 @@ from tracmod.model import (
     to_device,
     tokenizer_digest,
 )
+from tracmod.pruning import PruneResult, combine_masks, prune
 from tracmod.report import write_report
 from tracmod.run_folder import STAGES, RunFolder
 from tracmod.store import FeatureStore
 from tracmod.tables import InfluenceTables
 from tracmod.tasks import load_task
 from tracmod.tokenizer import read_sentencepiece, train_tokenizer
-from tracmod.train import Settings, accuracy_by_language, fine_tune
+from tracmod.train import Masks, Settings, accuracy_by_language, fine_tune
+from tracmod.training_folder import epoch_masks
+from tracmod.views import View, views_of
 
 MODELS = ("full", "sparse")
 SPLITS = ("train", "dev", "test")
-
-
-@dataclass(frozen=True)
-class View:
-    """Under which head masks influence is computed.
-
-    Attributes:
-        name: `full`, `subnetwork`, `random-<i>` or `other-<language>`.
-        masks: one entry per pass: (language, mask). With a language, only its test examples are
-            attributed under the mask; with None, all are.
-    """
-
-    name: str
-    masks: list[tuple[str | None, HeadMask | None]]
 
 
 def run_stages(run: RunFolder, stages: Sequence[str] = STAGES, again: str | None = None) -> None:
@@ -124,27 +114,18 @@ class Study:
         self._fine_tune("full", self.config.finetune, None)
 
     def prune(self) -> None:
-        """One subnetwork per language: subnetworks/<language>.json."""
-        checkpoint = self.checkpoints("full")[-1]
-        model, tokenizer = self._load(checkpoint)
-        dev = self.table("dev")
+        """Each seed's subnetworks into subnetworks/seeds/, combined into subnetworks/."""
+        for seed in self.prune_seeds:
+            for language in self.languages:
+                if not _holds_mask(self.run.subnetwork(language, seed)):
+                    self._prune_language(seed, language)
         for language in self.languages:
-            if _holds_mask(self.run.subnetwork(language)):
-                continue
-            examples = self._encode(tokenizer, _of_language(dev, language), model)
-            result = prune(
-                model,
-                examples,
-                threshold=self.config.prune.threshold,
-                step=self.config.prune.step,
-                description=f"prune {language}",
-            )
-            result.save(self.run.subnetwork(language), language, [self.config.seed])
+            if not self._is_combined(language):
+                self._combine_seeds(language)
 
     def sparse_finetune(self) -> None:
         """Fine-tune from the same start, each batch in one language through its subnetwork."""
-        masks = {language: self.subnetwork(language) for language in self.languages}
-        self._fine_tune("sparse", self.config.sparse_finetune or self.config.finetune, masks)
+        self._fine_tune("sparse", self.config.sparse, self.subnetworks)
 
     def collect(self) -> None:
         """Features of every model, checkpoint, view and mask: features/."""
@@ -163,7 +144,7 @@ class Study:
                     model, tokenizer = self._load(checkpoint)
                     digests.append(model_digests(model, tokenizer))
                 test = self._encode(tokenizer, self.table("test"), model)
-                for view in self.views:  # predictions are the last checkpoint's
+                for view in self.views_at(model_name, checkpoint.epoch):  # the last checkpoint's
                     predictions = self._predictions(model, test, view)
                     self._influence_of_view(model_name, view, digests, predictions)
                     bar.update(1)
@@ -185,17 +166,103 @@ class Study:
         """report/index.html."""
         write_report(self.run.path)
 
+    # --- pruning ----------------------------------------------------------------------------
+
+    @property
+    def prune_seeds(self) -> list[int]:
+        """The seeds of the fine-tunings that are pruned; the first is the run's own."""
+        return [self.config.seed + place for place in range(self.config.prune.seeds)]
+
+    def _prune_language(self, seed: int, language: str) -> None:
+        settings = self.config.prune
+        result = prune(
+            *self._model_and_dev(seed, language),
+            threshold=settings.threshold,
+            step=settings.step,
+            lowest=min([settings.threshold, *settings.other_thresholds]),
+            description=f"prune {language}, seed {seed}",
+        )
+        if not result.pruned:
+            tqdm.write(
+                f"tracmod: prune {language}, seed {seed}: the first step already falls below "
+                f"{settings.threshold:.0%} of the full score, so every head is kept; a smaller "
+                f"prune.step prunes fewer heads at a time",
+                file=sys.stderr,
+            )
+        result.save(self.run.subnetwork(language, seed), language, [seed])
+
+    def _model_and_dev(
+        self, seed: int, language: str
+    ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+        """The model that the language's subnetwork of a seed is pruned from, and its dev examples.
+
+        The run's own model where that is the one asked for; else one fine-tuned here, from the same
+        start, kept in subnetworks/models/ (its last checkpoint).
+        """
+        if self.config.prune.model == "monolingual":
+            model, tokenizer = self._fine_tune_to_prune(seed, language)
+        elif seed != self.config.seed:
+            model, tokenizer = self._fine_tune_to_prune(seed, None)
+        else:
+            model, tokenizer = self._load(self.checkpoints("full")[-1])
+        return model, self._encode(tokenizer, _of_language(self.table("dev"), language), model)
+
+    def _fine_tune_to_prune(
+        self, seed: int, language: str | None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        train = self.table("train")
+        if language is not None:
+            train = _of_language(train, language)
+        model, tokenizer = self.initial_model()
+        last = fine_tune(
+            model,
+            tokenizer,
+            self._encode(tokenizer, train, model),
+            train.column("language").to_pylist(),
+            self.run.pruned_model(seed, language),
+            replace(self._settings(self.config.finetune, seed), keep="last"),
+            device=self.device,
+            save_seconds=self.config.finetune.save_seconds,
+            ids=train.column("id").to_pylist(),
+            description=f"fine-tune {language or 'all'}, seed {seed}",
+        )[-1]
+        return self._load(last)
+
+    def _is_combined(self, language: str) -> bool:
+        thresholds = [None, *self.config.prune.other_thresholds]
+        return all(_holds_mask(self.run.subnetwork(language, None, one)) for one in thresholds)
+
+    def _combine_seeds(self, language: str) -> None:
+        """The subnetworks of every threshold, of one seed or of several combined."""
+        settings, seeds = self.config.prune, self.prune_seeds
+        courses = [PruneResult.load(self.run.subnetwork(language, seed)) for seed in seeds]
+        for threshold in (settings.threshold, *settings.other_thresholds):
+            found = [course.at(threshold) for course in courses]
+            result = found[0]
+            if len(seeds) > 1 and settings.combine != "first":
+                mask = combine_masks([one.mask for one in found], settings.combine)
+                model, dev = self._model_and_dev(seeds[0], language)
+                result = replace(result, mask=mask, score=masked_accuracy(model, dev, mask))
+            named = None if threshold == settings.threshold else threshold
+            path = self.run.subnetwork(language, None, named)
+            fields = {"model": settings.model, "combine": settings.combine}
+            result.save(path, language, seeds, **fields)
+
     # --- fine-tuning ------------------------------------------------------------------------
 
     def _fine_tune(
         self, name: str, config: FinetuneConfig, masks: dict[str, HeadMask] | None
     ) -> None:
-        model, tokenizer = self._initial_model()
+        model, tokenizer = self.initial_model()
         train, test = self.table("train"), self.table("test")
         languages = test.column("language").to_pylist()
         test_examples = self._encode(tokenizer, test, model)
+        dev = {
+            language: self._encode(tokenizer, _of_language(self.table("dev"), language), model)
+            for language in masks or {}
+        }
 
-        def evaluate(model: PreTrainedModel) -> dict[str, float]:
+        def evaluate(model: PreTrainedModel, masks: Masks | None) -> dict[str, float]:
             return accuracy_by_language(model, test_examples, languages, masks)
 
         fine_tune(
@@ -204,8 +271,9 @@ class Study:
             self._encode(tokenizer, train, model),
             train.column("language").to_pylist(),
             self.run.model(name),
-            Settings(seed=self.config.seed, **config.model_dump(exclude={"save_seconds"})),
+            self._settings(config, self.config.seed),
             masks=masks,
+            dev=dev,
             evaluate=evaluate,
             device=self.device,
             save_seconds=config.save_seconds,
@@ -213,7 +281,10 @@ class Study:
             description=f"fine-tune {name}",
         )
 
-    def _initial_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def _settings(self, config: FinetuneConfig, seed: int) -> Settings:
+        return Settings(seed=seed, **config.model_dump(exclude={"save_seconds", "masks"}))
+
+    def initial_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Where full and sparse fine-tuning both begin: the same weights, by the same seed."""
         shape, labels = self.config.model, self.run.record["label_names"]
         if shape.name is not None:
@@ -244,8 +315,7 @@ class Study:
         train, test = len(self.table("train")), len(self.table("test"))
         per_checkpoint = sum(
             train + (test if language is None else len(_of_language(self.table("test"), language)))
-            for view in self.views
-            for language, _ in view.masks
+            for view, language, _ in self._passes(self.views)
         )
         return per_checkpoint * sum(len(self.checkpoints(model)) for model in MODELS)
 
@@ -257,7 +327,7 @@ class Study:
         encoded = {
             split: self._encode(tokenizer, self.table(split), model) for split in ("train", "test")
         }
-        for view, language, mask in self._masks():
+        for view, language, mask in self._passes(self.views_at(model_name, checkpoint.epoch)):
             with frozen(model):
                 collector = self.collector(model, mask)
                 for split in ("train", "test"):
@@ -272,10 +342,12 @@ class Study:
                         examples = [encoded[split][row] for row in rows]
                         collect_to_store(collector, examples, store, advance)
 
-    def _masks(self) -> Iterator[tuple[View, str | None, HeadMask | None]]:
-        for view in self.views:
-            for language, mask in view.masks:
-                yield view, language, mask
+    def _passes(self, views: Sequence[View]) -> Iterator[tuple[View, str | None, HeadMask | None]]:
+        """Every view with features of its own, and the masks under which they are collected."""
+        for view in views:
+            if view.collected:
+                for language, mask in view.masks:
+                    yield view, language, mask
 
     def _rows(self, split: str, language: str | None) -> list[int]:
         languages = self.table(split).column("language").to_pylist()
@@ -349,20 +421,29 @@ class Study:
         """The feature stores of one pass over a split, one per checkpoint that counts.
 
         Args:
-            model_name, view, language, split: which; the language of one of the view's masks.
+            model_name, view, language, split: which; a view with features of its own, and the
+                language of one of its masks.
             digests: (C,) `model_digests` of the checkpoints as they are now.
 
         Raises:
             ValueError: a store made with another checkpoint, mask, data or projection than these.
         """
-        mask = dict(view.masks)[language]
         return [
             FeatureStore.open(
                 self.run.features(model_name, view.name, language, one.epoch, split),
-                self._identity(split, mask, of_checkpoint),
+                self._identity(
+                    split, self.mask(model_name, view, language, one.epoch), of_checkpoint
+                ),
             )
             for one, of_checkpoint in zip(self.checkpoints(model_name), digests, strict=True)
         ]
+
+    def mask(
+        self, model_name: str, view: View, language: str | None, epoch: int
+    ) -> HeadMask | None:
+        """The mask of one pass of a view at the checkpoint of an epoch."""
+        at = next(one for one in self.views_at(model_name, epoch) if one.name == view.name)
+        return dict(at.masks)[language]
 
     # --- influence --------------------------------------------------------------------------
 
@@ -381,13 +462,8 @@ class Study:
         same_group = same_group_rows(train, test)
         for language, _ in view.masks:
             rows = self._rows("test", language)
-            queries, trains = (
-                [
-                    store.read().to(self.device)
-                    for store in self.stores(model_name, view, language, split, digests)
-                ]
-                for split in ("test", "train")
-            )
+            queries = self._features(model_name, view, language, "test", digests)
+            trains = self._features(model_name, view, language, "train", digests)
             left_out = [same_group[row] for row in rows]
             longest = max(ks) + max(map(len, left_out), default=0)
             top = top_influences(queries, trains, longest, groups, weights, self.normalize)
@@ -414,6 +490,45 @@ class Study:
             confidence=analyze.confidence,
             seed=self.config.seed,
         )
+
+    def _features(
+        self,
+        model_name: str,
+        view: View,
+        language: str | None,
+        split: str,
+        digests: Sequence[dict[str, str]],
+    ) -> list[torch.Tensor]:
+        """(C,) the features that a view sets against each other, of its own or of other views."""
+
+        def read(name: str, language: str | None) -> list[torch.Tensor]:
+            stores = self.stores(model_name, self._view(name), language, split, digests)
+            return [store.read().to(self.device) for store in stores]
+
+        if view.collected:
+            return read(view.name, language)
+        if split == "test":
+            return read("subnetwork", language)
+        if view.train == "full":
+            return read("full", None)
+        return self._under_own_masks(read)
+
+    def _under_own_masks(
+        self, read: Callable[[str, str | None], list[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """(C,) each training example's features under its own language's mask."""
+        languages = np.array(self.table("train").column("language").to_pylist())
+        merged: list[torch.Tensor] = []
+        for language in self.languages:
+            features = read("subnetwork", language)
+            merged = merged or [torch.empty_like(one) for one in features]
+            own = torch.from_numpy(np.flatnonzero(languages == language)).to(self.device)
+            for into, one in zip(merged, features, strict=True):
+                into[own] = one[own]
+        return merged
+
+    def _view(self, name: str) -> View:
+        return next(view for view in self.views if view.name == name)
 
     @property
     def normalize(self) -> str | None:
@@ -470,23 +585,24 @@ class Study:
     @cached_property
     def views(self) -> list[View]:
         """The views of the config, in the order they are computed."""
-        config = self.config.views
-        subnetworks = {language: self.subnetwork(language) for language in self.languages}
-        views = [View("full", [(None, None)])]
-        if config.subnetwork:
-            views.append(View("subnetwork", list(subnetworks.items())))
-        for draw in range(config.random):
-            masks = [
-                (language, _random_like(mask, self.config.seed, draw, place))
-                for place, (language, mask) in enumerate(subnetworks.items())
-            ]
-            views.append(View(f"random-{draw}", list(masks)))
-        views += [View(f"other-{name}", [(None, subnetworks[name])]) for name in config.other]
-        return views
+        return views_of(self.config.views, self.subnetworks, self.config.seed)
 
-    def subnetwork(self, language: str) -> HeadMask:
-        """The language's pruned mask."""
-        return HeadMask.load(self.run.subnetwork(language))
+    def views_at(self, model_name: str, epoch: int) -> list[View]:
+        """The views with the masks of a checkpoint.
+
+        They differ from `views` where sparse fine-tuning re-estimates the masks.
+        """
+        if model_name != "sparse" or self.config.sparse.masks == "static":
+            return self.views
+        masks = epoch_masks(self.run.model(model_name), epoch, self.subnetworks)
+        return views_of(self.config.views, masks, self.config.seed)
+
+    @cached_property
+    def subnetworks(self) -> dict[str, HeadMask]:
+        """Every language's pruned mask."""
+        return {
+            language: HeadMask.load(self.run.subnetwork(language)) for language in self.languages
+        }
 
     def checkpoints(self, model_name: str) -> list[Checkpoint]:
         """The checkpoints that count for influence: every `collect.every` epochs, and the last.
@@ -497,8 +613,7 @@ class Study:
         Raises:
             ValueError: one of them has no learning rate, and the weights are learning rates.
         """
-        last, every = self._epochs(model_name), self.config.collect.every
-        chosen = sorted({*range(every, last + 1, every), last})
+        last, chosen = self._epochs(model_name), self.counted_epochs(model_name)
         folder = self.run.model(model_name)
         all_epochs = load_checkpoints(folder / f"checkpoint-{e}" for e in range(1, last + 1))
         found = []
@@ -506,6 +621,11 @@ class Study:
             rate = self._mean_rate(all_epochs[before:epoch])
             found.append(replace(all_epochs[epoch - 1], learning_rate=rate))
         return found
+
+    def counted_epochs(self, model_name: str) -> list[int]:
+        """The epochs whose checkpoints count for influence."""
+        last, every = self._epochs(model_name), self.config.collect.every
+        return sorted({*range(every, last + 1, every), last})
 
     def _mean_rate(self, checkpoints: Sequence[Checkpoint]) -> float | None:
         """None where learning rates do not count."""
@@ -515,8 +635,7 @@ class Study:
         return sum(rates) / len(rates)
 
     def _epochs(self, model_name: str) -> int:
-        sparse = self.config.sparse_finetune if model_name == "sparse" else None
-        return (sparse or self.config.finetune).epochs
+        return (self.config.sparse if model_name == "sparse" else self.config.finetune).epochs
 
     def _load(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = load_model(checkpoint.path)
@@ -561,12 +680,6 @@ def _holds_mask(path: Path) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _random_like(mask: HeadMask, seed: int, draw: int, place: int) -> HeadMask:
-    layers, heads = mask.array.shape
-    entropy = np.random.SeedSequence([seed, draw, place]).generate_state(1)[0]
-    return HeadMask.random(layers, heads, mask.size, seed=int(entropy))
 
 
 def _of_language(table: pa.Table, language: str) -> pa.Table:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tracmod.capture import frozen
 from tracmod.features import as_examples, masked
+from tracmod.heads import HeadMask
 from tracmod.index import InfluenceIndex
 from tracmod.influence import top_influences
 from tracmod.model import encode, load_model, predict, to_device
@@ -45,7 +46,7 @@ class Attributor:
         self.model = model
         if not self.study.run.is_done("collect"):
             raise ValueError(f"{run_dir}: expected collected features; run `tracmod collect`")
-        views = {one.name: one for one in self.study.views}
+        views = {one.name: one for one in self.study.views if one.collected}
         if model not in ("full", "sparse") or view not in views:
             raise ValueError(
                 f"{run_dir}: expected model full or sparse and a view of {', '.join(views)}, "
@@ -59,7 +60,6 @@ class Attributor:
                 f"{run_dir}: the view {view} has a mask per language: expected one of "
                 f"{', '.join(map(str, masks))}, got {mask}"
             )
-        self.mask = masks[self.mask_language]
 
     @property
     def index_path(self) -> Path:
@@ -146,18 +146,26 @@ class Attributor:
         loaded = (load_model(one.path) for one in self.study.checkpoints(self.model))
         return [(to_device(model, self.study.device), tokenizer) for model, tokenizer in loaded]
 
+    @cached_property
+    def _masks(self) -> list[HeadMask | None]:
+        """Of each checkpoint."""
+        return [
+            self.study.mask(self.model, self.view, self.mask_language, one.epoch)
+            for one in self.study.checkpoints(self.model)
+        ]
+
     def _predict(self, table: pa.Table) -> int:
         model, tokenizer = self._models[-1]
-        with masked(model, self.mask):
+        with masked(model, self._masks[-1]):
             examples = encode(tokenizer, table, self.study.config.model.max_length)
             return int(predict(model, examples).argmax())
 
     def _features(self, table: pa.Table) -> list[Tensor]:
         found = []
-        for model, tokenizer in self._models:
+        for (model, tokenizer), mask in zip(self._models, self._masks, strict=True):
             examples = as_examples(encode(tokenizer, table, self.study.config.model.max_length))
             with frozen(model):
-                found.append(self.study.collector(model, self.mask).collect(examples).cpu())
+                found.append(self.study.collector(model, mask).collect(examples).cpu())
         return found
 
     def _nearest(self, features: list[Tensor], k: int) -> list[list[dict[str, Any]]]:

@@ -104,9 +104,20 @@ class RunFolder:
         """models/<model>: the folder of the checkpoints of `full` or `sparse`."""
         return self.path / "models" / model
 
-    def subnetwork(self, language: str) -> Path:
-        """subnetworks/<language>.json."""
-        return self.path / "subnetworks" / f"{language}.json"
+    def subnetwork(
+        self, language: str, seed: int | None = None, threshold: float | None = None
+    ) -> Path:
+        """subnetworks/<language>.json, or that of one seed or of another threshold."""
+        folder = self.path / "subnetworks"
+        if seed is not None:
+            folder /= f"seeds/{seed}"
+        if threshold is not None:
+            folder /= f"thresholds/{threshold}"
+        return folder / f"{language}.json"
+
+    def pruned_model(self, seed: int, language: str | None) -> Path:
+        """subnetworks/models/<language or all>/seed-<seed>: a training made only to be pruned."""
+        return self.path / "subnetworks" / "models" / (language or "all") / f"seed-{seed}"
 
     def features(self, model: str, view: str, language: str | None, epoch: int, split: str) -> Path:
         """The feature store of one model, view (and its language's mask), checkpoint and split."""

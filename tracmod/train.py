@@ -1,7 +1,8 @@
 """Full and sparse fine-tuning: a checkpoint per epoch, resumable at any moment, bitwise the same.
 
-Everything random is a function of the seed and of where the training is: the order of the batches
-of (seed, epoch), dropout of (seed, step). So model, optimizer and step are the whole state.
+Everything random is a function of the seed and of where the training is: an epoch's examples and
+their order of (seed, epoch), dropout of (seed, step). So model, optimizer and step are the whole
+state, and with dynamic masks those of the epoch.
 """
 
 from __future__ import annotations
@@ -10,22 +11,30 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tracmod.heads import HeadMask, masked_accuracy, matching_layers
+from tracmod.heads import (
+    HeadMask,
+    head_importance,
+    head_slices,
+    masked_accuracy,
+    matching_layers,
+    without_least,
+)
 from tracmod.model import Checkpoint, collate, model_digest, pad_token_id, per_example_loss
 from tracmod.optimizer import HeadwiseAdamW
 from tracmod.training_folder import TrainingFolder
 
-Evaluate = Callable[[PreTrainedModel], Mapping[str, float]]
+Masks = Mapping[str, HeadMask]  # by language
+Evaluate = Callable[[PreTrainedModel, Masks | None], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,20 @@ class Settings:
         learning_rate: the highest, reached after the warm-up.
         weight_decay: AdamW's, not on biases and LayerNorm.
         warmup: share of all steps (rounded down) over which the learning rate rises from 0.
-        max_grad_norm: the gradient is scaled down to this L2 norm.
-        seed: of order and dropout.
+        max_grad_norm: the gradient of what is trained is scaled down to this L2 norm.
+        seed: of sampling, order and dropout.
+        sampling: what an epoch's N examples of G languages are. `proportional`: every example once.
+            `uniform`: ceil(N / G) of every language, hence equally many batches where a batch is of
+            one language; a smaller language goes round again in a new order, of a larger one every
+            epoch takes others. Either way the steps per epoch are the same but for less than G.
+        shared: only with masks: what is trained of the parameters that belong to no head (see
+            `head_slices`; the bias of the attention output projection is among them). `trained`:
+            all of it, by every language's batches. `classifier`: what is outside the base model, so
+            of BERT's pooler nothing. `frozen`: nothing. What is not trained stays bitwise as it is:
+            no gradient (nor part in its norm), no decay, no optimizer state. A classifier that is
+            new is then a random one.
+        reestimate_every: only with masks, in epochs: dynamic masks, see `fine_tune`; None: static.
+        keep: `all`: a checkpoint of every epoch; `last`: only the last one's.
     """
 
     epochs: int = 3
@@ -49,6 +70,15 @@ class Settings:
     warmup: float = 0.1
     max_grad_norm: float = 1.0
     seed: int = 0
+    sampling: Literal["proportional", "uniform"] = "proportional"
+    shared: Literal["trained", "classifier", "frozen"] = "trained"
+    reestimate_every: int | None = None
+    keep: Literal["all", "last"] = "all"
+
+    @property
+    def kept_epochs(self) -> range:
+        """The epochs whose checkpoints are kept."""
+        return range(1 if self.keep == "all" else self.epochs, self.epochs + 1)
 
 
 def fine_tune(
@@ -59,7 +89,8 @@ def fine_tune(
     out_dir: str | Path,
     settings: Settings,
     *,
-    masks: Mapping[str, HeadMask] | None = None,
+    masks: Masks | None = None,
+    dev: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     evaluate: Evaluate | None = None,
     device: torch.device | str | None = None,
     save_seconds: float = 300.0,
@@ -72,14 +103,20 @@ def fine_tune(
     language; forward and backward pass go through that language's mask, and what belongs to its
     masked heads stays bitwise as it is, optimizer state included (see `HeadwiseAdamW`).
 
-    Written to `out_dir`: `checkpoint-<epoch>/` (transformers format, tokenizer, `tracmod.json`),
-    `metrics.json` (a row per epoch), `training.json` (what was trained on what), and while it
-    runs `resume/`. Called again after an interruption it goes on where it was, with the same
-    result bit for bit (CPU, same number of threads); called again when complete it does nothing.
+    Dynamic masks (`settings.reestimate_every` = r): epoch 1 has `masks`; at the start of epochs
+    1 + r, 1 + 2r, ... every language's mask becomes the as many heads as in its `masks` that are
+    most important on its `dev` examples: `head_importance` at the full mask of the model as it is
+    then, ties as in pruning. `epoch_masks` gives the masks of an epoch.
 
-    The learning rate in `tracmod.json` is the mean over the epoch's steps: in TracIn over
-    checkpoints eta stands for all the steps since the checkpoint before, and the rate at the very
-    end of a linear decay is 0.
+    Written to `out_dir`: `checkpoint-<epoch>/` (transformers format, tokenizer, `tracmod.json`),
+    `metrics.json` (a row per epoch), `training.json` (what was trained on what), with dynamic masks
+    `masks/epoch-<epoch>/<language>.json`, and while it runs `resume/`. Called again after an
+    interruption it goes on where it was, with the same result bit for bit (CPU, same number of
+    threads); called again when complete it does nothing.
+
+    The learning rate in `tracmod.json` is the mean over the steps since the checkpoint before: in
+    TracIn over checkpoints eta stands for all of them, and the rate at the very end of a linear
+    decay is 0.
 
     Args:
         model: the model to start from; changed in place. Load the checkpoints to use them.
@@ -89,50 +126,55 @@ def fine_tune(
         out_dir: folder of this training.
         settings: epochs, batch size, learning rate, ...
         masks: a mask for every language; None: full fine-tuning.
-        evaluate: called with the model after every epoch; returns accuracy by language.
+        dev: only for dynamic masks: examples by language, of every language of `masks`.
+        evaluate: called with the model and the epoch's masks after every epoch; returns accuracy
+            by language.
         device: where to train; None: where the model is.
         save_seconds: how often the state is written within an epoch, in seconds.
         ids: of each example, to name those of a failing batch; None: their positions.
         description: of the progress bar.
 
     Returns:
-        One checkpoint per epoch.
+        The checkpoints kept, first epoch first.
 
     Raises:
         ValueError: inputs that do not fit each other, or `out_dir` holds another training.
         RuntimeError: loss or gradient is not finite; names the step and the batch's examples.
     """
-    _check_inputs(model, examples, languages, settings, masks)
+    _check_inputs(model, examples, languages, settings, masks, dev)
     folder = TrainingFolder(out_dir)
-    folder.claim(_identity(model, examples, languages, settings, masks))
-    if not folder.is_complete(settings.epochs):
+    identity = _identity(model, examples, languages, settings, masks, dev)
+    folder.claim(identity, defaults=asdict(Settings()))
+    if not folder.is_complete(settings.epochs, settings.kept_epochs):
         module: torch.nn.Module = model
         module.to(model.device if device is None else device)
-        sparse = masks is not None
-        training = _Training(
-            model,
-            tokenizer,
-            examples,
-            languages,
-            [str(row) for row in range(len(examples))] if ids is None else ids,
-            settings,
-            masks,
-            folder,
-            _Plan(languages, settings, by_language=sparse),
-            HeadwiseAdamW(model, weight_decay=settings.weight_decay, split_heads=sparse),
-        )
         on_gpu = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=on_gpu):
+        with _trainable(model, settings.shared), torch.random.fork_rng(devices=on_gpu):
+            training = _Training(
+                model,
+                tokenizer,
+                examples,
+                languages,
+                [str(row) for row in range(len(examples))] if ids is None else ids,
+                settings,
+                masks,
+                dev,
+                folder,
+                _Plan(languages, settings, by_language=masks is not None),
+                HeadwiseAdamW(
+                    model, weight_decay=settings.weight_decay, split_heads=masks is not None
+                ),
+            )
             training.run(evaluate, save_seconds, description)
     folder.clear_state()
-    return folder.checkpoints(settings.epochs)
+    return folder.checkpoints(settings.kept_epochs)
 
 
 def accuracy_by_language(
     model: PreTrainedModel,
     examples: Sequence[Mapping[str, Any]],
     languages: Sequence[str],
-    masks: Mapping[str, HeadMask] | None = None,
+    masks: Masks | None = None,
     *,
     batch_tokens: int = 8192,
 ) -> dict[str, float]:
@@ -157,42 +199,91 @@ def scheduled_rate(step: int, total: int, settings: Settings) -> float:
     return settings.learning_rate * (total - step) / (total - warmup)
 
 
-# --- the order of the batches ---------------------------------------------------------------
+# --- the batches ----------------------------------------------------------------------------
 
 
 class _Plan:
     """Which examples each step of each epoch takes; a function of (seed, epoch) alone."""
 
     def __init__(self, languages: Sequence[str], settings: Settings, *, by_language: bool) -> None:
-        groups: dict[str, list[int]] = {}
+        uniform = settings.sampling == "uniform"
+        pools: dict[str, list[int]] = {}
         for row, language in enumerate(languages):
-            groups.setdefault(language if by_language else "", []).append(row)
-        self._groups = list(groups.values())
+            pools.setdefault(language if by_language or uniform else "", []).append(row)
+        self._pools = list(pools.values())
+        share = math.ceil(len(languages) / len(pools))
+        self._counts = [share if uniform else len(rows) for rows in self._pools]
+        self._by_language = by_language
         self._size = settings.batch_size
         self._seed = settings.seed
-        self.steps_per_epoch = sum(math.ceil(len(rows) / self._size) for rows in self._groups)
+        queues = self._counts if by_language else [sum(self._counts)]
+        self.steps_per_epoch = sum(math.ceil(count / self._size) for count in queues)
         self.total_steps = self.steps_per_epoch * settings.epochs
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """Batches of positions; every example is in exactly one."""
+        """Batches of positions."""
         generator = torch.Generator().manual_seed(_derived_seed(self._seed, "order", epoch))
-        batches = []
-        for rows in self._groups:
-            order = torch.randperm(len(rows), generator=generator).tolist()
-            shuffled = [rows[place] for place in order]
-            batches += [
-                shuffled[start : start + self._size] for start in range(0, len(rows), self._size)
-            ]
-        # With one group the batches are in random order already, the short one last.
-        if len(self._groups) > 1:
-            order = torch.randperm(len(batches), generator=generator).tolist()
-            batches = [batches[place] for place in order]
-        return batches
+        drawn = [
+            _draw(rows, count, generator)
+            for rows, count in zip(self._pools, self._counts, strict=True)
+        ]
+        if self._by_language:
+            batches = [batch for rows in drawn for batch in self._split(rows)]
+            return _shuffled(batches, generator) if len(drawn) > 1 else batches
+        rows = [row for own in drawn for row in own]
+        return self._split(_shuffled(rows, generator) if len(drawn) > 1 else rows)
+
+    def _split(self, rows: list[int]) -> list[list[int]]:
+        return [rows[start : start + self._size] for start in range(0, len(rows), self._size)]
+
+
+def _draw(rows: list[int], count: int, generator: torch.Generator) -> list[int]:
+    """`count` of the rows in random order: all of them before any of them comes again."""
+    drawn: list[int] = []
+    while len(drawn) < count:
+        drawn += _shuffled(rows, generator)
+    return drawn[:count]
+
+
+def _shuffled(items: list[Any], generator: torch.Generator) -> list[Any]:
+    return [items[place] for place in torch.randperm(len(items), generator=generator).tolist()]
 
 
 def _derived_seed(seed: int, what: str, number: int) -> int:
     content = f"{seed} {what} {number}".encode()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
+
+
+# --- what is trained, and through which heads -----------------------------------------------
+
+
+@contextmanager
+def _trainable(model: PreTrainedModel, shared: str) -> Iterator[None]:
+    """Take what `Settings.shared` leaves out of training from autograd; put back afterwards."""
+    heads = {part.name for part in head_slices(model)}  # together they are all of each parameter
+    base = set(model.base_model.parameters())
+    left_out = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in heads
+        if shared == "frozen" or (shared == "classifier" and parameter in base)
+    ]
+    for parameter in left_out:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in left_out:
+            parameter.requires_grad_(True)
+
+
+def _most_important(
+    model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], size: int
+) -> HeadMask:
+    """The `size` heads most important on the examples, at the full mask of the model as it is."""
+    importance_LH = head_importance(model, examples)
+    full = HeadMask.full(*importance_LH.shape)
+    return without_least(full, importance_LH, full.size - size)
 
 
 # --- the loop -------------------------------------------------------------------------------
@@ -208,7 +299,8 @@ class _Training:
     languages: Sequence[str]
     ids: Sequence[str]
     settings: Settings
-    masks: Mapping[str, HeadMask] | None
+    masks: Masks | None
+    dev: Mapping[str, Sequence[Mapping[str, Any]]] | None
     folder: TrainingFolder
     plan: _Plan
     optimizer: HeadwiseAdamW
@@ -222,24 +314,47 @@ class _Training:
             total=plan.total_steps, initial=step, desc=description, unit="step", disable=None
         ) as bar:
             for epoch in range(step // plan.steps_per_epoch + 1, self.settings.epochs + 1):
+                done = step % plan.steps_per_epoch
+                masks = self._epoch_masks(epoch, begun=done > 0)
                 self.model.train()
-                for batch in plan.epoch(epoch)[step % plan.steps_per_epoch :]:
-                    loss_sum += self._step(step, batch)
+                for batch in plan.epoch(epoch)[done:]:
+                    loss_sum += self._step(step, batch, masks)
                     step += 1
                     bar.update()
                     within = step % plan.steps_per_epoch != 0  # the end of an epoch is below
                     if within and time.monotonic() - saved >= save_seconds:
                         self.folder.save_state(self.model, self.optimizer, step, loss_sum)
                         saved = time.monotonic()
-                self._finish_epoch(epoch, step, loss_sum / plan.steps_per_epoch, evaluate)
+                train_loss = loss_sum / plan.steps_per_epoch
+                self._finish_epoch(epoch, step, train_loss, masks, evaluate)
                 loss_sum = 0.0
                 self.folder.save_state(self.model, self.optimizer, step, loss_sum)
                 saved = time.monotonic()
 
-    def _step(self, step: int, batch: list[int]) -> float:
+    def _epoch_masks(self, epoch: int, *, begun: bool) -> Masks | None:
+        """The epoch's masks; dynamic ones are on disk before the epoch's first step."""
+        every = self.settings.reestimate_every
+        if self.masks is None or every is None:
+            return self.masks
+        if begun:
+            return self.folder.masks(epoch, self.masks)
+        if epoch == 1:
+            masks = self.masks
+        elif (epoch - 1) % every:
+            masks = self.folder.masks(epoch - 1, self.masks)
+        else:
+            assert self.dev is not None
+            masks = {
+                language: _most_important(self.model, self.dev[language], mask.size)
+                for language, mask in self.masks.items()
+            }
+        self.folder.write_masks(epoch, masks)
+        return masks
+
+    def _step(self, step: int, batch: list[int], masks: Masks | None) -> float:
         """One optimizer step; returns the batch's mean loss."""
         torch.manual_seed(_derived_seed(self.settings.seed, "dropout", step))
-        mask = None if self.masks is None else self.masks[self.languages[batch[0]]]
+        mask = None if masks is None else masks[self.languages[batch[0]]]
         examples = [self.examples[row] for row in batch]
         inputs = collate(examples, pad_token_id(self.model), self.model.device)
         labels_B = inputs.pop("labels")
@@ -258,22 +373,33 @@ class _Training:
         return loss.item()
 
     def _finish_epoch(
-        self, epoch: int, step: int, train_loss: float, evaluate: Evaluate | None
+        self,
+        epoch: int,
+        step: int,
+        train_loss: float,
+        masks: Masks | None,
+        evaluate: Evaluate | None,
     ) -> None:
-        steps = range(step - self.plan.steps_per_epoch, step)
-        rates = [scheduled_rate(s, self.plan.total_steps, self.settings) for s in steps]
-        learning_rate = sum(rates) / len(rates)
-        self.model.eval()
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": step,
-            "learning_rate": learning_rate,
+            "learning_rate": self._mean_rate(step - self.plan.steps_per_epoch, step),
             "train_loss": train_loss,
         }
+        self.model.eval()
         if evaluate is not None:
-            row["accuracy"] = dict(evaluate(self.model))
+            row["accuracy"] = dict(evaluate(self.model, masks))
         self.folder.write_metrics(row)
-        self.folder.write_checkpoint(self.model, self.tokenizer, epoch, step, learning_rate)
+        if epoch in self.settings.kept_epochs:
+            before = 0 if self.settings.keep == "last" else step - self.plan.steps_per_epoch
+            rate = self._mean_rate(before, step)
+            self.folder.write_checkpoint(self.model, self.tokenizer, epoch, step, rate)
+
+    def _mean_rate(self, first: int, end: int) -> float:
+        """Mean learning rate of the steps from `first` to before `end`."""
+        steps = range(first, end)
+        rates = [scheduled_rate(step, self.plan.total_steps, self.settings) for step in steps]
+        return sum(rates) / len(rates)
 
 
 # --- checks and identity --------------------------------------------------------------------
@@ -284,7 +410,8 @@ def _check_inputs(
     examples: Sequence[Mapping[str, Any]],
     languages: Sequence[str],
     settings: Settings,
-    masks: Mapping[str, HeadMask] | None,
+    masks: Masks | None,
+    dev: Mapping[str, Sequence[Mapping[str, Any]]] | None,
 ) -> None:
     if not examples:
         raise ValueError("fine-tuning: expected training examples, got none")
@@ -299,11 +426,45 @@ def _check_inputs(
             f"{settings.epochs} and {settings.batch_size}"
         )
     if masks is not None:
-        missing = sorted(set(languages) - masks.keys())
-        if missing:
-            raise ValueError(f"sparse fine-tuning: no head mask for {', '.join(missing)}")
-        for mask in masks.values():
-            matching_layers(model, mask)
+        _check_masks(model, set(languages), settings, masks, dev or {})
+    elif settings.shared != "trained" or settings.reestimate_every is not None:
+        raise ValueError(
+            "fine-tuning without masks: expected shared `trained` and reestimate_every None, got "
+            f"`{settings.shared}` and {settings.reestimate_every}"
+        )
+
+
+def _check_masks(
+    model: PreTrainedModel,
+    languages: set[str],
+    settings: Settings,
+    masks: Masks,
+    dev: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> None:
+    missing = sorted(languages - masks.keys())
+    if missing:
+        raise ValueError(f"sparse fine-tuning: no head mask for {', '.join(missing)}")
+    for mask in masks.values():
+        matching_layers(model, mask)
+    untrained = sorted(masks.keys() - languages)
+    if untrained and settings.sampling == "uniform":
+        raise ValueError(
+            "sparse fine-tuning: uniform sampling takes as many examples of every language that "
+            f"has a mask, got none of {', '.join(untrained)}"
+        )
+    if settings.reestimate_every is None:
+        return
+    if not 1 <= settings.reestimate_every < settings.epochs:
+        raise ValueError(
+            "sparse fine-tuning: expected reestimate_every of at least 1 and fewer than epochs, "
+            f"got {settings.reestimate_every} and {settings.epochs}"
+        )
+    without = sorted(language for language in masks if not dev.get(language))
+    if without:
+        raise ValueError(
+            "sparse fine-tuning: dynamic masks are estimated on dev examples, got none of "
+            f"{', '.join(without)}"
+        )
 
 
 def _identity(
@@ -311,15 +472,23 @@ def _identity(
     examples: Sequence[Mapping[str, Any]],
     languages: Sequence[str],
     settings: Settings,
-    masks: Mapping[str, HeadMask] | None,
+    masks: Masks | None,
+    dev: Mapping[str, Sequence[Mapping[str, Any]]] | None,
 ) -> dict[str, Any]:
+    identity = {
+        **asdict(settings),
+        "model": model_digest(model),
+        "examples": _examples_digest(examples, languages),
+        "masks": None if masks is None else {key: masks[key].digest() for key in sorted(masks)},
+    }
+    if settings.reestimate_every is not None and dev is not None:
+        identity["dev"] = {key: _examples_digest(dev[key], [key] * len(dev[key])) for key in dev}
+    return identity
+
+
+def _examples_digest(examples: Sequence[Mapping[str, Any]], languages: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for example, language in zip(examples, languages, strict=True):
         content = {name: list(v) if name != "labels" else v for name, v in example.items()}
         digest.update(json.dumps([language, content], sort_keys=True).encode())
-    return {
-        **asdict(settings),
-        "model": model_digest(model),
-        "examples": digest.hexdigest(),
-        "masks": None if masks is None else {key: masks[key].digest() for key in sorted(masks)},
-    }
+    return digest.hexdigest()

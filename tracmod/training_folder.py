@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.durable import read_json, sync_folder, write_json
+from tracmod.heads import HeadMask
 from tracmod.model import Checkpoint, load_checkpoints, quiet_transformers
 from tracmod.optimizer import HeadwiseAdamW
 
@@ -26,6 +28,7 @@ class TrainingFolder:
     training.json          what is trained on what
     checkpoint-<epoch>/    transformers format, tokenizer, tracmod.json {epoch, step, learning_rate}
     metrics.json           [{epoch, step, learning_rate, train_loss, accuracy: {language: share}}]
+    masks/epoch-<epoch>/   <language>.json, the head masks of the epoch; dynamic masks only
     resume/<step>/         model.safetensors, optimizer.safetensors, state.json; gone when complete
     ```
     """
@@ -33,8 +36,13 @@ class TrainingFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def claim(self, identity: dict[str, Any]) -> None:
+    def claim(self, identity: dict[str, Any], defaults: Mapping[str, Any]) -> None:
         """State what this training is, or check that it is what the folder already holds.
+
+        Args:
+            identity: everything the training depends on.
+            defaults: what a key stands for that `training.json` lacks, because the setting is newer
+                than the file.
 
         Raises:
             ValueError: the folder holds a training of something else.
@@ -44,7 +52,7 @@ class TrainingFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(file, identity)
             return
-        found = read_json(file)
+        found = {**defaults, **read_json(file)}
         keys = sorted(identity.keys() | found.keys())
         other = [key for key in keys if identity.get(key) != found.get(key)]
         if other:
@@ -53,15 +61,15 @@ class TrainingFolder:
                 "remove the folder or train into another"
             )
 
-    def is_complete(self, epochs: int) -> bool:
-        """Whether every epoch's checkpoint and metrics are there."""
+    def is_complete(self, epochs: int, kept: Iterable[int]) -> bool:
+        """Whether the metrics of all epochs and the checkpoints of those kept are there."""
         return len(self._metrics()) == epochs and all(
-            self._checkpoint(epoch).is_dir() for epoch in range(1, epochs + 1)
+            self._checkpoint(epoch).is_dir() for epoch in kept
         )
 
-    def checkpoints(self, epochs: int) -> list[Checkpoint]:
-        """The checkpoints of all epochs, first epoch first."""
-        return load_checkpoints(self._checkpoint(epoch) for epoch in range(1, epochs + 1))
+    def checkpoints(self, kept: Iterable[int]) -> list[Checkpoint]:
+        """The checkpoints of these epochs, in their order."""
+        return load_checkpoints(self._checkpoint(epoch) for epoch in kept)
 
     def write_checkpoint(
         self,
@@ -85,6 +93,19 @@ class TrainingFolder:
         """Put an epoch's row into `metrics.json`, after those of earlier epochs."""
         rows = [earlier for earlier in self._metrics() if earlier["epoch"] < row["epoch"]]
         write_json(self.path / "metrics.json", [*rows, row])
+
+    def write_masks(self, epoch: int, masks: Mapping[str, HeadMask]) -> None:
+        """Write the head masks of an epoch, in place of those that are there."""
+        for language, mask in masks.items():
+            mask.save(self._mask(epoch, language), language=language, epoch=epoch)
+
+    def masks(self, epoch: int, languages: Iterable[str]) -> dict[str, HeadMask]:
+        """The head masks of an epoch by language.
+
+        Raises:
+            ValueError: one is not there or broken.
+        """
+        return {language: HeadMask.load(self._mask(epoch, language)) for language in languages}
 
     def save_state(
         self, model: PreTrainedModel, optimizer: HeadwiseAdamW, step: int, loss_sum: float
@@ -122,6 +143,9 @@ class TrainingFolder:
     def _checkpoint(self, epoch: int) -> Path:
         return self.path / f"checkpoint-{epoch}"
 
+    def _mask(self, epoch: int, language: str) -> Path:
+        return self.path / "masks" / f"epoch-{epoch}" / f"{language}.json"
+
     def _metrics(self) -> list[dict[str, Any]]:
         file = self.path / "metrics.json"
         return read_json(file) if file.is_file() else []
@@ -130,6 +154,31 @@ class TrainingFolder:
         """Steps of the states on disk, earliest first."""
         folders = (self.path / "resume").glob("*/")
         return sorted(int(folder.name) for folder in folders if folder.name.isdecimal())
+
+
+def epoch_masks(
+    folder: str | Path, epoch: int, static: Mapping[str, HeadMask]
+) -> dict[str, HeadMask]:
+    """The head mask that each language was trained through in an epoch of a sparse fine-tuning.
+
+    Args:
+        folder: of the training, such as `models/sparse` of a run folder.
+        epoch: from 1; the checkpoint of that number is the model at its end.
+        static: the masks the training was given, by language.
+
+    Returns:
+        By language: `static`, or where masks were dynamic those of the epoch.
+
+    Raises:
+        ValueError: no training there, or it has dynamic masks, but not of this epoch and language.
+    """
+    training = TrainingFolder(folder)
+    file = training.path / "training.json"
+    if not file.is_file():
+        raise ValueError(f"{training.path}: expected a fine-tuning, found no training.json")
+    if read_json(file).get("reestimate_every") is None:
+        return dict(static)
+    return training.masks(epoch, static)
 
 
 def _make_empty(folder: Path) -> None:

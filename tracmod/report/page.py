@@ -29,6 +29,7 @@ from tracmod.report.findings import (
     tiles,
 )
 from tracmod.report.plots import Figure, Panel
+from tracmod.report.pruning import pruning_panels, threshold_rows
 from tracmod.report.sections import (
     accuracy_figures,
     by_k_panels,
@@ -132,6 +133,8 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
         "by_k": by_k_panels(tables["shares_by_k"]),
         "course": _course(tables["course"], summary),
         "masks": run.masks,
+        "pruning": pruning_panels(run.subnetworks),
+        "thresholds": threshold_rows(run.path, run.subnetworks),
         "usage": head_usage(run.masks) if run.masks else np.zeros((0, 0)),
         "similarity": _similarity(tables, list(run.masks)),
         "similarity_rows": tables["similarity"],

@@ -184,7 +184,7 @@ def lines(
     caption: str = "",
     even: bool = False,
 ) -> Figure:
-    """Percentages over epochs, say. `series`: name, color, x, y, and optionally `bold`.
+    """Percentages over a count (epochs, heads). `series`: name, color, x, y, optionally `bold`.
 
     `even`: the values of x stand at equal distances, whatever they are.
     """
@@ -206,9 +206,9 @@ def lines(
     xaxis: dict[str, Any] = {"title": {"text": axes[0]}, "showgrid": False}
     if even:
         xaxis["type"] = "category"
-    elif numbers := sorted({number for one in series for number in one["x"]}):
-        xaxis["dtick"] = max(1, len(numbers) // 12)
-        xaxis["range"] = [numbers[0] - 0.3, numbers[-1] + 0.3]
+    elif counts := sorted({count for one in series for count in one["x"]}):
+        xaxis["dtick"] = max(1, (counts[-1] - counts[0] + 1) // 12)
+        xaxis["range"] = [counts[0] - 0.3, counts[-1] + 0.3]
     layout: dict[str, Any] = {
         "xaxis": xaxis,
         "yaxis": {"title": {"text": axes[1]}, "range": list(limits), "ticksuffix": "%"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tracmod.config import TaskConfig
-from tracmod.tasks.examples import SCHEMA, TaskData
+from tracmod.tasks.examples import SCHEMA, TaskData, check_classes
 from tracmod.tasks.files import load_files, read_examples, read_model_examples, read_model_files
 from tracmod.tasks.grammar import load_grammar
 from tracmod.tasks.marc import load_marc
@@ -25,7 +25,8 @@ def load_task(config: TaskConfig) -> TaskData:
     """Load, check, sample and split a task; the same config and data give the same examples.
 
     Raises:
-        ValueError: malformed data (file and line), an unknown language, or too few examples.
+        ValueError: malformed data (file and line), an unknown language, too few examples, or all
+            of one class.
     """
     loader = {
         "grammar": load_grammar,
@@ -34,4 +35,4 @@ def load_task(config: TaskConfig) -> TaskData:
         "marc": load_marc,
         "files": load_files,
     }[config.name]
-    return sample(loader(config), config)
+    return check_classes(sample(loader(config), config))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 SPLITS = ("train", "dev", "test")
 SCHEMA = pa.schema(
@@ -43,6 +44,28 @@ class TaskData:
     train: pa.Table
     dev: pa.Table
     test: pa.Table
+
+
+def check_classes(data: TaskData) -> TaskData:
+    """The data, after a check that there is something to learn, and to lose by pruning.
+
+    Raises:
+        ValueError: all training examples, or all dev examples of a language, are of one class.
+    """
+    _check_two_classes(data.train, data.label_names, "train")
+    for language in data.languages:
+        own = data.dev.filter(pc.equal(data.dev["language"], language))
+        _check_two_classes(own, data.label_names, f"dev, language {language}")
+    return data
+
+
+def _check_two_classes(table: pa.Table, label_names: list[str], where: str) -> None:
+    found = pc.unique(table["label"]).to_pylist()
+    if len(found) == 1 and len(table) > 1:
+        raise ValueError(
+            f"task: {where}: expected examples of several classes, got {len(table)}, all "
+            f"{label_names[found[0]]}"
+        )
 
 
 @dataclass(frozen=True)

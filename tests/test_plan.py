@@ -1,0 +1,87 @@
+"""What `tracmod run --check` says: true counts, whatever the options, and nothing written."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+from study import tiny_config
+
+from tracmod.cli import main
+from tracmod.pipeline import Study, run_stages
+from tracmod.plan import plan_run
+from tracmod.run_folder import STAGES, RunFolder
+
+OPTIONS = {
+    "prune": {"seeds": 2, "model": "monolingual", "step": 0.2},
+    "views": {"other": ["de"], "subnetwork_own": True, "union": [["en", "de"]]},
+}
+
+
+def test_counts_are_those_of_the_run(tmp_path):
+    run = RunFolder(tmp_path / "run", tiny_config(**OPTIONS))
+    plan = plan_run(run)
+    assert not run.path.exists()
+    assert [stage.stage for stage in plan.stages] == list(STAGES)
+    assert not any(stage.done for stage in plan.stages)
+    works = {stage.stage: stage.work for stage in plan.stages}
+    assert works["finetune"] == "10 steps of 8, 2 checkpoints"  # 36 examples
+    assert works["sparse-finetune"] == "12 steps of 8, 2 checkpoints"  # 12 of each language
+    assert works["prune"] == "6 courses of at most 5 rounds, 6 more models fine-tuned"
+    # full 1, subnetwork 3, random 3, other 1, union 1; the own view costs no pass.
+    assert works["collect"].startswith("9 passes (view, mask) x 4 checkpoints = ")
+    run_stages(run, STAGES[:6])
+    counted = Study(run)._count_passes()
+    assert works["collect"].endswith(f"= {counted} forward and backward passes of an example")
+    shards = [path.stat().st_size for path in (run.path / "features").rglob("shard*")]
+    collect = next(stage for stage in plan.stages if stage.stage == "collect")
+    assert collect.bytes == counted * 256 * 4
+    assert sum(shards) == pytest.approx(collect.bytes, rel=0.1)
+    models = [path.stat().st_size for path in (run.path / "models").rglob("*.safetensors")]
+    assert sum(models) < sum(s.bytes for s in plan.stages if "finetune" in s.stage)
+
+
+def test_what_is_done_costs_nothing(tmp_path):
+    run = RunFolder(tmp_path / "run", tiny_config())
+    before = plan_run(run)
+    assert before.seconds > 0
+    run_stages(run, ["data", "finetune"])
+    after = plan_run(run)
+    assert [stage.stage for stage in after.stages if stage.done] == ["data", "finetune"]
+    assert after.bytes < before.bytes
+
+
+@pytest.mark.parametrize(
+    ("k", "note"), [(100, "only 36 training examples"), (20, "20 of 36 training"), (5, None)]
+)
+def test_a_k_that_tells_nothing_is_noted(tmp_path, k, note):
+    notes = plan_run(RunFolder(tmp_path / "run", tiny_config(influence={"k": k}))).notes
+    assert [note in one for one in notes] == [True] if note else notes == []
+
+
+def test_the_command_prints_it_and_writes_nothing(tmp_path):
+    arguments = ["run", "demo", "--out", str(tmp_path / "run"), "--check"]
+    arguments += ["--set", "task.train_per_language=12", "--set", "task.dev_per_language=9"]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert [line.split()[0] for line in lines[1:9]] == list(STAGES)
+    assert "to do: about" in result.output
+    assert "note: influence.k is 100, but there are only 60 training examples" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_data_is_found_before_the_work(tmp_path):
+    rows = ["id\tlanguage\ttext_a\tlabel"]
+    for i in range(12):
+        rows += [f"en{i}\ten\ttext {i}\t{'good' if i % 2 else 'bad'}", f"de{i}\tde\tTexte\tgood"]
+    (tmp_path / "one_class.tsv").write_text("\n".join(rows))
+    task = {"name": "files", "shape": "nli", "train_file": str(tmp_path / "one_class.tsv")}
+    task |= {"languages": ["en", "de"], "train_per_language": 3, "dev_per_language": 2}
+    task |= {"test_per_language": 2}
+    config = tiny_config(task=task, views={"other": []})
+    what = "dev, language de: expected examples of several classes, got 2, all good"
+    with pytest.raises(ValueError, match=what):
+        plan_run(RunFolder(tmp_path / "run", config))
+    task["languages"] = ["en", "fr"]
+    with pytest.raises(ValueError, match="fr"):
+        plan_run(RunFolder(tmp_path / "run", tiny_config(task=task, views={"other": []})))

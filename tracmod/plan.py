@@ -1,0 +1,317 @@
+"""What a run would do, before it does it: passes, time and disk of every stage, from a short probe.
+
+Times are of this machine as it is now: one training step, one forward pass, one gradient feature
+and one score are timed for a second or two each on the run's own examples, and multiplied.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from tracmod.capture import frozen
+from tracmod.config import FinetuneConfig
+from tracmod.heads import HeadMask, head_importance
+from tracmod.influence import top_influences
+from tracmod.model import (
+    attention_layers,
+    collate,
+    encode,
+    pad_token_id,
+    per_example_loss,
+    predict,
+    to_device,
+)
+from tracmod.optimizer import HeadwiseAdamW
+from tracmod.pipeline import MODELS, Study, run_stages
+from tracmod.run_folder import STAGES, RunFolder
+from tracmod.views import views_of
+
+_PROBED = 32  # examples of a probe, unless one alone takes longer than a second
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a run.
+
+    Attributes:
+        stage: its name.
+        done: finished already, so that it costs nothing.
+        work: what it does, in words.
+        seconds: estimate; None where it is not worth one (seconds at most).
+        bytes: what it leaves on disk.
+    """
+
+    stage: str
+    done: bool
+    work: str
+    seconds: float | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run.
+
+    Attributes:
+        stages: in order.
+        notes: what a user should know before the run begins, a sentence each.
+    """
+
+    stages: list[StagePlan]
+    notes: list[str]
+
+    @property
+    def seconds(self) -> float:
+        """Of the stages to do."""
+        return sum(one.seconds or 0.0 for one in self.stages if not one.done)
+
+    @property
+    def bytes(self) -> int:
+        """Of the stages to do."""
+        return sum(one.bytes for one in self.stages if not one.done)
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Seconds each: a training step; forward, importance and features per example; a score."""
+
+    step: float
+    forward: float
+    importance: float
+    features: float
+    score: float
+
+
+def plan_run(run: RunFolder) -> RunPlan:
+    """Sample the data, load the model, time it briefly, and say what the run would do.
+
+    Nothing is written into the run folder. Everything that the config gets wrong about data, model
+    and device is found here.
+
+    Args:
+        run: the folder, begun or not.
+
+    Raises:
+        ValueError: as the stages raise it.
+    """
+    Study(run).check_distances()
+    with tempfile.TemporaryDirectory() as place:
+        data = run
+        if not run.is_done("data"):
+            data = RunFolder(place, run.config)
+            run_stages(data, ["data"])
+        return _Planner(run, Study(data)).plan()
+
+
+class _Planner:
+    """Counts of one run, from its config, its data and its model."""
+
+    def __init__(self, run: RunFolder, study: Study) -> None:
+        self.run, self.study, self.config = run, study, run.config
+        self.model, self.tokenizer = study.initial_model()
+        to_device(self.model, study.device)
+        self.tables = {split: study.table(split) for split in ("train", "dev", "test")}
+        layers = attention_layers(self.model)
+        self.all_heads = HeadMask.full(len(layers), layers[0].num_heads)
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.checkpoint_bytes = weights + 4_000_000  # and a tokenizer
+
+    def plan(self) -> RunPlan:
+        rates = self._probe()
+        works = {
+            "data": (self._data_work(), None, 0),
+            "finetune": self._training(self.config.finetune, rates, by_language=False),
+            "prune": self._pruning(rates),
+            "sparse-finetune": self._training(self.config.sparse, rates, by_language=True),
+            "collect": self._collecting(rates),
+            "influence": self._scoring(rates),
+            "analyze": ("comparisons, intervals, tests", None, 0),
+            "report": ("report/index.html", None, 0),
+        }
+        stages = [StagePlan(one, self.run.is_done(one), *works[one]) for one in STAGES]
+        plan = RunPlan(stages, [])
+        plan.notes.extend(self._notes(plan))
+        return plan
+
+    # --- counts -----------------------------------------------------------------------------
+
+    def _count(self, split: str, language: str | None = None) -> int:
+        languages = self.tables[split].column("language").to_pylist()
+        return len(languages) if language is None else languages.count(language)
+
+    def _data_work(self) -> str:
+        counts = ", ".join(f"{self._count(split)} {split}" for split in self.tables)
+        return f"{counts} examples in {len(self.config.task.languages)} languages"
+
+    def _training(
+        self, config: FinetuneConfig, rates: _Rates, *, by_language: bool
+    ) -> tuple[str, float, int]:
+        languages = self.config.task.languages
+        counts = (
+            [self._count("train", language) for language in languages]
+            if by_language
+            else [self._count("train")]
+        )
+        if config.sampling == "uniform":
+            counts = [math.ceil(self._count("train") / len(languages))] * len(counts)
+        steps = config.epochs * sum(math.ceil(count / config.batch_size) for count in counts)
+        seconds = steps * rates.step + config.epochs * self._count("test") * rates.forward
+        work = f"{steps} steps of {config.batch_size}, {config.epochs} checkpoints"
+        return work, seconds, config.epochs * self.checkpoint_bytes
+
+    def _pruning(self, rates: _Rates) -> tuple[str, float, int]:
+        config, finetune = self.config.prune, self.config.finetune
+        heads, languages = self.all_heads.size, self.config.task.languages
+        rounds = math.ceil((heads - 1) / max(1, round(config.step * heads)))
+        per_example = rounds * (rates.importance + rates.forward) + rates.forward
+        seconds = config.seeds * self._count("dev") * per_example
+        monolingual = config.model == "monolingual"
+        models = config.seeds * len(languages) if monolingual else config.seeds - 1
+        trained = self._count("train") * (config.seeds if monolingual else config.seeds - 1)
+        seconds += finetune.epochs * trained / finetune.batch_size * rates.step
+        work = f"{config.seeds * len(languages)} courses of at most {rounds} rounds"
+        if models:
+            work += f", {models} more models fine-tuned"
+        return work, seconds, models * self.checkpoint_bytes
+
+    def _counts_of_passes(self) -> list[tuple[int, int]]:
+        """(training, test) examples of every pass, at one checkpoint of one model."""
+        masks = dict.fromkeys(self.config.task.languages, self.all_heads)
+        views = views_of(self.config.views, masks, self.config.seed)
+        return [
+            (self._count("train"), self._count("test", language))
+            for view in views
+            if view.collected
+            for language, _ in view.masks
+        ]
+
+    def _checkpoints(self) -> int:
+        return sum(len(self.study.counted_epochs(model)) for model in MODELS)
+
+    def _collecting(self, rates: _Rates) -> tuple[str, float, int]:
+        passes = self._counts_of_passes()
+        examples = self._checkpoints() * sum(train + test for train, test in passes)
+        work = (
+            f"{len(passes)} passes (view, mask) x {self._checkpoints()} checkpoints = "
+            f"{examples} forward and backward passes of an example"
+        )
+        row = 4 * self.config.collect.projection_dim
+        return work, examples * rates.features, examples * row
+
+    def _scoring(self, rates: _Rates) -> tuple[str, float, int]:
+        masks = dict.fromkeys(self.config.task.languages, self.all_heads)
+        views = len(views_of(self.config.views, masks, self.config.seed))
+        # All checkpoints together, then each alone.
+        pairs = 2 * views * self._checkpoints() * self._count("test") * self._count("train")
+        work = f"{views} views of {len(MODELS)} models, {pairs} inner products"
+        return work, pairs * rates.score, 0
+
+    def _notes(self, plan: RunPlan) -> list[str]:
+        notes = []
+        train = self._count("train")
+        for k in self.config.influence.ks:
+            if k > train:
+                notes.append(
+                    f"influence.k is {k}, but there are only {train} training examples: all"
+                )
+            elif 2 * k > train:
+                notes.append(
+                    f"influence.k is {k} of {train} training examples: shares are close to the "
+                    f"null whatever the model does; a smaller k tells more"
+                )
+        free = shutil.disk_usage(_existing(self.run.path)).free
+        if plan.bytes > free:
+            notes.append(
+                f"{self.run.path}: {plan.bytes / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+            )
+        return notes
+
+    # --- the probe --------------------------------------------------------------------------
+
+    def _probe(self) -> _Rates:
+        train = self._examples("train", max(_PROBED, self.config.finetune.batch_size))
+        few, device = train[:_PROBED], self.study.device
+        collector = self.study.collector(self.model, None)
+        with frozen(self.model):
+            features = _seconds_each(device, collector.collect, few)
+        return _Rates(
+            step=self._step_seconds(train[: self.config.finetune.batch_size]),
+            forward=_seconds_each(device, partial(predict, self.model), few),
+            importance=_seconds_each(device, partial(head_importance, self.model), few),
+            features=features,
+            score=self._score_seconds(),
+        )
+
+    def _examples(self, split: str, number: int) -> list[dict[str, Any]]:
+        """Examples spread evenly over a split, so over its languages and lengths."""
+        table = self.tables[split]
+        rows = np.unique(np.linspace(0, len(table) - 1, number).astype(int))
+        labels = int(self.model.config.num_labels or 0)
+        taken: pa.Table = table.take(rows)
+        return encode(self.tokenizer, taken, self.config.model.max_length, num_labels=labels)
+
+    def _step_seconds(self, batch: list[dict[str, Any]]) -> float:
+        """A training step, the first (which allocates) left out; the weights are put back."""
+        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        optimizer = HeadwiseAdamW(self.model, weight_decay=0.0, split_heads=False)
+        self.model.train()
+
+        def step() -> None:
+            inputs = collate(batch, pad_token_id(self.model), self.model.device)
+            labels_B = inputs.pop("labels")
+            per_example_loss(self.model(**inputs).logits, labels_B).mean().backward()
+            optimizer.step(0.0)
+            self.model.zero_grad(set_to_none=True)
+
+        step()
+        seconds = min(_seconds(self.study.device, step) for _ in range(2))
+        self.model.eval()
+        self.model.load_state_dict(before)
+        return seconds
+
+    def _score_seconds(self) -> float:
+        """One inner product of two features, with what finding the strongest takes."""
+        dim, k = self.config.collect.projection_dim, max(self.config.influence.ks)
+        generator = torch.Generator().manual_seed(0)
+        train = torch.randn(min(2048, self._count("train")), dim, generator=generator)
+        query = torch.randn(min(64, self._count("test")), dim, generator=generator)
+        query, train = query.to(self.study.device), train.to(self.study.device)
+        score = partial(top_influences, query, train, k, normalize="cosine")
+        score()
+        return _seconds(self.study.device, score) / (len(query) * len(train))
+
+
+def _seconds_each(device: str, work: Callable[[Any], Any], examples: list[Any]) -> float:
+    """Seconds per example: of one, after one to warm up, and if that is quick, of all of them."""
+    for some in (examples[:1], examples[:1], examples):
+        seconds = _seconds(device, lambda: work(some))  # noqa: B023 - called at once
+        if seconds > 1.0:
+            break
+    return seconds / len(some)
+
+
+def _seconds(device: str, work: Callable[[], Any]) -> float:
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _existing(path: Path) -> Path:
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())

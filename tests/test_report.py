@@ -14,7 +14,7 @@ from make_run import HOSTILE, LANGUAGES, make_run
 from tracmod.analysis import analyze
 from tracmod.analysis.results import VIEWS
 from tracmod.report import words, write_report
-from tracmod.report.findings import findings, how_sure
+from tracmod.report.findings import findings, how_sure, seeds
 from tracmod.report.words import number, percent, points, seconds, superscript
 
 VOID = {"meta", "br", "input", "link", "img", "hr"}
@@ -318,7 +318,7 @@ def test_a_change_is_none_where_its_adjusted_p_is_above_the_level() -> None:
     text = findings(_summary(0.05, 0.04, p_adjusted=0.06))[2]
     assert "does not clearly change" in text
     assert "cannot be told" in text
-    assert "p = 0.060, d = 0.30" in text
+    assert "adjusted p = 0.060, d = 0.30" in text
     texts = how_sure(_summary(0, 0))
     assert "adjusted for 2 comparisons" in texts[1]
     assert (
@@ -352,6 +352,9 @@ def test_translations_seeds_partial_tests_and_distances_are_said() -> None:
     assert "strongest proponent of 90.0% of them (by chance 0.4%)" in text
     assert "Leaving them out lowers the share of the own language" in text
     assert "Jaccard similarity of 0.60 on average (beyond chance 0.20), those of two" in text
+    assert "only the difference speaks for language" in text
+    summary["seed_baseline"]["within"]["jaccard"] = 0.4
+    assert "no less, so that these masks say nothing of language" in seeds(summary)
     assert "With different label balance and agreement from seed to seed taken out" in text
     assert "goes with their syntactic (Spearman \N{MINUS SIGN}0.70, adjusted p = 0.020)" in text
 

@@ -187,12 +187,16 @@ def seeds(summary: Row) -> str:
     if not baseline or baseline["between"]["jaccard"] is None:
         return ""
     within, between = baseline["within"], baseline["between"]
+    verdict = (
+        "only the difference speaks for language"
+        if within["jaccard"] > between["jaccard"]
+        else "no less, so that these masks say nothing of language"
+    )
     return (
         f"Subnetworks of one language from two seeds agree by a Jaccard similarity of "
         f"{number(within['jaccard'])} on average (beyond chance "
         f"{number(within['corrected_jaccard'])}), those of two languages by "
-        f"{number(between['jaccard'])} ({number(between['corrected_jaccard'])}): only the "
-        "difference speaks for language."
+        f"{number(between['jaccard'])} ({number(between['corrected_jaccard'])}): {verdict}."
     )
 
 

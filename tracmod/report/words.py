@@ -70,9 +70,9 @@ def percent_interval(entry: dict[str, float]) -> str:
 
 
 def points_interval(entry: dict[str, Any]) -> str:
-    """`+3.1 points (+1.0 to +5.2; p = 0.004, d = 0.31)`: a change, its interval and test."""
+    """`+3.1 points (+1.0 to +5.2; adjusted p = 0.004, d = 0.31)`: a change and its test."""
     interval = f"{points(entry['low'])} to {points(entry['high'])}"
-    return f"{points(entry['value'])} points ({interval}; {tested(entry)})"
+    return f"{points(entry['value'])} points ({interval}; adjusted {tested(entry)})"
 
 
 def is_clear(entry: dict[str, Any]) -> bool:
@@ -85,7 +85,7 @@ def is_clear(entry: dict[str, Any]) -> bool:
 def tested(entry: dict[str, Any]) -> str:
     """`p = 0.004, d = 0.31`: adjusted p and effect size of a change."""
     p_adjusted = entry["p_adjusted"]
-    p_text = "no test" if p_adjusted is None else p_value(p_adjusted)
+    p_text = "p: no test" if p_adjusted is None else p_value(p_adjusted)
     return f"{p_text}, d = {number(entry['effect_size'])}"
 
 

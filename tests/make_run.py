@@ -35,6 +35,10 @@ OWN = {
     ("sparse", "subnetwork"): 1.5,
     ("sparse", "random"): 1.0,
     ("sparse", "other"): 0.7,
+    ("full", "union"): 0.95,
+    ("full", "intersection"): 1.2,
+    ("sparse", "union"): 1.1,
+    ("sparse", "intersection"): 1.6,
 }
 HOSTILE = "<script>alert('x')</script> & \"quoted\" </script><!--"
 
@@ -49,6 +53,7 @@ def make_run(
     models: tuple[str, ...] = ("full", "sparse"),
     views: tuple[str, ...] = ("full", "subnetwork", "random-0"),
     seed: int = 0,
+    mask_seeds: int = 0,
 ) -> Path:
     """Write a run folder: data, metrics, subnetworks and influence; no analysis, no report."""
     rng = np.random.default_rng(seed)
@@ -58,6 +63,7 @@ def make_run(
     pq.write_table(train, path / "data" / "train.parquet")
     pq.write_table(test, path / "data" / "test.parquet")
     masks = _write_subnetworks(path, rng, languages)
+    _write_seeds(path, masks, mask_seeds)
     affinity = _affinity(languages, masks)
     for model in models:
         _write_metrics(path, rng, model, languages)
@@ -111,6 +117,17 @@ def _write_subnetworks(path: Path, rng: Any, languages: Any) -> dict[str, np.nda
         }
         _write_json(path / "subnetworks" / f"{language}.json", entry)
     return masks
+
+
+def _write_seeds(path: Path, masks: dict[str, np.ndarray], number: int) -> None:
+    """Masks of single seeds: the language's, with every twelfth head the other way."""
+    for seed in range(number):
+        (path / "subnetworks" / "seeds" / str(seed)).mkdir(parents=True)
+        for place, (language, mask) in enumerate(masks.items()):
+            flip = (np.arange(48).reshape(6, 8) + 5 * seed + place) % 12 == 0
+            entry = {"language": language, "num_layers": 6, "num_heads": 8, "seed": seed}
+            entry |= {"mask": np.where(flip, 1 - mask, mask).tolist()}
+            _write_json(path / "subnetworks" / "seeds" / str(seed) / f"{language}.json", entry)
 
 
 def _affinity(languages: Any, masks: dict[str, np.ndarray]) -> np.ndarray:

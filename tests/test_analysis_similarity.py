@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from tracmod.analysis import head_usage, mask_similarity, similarity_table
-from tracmod.analysis.similarity import similarity_matrix, usage_summary
+from tracmod.analysis.similarity import (
+    seed_baseline,
+    seed_similarity_table,
+    similarity_matrix,
+    usage_summary,
+)
 
 
 def test_plain_measures_by_hand() -> None:
@@ -77,3 +82,24 @@ def test_table_matrix_and_usage() -> None:
         if sum(case) == 1
     ]
     assert summary["expected_used_by_one"] == pytest.approx(12 * sum(by_hand))
+
+
+def test_seeds_of_one_language_are_the_baseline_of_two() -> None:
+    rng = np.random.default_rng(1)
+    masks = {
+        name: [(rng.random((3, 4)) < 0.5).astype(int) for _ in range(seeds)]
+        for name, seeds in (("en", 3), ("de", 2), ("ru", 1))
+    }
+    table = seed_similarity_table(masks)
+    rows = {(row["language_a"], row["language_b"]): row for row in table.to_pylist()}
+    pairs = {("en", "en"): 3, ("en", "de"): 6, ("en", "ru"): 3, ("de", "de"): 1, ("de", "ru"): 2}
+    assert {key: row["mask_pairs"] for key, row in rows.items()} == pairs
+    for measure in ("jaccard", "cosine", "overlap", "corrected_jaccard"):
+        english = [mask_similarity(a, b) for a, b in itertools.combinations(masks["en"], 2)]
+        within = np.mean([one[measure] for one in english])
+        assert rows["en", "en"][measure] == pytest.approx(within)
+        across = [mask_similarity(a, masks["ru"][0])[measure] for a in masks["en"]]
+        assert rows["en", "ru"][measure] == pytest.approx(np.mean(across))
+        two = [within, rows["de", "de"][measure]]
+        assert seed_baseline(table)["within"][measure] == pytest.approx(np.mean(two))
+    assert seed_similarity_table({name: one[:1] for name, one in masks.items()}) is None

@@ -1,12 +1,20 @@
-"""Bootstrap intervals cover, the Mantel test holds its level and finds what was planted."""
+"""Intervals cover; sign-flip and Mantel tests hold their level and find what was planted."""
 
 import itertools
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, pearsonr, spearmanr
+from scipy.stats import binomtest, pearsonr, permutation_test, spearmanr
 
-from tracmod.analysis import bootstrap_difference, bootstrap_mean, mantel, wilson_interval
+from tracmod.analysis import (
+    adjusted_p_values,
+    bootstrap_difference,
+    bootstrap_mean,
+    mantel,
+    partial_mantel,
+    sign_flip_test,
+    wilson_interval,
+)
 
 
 def test_bootstrap_of_a_mean_is_near_the_normal_interval() -> None:
@@ -135,3 +143,98 @@ def test_mantel_refuses_what_it_cannot_test() -> None:
         mantel(good, good[:3, :3])
     with pytest.raises(ValueError, match=r"expected \(n, n\)"):
         mantel(good[:2], good)
+
+
+def test_partial_mantel_of_residuals_by_hand() -> None:
+    rng = np.random.default_rng(4)
+    a, b, c, d = (_symmetric(rng, 6) for _ in range(4))
+    upper = np.triu_indices(6, k=1)
+    design = np.column_stack([np.ones(15), c[upper], d[upper]])
+    left = [m[upper] - design @ np.linalg.lstsq(design, m[upper])[0] for m in (a, b)]
+    found = partial_mantel(a, b, [c, d, np.ones((6, 6))], method="pearson")
+    assert found.correlation == pytest.approx(pearsonr(*left).statistic)
+    assert (found.exact, found.permutations, found.pairs) == (True, 720, 15)
+
+
+def test_partial_mantel_holds_its_level_where_only_the_control_relates_the_two() -> None:
+    """A plain Mantel test of the same matrices nearly always rejects."""
+    rng = np.random.default_rng(0)
+    plain = partial = trials = 0
+    for trials in range(1, 301):
+        control = _symmetric(rng, 9)
+        a, b = (control + _symmetric(rng, 9) for _ in range(2))
+        given = {"permutations": 199, "seed": trials}
+        plain += mantel(a, b, **given).p_value <= 0.05
+        partial += partial_mantel(a, b, [control], **given).p_value <= 0.05
+    assert plain / trials > 0.8
+    assert 0.015 <= partial / trials <= 0.09
+
+
+def test_partial_mantel_finds_what_the_control_does_not_explain() -> None:
+    rng = np.random.default_rng(2)
+    control, own = _symmetric(rng, 9), _symmetric(rng, 9)
+    a, b = (control + own + 0.3 * _symmetric(rng, 9) for _ in range(2))
+    found = partial_mantel(a, b, [control], permutations=999)
+    assert found.correlation > 0.7
+    assert found.p_value <= 0.01
+
+
+def test_partial_mantel_refuses_what_it_cannot_test() -> None:
+    rng = np.random.default_rng(0)
+    a, b = _symmetric(rng, 5), _symmetric(rng, 5)
+    with pytest.raises(ValueError, match="at least one control"):
+        partial_mantel(a, b, [])
+    with pytest.raises(ValueError, match="first matrix: the controls leave nothing of it"):
+        partial_mantel(a, b, [a])
+    with pytest.raises(ValueError, match="equal shapes"):
+        partial_mantel(a, b, [a[:4, :4]])
+    three = [_symmetric(rng, 3) for _ in range(3)]
+    with pytest.raises(ValueError, match="3 pairs and 2"):
+        partial_mantel(three[0], three[1], [three[2]])
+
+
+def test_sign_flips_equal_scipy_over_every_choice() -> None:
+    values = np.random.default_rng(1).normal(0.4, 1, size=(9, 3))
+    found = sign_flip_test(values)
+    expected = permutation_test(
+        (values,), lambda x, axis: x.mean(axis), permutation_type="samples", vectorized=True
+    )
+    assert (found.exact, found.permutations, found.clusters) == (True, 512, 9)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert found.effect_size == pytest.approx(values.mean(0) / values.std(0, ddof=1))
+
+
+def test_sign_flips_of_clusters_hold_their_level_and_find_a_shift() -> None:
+    """Rows of one cluster are alike: flipping rows one by one rejects far too often."""
+    rng = np.random.default_rng(1)
+    keys = np.repeat(np.arange(40), 4)
+    null, by_row, shifted, trials = 0, 0, 0, 300
+    for trial in range(trials):
+        values = np.repeat(rng.normal(size=40), 4) + 0.3 * rng.normal(size=160)
+        given = {"permutations": 199, "seed": trial}
+        null += bool(sign_flip_test(values, keys, **given).p_value <= 0.05)
+        by_row += bool(sign_flip_test(values, **given).p_value <= 0.05)
+        shifted += bool(sign_flip_test(values + 1, keys, **given).p_value <= 0.05)
+    assert 0.02 <= null / trials <= 0.09
+    assert by_row / trials > 0.2
+    assert shifted == trials
+
+
+def test_sign_flips_count_clusters_not_rows() -> None:
+    values = np.array([1.0, 3.0, 2.0, 2.0, -1.0])
+    found = sign_flip_test(values, ["a", "a", "b", "b", "c"])
+    # Sums 4, 4, -1: 7, 9, 1, 1 and their negatives; means 2, 2, -1.
+    assert found.p_value == pytest.approx(4 / 8)
+    assert found.effect_size == pytest.approx(1 / np.std([2, 2, -1], ddof=1))
+    assert sign_flip_test(np.zeros((4, 2))).p_value.tolist() == [1, 1]
+    one = sign_flip_test(values, ["a"] * 5)
+    assert (one.p_value, one.clusters) == (1.0, 1)
+    assert np.isnan(one.effect_size)
+    with pytest.raises(ValueError, match="at least one row"):
+        sign_flip_test(np.zeros(0))
+
+
+def test_adjusted_p_values_by_hand() -> None:
+    found = adjusted_p_values([0.01, None, 0.04, 0.03])
+    assert found == [pytest.approx(0.03), None, pytest.approx(0.04), pytest.approx(0.04)]
+    assert adjusted_p_values([None]) == [None]

@@ -9,8 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from make_run import LANGUAGES, make_run
+from scipy.stats import false_discovery_control
 
-from tracmod.analysis import RunResults, analyze
+from tracmod.analysis import RunResults, analyze, sign_flip_test
+from tracmod.analysis.language_pairs import read_distances
+from tracmod.report import write_report
 
 VIEWS = ("full", "subnetwork", "random-0", "random-1", "other-en", "other-de")
 
@@ -174,6 +177,186 @@ def test_test_language_without_training_data(tmp_path: Path) -> None:
     assert summary["in_language"][0]["num_test"] == 3 * 4
     rows = pq.read_table(run / "analysis" / "matrices.parquet").to_pylist()
     assert sum(row["test_language"] == "ar" for row in rows) == 4
+
+
+def test_every_view_of_the_study_has_its_comparisons(tmp_path: Path) -> None:
+    views = ("full", "subnetwork", "subnetwork-own", "subnetwork-test", "union-en+de")
+    views += ("union-ru+en", "intersection-en+de")
+    run = make_run(tmp_path / "run", num_test=4, models=("full",), views=views)
+    summary = analyze(run, bootstrap=20, permutations=20)
+    assert [(e["view"], e["draws"], e["num_test"]) for e in summary["in_language"]] == [
+        ("full", 1, 20),
+        ("subnetwork", 1, 20),
+        ("subnetwork-own", 1, 20),
+        ("subnetwork-test", 1, 20),
+        ("union", 2, 12),
+        ("intersection", 1, 8),
+    ]
+    english, russian = _own(run, "full", "union-en+de"), _own(run, "full", "union-ru+en")
+    both = [(english[i] + russian[i]) / 2 for i in english if "-en-" in i]
+    both += [english[i] for i in english if "-de-" in i] + [
+        russian[i] for i in english if "-ru-" in i
+    ]
+    found = _entry(summary["in_language"], view="union")
+    assert found["share_positive"]["value"] == pytest.approx(np.mean(both))
+    assert [(e["view"], e["base_view"]) for e in summary["changes"]] == [
+        ("subnetwork", "full"),
+        ("subnetwork-own", "full"),
+        ("subnetwork-own", "subnetwork"),
+        ("subnetwork-test", "full"),
+        ("subnetwork-test", "subnetwork"),
+        ("union", "subnetwork"),
+        ("intersection", "subnetwork"),
+    ]
+    course = pq.read_table(run / "analysis" / "course.parquet").to_pylist()
+    assert {e["test_language"] for e in course if e["view"] == "union-ru+en"} == {"ru", "en"}
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "Full fine-tuning, union of two subnetworks" not in text  # not among the examples
+    assert "union of two subnetworks \N{MINUS SIGN} own subnetwork" in text
+
+
+def test_changes_are_tested_and_corrected(run: Path) -> None:
+    names = {"model": "full", "view": "subnetwork", "base_model": "full", "base_view": "full"}
+    summary = _summary(run)
+    found = _entry(summary["changes"], **names)["share_positive"]
+    new, base = _own(run, "full", "subnetwork"), _own(run, "full", "full")
+    ids = [row["id"] for row in pq.read_table(run / "data" / "test.parquet").to_pylist()]
+    groups = [test_id.rsplit("-", 1)[1] for test_id in ids]  # the parallel item
+    test = sign_flip_test(np.array([new[i] - base[i] for i in ids]), groups, permutations=100)
+    assert (found["p_value"], test.clusters, test.exact) == (float(test.p_value), 8, True)
+    assert found["effect_size"] == pytest.approx(float(test.effect_size))
+    p_values = [entry["share_positive"]["p_value"] for entry in summary["changes"]]
+    adjusted = [entry["share_positive"]["p_adjusted"] for entry in summary["changes"]]
+    assert adjusted == pytest.approx(false_discovery_control(p_values))
+    table = pq.read_table(run / "analysis" / "changes.parquet").to_pylist()
+    cells = [row for row in table if names.items() <= row.items()]
+    assert [row["mean_influence_p_adjusted"] for row in cells] == pytest.approx(
+        false_discovery_control([row["mean_influence_p_value"] for row in cells])
+    )
+    cell = _entry(cells, test_language="ru", train_language="ru")
+    russian = np.array([new[i] - base[i] for i in ids if "-ru-" in i])
+    assert cell["share_positive_p_value"] == pytest.approx(float(sign_flip_test(russian).p_value))
+    assert cell["share_positive_effect_size"] == pytest.approx(russian.mean() / russian.std(ddof=1))
+
+
+def test_shares_by_k_are_counted_from_the_ranks(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_test=4, models=("full",), views=("random-0", "random-1"))
+    settings = json.loads((run / "run.json").read_text())
+    settings["config"]["influence"]["k"] = [20, 3, 7000]
+    (run / "run.json").write_text(json.dumps(settings))
+    summary = analyze(run, bootstrap=20)
+    assert summary["k"] == 20
+    rows = pq.read_table(run / "analysis" / "shares_by_k.parquet").to_pylist()
+    assert [(row["model"], row["view"], row["k"]) for row in rows] == [
+        ("full", "random", 3),
+        ("full", "random", 20),
+        ("full", "random", 200),
+    ]
+    tops = [
+        pq.read_table(run / "influence" / "full" / f"random-{draw}" / "top.parquet").to_pylist()
+        for draw in (0, 1)
+    ]
+    for row in rows[:2]:
+        for name, sign in (("share_positive", 1), ("share_negative", -1)):
+            own = [
+                one["test_language"] == one["train_language"]
+                for top in tops
+                for one in top
+                if one["sign"] == sign and one["rank"] <= row["k"]
+            ]
+            assert row[name] == pytest.approx(np.mean(own))
+        assert row["null_share"] == pytest.approx(0.2)
+    share = summary["in_language"][0]["share_positive"]
+    assert [rows[1][f"share_positive{end}"] for end in ("", "_low", "_high")] == pytest.approx(
+        [share["value"], share["low"], share["high"]]
+    )
+    assert [entry["k"] for entry in summary["strongest"]] == [20] * 4
+    assert "By the number of strongest examples" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_seeds_and_label_balance_are_controls_of_the_partial_test(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_test=4, models=("full",), views=("full",), mask_seeds=3)
+    summary = analyze(run, bootstrap=20)
+    assert [e["controls"] for e in summary["partial_similarity_influence"]] == [
+        ["seed_similarity"]  # labels are balanced alike in every language
+    ] * 2
+    train = pq.read_table(run / "data" / "train.parquet")
+    labels = [
+        0 if language in ("en", "ru") else label
+        for language, label in zip(
+            train["language"].to_pylist(), train["label"].to_pylist(), strict=True
+        )
+    ]
+    place = train.schema.get_field_index("label")
+    pq.write_table(
+        train.set_column(place, "label", pa.array(labels)), run / "data" / "train.parquet"
+    )
+    summary = analyze(run, bootstrap=20)
+    partial = summary["partial_similarity_influence"][0]
+    assert partial["controls"] == ["label_distance", "seed_similarity"]
+    assert (partial["exact"], partial["pairs"]) == (True, 10)
+    pairs = pq.read_table(run / "analysis" / "pairs.parquet").to_pylist()
+    apart = {(p["language_a"], p["language_b"]): p["label_distance"] for p in pairs}
+    shares = np.bincount(train["label"].to_numpy()[:40], minlength=3) / 40
+    assert apart["en", "ru"] == apart["de", "zh"] == 0
+    assert apart["en", "de"] == pytest.approx(1 - shares[0])
+    seeds = pq.read_table(run / "analysis" / "similarity_seeds.parquet").to_pylist()
+    within = {s["language_a"]: s["jaccard"] for s in seeds if s["language_a"] == s["language_b"]}
+    assert summary["seed_baseline"]["within"]["jaccard"] == pytest.approx(
+        np.mean(list(within.values()))
+    )
+    pair = _entry(pairs, language_a="en", language_b="zh")
+    assert pair["seed_similarity"] == pytest.approx((within["en"] + within["zh"]) / 2)
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "With other differences taken out" in text
+    assert "Diagonal: from seed to seed within one language" in text
+
+
+def test_distances_are_set_beside_influence(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_test=4, models=("full",), views=("full",))
+    names = {"en": "eng", "de": "deu", "ru": "rus", "zh": "zho", "ar": "arb"}
+    pairs = pq.read_table(_pairs(run)).to_pylist()
+    rows = ["iso_a\tiso_b\tsyntactic\tgeographic_km\tgenetic"]
+    for place, pair in enumerate(pairs):
+        a, b = names[pair["language_b"]], names[pair["language_a"]]
+        km = "" if "arb" in (a, b) else place
+        rows.append(f"{a}\t{b}\t{-pair['share_positive']!r}\t{km}\t{1 if a == 'rus' else ''}")
+    table = tmp_path / "distances.tsv"
+    table.write_text("\n".join([*rows, "xxx\tyyy\t1\t1\t1"]))
+    summary = analyze(run, bootstrap=20, distances=table, distance_names=names)
+    found = {
+        t["metric"]: t for t in summary["distance_influence"] if t["measure"] == "share_positive"
+    }
+    assert found["syntactic"]["correlation"] == pytest.approx(-1)
+    assert found["syntactic"]["p_value"] == pytest.approx(1 / 120)
+    assert found["syntactic"]["left_out"] == []
+    assert (found["geographic_km"]["left_out"], found["geographic_km"]["pairs"]) == (["ar"], 6)
+    assert found["genetic"]["p_value"] is None
+    assert "at least 3 items" in found["genetic"]["reason"]
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "geographic_km is not known for ar." in text
+    assert "goes with their syntactic" in text
+
+
+def _pairs(run: Path) -> Path:
+    analyze(run, bootstrap=20)
+    return run / "analysis" / "pairs.parquet"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["language_a\tlanguage_b", "en\tde"], "one or more columns of distances"),
+        (["language_a\tlanguage_b\tkm", "en\tde\tfar"], r":2: km: expected a number, got 'far'"),
+        (["a\tb\tkm", "en\tde\t1", "de\ten\t2"], r":3: km of de and en: 2.0, but 1.0 in an"),
+        (["a\tb\tkm", "eng\tdeu\t1"], "no distance between two of ar, de, en; .*distance_names"),
+    ],
+)
+def test_bad_distances_are_one_sentence(tmp_path: Path, lines: list[str], message: str) -> None:
+    path = tmp_path / "distances.tsv"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        read_distances(path, ["en", "de", "ar"])
 
 
 def test_two_languages_have_no_mantel_test(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tracmod as tm
-from tracmod.influence import top_of_scores
+from tracmod.influence import top_of_scores, without_examples
 
 
 def features(count, seed, checkpoints=3, dim=33):
@@ -171,3 +171,44 @@ def test_bad_input_is_one_sentence(arguments, message):
     good = {"query_features": features(2, 1), "train_features": features(5, 2)}
     with pytest.raises(ValueError, match=message):
         tm.top_influences(**(good | arguments))
+
+
+@pytest.mark.parametrize("normalize", [None, "cosine"])
+def test_without_examples_is_what_is_found_where_they_never_were(normalize):
+    query, train = features(5, 1), features(20, 2)
+    groups = [["de", "en", "zh"][row % 3] for row in range(20)]
+    weights = [0.5, 2.0, 1e-3]
+    left_out = [[], [3], [0, 19, 7], [3], [5, 6]]
+    top = tm.top_influences(query, train, 4 + 3, groups, weights, normalize)
+    found = without_examples(top, left_out, query, train, 4, groups, weights, normalize)
+    for row, rows in enumerate(left_out):
+        kept = [n for n in range(20) if n not in rows]
+        expected = tm.top_influences(
+            [one[row : row + 1] for one in query],
+            [one[kept] for one in train],
+            4,
+            [groups[n] for n in kept],
+            weights,
+            normalize,
+        )
+        for name in ("indices", "opponent_indices"):
+            original = [kept[n] for n in getattr(expected, name)[0].tolist()]
+            assert getattr(found, name)[row].tolist() == original
+        for name in ("scores", "opponent_scores", "group_sums", "group_shares"):
+            one, other = getattr(found, name)[row], getattr(expected, name)[0]
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_without_examples_lowers_k_to_what_is_left_and_refuses_short_rankings():
+    query, train = features(2, 1), features(5, 2)
+    top = tm.top_influences(query, train, 100)
+    found = without_examples(top, [[0, 1], []], query, train, 100)
+    assert sorted(found.indices[0].tolist()) == [2, 3, 4]
+    assert found.indices.shape == (2, 3)
+    assert found.group_sums is None
+    with pytest.raises(ValueError, match="expected at least 4 places a query, got 3"):
+        without_examples(tm.top_influences(query, train, 3), [[0], []], query, train, 3)
+    with pytest.raises(ValueError, match="left_out: expected 2 lists, got 1"):
+        without_examples(top, [[0]], query, train, 3)
+    with pytest.raises(ValueError, match="at least one training example, got none"):
+        without_examples(top, [list(range(5)), []], query, train, 3)

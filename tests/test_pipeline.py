@@ -467,3 +467,22 @@ def test_every_second_checkpoint_counts_for_the_steps_since_the_one_before(tmp_p
     counted = Study(run).checkpoints("full")
     assert [one.epoch for one in counted] == [2, 3]
     assert [one.learning_rate for one in counted] == pytest.approx([sum(rates[:2]) / 2, rates[2]])
+
+
+@pytest.mark.parametrize("k", [0, [], [5, 5], [5, 0], "many"])
+def test_k_is_a_number_or_several_each_once(k):
+    with pytest.raises(ValueError, match=r"tiny: influence\.k"):
+        tiny_config(influence={"k": k})
+    assert tiny_config(influence={"k": [5, 2, 9]}).influence.ks == [5, 2, 9]
+    assert tiny_config().influence.ks == [5]
+
+
+def test_distances_that_cannot_be_used_are_refused_before_the_first_stage(tmp_path):
+    table = tmp_path / "distances.tsv"
+    for text, message in (("", "no such file"), ("a\tb\tkm\nxx\tyy\t1\n", "no distance between")):
+        if text:
+            table.write_text(text)
+        run = RunFolder(tmp_path / "run", tiny_config(analyze={"distances": str(table)}))
+        with pytest.raises(ValueError, match=message):
+            run_stages(run)
+    assert not (tmp_path / "run" / "data").exists()

@@ -12,8 +12,9 @@ import pytest
 from make_run import HOSTILE, LANGUAGES, make_run
 
 from tracmod.analysis import analyze
-from tracmod.report import write_report
-from tracmod.report.findings import findings, how_sure
+from tracmod.analysis.results import VIEWS
+from tracmod.report import words, write_report
+from tracmod.report.findings import findings, how_sure, seeds
 from tracmod.report.words import number, percent, points, seconds, superscript
 
 VOID = {"meta", "br", "input", "link", "img", "hr"}
@@ -87,6 +88,47 @@ def test_every_section_and_figure_is_there(page: Page) -> None:
     assert len(figures) == 2 + 3 * 6 + 3 * 8 + 2 * 2 + 2 * 4 + 4 + 2 * 6
     grids = [attrs for tag, attrs in page.tags if tag == "svg"]
     assert len(grids) == len(LANGUAGES) + 1
+
+
+def test_the_sections_of_a_study_with_everything(tmp_path: Path) -> None:
+    """Seeds, several k, distances, shared parallel items and pairs of subnetworks."""
+    views = ("full", "subnetwork", "subnetwork-own", "subnetwork-test", "union-en+de")
+    run = make_run(tmp_path / "run", num_train=8, num_test=3, views=views, mask_seeds=2)
+    settings = json.loads((run / "run.json").read_text())
+    settings["config"]["influence"]["k"] = [20, 5]
+    (run / "run.json").write_text(json.dumps(settings))
+    train = pq.read_table(run / "data" / "train.parquet")
+    groups = [group.replace("train", "test") for group in train["group"].to_pylist()]
+    place = train.schema.get_field_index("group")
+    pq.write_table(
+        train.set_column(place, "group", pa.array(groups)), run / "data" / "train.parquet"
+    )
+    lines = ["language_a,language_b,<b>km</b>"]
+    lines += [f"{a},{b},{len(a + b) + i}" for i, a in enumerate(LANGUAGES) for b in LANGUAGES[:i]]
+    (tmp_path / "distances.csv").write_text("\n".join(lines))
+    analyze(run, bootstrap=20, permutations=20, distances=tmp_path / "distances.csv")
+    found = Page(write_report(run).read_text(encoding="utf-8"))
+    sections = {attrs["id"] for tag, attrs in found.tags if tag == "section"}
+    assert {"translations", "distances", "similarity"} <= sections
+    assert {attrs["href"] for tag, attrs in found.tags if tag == "a"} == {f"#{s}" for s in sections}
+    figures = found.json("figure-data")
+    placed = [int(attrs["data-figure"]) for _, attrs in found.tags if "data-figure" in attrs]
+    assert placed == list(range(len(figures)))
+    by_k = [f for f in figures if f["layout"]["xaxis"]["title"]["text"].startswith("k, the")]
+    assert len(by_k) == 2 * 2
+    assert by_k[0]["data"][0]["x"] == ["5", "20"]
+    assert by_k[0]["layout"]["shapes"][0]["y0"] == pytest.approx(20)
+    seeds = pq.read_table(run / "analysis" / "similarity_seeds.parquet").to_pylist()
+    jaccard = next(f for f in figures if f["layout"]["xaxis"]["title"]["text"] == "language")
+    assert jaccard["data"][0]["z"][0][0] == pytest.approx(seeds[0]["jaccard"])
+    css = Path(words.__file__).with_name("page.css").read_text(encoding="utf-8")
+    assert all(css.count(f"--{view}:") == 2 for view in VIEWS)
+    assert set(VIEWS) == set(words.VIEW_NAMES)
+
+
+def test_fewer_training_examples_than_k_is_said() -> None:
+    texts = how_sure({**_summary(0.05, 0.04), "k": 36, "asked_k": 100})
+    assert "there are 36, so all of them are counted and every share is the null" in texts[1]
 
 
 def test_every_figure_names_its_axes(page: Page) -> None:
@@ -203,24 +245,38 @@ def test_without_analysis_the_command_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", num_test=1, models=())
     with pytest.raises(ValueError, match="tracmod analyze"):
         write_report(run)
+    (run / "analysis").mkdir()
+    (run / "analysis" / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"earlier version of tracmod; run `tracmod analyze`"):
+        write_report(run)
 
 
 def _interval(value: float, half: float) -> dict:
     return {"value": value, "low": value - half, "high": value + half}
 
 
-def _summary(change: float, control: float) -> dict:
+def _change(value: float, half: float, p_adjusted: float = 0.004) -> dict:
+    return {
+        **_interval(value, half),
+        "p_value": 0.002,
+        "p_adjusted": p_adjusted,
+        "effect_size": 0.3,
+    }
+
+
+def _summary(change: float, control: float, p_adjusted: float = 0.004) -> dict:
     base = {"share_negative": _interval(0.2, 0.01), "null_share": 0.2, "draws": 1}
     full = {"model": "full", "view": "full", "share_positive": _interval(0.3, 0.02), **base}
     names = {"model": "full", "view": "subnetwork", "base_model": "full"}
+    names |= {"tested": {"clusters": 5, "permutations": 32, "exact": True}}
     return {
         "settings": {"confidence": 0.95, "bootstrap": 1000},
         "k": 100,
         "num_test": {"en": 50, "sw": 50},
         "in_language": [full],
         "changes": [
-            {**names, "base_view": "full", "share_positive": _interval(change, 0.02)},
-            {**names, "base_view": "random", "share_positive": _interval(control, 0.02)},
+            {**names, "base_view": base, "share_positive": _change(value, 0.02, p_adjusted)}
+            for base, value in (("full", change), ("random", control))
         ],
         "similarity_influence": [],
         "subnetworks": {},
@@ -256,6 +312,51 @@ def test_the_summary_says_what_the_intervals_allow(
     assert all(words in texts[2] for words in said)
     assert len(texts) == 3
     assert "1,000 bootstrap resamples of 100 test examples" in how_sure(_summary(0, 0))[0]
+
+
+def test_a_change_is_none_where_its_adjusted_p_is_above_the_level() -> None:
+    text = findings(_summary(0.05, 0.04, p_adjusted=0.06))[2]
+    assert "does not clearly change" in text
+    assert "cannot be told" in text
+    assert "adjusted p = 0.060, d = 0.30" in text
+    texts = how_sure(_summary(0, 0))
+    assert "adjusted for 2 comparisons" in texts[1]
+    assert (
+        "of only 5 parallel items: before it is adjusted, the smallest p of a change is 0.062"
+        in texts[2]
+    )
+
+
+def test_translations_seeds_partial_tests_and_distances_are_said() -> None:
+    summary = _summary(0.05, 0.04)
+    share = {"share_positive": _interval(0.3, 0.02), "null_share": 0.2}
+    view = {"model": "full", "view": "full", "strongest": 0.9, "within_k": 1.0, "with": share}
+    view |= {"without": share, "change": {"share_positive": _change(-0.05, 0.02)}}
+    summary["same_group"] = {"num_test": 100, "num_with_same_group": 40, "views": [view]}
+    summary["same_group"] |= {"strongest_null": 0.004, "within_k_null": 0.3}
+    summary["seed_baseline"] = {
+        "within": {"jaccard": 0.6, "corrected_jaccard": 0.2},
+        "between": {"jaccard": 0.5, "corrected_jaccard": 0.1},
+    }
+    test = {"model": "full", "view": "full", "measure": "share_positive", "correlation": -0.7}
+    test |= {"p_value": 0.01, "p_adjusted": 0.02, "pairs": 10, "exact": True, "permutations": 120}
+    summary["similarity_influence"] = [test]
+    controls = ["label_distance", "seed_similarity"]
+    summary["partial_similarity_influence"] = [{**test, "p_adjusted": 0.4, "controls": controls}]
+    summary["distance_influence"] = [
+        {**test, "metric": "syntactic"},
+        {**test, "metric": "genetic", "p_adjusted": 0.3},
+    ]
+    text = "\n".join(findings(summary))
+    assert "40 of 100 test examples have training examples of their own parallel item" in text
+    assert "strongest proponent of 90.0% of them (by chance 0.4%)" in text
+    assert "Leaving them out lowers the share of the own language" in text
+    assert "Jaccard similarity of 0.60 on average (beyond chance 0.20), those of two" in text
+    assert "only the difference speaks for language" in text
+    summary["seed_baseline"]["within"]["jaccard"] = 0.4
+    assert "no less, so that these masks say nothing of language" in seeds(summary)
+    assert "With different label balance and agreement from seed to seed taken out" in text
+    assert "goes with their syntactic (Spearman \N{MINUS SIGN}0.70, adjusted p = 0.020)" in text
 
 
 def test_numbers_are_written_plainly() -> None:

@@ -302,7 +302,11 @@ class ViewsConfig(_Section):
 class InfluenceConfig(_Section):
     """How gradients become scores and language shares."""
 
-    k: int = Field(100, ge=1, description="proponents and opponents kept per test example")
+    k: int | list[int] = Field(
+        100,
+        description="proponents and opponents kept per test example; of several, every table and "
+        "figure is of the first, and shares are given for each",
+    )
     normalize: Literal["cosine", "none"] = "cosine"
     weights: Literal["learning_rate", "uniform"] = Field(
         "learning_rate", description="what each checkpoint counts"
@@ -313,13 +317,34 @@ class InfluenceConfig(_Section):
         "costs about as much again as collecting these views",
     )
 
+    @field_validator("k")
+    @classmethod
+    def _distinct_and_positive(cls, k: int | list[int]) -> int | list[int]:
+        values = k if isinstance(k, list) else [k]
+        if not values or min(values) < 1 or len(set(values)) < len(values):
+            raise ValueError("expected a number from 1 on, or several of them, each once")
+        return k
+
+    @property
+    def ks(self) -> list[int]:
+        """Every k, the main one first."""
+        return self.k if isinstance(self.k, list) else [self.k]
+
 
 class AnalyzeConfig(_Section):
     """Intervals and tests."""
 
     bootstrap: int = Field(1000, ge=10, description="resamples of the test examples")
-    permutations: int = Field(1000, ge=10, description="draws of the Mantel test")
+    permutations: int = Field(1000, ge=10, description="draws of the permutation tests")
     confidence: float = Field(0.95, gt=0, lt=1)
+    distances: Path | None = Field(
+        None,
+        description="distances between languages to set beside influence: .tsv .csv .parquet, .gz; "
+        "columns language_a, language_b and one or more of numbers",
+    )
+    distance_names: dict[str, str] = Field(
+        default_factory=dict, description="our language -> the distance table's name for it"
+    )
 
 
 class RunConfig(_Section):

@@ -125,6 +125,81 @@ def top_influences(
     )  # fmt: skip
 
 
+def without_examples(
+    top: TopInfluences,
+    left_out: Sequence[Sequence[int]],
+    query_features: Features,
+    train_features: Features,
+    k: int = 100,
+    groups: Sequence[Any] | None = None,
+    weights: Sequence[float] | None = None,
+    normalize: str | None = None,
+) -> TopInfluences:
+    """What `top_influences` would find without some training examples, others for every query.
+
+    No second pass: they are struck out of rankings that are long enough, and their scores, made
+    directly, are taken from the sums.
+
+    Args:
+        top: `top_influences` of the same features, groups, weights and normalize, with at least
+            k + the most that a query leaves out places (or all N).
+        left_out: for each of the Q queries, rows of training examples.
+        k: how many of each sign; lowered to the fewest training examples that a query has left.
+        query_features, train_features, groups, weights, normalize: as in `top_influences`.
+
+    Raises:
+        ValueError: as in `top_influences`; not Q lists, a query left with no training example, or
+            rankings that are too short.
+    """
+    queries, trains, weights = _checkpoints(query_features, train_features, weights, normalize)
+    num_train, listed = len(trains[0]), top.indices.shape[1]
+    if len(left_out) != len(queries[0]):
+        raise ValueError(f"left_out: expected {len(queries[0])} lists, got {len(left_out)}")
+    left_out = [sorted(set(rows)) for rows in left_out]
+    most = max(map(len, left_out), default=0)
+    k = _bounded_k(k, num_train - most)
+    if listed < min(num_train, k + most):
+        raise ValueError(f"top: expected at least {k + most} places a query, got {listed}")
+    names, groups_N = _group_ids(groups, num_train, queries[0].device)
+    places, opponent_places = (
+        _places_left(indices, left_out)[:, :k] for indices in (top.indices, top.opponent_indices)
+    )
+    sums_QG = None
+    if groups_N is not None and top.group_sums is not None:
+        sums_QG = top.group_sums.clone()
+        for query_rows, train_rows in _blocks_left_out(left_out):
+            query_block = [one[query_rows] for one in queries]
+            train_block = [one[train_rows] for one in trains]
+            scores = influence_scores(query_block, train_block, weights, normalize)
+            of_groups = torch.zeros_like(sums_QG[query_rows])
+            of_groups.index_add_(1, groups_N[train_rows], scores.to(of_groups))
+            sums_QG[query_rows] -= of_groups
+    return _with_shares(
+        top.scores.gather(1, places), top.indices.gather(1, places),
+        top.opponent_scores.gather(1, opponent_places),
+        top.opponent_indices.gather(1, opponent_places), names, groups_N, sums_QG,
+    )  # fmt: skip
+
+
+def _places_left(indices_QP: Tensor, left_out: Sequence[Sequence[int]]) -> Tensor:
+    """(Q, P) the places of a ranking, those of examples that are left out moved to its end."""
+    most = max(map(len, left_out), default=0)
+    padded = [[*rows, *[-1] * (most - len(rows))] for rows in left_out]
+    struck_Qm = torch.tensor(padded, dtype=indices_QP.dtype, device=indices_QP.device)
+    struck_QP = (indices_QP[:, :, None] == struck_Qm.reshape(len(left_out), 1, most)).any(dim=2)
+    return struck_QP.to(torch.int8).argsort(dim=1, stable=True)
+
+
+def _blocks_left_out(left_out: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[int]]]:
+    """Queries that leave out the same training examples, with these."""
+    queries_of: dict[tuple[int, ...], list[int]] = {}
+    for query, rows in enumerate(left_out):
+        if rows:
+            queries_of.setdefault(tuple(rows), []).append(query)
+    for rows, query_rows in queries_of.items():
+        yield query_rows, list(rows)
+
+
 def top_of_scores(
     scores_QN: Tensor, k: int = 100, groups: Sequence[Any] | Tensor | None = None
 ) -> TopInfluences:

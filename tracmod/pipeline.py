@@ -17,6 +17,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tracmod.analysis.language_pairs import read_distances
+from tracmod.analysis.results import WITHOUT_GROUP
+from tracmod.analysis.same_group import same_group_rows
 from tracmod.analysis.study import analyze
 from tracmod.blocks import block_influence, weighted_sum
 from tracmod.capture import frozen
@@ -24,7 +27,7 @@ from tracmod.config import FinetuneConfig, RunConfig
 from tracmod.durable import canonical_json, file_sha256, sha256, write_parquet
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
 from tracmod.heads import HeadMask, masked_accuracy
-from tracmod.influence import TopInfluences, top_influences
+from tracmod.influence import top_influences, without_examples
 from tracmod.model import (
     Checkpoint,
     create_model,
@@ -68,9 +71,10 @@ def run_stages(
         donors: runs whose finished stages and features are taken over where they are the same.
 
     Raises:
-        ValueError: a stage before these is not done.
+        ValueError: a stage before these is not done, or `analyze.distances` cannot be used.
     """
     study = Study(run, donors)
+    study.check_distances()
     for stage in stages:
         if run.is_done(stage) and stage != again:
             continue
@@ -95,6 +99,12 @@ class Study:
         self.config: RunConfig = run.config
         self._tables: dict[str, pa.Table] = {}
         self._data_digests: dict[str, str] = {}
+
+    def check_distances(self) -> None:
+        """ValueError where `analyze.distances` cannot be used: now, not after days of work."""
+        asked = self.config.analyze
+        if asked.distances is not None:
+            read_distances(asked.distances, self.languages, asked.distance_names)
 
     # --- stages -----------------------------------------------------------------------------
 
@@ -167,6 +177,8 @@ class Study:
             permutations=self.config.analyze.permutations,
             confidence=self.config.analyze.confidence,
             seed=self.config.seed,
+            distances=self.config.analyze.distances,
+            distance_names=self.config.analyze.distance_names,
         )
 
     def report(self) -> None:
@@ -467,18 +479,35 @@ class Study:
         checkpoints = self.checkpoints(model_name)
         train, test = self.table("train"), self.table("test")
         groups = train.column("language").to_pylist()
-        tables = InfluenceTables(train, test, predictions)
+        ks, weights = self.config.influence.ks, self.weights(checkpoints)
+        tables, without_group = (InfluenceTables(train, test, predictions, ks) for _ in range(2))
+        same_group = same_group_rows(train, test)
         for language, _ in view.masks:
             rows = self._rows("test", language)
             queries = self._features(model_name, view, language, "test", digests)
             trains = self._features(model_name, view, language, "train", digests)
-            tables.add(rows, self._top(queries, trains, groups, self.weights(checkpoints)))
+            left_out = [same_group[row] for row in rows]
+            longest = max(ks) + max(map(len, left_out), default=0)
+            top = top_influences(queries, trains, longest, groups, weights, self.normalize)
+            tables.add(rows, top)
+            if any(same_group):
+                rest = without_examples(
+                    top, left_out, queries, trains, max(ks), groups, weights, self.normalize
+                )
+                without_group.add(rows, rest, left_out)
             for place, checkpoint in enumerate(checkpoints):
-                alone = self._top([queries[place]], [trains[place]], groups, None)
+                query, train_one = [queries[place]], [trains[place]]
+                alone = top_influences(query, train_one, ks[0], groups, None, self.normalize)
                 tables.add_epoch(checkpoint.epoch, rows, alone)
+        folder = self.run.influence(model_name, view.name)
+        self._write_tables(tables, folder)
+        if any(same_group):
+            self._write_tables(without_group, folder / WITHOUT_GROUP)
+
+    def _write_tables(self, tables: InfluenceTables, folder: Path) -> None:
         analyze = self.config.analyze
         tables.write(
-            self.run.influence(model_name, view.name),
+            folder,
             bootstrap=analyze.bootstrap,
             confidence=analyze.confidence,
             seed=self.config.seed,
@@ -522,16 +551,6 @@ class Study:
 
     def _view(self, name: str) -> View:
         return next(view for view in self.views if view.name == name)
-
-    def _top(
-        self,
-        query: list[torch.Tensor],
-        train: list[torch.Tensor],
-        groups: list[str],
-        weights: list[float] | None,
-    ) -> TopInfluences:
-        k = self.config.influence.k
-        return top_influences(query, train, k, groups, weights, self.normalize)
 
     @property
     def normalize(self) -> str | None:

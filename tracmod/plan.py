@@ -106,6 +106,7 @@ def plan_run(run: RunFolder) -> RunPlan:
     Raises:
         ValueError: as the stages raise it.
     """
+    Study(run).check_distances()
     with tempfile.TemporaryDirectory() as place:
         data = run
         if not run.is_done("data"):
@@ -219,14 +220,17 @@ class _Planner:
 
     def _notes(self, plan: RunPlan) -> list[str]:
         notes = []
-        k, train = self.config.influence.k, self._count("train")
-        if k > train:
-            notes.append(f"influence.k is {k}, but there are only {train} training examples: all")
-        elif 2 * k > train:
-            notes.append(
-                f"influence.k is {k} of {train} training examples: shares are close to the null "
-                f"whatever the model does; a smaller k tells more"
-            )
+        train = self._count("train")
+        for k in self.config.influence.ks:
+            if k > train:
+                notes.append(
+                    f"influence.k is {k}, but there are only {train} training examples: all"
+                )
+            elif 2 * k > train:
+                notes.append(
+                    f"influence.k is {k} of {train} training examples: shares are close to the "
+                    f"null whatever the model does; a smaller k tells more"
+                )
         free = shutil.disk_usage(_existing(self.run.path)).free
         if plan.bytes > free:
             notes.append(
@@ -279,7 +283,7 @@ class _Planner:
 
     def _score_seconds(self) -> float:
         """One inner product of two features, with what finding the strongest takes."""
-        dim, k = self.config.collect.projection_dim, self.config.influence.k
+        dim, k = self.config.collect.projection_dim, max(self.config.influence.ks)
         generator = torch.Generator().manual_seed(0)
         train = torch.randn(min(2048, self._count("train")), dim, generator=generator)
         query = torch.randn(min(64, self._count("test")), dim, generator=generator)

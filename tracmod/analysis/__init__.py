@@ -2,14 +2,16 @@
 
 from tracmod.analysis.dynamics import epoch_table, in_language_course
 from tracmod.analysis.languages import example_table, language_shares, language_table
+from tracmod.analysis.matrix_correlation import MantelResult, mantel, partial_mantel
 from tracmod.analysis.results import RunResults, View
 from tracmod.analysis.similarity import head_usage, mask_similarity, similarity_table
 from tracmod.analysis.statistics import (
     Interval,
-    MantelResult,
+    SignFlipResult,
+    adjusted_p_values,
     bootstrap_difference,
     bootstrap_mean,
-    mantel,
+    sign_flip_test,
     wilson_interval,
 )
 from tracmod.analysis.study import analyze
@@ -18,7 +20,9 @@ __all__ = [
     "Interval",
     "MantelResult",
     "RunResults",
+    "SignFlipResult",
     "View",
+    "adjusted_p_values",
     "analyze",
     "bootstrap_difference",
     "bootstrap_mean",
@@ -30,6 +34,8 @@ __all__ = [
     "language_table",
     "mantel",
     "mask_similarity",
+    "partial_mantel",
+    "sign_flip_test",
     "similarity_table",
     "wilson_interval",
 ]

@@ -76,6 +76,7 @@ def example_table(
     test_languages: Sequence[str],
     test_labels: Sequence[int],
     test_predictions: Sequence[int] | None = None,
+    group_sizes: Any | None = None,
 ) -> pa.Table:
     """One row per test example and training language (`EXAMPLE_SCHEMA`, `examples.parquet`).
 
@@ -91,6 +92,8 @@ def example_table(
         train_languages: (N,) the language of each training example.
         test_ids, test_languages, test_labels: (Q,) the test examples.
         test_predictions: (Q,) predicted labels, under the view's mask; absent: null.
+        group_sizes: (Q, G) int, how many training examples each sum is of; absent: all of the
+            language's.
 
     Raises:
         ValueError: sizes that do not fit, or a training language not in `languages`.
@@ -107,7 +110,7 @@ def example_table(
     if unknown:
         raise ValueError(f"example_table: training languages {unknown} are not in {languages}")
     groups_N = np.array([group_of[language] for language in train_languages], dtype=np.int64)
-    sizes_G = np.bincount(groups_N, minlength=num_groups)
+    sizes_QG = np.bincount(groups_N, minlength=num_groups) if group_sizes is None else group_sizes
     predictions = [None] * num_test if test_predictions is None else _integers(test_predictions)
     columns = {
         "test_id": _repeat(test_ids, num_groups),
@@ -117,7 +120,7 @@ def example_table(
         "train_language": list(languages) * num_test,
         "share_positive": language_shares(indices, groups_N, num_groups).ravel(),
         "share_negative": language_shares(opponent_indices, groups_N, num_groups).ravel(),
-        "mean_influence": (sums_QG / np.maximum(sizes_G, 1)).ravel(),
+        "mean_influence": (sums_QG / np.maximum(sizes_QG, 1)).ravel(),
     }
     return pa.table(columns, schema=EXAMPLE_SCHEMA)
 
@@ -130,6 +133,7 @@ def language_table(
     bootstrap: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    null_shares: np.ndarray | None = None,
 ) -> pa.Table:
     """Means per test language with intervals (`LANGUAGE_SCHEMA`, `languages.parquet`).
 
@@ -142,6 +146,8 @@ def language_table(
         num_train: training examples per training language.
         clusters: test id -> parallel item, drawn together; absent or missing: the example alone.
         bootstrap, confidence, seed: see `bootstrap_mean`.
+        null_shares: (Q, G) where the null is not the same for every test example; the mean is
+            given.
 
     Raises:
         ValueError: a test example without exactly one row per training language.
@@ -159,6 +165,10 @@ def language_table(
     rows["num_train"] = [num_train[language] for language in rows["train_language"]]
     total = sum(num_train[language] for language in pivot.train_languages)
     rows["null_share"] = [size / total for size in rows["num_train"]]
+    if null_shares is not None:
+        test_languages = np.array(pivot.test_languages)
+        of_language = [null_shares[test_languages == one] for one in dict.fromkeys(test_languages)]
+        rows["null_share"] = np.concatenate([n.mean(axis=0) for n in of_language]).tolist()
     return pa.table(rows, schema=LANGUAGE_SCHEMA)
 
 

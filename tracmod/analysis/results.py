@@ -21,7 +21,19 @@ from tracmod.analysis.languages import MEASURES, pivot_examples
 from tracmod.durable import read_json
 
 MODELS = ("full", "sparse")
-VIEWS = ("full", "subnetwork", "random", "other")
+VIEWS = (
+    "full",
+    "subnetwork",
+    "subnetwork-own",
+    "subnetwork-test",
+    "random",
+    "other",
+    "union",
+    "intersection",
+)
+# Within a view's folder: the same tables, made without training examples of the test example's
+# own parallel group.
+WITHOUT_GROUP = "without-group"
 
 
 @dataclass(frozen=True)
@@ -30,16 +42,21 @@ class View:
 
     Attributes:
         model, name: `full` or `sparse`; one of `VIEWS`.
-        draws: how many masks were averaged (several for `random` and `other`).
+        folders: names of the views in the run folder that were averaged, one per draw.
         measures: name -> (Q, G) float64; NaN where the view has no such test example.
         correct: (Q,) float64, 1 = predicted right (mean over draws); NaN where unknown.
     """
 
     model: str
     name: str
-    draws: int
+    folders: list[str]
     measures: dict[str, np.ndarray]
     correct: np.ndarray
+
+    @property
+    def draws(self) -> int:
+        """How many masks were averaged (several for `random`, `other`, `union`, ...)."""
+        return len(self.folders)
 
 
 class RunResults:
@@ -66,6 +83,21 @@ class RunResults:
         """One section of the resolved configuration; {} if it is not recorded."""
         return self.settings.get("config", {}).get(name) or {}
 
+    @property
+    def asked_ks(self) -> list[int]:
+        """`influence.k` as a list, the main number first; [] where it is not recorded."""
+        k = self.section("influence").get("k") or []
+        return k if isinstance(k, list) else [k]
+
+    @property
+    def ks(self) -> list[int]:
+        """Over how many strongest training examples shares are counted, the main number first.
+
+        One above the number of training examples counts as that.
+        """
+        total = sum(self.num_train.values())
+        return list(dict.fromkeys(min(k, total) for k in self.asked_ks))
+
     @cached_property
     def test(self) -> pa.Table:
         """The test examples, without their texts."""
@@ -82,6 +114,18 @@ class RunResults:
     def num_test(self) -> dict[str, int]:
         """Test examples per language, in the order of the configuration."""
         return self._ordered(Counter(self.test["language"].to_pylist()))
+
+    @cached_property
+    def null_shares(self) -> dict[str, float]:
+        """Each training language's part of the training examples."""
+        total = sum(self.num_train.values())
+        return {language: size / total for language, size in self.num_train.items()}
+
+    @cached_property
+    def own_columns(self) -> np.ndarray:
+        """(Q,) the place of each test example's language among the G training languages, or -1."""
+        column_of = {language: column for column, language in enumerate(self.num_train)}
+        return np.array([column_of.get(name, -1) for name in self.test["language"].to_pylist()])
 
     @cached_property
     def clusters(self) -> np.ndarray:
@@ -103,8 +147,7 @@ class RunResults:
     @cached_property
     def subnetworks(self) -> dict[str, dict[str, Any]]:
         """`subnetworks/<language>.json` by language."""
-        found = [_read_if_there(path, {}) for path in (self.path / "subnetworks").glob("*.json")]
-        by_language = {entry["language"]: entry for entry in found}
+        by_language = self._masks_in(self.path / "subnetworks")
         return {name: by_language[name] for name in self._ordered(dict.fromkeys(by_language, 0))}
 
     @cached_property
@@ -112,32 +155,61 @@ class RunResults:
         """Each language's head mask, (L, H) int."""
         return {name: np.array(entry["mask"]) for name, entry in self.subnetworks.items()}
 
+    @cached_property
+    def seed_masks(self) -> dict[str, list[np.ndarray]]:
+        """`subnetworks/seeds/<seed>/<language>.json`: each language's masks, in order of seed."""
+        folders = sorted((self.path / "subnetworks" / "seeds").glob("*/"), key=_by_name)
+        of_seed = [self._masks_in(folder) for folder in folders]
+        names = self._ordered(dict.fromkeys([name for masks in of_seed for name in masks], 0))
+        return {
+            name: [np.array(masks[name]["mask"]) for masks in of_seed if name in masks]
+            for name in names
+        }
+
+    def _masks_in(self, folder: Path) -> dict[str, dict[str, Any]]:
+        found = [_read_if_there(path, {}) for path in folder.glob("*.json")]
+        return {entry["language"]: entry for entry in found if "language" in entry}
+
     def view_folders(self, model: str) -> list[str]:
         """Names of the model's views that hold results."""
         found = (self.path / "influence" / model).glob("*/examples.parquet")
         return sorted((path.parent.name for path in found), key=_natural)
 
-    def views(self) -> list[View]:
+    def views(self, without_group: bool = False) -> list[View]:
         """Every model's views, several draws of one kind averaged per test example.
 
         `random` is the mean over the `random-<i>`; `other` the mean over the `other-<language>`
-        whose language is not the test example's own.
+        whose language is not the test example's own; `union` and `intersection` the mean over the
+        `<kind>-<a>+<b>` of whose two languages the test example's own is one.
+
+        Args:
+            without_group: influence without training examples of the test example's own group,
+                of the views that have it.
         """
         views = []
         for model in MODELS:
             folders = self.view_folders(model)
             for name in VIEWS:
-                draws = [folder for folder in folders if _kind(folder) == name]
+                paths = {
+                    folder: self._examples_path(model, folder, without_group)
+                    for folder in folders
+                    if view_kind(folder) == name
+                }
+                draws = [folder for folder, path in paths.items() if path.is_file()]
                 if draws:
-                    parts = [self._aligned(model, folder) for folder in draws]
-                    measures = {m: _mean([part[m] for part in parts]) for m in MEASURES}
-                    correct = _mean([part["correct"] for part in parts])
-                    views.append(View(model, name, len(draws), measures, correct))
+                    parts = [self._aligned(paths[folder], folder) for folder in draws]
+                    measures = {m: mean_of_known([part[m] for part in parts]) for m in MEASURES}
+                    correct = mean_of_known([part["correct"] for part in parts])
+                    if all(np.isfinite(values).any() for values in measures.values()):
+                        views.append(View(model, name, draws, measures, correct))
         return views
 
-    def _aligned(self, model: str, folder: str) -> dict[str, np.ndarray]:
+    def _examples_path(self, model: str, folder: str, without_group: bool) -> Path:
+        path = self.path / "influence" / model / folder
+        return (path / WITHOUT_GROUP if without_group else path) / "examples.parquet"
+
+    def _aligned(self, path: Path, folder: str) -> dict[str, np.ndarray]:
         """One view's examples.parquet in the run's own order of test examples and languages."""
-        path = self.path / "influence" / model / folder / "examples.parquet"
         pivot = pivot_examples(pq.read_table(path))
         row_of = {test_id: row for row, test_id in enumerate(self.test["id"].to_pylist())}
         column_of = {language: column for column, language in enumerate(self.num_train)}
@@ -147,11 +219,7 @@ class RunResults:
             raise ValueError(f"{path}: {unknown[0]!r} is not in the run's data")
         rows = np.array([row_of[test_id] for test_id in pivot.test_ids], dtype=np.int64)
         columns = [column_of[language] for language in pivot.train_languages]
-        if folder.startswith("other-"):
-            masked = folder.removeprefix("other-")
-            kept = np.array([language != masked for language in pivot.test_languages])
-        else:
-            kept = np.ones(len(rows), dtype=bool)
+        kept = np.array([counts_under(folder, language) for language in pivot.test_languages])
         aligned: dict[str, np.ndarray] = {}
         for measure in MEASURES:
             values = np.full((len(row_of), len(column_of)), np.nan)
@@ -170,15 +238,34 @@ class RunResults:
         return {language: counts[language] for language in order}
 
 
-def _kind(folder: str) -> str:
-    return folder.split("-", 1)[0]
+def view_kind(folder: str) -> str:
+    """The one of `VIEWS` that a view is of: `random` of `random-3`, `full` of `full`."""
+    return folder if folder in VIEWS else folder.split("-", 1)[0]
+
+
+def counts_under(folder: str, test_language: str) -> bool:
+    """Whether test examples of a language are averaged in this view of its kind.
+
+    Under another language's subnetwork: those of all other languages. Under the union or the
+    intersection of two languages' subnetworks: those of the two.
+    """
+    kind, masked = view_kind(folder), folder.partition("-")[2]
+    if kind == "other":
+        return test_language != masked
+    if kind in ("union", "intersection"):
+        return test_language in masked.split("+")
+    return True
+
+
+def _by_name(path: Path) -> list[Any]:
+    return _natural(path.name)
 
 
 def _natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _mean(parts: list[np.ndarray]) -> np.ndarray:
+def mean_of_known(parts: list[np.ndarray]) -> np.ndarray:
     """Mean over the parts that have a value; NaN where none has."""
     stacked = np.stack(parts)
     known = np.isfinite(stacked)

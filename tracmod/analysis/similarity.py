@@ -6,7 +6,7 @@ Shape legend: L layers, H heads.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,18 @@ SIMILARITY_SCHEMA = pa.schema(
         ("expected_jaccard", pa.float64()),
         ("corrected_jaccard", pa.float64()),
         ("chance_probability", pa.float64()),
+    ]
+)
+
+
+MEASURES = ("jaccard", "cosine", "overlap", "expected_jaccard", "corrected_jaccard")
+
+SEED_SCHEMA = pa.schema(
+    [
+        ("language_a", pa.string()),
+        ("language_b", pa.string()),
+        ("mask_pairs", pa.int64()),
+        *((measure, pa.float64()) for measure in MEASURES),
     ]
 )
 
@@ -83,6 +95,44 @@ def similarity_table(masks: Mapping[str, np.ndarray]) -> pa.Table:
         for a, b in itertools.combinations(masks, 2)
     ]
     return pa.Table.from_pylist(rows, schema=SIMILARITY_SCHEMA)
+
+
+def seed_similarity_table(masks: Mapping[str, Sequence[np.ndarray]]) -> pa.Table | None:
+    """Mean similarity of masks from single seeds (`SEED_SCHEMA`, `similarity_seeds.parquet`).
+
+    A row with `language_a` = `language_b` is the baseline: over the pairs of two seeds of one
+    language. A row of two languages is over all pairs of a mask of the one and a mask of the other,
+    so that masks of the same making are compared. Languages with one seed have no baseline row.
+
+    Args:
+        masks: language -> one (L, H) mask per seed.
+
+    Returns:
+        None where no language has two seeds.
+    """
+    rows = []
+    for a, b in itertools.combinations_with_replacement(masks, 2):
+        both = masks[a], masks[b]
+        pairs = itertools.combinations(both[0], 2) if a == b else itertools.product(*both)
+        found = [mask_similarity(*pair) for pair in pairs]
+        if found:
+            means = {m: float(np.mean([one[m] for one in found])) for m in MEASURES}
+            rows.append({"language_a": a, "language_b": b, "mask_pairs": len(found), **means})
+    if not any(row["language_a"] == row["language_b"] for row in rows):
+        return None
+    return pa.Table.from_pylist(rows, schema=SEED_SCHEMA)
+
+
+def seed_baseline(seeds: pa.Table) -> dict[str, dict[str, float | None]]:
+    """Means of `seed_similarity_table`: `within` a language, `between` two; rows weigh the same."""
+    within = np.array(seeds["language_a"].to_pylist()) == np.array(seeds["language_b"].to_pylist())
+    return {
+        name: {
+            measure: float(seeds[measure].to_numpy()[chosen].mean()) if chosen.any() else None
+            for measure in MEASURES
+        }
+        for name, chosen in (("within", within), ("between", ~within))
+    }
 
 
 def similarity_matrix(table: pa.Table, languages: list[str], column: str) -> np.ndarray:

@@ -1,19 +1,36 @@
-"""Intervals and tests: cluster bootstrap of means and paired differences, Mantel permutations."""
+"""Means and paired differences of clustered rows: intervals, sign-flip tests, effect sizes."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from scipy.stats import norm, rankdata
+from scipy.stats import false_discovery_control, norm
 
-# Matrices of up to seven languages have at most 5,040 orders: all of them, rather than a sample.
-ENUMERATE_UP_TO = 5040
+# Up to twelve clusters have at most this many choices of signs: all of them, rather than a sample.
+ENUMERATE_UP_TO = 4096
 _BLOCK_NUMBERS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of all resampling of an analysis.
+
+    Attributes:
+        bootstrap: resamples of the test examples (whole parallel items).
+        permutations: draws of a permutation test where not everything can be tried.
+        confidence: coverage of the intervals.
+        seed: of every draw.
+    """
+
+    bootstrap: int
+    permutations: int
+    confidence: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,106 @@ def bootstrap_difference(
     )
 
 
+@dataclass(frozen=True)
+class SignFlipResult:
+    """`p_value` (two-sided) and `effect_size`, each of the shape of one row of the data.
+
+    Attributes:
+        p_value: how often signs drawn at random give a mean at least as far from 0.
+        effect_size: Cohen's d_z over cluster means; NaN where they do not vary.
+        permutations: choices of signs that were tried, the observed one among them.
+        exact: whether these are all there are.
+        clusters: how many signs are flipped.
+    """
+
+    p_value: np.ndarray
+    effect_size: np.ndarray
+    permutations: int
+    exact: bool
+    clusters: int
+
+
+def sign_flip_test(
+    values: np.ndarray,
+    clusters: Sequence[Any] | np.ndarray | None = None,
+    *,
+    permutations: int = 1000,
+    seed: int = 0,
+) -> SignFlipResult:
+    """Is the mean of paired differences other than 0: whole clusters change their sign together.
+
+    Under the null hypothesis the two sides of a comparison can be exchanged, so that a cluster's
+    differences are as likely as their negatives: p = (1 + number of choices of signs with |mean| >=
+    the observed |mean|) / (1 + permutations). Of up to twelve clusters every choice is tried, the
+    observed one being the 1. The effect size is Cohen's d_z = mean / standard deviation (n - 1),
+    both over the clusters' means: rows of one cluster are not independent.
+    (`scipy.stats.permutation_test` holds all rows under all choices in memory at once; here a
+    choice is one row of a matrix product with the clusters' sums.)
+
+    Args:
+        values: (Q,) or (Q, D) float differences, Q >= 1.
+        clusters: (Q,) one key per row; absent: every row is its own cluster.
+        permutations: draws where there are more than twelve clusters.
+        seed: of `numpy.random.default_rng`.
+
+    Returns:
+        Arrays of shape () or (D,).
+
+    Raises:
+        ValueError: no rows, or another number of cluster keys than rows.
+
+    Source: Fisher 1935, section 21; Phipson and Smyth 2010 (the 1 + in p); Cohen 1988, section 2.3.
+    """
+    rows_QD = np.asarray(values, dtype=np.float64)
+    if len(rows_QD) == 0:
+        raise ValueError("sign_flip_test: expected at least one row, got none")
+    sums_nD, counts_n = _cluster_sums(rows_QD.reshape(len(rows_QD), -1), clusters)
+    observed_D = np.abs(sums_nD.sum(axis=0))
+    # Choices that give the same mean up to rounding must count as equal.
+    least_D = observed_D - 1e-12 * np.abs(sums_nD).sum(axis=0)
+    at_least_D, tried = np.zeros(len(observed_D), dtype=np.int64), 0
+    blocks, exact = _sign_choices(len(sums_nD), permutations, seed)
+    for signs_Pn in blocks:
+        at_least_D += np.sum(np.abs(signs_Pn @ sums_nD) >= least_D, axis=0)
+        tried += len(signs_Pn)
+    if not exact:
+        at_least_D, tried = at_least_D + 1, tried + 1
+    return SignFlipResult(
+        p_value=(at_least_D / tried).reshape(rows_QD.shape[1:]),
+        effect_size=_effect_size(sums_nD / counts_n[:, None]).reshape(rows_QD.shape[1:]),
+        permutations=tried,
+        exact=exact,
+        clusters=len(sums_nD),
+    )
+
+
+def _sign_choices(n: int, permutations: int, seed: int) -> tuple[Iterator[np.ndarray], bool]:
+    """Blocks (P, n) of +1 and -1: every choice, the observed one too, or as many as are asked."""
+    if 2 ** min(n, 20) <= ENUMERATE_UP_TO:
+        return iter([np.array(list(itertools.product((1.0, -1.0), repeat=n)))]), True
+    rng, block = np.random.default_rng(seed), max(1, _BLOCK_NUMBERS // n)
+    sizes = [min(block, permutations - start) for start in range(0, permutations, block)]
+    return (2.0 * rng.integers(2, size=(size, n)) - 1 for size in sizes), False
+
+
+def _effect_size(means_nD: np.ndarray) -> np.ndarray:
+    if len(means_nD) < 2:
+        return np.full(means_nD.shape[1], np.nan)
+    mean, spread = means_nD.mean(axis=0), means_nD.std(axis=0, ddof=1)
+    varies = spread > 1e-12 * np.maximum(1e-300, np.abs(means_nD).max(axis=0))
+    return np.where(varies, mean / np.where(varies, spread, 1.0), np.nan)
+
+
+def adjusted_p_values(p_values: Sequence[float | None]) -> list[float | None]:
+    """Bounds on the false discovery rate over one family of tests; None (no test) stays None.
+
+    Source: Benjamini and Hochberg 1995.
+    """
+    tested = [p_value for p_value in p_values if p_value is not None]
+    adjusted = iter(false_discovery_control(tested) if tested else [])
+    return [None if p_value is None else float(next(adjusted)) for p_value in p_values]
+
+
 def wilson_interval(share: float, number: int, confidence: float = 0.95) -> tuple[float, float]:
     """Interval of a share of `number` independent trials; sensible at 0 and 1 too (Wilson 1927)."""
     z = float(norm.ppf((1 + confidence) / 2))
@@ -112,7 +229,7 @@ def _cluster_sums(
     keys = np.asarray(clusters)
     if len(keys) != len(rows_QD):
         raise ValueError(
-            f"bootstrap_mean: expected one cluster key per row ({len(rows_QD)}), got {len(keys)}"
+            f"clusters: expected one cluster key per row ({len(rows_QD)}), got {len(keys)}"
         )
     _, cluster_of_row = np.unique(keys, return_inverse=True)
     counts = np.bincount(cluster_of_row).astype(np.float64)
@@ -133,90 +250,3 @@ def _resampled_means(
         times_drawn = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
         means.append((times_drawn @ sums_nD) / (times_drawn @ counts_n)[:, None])
     return np.concatenate(means)
-
-
-@dataclass(frozen=True)
-class MantelResult:
-    """`p_value` is two-sided; `exact` says that every order of the items was tried."""
-
-    correlation: float
-    p_value: float
-    permutations: int
-    exact: bool
-    pairs: int
-
-
-def mantel(
-    a: np.ndarray,
-    b: np.ndarray,
-    *,
-    permutations: int = 1000,
-    seed: int = 0,
-    method: Literal["spearman", "pearson"] = "spearman",
-) -> MantelResult:
-    """Correlation of two symmetric matrices' off-diagonal entries, tested by permutation.
-
-    Pairs of languages share languages and are not independent, so rows and columns of `a` are
-    permuted together: p = (1 + number of permutations with |r| >= the observed |r|) /
-    (1 + permutations). When the number of orders n! is at most 5,040 all of them are tried, the
-    observed one being the 1; else `permutations` are drawn.
-
-    Args:
-        a, b: (n, n) symmetric float, n >= 3; diagonals are not read.
-        permutations: draws when n! is larger than 5,040.
-        seed: of `numpy.random.default_rng`.
-        method: rank (Spearman) or product-moment (Pearson) correlation.
-
-    Raises:
-        ValueError: shapes differ or are not square, fewer than 3 items, a matrix that is not
-            symmetric or not finite, or one without any variation.
-
-    Source: Mantel 1967; Phipson and Smyth 2010 (the 1 + in p).
-    """
-    a_nn, b_nn = _symmetric(a, "first"), _symmetric(b, "second")
-    if a_nn.shape != b_nn.shape:
-        raise ValueError(f"mantel: expected equal shapes, got {a_nn.shape} and {b_nn.shape}")
-    n = len(a_nn)
-    rows, columns = np.triu_indices(n, k=1)
-    a_unit_nn = np.zeros((n, n))
-    a_unit_nn[rows, columns] = _standardised(a_nn[rows, columns], method, "first")
-    a_unit_nn += a_unit_nn.T
-    b_unit = _standardised(b_nn[rows, columns], method, "second")
-    orders, exact = _orders(n, permutations, seed)
-    correlations = a_unit_nn[orders[:, rows], orders[:, columns]] @ b_unit
-    observed = float(a_unit_nn[rows, columns] @ b_unit)
-    # Orders that give the same pairs give the same r up to rounding: they must count as equal.
-    at_least = int(np.sum(np.abs(correlations) >= abs(observed) - 1e-12))
-    p_value = (1 + at_least) / (1 + len(orders))
-    return MantelResult(observed, p_value, len(orders) + exact, exact, len(rows))
-
-
-def _orders(n: int, permutations: int, seed: int) -> tuple[np.ndarray, bool]:
-    """Orders to try, without the observed one; and whether they are all there are."""
-    if math.factorial(min(n, 20)) <= ENUMERATE_UP_TO:
-        return np.array(list(itertools.permutations(range(n)))[1:]), True
-    rng = np.random.default_rng(seed)
-    return rng.permuted(np.tile(np.arange(n), (permutations, 1)), axis=1), False
-
-
-def _symmetric(matrix: np.ndarray, which: str) -> np.ndarray:
-    matrix = np.array(matrix, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"mantel: {which} matrix: expected (n, n), got {matrix.shape}")
-    if len(matrix) < 3:
-        raise ValueError(f"mantel: expected at least 3 items, got {len(matrix)}")
-    np.fill_diagonal(matrix, 0.0)
-    if not np.isfinite(matrix).all() or not np.allclose(matrix, matrix.T, rtol=1e-9, atol=1e-12):
-        raise ValueError(f"mantel: {which} matrix: expected a symmetric one of finite numbers")
-    return matrix
-
-
-def _standardised(values: np.ndarray, method: str, which: str) -> np.ndarray:
-    """Centred and of length 1, so that a dot product is the correlation."""
-    if method == "spearman":
-        values = rankdata(values)
-    centred = values - values.mean()
-    length = np.linalg.norm(centred)
-    if length <= 1e-12 * max(1.0, float(np.abs(values).max())):
-        raise ValueError(f"mantel: {which} matrix: every pair has the same value")
-    return centred / length

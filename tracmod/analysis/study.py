@@ -6,49 +6,35 @@ Shape legend: Q all test examples of the run, G training languages.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from scipy.stats import false_discovery_control
 
 from tracmod.analysis.blocks import block_shares, block_table
+from tracmod.analysis.changes import change_table, in_language_changes, named, present_comparisons
 from tracmod.analysis.dynamics import in_language_course
-from tracmod.analysis.languages import MEASURES, interval_columns
-from tracmod.analysis.results import MODELS, RunResults, View
-from tracmod.analysis.similarity import similarity_matrix, similarity_table, usage_summary
-from tracmod.analysis.statistics import bootstrap_mean, mantel, wilson_interval
+from tracmod.analysis.language_pairs import (
+    distance_influence,
+    read_distances,
+    similarity_influence,
+)
+from tracmod.analysis.reliance import in_language, interval_table, own_share_by_k
+from tracmod.analysis.results import MODELS, RunResults, View, counts_under
+from tracmod.analysis.same_group import same_group_summary
+from tracmod.analysis.similarity import (
+    seed_baseline,
+    seed_similarity_table,
+    similarity_table,
+    usage_summary,
+)
+from tracmod.analysis.statistics import Settings, wilson_interval
 from tracmod.analysis.strongest import strongest_summary
 from tracmod.durable import write_json, write_parquet
-
-# (model, view) against (base model, base view): what each question of the study compares.
-COMPARISONS = (
-    ("full", "subnetwork", "full", "full"),
-    ("full", "subnetwork", "full", "random"),
-    ("full", "subnetwork", "full", "other"),
-    ("sparse", "subnetwork", "sparse", "full"),
-    ("sparse", "subnetwork", "sparse", "random"),
-    ("sparse", "subnetwork", "sparse", "other"),
-    ("sparse", "full", "full", "full"),
-    ("sparse", "subnetwork", "full", "subnetwork"),
-    ("sparse", "random", "full", "random"),
-    ("sparse", "other", "full", "other"),
-    ("sparse", "subnetwork", "full", "full"),
-)
-MANTEL_VIEWS = ("full", "subnetwork", "random")
-MANTEL_MEASURES = ("share_positive", "mean_influence")
-
-
-@dataclass(frozen=True)
-class _Settings:
-    bootstrap: int
-    permutations: int
-    confidence: float
-    seed: int
 
 
 def analyze(
@@ -58,61 +44,72 @@ def analyze(
     permutations: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    distances: str | Path | None = None,
+    distance_names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write `analysis/` of a run folder from its influence, subnetworks and metrics.
 
     Files: summary.json; matrices.parquet (mean and interval per model, view, test and training
     language); changes.parquet (the same for each difference of `COMPARISONS`, paired per test
-    example); course.parquet (in-language reliance per epoch); similarity.parquet (pairs of
-    subnetworks); pairs.parquet (similarity beside influence); blocks.parquet (by head and layer, of
-    runs with `influence.blocks`). Models, views and subnetworks that are not there are left out.
-    The result depends on the folder and the arguments alone.
+    example, tested); shares_by_k.parquet (in-language share among the k strongest, for every k);
+    course.parquet (in-language reliance per epoch); similarity.parquet (pairs of subnetworks);
+    similarity_seeds.parquet (of masks from single seeds); pairs.parquet (similarity beside
+    influence); blocks.parquet (by head and layer, of runs with `influence.blocks`). What the folder
+    lacks is left out. The result depends on the folder and the arguments alone.
 
     Args:
         run_dir: a run folder with at least one view's `examples.parquet`.
         bootstrap: resamples of the test examples (whole parallel items).
-        permutations: draws of the Mantel test where not every order can be tried.
+        permutations: draws of a permutation test where not everything can be tried.
         confidence: coverage of the intervals.
         seed: of all resampling.
+        distances, distance_names: a table of distances between languages to set beside influence;
+            see `read_distances`.
 
     Returns:
         What summary.json holds.
 
     Raises:
-        ValueError: not a run folder, or no influence results in it.
+        ValueError: not a run folder, no influence results in it, or no usable distances.
     """
     run = RunResults(run_dir)
     views = run.views()
     if not views:
         raise ValueError(f"{run.path}: no influence/<model>/<view>/examples.parquet to analyse")
-    settings = _Settings(bootstrap, permutations, confidence, seed)
-    similarity = similarity_table(run.masks)
-    matrices = [_view_rows(run, view, settings) for view in views]
-    comparisons = _present_comparisons(views)
-    changes = [_change_rows(run, a, b, settings) for a, b in comparisons]
+    settings = Settings(bootstrap, permutations, confidence, seed)
+    similarity, seeds = similarity_table(run.masks), seed_similarity_table(run.seed_masks)
+    comparisons = present_comparisons(views)
+    correlations, partial, pairs = similarity_influence(run, views, similarity, seeds, settings)
+    by_k = own_share_by_k(run, views, settings)
     blocks = block_table(run)
-    correlations, pairs = _similarity_influence(run, views, similarity, settings)
     summary = {
         "settings": settings.__dict__,
-        "k": run.section("influence").get("k"),
+        "k": run.ks[0] if run.ks else None,
+        "asked_k": run.asked_ks[0] if run.ks else None,
         "languages": {"test": list(run.num_test), "train": list(run.num_train)},
         "num_test": run.num_test,
         "num_train": run.num_train,
-        "null_share": _null_shares(run),
-        "in_language": _known([_in_language(run, v, v.measures, settings) for v in views]),
-        "changes": _known([_change(run, a, b, settings) for a, b in comparisons]),
+        "null_share": run.null_shares,
+        "in_language": _in_language(run, views, settings),
+        "changes": in_language_changes(run, comparisons, settings),
+        "same_group": same_group_summary(run, views, settings),
         "strongest": _strongest(run),
         "similarity_influence": correlations,
+        "partial_similarity_influence": partial,
+        "distance_influence": _distances(run, views, distances, distance_names, settings),
+        "seed_baseline": seed_baseline(seeds) if seeds is not None else None,
         "accuracy": _accuracy(run, views, confidence),
         "subnetworks": _subnetworks(run),
         "heads": usage_summary(run.masks) if run.masks else None,
         "blocks": block_shares(blocks) if blocks else [],
     }
     tables = {
-        "matrices": pa.concat_tables(matrices),
-        "changes": pa.concat_tables(changes) if changes else None,
+        "matrices": pa.concat_tables([_view_rows(run, view, settings) for view in views]),
+        "changes": change_table(run, comparisons, settings),
+        "shares_by_k": pa.Table.from_pylist(by_k) if by_k else None,
         "course": _course(run),
         "similarity": similarity if similarity.num_rows else None,
+        "similarity_seeds": seeds,
         "pairs": pairs,
         "blocks": blocks,
     }
@@ -151,105 +148,47 @@ def _strongest(run: RunResults) -> list[dict[str, Any]]:
         for view in run.view_folders(model):
             path = run.path / "influence" / model / view / "top.parquet"
             if path.is_file():
-                sides = strongest_summary(pq.read_table(path), train, test)
+                sides = strongest_summary(_main_k(run, pq.read_table(path)), train, test)
                 found += [{"model": model, "view": view, **side} for side in sides]
     return found
 
 
-def _null_shares(run: RunResults) -> dict[str, float]:
-    total = sum(run.num_train.values())
-    return {language: size / total for language, size in run.num_train.items()}
-
-
-def _present_comparisons(views: Sequence[View]) -> list[tuple[View, View]]:
-    found = {(view.model, view.name): view for view in views}
-    return [
-        (found[a, b], found[c, d]) for a, b, c, d in COMPARISONS if {(a, b), (c, d)} <= set(found)
-    ]
-
-
-def _interval_table(
-    run: RunResults, measures: dict[str, np.ndarray], settings: _Settings
-) -> pa.Table:
-    known_Q = np.all([np.isfinite(values).all(axis=1) for values in measures.values()], axis=0)
-    languages = np.array(run.test["language"].to_pylist())[known_Q]
-    columns = interval_columns(
-        {name: values[known_Q] for name, values in measures.items()},
-        languages.tolist(),
-        list(run.num_train),
-        run.clusters[known_Q].tolist(),
-        bootstrap=settings.bootstrap,
-        confidence=settings.confidence,
-        seed=settings.seed,
-    )
-    return pa.table(columns)
-
-
-def _named(table: pa.Table, names: dict[str, str]) -> pa.Table:
-    for position, (name, value) in enumerate(names.items()):
-        column = pa.array([value] * table.num_rows, pa.string())
-        table = table.add_column(position, name, column)
-    return table
-
-
-def _view_rows(run: RunResults, view: View, settings: _Settings) -> pa.Table:
-    table = _named(
-        _interval_table(run, view.measures, settings), {"model": view.model, "view": view.name}
-    )
-    null = _null_shares(run)
-    shares = [null[language] for language in table["train_language"].to_pylist()]
-    return table.append_column("null_share", pa.array(shares, pa.float64()))
-
-
-def _difference(view: View, base: View) -> dict[str, np.ndarray]:
-    return {name: view.measures[name] - base.measures[name] for name in MEASURES}
-
-
-def _change_rows(run: RunResults, view: View, base: View, settings: _Settings) -> pa.Table:
-    names = {
-        "model": view.model,
-        "view": view.name,
-        "base_model": base.model,
-        "base_view": base.name,
-    }
-    return _named(_interval_table(run, _difference(view, base), settings), names)
-
-
-def _change(run: RunResults, view: View, base: View, settings: _Settings) -> dict[str, Any]:
-    entry = _in_language(run, view, _difference(view, base), settings)
-    del entry["draws"]
-    return {**entry, "base_model": base.model, "base_view": base.name}
+def _main_k(run: RunResults, top: pa.Table) -> pa.Table:
+    """The ranks that every table but shares_by_k is of."""
+    return top.filter(pc.less_equal(top["rank"], run.ks[0])) if run.ks else top
 
 
 def _in_language(
-    run: RunResults, view: View, measures: dict[str, np.ndarray], settings: _Settings
-) -> dict[str, Any]:
-    """Mean over test examples of each measure's value for the example's own language."""
-    column_of = {language: column for column, language in enumerate(run.num_train)}
-    columns = np.array([column_of.get(name, -1) for name in run.test["language"].to_pylist()])
-    entry: dict[str, Any] = {"model": view.model, "view": view.name, "draws": view.draws}
-    for name, values in measures.items():
-        own = np.where(columns >= 0, values[np.arange(len(columns)), columns], np.nan)
-        known = np.isfinite(own)
-        if not known.any():
-            continue
-        interval = bootstrap_mean(
-            own[known],
-            run.clusters[known],
-            resamples=settings.bootstrap,
-            confidence=settings.confidence,
-            seed=settings.seed,
-        )
-        entry[name] = {"value": interval.value, "low": interval.low, "high": interval.high}
-        entry["num_test"] = int(known.sum())
-        nulls = np.array(list(_null_shares(run).values()))
-        entry["null_share"] = float(nulls[columns[known]].mean())
-    return entry
-
-
-def _known(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    run: RunResults, views: Sequence[View], settings: Settings
+) -> list[dict[str, Any]]:
     """Without views in which no test language has training data of its own."""
+    entries = [
+        {"model": view.model, "view": view.name, "draws": view.draws}
+        | in_language(run, view.measures, settings)
+        for view in views
+    ]
     return [entry for entry in entries if "num_test" in entry]
+
+
+def _distances(
+    run: RunResults,
+    views: Sequence[View],
+    path: str | Path | None,
+    names: Mapping[str, str] | None,
+    settings: Settings,
+) -> list[dict[str, Any]]:
+    if path is None:
+        return []
+    languages = [name for name in run.num_train if name in run.num_test]
+    return distance_influence(run, views, read_distances(path, languages, names), settings)
+
+
+def _view_rows(run: RunResults, view: View, settings: Settings) -> pa.Table:
+    table = interval_table(run, view.measures, settings)
+    table = named(table, {"model": view.model, "view": view.name})
+    null = run.null_shares
+    shares = [null[language] for language in table["train_language"].to_pylist()]
+    return table.append_column("null_share", pa.array(shares, pa.float64()))
 
 
 def _course(run: RunResults) -> pa.Table | None:
@@ -260,66 +199,12 @@ def _course(run: RunResults) -> pa.Table | None:
             path = run.path / "influence" / model / view / "epochs.parquet"
             if path.is_file():
                 table = in_language_course(pq.read_table(path))
-                tables.append(_named(table, {"model": model, "view": view}))
+                counted = [counts_under(view, name) for name in table["test_language"].to_pylist()]
+                table = table.filter(pa.array(counted, pa.bool_()))
+                nulls = [run.null_shares.get(name) for name in table["test_language"].to_pylist()]
+                table = table.append_column("null_share", pa.array(nulls, pa.float64()))
+                tables.append(named(table, {"model": model, "view": view}))
     return pa.concat_tables(tables) if tables else None
-
-
-def _similarity_influence(
-    run: RunResults, views: Sequence[View], similarity: pa.Table, settings: _Settings
-) -> tuple[list[dict[str, Any]], pa.Table | None]:
-    """Mantel tests of subnetwork similarity (Jaccard) against influence between two languages.
-
-    Influence of m on l is not that of l on m: the mean of both is set against the symmetric
-    similarity, and the diagonal is left out. `p_adjusted` bounds the false discovery rate over
-    all tests of the run (Benjamini and Hochberg 1995).
-    """
-    languages = [name for name in run.masks if name in run.num_train and name in run.num_test]
-    if len(languages) < 3:
-        return [], None
-    jaccard = similarity_matrix(similarity, languages, "jaccard")
-    corrected = similarity_matrix(similarity, languages, "corrected_jaccard")
-    upper = np.triu_indices(len(languages), k=1)
-    results, pairs = [], []
-    for view in views:
-        if view.name not in MANTEL_VIEWS:
-            continue
-        names = {"model": view.model, "view": view.name}
-        columns: dict[str, Any] = {
-            "language_a": [languages[i] for i in upper[0]],
-            "language_b": [languages[i] for i in upper[1]],
-            "jaccard": jaccard[upper],
-            "corrected_jaccard": corrected[upper],
-        }
-        for measure in MANTEL_MEASURES:
-            matrix = _mean_matrix(run, view, measure, languages)
-            symmetric = (matrix + matrix.T) / 2
-            columns[measure] = symmetric[upper]
-            results.append({**names, "measure": measure, **_mantel(jaccard, symmetric, settings)})
-        pairs.append(_named(pa.table(columns), names))
-    tested = [entry for entry in results if entry["p_value"] is not None]
-    if tested:
-        adjusted = false_discovery_control([entry["p_value"] for entry in tested])
-        for entry, p_value in zip(tested, adjusted, strict=True):
-            entry["p_adjusted"] = float(p_value)
-    return results, pa.concat_tables(pairs) if pairs else None
-
-
-def _mantel(a: np.ndarray, b: np.ndarray, settings: _Settings) -> dict[str, Any]:
-    try:
-        result = mantel(a, b, permutations=settings.permutations, seed=settings.seed)
-    except ValueError as error:
-        return {"correlation": None, "p_value": None, "reason": str(error)}
-    return dict(result.__dict__)
-
-
-def _mean_matrix(run: RunResults, view: View, measure: str, languages: list[str]) -> np.ndarray:
-    """(n, n) mean over each test language's examples; columns = training languages."""
-    column_of = {language: column for column, language in enumerate(run.num_train)}
-    test_languages = np.array(run.test["language"].to_pylist())
-    values = view.measures[measure][:, [column_of[language] for language in languages]]
-    known = np.isfinite(values).all(axis=1)
-    rows = [values[known & (test_languages == name)] for name in languages]
-    return np.stack([row.mean(axis=0) if len(row) else row.sum(axis=0) * np.nan for row in rows])
 
 
 def _accuracy(run: RunResults, views: Sequence[View], confidence: float) -> dict[str, Any]:

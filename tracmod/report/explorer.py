@@ -46,7 +46,7 @@ def explorer_data(run: RunResults) -> dict[str, Any]:
     train = _texts(run.examples("train"), list(train_place))
     return {
         "labels": run.label_names,
-        "k": run.section("influence").get("k"),
+        "k": run.ks[0] if run.ks else None,
         "languages": list(run.num_train),
         "views": [{"title": view_title(*folder)} for folder in folders],
         "train": [list(train[train_id].values()) for train_id in train_place],

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tracmod.report.words import (
+    LEVEL,
     MODEL_NAMES,
     VIEW_NAMES,
+    is_clear,
     number,
     p_value,
     percent,
@@ -15,12 +17,17 @@ from tracmod.report.words import (
 )
 
 Row = dict[str, Any]
+CONTROLS = {
+    "label_distance": "different label balance",
+    "seed_similarity": "agreement from seed to seed",
+}
 
 
 def findings(summary: Row) -> list[str]:
     """What was found, a sentence or two each, most important first."""
-    found = [_accuracy(summary), _reliance(summary), _subnetworks(summary, "full")]
-    found += [_sparse(summary), _subnetworks(summary, "sparse"), _similarity(summary)]
+    found = [_accuracy(summary), _reliance(summary), same_group(summary)]
+    found += [_subnetworks(summary, "full"), _sparse(summary), _subnetworks(summary, "sparse")]
+    found += [seeds(summary), _similarity(summary), _distances(summary)]
     return [text for text in found if text]
 
 
@@ -48,6 +55,25 @@ def how_sure(summary: Row) -> list[str]:
         "of one item are drawn together). They say how the result would vary with other test "
         "examples; they do not cover another training run, another seed, or other training data."
     ]
+    if summary["k"] and summary["k"] < summary.get("asked_k", 0):
+        texts.append(
+            f"Shares were to be counted over {summary['asked_k']:,} training examples; there are "
+            f"{summary['k']:,}, so all of them are counted and every share is the null share."
+        )
+    if summary["changes"]:
+        texts.append(
+            f"A change is called one where its interval leaves out 0 and its p, adjusted for "
+            f"{len(summary['changes'])} comparisons (false discovery rate), is at most {LEVEL}. p "
+            "is from permutations: the two sides of a comparison are exchanged at random, all "
+            "translations of one item together. d is the mean change over its standard deviation, "
+            "across such items."
+        )
+        tested = summary["changes"][0]["tested"]
+        if tested["exact"]:
+            texts.append(
+                f"The test examples are of only {tested['clusters']} parallel items: before it is "
+                f"adjusted, the smallest p of a change is {2 / tested['permutations']:.3f}."
+            )
     pairs = [test for test in summary["similarity_influence"] if test["p_value"] is not None]
     if pairs and pairs[0]["exact"]:
         texts.append(
@@ -100,7 +126,7 @@ def _accuracy(summary: Row) -> str:
     weak = [name for name, share in by_value if share["low"] <= accuracy["chance"]]
     if weak:
         text += (
-            f" In {_listed(weak)} the fine-tuned model is not clearly better than chance: there, "
+            f" In {listed(weak)} the fine-tuned model is not clearly better than chance: there, "
             "influence tells which examples move the loss, but hardly what the model has learnt."
         )
     return text
@@ -128,6 +154,49 @@ def _reliance(summary: Row) -> str:
         f"{percent_interval(share)} are in its own language; {percent(null)} would be if language "
         f"played no part. So {verdict}. Among the strongest opponents the share is "
         f"{percent_interval(entry['share_negative'])}."
+    )
+
+
+def same_group(summary: Row) -> str:
+    """What translations of the test example among the training examples do; "" where none are."""
+    found = summary.get("same_group")
+    view = _find(found["views"], model="full", view="full") if found else None
+    if not found or not view:
+        return ""
+    text = (
+        f"{found['num_with_same_group']:,} of {found['num_test']:,} test examples have training "
+        f"examples of their own parallel item (translations). Such an example is the strongest "
+        f"proponent of {percent(view['strongest'])} of them (by chance "
+        f"{percent(found['strongest_null'])}) and among the {summary['k']} strongest of "
+        f"{percent(view['within_k'])} (by chance {percent(found['within_k_null'])})."
+    )
+    if "share_positive" not in view.get("change", {}):
+        return text
+    change = view["change"]
+    return (
+        f"{text} Leaving them out {_moves(change, 'the share of the own language')}: from "
+        f"{percent(view['with']['share_positive']['value'])} to "
+        f"{percent(view['without']['share_positive']['value'])} (null "
+        f"{percent(view['with']['null_share'])} and {percent(view['without']['null_share'])})."
+    )
+
+
+def seeds(summary: Row) -> str:
+    """How alike one language's subnetworks are from seed to seed, beside those of two languages."""
+    baseline = summary.get("seed_baseline")
+    if not baseline or baseline["between"]["jaccard"] is None:
+        return ""
+    within, between = baseline["within"], baseline["between"]
+    verdict = (
+        "only the difference speaks for language"
+        if within["jaccard"] > between["jaccard"]
+        else "no less, so that these masks say nothing of language"
+    )
+    return (
+        f"Subnetworks of one language from two seeds agree by a Jaccard similarity of "
+        f"{number(within['jaccard'])} on average (beyond chance "
+        f"{number(within['corrected_jaccard'])}), those of two languages by "
+        f"{number(between['jaccard'])} ({number(between['corrected_jaccard'])}): {verdict}."
     )
 
 
@@ -159,7 +228,8 @@ def _sparse(summary: Row) -> str:
     text = f"Sparse fine-tuning {_moves(change, 'the share of the own language')} (all heads)."
     through = _change(summary, ("sparse", "subnetwork"), ("full", "subnetwork"))
     if through:
-        text += f" Seen through the own subnetworks the change is {_interval(through)}."
+        sure = "" if _direction(through) else ", not clear"
+        text += f" Seen through the own subnetworks the change is {_interval(through)}{sure}."
     return text
 
 
@@ -168,7 +238,7 @@ def _similarity(summary: Row) -> str:
     test = _find(summary["similarity_influence"], **names)
     if not test or test["p_value"] is None:
         return ""
-    if test["p_value"] > 0.05:
+    if test["p_adjusted"] > LEVEL:
         verdict = (
             "There is no clear relation between how alike two languages' subnetworks are and how "
             "far they draw on each other's training examples"
@@ -178,9 +248,44 @@ def _similarity(summary: Row) -> str:
         verdict = (
             f"Languages with more similar subnetworks draw {more} on each other's training examples"
         )
-    return (
+    text = (
         f"{verdict} (all heads: Spearman {number(test['correlation'])}, Mantel test "
-        f"{p_value(test['p_value'])}, {test['pairs']} pairs of languages)."
+        f"{p_value(test['p_value'])}, adjusted {p_value(test['p_adjusted'])}, {test['pairs']} "
+        "pairs of languages)."
+    )
+    partial = _find(summary.get("partial_similarity_influence", []), **names)
+    if partial and partial["p_value"] is not None:
+        text += (
+            f" With {listed([CONTROLS[name] for name in partial['controls']])} taken out: "
+            f"{number(partial['correlation'])}, adjusted {p_value(partial['p_adjusted'])}."
+        )
+    return text
+
+
+def _distances(summary: Row) -> str:
+    names = {"model": "full", "view": "full", "measure": "share_positive"}
+    tests = [
+        test
+        for test in summary.get("distance_influence", [])
+        if test["p_value"] is not None and names.items() <= test.items()
+    ]
+    if not tests:
+        return ""
+    clear = [test for test in tests if test["p_adjusted"] <= LEVEL]
+    if not clear:
+        return (
+            f"None of the {len(tests)} distances between languages "
+            f"({listed([test['metric'] for test in tests])}) goes clearly with how far they draw "
+            "on each other's training examples."
+        )
+    shown = [
+        f"{test['metric']} (Spearman {number(test['correlation'])}, adjusted "
+        f"{p_value(test['p_adjusted'])})"
+        for test in clear
+    ]
+    return (
+        f"How far languages draw on each other's training examples goes with their "
+        f"{listed(shown)} distance; negative: the nearer, the more."
     )
 
 
@@ -198,8 +303,9 @@ def _find(entries: list[Row], **wanted: str) -> Row | None:
 
 
 def _direction(change: Row) -> int:
+    """1 or -1 where the share of the own language clearly rises or falls, else 0."""
     share = change["share_positive"]
-    return (share["low"] > 0) - (share["high"] < 0)
+    return (1 if share["value"] > 0 else -1) if is_clear(share) else 0
 
 
 def _moves(change: Row, what: str) -> str:
@@ -211,5 +317,6 @@ def _interval(change: Row) -> str:
     return points_interval(change["share_positive"])
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """`en`, `en and de`, `en, de and ru`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

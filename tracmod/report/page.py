@@ -20,11 +20,21 @@ from tracmod.durable import write_file
 from tracmod.report import words
 from tracmod.report.blocks import block_panels
 from tracmod.report.explorer import explorer_data
-from tracmod.report.findings import cautions, findings, how_sure, tiles
+from tracmod.report.findings import (
+    CONTROLS,
+    cautions,
+    findings,
+    how_sure,
+    listed,
+    same_group,
+    seeds,
+    tiles,
+)
 from tracmod.report.plots import Figure, Panel
 from tracmod.report.pruning import pruning_panels, threshold_rows
 from tracmod.report.sections import (
     accuracy_figures,
+    by_k_panels,
     change_panels,
     course_panels,
     influence_panels,
@@ -33,7 +43,16 @@ from tracmod.report.sections import (
     similarity_panels,
 )
 
-_TABLES = ("matrices", "changes", "course", "similarity", "pairs", "blocks")
+_TABLES = (
+    "matrices",
+    "changes",
+    "shares_by_k",
+    "course",
+    "similarity",
+    "similarity_seeds",
+    "pairs",
+    "blocks",
+)
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -48,13 +67,17 @@ def write_report(run_dir: str | Path) -> Path:
         Path of the page.
 
     Raises:
-        ValueError: no analysis/summary.json in the folder.
+        ValueError: no analysis/summary.json in the folder, or one of an earlier version.
     """
     run = RunResults(run_dir)
     summary_path = run.path / "analysis" / "summary.json"
     if not summary_path.is_file():
         raise ValueError(f"{run.path}: no analysis/summary.json; run `tracmod analyze` first")
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    if "seed_baseline" not in summary:
+        raise ValueError(
+            f"{summary_path}: of an earlier version of tracmod; run `tracmod analyze` again"
+        )
     page = run.path / "report" / "index.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_file(page, _render(run, summary).encode())
@@ -113,6 +136,10 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
         "again": shlex.quote(f"runs/{config.get('name') or 'again'}"),
         "config_yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "findings": findings(summary),
+        "same_group": same_group(summary),
+        "seeds": seeds(summary),
+        "controls": _controls(summary),
+        "left_out": _left_out(summary),
         "tiles": tiles(summary),
         "how_sure": how_sure(summary),
         "cautions": cautions(summary, run.section("task")),
@@ -120,12 +147,13 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
         "influence": influence_panels(tables["matrices"], unit),
         "changes": change_panels(tables["changes"], unit) if tables["changes"] else [],
         "reliance": reliance_panels(tables["matrices"], summary["in_language"]),
+        "by_k": by_k_panels(tables["shares_by_k"]),
         "course": _course(tables["course"], summary),
         "masks": run.masks,
         "pruning": pruning_panels(run.subnetworks),
         "thresholds": threshold_rows(run.path, run.subnetworks),
         "usage": head_usage(run.masks) if run.masks else np.zeros((0, 0)),
-        "similarity": _similarity(tables["similarity"], list(run.masks)),
+        "similarity": _similarity(tables, list(run.masks)),
         "similarity_rows": tables["similarity"],
         "scatter": _scatter(tables["pairs"], summary, unit),
         "blocks": block_panels(tables["blocks"], unit),
@@ -138,12 +166,24 @@ def _course(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[Panel]:
     return course_panels(rows, nulls.pop() if len(nulls) == 1 else None) if rows else []
 
 
-def _similarity(rows: list[dict[str, Any]], languages: list[str]) -> list[Panel]:
-    return similarity_panels(rows, languages) if rows else []
+def _similarity(tables: dict[str, list[dict[str, Any]]], languages: list[str]) -> list[Panel]:
+    rows = tables["similarity"]
+    return similarity_panels(rows, tables["similarity_seeds"], languages) if rows else []
 
 
 def _scatter(rows: list[dict[str, Any]], summary: dict[str, Any], unit: str) -> list[Panel]:
     return scatter_panels(rows, summary["similarity_influence"], unit) if rows else []
+
+
+def _controls(summary: dict[str, Any]) -> str:
+    tests = summary["partial_similarity_influence"]
+    return listed([CONTROLS[name] for name in tests[0]["controls"]]) if tests else ""
+
+
+def _left_out(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Metrics of distance that some languages lack, with these."""
+    tests = {test["metric"]: test["left_out"] for test in summary["distance_influence"]}
+    return [(metric, listed(languages)) for metric, languages in tests.items() if languages]
 
 
 def _stages(stages: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -218,8 +218,12 @@ def lines(
     limits: tuple[float, float],
     mark: tuple[float, str] | None = None,
     caption: str = "",
+    even: bool = False,
 ) -> Figure:
-    """Percentages over a count (epochs, heads). `series`: name, color, x, y, optionally `bold`."""
+    """Percentages over a count (epochs, heads). `series`: name, color, x, y, optionally `bold`.
+
+    `even`: the values of x stand at equal distances, whatever they are.
+    """
     traces = []
     for place, one in enumerate(series):
         name = html.escape(one["name"])
@@ -235,14 +239,14 @@ def lines(
                 meta={"color": one["color"]},
             )
         )
-    counts = sorted({count for one in series for count in one["x"]})
+    xaxis: dict[str, Any] = {"title": {"text": axes[0]}, "showgrid": False}
+    if even:
+        xaxis["type"] = "category"
+    elif counts := sorted({count for one in series for count in one["x"]}):
+        xaxis["dtick"] = max(1, (counts[-1] - counts[0] + 1) // 12)
+        xaxis["range"] = [counts[0] - 0.3, counts[-1] + 0.3]
     layout: dict[str, Any] = {
-        "xaxis": {
-            "title": {"text": axes[0]},
-            "showgrid": False,
-            "dtick": max(1, (counts[-1] - counts[0] + 1) // 12) if counts else 1,
-            "range": [counts[0] - 0.3, counts[-1] + 0.3] if counts else None,
-        },
+        "xaxis": xaxis,
         "yaxis": {"title": {"text": axes[1]}, "range": list(limits), "ticksuffix": "%"},
         "showlegend": True,
     }

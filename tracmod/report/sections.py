@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tracmod.analysis.languages import MEASURES
-from tracmod.analysis.results import MODELS, VIEWS
+from tracmod.analysis.results import MODELS, VIEWS, view_kind
 from tracmod.report.plots import (
     SHOW_NUMBERS_UP_TO,
     Figure,
@@ -26,17 +26,20 @@ from tracmod.report.words import (
     VIEW_NAMES,
     change_heading,
     change_title,
+    is_clear,
     number,
     p_value,
     percent,
     points,
     power_of_ten,
     superscript,
+    tested,
 )
 
 Row = dict[str, Any]
 TEST_AXIS, TRAIN_AXIS = "language of test examples", "language of training examples"
 EPOCH_AXIS, OWN_SHARE_AXIS = "epoch", "share of the own language"
+K_AXIS = "k, the strongest training examples counted:"
 SIMILARITIES = {
     "jaccard": "Jaccard",
     "corrected_jaccard": "Jaccard beyond chance",
@@ -95,8 +98,8 @@ def change_panels(changes: list[Row], unit: str) -> list[Panel]:
         note = f"In {axis_unit}."
         if len(_distinct(changes, "train_language")) <= SHOW_NUMBERS_UP_TO:
             note += (
-                " Bold: the interval leaves out 0. The intervals are not corrected for the number "
-                "of cells: of 20 cells without any change, about one is bold."
+                " Bold: the interval leaves out 0, and p, adjusted for the cells of the matrix "
+                "(false discovery rate), is at most 0.05."
             )
         legend = Legend("diverging", *ends, (0.5, "0"))
         panels.append(Panel(MEASURE_NAMES[measure], groups, legend, note))
@@ -159,8 +162,12 @@ def _cell_text(row: Row, measure: str, factor: float, is_change: bool) -> str:
     if not is_change:
         return number(value, 1)
     text = points(value / 100)
-    sure = row[f"{measure}_low"] > 0 or row[f"{measure}_high"] < 0
-    return f"<b>{text}</b>" if sure else text
+    return f"<b>{text}</b>" if is_clear(_of_measure(row, measure)) else text
+
+
+def _of_measure(row: Row, measure: str) -> Row:
+    """A change's columns of one measure under the names that summary.json gives them."""
+    return {key: row[f"{measure}_{key}"] for key in ("low", "high", "p_adjusted", "effect_size")}
 
 
 def _cell_hover(row: Row, measure: str, factor: float, is_change: bool) -> str:
@@ -172,6 +179,8 @@ def _cell_hover(row: Row, measure: str, factor: float, is_change: bool) -> str:
     ]
     if not is_change and measure != "mean_influence":
         lines_of_text.append(f"null share {percent(row['null_share'])}")
+    if is_change:
+        lines_of_text.append(f"adjusted {tested(_of_measure(row, measure))}")
     lines_of_text.append(f"{row['num_test']} test examples")
     return "<br>".join(lines_of_text)
 
@@ -231,6 +240,37 @@ def _bar_series(view: str, cells: list[Row], total: Row | None, measure: str, na
     return series
 
 
+def by_k_panels(by_k: list[Row]) -> list[Panel]:
+    """Share of the own language against k, a line per view; nothing where there is but one k."""
+    if len(_distinct(by_k, "k")) < 2:
+        return []
+    panels = []
+    for measure in ("share_positive", "share_negative"):
+        values = [100 * row[key] for row in by_k for key in (measure, "null_share")]
+        limits = (max(0.0, min(values) - 5), min(100.0, max(values) + 5))
+        figures = []
+        for (model,), rows in _groups(by_k, ("model",)):
+            series = [
+                {
+                    "name": VIEW_NAMES[view],
+                    "color": view,
+                    "x": [str(row["k"]) for row in cells],
+                    "y": [100 * row[measure] for row in cells],
+                }
+                for (view,), cells in _groups(rows, ("view",))
+            ]
+            mark = (100 * rows[0]["null_share"], "null share")
+            axes = (K_AXIS, OWN_SHARE_AXIS)
+            title = MODEL_NAMES[model]
+            figures.append(lines(title, series, axes=axes, limits=limits, mark=mark, even=True))
+        note = (
+            f"{MEASURE_NAMES[measure]} in the test example's own language among the k strongest. "
+            "With k as large as the training data the share is the null share."
+        )
+        panels.append(Panel(MEASURE_NAMES[measure], [("", figures)], note=note))
+    return panels
+
+
 def course_panels(course: list[Row], null_share: float | None) -> list[Panel]:
     """In-language reliance over the epochs: means per view, and per language within a view."""
     values = [100 * row["share_positive"] for row in course]
@@ -239,7 +279,7 @@ def course_panels(course: list[Row], null_share: float | None) -> list[Panel]:
     if mark and not limits[0] <= mark[0] <= limits[1]:
         limits = (max(0.0, min(limits[0], mark[0] - 3)), max(limits[1], mark[0] + 3))
     axes = (EPOCH_AXIS, OWN_SHARE_AXIS)
-    course = [{**row, "kind": row["view"].split("-", 1)[0]} for row in course]
+    course = [{**row, "kind": view_kind(row["view"])} for row in course]
     course.sort(key=lambda row: (MODELS.index(row["model"]), VIEWS.index(row["kind"])))
     means = [
         lines(
@@ -304,8 +344,14 @@ def accuracy_figures(epochs: dict[str, list[Row]], chance: float) -> list[Figure
     return figures
 
 
-def similarity_panels(similarity: list[Row], languages: Sequence[str]) -> list[Panel]:
-    """Pairwise similarity of subnetworks, one panel per measure; the diagonal is left blank."""
+def similarity_panels(
+    similarity: list[Row], seeds: list[Row], languages: Sequence[str]
+) -> list[Panel]:
+    """Pairwise similarity of subnetworks, one panel per measure.
+
+    The diagonal is how alike two seeds' subnetworks of one language are; blank without seeds.
+    """
+    of_seeds = {row["language_a"]: row for row in seeds if row["language_a"] == row["language_b"]}
     pairs = {(row["language_a"], row["language_b"]): row for row in similarity}
     pairs |= {(b, a): row for (a, b), row in pairs.items()}
     blank = "<br>".join
@@ -319,6 +365,9 @@ def similarity_panels(similarity: list[Row], languages: Sequence[str]) -> list[P
                     row = pairs[a, b]
                     values[i, j] = row[measure]
                     hover[i][j] = blank(_pair_hover(row, measure, name))
+                elif a == b and a in of_seeds:
+                    values[i, j] = of_seeds[a][measure]
+                    hover[i][j] = blank(_seed_hover(of_seeds[a], measure, name))
         text = [["" if np.isnan(v) else number(v) for v in row] for row in values]
         lowest = -1.0 if np.nanmin(values) < 0 else 0.0
         figure = heatmap(
@@ -342,6 +391,15 @@ def _pair_hover(row: Row, measure: str, name: str) -> list[str]:
         f"{html.escape(row['language_a'])} and {html.escape(row['language_b'])}",
         f"{name} {number(row[measure])}",
         f"{row['shared_heads']} shared heads of {row['heads_a']} and {row['heads_b']}",
+        f"Jaccard by chance {number(row['expected_jaccard'])}",
+    ]
+
+
+def _seed_hover(row: Row, measure: str, name: str) -> list[str]:
+    return [
+        f"{html.escape(row['language_a'])}, from seed to seed",
+        f"{name} {number(row[measure])}",
+        f"mean of {row['mask_pairs']} pairs of seeds",
         f"Jaccard by chance {number(row['expected_jaccard'])}",
     ]
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tracmod.analysis.results import view_kind
+
+# A change is called one where its adjusted p is at most this, and its interval leaves out 0.
+LEVEL = 0.05
 MODEL_NAMES = {"full": "Full fine-tuning", "sparse": "Sparse fine-tuning"}
 VIEW_NAMES = {
     "full": "all heads",
     "subnetwork": "own subnetwork",
+    "subnetwork-own": "each example's own subnetwork",
+    "subnetwork-test": "subnetwork on the test side",
     "random": "random masks",
     "other": "other subnetworks",
+    "union": "union of two subnetworks",
+    "intersection": "intersection of two subnetworks",
 }
 MEASURE_NAMES = {
     "share_positive": "Proponents",
@@ -21,7 +29,8 @@ MEASURE_NAMES = {
 
 def view_title(model: str, view: str) -> str:
     """`Full fine-tuning, own subnetwork`; `random-3` and the like by their kind and number."""
-    kind, _, rest = view.partition("-")
+    kind = view_kind(view)
+    rest = view.removeprefix(kind).removeprefix("-")
     detail = f" {rest}" if rest else ""
     return f"{MODEL_NAMES.get(model, model)}, {VIEW_NAMES.get(kind, kind)}{detail}"
 
@@ -60,9 +69,24 @@ def percent_interval(entry: dict[str, float]) -> str:
     return f"{percent(entry['value'])} ({100 * entry['low']:.1f} to {100 * entry['high']:.1f})"
 
 
-def points_interval(entry: dict[str, float]) -> str:
-    """`+3.1 points (+1.0 to +5.2)`."""
-    return f"{points(entry['value'])} points ({points(entry['low'])} to {points(entry['high'])})"
+def points_interval(entry: dict[str, Any]) -> str:
+    """`+3.1 points (+1.0 to +5.2; adjusted p = 0.004, d = 0.31)`: a change and its test."""
+    interval = f"{points(entry['low'])} to {points(entry['high'])}"
+    return f"{points(entry['value'])} points ({interval}; adjusted {tested(entry)})"
+
+
+def is_clear(entry: dict[str, Any]) -> bool:
+    """Whether a change can be told from none: by its adjusted p and by its interval."""
+    p_adjusted = entry["p_adjusted"]
+    outside = entry["low"] > 0 or entry["high"] < 0
+    return outside and p_adjusted is not None and p_adjusted <= LEVEL
+
+
+def tested(entry: dict[str, Any]) -> str:
+    """`p = 0.004, d = 0.31`: adjusted p and effect size of a change."""
+    p_adjusted = entry["p_adjusted"]
+    p_text = "p: no test" if p_adjusted is None else p_value(p_adjusted)
+    return f"{p_text}, d = {number(entry['effect_size'])}"
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -1,0 +1,187 @@
+"""Correlation of two matrices over pairs of items: the Mantel and the partial Mantel test.
+
+Shape legend: n items, M = n (n - 1) / 2 pairs, C controls and a constant, P permutations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.stats import rankdata
+
+# Up to seven items have at most 5,040 orders: all of them, rather than a sample.
+ENUMERATE_UP_TO = 5040
+
+
+@dataclass(frozen=True)
+class MantelResult:
+    """`p_value` is two-sided; `exact` says that every order of the items was tried."""
+
+    correlation: float
+    p_value: float
+    permutations: int
+    exact: bool
+    pairs: int
+
+
+def mantel(
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    permutations: int = 1000,
+    seed: int = 0,
+    method: Literal["spearman", "pearson"] = "spearman",
+) -> MantelResult:
+    """Correlation of two symmetric matrices' off-diagonal entries, tested by permutation.
+
+    Pairs of languages share languages and are not independent, so rows and columns of `a` are
+    permuted together: p = (1 + number of permutations with |r| >= the observed |r|) /
+    (1 + permutations). When the number of orders n! is at most 5,040 all of them are tried, the
+    observed one being the 1; else `permutations` are drawn.
+
+    Args:
+        a, b: (n, n) symmetric float, n >= 3; diagonals are not read.
+        permutations: draws when n! is larger than 5,040.
+        seed: of `numpy.random.default_rng`.
+        method: rank (Spearman) or product-moment (Pearson) correlation.
+
+    Raises:
+        ValueError: shapes differ or are not square, fewer than 3 items, a matrix that is not
+            symmetric or not finite, or one without any variation.
+
+    Source: Mantel 1967; Phipson and Smyth 2010 (the 1 + in p).
+    """
+    a_nn, b_nn = _symmetric(a, "first"), _symmetric(b, "second")
+    if a_nn.shape != b_nn.shape:
+        raise ValueError(f"mantel: expected equal shapes, got {a_nn.shape} and {b_nn.shape}")
+    n = len(a_nn)
+    rows, columns = np.triu_indices(n, k=1)
+    a_unit_nn = np.zeros((n, n))
+    a_unit_nn[rows, columns] = _standardised(a_nn[rows, columns], method, "first")
+    a_unit_nn += a_unit_nn.T
+    b_unit = _standardised(b_nn[rows, columns], method, "second")
+    orders, exact = _orders(n, permutations, seed)
+    correlations = a_unit_nn[orders[:, rows], orders[:, columns]] @ b_unit
+    observed = float(a_unit_nn[rows, columns] @ b_unit)
+    # Orders that give the same pairs give the same r up to rounding: they must count as equal.
+    at_least = int(np.sum(np.abs(correlations) >= abs(observed) - 1e-12))
+    p_value = (1 + at_least) / (1 + len(orders))
+    return MantelResult(observed, p_value, len(orders) + exact, exact, len(rows))
+
+
+def partial_mantel(
+    a: np.ndarray,
+    b: np.ndarray,
+    controls: Sequence[np.ndarray],
+    *,
+    permutations: int = 1000,
+    seed: int = 0,
+    method: Literal["spearman", "pearson"] = "spearman",
+) -> MantelResult:
+    """Correlation of two symmetric matrices with the controls' linear part taken out of both.
+
+    r = correlation of the residuals of `a` and of `b` on the controls (and a constant); for
+    Spearman all are ranks. The test permutes rows and columns of the residuals of `a` together and
+    takes the controls out of them again, so that every r is made as the observed one was; p as in
+    `mantel`. Ranks of the controls are taken out linearly: where a control alone decides both
+    matrices and rows have strong effects of their own, 7 to 10% of Spearman tests reject at the 5%
+    level in simulation (Pearson: 6 to 8% with 5 or 6 items, 6% with more).
+
+    Args:
+        a, b: (n, n) symmetric float; diagonals are not read.
+        controls: matrices of the same shape, at least one; one without any variation takes
+            nothing out.
+        permutations, seed, method: as in `mantel`.
+
+    Raises:
+        ValueError: as in `mantel`; no controls, or nothing of `a` or `b` is left beside them.
+
+    Source: Smouse, Long and Sokal 1986 (the statistic); Legendre 2000 (permuted residuals).
+    """
+    if not controls:
+        raise ValueError("partial_mantel: expected at least one control, got none")
+    matrices = [_symmetric(m, which) for m, which in ((a, "first"), (b, "second"))]
+    matrices += [_symmetric(control, "control") for control in controls]
+    if len({matrix.shape for matrix in matrices}) > 1:
+        shapes = [matrix.shape for matrix in matrices]
+        raise ValueError(f"partial_mantel: expected equal shapes, got {shapes}")
+    n = len(matrices[0])
+    rows, columns = np.triu_indices(n, k=1)
+    vectors = [matrix[rows, columns] for matrix in matrices]
+    if method == "spearman":
+        vectors = [rankdata(vector) for vector in vectors]
+    basis_MC = _orthonormal(vectors[2:])
+    if len(rows) - basis_MC.shape[1] < 2:
+        raise ValueError(
+            f"partial_mantel: expected at least 2 more pairs than controls with a constant, got "
+            f"{len(rows)} pairs and {basis_MC.shape[1]}"
+        )
+    a_M, b_M = (
+        _residual(vectors[i], basis_MC, which) for i, which in ((0, "first"), (1, "second"))
+    )
+    a_nn = np.zeros((n, n))
+    a_nn[rows, columns] = a_nn[columns, rows] = a_M
+    orders, exact = _orders(n, permutations, seed)
+    permuted_PM = a_nn[orders[:, rows], orders[:, columns]]
+    permuted_PM -= (permuted_PM @ basis_MC) @ basis_MC.T
+    lengths_P = np.maximum(np.linalg.norm(permuted_PM, axis=1), 1e-12)
+    correlations_P = permuted_PM @ b_M / lengths_P
+    observed = float(a_M @ b_M)
+    at_least = int(np.sum(np.abs(correlations_P) >= abs(observed) - 1e-12))
+    p_value = (1 + at_least) / (1 + len(orders))
+    return MantelResult(observed, p_value, len(orders) + exact, exact, len(rows))
+
+
+def _orthonormal(controls: Sequence[np.ndarray]) -> np.ndarray:
+    """(M, C) orthonormal columns that span a constant and the controls, without what repeats."""
+    scaled = [np.ones(len(controls[0]))]
+    for control in controls:
+        centred = control - control.mean()
+        scaled.append(centred / max(1e-300, float(np.abs(centred).max())))
+    left, sizes, _ = np.linalg.svd(np.stack(scaled, axis=1), full_matrices=False)
+    return left[:, sizes > 1e-9 * sizes[0]]
+
+
+def _residual(vector_M: np.ndarray, basis_MC: np.ndarray, which: str) -> np.ndarray:
+    """What the basis leaves of a vector, of length 1."""
+    residual_M = vector_M - basis_MC @ (basis_MC.T @ vector_M)
+    length = np.linalg.norm(residual_M)
+    if length <= 1e-9 * np.linalg.norm(vector_M):
+        raise ValueError(f"partial_mantel: {which} matrix: the controls leave nothing of it")
+    return residual_M / length
+
+
+def _orders(n: int, permutations: int, seed: int) -> tuple[np.ndarray, bool]:
+    """Orders to try, without the observed one; and whether they are all there are."""
+    if math.factorial(min(n, 20)) <= ENUMERATE_UP_TO:
+        return np.array(list(itertools.permutations(range(n)))[1:]), True
+    rng = np.random.default_rng(seed)
+    return rng.permuted(np.tile(np.arange(n), (permutations, 1)), axis=1), False
+
+
+def _symmetric(matrix: np.ndarray, which: str) -> np.ndarray:
+    matrix = np.array(matrix, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"mantel: {which} matrix: expected (n, n), got {matrix.shape}")
+    if len(matrix) < 3:
+        raise ValueError(f"mantel: expected at least 3 items, got {len(matrix)}")
+    np.fill_diagonal(matrix, 0.0)
+    if not np.isfinite(matrix).all() or not np.allclose(matrix, matrix.T, rtol=1e-9, atol=1e-12):
+        raise ValueError(f"mantel: {which} matrix: expected a symmetric one of finite numbers")
+    return matrix
+
+
+def _standardised(values: np.ndarray, method: str, which: str) -> np.ndarray:
+    """Centred and of length 1, so that a dot product is the correlation."""
+    if method == "spearman":
+        values = rankdata(values)
+    centred = values - values.mean()
+    length = np.linalg.norm(centred)
+    if length <= 1e-12 * max(1.0, float(np.abs(values).max())):
+        raise ValueError(f"mantel: {which} matrix: every pair has the same value")
+    return centred / length

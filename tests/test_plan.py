@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from click.testing import CliRunner
 from study import tiny_config
@@ -38,6 +40,29 @@ def test_counts_are_those_of_the_run(tmp_path):
     assert sum(shards) == pytest.approx(collect.bytes, rel=0.1)
     models = [path.stat().st_size for path in (run.path / "models").rglob("*.safetensors")]
     assert sum(models) < sum(s.bytes for s in plan.stages if "finetune" in s.stage)
+
+
+def test_counts_without_training_data_of_a_language(tmp_path):
+    config = tiny_config(
+        task={"train_languages": ["en", "de"]},
+        sparse_finetune={"sampling": "uniform"},
+        influence={"blocks": True},
+    )
+    run = RunFolder(tmp_path / "run", config)
+    plan = plan_run(run)
+    works = {stage.stage: stage.work for stage in plan.stages}
+    assert works["finetune"] == "6 steps of 8, 2 checkpoints"  # 24 examples
+    assert works["sparse-finetune"] == "8 steps of 8, 2 checkpoints"
+    # Of 24 training and 18 test examples: full once, subnetwork under three masks of 6 tests.
+    assert works["influence"].endswith(
+        f"by head and layer {4 * (42 + 3 * 30)} passes of an example"
+    )
+    run_stages(run)
+    for model, stage in (("full", "finetune"), ("sparse", "sparse-finetune")):
+        rows = json.loads((run.model(model) / "metrics.json").read_text())
+        assert works[stage].startswith(f"{rows[-1]['step']} steps")
+    with pytest.raises(ValueError, match=r"monolingual model needs .* none in es"):
+        tiny_config(task={"train_languages": ["en", "de"]}, prune={"model": "monolingual"})
 
 
 def test_what_is_done_costs_nothing(tmp_path):

@@ -773,8 +773,6 @@ def test_inputs_that_do_not_fit_are_named(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"without masks: .* got `trained` and 1"):
         attempt(examples, languages, DYNAMIC)
     three = {**MASKS, "zh": MASKS["en"]}
-    with pytest.raises(ValueError, match=r"uniform sampling .* got none of zh"):
-        attempt(examples, languages, replace(SETTINGS, sampling="uniform"), three)
     with pytest.raises(ValueError, match="dev examples, got none of de, zh"):
         attempt(examples, languages, DYNAMIC, three, {"en": examples, "de": []})
     with pytest.raises(ValueError, match="fewer than epochs, got 2 and 2"):

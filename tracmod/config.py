@@ -382,6 +382,16 @@ class RunConfig(_Section):
         return {**tree, "sparse_finetune": {**full, **sparse}}
 
     @model_validator(mode="after")
+    def _monolingual_models_have_training_data(self) -> RunConfig:
+        untrained = sorted(set(self.task.languages) - set(self.task.trained_languages))
+        if self.prune.model == "monolingual" and untrained:
+            raise ValueError(
+                "prune.model: a monolingual model needs training data in every language, there is "
+                f"none in {', '.join(untrained)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _languages_of_views_exist(self) -> RunConfig:
         unknown = sorted(self.views.named_languages - set(self.task.languages))
         if unknown:

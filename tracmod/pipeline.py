@@ -594,9 +594,7 @@ class Study:
                     continue
                 parts = {self._block_part(*one, of_checkpoint): one for one in view.masks}
                 self._make_block_parts(checkpoint, parts)
-                tables.setdefault(view.name, []).append(
-                    pa.concat_tables(map(pq.read_table, parts))
-                )
+                tables.setdefault(view.name, []).append(pa.concat_tables(map(pq.read_table, parts)))
                 used |= parts.keys()
         weights = self.weights(checkpoints) or [1.0] * len(checkpoints)
         for name, of_checkpoints in tables.items():

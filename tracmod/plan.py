@@ -34,7 +34,7 @@ from tracmod.model import (
     to_device,
 )
 from tracmod.optimizer import HeadwiseAdamW
-from tracmod.pipeline import MODELS, Study, run_stages
+from tracmod.pipeline import BLOCK_VIEWS, MODELS, Study, run_stages
 from tracmod.run_folder import STAGES, RunFolder
 from tracmod.views import views_of
 
@@ -158,14 +158,12 @@ class _Planner:
     def _training(
         self, config: FinetuneConfig, rates: _Rates, *, by_language: bool
     ) -> tuple[str, float, int]:
-        languages = self.config.task.languages
-        counts = (
-            [self._count("train", language) for language in languages]
-            if by_language
-            else [self._count("train")]
-        )
+        languages = self.config.task.trained_languages
+        counts = [self._count("train", language) for language in languages]
         if config.sampling == "uniform":
-            counts = [math.ceil(self._count("train") / len(languages))] * len(counts)
+            counts = [math.ceil(self._count("train") / len(languages))] * len(languages)
+        if not by_language:
+            counts = [sum(counts)]
         steps = config.epochs * sum(math.ceil(count / config.batch_size) for count in counts)
         seconds = steps * rates.step + config.epochs * self._count("test") * rates.forward
         work = f"{steps} steps of {config.batch_size}, {config.epochs} checkpoints"
@@ -186,12 +184,12 @@ class _Planner:
             work += f", {models} more models fine-tuned"
         return work, seconds, models * self.checkpoint_bytes
 
-    def _counts_of_passes(self) -> list[tuple[int, int]]:
-        """(training, test) examples of every pass, at one checkpoint of one model."""
+    def _counts_of_passes(self) -> list[tuple[str, tuple[int, int]]]:
+        """View and (training, test) examples of every pass, at one checkpoint of one model."""
         masks = dict.fromkeys(self.config.task.languages, self.all_heads)
         views = views_of(self.config.views, masks, self.config.seed)
         return [
-            (self._count("train"), self._count("test", language))
+            (view.name, (self._count("train"), self._count("test", language)))
             for view in views
             if view.collected
             for language, _ in view.masks
@@ -202,7 +200,7 @@ class _Planner:
 
     def _collecting(self, rates: _Rates) -> tuple[str, float, int]:
         passes = self._counts_of_passes()
-        examples = self._checkpoints() * sum(train + test for train, test in passes)
+        examples = self._checkpoints() * sum(train + test for _, (train, test) in passes)
         work = (
             f"{len(passes)} passes (view, mask) x {self._checkpoints()} checkpoints = "
             f"{examples} forward and backward passes of an example"
@@ -216,7 +214,13 @@ class _Planner:
         # All checkpoints together, then each alone.
         pairs = 2 * views * self._checkpoints() * self._count("test") * self._count("train")
         work = f"{views} views of {len(MODELS)} models, {pairs} inner products"
-        return work, pairs * rates.score, 0
+        seconds = pairs * rates.score
+        if self.config.influence.blocks:
+            passes = [counts for view, counts in self._counts_of_passes() if view in BLOCK_VIEWS]
+            examples = self._checkpoints() * sum(train + test for train, test in passes)
+            work += f"; by head and layer {examples} passes of an example"
+            seconds += examples * rates.features
+        return work, seconds, 0
 
     def _notes(self, plan: RunPlan) -> list[str]:
         notes = []

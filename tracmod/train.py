@@ -49,8 +49,8 @@ class Settings:
         warmup: share of all steps (rounded down) over which the learning rate rises from 0.
         max_grad_norm: the gradient of what is trained is scaled down to this L2 norm.
         seed: of sampling, order and dropout.
-        sampling: what an epoch's N examples of G languages are. `proportional`: every example once.
-            `uniform`: ceil(N / G) of every language, hence equally many batches where a batch is of
+        sampling: what an epoch's N examples of the G languages trained on are. `proportional`:
+            every example once. `uniform`: ceil(N / G) of every language, hence equally many batches where a batch is of
             one language; a smaller language goes round again in a new order, of a larger one every
             epoch takes others. Either way the steps per epoch are the same but for less than G.
         shared: only with masks: what is trained of the parameters that belong to no head (see
@@ -446,12 +446,6 @@ def _check_masks(
         raise ValueError(f"sparse fine-tuning: no head mask for {', '.join(missing)}")
     for mask in masks.values():
         matching_layers(model, mask)
-    untrained = sorted(masks.keys() - languages)
-    if untrained and settings.sampling == "uniform":
-        raise ValueError(
-            "sparse fine-tuning: uniform sampling takes as many examples of every language that "
-            f"has a mask, got none of {', '.join(untrained)}"
-        )
     if settings.reestimate_every is None:
         return
     if not 1 <= settings.reestimate_every < settings.epochs:

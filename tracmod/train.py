@@ -50,9 +50,10 @@ class Settings:
         max_grad_norm: the gradient of what is trained is scaled down to this L2 norm.
         seed: of sampling, order and dropout.
         sampling: what an epoch's N examples of the G languages trained on are. `proportional`:
-            every example once. `uniform`: ceil(N / G) of every language, hence equally many batches where a batch is of
-            one language; a smaller language goes round again in a new order, of a larger one every
-            epoch takes others. Either way the steps per epoch are the same but for less than G.
+            every example once. `uniform`: ceil(N / G) of every language, hence equally many
+            batches where a batch is of one language; a smaller language goes round again in a new
+            order, of a larger one every epoch takes others. Either way the steps per epoch are the
+            same but for less than G.
         shared: only with masks: what is trained of the parameters that belong to no head (see
             `head_slices`; the bias of the attention output projection is among them). `trained`:
             all of it, by every language's batches. `classifier`: what is outside the base model, so

@@ -321,12 +321,14 @@ def interval_lines(
         )
     layout: dict[str, Any] = {
         "scattermode": "group",
-        "scattergap": 0.7,
+        "scattergap": 0.8,
         "xaxis": {"title": {"text": axes[0]}, "showgrid": False},
         "yaxis": {"title": {"text": axes[1]}, "range": list(limits), "ticksuffix": "%"},
         "showlegend": True,
     }
-    if not numeric:
+    if numeric:  # the values that there are, as the points stand a little beside them
+        layout["xaxis"]["tickvals"] = sorted({x for one in series for x in one["x"]})
+    else:
         layout["xaxis"] |= {"type": "category", "dtick": 1}
     return _figure(title, traces, layout, 380, "")
 

@@ -91,7 +91,8 @@ def _figures(rows: list[Row], column: str, settings: Sequence[str]) -> list[Figu
         ]
         if column == "in_language_share":
             series.append(_null_series(own, x_name))
-        title, axes = words.MODEL_NAMES[model], (x_name, "percent")
+        unit = "percentage points" if column.endswith("_change") else "percent"
+        title, axes = words.MODEL_NAMES[model], (x_name, unit)
         figures.append(interval_lines(title, series, axes=axes, limits=limits, numeric=numeric))
     return figures
 
@@ -121,12 +122,16 @@ def _null_series(rows: list[Row], x_name: str) -> dict[str, Any]:
 
 
 def _limits(rows: list[Row], column: str) -> tuple[float, float]:
+    """What there is and a margin, in percent; accuracy from 0, and 0 among the changes."""
     names = (column, f"{column}_low", f"{column}_high")
     values = [row[name] for row in rows for name in names if row.get(name) is not None]
     if column == "in_language_share":
         values += [row["null_share"] for row in rows]
-    low, high = min([0.0, *values]), max([0.0, *values])
-    return 110 * low, min(110 * high, 105)
+    else:
+        values.append(0.0)
+    low, high = 100 * min(values, default=0.0), 100 * max(values, default=1.0)
+    margin = 0.06 * (high - low) or 1.0
+    return (low - margin if low else 0.0), high + margin
 
 
 def _is_number(value: Any) -> bool:

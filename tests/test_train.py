@@ -461,7 +461,7 @@ def test_every_step_leaves_the_masks_complement_bitwise_unmoved(
     assert (masks != DISJOINT) == (every is not None)
 
 
-def test_full_gradients_do_not_come_back_after_a_training(tokenizer, tmp_path):
+def test_what_was_frozen_takes_gradients_again_after_the_training(tokenizer, tmp_path):
     model, (examples, languages) = new_model(), data()
     model.classifier.dense.bias.requires_grad_(False)
     settings = replace(SETTINGS, shared="frozen", epochs=1)

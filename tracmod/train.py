@@ -105,9 +105,9 @@ def fine_tune(
     masked heads stays bitwise as it is, optimizer state included (see `HeadwiseAdamW`).
 
     Dynamic masks (`settings.reestimate_every` = r): epoch 1 has `masks`; at the start of epochs
-    1 + r, 1 + 2r, ... every language's mask becomes the as many heads as in its `masks` that are
-    most important on its `dev` examples: `head_importance` at the full mask of the model as it is
-    then, ties as in pruning. `epoch_masks` gives the masks of an epoch.
+    1 + r, 1 + 2r, ... every language gets a new mask of the same size, the heads most important on
+    its `dev` examples: by `head_importance` at the full mask of the model as it is then, ties as in
+    pruning. `epoch_masks` gives the masks of an epoch.
 
     Written to `out_dir`: `checkpoint-<epoch>/` (transformers format, tokenizer, `tracmod.json`),
     `metrics.json` (a row per epoch), `training.json` (what was trained on what), with dynamic masks

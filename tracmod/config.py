@@ -314,7 +314,7 @@ class InfluenceConfig(_Section):
     blocks: bool = Field(
         False,
         description="also mean influence by head and layer, of the views full and subnetwork; "
-        "costs about as much again as collecting these views",
+        "costs about 1.5 times what collecting these views does",
     )
 
     @field_validator("k")

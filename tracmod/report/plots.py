@@ -292,7 +292,8 @@ def interval_lines(
             a thin broken line.
         axes: titles of x and y.
         limits: ends of the y axis.
-        numeric: whether x are numbers; otherwise they are names, in the order given.
+        numeric: whether x are numbers; otherwise they are names, in the order given, and points are
+            not joined.
     """
     traces = []
     for one in series:
@@ -303,7 +304,7 @@ def interval_lines(
                 name=name,
                 x=one["x"] if numeric else [html.escape(x) for x in one["x"]],
                 y=_finite(y),
-                mode="lines" if one.get("dash") else "lines+markers",
+                mode="lines" if one.get("dash") else "lines+markers" if numeric else "markers",
                 line={"width": 1.5, "dash": "dot"} if one.get("dash") else {"width": 1.8},
                 marker={"size": 7},
                 error_y={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
     unit = words.influence_unit(run.section("influence"))
     config = run.settings.get("config", {})
     accuracy = summary["accuracy"]
+    learning = accuracy_figures(accuracy["epochs"], accuracy["chance"])
     return {
         "run": run,
         "summary": summary,
@@ -143,12 +145,12 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
         "tiles": tiles(summary),
         "how_sure": how_sure(summary),
         "cautions": cautions(summary, run.section("task")),
-        "accuracy_figures": accuracy_figures(accuracy["epochs"], accuracy["chance"]),
+        "accuracy_figures": [] if tables["course"] else learning,
         "influence": influence_panels(tables["matrices"], unit),
         "changes": change_panels(tables["changes"], unit) if tables["changes"] else [],
         "reliance": reliance_panels(tables["matrices"], summary["in_language"]),
         "by_k": by_k_panels(tables["shares_by_k"]),
-        "course": _course(tables["course"], summary),
+        "course": _course(tables["course"], summary, learning),
         "masks": run.masks,
         "pruning": pruning_panels(run.subnetworks),
         "thresholds": threshold_rows(run.path, run.subnetworks),
@@ -161,9 +163,16 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _course(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[Panel]:
+def _course(
+    rows: list[dict[str, Any]], summary: dict[str, Any], learning: list[Figure]
+) -> list[Panel]:
+    """Reliance over the epochs, and under its means the learning curves of the same epochs."""
+    if not rows:
+        return []
     nulls = {round(share, 9) for share in summary["null_share"].values()}
-    return course_panels(rows, nulls.pop() if len(nulls) == 1 else None) if rows else []
+    means, *others = course_panels(rows, nulls.pop() if len(nulls) == 1 else None)
+    beside = ("Test accuracy over the same epochs", learning)
+    return [replace(means, groups=[*means.groups, beside]), *others]
 
 
 def _similarity(tables: dict[str, list[dict[str, Any]]], languages: list[str]) -> list[Panel]:

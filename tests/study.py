@@ -8,6 +8,18 @@ from typing import Any
 from tracmod.config import RunConfig, parse_config
 
 LANGUAGES = ["en", "de", "es"]
+# Everything of a run that must not depend on how often it was interrupted, or what was taken over.
+RESULTS = (
+    "data/*",
+    "models/*/checkpoint-*/*",
+    "models/*/metrics.json",
+    "subnetworks/*",
+    "subnetworks/seeds/**/*.json",
+    "features/**/shard*",
+    "features/**/*.json",
+    "influence/**/*.parquet",
+    "analysis/*",
+)
 
 
 def tiny_config(**overrides: Any) -> RunConfig:

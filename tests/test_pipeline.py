@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from study import LANGUAGES, files_of, tiny_config
+from study import LANGUAGES, RESULTS, files_of, tiny_config
 
 import tracmod as tm
 from tracmod import kernels
@@ -32,17 +32,6 @@ from tracmod.store import verify_store
 from tracmod.train import accuracy_by_language
 from tracmod.training_folder import epoch_masks
 from tracmod.validation.integrity import verify
-
-# Everything of a run that must not depend on how often it was interrupted.
-RESULTS = (
-    "data/*",
-    "models/*/checkpoint-*/*",
-    "models/*/metrics.json",
-    "subnetworks/*",
-    "features/**/shard*",
-    "influence/**/*.parquet",
-    "analysis/*",
-)
 
 
 @pytest.fixture(scope="module")

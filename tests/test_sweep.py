@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from study import files_of, tiny_config
+from study import RESULTS, files_of, tiny_config
 
 import tracmod.pipeline
 from tracmod.cli import main
@@ -34,16 +34,6 @@ POINTS = {
     "threshold": {"prune.threshold": 0.5},
     "without-es": {"task.train_languages": ["en", "de"]},
 }
-RESULTS = (
-    "data/*",
-    "models/*/checkpoint-*/*",
-    "models/*/metrics.json",
-    "subnetworks/*",
-    "features/**/shard*",
-    "features/**/*.json",
-    "influence/**/*.parquet",
-    "analysis/*",
-)
 
 
 def base_tree():

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tracmod.report.plots import Figure, Legend, Panel, heatmap, stacked_bars
+from tracmod.report.plots import Figure, Legend, Panel, head_map, stacked_bars
 from tracmod.report.words import MODEL_NAMES, VIEW_NAMES, number, power_of_ten, superscript
 
 Row = dict[str, Any]
@@ -74,21 +74,7 @@ def _head_map(title: str, rows: list[Row], top: float) -> Figure:
     values_LH = np.full((layers, heads), np.nan)
     for row in rows:
         values_LH[row["layer"], row["head"]] = row["value"]
-    hover = [
-        [f"layer {la}, head {h}<br>{number(values_LH[la, h], 3)}" for h in range(heads)]
-        for la in range(layers)
-    ]
-    return heatmap(
-        title,
-        values_LH,
-        [[number(value, 1) for value in row] for row in values_LH],
-        hover,
-        [str(layer) for layer in range(layers)],
-        [str(head) for head in range(heads)],
-        scale="diverging",
-        limits=(-top, top),
-        axes=("head", "layer"),
-    )
+    return head_map(title, values_LH, scale="diverging", limits=(-top, top), digits=1)
 
 
 def _layer_bars(title: str, rows: list[Row]) -> Figure | None:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from tracmod.report.words import number
+
 SHOW_NUMBERS_UP_TO = 10
 NAME_POINTS_UP_TO = 15
 
@@ -108,6 +110,29 @@ def heatmap(
     else:  # names of columns are turned upright
         height = 60 + 18 * len(rows) + 7 * max(len(name) for name in columns)
     return _figure(title, [trace], layout, height, caption)
+
+
+def head_map(
+    title: str, values_LH: np.ndarray, *, scale: str, limits: tuple[float, float], digits: int = 2
+) -> Figure:
+    """A heat map of a value per attention head: layers from 0 downwards, heads from 0 across."""
+    layers, heads = values_LH.shape
+    text = [[number(value, digits) for value in row] for row in values_LH]
+    hover = [
+        [f"layer {la}, head {h}<br>{number(values_LH[la, h], digits + 1)}" for h in range(heads)]
+        for la in range(layers)
+    ]
+    return heatmap(
+        title,
+        values_LH,
+        text,
+        hover,
+        [str(layer) for layer in range(layers)],
+        [str(head) for head in range(heads)],
+        scale=scale,
+        limits=limits,
+        axes=("head", "layer"),
+    )
 
 
 def bars(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tracmod.durable import read_json
-from tracmod.report.plots import Figure, Legend, Panel, heatmap, lines
+from tracmod.report.plots import Figure, Legend, Panel, head_map, lines
 from tracmod.report.words import number
 
 Row = dict[str, Any]
@@ -71,33 +71,16 @@ def _importance_panel(courses: Mapping[str, list[Row]]) -> list[Panel]:
     if not maps:
         return []
     highest = max(float(importance_LH.max()) for importance_LH in maps.values())
-    figures = [_importance_figure(language, one, highest) for language, one in maps.items()]
+    limits = (0.0, highest or 1.0)
+    figures = [
+        head_map(language, one, scale="sequential", limits=limits) for language, one in maps.items()
+    ]
     note = (
         "Mean absolute sensitivity of the loss to each head's output, with every head kept; each "
         "layer divided by its norm, so that heads of one layer compare."
     )
     legend = Legend("sequential", "0", number(highest))
     return [Panel("Importance of heads", [("", figures)], legend, note=note)]
-
-
-def _importance_figure(language: str, importance_LH: np.ndarray, highest: float) -> Figure:
-    layers, heads = importance_LH.shape
-    text = [[number(value) for value in row] for row in importance_LH]
-    hover = [
-        [f"layer {layer + 1}, head {head + 1}: {text[layer][head]}" for head in range(heads)]
-        for layer in range(layers)
-    ]
-    return heatmap(
-        language,
-        importance_LH,
-        text,
-        hover,
-        [str(layer + 1) for layer in range(layers)],
-        [str(head + 1) for head in range(heads)],
-        scale="sequential",
-        limits=(0.0, highest or 1.0),
-        axes=("head", "layer"),
-    )
 
 
 def threshold_rows(run_path: Path, subnetworks: Mapping[str, Row]) -> tuple[list[float], list[Row]]:

@@ -421,7 +421,7 @@ def test_sparse_fine_tuning_with_dynamic_masks(tmp_path):
     assert torch.equal(*embeddings)
     assert not torch.equal(first.classifier.dense.weight, last.classifier.dense.weight)
 
-    static = {language: study.subnetwork(language) for language in LANGUAGES}
+    static = study.subnetworks
     assert epoch_masks(folder, 1, static) == static
     masks = epoch_masks(folder, 2, static)
     dev, test = (encode(tokenizer, study.table(split), 48) for split in ("dev", "test"))

@@ -73,8 +73,8 @@ def run_stages(
     Raises:
         ValueError: a stage before these is not done, or `analyze.distances` cannot be used.
     """
+    check_distances(run.config)
     study = Study(run, donors)
-    study.check_distances()
     for stage in stages:
         if run.is_done(stage) and stage != again:
             continue
@@ -90,6 +90,13 @@ def run_stages(
             getattr(study, stage.replace("-", "_"))()
 
 
+def check_distances(config: RunConfig) -> None:
+    """ValueError where `analyze.distances` cannot be used: now, not after days of work."""
+    asked = config.analyze
+    if asked.distances is not None:
+        read_distances(asked.distances, config.task.languages, asked.distance_names)
+
+
 class Study:
     """The stages, one method each, and what they share."""
 
@@ -99,12 +106,6 @@ class Study:
         self.config: RunConfig = run.config
         self._tables: dict[str, pa.Table] = {}
         self._data_digests: dict[str, str] = {}
-
-    def check_distances(self) -> None:
-        """ValueError where `analyze.distances` cannot be used: now, not after days of work."""
-        asked = self.config.analyze
-        if asked.distances is not None:
-            read_distances(asked.distances, self.languages, asked.distance_names)
 
     # --- stages -----------------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ def test_the_sections_of_a_study_with_everything(tmp_path: Path) -> None:
     figures = found.json("figure-data")
     placed = [int(attrs["data-figure"]) for _, attrs in found.tags if "data-figure" in attrs]
     assert placed == list(range(len(figures)))
-    by_k = [f for f in figures if f["layout"]["xaxis"]["title"]["text"].startswith("k, the")]
+    by_k = [f for f in figures if f["layout"]["xaxis"]["title"]["text"].startswith("k, strongest")]
     assert len(by_k) == 2 * 2
     assert by_k[0]["data"][0]["x"] == ["5", "20"]
     assert by_k[0]["layout"]["shapes"][0]["y0"] == pytest.approx(20)

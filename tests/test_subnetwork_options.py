@@ -24,7 +24,7 @@ from tracmod.views import views_of
 OPTIONS = {
     "prune": {"seeds": 3, "combine": "majority", "step": 0.2, "other_thresholds": [0.5, 1.0]},
     "views": {
-        "random": 0,
+        "random": 1,
         "other": [],
         "subnetwork_own": True,
         "subnetwork_test": True,
@@ -111,7 +111,7 @@ def read(done, model, view, language, split):
 
 
 @pytest.mark.parametrize("model", ["full", "sparse"])
-@pytest.mark.parametrize("view", ["subnetwork-own", "subnetwork-test"])
+@pytest.mark.parametrize("view", ["subnetwork-own", "random-own-0", "subnetwork-test"])
 def test_views_without_features_of_their_own_put_others_together(done, model, view):
     train = pq.read_table(done / "data/train.parquet")
     test = pq.read_table(done / "data/test.parquet")
@@ -121,16 +121,17 @@ def test_views_without_features_of_their_own_put_others_together(done, model, vi
     ]
     written = pq.read_table(done / "influence" / model / view / "top.parquet").to_pandas()
     ids, languages = train["id"].to_pylist(), np.array(train["language"].to_pylist())
+    source = "random-0" if view == "random-own-0" else "subnetwork"
     for language in LANGUAGES:
         trains = read(done, model, "full", None, "train")
-        if view == "subnetwork-own":
+        if view != "subnetwork-test":
             for other in LANGUAGES:
                 own = torch.from_numpy(languages == other)
                 for into, one in zip(
-                    trains, read(done, model, "subnetwork", other, "train"), strict=True
+                    trains, read(done, model, source, other, "train"), strict=True
                 ):
                     into[own] = one[own]
-        queries = read(done, model, "subnetwork", language, "test")
+        queries = read(done, model, source, language, "test")
         top = top_influences(queries, trains, 5, weights=weights, normalize="cosine")
         rows = [row for row in test.to_pylist() if row["language"] == language]
         for place, row in enumerate(rows):

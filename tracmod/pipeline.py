@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -531,19 +531,17 @@ class Study:
         if view.collected:
             return read(view.name, language)
         if split == "test":
-            return read("subnetwork", language)
+            return read(view.source, language)
         if view.train == "full":
             return read("full", None)
-        return self._under_own_masks(read)
+        return self._under_own_masks(partial(read, view.source))
 
-    def _under_own_masks(
-        self, read: Callable[[str, str | None], list[torch.Tensor]]
-    ) -> list[torch.Tensor]:
+    def _under_own_masks(self, read: Callable[[str], list[torch.Tensor]]) -> list[torch.Tensor]:
         """(C,) each training example's features under its own language's mask."""
         languages = np.array(self.table("train").column("language").to_pylist())
         merged: list[torch.Tensor] = []
         for language in self.languages:
-            features = read("subnetwork", language)
+            features = read(language)
             merged = merged or [torch.empty_like(one) for one in features]
             own = torch.from_numpy(np.flatnonzero(languages == language)).to(self.device)
             for into, one in zip(merged, features, strict=True):

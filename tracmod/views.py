@@ -18,17 +18,19 @@ class View:
 
     Attributes:
         name: `full`, `subnetwork`, `subnetwork-own`, `subnetwork-test`, `random-<i>`,
-            `other-<language>`, `union-<a>+<b>` or `intersection-<a>+<b>`.
+            `random-own-<i>`, `other-<language>`, `union-<a>+<b>` or `intersection-<a>+<b>`.
         masks: one entry per pass: (language, mask). With a language, only its test examples are
             attributed under the mask; with None, all are.
         train: training gradients under the same mask (`same`), each under its own language's
             (`own`), or under none (`full`). Views other than `same` have no features of their own:
-            they put together those of `subnetwork` and `full`.
+            they put together those of `source` and `full`.
+        source: the view whose masks these are.
     """
 
     name: str
     masks: list[tuple[str | None, HeadMask | None]]
     train: Literal["same", "own", "full"] = "same"
+    source: str = "subnetwork"
 
     @property
     def collected(self) -> bool:
@@ -57,6 +59,9 @@ def views_of(config: ViewsConfig, subnetworks: Mapping[str, HeadMask], seed: int
             for place, (language, mask) in enumerate(subnetworks.items())
         ]
         views.append(View(f"random-{draw}", list(masks)))
+        if config.subnetwork_own:
+            # What is due to examples of one language sharing a mask, whatever the mask.
+            views.append(View(f"random-own-{draw}", list(masks), "own", f"random-{draw}"))
     views += [View(f"other-{name}", [(None, subnetworks[name])]) for name in config.other]
     for a, b in config.union:
         either = subnetworks[a].array | subnetworks[b].array

@@ -27,6 +27,7 @@ VIEWS = (
     "subnetwork-own",
     "subnetwork-test",
     "random",
+    "random-own",
     "other",
     "union",
     "intersection",
@@ -239,8 +240,11 @@ class RunResults:
 
 
 def view_kind(folder: str) -> str:
-    """The one of `VIEWS` that a view is of: `random` of `random-3`, `full` of `full`."""
-    return folder if folder in VIEWS else folder.split("-", 1)[0]
+    """The one of `VIEWS` that a view is a draw of: `random` of `random-0`."""
+    longest_first = sorted(VIEWS, key=len, reverse=True)
+    return next(
+        (kind for kind in longest_first if folder == kind or folder.startswith(f"{kind}-")), folder
+    )
 
 
 def counts_under(folder: str, test_language: str) -> bool:

@@ -79,7 +79,7 @@ def how_sure(summary: Row) -> list[str]:
         texts.append(
             f"With {len(summary['subnetworks'])} languages there are only "
             f"{pairs[0]['permutations']:,} orders of the languages, so the smallest p that the "
-            f"Mantel test can give is {1 / pairs[0]['permutations']:.3f}."
+            f"Mantel test can give is {1 / pairs[0]['permutations']:.1g}."
         )
     draws = [entry["draws"] for entry in summary["in_language"] if entry["view"] == "random"]
     if draws:
@@ -101,6 +101,13 @@ def cautions(summary: Row, task: Row) -> list[str]:
         "A change under a subnetwork speaks for language-specific parts of the model only as far "
         "as it goes beyond random masks of the same size, which remove as many heads.",
     ]
+    if _find(summary["in_language"], view="subnetwork-own"):
+        texts.append(
+            "Where each example is seen through its own language's subnetwork, two examples of one "
+            "language share a mask and two of different languages do not: that alone makes their "
+            "gradients more alike, whatever the model has learnt. Compare with a random mask for "
+            "each language."
+        )
     if task.get("name") == "grammar":
         texts.append(
             "The sentences of this run were written by the embedded grammar: it shows that the "

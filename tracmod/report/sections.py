@@ -39,7 +39,7 @@ from tracmod.report.words import (
 Row = dict[str, Any]
 TEST_AXIS, TRAIN_AXIS = "language of test examples", "language of training examples"
 EPOCH_AXIS, OWN_SHARE_AXIS = "epoch", "share of the own language"
-K_AXIS = "k, the strongest training examples counted:"
+K_AXIS = "k, strongest training examples counted"
 SIMILARITIES = {
     "jaccard": "Jaccard",
     "corrected_jaccard": "Jaccard beyond chance",
@@ -142,7 +142,10 @@ def _matrix(
     tests, trains = _distinct(rows, "test_language"), _distinct(rows, "train_language")
     cells = {(row["test_language"], row["train_language"]): row for row in rows}
     values = np.array([[factor * cells[a, b][measure] for b in trains] for a in tests])
-    text = [[_cell_text(cells[a, b], measure, factor, is_change) for b in trains] for a in tests]
+    wide = len(trains) <= 5  # or two digits and a decimal run into the next cell
+    text = [
+        [_cell_text(cells[a, b], measure, factor, is_change, wide) for b in trains] for a in tests
+    ]
     hover = [[_cell_hover(cells[a, b], measure, factor, is_change) for b in trains] for a in tests]
     return heatmap(
         title,
@@ -157,11 +160,11 @@ def _matrix(
     )
 
 
-def _cell_text(row: Row, measure: str, factor: float, is_change: bool) -> str:
+def _cell_text(row: Row, measure: str, factor: float, is_change: bool, wide: bool) -> str:
     value = factor * row[measure]
     if not is_change:
         return number(value, 1)
-    text = points(value / 100)
+    text = points(value / 100, 1 if wide or abs(value) < 9.95 else 0)
     return f"<b>{text}</b>" if is_clear(_of_measure(row, measure)) else text
 
 

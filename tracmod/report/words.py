@@ -16,6 +16,7 @@ VIEW_NAMES = {
     "subnetwork-own": "each example's own subnetwork",
     "subnetwork-test": "subnetwork on the test side",
     "random": "random masks",
+    "random-own": "each language's own random mask",
     "other": "other subnetworks",
     "union": "union of two subnetworks",
     "intersection": "intersection of two subnetworks",

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from tracmod.config import RunConfig, parse_config
 
@@ -55,3 +61,30 @@ def files_of(folder: Path, *patterns: str) -> dict[str, bytes]:
         for path in sorted(folder.glob(pattern))
         if path.is_file()
     }
+
+
+def run_killing(config: RunConfig, out: Path) -> int:
+    """Do a run in a process that is killed (-9) again and again until it gets through.
+
+    Returns:
+        How often it was killed.
+    """
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "tracmod.cli", "run", str(file), "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    seconds, kills = 6.0, 0
+    while True:
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        try:
+            if kills == 0:  # certain on any machine: the data are there, all the rest is to come
+                while not (out / "data/train.parquet").exists() and process.poll() is None:
+                    time.sleep(0.01)
+            _, errors = process.communicate(timeout=seconds if kills else 0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills, seconds = kills + 1, seconds + 1.7
+            continue
+        assert process.returncode == 0, errors
+        return kills

@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
-from study import LANGUAGES, RESULTS, files_of, tiny_config
+from study import LANGUAGES, RESULTS, files_of, run_killing, tiny_config
 
 import tracmod as tm
 from tracmod import kernels
@@ -174,34 +173,11 @@ def test_a_second_run_gives_the_same_files(done, tmp_path):
     assert files_of(tmp_path / "again", *RESULTS) == files_of(done, *RESULTS)
 
 
-def wait_for(path, process):
-    """Until a file is there, or the process that should write it has ended."""
-    while not path.exists() and process.poll() is None:
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_it_gives_the_same_files(done, tmp_path):
     """kill -9 again and again, until the run gets through."""
-    config, out = tmp_path / "tiny.yaml", tmp_path / "run"
-    config.write_text(yaml.safe_dump(tiny_config().model_dump(mode="json")))
-    command = [sys.executable, "-m", "tracmod.cli", "run", str(config), "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    seconds, kills = 6.0, 0
-    while True:
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        try:
-            if kills == 0:  # certain on any machine: the data are there, all the rest is to come
-                wait_for(out / "data/train.parquet", process)
-            _, errors = process.communicate(timeout=seconds if kills else 0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills, seconds = kills + 1, seconds + 1.7
-            continue
-        assert process.returncode == 0, errors
-        break
-    assert kills >= 1
+    out = tmp_path / "run"
+    assert run_killing(tiny_config(), out) >= 1
     assert files_of(out, *RESULTS) == files_of(done, *RESULTS)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from study import LANGUAGES, tiny_config
+from study import LANGUAGES, RESULTS, files_of, run_killing, tiny_config
 
 import tracmod as tm
 from tracmod.heads import HeadMask, masked_accuracy
@@ -22,6 +22,7 @@ from tracmod.validation.integrity import verify
 from tracmod.views import views_of
 
 OPTIONS = {
+    "influence": {"k": [5, 3], "blocks": True},
     "prune": {"seeds": 3, "combine": "majority", "step": 0.2, "other_thresholds": [0.5, 1.0]},
     "views": {
         "random": 1,
@@ -148,6 +149,13 @@ def test_pairs_of_languages_have_one_mask_for_all(done):
     assert views["intersection-de+es"] == {None: HeadMask(de & es)}
     store = tm.FeatureStore.open(done / "features/full/union-en+de/checkpoint-1/test")
     assert len(store.ids) == 18
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_it_gives_the_same_files(done, tmp_path):
+    out = tmp_path / "run"
+    assert run_killing(tiny_config(**OPTIONS), out) >= 1
+    assert files_of(out, *RESULTS) == files_of(done, *RESULTS)
 
 
 def test_dynamic_masks_are_applied_at_the_checkpoints_they_belong_to(tmp_path):

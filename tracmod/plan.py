@@ -38,7 +38,10 @@ from tracmod.pipeline import BLOCK_VIEWS, MODELS, Study, check_distances, run_st
 from tracmod.run_folder import STAGES, RunFolder
 from tracmod.views import views_of
 
-_PROBED = 32  # examples of a probe, unless one alone takes longer than a second
+# Examples of a probe, one number after the other, until one takes long enough to tell: full batches
+# are several times as fast per example as small ones.
+_PROBED = (1, 1, 8, 64, 512)
+_LONG_ENOUGH = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -245,23 +248,23 @@ class _Planner:
     # --- the probe --------------------------------------------------------------------------
 
     def _probe(self) -> _Rates:
-        train = self._examples("train", max(_PROBED, self.config.finetune.batch_size))
-        few, device = train[:_PROBED], self.study.device
+        batch_size, device = self.config.finetune.batch_size, self.study.device
+        train = self._examples("train", max(*_PROBED, batch_size))
         collector = self.study.collector(self.model, None)
         with frozen(self.model):
-            features = _seconds_each(device, collector.collect, few)
+            features = _seconds_each(device, collector.collect, train)
         return _Rates(
-            step=self._step_seconds(train[: self.config.finetune.batch_size]),
-            forward=_seconds_each(device, partial(predict, self.model), few),
-            importance=_seconds_each(device, partial(head_importance, self.model), few),
+            step=self._step_seconds(train[:batch_size]),
+            forward=_seconds_each(device, partial(predict, self.model), train),
+            importance=_seconds_each(device, partial(head_importance, self.model), train),
             features=features,
             score=self._score_seconds(),
         )
 
     def _examples(self, split: str, number: int) -> list[dict[str, Any]]:
-        """Examples spread evenly over a split, so over its languages and lengths."""
+        """Examples of a split in random order, so of all its languages and lengths."""
         table = self.tables[split]
-        rows = np.unique(np.linspace(0, len(table) - 1, number).astype(int))
+        rows = np.random.default_rng(0).permutation(len(table))[:number]
         labels = int(self.model.config.num_labels or 0)
         taken: pa.Table = table.take(rows)
         return encode(self.tokenizer, taken, self.config.model.max_length, num_labels=labels)
@@ -298,10 +301,11 @@ class _Planner:
 
 
 def _seconds_each(device: str, work: Callable[[Any], Any], examples: list[Any]) -> float:
-    """Seconds per example: of one, after one to warm up, and if that is quick, of all of them."""
-    for some in (examples[:1], examples[:1], examples):
+    """Seconds per example, of as many as take long enough; the first call is to warm up."""
+    for number in _PROBED:
+        some = examples[:number]
         seconds = _seconds(device, lambda: work(some))  # noqa: B023 - called at once
-        if seconds > 1.0:
+        if seconds > _LONG_ENOUGH:
             break
     return seconds / len(some)
 

@@ -11,6 +11,7 @@ import torch
 from study import LANGUAGES, RESULTS, files_of, run_killing, tiny_config
 
 import tracmod as tm
+from tracmod.export import export_subnetwork
 from tracmod.heads import HeadMask, masked_accuracy
 from tracmod.influence import top_influences
 from tracmod.model import encode, load_checkpoints, load_model
@@ -160,7 +161,8 @@ def test_killed_at_random_moments_and_resumed_it_gives_the_same_files(done, tmp_
 
 def test_dynamic_masks_are_applied_at_the_checkpoints_they_belong_to(tmp_path):
     config = tiny_config(
-        prune={"step": 0.5, "threshold": 0.1},
+        prune={"step": 0.5},
+        finetune={"learning_rate": 5e-3},  # so much that every mask changes
         sparse_finetune={"masks": "dynamic"},
         views={"other": ["de"], "random": 1},
     )
@@ -178,11 +180,16 @@ def test_dynamic_masks_are_applied_at_the_checkpoints_they_belong_to(tmp_path):
             ).read()
             expected = tm.collect_features(model, examples, tm.Projection(256), head_mask=mask)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            assert (mask == study.subnetworks[language]) == (epoch == 1)
             views = {view.name: dict(view.masks) for view in study.views_at("sparse", epoch)}
             assert views["subnetwork"][language] == mask
         other = HeadMask.load(run.model("sparse") / f"masks/epoch-{epoch}/de.json")
         assert views["other-de"] == {None: other}
     assert study.views_at("full", 2) == study.views
+    exported = export_subnetwork(run.path, tmp_path / "de", language="de", model="sparse")
+    assert exported.mask == other  # epoch 2's
+    exported = export_subnetwork(run.path, tmp_path / "full-de", language="de")
+    assert exported.mask == study.subnetworks["de"]
     assert Attributor(run.path, "sparse", "subnetwork", "de").query("Der Hund schläft.", "x", k=1)
     assert verify(run.path) == []
 

@@ -12,6 +12,7 @@ from tracmod.model import load_model
 from tracmod.pipeline import MODELS, Study
 from tracmod.pruned import save_masked, save_pruned
 from tracmod.run_folder import RunFolder
+from tracmod.training_folder import epoch_masks
 
 FORMS = ("masked", "pruned")
 
@@ -45,7 +46,8 @@ def export_subnetwork(
     Args:
         run_dir: a run folder with the model fine-tuned.
         out: a folder that does not exist yet, or an empty one.
-        language: take the subnetwork of this language; or
+        language: take the subnetwork of this language, of the sparse model the one that it was last
+            trained through; or
         mask: take the mask of this JSON file.
         model: `full` or `sparse`.
         form: `masked` (see `save_masked`) or `pruned` (see `save_pruned`).
@@ -66,6 +68,8 @@ def export_subnetwork(
     run = RunFolder(run_dir)
     kept = _mask(run, language, mask)
     checkpoint = Study(run).checkpoints(model)[-1]
+    if model == "sparse" and language is not None:  # masks may have been re-estimated since
+        kept = epoch_masks(run.model(model), checkpoint.epoch, {language: kept})[language]
     network, tokenizer = load_model(checkpoint.path)
     matching_layers(network, kept)
     save = save_masked if form == "masked" else save_pruned

@@ -106,6 +106,8 @@ class Study:
         self.config: RunConfig = run.config
         self._tables: dict[str, pa.Table] = {}
         self._data_digests: dict[str, str] = {}
+        # The model pruned last: every language's turn with it needs it, and it is large.
+        self._prunable: dict[tuple[int, str | None], Any] = {}
 
     # --- stages -----------------------------------------------------------------------------
 
@@ -134,6 +136,7 @@ class Study:
         for language in self.languages:
             if not self._is_combined(language):
                 self._combine_seeds(language)
+        self._prunable.clear()
 
     def sparse_finetune(self) -> None:
         """Fine-tune from the same start, each batch in one language through its subnetwork."""
@@ -219,12 +222,15 @@ class Study:
         The run's own model where that is the one asked for; else one fine-tuned here, from the same
         start, kept in subnetworks/models/ (its last checkpoint).
         """
-        if self.config.prune.model == "monolingual":
-            model, tokenizer = self._fine_tune_to_prune(seed, language)
-        elif seed != self.config.seed:
-            model, tokenizer = self._fine_tune_to_prune(seed, None)
-        else:
-            model, tokenizer = self._load(self.checkpoints("full")[-1])
+        own = language if self.config.prune.model == "monolingual" else None
+        if (seed, own) not in self._prunable:
+            self._prunable.clear()
+            if own is None and seed == self.config.seed:
+                loaded = self._load(self.checkpoints("full")[-1])
+            else:
+                loaded = self._fine_tune_to_prune(seed, own)
+            self._prunable[seed, own] = loaded
+        model, tokenizer = self._prunable[seed, own]
         return model, self._encode(tokenizer, _of_language(self.table("dev"), language), model)
 
     def _fine_tune_to_prune(
@@ -465,8 +471,7 @@ class Study:
         self, model_name: str, view: View, language: str | None, epoch: int
     ) -> HeadMask | None:
         """The mask of one pass of a view at the checkpoint of an epoch."""
-        at = next(one for one in self.views_at(model_name, epoch) if one.name == view.name)
-        return dict(at.masks)[language]
+        return dict(_named(self.views_at(model_name, epoch), view.name).masks)[language]
 
     # --- influence --------------------------------------------------------------------------
 
@@ -525,7 +530,7 @@ class Study:
         """(C,) the features that a view sets against each other, of its own or of other views."""
 
         def read(name: str, language: str | None) -> list[torch.Tensor]:
-            stores = self.stores(model_name, self._view(name), language, split, digests)
+            stores = self.stores(model_name, _named(self.views, name), language, split, digests)
             return [store.read().to(self.device) for store in stores]
 
         if view.collected:
@@ -547,9 +552,6 @@ class Study:
             for into, one in zip(merged, features, strict=True):
                 into[own] = one[own]
         return merged
-
-    def _view(self, name: str) -> View:
-        return next(view for view in self.views if view.name == name)
 
     @property
     def normalize(self) -> str | None:
@@ -772,6 +774,10 @@ def checkpoint_weights(checkpoints: Sequence[Checkpoint]) -> list[float]:
 def model_digests(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """What of a checkpoint its features depend on."""
     return {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
+
+
+def _named(views: Sequence[View], name: str) -> View:
+    return next(view for view in views if view.name == name)
 
 
 def _holds_mask(path: Path) -> bool:

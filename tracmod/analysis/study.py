@@ -217,8 +217,6 @@ def _accuracy(run: RunResults, views: Sequence[View], confidence: float) -> dict
     }
     under_views = []
     for view in views:
-        if view.name in ("subnetwork-own", "subnetwork-test", "random-own"):
-            continue  # a test example's mask is the one of `subnetwork` or `random`
         known = np.isfinite(view.correct)
         per_language = {
             name: _share(view.correct[known & (languages == name)], confidence)

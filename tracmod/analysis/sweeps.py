@@ -17,7 +17,7 @@ def sweep_rows(run_dir: str | Path) -> list[dict[str, Any]]:
         model, view: as in summary.json.
         accuracy: mean over the test languages of the accuracy under the view's masks, 0 to 1.
         accuracy_zero_shot: the same over the test languages without training data.
-        heads_kept, heads: attention heads under the view's masks, mean over languages; of how many.
+        heads_kept, heads: heads under the test example's mask, mean over languages; of how many.
         in_language_share, _low, _high: share of the test example's own language among its strongest
             proponents, with interval, over the test examples whose language has training data.
         null_share: what that share is if language plays no part.
@@ -69,7 +69,8 @@ def _heads(subnetworks: dict[str, Any], view: str) -> dict[str, Any]:
         "full": float(heads),
         "subnetwork": float(np.mean([entry["kept"] for entry in subnetworks.values()])),
     }
-    kept["random"] = kept["subnetwork"]
+    masked = ("random", "random-own", "subnetwork-own", "subnetwork-test")
+    kept |= dict.fromkeys(masked, kept["subnetwork"])
     return {"heads_kept": kept.get(view), "heads": heads}
 
 

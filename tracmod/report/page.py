@@ -54,6 +54,7 @@ _TABLES = (
     "pairs",
     "blocks",
 )
+SAME_TEST_MASK = ("subnetwork-own", "subnetwork-test", "random-own")
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -145,6 +146,8 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
         "tiles": tiles(summary),
         "how_sure": how_sure(summary),
         "cautions": cautions(summary, run.section("task")),
+        # Of views that differ in training gradients alone one predicts as the other does.
+        "accuracy_views": [one for one in accuracy["views"] if one["view"] not in SAME_TEST_MASK],
         "accuracy_figures": [] if tables["course"] else learning,
         "influence": influence_panels(tables["matrices"], unit),
         "changes": change_panels(tables["changes"], unit) if tables["changes"] else [],

@@ -304,8 +304,12 @@ def test_features_are_scored_on_the_studys_device(copy, monkeypatch):
     devices = set()
 
     def record(queries, trains, k, groups=None, *rest, **named):
-        devices.update(one.device.type for one in [*queries, *trains])
-        on_cpu = [[torch.ones(one.shape) for one in side] for side in (queries, trains)]
+        if "device" in named:
+            devices.add(named["device"])
+        else:
+            devices.update(one.device.type for one in [*queries, *trains])
+        sides = [one if isinstance(one, list) else [one] for one in (queries, trains)]
+        on_cpu = [[torch.ones(one.shape) for one in side] for side in sides]
         return top_influences(*on_cpu, k, groups)
 
     monkeypatch.setattr("tracmod.pipeline.top_influences", record)
@@ -313,7 +317,7 @@ def test_features_are_scored_on_the_studys_device(copy, monkeypatch):
     study = Study(RunFolder(copy))
     digests = [model_digests(*load_model(one.path)) for one in study.checkpoints("full")]
     study.device = "meta"
-    study._influence_of_view("full", study.views[0], digests, [0] * 18)
+    study._influence_of_view("full", study.views[0], digests, [0] * 18, int)
     assert devices == {"meta"}
     devices.clear()
     attributor = Attributor(copy)

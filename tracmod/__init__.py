@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from tracmod.blocks import block_influence
     from tracmod.features import Projection, collect_features
     from tracmod.heads import HeadMask
-    from tracmod.influence import exact_influence, influence_scores, top_influences
+    from tracmod.influence import (
+        exact_influence,
+        influence_scores,
+        self_influence,
+        top_influences,
+    )
     from tracmod.pruned import load_pruned, save_masked, save_pruned
     from tracmod.store import FeatureStore
 
@@ -32,6 +37,7 @@ __all__ = [
     "load_pruned",
     "save_masked",
     "save_pruned",
+    "self_influence",
     "top_influences",
 ]
 
@@ -46,6 +52,7 @@ _MODULE_OF = {
     "load_pruned": "tracmod.pruned",
     "save_masked": "tracmod.pruned",
     "save_pruned": "tracmod.pruned",
+    "self_influence": "tracmod.influence",
     "top_influences": "tracmod.influence",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,11 +17,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.capture import frozen
-from tracmod.durable import file_sha256, write_checksums, write_json
-from tracmod.exact_scores import read_scores, write_scores
+from tracmod.durable import file_sha256, write_checksums, write_json, write_parquet
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
 from tracmod.heads import HeadMask
-from tracmod.influence import TopInfluences, exact_influence, top_influences, top_of_scores
+from tracmod.influence import (
+    TopInfluences,
+    exact_influence,
+    self_influence,
+    top_influences,
+    top_of_scores,
+)
+from tracmod.kept_tensors import read_tensors, write_tensors
 from tracmod.model import (
     Checkpoint,
     check_checkpoint,
@@ -37,10 +44,12 @@ from tracmod.model import (
 )
 from tracmod.run_folder import versions
 from tracmod.store import FeatureStore
-from tracmod.tables import InfluenceTables
+from tracmod.streaming import MEMORY
+from tracmod.tables import InfluenceTables, self_influence_table
 from tracmod.tasks.files import read_model_files
 
 SPLITS = ("train", "query")
+PROGRESS = "progress"
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Attribution:
         seed: of the projection and of the bootstrap.
         max_length: tokens; None for what the model takes, at most 512.
         batch_tokens: bound on the tokens of a batch.
+        memory: bytes that scoring may take for features, rankings and buffers.
         device: cpu, cuda, ...; None or "auto": a GPU if there is one.
         dtype: of the pass, float32 or bfloat16 (faster; scores agree to about three digits).
     """
@@ -80,12 +90,15 @@ class Attribution:
     seed: int = 0
     max_length: int | None = None
     batch_tokens: int = 8192
+    memory: int = MEMORY
     device: str | None = None
     dtype: str = "float32"
 
 
 def attribute(asked: Attribution) -> None:
     """Write top, languages and examples.parquet, run.json and features/ or exact/ into `out`.
+
+    Of features, self_influence.parquet too.
 
     Started again with the same arguments it goes on where it was: neither whole shards of features
     nor a checkpoint's exact scores are made twice.
@@ -106,6 +119,7 @@ def attribute(asked: Attribution) -> None:
     tables.add(list(range(len(work.tables["query"]))), top)
     tables.write(asked.out, bootstrap=1000, confidence=0.95, seed=asked.seed)
     write_json(asked.out / "run.json", work.record(time.perf_counter() - started))
+    shutil.rmtree(asked.out / PROGRESS, ignore_errors=True)
     write_checksums(asked.out)
 
 
@@ -154,14 +168,28 @@ class _Work:
         per_checkpoint = sum(len(self.examples[split]) for split in SPLITS)
         with self._bar(per_checkpoint) as bar:
             stores = [self._collect(one, bar.update) for one in self.checkpoints]
-        return top_influences(
-            [store["query"].read().to(self.device) for store in stores],
-            [store["train"].read().to(self.device) for store in stores],
-            self.asked.k,
-            self.languages,
-            self.weights,
-            self.asked.normalize,
-        )
+        trains = [store["train"] for store in stores]
+        self._write_self_influence(trains)
+        scores = len(self.tables["query"]) * len(self.tables["train"])
+        with tqdm(
+            total=scores, desc="influence", unit="score", unit_scale=True, disable=None
+        ) as bar:
+            return top_influences(
+                [store["query"] for store in stores],
+                trains,
+                self.asked.k,
+                self.languages,
+                self.weights,
+                self.asked.normalize,
+                memory=self.asked.memory,
+                progress=self.asked.out / PROGRESS,
+                device=self.device,
+                advance=bar.update,
+            )
+
+    def _write_self_influence(self, trains: Sequence[FeatureStore]) -> None:
+        table = self_influence_table(self.tables["train"], self_influence(trains, self.weights))
+        write_parquet(self.asked.out / "self_influence.parquet", table)
 
     def predictions(self) -> list[int]:
         """The last checkpoint's predicted label of every query, under the mask."""
@@ -199,10 +227,10 @@ class _Work:
             **{split: self._data_digest(split) for split in SPLITS},
             **self._digests(model),
         }
-        scores_QN = read_scores(file, identity)
-        if scores_QN is not None:
-            advance(scores_QN.shape[1])
-            return scores_QN
+        kept = read_tensors(file, identity)
+        if kept is not None:
+            advance(kept["scores"].shape[1])
+            return kept["scores"]
         scores_QN = exact_influence(
             model,
             self.examples["train"],
@@ -214,7 +242,7 @@ class _Work:
             advance=advance,
             dtype=getattr(torch, self.asked.dtype),
         ).cpu()
-        write_scores(file, scores_QN, identity)
+        write_tensors(file, {"scores": scores_QN}, identity)
         return scores_QN
 
     def _collect(

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Parameters = Literal["encoder", "all", "attention", "classifier"]
 Combine = Literal["first", "union", "majority", "intersection"]
@@ -315,6 +323,13 @@ class InfluenceConfig(_Section):
         False,
         description="also mean influence by head and layer, of the views full and subnetwork; "
         "costs about 1.5 times what collecting these views does",
+    )
+
+    memory: ByteSize = Field(
+        ByteSize(4 * 10**9),
+        gt=0,
+        description="bytes that scoring may take for features, rankings and buffers, such as 4GB; "
+        "changes no result",
     )
 
     @field_validator("k")

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,8 +27,12 @@ from tracmod.features import as_examples, check_examples, example_length, on_dev
 from tracmod.heads import HeadMask
 from tracmod.lean import Kept, lean
 from tracmod.model import collate, pad_token_id, plan_batches, send
+from tracmod.rows import Features, Rows, TensorRows, as_rows
+from tracmod.store import FeatureStore, identity_differences
+from tracmod.streaming import MEMORY, Search, search_rows
 
-Features = Tensor | NDArray[Any] | Sequence[Tensor | NDArray[Any]]
+# Of one checkpoint, or of several.
+OneOrMore = Features | Sequence[Features]
 # Captured query gradients held at a time by `exact_influence`; the training set is passed over once
 # per such block of queries.
 QUERY_BLOCK_BYTES = 2 << 30
@@ -58,17 +62,17 @@ class TopInfluences:
 
 
 def influence_scores(
-    query_features: Features,
-    train_features: Features,
+    query_features: OneOrMore,
+    train_features: OneOrMore,
     weights: Sequence[float] | None = None,
     normalize: str | None = None,
 ) -> Tensor:
     """The dense score matrix `sum_c w_c <q_c, t_c>`, or of cosines.
 
     Args:
-        query_features: (Q, K), or one such tensor per checkpoint; any float dtype (computed in
-            float32, bfloat16 pairs as they are), torch or numpy.
-        train_features: (N, K), or one such tensor per checkpoint, likewise.
+        query_features: (Q, K), or one such per checkpoint: torch or numpy, of any float dtype
+            (computed in float32, bfloat16 pairs as they are), or a `FeatureStore`.
+        train_features: (N, K), or one such per checkpoint, likewise.
         weights: C numbers, usually the checkpoints' learning rates; None for 1 each.
         normalize: None or "cosine"; a zero gradient has cosine 0 with everything.
 
@@ -79,9 +83,9 @@ def influence_scores(
         ValueError: shapes, number of checkpoints or weights that do not agree.
     """
     queries, trains, weights = _checkpoints(query_features, train_features, weights, normalize)
-    scores_QN = torch.zeros(len(queries[0]), len(trains[0]), device=queries[0].device)
-    for query_QK, train_NK, weight in zip(queries, trains, weights, strict=True):
-        query_QK, train_NK = query_QK.float(), train_NK.float()
+    scores_QN = torch.zeros(queries[0].shape[0], trains[0].shape[0], device=_device(queries))
+    for query, train, weight in zip(queries, trains, weights, strict=True):
+        query_QK, train_NK = (rows.read(0, rows.shape[0]).float() for rows in (query, train))
         if normalize == "cosine":
             query_QK, train_NK = _unit(query_QK), _unit(train_NK)
         scores_QN.addmm_(query_QK, train_NK.T, alpha=weight)
@@ -89,36 +93,46 @@ def influence_scores(
 
 
 def top_influences(
-    query_features: Features,
-    train_features: Features,
+    query_features: OneOrMore,
+    train_features: OneOrMore,
     k: int = 100,
     groups: Sequence[Any] | Tensor | None = None,
     weights: Sequence[float] | None = None,
     normalize: str | None = None,
+    *,
+    memory: int = MEMORY,
+    progress: Path | None = None,
+    device: torch.device | str | None = None,
+    advance: Callable[[int], Any] | None = None,
 ) -> TopInfluences:
     """Strongest proponents and opponents of every query, and sums by group, in one streaming pass.
+
+    Of features in stores, a block is read while the one before is scored; no number of training
+    examples needs more memory, and neither `memory` nor an interruption changes the result.
 
     Args:
         query_features, train_features, weights, normalize: as in `influence_scores`.
         k: how many of each sign; lowered to N where there are fewer training examples. Where fewer
             than k scores are positive, the proponents go on with the least negative ones.
         groups: each training example's group, N values (a language, say); None for no sums.
+        memory: bytes that rows from stores may take at a time, with rankings and buffers. Where
+            not all queries fit, the training examples are passed over several times.
+        progress: folder in which the work on stores is kept, so that the same call goes on where
+            it was; to be removed when the results are safe. None: an interrupted call starts anew.
+        device: where scores are computed; None for where the query features are (stores: the CPU).
+        advance: called with the number of scores done; Q x N in all.
 
     Raises:
-        ValueError: as in `influence_scores`, k below 1, or not N groups.
+        ValueError: as in `influence_scores`, k below 1, not N groups, too little memory, or a store
+            that is damaged.
     """
     queries, trains, weights = _checkpoints(query_features, train_features, weights, normalize)
-    k = _bounded_k(k, len(trains[0]))
-    names, groups_N = _group_ids(groups, len(trains[0]), queries[0].device)
-    top = kernels.top_k_dot(
-        queries,
-        trains,
-        k=k,
-        weights=weights,
-        normalize=normalize,
-        groups=groups_N,
-        num_groups=len(names or ()),
-    )
+    num_train = trains[0].shape[0]
+    k = _bounded_k(k, num_train)
+    on = _device(queries) if device is None else torch.device(device)
+    names, groups_N = _group_ids(groups, num_train, on)
+    search = Search(queries, trains, k, weights, normalize, groups_N, len(names or ()), on)
+    top = search_rows(search, memory, progress, advance)
     return _with_shares(
         top.scores, top.indices, top.opponent_scores, top.opponent_indices, names, groups_N,
         top.group_sums,
@@ -128,8 +142,8 @@ def top_influences(
 def without_examples(
     top: TopInfluences,
     left_out: Sequence[Sequence[int]],
-    query_features: Features,
-    train_features: Features,
+    query_features: OneOrMore,
+    train_features: OneOrMore,
     k: int = 100,
     groups: Sequence[Any] | None = None,
     weights: Sequence[float] | None = None,
@@ -152,15 +166,15 @@ def without_examples(
             rankings that are too short.
     """
     queries, trains, weights = _checkpoints(query_features, train_features, weights, normalize)
-    num_train, listed = len(trains[0]), top.indices.shape[1]
-    if len(left_out) != len(queries[0]):
-        raise ValueError(f"left_out: expected {len(queries[0])} lists, got {len(left_out)}")
+    num_train, listed = trains[0].shape[0], top.indices.shape[1]
+    if len(left_out) != queries[0].shape[0]:
+        raise ValueError(f"left_out: expected {queries[0].shape[0]} lists, got {len(left_out)}")
     left_out = [sorted(set(rows)) for rows in left_out]
     most = max(map(len, left_out), default=0)
     k = _bounded_k(k, num_train - most)
     if listed < min(num_train, k + most):
         raise ValueError(f"top: expected at least {k + most} places a query, got {listed}")
-    names, groups_N = _group_ids(groups, num_train, queries[0].device)
+    names, groups_N = _group_ids(groups, num_train, top.indices.device)
     places, opponent_places = (
         _places_left(indices, left_out)[:, :k] for indices in (top.indices, top.opponent_indices)
     )
@@ -168,8 +182,8 @@ def without_examples(
     if groups_N is not None and top.group_sums is not None:
         sums_QG = top.group_sums.clone()
         for query_rows, train_rows in _blocks_left_out(left_out):
-            query_block = [one[query_rows] for one in queries]
-            train_block = [one[train_rows] for one in trains]
+            query_block = [one.take(query_rows) for one in queries]
+            train_block = [one.take(train_rows) for one in trains]
             scores = influence_scores(query_block, train_block, weights, normalize)
             of_groups = torch.zeros_like(sums_QG[query_rows])
             of_groups.index_add_(1, groups_N[train_rows], scores.to(of_groups))
@@ -198,6 +212,34 @@ def _blocks_left_out(left_out: Sequence[Sequence[int]]) -> Iterator[tuple[list[i
             queries_of.setdefault(tuple(rows), []).append(query)
     for rows, query_rows in queries_of.items():
         yield query_rows, list(rows)
+
+
+def self_influence(features: OneOrMore, weights: Sequence[float] | None = None) -> Tensor:
+    """Influence of every example on itself, `sum_c w_c |g_c(z)|^2`, from its features' norms.
+
+    High for examples that the model learnt by heart, mislabelled ones among them. The cosine form
+    is the sum of the weights for all, so there is none.
+
+    Args:
+        features: (N, K), or one such per checkpoint, as in `influence_scores`.
+        weights: C numbers; None for 1 each.
+
+    Returns:
+        (N,) float64, on the CPU.
+
+    Raises:
+        ValueError: checkpoints or weights that do not agree; a store that is damaged.
+
+    Source: Pruthi et al. 2020, section 4.2.
+    """
+    several = _all_rows("features", features)
+    counts = [one.shape[0] for one in several]
+    if len(set(counts)) != 1:
+        raise ValueError(f"features: expected as many rows at every checkpoint, got {counts}")
+    total_N = torch.zeros(counts[0], dtype=torch.float64)
+    for one, weight in zip(several, _weights(weights, len(several)), strict=True):
+        total_N += weight * one.norms().double().square()
+    return total_N
 
 
 def top_of_scores(
@@ -445,12 +487,14 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def _checkpoints(
-    query_features: Features,
-    train_features: Features,
+    query_features: OneOrMore,
+    train_features: OneOrMore,
     weights: Sequence[float] | None,
     normalize: str | None,
-) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    queries, trains = _as_tensors(query_features), _as_tensors(train_features)
+) -> tuple[list[Rows], list[Rows], list[float]]:
+    queries = _all_rows("query_features", query_features)
+    trains = _all_rows("train_features", train_features)
+    _check_same_origin(query_features, train_features)
     if normalize not in (None, "cosine"):
         raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
     if not queries or len(queries) != len(trains):
@@ -458,30 +502,57 @@ def _checkpoints(
             f"features: expected as many checkpoints of queries as of training examples, at least "
             f"one, got {len(queries)} and {len(trains)}"
         )
-    weights = [1.0] * len(queries) if weights is None else [float(weight) for weight in weights]
-    if len(weights) != len(queries):
-        raise ValueError(
-            f"weights: expected {len(queries)}, one per checkpoint, got {len(weights)}"
-        )
     for name, features in (("query_features", queries), ("train_features", trains)):
         for checkpoint, one in enumerate(features):
-            expected = (len(features[0]), queries[0].shape[-1])
-            if one.dim() != 2 or tuple(one.shape) != expected:
+            expected = (features[0].shape[0], queries[0].shape[1])
+            if one.shape != expected:
                 raise ValueError(
-                    f"{name}: checkpoint {checkpoint}: expected shape {expected}, "
-                    f"got {tuple(one.shape)}"
+                    f"{name}: checkpoint {checkpoint}: expected shape {expected}, got {one.shape}"
                 )
-    all_bfloat16 = all(one.dtype == torch.bfloat16 for one in (*queries, *trains))
-    dtype = torch.bfloat16 if all_bfloat16 else torch.float32
-    queries, trains = (
-        [one.to(dtype).contiguous() for one in features] for features in (queries, trains)
-    )
-    return queries, trains, weights
+    return queries, trains, _weights(weights, len(queries))
 
 
-def _as_tensors(features: Features) -> list[Tensor]:
-    one_checkpoint = isinstance(features, Tensor | np.ndarray)
-    return [torch.as_tensor(one) for one in ([features] if one_checkpoint else features)]
+def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    values = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(values) != count:
+        raise ValueError(f"weights: expected {count}, one per checkpoint, got {len(values)}")
+    return values
+
+
+def _several(features: OneOrMore) -> list[Features]:
+    return list(features) if isinstance(features, Sequence) else [features]
+
+
+def _all_rows(name: str, features: OneOrMore) -> list[Rows]:
+    several = _several(features)
+    for checkpoint, one in enumerate(several):
+        if isinstance(one, Tensor | np.ndarray) and one.ndim != 2:
+            raise ValueError(
+                f"{name}: checkpoint {checkpoint}: expected rows x numbers, got shape "
+                f"{tuple(one.shape)}"
+            )
+    return [as_rows(one) for one in several]
+
+
+def _check_same_origin(query_features: OneOrMore, train_features: OneOrMore) -> None:
+    """Refuse stores that were not made by the same model, projection, mask, ... as each other."""
+    both = [
+        list(one) if isinstance(one, Sequence) else [one]
+        for one in (query_features, train_features)
+    ]
+    for checkpoint, (query, train) in enumerate(zip(*both, strict=False)):
+        if isinstance(query, FeatureStore) and isinstance(train, FeatureStore):
+            differing = identity_differences(train.identity, query.identity, ignore=["data"])
+            if differing:
+                raise ValueError(
+                    f"query features {query.path} (checkpoint {checkpoint}) were made otherwise "
+                    f"than the training features {train.path}: {'; '.join(differing)}"
+                )
+
+
+def _device(features: Sequence[Rows]) -> torch.device:
+    first = features[0]
+    return first.tensor.device if isinstance(first, TensorRows) else torch.device("cpu")
 
 
 def _bounded_k(k: int, num_train: int) -> int:

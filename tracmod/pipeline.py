@@ -27,7 +27,7 @@ from tracmod.config import FinetuneConfig, RunConfig
 from tracmod.durable import canonical_json, file_sha256, sha256, write_parquet
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
 from tracmod.heads import HeadMask, masked_accuracy
-from tracmod.influence import top_influences, without_examples
+from tracmod.influence import self_influence, top_influences, without_examples
 from tracmod.model import (
     Checkpoint,
     create_model,
@@ -42,9 +42,10 @@ from tracmod.model import (
 )
 from tracmod.pruning import PruneResult, combine_masks, prune
 from tracmod.report import write_report
+from tracmod.rows import ChosenRows, Rows, StoreRows
 from tracmod.run_folder import STAGES, RunFolder
 from tracmod.store import FeatureStore
-from tracmod.tables import InfluenceTables
+from tracmod.tables import InfluenceTables, self_influence_table
 from tracmod.tasks import load_task
 from tracmod.tokenizer import read_sentencepiece, train_tokenizer
 from tracmod.train import Masks, Settings, accuracy_by_language, fine_tune
@@ -153,9 +154,10 @@ class Study:
         """Scores, strongest training examples and language tables: influence/."""
         blocks = self.config.influence.blocks
         # Views of an earlier config must not be left in it.
-        self._begin_anew("influence", keep="blocks" if blocks else None)
+        progress = self.run.path / "influence" / "progress"
+        self._begin_anew("influence", keep=[progress.name, *(["blocks"] if blocks else [])])
         block_parts: set[Path] = set()
-        with self._bar("influence", len(MODELS) * len(self.views), "view") as bar:
+        with self._bar("influence", self._count_scores(), "score") as bar:
             for model_name in MODELS:
                 digests = []
                 for checkpoint in self.checkpoints(model_name):
@@ -164,13 +166,13 @@ class Study:
                 test = self._encode(tokenizer, self.table("test"), model)
                 for view in self.views_at(model_name, checkpoint.epoch):  # the last checkpoint's
                     predictions = self._predictions(model, test, view)
-                    self._influence_of_view(model_name, view, digests, predictions)
-                    bar.update(1)
+                    self._influence_of_view(model_name, view, digests, predictions, bar.update)
                 if blocks:
                     block_parts |= self._influence_of_blocks(model_name, digests)
         for path in (self.run.path / "influence" / "blocks").glob("*"):
             if path not in block_parts:
                 path.unlink()
+        shutil.rmtree(progress, ignore_errors=True)
 
     def analyze(self) -> None:
         """Comparisons, intervals and tests: analysis/."""
@@ -475,12 +477,21 @@ class Study:
 
     # --- influence --------------------------------------------------------------------------
 
+    def _count_scores(self) -> int:
+        """Scores over all checkpoints, and of each alone."""
+        tests = sum(
+            len(self._rows("test", language)) for view in self.views for language, _ in view.masks
+        )
+        rankings = sum(1 + len(self.checkpoints(model_name)) for model_name in MODELS)
+        return rankings * tests * len(self.table("train"))
+
     def _influence_of_view(
         self,
         model_name: str,
         view: View,
         digests: Sequence[dict[str, str]],
         predictions: Sequence[int],
+        advance: Callable[[int], Any],
     ) -> None:
         checkpoints = self.checkpoints(model_name)
         train, test = self.table("train"), self.table("test")
@@ -488,13 +499,25 @@ class Study:
         ks, weights = self.config.influence.ks, self.weights(checkpoints)
         tables, without_group = (InfluenceTables(train, test, predictions, ks) for _ in range(2))
         same_group = same_group_rows(train, test)
+        rank = partial(
+            top_influences,
+            groups=groups,
+            normalize=self.normalize,
+            memory=self.config.influence.memory,
+            progress=self.run.path / "influence" / "progress",
+            device=self.device,
+            advance=advance,
+        )
+        own: list[pa.Table] = []
         for language, _ in view.masks:
             rows = self._rows("test", language)
             queries = self._features(model_name, view, language, "test", digests)
             trains = self._features(model_name, view, language, "train", digests)
             left_out = [same_group[row] for row in rows]
             longest = max(ks) + max(map(len, left_out), default=0)
-            top = top_influences(queries, trains, longest, groups, weights, self.normalize)
+            if view.collected:
+                own.append(self_influence_table(train, self_influence(trains, weights), language))
+            top = rank(queries, trains, longest, weights=weights)
             tables.add(rows, top)
             if any(same_group):
                 rest = without_examples(
@@ -502,11 +525,12 @@ class Study:
                 )
                 without_group.add(rows, rest, left_out)
             for place, checkpoint in enumerate(checkpoints):
-                query, train_one = [queries[place]], [trains[place]]
-                alone = top_influences(query, train_one, ks[0], groups, None, self.normalize)
+                alone = rank(queries[place], trains[place], ks[0])
                 tables.add_epoch(checkpoint.epoch, rows, alone)
         folder = self.run.influence(model_name, view.name)
         self._write_tables(tables, folder)
+        if own:
+            write_parquet(folder / "self_influence.parquet", pa.concat_tables(own))
         if any(same_group):
             self._write_tables(without_group, folder / WITHOUT_GROUP)
 
@@ -526,32 +550,26 @@ class Study:
         language: str | None,
         split: str,
         digests: Sequence[dict[str, str]],
-    ) -> list[torch.Tensor]:
+    ) -> list[Rows]:
         """(C,) the features that a view sets against each other, of its own or of other views."""
 
-        def read(name: str, language: str | None) -> list[torch.Tensor]:
+        def rows(name: str, language: str | None) -> list[Rows]:
             stores = self.stores(model_name, _named(self.views, name), language, split, digests)
-            return [store.read().to(self.device) for store in stores]
+            return [StoreRows(store) for store in stores]
 
         if view.collected:
-            return read(view.name, language)
+            return rows(view.name, language)
         if split == "test":
-            return read(view.source, language)
+            return rows(view.source, language)
         if view.train == "full":
-            return read("full", None)
-        return self._under_own_masks(partial(read, view.source))
-
-    def _under_own_masks(self, read: Callable[[str], list[torch.Tensor]]) -> list[torch.Tensor]:
-        """(C,) each training example's features under its own language's mask."""
-        languages = np.array(self.table("train").column("language").to_pylist())
-        merged: list[torch.Tensor] = []
-        for language in self.languages:
-            features = read(language)
-            merged = merged or [torch.empty_like(one) for one in features]
-            own = torch.from_numpy(np.flatnonzero(languages == language)).to(self.device)
-            for into, one in zip(merged, features, strict=True):
-                into[own] = one[own]
-        return merged
+            return rows("full", None)
+        # Each training example's features under its own language's mask.
+        own = {language: rows(view.source, language) for language in self.languages}
+        names = self.table("train").column("language").to_pylist()
+        return [
+            ChosenRows({language: of[place] for language, of in own.items()}, names)
+            for place in range(len(digests))
+        ]
 
     @property
     def normalize(self) -> str | None:
@@ -577,10 +595,10 @@ class Study:
             predicted[rows] = logits.argmax(dim=1).numpy()
         return predicted.tolist()
 
-    def _begin_anew(self, folder: str, keep: str | None = None) -> None:
-        """Empty a stage's folder, but for what is named `keep`."""
+    def _begin_anew(self, folder: str, keep: Sequence[str] = ()) -> None:
+        """Empty a stage's folder, but for what is named in `keep`."""
         for path in (self.run.path / folder).glob("*"):
-            if path.name != keep:
+            if path.name not in keep:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     # --- influence by head and layer --------------------------------------------------------
@@ -751,7 +769,9 @@ class Study:
         return encode(tokenizer, table, self.config.model.max_length, num_labels=num_labels)
 
     def _bar(self, name: str, total: int, unit: str = "example") -> Any:
-        return tqdm(total=total, desc=name, unit=unit, disable=None, smoothing=0.05)
+        return tqdm(
+            total=total, desc=name, unit=unit, unit_scale=True, disable=None, smoothing=0.05
+        )
 
 
 def checkpoint_weights(checkpoints: Sequence[Checkpoint]) -> list[float]:

@@ -221,10 +221,13 @@ class RunFolder:
     def _inputs(self, stage: str) -> str:
         """Digest of everything in the config that the stage and those before it read.
 
-        Without what is left at its default: a setting added to tracmod later, at a default that
-        does what was done before, undoes no finished stage.
+        Without what changes no result, and what is left at its default: a setting added to tracmod
+        later, at a default that does what was done before, undoes no finished stage.
         """
-        tree = self.config.model_dump(mode="json", exclude_defaults=True)
+        tree = self.config.model_dump(
+            mode="json", exclude_defaults=True, exclude={"influence": {"memory"}}
+        )
+        tree = {section: values for section, values in tree.items() if values != {}}
         earlier = STAGES[: STAGES.index(stage) + 1]
         sections = [section for one in earlier for section in _READ[one] if section in tree]
         text = json.dumps({section: tree[section] for section in sections}, sort_keys=True)

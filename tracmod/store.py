@@ -301,6 +301,10 @@ class FeatureStore:
         """
         return self._gather("features", start, stop)
 
+    def take(self, rows: Sequence[int]) -> Tensor:
+        """The rows of these numbers, (len(rows), K)."""
+        return torch.cat([self.read(row, row + 1) for row in rows])
+
     def blocks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
         """Yields (start, features (rows, K)) in row order; the last block may be shorter.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
 from tracmod.analysis.dynamics import epoch_table
 from tracmod.analysis.languages import example_table, language_table
@@ -140,6 +141,26 @@ def shares_by_k_table(languages: Mapping[int, pa.Table]) -> pa.Table:
         column = pa.array([k] * len(table), pa.int64())
         parts.append(table.select(chosen).add_column(0, "k", column))
     return pa.concat_tables(parts)
+
+
+def self_influence_table(
+    train: pa.Table, self_influence_N: Tensor, mask_language: str | None = None
+) -> pa.Table:
+    """`self_influence.parquet`: a row per training example, `sum_c w_c |g_c|^2`.
+
+    Args:
+        train: the examples.
+        self_influence_N: from `influence.self_influence`.
+        mask_language: whose mask the gradients are under; None: no language's.
+    """
+    return pa.table(
+        {
+            "train_id": train.column("id"),
+            "train_language": train.column("language"),
+            "mask_language": pa.array([mask_language] * len(train), pa.string()),
+            "self_influence": self_influence_N.numpy(),
+        }
+    )
 
 
 def top_table(top: TopInfluences, test: pa.Table, train: pa.Table) -> pa.Table:

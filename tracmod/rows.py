@@ -1,0 +1,235 @@
+"""Feature rows wherever they lie: in memory, in a store, or chosen from several stores.
+
+Shape letters: N rows, K numbers per row, R rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tracmod.durable import canonical_json, file_sha256, sha256
+from tracmod.store import FeatureStore
+
+
+class Rows(Protocol):
+    """One checkpoint's features of N examples.
+
+    Attributes:
+        shape: (N, K).
+        dtype: what `read` gives.
+        ends: where blocks that are read without a copy end, ascending, N the last.
+        key: what tells these rows from any others, without reading them.
+        mapped_bytes: what reading maps into memory at a time, beside the rows.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def ends(self) -> Sequence[int]: ...
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def mapped_bytes(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """The rows [start, stop), (stop - start, K)."""
+
+    def take(self, rows: Sequence[int]) -> Tensor:
+        """The rows of these numbers, (len(rows), K)."""
+
+    def norms(self) -> Tensor:
+        """(N,) the L2 norms of the rows, on the CPU."""
+
+
+Features = Tensor | NDArray[Any] | FeatureStore | Rows
+
+
+@dataclass(frozen=True)
+class TensorRows:
+    """Rows in memory, on any device."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tensor.shape[0], self.tensor.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def ends(self) -> list[int]:
+        return [len(self.tensor)]
+
+    @property
+    def key(self) -> str:
+        return sha256(self.tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+    @property
+    def mapped_bytes(self) -> int:
+        return 0
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.tensor[start:stop]
+
+    def take(self, rows: Sequence[int]) -> Tensor:
+        return self.tensor[rows]
+
+    def norms(self) -> Tensor:
+        return torch.linalg.vector_norm(self.tensor.double(), dim=1).cpu()
+
+
+@dataclass(frozen=True)
+class StoreRows:
+    """Rows of a store: every shard is verified before its first row is used."""
+
+    store: FeatureStore
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.store.num_rows, self.store.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.store.dtype == torch.int8 else self.store.dtype
+
+    @cached_property
+    def ends(self) -> list[int]:
+        return [self.store.shard_range(shard).stop for shard in range(self.store.num_shards)]
+
+    @cached_property
+    def key(self) -> str:
+        return file_sha256(self.store.path / "manifest.json")
+
+    @property
+    def mapped_bytes(self) -> int:
+        """A shard is mapped whole while it is verified."""
+        rows = min(self.store.shard_rows, self.store.num_rows)
+        return rows * self.store.dim * self.store.dtype.itemsize
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.store.read(start, stop)
+
+    def take(self, rows: Sequence[int]) -> Tensor:
+        return self.store.take(rows)
+
+    def norms(self) -> Tensor:
+        return self.store.norms()
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """Every row from one of several sources of the same shape: that of its language, say.
+
+    Attributes:
+        sources: by name.
+        names: (N,) the source of every row.
+    """
+
+    sources: Mapping[str, Rows]
+    names: Sequence[str]
+
+    @property
+    def _first(self) -> Rows:
+        return next(iter(self.sources.values()))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._first.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._first.dtype
+
+    @property
+    def ends(self) -> Sequence[int]:
+        return self._first.ends
+
+    @cached_property
+    def key(self) -> str:
+        keys = {name: source.key for name, source in self.sources.items()}
+        return sha256(canonical_json([keys, list(self.names)]))
+
+    @property
+    def mapped_bytes(self) -> int:
+        return max(source.mapped_bytes for source in self.sources.values())
+
+    @cached_property
+    def _rows_of(self) -> dict[str, NDArray[np.int64]]:
+        names = np.asarray(self.names)
+        return {name: np.flatnonzero(names == name) for name in self.sources}
+
+    def read(self, start: int, stop: int) -> Tensor:
+        chosen = torch.empty(stop - start, self.shape[1], dtype=self.dtype)
+        for name, rows in self._rows_of.items():
+            low, high = np.searchsorted(rows, [start, stop])
+            if low < high:
+                mine = torch.from_numpy(rows[low:high] - start)
+                chosen[mine] = self.sources[name].read(start, stop)[mine]
+        return chosen
+
+    def take(self, rows: Sequence[int]) -> Tensor:
+        return torch.cat([self.sources[self.names[row]].take([row]) for row in rows])
+
+    def norms(self) -> Tensor:
+        chosen = torch.empty(self.shape[0])
+        for name, rows in self._rows_of.items():
+            chosen[rows] = self.sources[name].norms()[rows]
+        return chosen
+
+
+def as_rows(features: Features) -> Rows:
+    """What a caller may give as features of one checkpoint, as `Rows`."""
+    if isinstance(features, FeatureStore):
+        return StoreRows(features)
+    if isinstance(features, Tensor | np.ndarray):
+        return TensorRows(torch.as_tensor(features))
+    return features
+
+
+def block_ranges(rows: Rows, most: int) -> list[tuple[int, int]]:
+    """Cuts rows into ranges of at most `most`, none across an end of `rows.ends`."""
+    assert most >= 1
+    ranges, start = [], 0
+    for end in rows.ends:
+        ranges += [(low, min(low + most, end)) for low in range(start, end, most)]
+        start = end
+    return ranges
+
+
+def read_ahead(
+    trains: Sequence[Rows], ranges: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yields (start, (C,) rows of a block); a thread reads the next block meanwhile.
+
+    Args:
+        trains: (C,) of the same N.
+        ranges: the blocks, one after the other.
+    """
+
+    def read(place: int) -> list[Tensor]:
+        return [rows.read(*ranges[place]) for rows in trains]
+
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = reader.submit(read, 0) if ranges else None
+        for place, (start, _) in enumerate(ranges):
+            assert ahead is not None
+            block = ahead.result()
+            ahead = reader.submit(read, place + 1) if place + 1 < len(ranges) else None
+            yield start, block

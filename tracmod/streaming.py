@@ -1,0 +1,230 @@
+"""The strongest rows for every query, over rows of any number: bounded memory, resumable.
+
+    for a block of queries that fits in memory:
+        for a block of training rows:  read and verify the next one  |  top_k_dot of this one
+
+`top_k_dot` takes up where it was left, bit for bit; so neither the blocks nor an interruption
+change the result. Memory: see `plan_blocks`. Bytes read: the training rows once per block of
+queries.
+
+Shape letters: Q queries, N training rows, K numbers per row, C checkpoints, G groups.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tracmod import kernels
+from tracmod.durable import canonical_json, sha256
+from tracmod.kept_tensors import read_tensors, write_tensors
+from tracmod.rows import Rows, TensorRows, block_ranges, read_ahead
+
+MEMORY = 4 * 10**9
+SAVE_SECONDS = 30.0
+# What `top_k_dot` works in beside its arguments: scores of 256 x 2048, and some per thread.
+_KERNEL_BYTES = 32 << 20
+# `top_k_dot` takes another path for up to 4 queries, whose sums round otherwise.
+_LEAST_QUERIES = 5
+
+
+class Blocks(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+        passes: blocks of queries, each of which passes over the training rows once.
+        trains: training rows at a time.
+    """
+
+    passes: int
+    trains: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is looked for.
+
+    Attributes:
+        queries: (C,) rows of Q queries.
+        trains: (C,) rows of N training examples.
+        k: places of each ranking.
+        weights: (C,) of the checkpoints.
+        normalize: None or "cosine".
+        groups_N: the group of every training row, int64, on `device`; None for no sums.
+        num_groups: G.
+        device: where scores are computed.
+    """
+
+    queries: Sequence[Rows]
+    trains: Sequence[Rows]
+    k: int
+    weights: Sequence[float]
+    normalize: str | None
+    groups_N: Tensor | None
+    num_groups: int
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16 where all rows are, else float32."""
+        given = {rows.dtype for rows in (*self.queries, *self.trains)}
+        return torch.bfloat16 if given == {torch.bfloat16} else torch.float32
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        groups = None if self.groups_N is None else self.groups_N.cpu().numpy().tobytes()
+        return {
+            "queries": [rows.key for rows in self.queries],
+            "trains": [rows.key for rows in self.trains],
+            "k": self.k,
+            "weights": list(self.weights),
+            "normalize": self.normalize,
+            "groups": None if groups is None else sha256(groups),
+            "device": self.device.type,
+        }
+
+
+def search_rows(
+    search: Search,
+    memory: int = MEMORY,
+    progress: Path | None = None,
+    advance: Callable[[int], Any] | None = None,
+) -> kernels.TopK:
+    """`top_k_dot` of all queries and training rows.
+
+    Args:
+        search: what is looked for.
+        memory: bytes that rows on disk may take at a time, with the rankings and buffers.
+        progress: folder that keeps rankings between two tries, in files that are named by all that
+            they depend on; the caller removes it when their results are safe.
+        advance: called with the number of scores done; Q x N in all.
+
+    Raises:
+        ValueError: too little memory; a shard that is missing or damaged.
+    """
+    blocks, count = plan_blocks(search, memory), search.queries[0].shape[0]
+    ends = [place * count // blocks.passes for place in range(blocks.passes + 1)]
+    parts = [
+        _search_block(search, first, stop, blocks.trains, progress, advance)
+        for first, stop in pairwise(ends)
+    ]
+    columns = zip(*parts, strict=True)
+    return kernels.TopK(*(None if one[0] is None else torch.cat(one) for one in columns))  # type: ignore[arg-type]
+
+
+def plan_blocks(search: Search, memory: int) -> Blocks:
+    """As many queries at a time as fit beside a block of training rows.
+
+    Counted: rows of queries once, of training blocks three times (the one worked on, the one read
+    ahead, a copy in another dtype), a shard that is mapped to be verified, rankings and sums of all
+    queries once and of a block of queries twice, groups, and the kernel's buffers. Rows that are in
+    memory already cost nothing and are not cut.
+
+    Raises:
+        ValueError: not even a few queries and one training row fit.
+    """
+    (num_queries, width), num_trains = search.queries[0].shape, search.trains[0].shape[0]
+    row_bytes = len(search.trains) * width * search.dtype.itemsize
+    ranking_bytes = 24 * search.k + 8 * search.num_groups
+    fixed = _KERNEL_BYTES + num_queries * ranking_bytes + 8 * num_trains
+    fixed += max(rows.mapped_bytes for rows in (*search.queries, *search.trains))
+    query_bytes = row_bytes + 2 * ranking_bytes
+    train_bytes = 3 * row_bytes
+    least = min(num_queries, 2 * _LEAST_QUERIES - 1)
+    needed = fixed + least * query_bytes + train_bytes
+    on_disk = not all(isinstance(rows, TensorRows) for rows in (*search.queries, *search.trains))
+    if on_disk and memory < needed:
+        raise ValueError(
+            f"memory: expected at least {needed:,} bytes for {num_trains:,} training rows of "
+            f"{width} numbers at {len(search.trains)} checkpoints, k {search.k}; got {memory:,}"
+        )
+    free = memory - fixed - least * query_bytes
+    trains = min(num_trains, max(1, free // 2 // train_bytes))
+    queries = (memory - fixed - trains * train_bytes) // query_bytes
+    if all(isinstance(rows, TensorRows) for rows in search.trains):
+        trains = num_trains
+    if all(isinstance(rows, TensorRows) for rows in search.queries):
+        queries = num_queries
+    # No block of 1 to 4 queries, unless there are no more.
+    passes = min(-(-num_queries // max(1, queries)), num_queries // _LEAST_QUERIES)
+    return Blocks(max(1, passes), max(1, trains))
+
+
+def _search_block(
+    search: Search,
+    first: int,
+    stop: int,
+    train_rows: int,
+    progress: Path | None,
+    advance: Callable[[int], Any] | None,
+) -> kernels.TopK:
+    """The rankings of the queries [first, stop)."""
+    saved = None if progress is None else _Progress(progress, search, first, stop)
+    state, done = (None, 0) if saved is None else saved.load()
+    if advance is not None and done:
+        advance((stop - first) * done)
+    queries = [_ready(rows.read(first, stop), search) for rows in search.queries]
+    ranges = [one for one in block_ranges(search.trains[0], train_rows) if one[0] >= done]
+    for start, block in read_ahead(search.trains, ranges):
+        count = len(block[0])
+        groups_N = None if search.groups_N is None else search.groups_N[start : start + count]
+        state = kernels.top_k_dot(
+            queries,
+            [_ready(one, search) for one in block],
+            k=search.k,
+            weights=search.weights,
+            normalize=search.normalize,
+            groups=groups_N,
+            num_groups=search.num_groups,
+            state=state,
+            index_offset=start,
+        )
+        if saved is not None:
+            saved.keep(state, start + count)
+        if advance is not None:
+            advance((stop - first) * count)
+    assert state is not None
+    return state
+
+
+def _ready(rows: Tensor, search: Search) -> Tensor:
+    return rows.to(search.device, search.dtype).contiguous()
+
+
+class _Progress:
+    """The file of a block of queries; a damaged one is made anew."""
+
+    def __init__(self, folder: Path, search: Search, first: int, stop: int) -> None:
+        self._identity = {**search.identity, "first": first, "stop": stop}
+        self._file = folder / f"{sha256(canonical_json(self._identity))[:32]}.safetensors"
+        self._device = search.device
+        self._count = search.trains[0].shape[0]
+        self._saved_at = time.monotonic()
+
+    def load(self) -> tuple[kernels.TopK | None, int]:
+        """The rankings so far and the training rows that they are of."""
+        try:
+            kept = read_tensors(self._file, self._identity)
+        except ValueError:
+            return None, 0
+        if kept is None:
+            return None, 0
+        parts = [kept[name].to(self._device) for name in kernels.TopK._fields if name in kept]
+        return kernels.TopK(*parts, *([None] * (5 - len(parts)))), int(kept["done"])
+
+    def keep(self, state: kernels.TopK, done: int) -> None:
+        """Write the rankings, but not too often."""
+        now = time.monotonic()
+        if done < self._count and now - self._saved_at < SAVE_SECONDS:
+            return
+        tensors = {name: one for name, one in state._asdict().items() if one is not None}
+        write_tensors(self._file, {**tensors, "done": torch.tensor(done)}, self._identity)
+        self._saved_at = now

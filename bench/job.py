@@ -8,8 +8,6 @@ process of its own, so that its peak memory is its own.
 from __future__ import annotations
 
 import json
-import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,7 +23,7 @@ from torch import Tensor
 import tracmod as tm
 from tracmod.bench import plain
 from tracmod.bench.collect import BATCH_TOKENS, DIM, check_exact, check_features, require
-from tracmod.bench.measure import agreement, environment
+from tracmod.bench.measure import agreement, environment, peak_memory
 from tracmod.bench.models import Trained, load_trained, spaced
 from tracmod.influence import top_of_scores
 from tracmod.model import load_classifier, to_device
@@ -175,21 +173,9 @@ def _wait(device: torch.device) -> None:
 # --- a method in its own process ------------------------------------------------------------
 
 
-def _peak() -> int:
-    """Bytes of memory that this process has held at most.
-
-    Linux starts `ru_maxrss` at what the parent held; VmHWM is the program's own.
-    """
-    status = Path("/proc/self/status")
-    text = status.read_text(encoding="utf-8") if status.exists() else ""
-    own = re.search(r"VmHWM:\s*(\d+) kB", text)
-    kibibytes = own[1] if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 1024 * int(kibibytes)
-
-
 def run_method(name: str, asked: dict[str, Any], to: Path) -> None:
     """Do one method; figures and scores into the folder `to`."""
-    base = _peak()
+    base = peak_memory()
     device = torch.device(asked["device"])
     job = load_trained(Path(asked["run"]), asked["train"], asked["query"])
     if name == "check":
@@ -198,7 +184,7 @@ def run_method(name: str, asked: dict[str, Any], to: Path) -> None:
     done = METHODS[name](job, device, asked["subsets"].get(name))
     figures = {
         "seconds": done.seconds, "extrapolated": done.extrapolated, "columns": done.columns,
-        "peak_bytes": _peak(), "base_bytes": base,
+        "peak_bytes": peak_memory(), "base_bytes": base,
         "gpu_peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
     }  # fmt: skip
     scores_QN = done.scores().float().cpu().contiguous()

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -96,6 +97,18 @@ def measure_limits(device: torch.device, dtype: torch.dtype, *, quick: bool = Fa
         best = take_turns({"product": lambda: torch.mm(a, b, out=product)}, device)  # noqa: B023
         products.append(2 * size**3 / best["product"])
     return Limits(2 * source.nbytes / copied, max(products))
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most.
+
+    Linux starts `ru_maxrss` at what the parent held; VmHWM is the program's own.
+    """
+    status = Path("/proc/self/status")
+    text = status.read_text(encoding="utf-8") if status.exists() else ""
+    own = re.search(r"VmHWM:\s*(\d+) kB", text)
+    kibibytes = own[1] if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * int(kibibytes)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

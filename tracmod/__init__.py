@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from tracmod.heads import HeadMask
     from tracmod.influence import exact_influence, influence_scores, top_influences
     from tracmod.pruned import load_pruned, save_masked, save_pruned
+    from tracmod.query import Attributor
     from tracmod.store import FeatureStore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attributor",
     "FeatureStore",
     "HeadMask",
     "Projection",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "Attributor": "tracmod.query",
     "FeatureStore": "tracmod.store",
     "HeadMask": "tracmod.heads",
     "Projection": "tracmod.features",

@@ -15,6 +15,7 @@ import click
 from tracmod import __version__
 
 if TYPE_CHECKING:
+    from tracmod.index import InfluenceIndex
     from tracmod.run_folder import RunFolder
 
 EXISTING = click.Path(exists=True, path_type=Path)
@@ -346,7 +347,7 @@ def check(
 
 
 @main.command()
-@click.argument("run_dir", type=EXISTING)
+@click.argument("folder", metavar="RUN", type=EXISTING)
 @_options(_VIEW_OPTIONS)
 @click.option(
     "--kind",
@@ -355,37 +356,94 @@ def check(
     show_default=True,
     help="flat is exact; the others are smaller or faster.",
 )
-def index(run_dir: Path, model: str, view: str, mask: str | None, kind: str) -> None:
-    """Build a FAISS index over a run's training features; `tracmod query` then uses it.
+@click.option(
+    "--recall",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Share of the exact top 100 that a search should find; more lists are probed for it.",
+)
+@click.option(
+    "--memory", default="4GB", show_default=True, help="What training may take beside the index."
+)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="cpu, cuda, cuda:1: where lists are clustered; a GPU needs faiss-gpu, and ivf or ivfpq.",
+)
+def index(
+    folder: Path,
+    model: str,
+    view: str,
+    mask: str | None,
+    kind: str,
+    recall: float,
+    memory: str,
+    device: str,
+) -> None:
+    """Build a FAISS index over training features; `tracmod query` then uses it.
+
+    RUN is a run folder or a folder of `tracmod attribute`. The index holds one row per training
+    example, of the numbers of all checkpoints. Its recall is measured with features of the test or
+    query examples.
 
     \b
-    Example:
+    Examples:
       tracmod index runs/demo --kind hnsw
+      tracmod index influence --kind ivfpq --recall 0.9 --memory 16GB
     """
+    from tracmod.config import parse_bytes
     from tracmod.query import Attributor
 
-    attributor = Attributor(run_dir, model, view, mask)
-    built = attributor.build_index(kind)
-    recall = built.recall
+    in_training = parse_bytes(memory)
+    attributor = Attributor(folder, model, view, mask)
+    built = attributor.build_index(kind, recall=recall, memory=in_training, device=device)
+    _show_index(built, attributor.index_path)
+
+
+def _show_index(built: InfluenceIndex, path: Path) -> None:
+    count, found, seconds = len(built.ids), built.recall, built.seconds
+    disk = sum((path / name).stat().st_size for name in ("index.faiss", "index.json"))
+    click.echo(f"{path}: {built.kind}, {count:,} examples")
     click.echo(
-        f"{attributor.index_path}: {len(built.ids)} examples, recall@{recall['k']} of "
-        f"{recall['proponents']:.3f} (proponents) and {recall['opponents']:.3f} (opponents)"
+        f"bytes per example: {disk / count:,.0f} on disk, {built.memory_bytes / count:,.0f} in "
+        f"memory"
+    )
+    click.echo(
+        f"recall@{found['k']} against exact, {found['queries']} queries: "
+        f"{found['proponents']:.3f} of proponents, {found['opponents']:.3f} of opponents"
+    )
+    if built.kind in ("ivf", "ivfpq"):
+        click.echo(f"lists probed by a search: {built.effort:,} of {built.index.nlist:,}")
+    if built.kind == "hnsw":
+        click.echo(f"candidates kept by a search: {built.effort:,}")
+    click.echo(
+        f"seconds: {seconds['train']:.1f} training, {seconds['add']:.1f} adding, "
+        f"{seconds['measure']:.1f} measuring"
     )
 
 
 @main.command()
-@click.argument("run_dir", type=EXISTING)
+@click.argument("folder", metavar="RUN", type=EXISTING)
 @click.argument("text")
 @click.option("--text-b", help="Second text of a pair.")
 @click.option("--label", help="Its label; absent: the model's prediction.")
+@click.option(
+    "--language",
+    "languages",
+    multiple=True,
+    help="Only training examples of this language; repeatable. None: of all.",
+)
 @_options(_VIEW_OPTIONS)
 @click.option("-k", default=5, show_default=True, help="Proponents and opponents.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def query(
-    run_dir: Path,
+    folder: Path,
     text: str,
     text_b: str | None,
     label: str | None,
+    languages: tuple[str, ...],
     model: str,
     view: str,
     mask: str | None,
@@ -394,20 +452,26 @@ def query(
 ) -> None:
     """Show the training examples that speak for and against a new example's label.
 
+    RUN is a run folder or a folder of `tracmod attribute`. Scores are those of the stored features,
+    with an index (`tracmod index`) too: it only chooses which are read.
+
     \b
     Examples:
       tracmod query runs/demo "The sad king is waiting in the evening." \\
           --text-b "The king is not waiting in the evening."
       tracmod query runs/demo "The sad king is not waiting." --text-b "The king is happy." \\
-          --label contradiction --json
+          --label contradiction --language de --language ru --json
+      tracmod query influence "What a film!"
     """
     from tracmod.query import Attributor
 
-    answer = Attributor(run_dir, model, view, mask).query(text, text_b, label, k)
+    attributor = Attributor(folder, model, view, mask)
+    answer = attributor.query(text, text_b, label, k, languages or None)
     if as_json:
         click.echo(json.dumps(answer, ensure_ascii=False, indent=1))
         return
-    click.echo(f"label {answer['label']}, predicted {answer['prediction']}")
+    by = "exact" if answer["index"] is None else f"candidates of the {answer['index']} index"
+    click.echo(f"label {answer['label']}, predicted {answer['prediction']}; {by}")
     for side, meaning in (("proponents", "lowered"), ("opponents", "raised")):
         click.echo(f"\n{side} (training examples that {meaning} its loss)")
         for row in answer[side]:

@@ -441,7 +441,7 @@ def test_stages_queries_and_verify_on_a_run_folder(tmp_path):
     text = invoke(*query)
     assert text.count("entailment") + text.count("neutral") + text.count("contradiction") >= 6
     streamed = json.loads(invoke(*query, "--json"))
-    assert "recall@36 of 1.000" in invoke("index", run)
+    assert "18 queries: 1.000 of proponents, 1.000 of opponents" in invoke("index", run)
     indexed = json.loads(invoke(*query, "--json"))
     for side in ("proponents", "opponents"):
         scores = [[row["score"] for row in answer[side]] for answer in (streamed, indexed)]

@@ -15,7 +15,7 @@ from torch import Tensor
 faiss = pytest.importorskip("faiss")
 
 from tracmod.durable import seal  # noqa: E402
-from tracmod.index import KINDS, InfluenceIndex, factory_string  # noqa: E402
+from tracmod.index import KINDS, InfluenceIndex, _new_index, factory_string  # noqa: E402
 from tracmod.store import FeatureStore  # noqa: E402
 
 IDENTITY = {"projection": {"dim": 12, "seed": 0}, "model": "m", "data": "train"}
@@ -194,9 +194,63 @@ def test_training_stays_within_the_memory_asked_for() -> None:
     assert small.recall["proponents"] > 0.3  # trained on 256 rows
 
 
+@pytest.mark.parametrize("kind", ["ivf", "ivfpq"])
+def test_training_round_by_round_is_faiss_own_training(kind: str) -> None:
+    rows = features(3000)[0][:, :8].contiguous()
+    own = _new_index(kind, len(rows), rows.shape[1], seed=0)
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    own.train(rows.numpy())
+    own.add(rows.numpy())
+    faiss.omp_set_num_threads(threads)
+    built = InfluenceIndex.build([rows], kind=kind).index
+    assert np.array_equal(faiss.serialize_index(built), faiss.serialize_index(own))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_said_are_those_of_the_file(kind: str, tmp_path: Path) -> None:
+    index = InfluenceIndex.build(features(2000), kind=kind)
+    index.save(tmp_path)
+    # The file also has a size before each list, and HNSW's probabilities of levels.
+    assert index.memory_bytes == pytest.approx((tmp_path / "index.faiss").stat().st_size, abs=2500)
+    assert index.seconds.keys() == {"train", "add", "measure"}
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"expected cpu, cuda, cuda:1, \.\.\., got tpu"):
+        InfluenceIndex.build(features(10), device="tpu")
+    with pytest.raises(ValueError, match=r"got cuda:97, but this FAISS finds \w+ GPUs: install"):
+        InfluenceIndex.build(features(10), kind="ivf", device="cuda:97")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_goes_to_a_gpu_is_what_the_cpu_would_do(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine without one: the GPU is played by the CPU, and its uses are counted."""
+    used: list[tuple[int, int]] = []
+
+    def to_gpu(resources: object, number: int, centres: object) -> object:
+        used.append((number, centres.ntotal))  # type: ignore[attr-defined]
+        return faiss.clone_index(centres)
+
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+    trains = features(600)
+    if kind not in ("ivf", "ivfpq"):
+        with pytest.raises(ValueError, match=f"only ivf and ivfpq .* build {kind} on the cpu"):
+            InfluenceIndex.build(trains, kind=kind, device="cuda")
+        return
+    one, two = (InfluenceIndex.build(trains, kind=kind, device=d) for d in ("cuda:1", "cpu"))
+    assert used == [(1, 0), (1, one.index.nlist)]
+    assert np.array_equal(faiss.serialize_index(one.index), faiss.serialize_index(two.index))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"recall": 1.5}, "recall: expected a share above 0 and up to 1, got 1.5"),
         ({"kind": "lsh"}, "expected flat, sq8, ivf, ivfpq, hnsw, got 'lsh'"),
         ({"kind": "ivfpq"}, "at least 256 training examples, got 10"),
         ({"weights": [1.0, -1.0]}, "not negative"),

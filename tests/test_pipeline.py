@@ -313,17 +313,10 @@ def test_features_are_scored_on_the_studys_device(copy, monkeypatch):
         return top_influences(*on_cpu, k, groups)
 
     monkeypatch.setattr("tracmod.pipeline.top_influences", record)
-    monkeypatch.setattr("tracmod.query.top_influences", record)
     study = Study(RunFolder(copy))
     digests = [model_digests(*load_model(one.path)) for one in study.checkpoints("full")]
     study.device = "meta"
     study._influence_of_view("full", study.views[0], digests, [0] * 18, int)
-    assert devices == {"meta"}
-    devices.clear()
-    attributor = Attributor(copy)
-    attributor.train_stores  # noqa: B018 (opened before: models stay where they are)
-    attributor.study.device = "meta"
-    attributor._nearest([torch.ones(1, 256)] * 2, 3)
     assert devices == {"meta"}
 
 

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
         top_influences,
     )
     from tracmod.pruned import load_pruned, save_masked, save_pruned
+    from tracmod.query import Attributor
     from tracmod.store import FeatureStore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attributor",
     "FeatureStore",
     "HeadMask",
     "Projection",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "Attributor": "tracmod.query",
     "FeatureStore": "tracmod.store",
     "HeadMask": "tracmod.heads",
     "Projection": "tracmod.features",

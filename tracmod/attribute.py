@@ -8,16 +8,18 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from tracmod.capture import frozen
-from tracmod.durable import file_sha256, write_checksums, write_json, write_parquet
+from tracmod.durable import file_sha256, read_json, write_checksums, write_json, write_parquet
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
 from tracmod.heads import HeadMask
 from tracmod.influence import (
@@ -113,7 +115,9 @@ def attribute(asked: Attribution) -> None:
         OSError: `out` cannot be written.
     """
     started = time.perf_counter()
-    work = _Work(asked)
+    _check_out(asked.out, asked.exact)
+    work = Work(asked)
+    work.examples  # noqa: B018 (read and checked before the long part begins)
     top = work.exact() if asked.exact else work.projected()
     tables = InfluenceTables(work.tables["train"], work.tables["query"], work.predictions())
     tables.add(list(range(len(work.tables["query"]))), top)
@@ -123,8 +127,32 @@ def attribute(asked: Attribution) -> None:
     write_checksums(asked.out)
 
 
-class _Work:
-    """What `attribute` works with: everything is read and checked before the long part begins."""
+def read_attribution(out: Path) -> Attribution:
+    """What the attribution in a folder was asked to do; of its checkpoints, those it used.
+
+    Raises:
+        ValueError: no finished attribution there.
+    """
+    file = out / "run.json"
+    record = read_json(file) if file.is_file() else None
+    if not isinstance(record, dict) or "arguments" not in record:
+        raise ValueError(f"{out}: expected a folder of `tracmod attribute`, finished")
+    arguments = record["arguments"]
+    paths = {name: Path(arguments[name]) for name in ("train", "query")}
+    mask = arguments["head_mask"]
+    return Attribution(
+        **arguments
+        | paths
+        | {
+            "out": out,
+            "head_mask": None if mask is None else Path(mask),
+            "checkpoints": [Path(path) for path in arguments["checkpoints"]],
+        }
+    )
+
+
+class Work:
+    """What `attribute` works with, checked; the examples are read at their first use."""
 
     def __init__(self, asked: Attribution) -> None:
         self.asked = asked
@@ -132,7 +160,6 @@ class _Work:
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.device = resolve_device(asked.device)
-        _check_out(asked.out, asked.exact)
         self.projection = Projection(asked.projection_dim, seed=asked.seed)
         self.mask = None if asked.head_mask is None else HeadMask.load(asked.head_mask)
         self.checkpoints = _checkpoints(asked)
@@ -142,13 +169,22 @@ class _Work:
             pass
         for path in asked.checkpoints:
             check_checkpoint(path, model.config)
+        self.tokenizer = tokenizer
         self.tokenizer_digest = tokenizer_digest(tokenizer)
         self.label_names = class_names(model)
         longest = min(512, tokenizer.model_max_length)
         self.max_length = longest if asked.max_length is None else asked.max_length
-        files = [getattr(asked, split) for split in SPLITS]
-        self.tables = dict(zip(SPLITS, read_model_files(files, self.label_names), strict=True))
-        self.examples = {split: self._encode(tokenizer, split) for split in SPLITS}
+
+    @cached_property
+    def tables(self) -> dict[str, pa.Table]:
+        """Both files' examples; one decides about the other whether labels are names or numbers."""
+        files = [getattr(self.asked, split) for split in SPLITS]
+        return dict(zip(SPLITS, read_model_files(files, self.label_names), strict=True))
+
+    @cached_property
+    def examples(self) -> dict[str, list[dict[str, Any]]]:
+        """Both files' examples, encoded."""
+        return {split: self.encode(table) for split, table in self.tables.items()}
 
     @property
     def languages(self) -> list[str]:
@@ -193,7 +229,7 @@ class _Work:
 
     def predictions(self) -> list[int]:
         """The last checkpoint's predicted label of every query, under the mask."""
-        model = self._load(self.checkpoints[-1])
+        model = self.load(self.checkpoints[-1])
         with masked(model, self.mask):
             logits_QC = predict(model, self.examples["query"], batch_tokens=self.asked.batch_tokens)
         if logits_QC.shape[1] == 1:
@@ -218,7 +254,7 @@ class _Work:
     def _exact_scores(self, checkpoint: Checkpoint, advance: Callable[[int], Any]) -> Tensor:
         """(Q, N) scores of one checkpoint, unweighted: read where they are there, else made."""
         file = self.asked.out / "exact" / f"checkpoint-{checkpoint.epoch}.safetensors"
-        model = self._load(checkpoint)
+        model = self.load(checkpoint)
         identity = {
             "parameters": self.asked.parameters,
             "head_mask": None if self.mask is None else self.mask.digest(),
@@ -248,28 +284,14 @@ class _Work:
     def _collect(
         self, checkpoint: Checkpoint, advance: Callable[[int], Any]
     ) -> dict[str, FeatureStore]:
-        model = self._load(checkpoint)
-        identity = feature_identity(
-            self.projection,
-            self.asked.parameters,
-            self.mask,
-            self.asked.dtype,
-            **self._digests(model),
-        )
+        model = self.load(checkpoint)
+        identity = self._identity(model)
         stores = {}
         with frozen(model):
-            collector = Collector(
-                model,
-                self.projection,
-                self.asked.parameters,
-                self.asked.batch_tokens,
-                getattr(torch, self.asked.dtype),
-                self.mask,
-            )
+            collector = self.collector(model)
             for split in SPLITS:
-                folder = self.asked.out / "features" / f"checkpoint-{checkpoint.epoch}" / split
                 with FeatureStore.create(
-                    folder,
+                    self.store_path(checkpoint, split),
                     ids=self.tables[split].column("id").to_pylist(),
                     dim=self.projection.dim,
                     identity=identity | {"data": self._data_digest(split)},
@@ -277,6 +299,41 @@ class _Work:
                     collect_to_store(collector, self.examples[split], store, advance)
                 stores[split] = store
         return stores
+
+    def open_train_store(self, checkpoint: Checkpoint, model: PreTrainedModel) -> FeatureStore:
+        """The training examples' features at a checkpoint, made before.
+
+        Raises:
+            ValueError: made with another model, tokenizer, mask, data or projection than there are
+                now.
+        """
+        identity = self._identity(model) | {"data": self._data_digest("train")}
+        return FeatureStore.open(self.store_path(checkpoint, "train"), identity)
+
+    def collector(self, model: PreTrainedModel) -> Collector:
+        """What turns examples into features."""
+        return Collector(
+            model,
+            self.projection,
+            self.asked.parameters,
+            self.asked.batch_tokens,
+            getattr(torch, self.asked.dtype),
+            self.mask,
+        )
+
+    def _identity(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What features depend on beside the examples."""
+        return feature_identity(
+            self.projection,
+            self.asked.parameters,
+            self.mask,
+            self.asked.dtype,
+            **self._digests(model),
+        )
+
+    def store_path(self, checkpoint: Checkpoint, split: str) -> Path:
+        """Where the features of a split at a checkpoint lie."""
+        return self.asked.out / "features" / f"checkpoint-{checkpoint.epoch}" / split
 
     def _data_digest(self, split: str) -> str:
         return file_sha256(getattr(self.asked, split))
@@ -289,12 +346,14 @@ class _Work:
             "batch_tokens": str(self.asked.batch_tokens),
         }
 
-    def _load(self, checkpoint: Checkpoint) -> PreTrainedModel:
+    def load(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """A checkpoint's model, on the device."""
         return to_device(load_classifier(checkpoint.path), self.device)
 
-    def _encode(self, tokenizer: PreTrainedTokenizerBase, split: str) -> list[dict[str, Any]]:
+    def encode(self, table: pa.Table) -> list[dict[str, Any]]:
+        """Examples as the model takes them."""
         num_labels = len(self.label_names)
-        return encode(tokenizer, self.tables[split], self.max_length, num_labels=num_labels)
+        return encode(self.tokenizer, table, self.max_length, num_labels=num_labels)
 
     def _bar(self, per_checkpoint: int) -> Any:
         total = per_checkpoint * len(self.checkpoints)

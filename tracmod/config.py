@@ -12,6 +12,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -523,3 +524,18 @@ def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise ValueError(f"{key}={value}: {section} is a value, not a section")
     node[last] = value
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 4GB (10^9 bytes each), 512MiB (2^20) or 1000, in bytes.
+
+    Raises:
+        ValueError: not a size, or less than one byte.
+    """
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"memory: expected a size such as 4GB or 512MiB, got {text!r}")
+    return size

@@ -18,6 +18,12 @@ How many lists are probed (ivf, ivfpq), or candidates kept (hnsw), is found when
 doubled until both proponents and opponents are found with the recall that was asked for, or it no
 longer helps.
 
+With a GPU and a FAISS built for it, the centres of the lists (ivf, ivfpq) lie there while they are
+clustered and while rows are sent to the nearest of them: nearly all of the work, lists x D products
+a row. The index itself stays in the CPU's memory and is searched there: FAISS's GPU indexes know no
+filter, and their codes have at most 96 bytes. The other kinds have no centres. (Not yet tried on a
+GPU: the same lines run on the CPU, where the tests see them.)
+
 Apart from the index itself, building holds a sample for training and one block of rows. It is
 repeatable for one seed and number of threads; the graph of hnsw is built by one thread for that.
 
@@ -31,9 +37,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +64,7 @@ Features = FeatureStore | Tensor
 FORMAT = "tracmod-index"
 VERSION = 1
 KINDS = ("flat", "sq8", "ivf", "ivfpq", "hnsw")
+GPU_KINDS = ("ivf", "ivfpq")
 BLOCK_ROWS = 1024
 RECALL_QUERIES = 64
 RECALL_K = 100
@@ -96,6 +105,7 @@ class InfluenceIndex:
         recall: Share of the exact k strongest that the index finds: k, queries, proponents,
             opponents.
         effort: Lists probed (ivf, ivfpq) or candidates kept (hnsw) by a search; else 0.
+        seconds: That train, add and measure took when it was built; not saved.
     """
 
     index: Any
@@ -108,6 +118,7 @@ class InfluenceIndex:
     identities: list[dict[str, Any] | None]
     recall: dict[str, float]
     effort: int
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -122,7 +133,8 @@ class InfluenceIndex:
         queries: Sequence[Features] | None = None,
         recall: float = 0.95,
         seed: int = 0,
-        memory: int = 4 << 30,
+        memory: int = 4_000_000_000,
+        device: str = "cpu",
     ) -> InfluenceIndex:
         """Builds the index and measures its recall.
 
@@ -138,9 +150,11 @@ class InfluenceIndex:
             recall: Share of the exact top 100 that a search should find, if the kind can.
             seed: Of the samples and the clustering.
             memory: Bytes that training may take, beside the index itself.
+            device: Where the lists of ivf and ivfpq are clustered: cpu, cuda, cuda:1, ...
 
         Raises:
-            ValueError: Arguments that do not fit together; too few examples for the kind.
+            ValueError: Arguments that do not fit together; too few examples for the kind; a GPU
+                that is not there, or a kind that has no use for one.
         """
         dims, count = _shapes(trains, "training examples")
         if kind not in KINDS:
@@ -156,6 +170,9 @@ class InfluenceIndex:
             raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
         if languages is not None and len(languages) != count:
             raise ValueError(f"languages: expected {count}, one per example, got {len(languages)}")
+        if not 0 < recall <= 1:
+            raise ValueError(f"recall: expected a share above 0 and up to 1, got {recall}")
+        gpu = _gpu(device, kind)
         made = cls(
             index=_new_index(kind, count, _padded(sum(dims)), seed),
             kind=kind,
@@ -168,9 +185,13 @@ class InfluenceIndex:
             recall={},
             effort=0,
         )
-        made._train(trains, seed, memory)
         probes = made._recall_queries(trains, queries, seed)
-        made._tune(probes, made._add(trains, probes), recall)
+        with made._timed("train"):
+            made._train(trains, seed, memory, gpu)
+        with made._timed("add"):
+            exact = made._add(trains, probes, gpu)
+        with made._timed("measure"):
+            made._tune(probes, exact, recall)
         return made
 
     def search(
@@ -252,8 +273,8 @@ class InfluenceIndex:
             raise OSError(f"cannot write {file}: {error}") from error
         digest = file_sha256(temporary)
         publish_file(temporary, file)
-        meta = {field.name: getattr(self, field.name) for field in fields(self)}
-        del meta["index"]
+        meta = {one.name: getattr(self, one.name) for one in fields(self)}
+        del meta["index"], meta["seconds"]
         head = {"format": FORMAT, "version": VERSION, "index_sha256": digest}
         write_file(path / _META, seal({**head, **meta}))
 
@@ -280,7 +301,27 @@ class InfluenceIndex:
             raise ValueError(f"{file} is damaged, or not of this {_META}: build the index again")
         return cls(index=faiss.read_index(str(file)), **meta)
 
-    def _train(self, trains: Sequence[Features], seed: int, memory: int) -> None:
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the index takes in memory: rows or codes, their numbers, graph and centres."""
+        index, count = self.index, len(self.ids)
+        if isinstance(index, faiss.IndexIVF):
+            centres = index.nlist * index.d * 4
+            codebook = index.pq.centroids.size() * 4 if isinstance(index, faiss.IndexIVFPQ) else 0
+            return count * (index.code_size + 8) + centres + codebook
+        if isinstance(index, faiss.IndexHNSW):
+            graph = index.hnsw
+            links = 4 * graph.neighbors.size() + 8 * graph.offsets.size() + 4 * graph.levels.size()
+            return count * index.storage.sa_code_size() + links
+        return count * index.sa_code_size()
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - started
+
+    def _train(self, trains: Sequence[Features], seed: int, memory: int, gpu: int | None) -> None:
         """Trains on a sample drawn without replacement; what FAISS copies counts as 3 times it."""
         index = self.index
         if index.is_trained:
@@ -288,11 +329,30 @@ class InfluenceIndex:
         lists = index.nlist if isinstance(index, faiss.IndexIVF) else 0
         wanted = _ROWS_PER_CENTRE * max(lists, _PQ_CENTROIDS)
         fitting = max(_PQ_CENTROIDS, memory // (4 * 4 * index.d))
-        sample = self._rows(trains, min(len(self.ids), wanted, fitting), seed, "train")
+        sample = self._rows(trains, min(len(self.ids), wanted, fitting), seed, "sample").numpy()
         with _threads(torch.get_num_threads()):
-            index.train(sample.numpy())
+            if lists:
+                self._cluster(sample, gpu)
+            if self.kind in ("sq8", "ivfpq"):
+                with tqdm(total=1, desc="train codes", unit=" steps", disable=None) as bar:
+                    index.train(sample)
+                    bar.update(1)
+            index.is_trained = True
 
-    def _add(self, trains: Sequence[Features], probes_QD: Tensor) -> Tensor:
+    def _cluster(self, sample: np.ndarray, gpu: int | None) -> None:
+        """Finds the centres of the lists, round by round so that they can be watched.
+
+        FAISS's own training is the same: a round starts from the centres of the one before.
+        """
+        index = self.index
+        clustering = faiss.Clustering(index.d, index.nlist, index.cp)
+        clustering.niter = 1
+        nearest = _centres(index, gpu)
+        for _ in tqdm(range(index.cp.niter), desc="cluster", unit=" rounds", disable=None):
+            clustering.train(sample, nearest)
+        index.quantizer.add(faiss.vector_to_array(clustering.centroids).reshape(-1, index.d))
+
+    def _add(self, trains: Sequence[Features], probes_QD: Tensor, gpu: int | None) -> Tensor:
         """Adds all rows; in the same pass finds the exact top k (2 Q, k) of probes and -probes."""
         k = min(RECALL_K, len(self.ids))
         signed_QD = torch.cat([probes_QD, -probes_QD])
@@ -300,16 +360,21 @@ class InfluenceIndex:
             torch.full((len(signed_QD), k), -math.inf),
             torch.full((len(signed_QD), k), -1, dtype=torch.int64),
         )
+        lists = isinstance(self.index, faiss.IndexIVF)
+        nearest = _centres(self.index, gpu) if lists else None
         with _threads(1 if self.kind == "hnsw" else torch.get_num_threads()):
-            for start, block in self._blocks(trains, "index"):
-                self.index.add(block.numpy())
+            for start, block in self._blocks(trains, "add"):
+                if nearest is None:
+                    self.index.add(block.numpy())
+                else:
+                    _add_to_lists(self.index, block.numpy(), nearest)
                 best = _merge(best, signed_QD @ block.T, start)
         return best.indices
 
     def _tune(self, probes_QD: Tensor, exact: Tensor, wanted: float) -> None:
         """Sets `effort` and `recall`: the least effort that reaches the recall wanted."""
         worst = -1.0
-        for effort in self._efforts():
+        for effort in tqdm(self._efforts(), desc="measure", unit=" efforts", disable=None):
             before, self.effort = self.effort, effort
             recall = self._measure(probes_QD, exact)
             gained = min(recall["proponents"], recall["opponents"]) - worst
@@ -476,6 +541,41 @@ def _new_index(kind: str, count: int, width: int, seed: int) -> Any:
     if isinstance(index, faiss.IndexHNSW):
         index.hnsw.efConstruction = 100
     return index
+
+
+def _gpu(device: str, kind: str) -> int | None:
+    """The number of the GPU that is asked for, None for the CPU; refused where it cannot help."""
+    if device == "cpu":
+        return None
+    asked = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if asked is None:
+        raise ValueError(f"device of an index: expected cpu, cuda, cuda:1, ..., got {device}")
+    number = int(asked[1] or 0)
+    found = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+    if number >= found:
+        raise ValueError(
+            f"device of an index: got {device}, but this FAISS finds {found or 'no'} GPUs: install "
+            f"faiss-gpu-cu12 in place of faiss-cpu on a machine with one, or use cpu"
+        )
+    if kind not in GPU_KINDS:
+        raise ValueError(
+            f"device of an index: got {device}, but only {' and '.join(GPU_KINDS)} have lists to "
+            f"cluster on a GPU: build {kind} on the cpu"
+        )
+    return number
+
+
+def _centres(index: Any, gpu: int | None) -> Any:
+    """The centres of the lists, searchable where they lie; as yet none before they are found."""
+    if gpu is None:
+        return faiss.clone_index(index.quantizer)
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, index.quantizer)
+
+
+def _add_to_lists(index: Any, rows_BD: np.ndarray, nearest: Any) -> None:
+    """`index.add(rows)`, the nearest centres found in `nearest`."""
+    _, lists_B1 = nearest.search(rows_BD, 1)
+    index.add_core(len(rows_BD), faiss.swig_ptr(rows_BD), None, faiss.swig_ptr(lists_B1))
 
 
 def _padded(width: int) -> int:

@@ -1,81 +1,101 @@
-"""Influence on a new example, from a run's models, feature stores and, if there, its index."""
+"""Influence on a new example, from feature stores that are there and, if built, their index."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import torch
 from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tracmod import kernels
+from tracmod.attribute import Work, read_attribution
 from tracmod.capture import frozen
-from tracmod.features import as_examples, masked
+from tracmod.durable import read_json
+from tracmod.features import Collector, as_examples, masked
 from tracmod.heads import HeadMask
 from tracmod.index import InfluenceIndex
-from tracmod.influence import top_influences
 from tracmod.model import encode, load_model, predict, to_device
 from tracmod.pipeline import Study, model_digests
 from tracmod.run_folder import RunFolder
 from tracmod.store import FeatureStore
 
+BLOCK_ROWS = 1024  # of each checkpoint's features in memory at a time
+# Candidates per place that an inexact index is asked for; their exact scores decide.
+CANDIDATES = 4
+
 
 class Attributor:
-    """One model and view of a run, kept open to answer repeatedly.
+    """One folder's models and training features, kept open to answer repeatedly.
 
-    The checkpoints stay in memory; scores are those of the run: same projection, mask, weights and
-    normalisation.
+    The checkpoints stay in memory, the features on disk: they are read in blocks, or an index
+    (`tracmod index`) says which rows to read. Scores are those of the folder's own results: same
+    projection, mask, weights and normalisation; an inexact index only chooses the candidates.
+
+    Example:
+        >>> attributor = tm.Attributor("runs/demo")
+        >>> answer = attributor.query("The king is waiting.", "The king is not waiting.")
+        >>> answer["label"], answer["proponents"][0]["text_a"], answer["proponents"][0]["score"]
     """
 
     def __init__(
-        self, run_dir: str | Path, model: str = "full", view: str = "full", mask: str | None = None
+        self, folder: str | Path, model: str = "full", view: str = "full", mask: str | None = None
     ) -> None:
-        """Open a run.
+        """Open a run folder or a folder of `tracmod attribute`.
 
         Args:
-            run_dir: a run folder with the stage `collect` done.
-            model: `full` or `sparse`.
-            view: `full`, `subnetwork`, `random-<i>` or `other-<language>`.
+            folder: a run with the stage `collect` done, or a finished attribution without --exact,
+                whose model, checkpoints and example files are still where they were.
+            model: of a run: `full` or `sparse`.
+            view: of a run: `full`, `subnetwork`, `random-<i>` or `other-<language>`.
             mask: the language whose mask is applied, for views with one mask per language.
 
         Raises:
-            ValueError: no such view or mask, or features not collected.
+            ValueError: no such folder, view or mask, or no features in it.
         """
-        self.study = Study(RunFolder(run_dir))
-        self.model = model
-        if not self.study.run.is_done("collect"):
-            raise ValueError(f"{run_dir}: expected collected features; run `tracmod collect`")
-        views = {one.name: one for one in self.study.views if one.collected}
-        if model not in ("full", "sparse") or view not in views:
-            raise ValueError(
-                f"{run_dir}: expected model full or sparse and a view of {', '.join(views)}, "
-                f"got {model} and {view}"
-            )
-        self.view = views[view]
-        masks = dict(self.view.masks)
-        self.mask_language = None if None in masks else mask
-        if self.mask_language not in masks:
-            raise ValueError(
-                f"{run_dir}: the view {view} has a mask per language: expected one of "
-                f"{', '.join(map(str, masks))}, got {mask}"
-            )
+        folder = Path(folder)
+        file = folder / "run.json"
+        record = read_json(file) if file.is_file() else {}
+        self.source: _Source
+        if isinstance(record, dict) and "arguments" in record:
+            self.source = _OfAttribution(folder, record["weights"], (model, view, mask))
+        else:
+            self.source = _OfRun(folder, model, view, mask)
 
     @property
     def index_path(self) -> Path:
-        """Where this model and view's FAISS index lies."""
-        folder = self.study.run.path / "index" / self.model / self.view.name
-        return folder if self.mask_language is None else folder / self.mask_language
+        """Where the FAISS index of these features lies."""
+        return self.source.index_path
 
-    def build_index(self, kind: str) -> InfluenceIndex:
-        """Build and save a FAISS index over the training examples' features."""
+    def build_index(
+        self,
+        kind: str,
+        *,
+        recall: float = 0.95,
+        memory: int = 4_000_000_000,
+        device: str = "cpu",
+    ) -> InfluenceIndex:
+        """Build and save a FAISS index over the training examples' features.
+
+        Args:
+            kind, recall, memory, device: as in `InfluenceIndex.build`.
+        """
         index = InfluenceIndex.build(
             self.train_stores,
             kind=kind,
-            languages=self.train.column("language").to_pylist(),
-            weights=self.weights,
-            normalize=self.study.normalize,
-            queries=self._stores("test"),
+            languages=self._languages.tolist(),
+            weights=self.source.weights,
+            normalize=self.source.normalize,
+            queries=self.source.query_stores(),
+            recall=recall,
+            memory=memory,
+            device=device,
         )
         index.save(self.index_path)
         return index
@@ -86,119 +106,336 @@ class Attributor:
         text_b: str | None = None,
         label: str | None = None,
         k: int = 10,
+        languages: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Strongest proponents and opponents of one example.
 
         Args:
             text_a, text_b: the texts.
-            label: its label's name; None: the last checkpoint's prediction, so that the answer is
-                about why the model says what it says.
+            label: its label's name (of a model with one output, a whole number); None: the last
+                checkpoint's prediction, so that the answer is about why the model says what it
+                says.
             k: how many of each sign.
+            languages: only training examples of these; None: of all.
 
         Returns:
-            `label`, `prediction`, and `proponents` and `opponents`: lists of dicts with rank,
-            score, id, language, label, text_a, text_b. Positive scores: the training example
+            `label`, `prediction`, `languages`, `index` (the kind of the index that chose the
+            candidates, or None), and `proponents` and `opponents`: lists of dicts with rank, score,
+            id, language, label, text_a, text_b, group. Positive scores: the training example
             lowered the loss of the label.
+
+        Raises:
+            ValueError: a label or language that is not there; features or an index made with
+                something else than what is there now.
         """
-        names = self.study.run.record["label_names"]
-        if label is not None and label not in names:
-            raise ValueError(f"label: expected one of {', '.join(names)}, got {label}")
+        if k < 1:
+            raise ValueError(f"k: expected at least 1, got {k}")
+        given = None if label is None else self._label_number(label)
+        rows = self._rows_of(languages)
         table = pa.table(
             {"id": ["query"], "text_a": [text_a], "text_b": pa.array([text_b], pa.string()),
-             "label": [0 if label is None else names.index(label)]}
+             "label": [0 if given is None else given]}
         )  # fmt: skip
-        prediction = names[self._predict(table)]
-        if label is None:
-            table = table.set_column(3, "label", [[names.index(prediction)]])
-        features = self._features(table)
-        proponents, opponents = self._nearest(features, k)
+        prediction = self._predict(table)
+        if given is None:
+            given = prediction
+            table = table.set_column(3, "label", [[prediction]])
+        top, kind = self._nearest(self._features(table), k, rows, languages)
         return {
-            "label": label or prediction,
-            "prediction": prediction,
-            "proponents": proponents,
-            "opponents": opponents,
+            "label": self._label_name(given),
+            "prediction": self._label_name(prediction),
+            "languages": None if languages is None else list(languages),
+            "index": kind,
+            "proponents": self._examples(top.indices[0], top.scores[0]),
+            "opponents": self._examples(top.opponent_indices[0], top.opponent_scores[0]),
         }
 
     @cached_property
-    def train(self) -> pa.Table:
-        """The training examples."""
-        return pq.read_table(self.study.run.data("train"))
+    def train_stores(self) -> list[FeatureStore]:
+        """One feature store per checkpoint, made with what is there now."""
+        return self.source.train_stores()
 
     @cached_property
+    def _languages(self) -> np.ndarray:
+        return np.array(self.source.train.column("language").to_pylist())
+
+    def _rows_of(self, languages: Sequence[str] | None) -> Tensor:
+        """The numbers of the training examples of some languages, ascending."""
+        if languages is None:
+            return torch.arange(len(self._languages))
+        there = np.unique(self._languages).tolist()
+        unknown = sorted(set(languages) - set(there))
+        if unknown or not languages:
+            raise ValueError(
+                f"language: expected some of {', '.join(there)}, got {', '.join(unknown) or 'none'}"
+            )
+        return torch.from_numpy(np.flatnonzero(np.isin(self._languages, list(languages))))
+
+    # --- the example ------------------------------------------------------------------------
+
+    def _label_number(self, label: str) -> int:
+        names = self.source.label_names
+        if len(names) == 1:
+            if not label.isdecimal():
+                raise ValueError(f"label: expected a whole number, got {label}")
+            return int(label)
+        if label not in names:
+            raise ValueError(f"label: expected one of {', '.join(names)}, got {label}")
+        return names.index(label)
+
+    def _label_name(self, label: int) -> str:
+        names = self.source.label_names
+        return str(label) if len(names) == 1 else names[label]
+
+    def _predict(self, table: pa.Table) -> int:
+        model, tokenizer = self.source.models[-1]
+        with masked(model, self.source.masks[-1]):
+            logits_C = predict(model, encode(tokenizer, table, self.source.max_length))[0]
+        return round(float(logits_C)) if len(logits_C) == 1 else int(logits_C.argmax())
+
+    def _features(self, table: pa.Table) -> list[Tensor]:
+        """(C,) the example's features (1, K)."""
+        found = []
+        for (model, tokenizer), mask in zip(self.source.models, self.source.masks, strict=True):
+            examples = as_examples(encode(tokenizer, table, self.source.max_length))
+            with frozen(model):
+                found.append(self.source.collector(model, mask).collect(examples))
+        return found
+
+    # --- the training examples --------------------------------------------------------------
+
+    def _nearest(
+        self,
+        features: list[Tensor],
+        k: int,
+        rows: Tensor,
+        languages: Sequence[str] | None,
+    ) -> tuple[kernels.TopK, str | None]:
+        """The strongest of `rows`, and the kind of the index that was used, if one was."""
+        index = self._index
+        if index is not None:
+            chosen = self._candidates(index, features, min(k, len(rows)), languages)
+            if chosen is not None:
+                return self._rank(features, k, chosen), index.kind
+        return self._rank(features, k, rows), None
+
+    def _candidates(
+        self,
+        index: InfluenceIndex,
+        features: list[Tensor],
+        k: int,
+        languages: Sequence[str] | None,
+    ) -> Tensor | None:
+        """Rows among which an index finds the strongest of both signs; None: it finds too few.
+
+        Too few: lists or a part of a graph that hold next to none of a filter's languages.
+        """
+        asked = min(len(index.ids), k if index.kind == "flat" else CANDIDATES * k)
+        on_cpu = [one.cpu() for one in features]
+        found = []
+        for opponents in (False, True):
+            near = index.search(on_cpu, asked, opponents=opponents, languages=languages).indices[0]
+            found.append(near[near >= 0])
+        if min(map(len, found)) < k:
+            return None
+        return torch.cat(found).unique()
+
+    def _rank(self, features: list[Tensor], k: int, rows: Tensor) -> kernels.TopK:
+        """The k strongest of both signs among `rows`, by their stored features."""
+        queries = [one.to(self.source.device, torch.float32) for one in features]
+        top, done = None, 0
+        for block in self._blocks(rows):
+            trains = [one.to(self.source.device, torch.float32) for one in block]
+            top = kernels.top_k_dot(
+                queries,
+                trains,
+                k=min(k, len(rows)),
+                weights=self.source.weights,
+                normalize=self.source.normalize,
+                state=top,
+                index_offset=done,
+            )
+            done += len(trains[0])
+        assert top is not None
+        places = [top.indices.cpu(), top.opponent_indices.cpu()]
+        return top._replace(indices=rows[places[0]], opponent_indices=rows[places[1]])
+
+    def _blocks(self, rows: Tensor) -> Iterator[list[Tensor]]:
+        """(C,) the features of the rows, block by block of the stores; never of all at once."""
+        bounds = range(0, len(self._languages), BLOCK_ROWS)
+        for start in tqdm(bounds, desc="query", unit=" blocks", disable=None):
+            stop = min(start + BLOCK_ROWS, len(self._languages))
+            first, last = torch.searchsorted(rows, torch.tensor([start, stop])).tolist()
+            if first == last:
+                continue
+            inside = rows[first:last]
+            if len(inside) * 8 < stop - start:  # candidates of an index
+                yield [
+                    torch.cat([store.read(row, row + 1) for row in inside.tolist()])
+                    for store in self.train_stores
+                ]
+            else:
+                yield [store.read(start, stop)[inside - start] for store in self.train_stores]
+
+    @cached_property
+    def _index(self) -> InfluenceIndex | None:
+        if not (self.index_path / "index.json").is_file():
+            return None
+        index = InfluenceIndex.load(self.index_path)
+        index.check_built_from(self.train_stores, self.source.weights, self.source.normalize)
+        return index
+
+    def _examples(self, indices: Tensor, scores: Tensor) -> list[dict[str, Any]]:
+        """Examples as the answer shows them."""
+        rows = self.source.train.take(indices.numpy()).to_pylist()
+        return [
+            {"rank": rank, "score": score} | row | {"label": self._label_name(row["label"])}
+            for rank, (row, score) in enumerate(zip(rows, scores.tolist(), strict=True), 1)
+        ]
+
+
+# --- where features come from ---------------------------------------------------------------
+
+
+class _Source(Protocol):
+    """What an `Attributor` needs of a folder. C checkpoints, in order."""
+
+    index_path: Path
+    label_names: list[str]
+    device: str
+    max_length: int
+    weights: list[float] | None
+    normalize: str | None
+
+    @property
+    def train(self) -> pa.Table:
+        """The training examples, in the order of the features."""
+
+    @property
+    def models(self) -> list[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+        """(C,) on the device."""
+
+    @property
+    def masks(self) -> list[HeadMask | None]:
+        """(C,) the mask that features are made under."""
+
+    def collector(self, model: PreTrainedModel, mask: HeadMask | None) -> Collector:
+        """What turns examples into features."""
+
     def train_stores(self) -> list[FeatureStore]:
-        """One feature store per checkpoint."""
+        """(C,) refused where made with something else than what is there now."""
+
+    def query_stores(self) -> list[FeatureStore]:
+        """(C,) of examples like those to be asked about, to measure an index with."""
+
+
+class _OfRun:
+    """One model and view of a run folder."""
+
+    def __init__(self, folder: Path, model: str, view: str, mask: str | None) -> None:
+        self.study = Study(RunFolder(folder))
+        self.model = model
+        if not self.study.run.is_done("collect"):
+            raise ValueError(f"{folder}: expected collected features; run `tracmod collect`")
+        views = {one.name: one for one in self.study.views if one.collected}
+        if model not in ("full", "sparse") or view not in views:
+            raise ValueError(
+                f"{folder}: expected model full or sparse and a view of {', '.join(views)}, "
+                f"got {model} and {view}"
+            )
+        self.view = views[view]
+        names = [language for language, _ in self.view.masks]
+        self.language = None if None in names else mask
+        if self.language not in names:
+            raise ValueError(
+                f"{folder}: the view {view} has a mask per language: expected one of "
+                f"{', '.join(map(str, names))}, got {mask}"
+            )
+        self.index_path = folder / "index" / model / view / (self.language or "")
+        self.label_names: list[str] = self.study.run.record["label_names"]
+        self.device = self.study.device
+        self.max_length = self.study.config.model.max_length
+        self.checkpoints = self.study.checkpoints(model)
+        self.weights = self.study.weights(self.checkpoints)
+        self.normalize = self.study.normalize
+
+    @property
+    def train(self) -> pa.Table:
+        return self.study.table("train")
+
+    @cached_property
+    def models(self) -> list[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+        loaded = (load_model(one.path) for one in self.checkpoints)
+        return [(to_device(model, self.device), tokenizer) for model, tokenizer in loaded]
+
+    @cached_property
+    def masks(self) -> list[HeadMask | None]:
+        epochs = [one.epoch for one in self.checkpoints]
+        return [self.study.mask(self.model, self.view, self.language, epoch) for epoch in epochs]
+
+    def collector(self, model: PreTrainedModel, mask: HeadMask | None) -> Collector:
+        return self.study.collector(model, mask)
+
+    def train_stores(self) -> list[FeatureStore]:
         return self._stores("train")
 
-    @cached_property
-    def weights(self) -> list[float] | None:
-        """One weight per checkpoint."""
-        return self.study.weights(self.study.checkpoints(self.model))
+    def query_stores(self) -> list[FeatureStore]:
+        return self._stores("test")
 
     def _stores(self, split: str) -> list[FeatureStore]:
-        return self.study.stores(self.model, self.view, self.mask_language, split, self._digests)
+        return self.study.stores(self.model, self.view, self.language, split, self._digests)
 
     @cached_property
     def _digests(self) -> list[dict[str, str]]:
-        return [model_digests(model, tokenizer) for model, tokenizer in self._models]
+        return [model_digests(model, tokenizer) for model, tokenizer in self.models]
+
+
+class _OfAttribution:
+    """A folder of `tracmod attribute`."""
+
+    def __init__(
+        self, folder: Path, weights: list[float], view: tuple[str, str, str | None]
+    ) -> None:
+        if view != ("full", "full", None):
+            raise ValueError(
+                f"{folder}: an attribution has one model and one mask: model, view and mask are "
+                f"choices of a run folder"
+            )
+        asked = read_attribution(folder)
+        if asked.exact:
+            raise ValueError(
+                f"{folder}: an attribution with --exact keeps scores and no features to compare a "
+                f"new example with: make one without --exact"
+            )
+        self.work = Work(asked)
+        self.index_path = folder / "index"
+        self.label_names = self.work.label_names
+        self.device = self.work.device
+        self.max_length = self.work.max_length
+        # Of the results there: without checkpoints given, the model's own weight was 1.
+        self.weights: list[float] | None = weights
+        self.normalize = asked.normalize
+
+    @property
+    def train(self) -> pa.Table:
+        return self.work.tables["train"]
 
     @cached_property
-    def _models(self) -> list[Any]:
-        loaded = (load_model(one.path) for one in self.study.checkpoints(self.model))
-        return [(to_device(model, self.study.device), tokenizer) for model, tokenizer in loaded]
+    def models(self) -> list[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+        return [(self.work.load(one), self.work.tokenizer) for one in self.work.checkpoints]
 
     @cached_property
-    def _masks(self) -> list[HeadMask | None]:
-        """Of each checkpoint."""
-        return [
-            self.study.mask(self.model, self.view, self.mask_language, one.epoch)
-            for one in self.study.checkpoints(self.model)
-        ]
+    def masks(self) -> list[HeadMask | None]:
+        return [self.work.mask] * len(self.work.checkpoints)
 
-    def _predict(self, table: pa.Table) -> int:
-        model, tokenizer = self._models[-1]
-        with masked(model, self._masks[-1]):
-            examples = encode(tokenizer, table, self.study.config.model.max_length)
-            return int(predict(model, examples).argmax())
+    def collector(self, model: PreTrainedModel, mask: HeadMask | None) -> Collector:
+        return self.work.collector(model)
 
-    def _features(self, table: pa.Table) -> list[Tensor]:
-        found = []
-        for (model, tokenizer), mask in zip(self._models, self._masks, strict=True):
-            examples = as_examples(encode(tokenizer, table, self.study.config.model.max_length))
-            with frozen(model):
-                found.append(self.study.collector(model, mask).collect(examples).cpu())
-        return found
+    def train_stores(self) -> list[FeatureStore]:
+        loaded = zip(self.work.checkpoints, self.models, strict=True)
+        return [self.work.open_train_store(one, model) for one, (model, _) in loaded]
 
-    def _nearest(self, features: list[Tensor], k: int) -> list[list[dict[str, Any]]]:
-        if (self.index_path / "index.json").is_file():
-            index = self._index
-            sides = [index.search(features, k, opponents=side) for side in (False, True)]
-            return [self._rows(one.indices[0], one.scores[0]) for one in sides]
-        device = self.study.device
-        top = top_influences(
-            [one.to(device) for one in features],
-            [store.read().to(device) for store in self.train_stores],
-            k,
-            weights=self.weights,
-            normalize=self.study.normalize,
-        )
-        return [
-            self._rows(top.indices[0], top.scores[0]),
-            self._rows(top.opponent_indices[0], top.opponent_scores[0]),
-        ]
-
-    @cached_property
-    def _index(self) -> InfluenceIndex:
-        index = InfluenceIndex.load(self.index_path)
-        index.check_built_from(self.train_stores, self.weights, self.study.normalize)
-        return index
-
-    def _rows(self, indices: Tensor, scores: Tensor) -> list[dict[str, Any]]:
-        names = self.study.run.record["label_names"]
-        rows = []
-        for rank, (row, score) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True), 1):
-            if row < 0:
-                break
-            example = self.train.slice(row, 1).to_pylist()[0]
-            example["label"] = names[example["label"]]
-            rows.append({"rank": rank, "score": score} | example)
-        return rows
+    def query_stores(self) -> list[FeatureStore]:
+        # Whatever their file holds now: an index only asks that they were made like the others.
+        paths = [self.work.store_path(one, "query") for one in self.work.checkpoints]
+        return [FeatureStore.open(path) for path in paths]

@@ -108,8 +108,10 @@ def with_numpy(asked: dict[str, Any]) -> dict[str, Any]:
     store = FeatureStore.open(Path(asked["folder"]) / "float32")
     query = queries_of(asked).numpy()
     start = time.perf_counter()
-    sides = {sign: (np.empty((len(query), 0), np.float32), np.empty((len(query), 0), np.int64))
-             for sign in (1, -1)}  # fmt: skip
+    sides: dict[int, tuple[Any, Any]] = {
+        sign: (np.empty((len(query), 0), np.float32), np.empty((len(query), 0), np.int64))
+        for sign in (1, -1)
+    }
     sums = np.zeros((len(query), GROUPS))
     for first, block in store.blocks(store.shard_rows):
         scores = query @ block.numpy().T
@@ -120,7 +122,8 @@ def with_numpy(asked: dict[str, Any]) -> dict[str, Any]:
             best = np.concatenate([best, np.take_along_axis(scores, kept, 1)], axis=1)
             places = np.concatenate([places, kept + first], axis=1)
             order = np.argsort(-sign * best, axis=1, kind="stable")[:, :K]
-            sides[sign] = tuple(np.take_along_axis(one, order, 1) for one in (best, places))
+            best, places = (np.take_along_axis(one, order, 1) for one in (best, places))
+            sides[sign] = best, places
     seconds = time.perf_counter() - start
     named = {"": sides[1], "opponent_": sides[-1]}
     return {"seconds": seconds, "group_sums": torch.from_numpy(sums)} | {

@@ -7,7 +7,9 @@ process of its own, so that its peak memory is its own.
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,8 +27,11 @@ from tracmod.bench import plain
 from tracmod.bench.collect import BATCH_TOKENS, DIM, check_exact, check_features, require
 from tracmod.bench.measure import agreement, environment, peak_memory
 from tracmod.bench.models import Trained, load_trained, spaced
+from tracmod.capture import frozen
+from tracmod.features import Collector, as_examples, collect_to_store
 from tracmod.influence import top_of_scores
 from tracmod.model import load_classifier, to_device
+from tracmod.store import FeatureStore
 
 K = 100
 
@@ -129,20 +134,27 @@ def exact(job: Trained, device: torch.device, subset: int | None) -> Outcome:
 
 
 def projected(kind: Any, dtype: torch.dtype | None = None) -> Callable[..., Outcome]:
-    """Ours with features of K = 4096."""
+    """Ours with features of K = 4096, collected into stores on disk and searched from there."""
 
     def run(job: Trained, device: torch.device, subset: int | None) -> Outcome:
-        projection = tm.Projection(DIM, kind)
-        queries, trains, gradients = [], [], 0.0
+        folder, stores, gradients = Path(tempfile.mkdtemp()), [], 0.0
+        atexit.register(shutil.rmtree, folder)
         for place in range(len(job.weights)):
             model = checkpoint(job, place, device)
             start = time.perf_counter()
-            queries.append(tm.collect_features(model, job.query, projection, dtype=dtype))
-            trains.append(tm.collect_features(model, job.train, projection, dtype=dtype))
+            with frozen(model):
+                collector = Collector(model, tm.Projection(DIM, kind), dtype=dtype)
+                stores.append([
+                    _store(collector, examples, folder / f"{place}-{split}")
+                    for split, examples in (("query", job.query), ("train", job.train))
+                ])  # fmt: skip
             _wait(device)
             gradients += time.perf_counter() - start
+        queries, trains = zip(*stores, strict=True)
         start = time.perf_counter()
-        top = tm.top_influences(queries, trains, K, job.languages, job.weights, "cosine")
+        top = tm.top_influences(
+            queries, trains, K, job.languages, job.weights, "cosine", device=device
+        )
         indices = top.indices.cpu()
         scoring = time.perf_counter() - start
         seconds = {"gradients": gradients, "scoring": scoring, "whole": gradients + scoring}
@@ -153,6 +165,14 @@ def projected(kind: Any, dtype: torch.dtype | None = None) -> Callable[..., Outc
         )
 
     return run
+
+
+def _store(collector: Collector, examples: list[Any], path: Path) -> FeatureStore:
+    ids = [str(row) for row in range(len(examples))]
+    identity = {"projection": collector.projection.seed}
+    with FeatureStore.create(path, ids=ids, dim=DIM, identity=identity) as store:
+        collect_to_store(collector, as_examples(examples), store)
+    return store
 
 
 METHODS: dict[str, Callable[[Trained, torch.device, int | None], Outcome]] = {

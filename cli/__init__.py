@@ -87,6 +87,11 @@ _RUN_OPTIONS = [
         show_default=True,
         help="Where work runs: in this process; ray is not in this version.",
     ),
+    click.option(
+        "--memory",
+        help="What scoring may take for features, rankings and buffers, such as 4GB (the default); "
+        "no number of training examples needs more. Short for --set influence.memory=4GB.",
+    ),
 ]
 _VIEW_OPTIONS = [
     click.option(
@@ -112,7 +117,7 @@ _VIEW_OPTIONS = [
     help="Only say what would be done: passes, time and disk of every stage, from a short probe.",
 )
 @_options(_RUN_OPTIONS)
-def run(config: str, out: Path, check: bool, overrides: tuple[str, ...], engine: str) -> None:
+def run(config: str, out: Path, check: bool, **options: Any) -> None:
     """Do every stage of CONFIG that is not yet done in the run folder.
 
     CONFIG is a YAML file or the name of an embedded one (demo, xnli, pawsx, marc). Stopped at any
@@ -127,8 +132,7 @@ def run(config: str, out: Path, check: bool, overrides: tuple[str, ...], engine:
     from tracmod.config import load_config
     from tracmod.run_folder import STAGES, RunFolder
 
-    _check_engine(engine)
-    folder = RunFolder(out, load_config(config, overrides))
+    folder = RunFolder(out, load_config(config, _overrides(**options)))
     if check:
         _show_plan(folder)
         return
@@ -167,7 +171,7 @@ def _size(size: int) -> str:
 @click.option("--out", required=True, type=FOLDER, help="Folder of the runs and of the results.")
 @click.option("--check", is_flag=True, help="Say which stages are to be done and which are shared.")
 @_options(_RUN_OPTIONS)
-def sweep(config: str, out: Path, check: bool, overrides: tuple[str, ...], engine: str) -> None:
+def sweep(config: str, out: Path, check: bool, **options: Any) -> None:
     """Do many runs that differ in some settings; one table and figure of them all.
 
     CONFIG is a YAML file or the name of an embedded one (sparsity, thresholds, difficulty,
@@ -183,8 +187,7 @@ def sweep(config: str, out: Path, check: bool, overrides: tuple[str, ...], engin
     """
     from tracmod.sweep import load_sweep, run_sweep, sweep_plan
 
-    _check_engine(engine)
-    loaded = load_sweep(config, overrides)
+    loaded = load_sweep(config, _overrides(**options))
     if check:
         for point, stages in sweep_plan(loaded, out).items():
             told = [f"{stage}: {how}" for stage, how in stages.items()]
@@ -203,11 +206,11 @@ def _stage(stage: str, does: str, example: str = "") -> None:
     @click.argument("run_dir", type=FOLDER)
     @click.option("--config", help="YAML file or embedded name; needed to begin a run folder.")
     @_options(_RUN_OPTIONS)
-    def command(run_dir: Path, config: str | None, overrides: tuple[str, ...], engine: str) -> None:
+    def command(run_dir: Path, config: str | None, **options: Any) -> None:
         from tracmod.config import load_config, override_config
         from tracmod.run_folder import RunFolder
 
-        _check_engine(engine)
+        overrides = _overrides(**options)
         if config is not None:
             folder = RunFolder(run_dir, load_config(config, overrides))
         else:
@@ -216,9 +219,11 @@ def _stage(stage: str, does: str, example: str = "") -> None:
         _do(folder, ["data", stage] if stage == "finetune" else [stage], again=stage)
 
 
-def _check_engine(engine: str) -> None:
+def _overrides(overrides: tuple[str, ...], engine: str, memory: str | None) -> tuple[str, ...]:
+    """What the options of a run change in its config."""
     if engine == "ray":
         raise ValueError("--engine ray: the Ray engine is not in this version; local is")
+    return overrides if memory is None else (*overrides, f"influence.memory={memory}")
 
 
 def _do(folder: RunFolder, stages: Any, again: str | None = None) -> None:
@@ -279,6 +284,12 @@ _stage("report", "Write report/index.html.")
 @click.option("--seed", default=0, show_default=True, help="Of the projection.")
 @click.option("--max-length", type=int, help="Tokens per example; absent: the model's, up to 512.")
 @click.option("--batch-tokens", default=8192, show_default=True, help="Tokens per batch.")
+@click.option(
+    "--memory",
+    default="4GB",
+    show_default=True,
+    help="What scoring may take for features, rankings and buffers.",
+)
 @click.option("--device", help="cpu, cuda, cuda:1; absent: a GPU if there is one.")
 @click.option(
     "--dtype",
@@ -287,13 +298,14 @@ _stage("report", "Write report/index.html.")
     show_default=True,
     help="Of the forward and backward pass.",
 )
-def attribute(normalize: str, **options: Any) -> None:
+def attribute(normalize: str, memory: str, **options: Any) -> None:
     """Which training examples raised or lowered the loss of each query, and of which language?
 
     Example files (.tsv, .csv, .jsonl, .parquet; .gz too) have the columns id, language, text_a,
     text_b (may be absent), label and group (may be absent). Written to --out: top.parquet,
-    languages.parquet, examples.parquet, run.json and features/ (with --exact, each checkpoint's
-    scores in exact/). Positive scores: the training example lowered the query's loss.
+    languages.parquet, examples.parquet, self_influence.parquet, run.json and features/ (with
+    --exact, each checkpoint's scores in exact/). Positive scores: the training example lowered the
+    query's loss.
 
     \b
     Example:
@@ -301,9 +313,10 @@ def attribute(normalize: str, **options: Any) -> None:
           --checkpoint my-model/checkpoint-1000 --train train.tsv --query test.tsv --out influence
     """
     from tracmod.attribute import Attribution, attribute
+    from tracmod.config import parse_bytes
 
     normalized = None if normalize == "none" else normalize
-    attribute(Attribution(normalize=normalized, **options))
+    attribute(Attribution(normalize=normalized, memory=parse_bytes(memory), **options))
     click.echo(f"written: {options['out']}/top.parquet, languages.parquet, run.json")
 
 

@@ -93,6 +93,35 @@ def test_attribute_writes_the_contracts_files(model_dir, files, tmp_path):
     assert "sound" in invoke("verify", out)
 
 
+def test_attribute_within_little_memory_gives_the_same(model_dir, files, tmp_path):
+    for name, memory in (("much", "4GB"), ("little", "33MiB")):
+        invoke(*attribute_command(model_dir, files, tmp_path / name, "--memory", memory))
+    for table in ("top.parquet", "languages.parquet", "self_influence.parquet"):
+        assert (tmp_path / "much" / table).read_bytes() == (
+            tmp_path / "little" / table
+        ).read_bytes()
+    assert not (tmp_path / "much/progress").exists()
+    told = invoke(
+        *attribute_command(model_dir, files, tmp_path / "none", "--memory", "1MB"), code=2
+    )
+    assert "memory: expected at least" in told
+    told = invoke(
+        *attribute_command(model_dir, files, tmp_path / "none", "--memory", "lots"), code=2
+    )
+    assert "expected a size such as 4GB" in told
+
+
+def test_self_influence_is_that_of_the_features(model_dir, files, tmp_path):
+    out = tmp_path / "out"
+    invoke(*attribute_command(model_dir, files, out))
+    table = pq.read_table(out / "self_influence.parquet")
+    assert table.column_names == ["train_id", "train_language", "mask_language", "self_influence"]
+    train = tm.FeatureStore.open(out / "features/checkpoint-1/train")
+    assert table.column("train_id").to_pylist() == train.ids
+    found = torch.tensor(table.column("self_influence").to_numpy())
+    torch.testing.assert_close(found, train.read().double().square().sum(dim=1), rtol=1e-5, atol=0)
+
+
 def test_attribute_exactly_is_exact_influence(model_dir, files, tmp_path):
     train, query = files
     out = tmp_path / "out"

@@ -197,6 +197,17 @@ def test_a_changed_config_is_refused_where_work_would_be_lost(done):
         RunFolder(done, tiny_config(task={"seed": 1}))
 
 
+def test_another_memory_undoes_no_stage_and_changes_no_result(copy):
+    config = tiny_config(influence={"memory": "34MB"})
+    run = RunFolder(copy, config)
+    assert all(run.is_done(stage) for stage in STAGES)
+    before = files_of(copy, "influence/**/*.parquet")
+    run_stages(run, ["influence"], again="influence")
+    assert files_of(copy, "influence/**/*") == before
+    with pytest.raises(ValueError, match="memory: expected at least"):
+        run_stages(RunFolder(copy, tiny_config(influence={"memory": "1MB"})), again="influence")
+
+
 def test_a_changed_k_remakes_influence_and_what_follows_only(done, copy):
     run = RunFolder(copy, tiny_config(influence={"k": 3}))
     stages = [stage for stage in STAGES if not run.is_done(stage)]

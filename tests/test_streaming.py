@@ -101,7 +101,7 @@ def test_little_memory_takes_several_passes_and_says_how_much_is_needed(tmp_path
     tm.top_influences(queries, trains, 5, memory=needed, advance=counted.append)
     assert sum(counted) == 40 * 50
     assert len(counted) > 50  # one training row and at most nine queries at a time
-    with pytest.raises(ValueError, match=f"at least {needed:,} bytes for 50 training rows"):
+    with pytest.raises(ValueError, match=f"at least {needed:,} bytes for 40 queries"):
         tm.top_influences(queries, trains, 5, memory=needed - 1)
 
 

@@ -45,8 +45,8 @@ from tracmod.model import (
     tokenizer_digest,
 )
 from tracmod.run_folder import versions
-from tracmod.store import FeatureStore
-from tracmod.streaming import MEMORY
+from tracmod.store import SHARD_ROWS, FeatureStore
+from tracmod.streaming import MEMORY, Sizes, check_memory
 from tracmod.tables import InfluenceTables, self_influence_table
 from tracmod.tasks.files import read_model_files
 
@@ -201,6 +201,7 @@ class Work:
 
     def projected(self) -> TopInfluences:
         """Influence from features, which stay in `out`/features."""
+        self._check_memory()
         per_checkpoint = sum(len(self.examples[split]) for split in SPLITS)
         with self._bar(per_checkpoint) as bar:
             stores = [self._collect(one, bar.update) for one in self.checkpoints]
@@ -222,6 +223,12 @@ class Work:
                 device=self.device,
                 advance=bar.update,
             )
+
+    def _check_memory(self) -> None:
+        asked, query, train = self.asked, *(len(self.tables[split]) for split in ("query", "train"))
+        row_bytes = 4 * asked.projection_dim * len(self.checkpoints)
+        k, groups = min(asked.k, train), len(set(self.languages))
+        check_memory(Sizes.of_stores(query, train, row_bytes, k, groups, SHARD_ROWS), asked.memory)
 
     def _write_self_influence(self, trains: Sequence[FeatureStore]) -> None:
         table = self_influence_table(self.tables["train"], self_influence(trains, self.weights))

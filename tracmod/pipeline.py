@@ -45,6 +45,7 @@ from tracmod.report import write_report
 from tracmod.rows import ChosenRows, Rows, StoreRows
 from tracmod.run_folder import STAGES, RunFolder
 from tracmod.store import FeatureStore
+from tracmod.streaming import Sizes, check_memory
 from tracmod.tables import InfluenceTables, self_influence_table
 from tracmod.tasks import load_task
 from tracmod.tokenizer import read_sentencepiece, train_tokenizer
@@ -145,6 +146,7 @@ class Study:
 
     def collect(self) -> None:
         """Features of every model, checkpoint, view and mask: features/."""
+        self._check_memory()
         with self._bar("collect", self._count_passes()) as bar:
             for model_name in MODELS:
                 for checkpoint in self.checkpoints(model_name):
@@ -369,6 +371,16 @@ class Study:
                         advance(len(rows) - lacking)
                         examples = [encoded[split][row] for row in rows]
                         collect_to_store(collector, examples, store, advance)
+
+    def _check_memory(self) -> None:
+        """Whether scoring can be done within `influence.memory`: now, not after collecting."""
+        collect, influence = self.config.collect, self.config.influence
+        checkpoints = max(len(self.counted_epochs(model_name)) for model_name in MODELS)
+        train, test = len(self.table("train")), len(self.table("test"))
+        row_bytes = 4 * collect.projection_dim * checkpoints
+        k, groups = min(train, max(influence.ks)), len(self.config.task.languages)
+        sizes = Sizes.of_stores(test, train, row_bytes, k, groups, collect.shard_rows)
+        check_memory(sizes, influence.memory)
 
     def _passes(self, views: Sequence[View]) -> Iterator[tuple[View, str | None, HeadMask | None]]:
         """Every view with features of its own, and the masks under which they are collected."""

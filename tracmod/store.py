@@ -58,6 +58,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+SHARD_ROWS = 1024
 _MANIFEST, _IDS, _LOCK = "manifest.json", "ids.json", "writer.lock"
 _SHARD_NAME = re.compile(r"shard-(\d{5,})\.safetensors")
 _NO_DIGEST = b"0" * 64
@@ -99,7 +100,7 @@ class FeatureStore:
         dim: int,
         identity: dict[str, Any],
         dtype: str = "float32",
-        shard_rows: int = 1024,
+        shard_rows: int = SHARD_ROWS,
     ) -> FeatureStore:
         """Starts a store, or opens the one that is there to go on with it, as its only writer.
 

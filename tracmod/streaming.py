@@ -120,35 +120,85 @@ def search_rows(
     return kernels.TopK(*(None if one[0] is None else torch.cat(one) for one in columns))  # type: ignore[arg-type]
 
 
+class Sizes(NamedTuple):
+    """What the memory that a search takes depends on.
+
+    Attributes:
+        queries, trains: Q and N.
+        row_bytes: of a row at all checkpoints, as it is computed with.
+        ranking_bytes: of a query's two rankings and its sums by group.
+        mapped_bytes: of the largest shard, which is mapped to be verified.
+    """
+
+    queries: int
+    trains: int
+    row_bytes: int
+    ranking_bytes: int
+    mapped_bytes: int
+
+    @classmethod
+    def of_stores(
+        cls, queries: int, trains: int, row_bytes: int, k: int, num_groups: int, shard_rows: int
+    ) -> Sizes:
+        """Sizes that are known before there are stores; `row_bytes` as above."""
+        mapped_bytes = min(shard_rows, max(queries, trains)) * row_bytes
+        return cls(queries, trains, row_bytes, 24 * k + 8 * num_groups, mapped_bytes)
+
+    @property
+    def fixed(self) -> int:
+        """Rankings and sums of all queries, groups, a shard, the kernel's buffers."""
+        rankings = self.queries * self.ranking_bytes
+        return _KERNEL_BYTES + rankings + 8 * self.trains + self.mapped_bytes
+
+    @property
+    def per_query(self) -> int:
+        """A query that is worked on: its rows, its rankings before and after a block."""
+        return self.row_bytes + 2 * self.ranking_bytes
+
+    @property
+    def per_train(self) -> int:
+        """The row worked on, one that is read ahead, a copy in another dtype."""
+        return 3 * self.row_bytes
+
+    @property
+    def least_queries(self) -> int:
+        """Any number from here on can be cut so that no block has 1 to 4 queries."""
+        return min(self.queries, 2 * _LEAST_QUERIES - 1)
+
+
+def check_memory(sizes: Sizes, memory: int) -> None:
+    """ValueError where not even a few queries and one training row fit."""
+    needed = sizes.fixed + sizes.least_queries * sizes.per_query + sizes.per_train
+    if memory < needed:
+        raise ValueError(
+            f"memory: expected at least {needed:,} bytes for {sizes.queries:,} queries and "
+            f"{sizes.trains:,} training rows of {sizes.row_bytes:,} bytes over all checkpoints, "
+            f"got {memory:,}"
+        )
+
+
 def plan_blocks(search: Search, memory: int) -> Blocks:
     """As many queries at a time as fit beside a block of training rows.
 
-    Counted: rows of queries once, of training blocks three times (the one worked on, the one read
-    ahead, a copy in another dtype), a shard that is mapped to be verified, rankings and sums of all
-    queries once and of a block of queries twice, groups, and the kernel's buffers. Rows that are in
-    memory already cost nothing and are not cut.
+    Rows that are in memory already cost nothing and are not cut.
 
     Raises:
         ValueError: not even a few queries and one training row fit.
     """
     (num_queries, width), num_trains = search.queries[0].shape, search.trains[0].shape[0]
-    row_bytes = len(search.trains) * width * search.dtype.itemsize
-    ranking_bytes = 24 * search.k + 8 * search.num_groups
-    fixed = _KERNEL_BYTES + num_queries * ranking_bytes + 8 * num_trains
-    fixed += max(rows.mapped_bytes for rows in (*search.queries, *search.trains))
-    query_bytes = row_bytes + 2 * ranking_bytes
-    train_bytes = 3 * row_bytes
-    least = min(num_queries, 2 * _LEAST_QUERIES - 1)
-    needed = fixed + least * query_bytes + train_bytes
-    on_disk = not all(isinstance(rows, TensorRows) for rows in (*search.queries, *search.trains))
-    if on_disk and memory < needed:
-        raise ValueError(
-            f"memory: expected at least {needed:,} bytes for {num_trains:,} training rows of "
-            f"{width} numbers at {len(search.trains)} checkpoints, k {search.k}; got {memory:,}"
-        )
-    free = memory - fixed - least * query_bytes
-    trains = min(num_trains, max(1, free // 2 // train_bytes))
-    queries = (memory - fixed - trains * train_bytes) // query_bytes
+    every = (*search.queries, *search.trains)
+    sizes = Sizes(
+        num_queries,
+        num_trains,
+        row_bytes=len(search.trains) * width * search.dtype.itemsize,
+        ranking_bytes=24 * search.k + 8 * search.num_groups,
+        mapped_bytes=max(rows.mapped_bytes for rows in every),
+    )
+    if not all(isinstance(rows, TensorRows) for rows in every):
+        check_memory(sizes, memory)
+    free = memory - sizes.fixed - sizes.least_queries * sizes.per_query
+    trains = min(num_trains, max(1, free // 2 // sizes.per_train))
+    queries = (memory - sizes.fixed - trains * sizes.per_train) // sizes.per_query
     if all(isinstance(rows, TensorRows) for rows in search.trains):
         trains = num_trains
     if all(isinstance(rows, TensorRows) for rows in search.queries):

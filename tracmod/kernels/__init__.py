@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tracmod.kernels import native, reference
+from tracmod.kernels import native
 
 Layer = Literal["linear", "elementwise", "embedding"]
 Kind = Literal["rademacher", "sjlt", "identity"]
@@ -311,7 +311,14 @@ def quantize_rows(rows: Tensor) -> QuantizedRows:
 
     Source: Dettmers et al. 2022, arXiv 2208.07339 (vector-wise absmax quantization).
     """
-    return QuantizedRows(*reference.quantize_rows(rows))
+    if rows.dtype == torch.float16:
+        rows = rows.float()
+    result = QuantizedRows(
+        torch.empty_like(rows, dtype=torch.int8),
+        torch.empty(rows.shape[:1], dtype=torch.float32, device=rows.device),
+    )
+    native.quantize_rows(rows, *result)
+    return result
 
 
 def projection_matrix(kind: Kind, k: int, size: int, seed: int, key: int) -> Tensor:

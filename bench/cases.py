@@ -389,9 +389,6 @@ def _ranking_error(
     return error
 
 
-# --- all of them ----------------------------------------------------------------------------
-
-
 # --- linear ---------------------------------------------------------------------------------
 
 
@@ -424,6 +421,65 @@ def linear_case(rows: int, size_in: int, size_out: int, transposed: bool) -> Cas
     )
 
 
+# --- quantize_rows --------------------------------------------------------------------------
+
+
+# (N, K): a batch of features, short rows, and whole shards.
+QUANTIZE = [(64, 4096), (8000, 64), (4000, 1024), (4000, 4096), (1000, 16384)]
+BLOCK_NUMBERS = 1 << 16  # of plain torch's blocks of rows, which stay in the cache
+
+
+def quantize_case(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Case:
+    x = torch.randn(rows, width, device=device).to(dtype)
+
+    def error(function: Callable[[], Any]) -> float:
+        codes, scales = (part.double() for part in function())
+        largest = x.abs().amax(dim=1).double()
+        off = (codes * scales[:, None] - x.double()).abs().amax(dim=1) - largest / 254
+        return float(torch.maximum(off / largest, (127 * scales / largest - 1).abs()).max())
+
+    return Case(
+        "quantize_rows",
+        f"N {rows}, K {width}",
+        lambda: kernels.quantize_rows(x),
+        _plain_quantized(x),
+        error,
+        flops=4 * x.numel(),
+        input_bytes=x.nbytes,
+        output_bytes=x.numel() + 4 * rows,
+    )
+
+
+def _plain_quantized(x: Tensor) -> dict[str, Callable[[], Any]]:
+    """Everything written where it is ready-made; also in blocks of rows."""
+    magnitudes, products = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
+    codes = torch.empty_like(x, dtype=torch.int8)
+
+    def quantize(part: slice, largest: Tensor) -> Tensor:
+        factors = (127 / largest.float())[:, None]
+        codes[part].copy_(torch.mul(x[part], factors, out=products[part]).round_())
+        return largest.float() / 127
+
+    def by_abs(part: slice = slice(None)) -> Tensor:
+        return quantize(part, torch.abs(x[part], out=magnitudes[part]).amax(1))
+
+    def by_both(part: slice = slice(None)) -> Tensor:
+        return quantize(part, torch.maximum(x[part].amax(1), -x[part].amin(1)))
+
+    def in_blocks() -> Tensor:
+        step = max(1, BLOCK_NUMBERS // x.shape[1])
+        return torch.cat([by_abs(slice(n, n + step)) for n in range(0, len(x), step)])
+
+    return {
+        "abs, amax": lambda: (codes, by_abs()),
+        "amax, amin": lambda: (codes, by_both()),
+        "abs, amax in blocks": lambda: (codes, in_blocks()),
+    }
+
+
+# --- all of them ----------------------------------------------------------------------------
+
+
 def cases(
     device: torch.device, dtype: torch.dtype, *, short: bool = False, rows: int | None = None
 ) -> Iterator[Case]:
@@ -454,6 +510,8 @@ def cases(
             device,
             dtype,
         )
+    for count, width in QUANTIZE[-2:-1] if short else QUANTIZE:
+        yield quantize_case(_few(count * (32 if gpu else 1), rows), width, device, dtype)
     ranking = TOP_K_GPU if gpu else TOP_K
     if short:
         ranking = ranking[-1:] if gpu else TOP_K_SHORT

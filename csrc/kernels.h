@@ -76,6 +76,15 @@ struct Linear {
   bool transposed;
 };
 
+// Rows to 8-bit codes with a scale each, written.
+struct Quantization {
+  const void* rows;      // (count, width)
+  int64_t count, width;  // N, K
+  DType dtype;           // of the rows
+  int8_t* codes;         // (count, width)
+  float* scales;         // (count,)
+};
+
 namespace cpu {
 
 // Fills matrix (rows, size) with a projection's entries, without the scale 1 / sqrt(rows).
@@ -101,6 +110,8 @@ void top_k_dot(const TopK& job, void* scratch, int threads);
 // out (rows, columns), written.
 size_t linear_scratch(const Linear& linear, int threads);
 void linear(const Linear& linear, float* out, void* scratch, int threads);
+
+void quantize_rows(const Quantization& job, int threads);
 
 }  // namespace cpu
 
@@ -130,6 +141,8 @@ void gradient_dot(const Gradients& first, const Gradients& second, Layer layer, 
 
 size_t top_k_dot_scratch(const TopK& job);
 void top_k_dot(const TopK& job, void* scratch, void* stream);
+
+void quantize_rows(const Quantization& job, void* stream);
 
 }  // namespace cuda
 }  // namespace tracmod

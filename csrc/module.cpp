@@ -483,6 +483,32 @@ void top_k_dot(const std::vector<Capsule>& queries, const std::vector<Capsule>& 
   cpu::top_k_dot(job, scratch.data, threads);
 }
 
+void quantize_rows(const Capsule& rows_capsule, const Capsule& codes_capsule,
+                   const Capsule& scales_capsule, int threads, [[maybe_unused]] uintptr_t stream) {
+  const std::string op = "quantize_rows";
+  const TensorView rows = view(rows_capsule, op, "rows"), codes = view(codes_capsule, op, "codes");
+  const TensorView scales = view(scales_capsule, op, "scales");
+  check_built_for(rows, op, "rows");
+  const DType dtype = rows.float_type();
+  rows.check_ndim({2}, "(N, K)").check_contiguous();
+  codes.check_device(rows).check_dtype("int8").check_shape(rows.shape(), "(N, K)");
+  codes.check_contiguous();
+  scales.check_device(rows).check_dtype("float32").check_shape({rows.size(0)}, "(N,)");
+  scales.check_contiguous();
+  const Quantization job{rows.data(), rows.size(0),       rows.size(1),
+                         dtype,       codes.as<int8_t>(), scales.as<float>()};
+  if (job.count == 0) return;
+  const py::gil_scoped_release release;
+#ifdef TRACMOD_WITH_CUDA
+  if (rows.is_cuda()) {
+    const cuda::DeviceGuard guard(rows.device_id());
+    cuda::quantize_rows(job, reinterpret_cast<void*>(stream));
+    return;
+  }
+#endif
+  cpu::quantize_rows(job, threads);
+}
+
 void projection_matrix(const Capsule& out_capsule, const std::string& kind, uint64_t seed,
                        uint64_t key) {
   const std::string op = "projection_matrix";
@@ -523,5 +549,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear", &linear);
   m.def("gradient_dot", &gradient_dot);
   m.def("top_k_dot", &top_k_dot);
+  m.def("quantize_rows", &quantize_rows);
   m.def("projection_matrix", &projection_matrix);
 }

@@ -57,7 +57,7 @@ def test_a_table_states_limits_shares_and_where_it_was_made(tmp_path, capsys):
     result = json.loads(file.read_text())
     assert result["environment"].keys() >= {"device", "threads", "commit", "torch", "build"}
     assert {row["op"].split()[0] for row in result["cases"]} == {
-        "project_gradients", "linear", "gradient_dot", "top_k_dot",
+        "project_gradients", "linear", "gradient_dot", "quantize_rows", "top_k_dot",
     }  # fmt: skip
     for row in result["cases"]:
         assert row["share_of_limit"] > 0
@@ -67,7 +67,7 @@ def test_a_table_states_limits_shares_and_where_it_was_made(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(result["cases"]) + 2
 
 
-@pytest.mark.parametrize("op", ["project_gradients", "gradient_dot", "top_k_dot"])
+@pytest.mark.parametrize("op", ["project_gradients", "gradient_dot", "quantize_rows", "top_k_dot"])
 def test_a_wrong_op_is_reported_without_its_time(monkeypatch, op, capsys):
     right = getattr(tm.kernels, op)
 
@@ -77,6 +77,8 @@ def test_a_wrong_op_is_reported_without_its_time(monkeypatch, op, capsys):
             out = named["out"] if "out" in named else args[4]
             out[0, 0] += 1e-3 * out.abs().max()
             return None
+        if op == "quantize_rows":
+            return result._replace(codes=result.codes.roll(1, dims=1))
         return result._replace(indices=result.indices.roll(1, dims=1))
 
     monkeypatch.setattr(tm.kernels, op, wrong)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import test_kernels_dot as dots
 import test_kernels_project as projections
+import test_kernels_quantize as quantized
 import test_kernels_top_k as top_k
 import torch
 from cuda_emulation import native
@@ -39,7 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def emulated(request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every op of `kernels` is answered by the emulation. bfloat16 takes the threads backwards, so
     that either order sees every kernel."""
-    for op in ("project_gradients", "gradient_dot", "top_k_dot"):
+    for op in ("project_gradients", "gradient_dot", "top_k_dot", "quantize_rows"):
         monkeypatch.setattr(kernels.native, op, getattr(native, op))
     monkeypatch.setattr(native, "backwards", "bfloat16" in request.node.name)
 
@@ -168,3 +169,28 @@ def test_project_gradients(
 ) -> None:
     if (layer, kind) != ("embedding", "identity"):
         projections.test_equals_the_reference(layer, kind, False, sizes, dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", quantized.WIDTHS)
+def test_quantize_rows(width: int, dtype: torch.dtype) -> None:
+    quantized.test_has_the_bits_of_the_reference(width, dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantize_rows_of_odd_numbers_and_places(dtype: torch.dtype) -> None:
+    quantized.test_zeros_and_rows_below_the_smallest_have_scale_and_codes_zero(dtype, CPU)
+    quantized.test_the_largest_numbers(dtype, CPU)
+    quantized.test_no_rows_or_no_numbers(dtype, CPU)
+    for place in (0, 20, 130):
+        quantized.test_nan_and_infinity_are_in_the_scale_and_touch_no_other_row(place, dtype, CPU)
+    for width in (1, 15, 16, 64, 130):
+        quantized.test_outputs_may_begin_anywhere_and_nothing_beside_them_is_written(
+            width, dtype, CPU
+        )
+
+
+def test_quantize_rows_rounds_each_step() -> None:
+    quantized.test_a_product_is_rounded_to_float32_before_it_is_rounded_to_a_code(CPU)
+    quantized.test_ties_go_to_even(CPU)
+    quantized.test_a_number_is_off_by_half_a_scale_at_most(CPU)

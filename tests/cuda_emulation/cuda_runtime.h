@@ -272,3 +272,4 @@ inline unsigned __float_as_uint(float value) {
   unsigned bits;
   return memcpy(&bits, &value, sizeof bits), bits;
 }
+inline int __float2int_rn(float value) { return static_cast<int>(lrintf(value)); }

@@ -32,6 +32,7 @@ CHANGES = {
         "kBlocks = 264": "kBlocks = 5",
     },
     "project_gradients": {"kBlocksWanted = 264": "kBlocksWanted = 7"},
+    "quantize_rows": {"kMostBlocks = int64_t{1} << 20": "kMostBlocks = 5"},
 }
 
 backwards = False
@@ -75,6 +76,15 @@ class TopK(Structure):
         ("num_groups", c_int64),
         *[(name, c_void_p) for name in ("scores", "indices")],
         *[(name, c_void_p) for name in ("opponent_scores", "opponent_indices", "group_sums")],
+    ]
+
+
+class Quantization(Structure):
+    _fields_ = [
+        ("rows", c_void_p),
+        *[(name, c_int64) for name in ("count", "width")],
+        ("dtype", c_int),
+        *[(name, c_void_p) for name in ("codes", "scales")],
     ]
 
 
@@ -175,3 +185,11 @@ def top_k_dot(
     )  # fmt: skip
     if job.queries and job.trains:
         _call("top_k_dot", byref(job))
+
+
+def quantize_rows(rows: Tensor, codes: Tensor, scales: Tensor) -> None:
+    job = Quantization(
+        _address(rows), *rows.shape, _dtype(rows), _address(codes), _address(scales)
+    )  # fmt: skip
+    if job.count:
+        _call("quantize_rows", byref(job))

@@ -164,6 +164,17 @@ def top_k_dot(
     )
 
 
+def quantize_rows(rows: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """Writes `codes` and `scales`; see `tracmod.kernels.quantize_rows`."""
+    _C.quantize_rows(
+        _capsule(rows),
+        _capsule(codes),
+        _capsule(scales),
+        torch.get_num_threads(),
+        _stream(rows.device),
+    )
+
+
 def projection_matrix(kind: str, out: Tensor, seed: int, key: int) -> None:
     """Fills out (k, size) with the signs of a projection, without its scale."""
     _C.projection_matrix(_capsule(out), kind, seed & _MASK_64, key & _MASK_64)

@@ -231,3 +231,19 @@ def linear(
     """See `tracmod.kernels.linear`."""
     product = x @ weight if transposed else x @ weight.T
     return product if bias is None else product + bias
+
+
+def quantize_rows(rows_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes (N, K) int8, scales (N,) float32): each step one correctly rounded float32 operation.
+
+    scale = max_k |x_k| / 127; code = x * (127 / max), rounded, ties to even. Scale 0 where the
+    maximum is below 2^-118, NaN or infinite where it is that; the codes of all these are 0.
+    """
+    rows_NK = rows_NK.float()
+    zeros_N = rows_NK.new_zeros(len(rows_NK))
+    largest_N = rows_NK.abs().amax(dim=1) if rows_NK.shape[1] else zeros_N
+    largest_N = torch.where(largest_N < 2.0**-118, 0.0, largest_N)
+    levels_N = torch.full_like(largest_N, 127.0)  # a number would be divided by as its inverse
+    coded_N = largest_N.isfinite() & (largest_N > 0)
+    codes_NK = (rows_NK * (levels_N / largest_N)[:, None]).round()
+    return torch.where(coded_N[:, None], codes_NK, 0.0).to(torch.int8), largest_N / levels_N

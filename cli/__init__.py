@@ -420,8 +420,8 @@ def _show_index(built: InfluenceIndex, path: Path) -> None:
     disk = sum((path / name).stat().st_size for name in ("index.faiss", "index.json"))
     click.echo(f"{path}: {built.kind}, {count:,} examples")
     click.echo(
-        f"bytes per example: {disk / count:,.0f} on disk, {built.memory_bytes / count:,.0f} in "
-        f"memory"
+        f"bytes per example: {disk / count:,.0f} on disk, {built.bytes_per_example:,.0f} in memory "
+        f"and {built.fixed_bytes:,} bytes once"
     )
     click.echo(
         f"recall@{found['k']} against exact, {found['queries']} queries: "

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import tracmod as tm
-from tracmod.bench import bench_kernels, collect, fidelity, job, models, plain, report
+from tracmod.bench import bench_index, bench_kernels, collect, fidelity, job, models, plain, report
 from tracmod.bench.cases import ProjectSize, cases, project_case
 from tracmod.bench.measure import agreement
 from tracmod.cli import main
@@ -233,6 +233,34 @@ def test_fidelity(trained):
     ours = next(row for row in result["table"] if row["dim"] == 16384)
     assert ours["spearman"] > 0.95
     assert "| ours, accumulate | rademacher | 4,096 |" in "\n".join(report.section(result))
+
+
+def test_indexes_and_compressed_rows(trained):
+    kinds = ["flat", "sq8", "ivf", "hnsw"]  # ivfpq needs 256 examples
+    result = bench_index.run_index(trained, [64, 128], kinds, tuning=4, seconds=0)
+    assert (result["query"], result["k"], len(result["table"])) == (8, 48, 2 * (3 + len(kinds)))
+    for row in result["table"]:
+        numbers = row["dim"] * result["checkpoints"]
+        # All 48 examples are among the 100 strongest: what is searched whole finds them.
+        assert row["name"] == "ivf" or min(row["recall"].values()) == 1
+        assert numbers <= row["bytes"] <= 4 * numbers + 400
+    assert "| 128 | int8 rows | 264 |" in "\n".join(report.section(result))
+
+
+def test_compressed_rows_and_an_index_that_finds_others_are_told(trained, monkeypatch):
+    monkeypatch.setattr(bench_index, "K", 5)
+    right = bench_index.run_index(trained, [64], ["flat"], tuning=4, seconds=0)
+    shares = {row["name"]: row["recall"]["proponents"] for row in right["table"]}
+    assert shares["float32 rows"] == 1
+    monkeypatch.setattr(bench_index, "_int8", torch.zeros_like)
+    worse = bench_index.run_index(trained, [64], [], tuning=4, seconds=0)
+    assert worse["table"][2]["recall"]["proponents"] < 0.5 < shares["int8 rows"]
+    search = bench_index.InfluenceIndex.search
+    monkeypatch.setattr(
+        bench_index.InfluenceIndex, "search", lambda self, q, k, **n: search(self, q[::-1], k, **n)
+    )
+    with pytest.raises(collect.WrongResult, match="the flat index finds only"):
+        bench_index.run_index(trained, [64], ["flat"], tuning=4, seconds=0)
 
 
 def test_the_methods_of_the_job_agree(trained):

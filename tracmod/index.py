@@ -302,18 +302,25 @@ class InfluenceIndex:
         return cls(index=faiss.read_index(str(file)), **meta)
 
     @property
-    def memory_bytes(self) -> int:
-        """Bytes that the index takes in memory: rows or codes, their numbers, graph and centres."""
-        index, count = self.index, len(self.ids)
+    def bytes_per_example(self) -> float:
+        """In memory: its row or code, its number in a list, its links in a graph."""
+        index = self.index
         if isinstance(index, faiss.IndexIVF):
-            centres = index.nlist * index.d * 4
-            codebook = index.pq.centroids.size() * 4 if isinstance(index, faiss.IndexIVFPQ) else 0
-            return count * (index.code_size + 8) + centres + codebook
+            return index.code_size + 8
         if isinstance(index, faiss.IndexHNSW):
             graph = index.hnsw
             links = 4 * graph.neighbors.size() + 8 * graph.offsets.size() + 4 * graph.levels.size()
-            return count * index.storage.sa_code_size() + links
-        return count * index.sa_code_size()
+            return index.storage.sa_code_size() + links / len(self.ids)
+        return index.sa_code_size()
+
+    @property
+    def fixed_bytes(self) -> int:
+        """In memory, however many examples: the lists' centres and the codebook."""
+        index = self.index
+        if not isinstance(index, faiss.IndexIVF):
+            return 0
+        codebook = index.pq.centroids.size() * 4 if isinstance(index, faiss.IndexIVFPQ) else 0
+        return index.nlist * index.d * 4 + codebook
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from tracmod.model import (
 from tracmod.run_folder import versions
 from tracmod.store import FeatureStore
 from tracmod.tables import InfluenceTables
+from tracmod.tasks.examples import rows_digest
 from tracmod.tasks.files import read_model_files
 
 SPLITS = ("train", "query")
@@ -64,6 +66,7 @@ class Attribution:
         batch_tokens: bound on the tokens of a batch.
         device: cpu, cuda, ...; None or "auto": a GPU if there is one.
         dtype: of the pass, float32 or bfloat16 (faster; scores agree to about three digits).
+        store_dtype: of the features on disk: float32, bfloat16, float16 or int8.
     """
 
     model: str
@@ -82,13 +85,15 @@ class Attribution:
     batch_tokens: int = 8192
     device: str | None = None
     dtype: str = "float32"
+    store_dtype: str = "float32"
 
 
 def attribute(asked: Attribution) -> None:
     """Write top, languages and examples.parquet, run.json and features/ or exact/ into `out`.
 
     Started again with the same arguments it goes on where it was: neither whole shards of features
-    nor a checkpoint's exact scores are made twice.
+    nor a checkpoint's exact scores are made twice. Where examples were added at the end of a file
+    since, only their features are collected; any other change of the examples is refused.
 
     `test_prediction` in examples.parquet is the last checkpoint's; of a model with one output, its
     output rounded to a whole number.
@@ -240,11 +245,14 @@ class _Work:
             )
             for split in SPLITS:
                 folder = self.asked.out / "features" / f"checkpoint-{checkpoint.epoch}" / split
-                with FeatureStore.create(
+                table = self.tables[split]
+                with FeatureStore.grow(
                     folder,
-                    ids=self.tables[split].column("id").to_pylist(),
+                    ids=table.column("id").to_pylist(),
+                    data=partial(rows_digest, table),
                     dim=self.projection.dim,
-                    identity=identity | {"data": self._data_digest(split)},
+                    identity=identity,
+                    dtype=self.asked.store_dtype,
                 ) as store:
                     collect_to_store(collector, self.examples[split], store, advance)
                 stores[split] = store

@@ -623,6 +623,11 @@ def test_a_grown_store_is_its_rows_in_order_and_keeps_what_was_there(
     assert torch.equal(store.norms(), FeatureStore.open(whole).norms())
     assert [len(store.shard_range(shard)) for shard in range(7)] == [4, 4, 2, 1, 4, 4, 4]
     assert store.identity["data"] == ["0-10", "10-11", "11-23"]
+    assert len(FeatureStore.open(path, store.identity)) == 23
+    with pytest.raises(
+        ValueError, match=r'data: expected "0-10", got \["0-10", "10-11", "11-23"\]'
+    ):
+        FeatureStore.open(path, IDENTITY | {"data": "0-10"})
     for block in (1, 3, 4, 9):
         blocks = [rows for _, rows in store.blocks(block)]
         assert torch.equal(torch.cat(blocks), store.read())

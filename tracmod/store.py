@@ -88,7 +88,7 @@ class _Segment:
 
 
 class FeatureStore:
-    """A folder of feature rows; made by `create` (to write) or `open` (to read).
+    """A folder of feature rows; made by `create` or `grow` (to write), `merge` or `open` (to read).
 
     Attributes:
         path: The folder.
@@ -414,7 +414,7 @@ class FeatureStore:
         if self.dtype != torch.int8:
             stored = features.to(self.dtype).contiguous()
             return {"features": stored}, stored
-        codes, scales = _quantize_rows(features.float())
+        codes, scales = _quantize_rows(features.float().contiguous())
         return {"features": codes, "scales": scales}, codes * scales[:, None]
 
     def _save(self, shard: int, tensors: dict[str, Tensor]) -> None:

@@ -298,6 +298,13 @@ _stage("report", "Write report/index.html.")
     show_default=True,
     help="Of the forward and backward pass.",
 )
+@click.option(
+    "--store-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Of the features on disk; int8: a quarter of the size, with a scale per example.",
+)
 def attribute(normalize: str, memory: str, **options: Any) -> None:
     """Which training examples raised or lowered the loss of each query, and of which language?
 
@@ -306,6 +313,9 @@ def attribute(normalize: str, memory: str, **options: Any) -> None:
     languages.parquet, examples.parquet, self_influence.parquet, run.json and features/ (with
     --exact, each checkpoint's scores in exact/). Positive scores: the training example lowered the
     query's loss.
+
+    The same command goes on where it was stopped. Where examples were added at the end of a file,
+    it collects theirs alone.
 
     \b
     Example:
@@ -557,6 +567,30 @@ def verify(path: Path) -> None:
     if problems:
         _fail(f"{path}: {len(problems)} problems", 1)
     click.echo(f"{path}: sound")
+
+
+@main.command()
+@click.argument("stores", nargs=-1, required=True, type=EXISTING)
+@click.option("--out", required=True, type=FOLDER, help="Folder of the new store.")
+def merge(stores: tuple[Path, ...], out: Path) -> None:
+    """Put the rows of several feature stores into one, in the order given.
+
+    The stores must be complete and made alike: the same model, parameters, projection and dtype, of
+    different examples. Rows are copied bit by bit. Stopped at any time, the same command goes on
+    where it was.
+
+    \b
+    Example:
+      tracmod merge a/features/checkpoint-1/train b/features/checkpoint-1/train --out both
+    """
+    from tqdm import tqdm
+
+    from tracmod.store import FeatureStore
+
+    rows = sum(len(FeatureStore.open(store)) for store in stores)
+    with tqdm(total=rows, desc="merge", unit="example", disable=None) as bar:
+        merged = FeatureStore.merge(out, stores, bar.update)
+    click.echo(f"{out}: {len(merged)} examples of {len(stores)} stores")
 
 
 @main.command()

@@ -16,13 +16,15 @@ from study import tiny_config
 
 import tracmod as tm
 from tracmod.cli import main
+from tracmod.features import Collector
 from tracmod.kernels import build_info
 from tracmod.model import load_model
 from tracmod.tokenizer import train_tokenizer
 
 COMMANDS = {
     "run", "sweep", "finetune", "prune", "sparse-finetune", "collect", "influence", "analyze",
-    "report", "attribute", "index", "query", "verify", "check", "export", "doctor", "bench",
+    "report", "attribute", "index", "query", "verify", "merge", "check", "export",
+    "doctor", "bench",
 }  # fmt: skip
 TEXTS = ["the cat sleeps", "a dog runs home", "der Hund schläft", "die Katze rennt heim"]
 
@@ -375,6 +377,131 @@ def test_predictions_of_a_model_with_one_output_are_its_rounded_output(model_dir
     invoke(*attribute_command(folder, files, tmp_path / "out"))
     examples = pq.read_table(tmp_path / "out/examples.parquet")
     assert set(examples.column("test_prediction").to_pylist()) == {3}
+
+
+def test_examples_added_to_the_files_are_collected_alone(model_dir, tmp_path, monkeypatch):
+    collected = []
+    collect = Collector.collect
+
+    def counted(self, examples, advance=None):
+        collected.append(len(examples))
+        return collect(self, examples, advance)
+
+    monkeypatch.setattr(Collector, "collect", counted)
+    files = tmp_path / "train.tsv", tmp_path / "query.tsv"
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = attribute_command(model_dir, files, out, "--parameters", "all")
+
+    def write(train, query):
+        for file, count in zip(files, (train, query), strict=True):
+            write_examples(file, count)
+
+    write(13, 5)
+    invoke(*command)
+    shards = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.rglob("shard-*")}
+    assert collected == [13, 5]
+    write(18, 7)
+    invoke(*command)
+    assert collected == [13, 5, 5, 2]
+    assert len(shards) == 2
+    for file, before in shards.items():
+        assert (file.read_bytes(), file.stat().st_mtime_ns) == before
+    assert "sound" in invoke("verify", out)
+    invoke(*attribute_command(model_dir, files, whole, "--parameters", "all"))
+    keys = {
+        "top": ["test_id", "sign", "train_id"],
+        "languages": ["test_language", "train_language"],
+    }
+    for name, key in keys.items():
+        ours, theirs = (
+            pq.read_table(one / f"{name}.parquet").to_pandas().set_index(key).sort_index()
+            for one in (out, whole)
+        )
+        numbers = ours.select_dtypes("float").columns
+        assert len(numbers)
+        assert ours.index.equals(theirs.index)
+        for column in numbers:  # other batches, other rounding
+            assert ours[column].to_numpy() == pytest.approx(theirs[column], rel=1e-3, abs=1e-5)
+    invoke(*command)
+    assert collected[4:] == [18, 7]  # nothing again
+    write(13, 7)
+    assert "num_rows: expected 13, got 18" in invoke(*command, code=2)
+
+
+def test_growth_that_is_stopped_leaves_nothing_damaged(model_dir, files, tmp_path, monkeypatch):
+    import tracmod.attribute as module
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    command = attribute_command(model_dir, files, out)
+    invoke(*command)
+    write_examples(files[0], 18)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "collect_to_store", stopped)
+        invoke(*command, code=130)
+    problems = invoke("verify", out, code=1)
+    assert "train/shard-00001.safetensors is missing" in problems
+    assert "damaged" not in problems
+    invoke(*command)
+    assert "sound" in invoke("verify", out)
+
+
+@pytest.mark.parametrize("column", range(4))
+def test_examples_that_changed_are_refused(model_dir, files, tmp_path, column):
+    command = attribute_command(model_dir, files, tmp_path / "out")
+    invoke(*command)
+    lines = files[0].read_text().splitlines()
+    changed = [*lines, "new\ten\tthe cat sleeps\tno"]
+    row = lines[3].split("\t")
+    row[column] = {0: "other", 1: "fr", 2: "the cat runs", 3: "maybe"}[column]
+    assert "\t".join(row) != lines[3]
+    changed[3] = "\t".join(row)
+    files[0].write_text("\n".join(changed) + "\n")
+    assert "identity.data: expected" in invoke(*command, code=2)
+
+
+def test_the_same_examples_in_another_file_are_the_same(model_dir, files, tmp_path):
+    command = attribute_command(model_dir, files, tmp_path / "out")
+    invoke(*command)
+    keys, *rows = (line.split("\t") for line in files[0].read_text().splitlines())
+    lines = tmp_path / "train.jsonl"
+    lines.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
+    invoke(*command, "--train", lines)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_features_stored_in_fewer_bytes_give_scores_close_by(model_dir, files, tmp_path, dtype):
+    scores = {}
+    for stored in ("float32", dtype):
+        out = tmp_path / stored
+        command = attribute_command(model_dir, files, out, "--store-dtype", stored)
+        invoke(*command)
+        for manifest in out.glob("features/**/manifest.json"):
+            assert str(tm.FeatureStore.open(manifest.parent).dtype) == f"torch.{stored}"
+        top = pq.read_table(out / "top.parquet").to_pandas()
+        scores[stored] = top[top.sign == 1].set_index(["test_id", "train_id"]).score
+    difference = (scores["float32"] - scores[dtype]).abs()
+    assert 0 < difference.max() < 0.02  # cosines
+    refused = invoke(*attribute_command(model_dir, files, tmp_path / dtype), code=2)
+    assert f'dtype: expected "float32", got "{dtype}"' in refused
+
+
+def test_merge_puts_stores_together(model_dir, tmp_path):
+    stores = []
+    for name in ("a", "b"):
+        files = write_examples(tmp_path / f"{name}.tsv", 13), write_examples(tmp_path / "q.tsv", 5)
+        invoke(*attribute_command(model_dir, files, tmp_path / name, "--store-dtype", "int8"))
+        stores.append(tmp_path / name / "features/checkpoint-1/train")
+    both = tmp_path / "both"
+    for _ in range(2):  # the second time there is nothing to do
+        assert "26 examples of 2 stores" in invoke("merge", *stores, "--out", both)
+    assert "sound" in invoke("verify", both)
+    opened = [tm.FeatureStore.open(store) for store in stores]
+    assert torch.equal(tm.FeatureStore.open(both)[:], torch.cat([store[:] for store in opened]))
+    assert "both hold example" in invoke("merge", stores[0], stores[0], "--out", both, code=2)
+    assert "no feature store at" in invoke("merge", tmp_path, "--out", both, code=2)
 
 
 def test_the_ray_engine_is_refused_in_words(tmp_path):

@@ -289,6 +289,18 @@ def test_what_another_process_did_before_the_lock_counts(tmp_path):
         assert same.record["label_names"] == other.record["label_names"]
 
 
+def test_a_run_may_keep_its_features_as_int8(done, tmp_path):
+    run = RunFolder(tmp_path / "run", tiny_config(collect={"store_dtype": "int8"}))
+    run_stages(run)
+    place = "features/full/subnetwork/de/checkpoint-2/train"
+    int8, float32 = (tm.FeatureStore.open(folder / place) for folder in (run.path, done))
+    assert (int8.dtype, float32.dtype) == (torch.int8, torch.float32)
+    step = float32.read().abs().amax(dim=1, keepdim=True) / 127
+    assert torch.all((int8.read() - float32.read()).abs() <= 0.51 * step)
+    with pytest.raises(ValueError, match=r"begun with collect\.store_dtype=int8, .*=float32; use"):
+        RunFolder(run.path, tiny_config())
+
+
 def test_features_of_another_model_are_not_scored(copy):
     path = copy / "models/full/checkpoint-2/model.safetensors"
     weights = load_file(path)

@@ -42,6 +42,14 @@ def test_counts_are_those_of_the_run(tmp_path):
     assert sum(models) < sum(s.bytes for s in plan.stages if "finetune" in s.stage)
 
 
+def test_features_take_the_bytes_of_the_dtype_they_are_stored_in(tmp_path):
+    sizes = {}
+    for dtype in ("float32", "bfloat16", "int8"):
+        plan = plan_run(RunFolder(tmp_path / dtype, tiny_config(collect={"store_dtype": dtype})))
+        sizes[dtype] = next(one.bytes for one in plan.stages if one.stage == "collect")
+    assert sizes["float32"] == 2 * sizes["bfloat16"] == 4 * sizes["int8"] > 0
+
+
 def test_counts_without_training_data_of_a_language(tmp_path):
     config = tiny_config(
         task={"train_languages": ["en", "de"]},

@@ -11,7 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +62,51 @@ def made(path: Path, count: int = 10, **arguments: object) -> Path:
     return path
 
 
+GROWN = 23
+
+
+def grown(path: Path, counts: list[int], **arguments: object) -> FeatureStore:
+    """A store of the first of GROWN rows, grown to more and to more, filled each time."""
+    for count in counts:
+        shape: dict = {"dim": DIM, "identity": IDENTITY, "shard_rows": 4} | arguments
+        store = FeatureStore.grow(path, ids=names(count), data="{}-{}".format, **shape)
+        with store:
+            for shard in store.missing_shards():
+                rows = store.shard_range(shard)
+                store.write_shard(shard, rows_of(GROWN)[rows.start : rows.stop])
+    return store
+
+
+def part(path: Path, start: int, stop: int, total: int, **arguments: object) -> Path:
+    """A store of some of `total` rows, for merging."""
+    changes: dict = {"ids": names(total)[start:stop], "identity": IDENTITY | {"data": str(start)}}
+    with create(path, **changes | arguments) as store:
+        for shard in range(store.num_shards):
+            rows = store.shard_range(shard)
+            store.write_shard(shard, rows_of(total)[start + rows.start : start + rows.stop])
+    return path
+
+
+def parts(folder: Path, total: int = 17, **arguments: object) -> list[Path]:
+    cuts = [0, total // 3, total // 2, total]
+    return [
+        part(folder / f"part-{start}", start, stop, total, **arguments)
+        for start, stop in pairwise(cuts)
+    ]
+
+
+def dequantised(rows: torch.Tensor) -> torch.Tensor:
+    """What int8 makes of rows, number by number."""
+    given_back = torch.zeros_like(rows)
+    for row, numbers in enumerate(rows.tolist()):
+        largest = torch.tensor(max(map(abs, numbers)))
+        if largest > 0:
+            step = largest / torch.tensor(127.0)
+            codes = [round(float(torch.tensor(x) * (127.0 / largest))) for x in numbers]
+            given_back[row] = torch.tensor([float(code) for code in codes]) * step
+    return given_back
+
+
 def read_all(path: Path) -> tuple[list[str], torch.Tensor]:
     store = FeatureStore.open(path)
     return store.ids, store.read()
@@ -68,18 +116,69 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 31, 33, 127])
 def test_reads_what_was_written(tmp_path: Path, count: int, dtype: str) -> None:
     path = made(tmp_path / "s", count, dtype=dtype, shard_rows=32)
     store = FeatureStore.open(path, IDENTITY)
-    expected = rows_of(count).to(store.dtype)
+    assert store.dtype == getattr(torch, dtype)
+    is_int8 = dtype == "int8"
+    expected = dequantised(rows_of(count)) if is_int8 else rows_of(count).to(store.dtype)
     assert store.complete
     assert store.verify() == []
     assert (len(store), store.dim, store.ids) == (count, DIM, names(count))
     assert torch.equal(store.read(), expected)
     norms = torch.linalg.vector_norm(expected.double(), dim=1).float()
     torch.testing.assert_close(store.norms(), norms, rtol=1e-7, atol=0)
+
+
+def test_int8_rows_are_off_by_half_a_step_at_most(tmp_path: Path) -> None:
+    rows = rows_of(4) * torch.tensor([[1e-30], [1.0], [1e30], [0.0]])
+    with create(tmp_path / "s", 4, dtype="int8") as store:
+        store.write_shard(0, rows)
+    step = rows.abs().amax(dim=1, keepdim=True) / 127
+    assert torch.all((store.read() - rows).abs() <= step * (0.5 + 2**-15))
+    assert torch.equal(store.read()[3], torch.zeros(DIM))
+    assert store.norms()[3] == 0
+
+
+def test_an_int8_shard_is_codes_scales_and_norms(tmp_path: Path) -> None:
+    path = made(tmp_path / "s", dtype="int8")
+    with safe_open(path / "shard-00002.safetensors", "pt") as shard:
+        assert sorted(shard.keys()) == ["features", "norms", "scales"]
+        codes, scales = shard.get_tensor("features"), shard.get_tensor("scales")
+        assert (codes.dtype, codes.abs().amax(dim=1).tolist()) == (torch.int8, [127, 127])
+        assert torch.equal(codes * scales[:, None], FeatureStore.open(path).read(8))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_take_gives_rows_by_number(tmp_path: Path, dtype: str) -> None:
+    store = grown(tmp_path / "s", [10, 11, 23], dtype=dtype)
+    for rows in [[], [0], [22, 0, 10, 9, 11, 9, 22], list(range(23))]:
+        assert torch.equal(store.take(rows), store.read()[rows])
+        assert torch.equal(store.take(torch.tensor(rows, dtype=torch.int32)), store.read()[rows])
+    for wrong, message in [([0, 23], "row 23 of"), ([-1], "row -1 of"), ([0.5], "whole numbers"),
+                           ([True], "whole numbers"), (3, "a list of")]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            store.take(wrong)
+
+
+def test_take_reads_only_the_shards_that_hold_the_rows(tmp_path: Path) -> None:
+    path = made(tmp_path / "s")
+    (path / "shard-00001.safetensors").unlink()
+    store = FeatureStore.open(path)
+    assert torch.equal(store.take([9, 0]), rows_of(10)[[9, 0]])
+    with pytest.raises(ValueError, match="shard-00001"):
+        store.take([4])
+
+
+def test_slices_are_those_of_a_list(tmp_path: Path) -> None:
+    store = FeatureStore.open(made(tmp_path / "s"))
+    for rows in [slice(None), slice(3, 7), slice(7, 3), slice(-2, None), slice(1, 99, 3)]:
+        assert torch.equal(store[rows], rows_of(10)[rows])
+    assert torch.equal(store[::-1], rows_of(10).flip(0))
+    with pytest.raises(TypeError, match="expected a slice, got 0"):
+        list(store)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("block", [1, 3, 4, 8, 9, 100])
@@ -139,10 +238,30 @@ class Killed(BaseException):
     """Stands for kill -9: no handler of the store may run on it."""
 
 
+def merge(path: Path) -> None:
+    """A store of 17 rows, from three that lie beside it."""
+    FeatureStore.merge(path, sorted(path.parent.glob("part-*")))
+
+
+@pytest.mark.parametrize(
+    ("start", "work", "files"),
+    [
+        (lambda path: None, made, 2 + 3),
+        (lambda path: grown(path, [10]), lambda path: grown(path, [17]), 2 + 2),
+        (lambda path: parts(path.parent), merge, 2 + 5),
+    ],
+    ids=["make", "grow", "merge"],
+)
 def test_killed_between_any_two_steps_and_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start: Callable[[Path], Any],
+    work: Callable[[Path], Any],
+    files: int,
 ) -> None:
-    undisturbed = contents(made(tmp_path / "undisturbed"))
+    start(tmp_path / "undisturbed")
+    work(tmp_path / "undisturbed")
+    undisturbed = contents(tmp_path / "undisturbed")
     steps_left = 0
 
     def stopping(step):  # type: ignore[no-untyped-def]
@@ -161,12 +280,14 @@ def test_killed_between_any_two_steps_and_resumed(
     killed = 0
     for kill_at in range(1000):
         path = tmp_path / f"kill-{kill_at}"
+        start(path)
+        before = contents(path) if path.exists() else {}
         steps_left = kill_at
         with monkeypatch.context() as patch:
             patch.setattr(durable.os, "fsync", stopping(os.fsync))
             patch.setattr(durable.os, "replace", stopping(os.replace))
             try:
-                made(path)
+                work(path)
                 break
             except Killed:
                 killed += 1
@@ -175,8 +296,11 @@ def test_killed_between_any_two_steps_and_resumed(
             temporary.write_bytes(half_written(temporary.read_bytes()))
         for problem in verify_store(path):
             assert "is missing" in problem or "no manifest.json" in problem
-        assert contents(made(path)) == undisturbed
-    assert killed == 1 + 5 * 3  # flush the parent folder; for 5 files: flush, rename, flush folder
+        now = contents(path) if path.exists() else {}
+        assert {name for name in before if now[name] != before[name]} <= {"manifest.json"}
+        work(path)
+        assert contents(path) == undisturbed
+    assert killed == 1 + files * 3  # flush the parent folder; a file: flush, rename, flush folder
 
 
 WRITER = """
@@ -188,11 +312,45 @@ store = create(Path(sys.argv[1]), 400, shard_rows=8)
 print("ready", flush=True)
 fill(store)
 """
+GROWER = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from test_store import grown
+from pathlib import Path
+print("ready", flush=True)
+grown(Path(sys.argv[1]), [23], shard_rows=1)
+"""
+MERGER = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from test_store import merge
+from pathlib import Path
+print("ready", flush=True)
+merge(Path(sys.argv[1]))
+"""
 
 
-def test_kill_9_at_random_moments(tmp_path: Path) -> None:
-    undisturbed = contents(made(tmp_path / "undisturbed", 400, shard_rows=8))
-    command = [sys.executable, "-c", WRITER, str(tmp_path / "s"), str(Path(__file__).parent)]
+@pytest.mark.parametrize(
+    ("script", "start", "work"),
+    [
+        (WRITER, lambda path: None, lambda path: made(path, 400, shard_rows=8)),
+        (
+            GROWER,
+            lambda path: path.exists() or grown(path, [3], shard_rows=1),
+            lambda path: grown(path, [23], shard_rows=1),
+        ),
+        (MERGER, lambda path: parts(path.parent, 100, shard_rows=1), merge),
+    ],
+    ids=["make", "grow", "merge"],
+)
+def test_kill_9_at_random_moments(
+    tmp_path: Path, script: str, start: Callable[[Path], Any], work: Callable[[Path], Any]
+) -> None:
+    start(tmp_path / "undisturbed")
+    work(tmp_path / "undisturbed")
+    undisturbed = contents(tmp_path / "undisturbed")
+    command = [sys.executable, "-c", script, str(tmp_path / "s"), str(Path(__file__).parent)]
+    start(tmp_path / "s")
     for moment in random.Random(0).sample(range(50), 3):
         writer = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert writer.stdout is not None
@@ -201,8 +359,9 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
         writer.send_signal(signal.SIGKILL)
         writer.wait()
         writer.stdout.close()
-        assert all("is missing" in problem for problem in verify_store(tmp_path / "s"))
-    made(tmp_path / "s", 400, shard_rows=8)
+        if (tmp_path / "s" / "manifest.json").exists():
+            assert all("is missing" in problem for problem in verify_store(tmp_path / "s"))
+    work(tmp_path / "s")
     assert contents(tmp_path / "s") == undisturbed
 
 
@@ -233,9 +392,18 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     create(tmp_path / "s", 400, shard_rows=8).close()
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "ids.json", "shard-00001.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "manifest.json",
+        "ids.json",
+        "ids-1.json",
+        "shard-00001.safetensors",
+        "shard-00003.safetensors",
+    ],
+)
 def test_one_flipped_bit_anywhere_is_found_and_never_used(tmp_path: Path, name: str) -> None:
-    path = made(tmp_path / "s")
+    path = grown(tmp_path / "s", [10, 17]).path
     file = path / name
     good = file.read_bytes()
     chance = random.Random(1)
@@ -322,12 +490,12 @@ def test_a_folder_that_holds_something_else_is_not_taken(tmp_path: Path) -> None
 
 def test_newer_version_and_no_store(tmp_path: Path) -> None:
     path = made(tmp_path / "s")
-    manifest = json.loads((path / "manifest.json").read_bytes()) | {"version": 2}
+    manifest = json.loads((path / "manifest.json").read_bytes()) | {"version": 3}
     (path / "manifest.json").write_bytes(canonical_json(manifest))
     for attempt in [lambda: FeatureStore.open(path), lambda: create(path)]:
-        with pytest.raises(ValueError, match="format version 2, this tracmod reads version 1"):
+        with pytest.raises(ValueError, match="version 3, this tracmod reads versions up to 2"):
             attempt()
-    assert "format version 2" in verify_store(path)[0]
+    assert "format version 3" in verify_store(path)[0]
     with pytest.raises(ValueError, match="no feature store at"):
         FeatureStore.open(tmp_path)
     (path / "manifest.json").write_bytes(seal({"format": "something"}))
@@ -373,9 +541,12 @@ def test_identity_differences() -> None:
     ]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_row_that_is_not_finite_names_its_example(tmp_path: Path, value: float) -> None:
-    with create(tmp_path / "s") as store:
+def test_a_row_that_is_not_finite_names_its_example(
+    tmp_path: Path, value: float, dtype: str
+) -> None:
+    with create(tmp_path / "s", dtype=dtype) as store:
         features = rows_of(10)[4:8]
         features[2, 3] = value
         with pytest.raises(ValueError, match=r"example 'zh-é-6\\n'"):
@@ -414,7 +585,7 @@ def test_wrong_shard(tmp_path: Path, features: torch.Tensor, message: str) -> No
         ({"ids": ["a", 7]}, "expected strings, row 1 is 7"),
         ({"dim": 0}, "at least 1, got 0"),
         ({"shard_rows": 0}, "at least 1, got 5 and 0"),
-        ({"dtype": "int4"}, "expected float32, bfloat16, float16, got 'int4'"),
+        ({"dtype": "int4"}, "expected float32, bfloat16, float16, int8, got 'int4'"),
         ({"identity": {"x": float("nan")}}, "JSON cannot hold it"),
         ({"identity": {"x": torch.float32}}, "JSON cannot hold it"),
     ],
@@ -432,6 +603,263 @@ def test_wrong_ranges(tmp_path: Path) -> None:
             store.read(start, stop)
     with pytest.raises(ValueError, match="blocks of 0 rows"):
         next(store.blocks(0))
+
+
+# --- Growing and merging ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_grown_store_is_its_rows_in_order_and_keeps_what_was_there(
+    tmp_path: Path, dtype: str
+) -> None:
+    path = tmp_path / "s"
+    grown(path, [10], dtype=dtype)
+    before, times = contents(path), {file: file.stat().st_mtime_ns for file in path.iterdir()}
+    store = grown(path, [11, 23], dtype=dtype)
+    assert store.verify() == []
+    assert store.ids == FeatureStore.open(path).ids == names(23)
+    whole = made(tmp_path / "whole", 23, dtype=dtype)
+    assert torch.equal(store.read(), FeatureStore.open(whole).read())
+    assert torch.equal(store.norms(), FeatureStore.open(whole).norms())
+    assert [len(store.shard_range(shard)) for shard in range(7)] == [4, 4, 2, 1, 4, 4, 4]
+    assert store.identity["data"] == ["0-10", "10-11", "11-23"]
+    assert len(FeatureStore.open(path, store.identity)) == 23
+    with pytest.raises(
+        ValueError, match=r'data: expected "0-10", got \["0-10", "10-11", "11-23"\]'
+    ):
+        FeatureStore.open(path, IDENTITY | {"data": "0-10"})
+    for block in (1, 3, 4, 9):
+        blocks = [rows for _, rows in store.blocks(block)]
+        assert torch.equal(torch.cat(blocks), store.read())
+    del before["manifest.json"], times[path / "manifest.json"]
+    assert before.items() <= contents(path).items()
+    assert times == {file: file.stat().st_mtime_ns for file in times}
+
+
+def test_manifests_say_version_2_only_where_version_1_could_not_read_them(tmp_path: Path) -> None:
+    def version(path: Path) -> int:
+        return json.loads((path / "manifest.json").read_bytes())["version"]
+
+    assert version(made(tmp_path / "float")) == 1
+    assert version(made(tmp_path / "int8", dtype="int8")) == 2
+    assert version(grown(tmp_path / "grown", [10]).path) == 1
+    assert version(grown(tmp_path / "grown", [17]).path) == 2
+
+
+def test_a_reader_keeps_its_rows_while_the_store_grows(tmp_path: Path) -> None:
+    reader = grown(tmp_path / "s", [10])
+    grown(tmp_path / "s", [17])
+    assert torch.equal(reader.read(), rows_of(GROWN)[:10])
+    assert (len(reader), reader.verify()) == (10, [])
+
+
+def test_appended_rows_are_missing_until_they_are_written(tmp_path: Path) -> None:
+    path = made(tmp_path / "s")
+    with create(path) as store:
+        store.append(["x", "y"], data="d")
+        assert store.missing_shards() == [3]
+        assert (len(store), store.ids) == (12, [*names(10), "x", "y"])
+    assert verify_store(path) == [f"{path}/shard-00003.safetensors is missing"]
+    with create(
+        path, ids=[*names(10), "x", "y"], identity=IDENTITY | {"data": ["c" * 64, "d"]}
+    ) as store:
+        store.write_shard(3, torch.ones(2, DIM))
+        assert store.complete
+
+
+@pytest.mark.parametrize(
+    ("ids", "data", "message"),
+    [
+        (["x", "zh-é-3\n"], None, r"holds 'zh-é-3\\n' already"),
+        (["x", "x"], None, "each once, 'x' is there again"),
+        (["x", 3], None, "expected strings, row 1 is 3"),
+        ([], None, "expected at least one, got none"),
+        (["x"], float("nan"), "JSON cannot hold it"),
+    ],
+)
+def test_a_wrong_append_leaves_the_store_as_it_was(
+    tmp_path: Path, ids: list, data: object, message: str
+) -> None:
+    path = made(tmp_path / "s")
+    before = contents(path)
+    with create(path) as store:
+        with pytest.raises(ValueError, match=message):
+            store.append(ids, data)
+        assert len(store) == 10
+    assert contents(path) == before
+    with pytest.raises(ValueError, match="open for reading"):
+        FeatureStore.open(path).append(["x"])
+
+
+def test_a_disk_that_is_full_at_an_append_leaves_the_store_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = made(tmp_path / "s")
+    manifest = (path / "manifest.json").read_bytes()
+    for allowed in (0, 1):  # replacements before the disk is full: of no file, of ids-1.json
+        left = allowed
+
+        def full(source: Path, target: Path, replace: Callable = os.replace) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace(source, target)
+
+        with create(path) as store, monkeypatch.context() as patch:
+            patch.setattr(durable.os, "replace", full)
+            with pytest.raises(OSError, match="No space left on device"):
+                store.append(["x"])
+            assert (len(store), store.complete) == (10, True)
+        assert (path / "manifest.json").read_bytes() == manifest
+        assert verify_store(path) == []
+
+
+def test_two_writers_cannot_append(tmp_path: Path) -> None:
+    path = grown(tmp_path / "s", [10]).path
+    data = IDENTITY | {"data": "0-10"}
+    with create(path, identity=data), pytest.raises(ValueError, match="is being written by"):
+        grown(path, [17])
+    assert len(grown(path, [17])) == 17
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids": names(9)}, "num_rows: expected 9, got 17"),
+        ({"ids": [*names(16), "x", "y"]}, "ids_sha256: expected"),
+        ({"ids": ["x", *names(20)[1:]]}, "ids_sha256: expected"),
+        ({"data": lambda start, stop: f"{start}+{stop}"}, "identity.data: expected"),
+        ({"data": lambda start, stop: "changed" if start else "0-10"}, "identity.data: expected"),
+        ({"identity": IDENTITY | {"model": "e"}}, 'identity.model: expected "e"'),
+        ({"dtype": "int8"}, 'dtype: expected "int8", got "float32"'),
+        ({"shard_rows": 8}, "shard_rows: expected 8, got 4"),
+    ],
+)
+def test_a_store_does_not_grow_where_its_rows_have_changed(
+    tmp_path: Path, changes: dict, message: str
+) -> None:
+    path = grown(tmp_path / "s", [10, 17]).path
+    before = contents(path)
+    arguments: dict = {"ids": names(23), "data": "{}-{}".format, "identity": IDENTITY} | changes
+    with pytest.raises(ValueError, match=message):
+        FeatureStore.grow(path, **{"dim": DIM, "shard_rows": 4} | arguments)
+    assert contents(path) == before
+    with pytest.raises(ValueError, match="num_rows: expected 10, got 17"):
+        create(path)
+
+
+def test_growing_goes_on_with_shards_that_are_missing_of_every_segment(tmp_path: Path) -> None:
+    undisturbed = contents(grown(tmp_path / "undisturbed", [10, 11, 23]).path)
+    path = grown(tmp_path / "s", [10, 11]).path
+    for shard in (1, 3):
+        (path / f"shard-{shard:05d}.safetensors").unlink()
+    (path / "ids-1.json").unlink()
+    grown(path, [23])
+    assert contents(path) == undisturbed
+
+
+def test_shards_of_another_growth_of_the_same_rows_are_refused(tmp_path: Path) -> None:
+    one, other = (grown(tmp_path / name, [10]).path for name in ("one", "other"))
+    for path, name in ((one, "x"), (other, "y")):
+        with create(path, identity=IDENTITY | {"data": "0-10"}) as store:
+            store.append([name])
+            store.write_shard(3, torch.ones(1, DIM))
+    (one / "shard-00003.safetensors").write_bytes((other / "shard-00003.safetensors").read_bytes())
+    assert "shard of another store or place" in verify_store(one)[0]
+
+
+def test_linking_takes_the_segments_that_are_the_same(tmp_path: Path) -> None:
+    donor = grown(tmp_path / "donor", [10, 17]).path
+    with create(tmp_path / "s", identity=IDENTITY | {"data": "0-10"}) as store:
+        assert store.link_shards(donor) == 3
+        store.append(names(17)[10:], "10-17")
+        assert store.link_shards(donor) == 2
+        store.append(["x"], "17-18")
+        assert store.link_shards(donor) == 0
+        assert store.missing_shards() == [5]
+    with create(tmp_path / "t", identity=IDENTITY | {"data": "0-10"}) as store:
+        store.append(names(17)[10:], "another")
+        assert store.link_shards(donor) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_a_merged_store_is_the_rows_of_its_parts_bit_by_bit(tmp_path: Path, dtype: str) -> None:
+    sources = parts(tmp_path, 31, dtype=dtype)
+    done: list[int] = []
+    merged = FeatureStore.merge(tmp_path / "s", sources, done.append)
+    assert merged.verify() == []
+    assert merged.ids == names(31)
+    assert merged.identity == IDENTITY | {"data": ["0", "10", "15"]}
+    assert sum(done) == 31
+    stores = [FeatureStore.open(source) for source in sources]
+    assert torch.equal(merged.read(), torch.cat([store.read() for store in stores]))
+    assert torch.equal(merged.norms(), torch.cat([store.norms() for store in stores]))
+    assert contents(merged.path) == contents(
+        made(tmp_path / "t", 31, dtype=dtype, identity=merged.identity)
+    )
+
+
+def test_merging_goes_on_and_holds_one_shard_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = parts(tmp_path)
+    undisturbed = contents(FeatureStore.merge(tmp_path / "undisturbed", sources).path)
+    path = FeatureStore.merge(tmp_path / "s", sources).path
+    for shard in (1, 4):
+        (path / f"shard-{shard:05d}.safetensors").unlink()
+    read: list[int] = []
+    gather = FeatureStore._gather
+
+    def counted(self: FeatureStore, name: str, start: int, stop: int) -> torch.Tensor:
+        read.append(stop - start)
+        return gather(self, name, start, stop)
+
+    monkeypatch.setattr(FeatureStore, "_gather", counted)
+    FeatureStore.merge(path, sources)
+    assert contents(path) == undisturbed
+    assert sum(read) == 2 * (4 + 1)  # features and norms of the two shards
+    assert max(read) <= 4
+
+
+def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    sources = parts(tmp_path)
+    int8 = part(tmp_path / "int8", 0, 3, 5, dtype="int8")
+    other = part(tmp_path / "other", 0, 3, 5, identity=IDENTITY | {"model": "e"})
+    with pytest.raises(ValueError, match=r'int8 is not like .*dtype: expected "float32"'):
+        FeatureStore.merge(tmp_path / "s", [*sources, int8])
+    with pytest.raises(ValueError, match=r'is not like .*model: expected "a'):
+        FeatureStore.merge(tmp_path / "s", [*sources, other])
+    with pytest.raises(ValueError, match=r"part-0 and .*part-0 both hold example 'zh-é-0"):
+        FeatureStore.merge(tmp_path / "s", [*sources, sources[0]])
+    with pytest.raises(ValueError, match="expected at least one, got none"):
+        FeatureStore.merge(tmp_path / "s", [])
+    with pytest.raises(ValueError, match="no feature store at"):
+        FeatureStore.merge(tmp_path / "s", [*sources, tmp_path])
+    (sources[2] / "shard-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing: merge takes"):
+        FeatureStore.merge(tmp_path / "s", sources)
+    assert not (tmp_path / "s").exists()
+    with pytest.raises(ValueError, match="holds other features than these"):
+        FeatureStore.merge(other, sources[:2])
+
+
+def test_a_damaged_part_is_not_merged(tmp_path: Path) -> None:
+    sources = parts(tmp_path)
+    file = sources[1] / "shard-00000.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(ValueError, match=f"{file} is damaged"):
+        FeatureStore.merge(tmp_path / "s", sources)
+    file.write_bytes(good)
+    assert FeatureStore.merge(tmp_path / "s", sources).verify() == []
+
+
+def test_verifying_tells_the_bytes_of_every_shard(tmp_path: Path) -> None:
+    path = grown(tmp_path / "s", [10, 17]).path
+    told: list[int] = []
+    assert verify_store(path, told.append) == []
+    assert told == [file.stat().st_size for file in sorted(path.glob("shard-*"))]
 
 
 def write_ones(store: FeatureStore) -> None:

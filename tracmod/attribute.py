@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from tracmod.run_folder import versions
 from tracmod.store import SHARD_ROWS, FeatureStore
 from tracmod.streaming import MEMORY, Sizes, check_memory
 from tracmod.tables import InfluenceTables, self_influence_table
+from tracmod.tasks.examples import rows_digest
 from tracmod.tasks.files import read_model_files
 
 SPLITS = ("train", "query")
@@ -76,6 +77,7 @@ class Attribution:
         memory: bytes that scoring may take for features, rankings and buffers.
         device: cpu, cuda, ...; None or "auto": a GPU if there is one.
         dtype: of the pass, float32 or bfloat16 (faster; scores agree to about three digits).
+        store_dtype: of the features on disk: float32, bfloat16, float16 or int8.
     """
 
     model: str
@@ -95,6 +97,7 @@ class Attribution:
     memory: int = MEMORY
     device: str | None = None
     dtype: str = "float32"
+    store_dtype: str = "float32"
 
 
 def attribute(asked: Attribution) -> None:
@@ -103,7 +106,8 @@ def attribute(asked: Attribution) -> None:
     Of features, self_influence.parquet too.
 
     Started again with the same arguments it goes on where it was: neither whole shards of features
-    nor a checkpoint's exact scores are made twice.
+    nor a checkpoint's exact scores are made twice. Where examples were added at the end of a file
+    since, only their features are collected; any other change of the examples is refused.
 
     `test_prediction` in examples.parquet is the last checkpoint's; of a model with one output, its
     output rounded to a whole number.
@@ -297,11 +301,14 @@ class Work:
         with frozen(model):
             collector = self.collector(model)
             for split in SPLITS:
-                with FeatureStore.create(
+                table = self.tables[split]
+                with FeatureStore.grow(
                     self.store_path(checkpoint, split),
-                    ids=self.tables[split].column("id").to_pylist(),
+                    ids=table.column("id").to_pylist(),
+                    data=partial(rows_digest, table),
                     dim=self.projection.dim,
-                    identity=identity | {"data": self._data_digest(split)},
+                    identity=identity,
+                    dtype=self.asked.store_dtype,
                 ) as store:
                     collect_to_store(collector, self.examples[split], store, advance)
                 stores[split] = store
@@ -314,8 +321,15 @@ class Work:
             ValueError: made with another model, tokenizer, mask, data or projection than there are
                 now.
         """
-        identity = self._identity(model) | {"data": self._data_digest("train")}
-        return FeatureStore.open(self.store_path(checkpoint, "train"), identity)
+        table = self.tables["train"]
+        path = self.store_path(checkpoint, "train")
+        store = FeatureStore.open(path, self._identity(model), partial(rows_digest, table))
+        if len(store) != len(table):
+            raise ValueError(
+                f"{self.asked.train} has {len(table)} examples, {path} features of {len(store)}: "
+                "run the attribution again"
+            )
+        return store
 
     def collector(self, model: PreTrainedModel) -> Collector:
         """What turns examples into features."""

@@ -263,6 +263,9 @@ class CollectConfig(_Section):
     batch_tokens: int = Field(8192, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     shard_rows: int = Field(1024, ge=1, description="examples per file of a feature store")
+    store_dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
+        "float32", description="of the features on disk; int8 with a scale per example"
+    )
 
 
 class ViewsConfig(_Section):

@@ -431,6 +431,7 @@ class Study:
             ids=self.table(split).column("id").take(rows).to_pylist(),
             dim=collect.projection_dim,
             identity=self._identity(split, mask, digests),
+            dtype=collect.store_dtype,
             shard_rows=collect.shard_rows,
         )
         for donor in self._donors:

@@ -36,6 +36,7 @@ from tracmod.model import (
 from tracmod.optimizer import HeadwiseAdamW
 from tracmod.pipeline import BLOCK_VIEWS, MODELS, Study, check_distances, run_stages
 from tracmod.run_folder import STAGES, RunFolder
+from tracmod.store import DTYPES
 from tracmod.views import views_of
 
 # Examples of a probe, one number after the other, until one takes long enough to tell: full batches
@@ -208,7 +209,8 @@ class _Planner:
             f"{len(passes)} passes (view, mask) x {self._checkpoints()} checkpoints = "
             f"{examples} forward and backward passes of an example"
         )
-        row = 4 * self.config.collect.projection_dim
+        collect = self.config.collect
+        row = DTYPES[collect.store_dtype].itemsize * collect.projection_dim
         return work, examples * rates.features, examples * row
 
     def _scoring(self, rates: _Rates) -> tuple[str, float, int]:

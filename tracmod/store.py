@@ -3,19 +3,27 @@
 The folder:
 
     manifest.json              format, version, num_rows, dim, dtype, shard_rows, identity, digest
-                               of ids.json and of itself; written once, before any shard
-    ids.json                   the id of every row, in row order
-    shard-00000.safetensors    features (n, K) in `dtype` and norms (n,) float32 of rows
-                               [i * shard_rows, (i + 1) * shard_rows); n <= shard_rows
+                               of ids.json and of itself; after an append also `appended`, a list
+                               of {num_rows, ids_sha256, data}, one entry per segment
+    ids.json                   the id of every row of the first segment, in row order
+    ids-1.json, ...            the ids of the rows that were appended first, ...
+    shard-00000.safetensors    of n <= shard_rows rows: features (n, K) in `dtype`, norms (n,)
+                               float32; where `dtype` is int8, features are codes and beside them
+                               lie scales (n,) float32: a row is codes * scale
     writer.lock                empty; locked by the one process that writes
+
+A segment is the rows that were added together: those the store was made with, or of one `append`.
+Each is cut into shards by itself (its last may be shorter); shards are numbered throughout.
 
 What makes it safe:
 
-- Every file is written under a temporary name, flushed to disk and renamed; the manifest never
-  changes afterwards. So a name that is there is whole, and no file depends on a later one.
+- Every file is written under a temporary name, flushed to disk and renamed. So a name that is there
+  is whole. The manifest is written before any shard, and only `append` writes it again: that
+  replacement is the moment at which the store has the new rows, and it needs no shard to change.
 - A shard carries its checksum in its own safetensors header: the SHA-256 of the whole file with
-  these 64 digits set to 0. Beside it stand the fingerprint of the store and the shard's number, so
-  that a shard of another store, or in another's place, is refused too.
+  these 64 digits set to 0. Beside it stand the fingerprint of the segment and the shard's number,
+  so that a shard of another store, or in another's place, is refused too. A segment's fingerprint
+  is a digest of what its manifest said when it was added, all that was there before included.
 - The checksum is verified at the first use of a shard by a FeatureStore object (one read of the
   file, 1 to 2 GB/s, which also warms the page cache); later reads map the file without a check.
 
@@ -29,8 +37,10 @@ import hashlib
 import json
 import mmap
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -50,46 +60,71 @@ from tracmod.durable import (
     unseal,
     write_file,
 )
+from tracmod.kernels import quantize_rows
 
 FORMAT = "tracmod-features"
-VERSION = 1
+# A manifest is of the lowest version that can read it: 2 with int8 rows or appended ones, of which
+# version 1 knows nothing, else 1. So stores without them stay the same bytes, for old readers too.
+VERSION = 2
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "int8": torch.int8,
 }
 SHARD_ROWS = 1024
-_MANIFEST, _IDS, _LOCK = "manifest.json", "ids.json", "writer.lock"
-_SHARD_NAME = re.compile(r"shard-(\d{5,})\.safetensors")
+_MANIFEST, _LOCK = "manifest.json", "writer.lock"
 _NO_DIGEST = b"0" * 64
+_READERS = 8  # shards hashed at a time, at most
+_WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Rows that were added together."""
+
+    rows: range
+    ids_name: str  # the file of their ids
+    ids_sha256: str
+    fingerprint: str  # in the header of each of its shards
 
 
 class FeatureStore:
-    """A folder of feature rows; made by `create` (to write) or `open` (to read).
+    """A folder of feature rows; made by `create` or `grow` (to write), `merge` or `open` (to read).
 
     Attributes:
         path: The folder.
         num_rows: N, the number of examples.
         dim: K, the numbers per row.
-        dtype: The torch dtype in which rows are stored.
-        shard_rows: Rows per shard; the last shard may have fewer.
+        dtype: The torch dtype in which rows are stored; rows of int8 are read as float32.
+        shard_rows: Rows per shard; the last shard of a segment may have fewer.
         identity: What the features were made with: projection, parameters, digests of head mask,
-            model, tokenizer and data. A store is only used together with stores that agree.
+            model, tokenizer and data. A store is only used together with stores that agree. Where
+            rows were appended, `data` is the list of the segments' digests.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], lock: IO[bytes] | None) -> None:
         """Not for callers: `create` and `open` read the manifest and take the lock."""
         self.path = path
-        self.num_rows: int = manifest["num_rows"]
+        self._lock = lock
+        self._sound: set[int] = set()  # shards whose checksum this object has verified
+        self._use(manifest)
+
+    def _use(self, manifest: dict[str, Any]) -> None:
+        self._manifest = manifest
+        self._segments = _segments(manifest)
+        self.num_rows = self._segments[-1].rows.stop
         self.dim: int = manifest["dim"]
         self.dtype = DTYPES[manifest["dtype"]]
         self.shard_rows: int = manifest["shard_rows"]
-        self.identity: dict[str, Any] = manifest["identity"]
-        self._ids_sha256: str = manifest["ids_sha256"]
-        self._fingerprint: str = manifest["fingerprint"]
-        self._lock = lock
+        self.identity = _identity(manifest)
+        self._shards = [
+            (range(start, min(start + self.shard_rows, one.rows.stop)), one.fingerprint)
+            for one in self._segments
+            for start in one.rows[:: self.shard_rows]
+        ]
+        self._starts = [rows.start for rows, _ in self._shards]
         self._ids: list[str] | None = None
-        self._sound: set[int] = set()  # shards whose checksum this object has verified
 
     @classmethod
     def create(
@@ -109,7 +144,8 @@ class FeatureStore:
             ids: The id of every row, each once, in row order.
             dim: K, the numbers per row.
             identity: Values that JSON can hold; compared when the store is opened again.
-            dtype: `float32`, `bfloat16` or `float16`.
+            dtype: `float32`, `bfloat16`, `float16` or `int8` (a scale per row; what is read is off
+                by at most half a step, max|row| / 254).
             shard_rows: Rows per shard.
 
         Returns:
@@ -121,38 +157,132 @@ class FeatureStore:
             OSError: The disk is full or not writable.
         """
         path = Path(path)
-        ids_json = _ids_json(ids)
-        manifest = _new_manifest(ids, ids_json, dim, identity, dtype, shard_rows)
+        ids_jsons = [_ids_json(ids)]
+        manifest = _new_manifest(len(ids), sha256(ids_jsons[0]), dim, identity, dtype, shard_rows)
         path.mkdir(parents=True, exist_ok=True)
         sync_folder(path.parent)
         _refuse_foreign_folder(path)
         lock = _lock(path)
         for leftover in path.glob(".*.tmp"):  # of a writer that was killed: we hold the lock now
             leftover.unlink()
-        if (path / _MANIFEST).exists():
+        is_new = not (path / _MANIFEST).exists()
+        if not is_new:
             found = _read_manifest(path)
-            differing = identity_differences(manifest, found)
+            if "appended" in found:
+                ids_jsons = [_ids_json(ids[_slice(one.rows)]) for one in _segments(found)]
+            differing = _differences(manifest, found, [sha256(one) for one in ids_jsons])
             if differing:
                 raise ValueError(
                     f"{path} holds other features than these: {'; '.join(differing)}; "
                     "take another folder or remove this one"
                 )
             manifest = found
-        if not (path / _IDS).exists() or (path / _IDS).read_bytes() != ids_json:
-            write_file(path / _IDS, ids_json)
-        if not (path / _MANIFEST).exists():
+        for segment, ids_json in zip(_segments(manifest), ids_jsons, strict=True):
+            file = path / segment.ids_name
+            if not file.exists() or file.read_bytes() != ids_json:
+                write_file(file, ids_json)
+        if is_new:
             write_file(path / _MANIFEST, seal(manifest))
         return cls(path, manifest, lock)
 
     @classmethod
+    def grow(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        ids: Sequence[str],
+        data: Callable[[int, int], Any],
+        dim: int,
+        identity: dict[str, Any],
+        dtype: str = "float32",
+        shard_rows: int = SHARD_ROWS,
+    ) -> FeatureStore:
+        """`create`, but where the store holds the first of these rows, the rest is appended.
+
+        Args:
+            path, ids, dim, dtype, shard_rows: As for `create`; `ids` of all rows that are wanted.
+            data: Digest of the examples of rows [start, stop): what is there is compared with it.
+            identity: As for `create`, without `data`.
+
+        Raises:
+            ValueError, OSError: As `create`; a store is refused, and left as it is, where any of
+                its rows is not the same now.
+        """
+        segments = [range(len(ids))]
+        if (Path(path) / _MANIFEST).exists():
+            segments = [one.rows for one in _segments(_read_manifest(Path(path)))]
+        kept = segments[-1].stop
+        whole = identity | {"data": _data_of(segments, data)}
+        store = cls.create(
+            path, ids=ids[:kept], dim=dim, identity=whole, dtype=dtype, shard_rows=shard_rows
+        )
+        try:
+            if kept < len(ids):
+                store.append(ids[kept:], data(kept, len(ids)))
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @classmethod
+    def merge(
+        cls,
+        path: str | os.PathLike[str],
+        stores: Sequence[str | os.PathLike[str]],
+        advance: Callable[[int], Any] = lambda rows: None,
+    ) -> FeatureStore:
+        """Writes the rows of several stores into one, in the order given, bit by bit as they are.
+
+        Holds one shard in memory at a time. Stopped at any moment, the same call goes on where it
+        was. Its identity is theirs, with the list of their data digests as `data`.
+
+        Args:
+            path: The new store's folder.
+            stores: Folders of complete stores, alike in dim, dtype and identity but for its data,
+                no id in two of them. `shard_rows` is the first one's.
+            advance: Called with the number of rows done.
+
+        Returns:
+            The new store, open for reading.
+
+        Raises:
+            ValueError: Stores that differ (the sentence says in what), share an id, lack a shard
+                or are damaged; `path` holds something else.
+            OSError: The disk is full or not writable.
+        """
+        sources = [cls.open(one) for one in stores]
+        _check_alike(sources)
+        first = sources[0]
+        with cls.create(
+            path,
+            ids=[name for source in sources for name in source.ids],
+            dim=first.dim,
+            identity=first.identity | {"data": [one.identity.get("data") for one in sources]},
+            dtype=first._manifest["dtype"],
+            shard_rows=first.shard_rows,
+        ) as merged:
+            missing = merged.missing_shards()
+            lacking = sum(len(merged.shard_range(shard)) for shard in missing)
+            advance(merged.num_rows - lacking)
+            for shard in missing:
+                rows = merged.shard_range(shard)
+                merged._save(shard, {name: _rows_of(sources, name, rows) for name in first._names})
+                advance(len(rows))
+        return merged
+
+    @classmethod
     def open(
-        cls, path: str | os.PathLike[str], identity: dict[str, Any] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        identity: dict[str, Any] | None = None,
+        data: Callable[[int, int], Any] | None = None,
     ) -> FeatureStore:
         """Opens a store for reading; reads the manifest alone, so the cost is that of one file.
 
         Args:
             path: The folder.
             identity: If given, the identity that the store must have.
+            data: Of a store that `grow` may have made: as there, and `identity` without `data`.
 
         Raises:
             ValueError: No store there; manifest damaged or of a newer version; other identity.
@@ -160,7 +290,10 @@ class FeatureStore:
         path = Path(path)
         manifest = _read_manifest(path)
         if identity is not None:
-            differing = identity_differences(identity, manifest["identity"])
+            if data is not None:
+                segments = [one.rows for one in _segments(manifest)]
+                identity = identity | {"data": _data_of(segments, data)}
+            differing = identity_differences(identity, _identity(manifest))
             if differing:
                 raise ValueError(f"{path} was built with something else: {'; '.join(differing)}")
         return cls(path, manifest, None)
@@ -191,17 +324,20 @@ class FeatureStore:
     @property
     def num_shards(self) -> int:
         """The shards of the complete store."""
-        return -(-self.num_rows // self.shard_rows)
+        return len(self._shards)
 
     @property
     def ids(self) -> list[str]:
         """The id of every row; read and checked at first use."""
         if self._ids is None:
-            file = self.path / _IDS
-            data = file.read_bytes() if file.exists() else b""
-            if sha256(data) != self._ids_sha256:
-                raise ValueError(f"{file} is damaged: its checksum is not the manifest's")
-            self._ids = json.loads(data)
+            ids: list[str] = []
+            for segment in self._segments:
+                file = self.path / segment.ids_name
+                data = file.read_bytes() if file.exists() else b""
+                if sha256(data) != segment.ids_sha256:
+                    raise ValueError(f"{file} is damaged: its checksum is not the manifest's")
+                ids += json.loads(data)
+            self._ids = ids
         return self._ids
 
     @property
@@ -211,14 +347,42 @@ class FeatureStore:
 
     def missing_shards(self) -> list[int]:
         """The numbers of the shards to be written: absent, or there with a wrong checksum."""
-        return [i for i in range(self.num_shards) if self.shard_problem(i) is not None]
+        return [i for i, problem in enumerate(self._shard_problems()) if problem is not None]
 
     def shard_range(self, shard: int) -> range:
         """The rows of a shard."""
         if not 0 <= shard < self.num_shards:
             raise ValueError(f"shard {shard} of {self.path}: it has {self.num_shards} shards")
-        start = shard * self.shard_rows
-        return range(start, min(start + self.shard_rows, self.num_rows))
+        return self._shards[shard][0]
+
+    def append(self, ids: Sequence[str], data: Any = None) -> None:
+        """Adds rows at the end; their shards are then missing, and are written by `write_shard`.
+
+        No shard that is there changes. A kill at any moment leaves the store as it was, or with the
+        new rows.
+
+        Args:
+            ids: The id of every new row, each once and none that is there already.
+            data: Digest of the new examples, or anything else that JSON can hold.
+
+        Raises:
+            ValueError: An id is there already; no ids; store opened for reading.
+            OSError: The disk is full or not writable; the store stays as it was.
+        """
+        self._require_writer()
+        ids_json = _ids_json(ids)
+        there = set(self.ids)
+        for name in ids:
+            if name in there:
+                raise ValueError(f"{self.path} holds {name!r} already: only new ids are appended")
+        if not ids:
+            raise ValueError(f"rows to append to {self.path}: expected at least one, got none")
+        segment = {"num_rows": len(ids), "ids_sha256": sha256(ids_json), "data": _as_json(data)}
+        appended = [*self._manifest.get("appended", []), segment]
+        manifest = {**self._manifest, "version": 2, "appended": appended}
+        write_file(self.path / _segments(manifest)[-1].ids_name, ids_json)
+        write_file(self.path / _MANIFEST, seal(manifest))
+        self._use(manifest)
 
     def write_shard(self, shard: int, features: Tensor) -> None:
         """Writes one shard, whole or not at all; on disk when this returns.
@@ -235,35 +399,58 @@ class FeatureStore:
             OSError: The disk is full; the store stays valid without this shard.
         """
         rows = self.shard_range(shard)
-        if self._lock is None:
-            raise ValueError(f"{self.path} is open for reading: FeatureStore.create opens to write")
+        self._require_writer()
         if features.shape != (len(rows), self.dim) or not features.is_floating_point():
             raise ValueError(
                 f"shard {shard} of {self.path}: expected {len(rows)} x {self.dim} floats, "
                 f"got {tuple(features.shape)} of {features.dtype}"
             )
-        stored = features.detach().to("cpu", self.dtype).contiguous()
-        norms = np.linalg.norm(stored.double().numpy(), axis=1)
-        norms_n = torch.from_numpy(norms).float()
-        bad = torch.nonzero(~torch.isfinite(norms_n))
+        stored, as_read = self._encode(features.detach().cpu())
+        numbers = as_read.float().numpy()  # einsum: in float64, without a copy in float64
+        squares = np.einsum("nk,nk->n", numbers, numbers, dtype=np.float64)
+        stored["norms"] = torch.from_numpy(np.sqrt(squares)).float()
+        bad = torch.nonzero(~torch.isfinite(stored["norms"]))
         if len(bad):
             raise ValueError(
                 f"example {self.ids[rows[int(bad[0])]]!r}: its features are NaN, infinite or too "
                 f"large for {self.dtype}; nothing of shard {shard} was written"
             )
+        self._save(shard, stored)
+
+    def _encode(self, features: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """What a shard stores of features (n, K), and the rows as they will be read."""
+        if self.dtype != torch.int8:
+            stored = features.to(self.dtype).contiguous()
+            return {"features": stored}, stored
+        codes, scales = quantize_rows(features.float().contiguous())
+        return {"features": codes, "scales": scales}, codes * scales[:, None]
+
+    def _save(self, shard: int, tensors: dict[str, Tensor]) -> None:
+        """Writes a shard of these tensors, `_names` each, with its stamp and checksum."""
+        assert tensors.keys() == set(self._names)
         note = self._stamp(shard) + _NO_DIGEST
-        data = save({"features": stored, "norms": norms_n}, {"tracmod": note.decode()})
+        data = save(tensors, {"tracmod": note.decode()})
         position = data.index(note) + len(note) - 64
         digest = sha256(data).encode()
         self._sound.discard(shard)
         write_file(self._file(shard), data[:position] + digest + data[position + 64 :])
         self._sound.add(shard)
 
+    @property
+    def _names(self) -> list[str]:
+        """The tensors of a shard."""
+        return ["features", "norms", *(["scales"] if self.dtype == torch.int8 else [])]
+
+    def _require_writer(self) -> None:
+        if self._lock is None:
+            raise ValueError(f"{self.path} is open for reading: FeatureStore.create opens to write")
+
     def link_shards(self, other: str | os.PathLike[str]) -> int:
         """Links the shards that this store lacks from another store of the very same content.
 
-        The same: ids, dim, dtype, shard_rows and identity. A linked shard is verified at its first
-        use as any other, and written anew if it is damaged.
+        The same: ids, dim, dtype, shard_rows and identity; of appended rows, those up to the first
+        segment that differs. A linked shard is verified at its first use as any other, and written
+        anew if it is damaged.
 
         Args:
             other: The folder of a store, finished or not, or of none.
@@ -276,12 +463,12 @@ class FeatureStore:
             source = FeatureStore.open(other)
         except ValueError:
             return 0
-        if source._fingerprint != self._fingerprint:
-            return 0
         lacking = [
             shard
-            for shard in range(self.num_shards)
-            if source._file(shard).is_file() and not self._file(shard).exists()
+            for shard in range(min(self.num_shards, source.num_shards))
+            if source._stamp(shard) == self._stamp(shard)
+            and source._file(shard).is_file()
+            and not self._file(shard).exists()
         ]
         for shard in lacking:
             link_file(source._file(shard), self._file(shard))
@@ -292,24 +479,59 @@ class FeatureStore:
         return self._gather("norms", start, stop)
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """The rows [start, stop), (rows, K) in the dtype of the store.
+        """The rows [start, stop), (rows, K) in the dtype of the store; of int8, float32.
 
         Rows of one shard are a view of the mapped file (nothing is copied; writing to it does not
-        reach the file); rows of several are copied together.
+        reach the file); rows of several are copied together, and so are those of int8.
 
         Raises:
             ValueError: A shard is missing or damaged, or the range is not within the store.
         """
-        return self._gather("features", start, stop)
+        stored = self._gather("features", start, stop)
+        if self.dtype != torch.int8:
+            return stored
+        return stored * self._gather("scales", start, stop)[:, None]
 
-    def take(self, rows: Sequence[int]) -> Tensor:
-        """The rows of these numbers, (len(rows), K)."""
-        return torch.cat([self.read(row, row + 1) for row in rows])
+    def __getitem__(self, rows: slice) -> Tensor:
+        """`store[start:stop:step]`, as of a list; `read` where the step is 1, else `take`."""
+        if not isinstance(rows, slice):  # also what iterating over the store would ask for
+            raise TypeError(f"rows of a feature store: expected a slice, got {rows!r}")
+        chosen = range(self.num_rows)[rows]
+        if chosen.step != 1:
+            return self.take(chosen)
+        return self.read(chosen.start, max(chosen.start, chosen.stop))
+
+    def take(self, rows: Sequence[int] | Tensor) -> Tensor:
+        """Rows by number, in any order, repeated or not; reads only the shards that hold them.
+
+        Args:
+            rows: (R,) whole numbers from 0 to N - 1.
+
+        Returns:
+            (R, K) in the dtype of the store; of int8, float32.
+
+        Raises:
+            ValueError: A number is not of a row; a shard is missing or damaged.
+        """
+        rows_R = torch.as_tensor(rows)
+        if rows_R.ndim != 1 or (len(rows_R) and rows_R.dtype not in _WHOLE_NUMBERS):
+            raise ValueError(
+                f"rows to take of {self.path}: expected a list of whole numbers, "
+                f"got {tuple(rows_R.shape)} of {rows_R.dtype}"
+            )
+        rows_R = rows_R.cpu().long()
+        wrong = rows_R[(rows_R < 0) | (rows_R >= self.num_rows)]
+        if len(wrong):
+            raise ValueError(f"row {int(wrong[0])} of {self.path}: it has {self.num_rows} rows")
+        stored = self._take("features", rows_R)
+        if self.dtype != torch.int8:
+            return stored
+        return stored * self._take("scales", rows_R)[:, None]
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
         """Yields (start, features (rows, K)) in row order; the last block may be shorter.
 
-        A block that ends where a shard does is not copied: best a divisor of `shard_rows`.
+        A block within one shard is not copied: best a divisor of `shard_rows`.
         """
         if rows < 1:
             raise ValueError(f"blocks of {rows} rows: expected at least 1")
@@ -330,18 +552,32 @@ class FeatureStore:
         file, rows = self._file(shard), len(self.shard_range(shard))
         if not file.is_file():
             return f"{file} is missing"
-        row_bytes = self.dim * self.dtype.itemsize + torch.float32.itemsize
+        row_bytes = self.dim * self.dtype.itemsize
+        row_bytes += (len(self._names) - 1) * torch.float32.itemsize
         problem = _shard_problem(file, self._stamp(shard), rows * row_bytes)
         if problem is None:
             self._sound.add(shard)
         return problem
+
+    def _shard_problems(self, advance: Callable[[int], Any] | None = None) -> list[str | None]:
+        """`shard_problem` of every shard, several files at a time; `advance` is told the bytes."""
+        pool = ThreadPoolExecutor(min(_READERS, torch.get_num_threads()))  # hashing frees the GIL
+        problems = []
+        try:
+            for shard, problem in enumerate(pool.map(self.shard_problem, range(self.num_shards))):
+                problems.append(problem)
+                if advance is not None and self._file(shard).is_file():
+                    advance(self._file(shard).stat().st_size)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return problems
 
     def _file(self, shard: int) -> Path:
         return self.path / f"shard-{shard:05d}.safetensors"
 
     def _stamp(self, shard: int) -> bytes:
         """What stands before the digest in a shard's header: whose it is and which."""
-        return f"store={self._fingerprint} shard={shard:05d} sha256=".encode()
+        return f"store={self._shards[shard][1]} shard={shard:05d} sha256=".encode()
 
     def _gather(self, name: str, start: int, stop: int | None) -> Tensor:
         stop = self.num_rows if stop is None else stop
@@ -349,16 +585,28 @@ class FeatureStore:
             raise ValueError(f"rows {start} to {stop} of {self.path}: it has {self.num_rows} rows")
         parts = []
         while start < stop:
-            shard = start // self.shard_rows
+            shard = bisect_right(self._starts, start) - 1
             rows = self.shard_range(shard)
             end = min(stop, rows.stop)
             parts.append(self._load(shard, name)[start - rows.start : end - rows.start])
             start = end
         if not parts:
-            return (
-                torch.empty(0, self.dim, dtype=self.dtype) if name == "features" else torch.empty(0)
-            )
+            return self._empty(name, 0)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _take(self, name: str, rows_R: Tensor) -> Tensor:
+        taken = self._empty(name, len(rows_R))
+        starts = torch.tensor(self._starts, dtype=torch.int64)
+        shards_R, order_R = (torch.bucketize(rows_R, starts, right=True) - 1).sort()
+        shards, counts = shards_R.unique_consecutive(return_counts=True)
+        for shard, places in zip(shards.tolist(), order_R.split(counts.tolist()), strict=True):
+            taken[places] = self._load(shard, name)[rows_R[places] - self._starts[shard]]
+        return taken
+
+    def _empty(self, name: str, rows: int) -> Tensor:
+        if name == "features":
+            return torch.empty(rows, self.dim, dtype=self.dtype)
+        return torch.empty(rows)
 
     def _load(self, shard: int, name: str) -> Tensor:
         problem = self.shard_problem(shard)
@@ -369,18 +617,18 @@ class FeatureStore:
 
 
 def verify_store(
-    path: str | os.PathLike[str],
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    path: str | os.PathLike[str], advance: Callable[[int], Any] | None = None
 ) -> list[str]:
     """Checks every file of a store: digests, missing shards, files that do not belong there.
 
     Args:
         path: The folder.
-        progress: Wraps the iteration over the shards, for instance `tqdm`.
+        advance: Called with the bytes of every shard, when it has been read.
 
     Returns:
         One sentence per problem; empty when the store is complete and sound. The leftover of a
-        killed writer (a temporary file) is none: it is never read, and the next writer removes it.
+        killed writer (a temporary file, the ids of rows that it did not come to append) is none:
+        it is never read, and the next writer writes it anew.
     """
     try:
         store = FeatureStore.open(path)
@@ -391,14 +639,12 @@ def verify_store(
         assert len(store.ids) == store.num_rows
     except (ValueError, OSError) as error:
         problems.append(str(error))
+    known = {_MANIFEST, _LOCK, *(_ids_name(i) for i in range(len(store._segments) + 1))}
+    known |= {store._file(shard).name for shard in range(store.num_shards)}
     for file in sorted(store.path.iterdir()):
-        shard = _SHARD_NAME.fullmatch(file.name)
-        if shard and store._file(int(shard[1])) == file and int(shard[1]) < store.num_shards:
-            continue
-        if file.name not in (_MANIFEST, _IDS, _LOCK) and not _is_temporary(file):
+        if file.name not in known and not _is_temporary(file):
             problems.append(f"{file} does not belong to this store")
-    shard_problems = (store.shard_problem(i) for i in progress(range(store.num_shards)))
-    return problems + [problem for problem in shard_problems if problem is not None]
+    return problems + [one for one in store._shard_problems(advance) if one is not None]
 
 
 def identity_differences(
@@ -435,9 +681,13 @@ def _ids_json(ids: Sequence[str]) -> bytes:
     return canonical_json(list(ids))
 
 
+def _ids_name(segment: int) -> str:
+    return f"ids-{segment}.json" if segment else "ids.json"
+
+
 def _new_manifest(
-    ids: Sequence[str],
-    ids_json: bytes,
+    num_rows: int,
+    ids_sha256: str,
     dim: int,
     identity: dict[str, Any],
     dtype: str,
@@ -450,22 +700,107 @@ def _new_manifest(
         raise ValueError(
             f"a feature store needs dim and shard_rows of at least 1, got {dim} and {shard_rows}"
         )
-    try:
-        identity = json.loads(canonical_json(identity))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"identity of a feature store: JSON cannot hold it: {error}") from error
     content = {
         "format": FORMAT,
-        "version": VERSION,
-        "num_rows": len(ids),
+        "version": 2 if dtype == "int8" else 1,
+        "num_rows": num_rows,
         "dim": dim,
         "dtype": dtype,
         "shard_rows": shard_rows,
-        "identity": identity,
-        "ids_sha256": sha256(ids_json),
+        "identity": _as_json(identity),
+        "ids_sha256": ids_sha256,
     }
-    # Shards carry it. It stays what it was should rows be added to the store one day.
+    # Shards of the first segment carry it; it stays what it is when rows are appended.
     return {**content, "fingerprint": sha256(canonical_json(content))}
+
+
+def _as_json(value: Any) -> Any:
+    """A value of an identity as it is when it has been read again."""
+    try:
+        return json.loads(canonical_json(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"identity of a feature store: JSON cannot hold it: {error}") from error
+
+
+def _segments(manifest: dict[str, Any]) -> list[_Segment]:
+    """The segments of a store, in row order."""
+    segments: list[_Segment] = []
+    start, fingerprint = 0, manifest["fingerprint"]
+    for number, part in enumerate([manifest, *manifest.get("appended", [])]):
+        if number > 0:
+            fingerprint = sha256(canonical_json({"after": fingerprint, **part}))
+        rows = range(start, start + part["num_rows"])
+        segments.append(_Segment(rows, _ids_name(number), part["ids_sha256"], fingerprint))
+        start = rows.stop
+    return segments
+
+
+def _data_of(segments: Sequence[range], data: Callable[[int, int], Any]) -> Any:
+    """The entry `data` of an identity: a digest, or of several segments a list."""
+    digests = [data(rows.start, rows.stop) for rows in segments]
+    return digests if len(digests) > 1 else digests[0]
+
+
+def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What all rows of a store were made with."""
+    identity: dict[str, Any] = manifest["identity"]
+    appended = manifest.get("appended", [])
+    if not appended:
+        return identity
+    return identity | {"data": [identity.get("data"), *(part["data"] for part in appended)]}
+
+
+def _differences(new: dict[str, Any], found: dict[str, Any], ids_sha256: list[str]) -> list[str]:
+    """Where a store on disk is not, its appended rows included, what `create` is asked for.
+
+    Args:
+        new: The manifest that a new store would have.
+        found: The manifest that is there.
+        ids_sha256: Of the ids asked for, cut as the store there has them in segments.
+    """
+    segments = _segments(found)
+    whole = {
+        "num_rows": segments[-1].rows.stop,
+        "identity": _identity(found),
+        "ids_sha256": [one.ids_sha256 for one in segments],
+    }
+    ignored = ["version", "appended"]
+    return identity_differences(new | {"ids_sha256": ids_sha256}, found | whole, ignored)
+
+
+def _slice(rows: range) -> slice:
+    return slice(rows.start, rows.stop)
+
+
+def _check_alike(stores: Sequence[FeatureStore]) -> None:
+    """Refuses stores that cannot be merged."""
+    if not stores:
+        raise ValueError("stores to merge: expected at least one, got none")
+    first = stores[0]
+    holder: dict[str, Path] = {}
+    made_with = [{"dim": s.dim, "dtype": s._manifest["dtype"], **s.identity} for s in stores]
+    for store, identity in zip(stores, made_with, strict=True):
+        differing = identity_differences(made_with[0], identity, ignore=["data"])
+        if differing:
+            raise ValueError(f"{store.path} is not like {first.path}: {'; '.join(differing)}")
+        for name in store.ids:
+            if name in holder:
+                raise ValueError(f"{holder[name]} and {store.path} both hold example {name!r}")
+            holder[name] = store.path
+        for shard in range(store.num_shards):  # damage is found when the shard is read
+            if not store._file(shard).is_file():
+                raise ValueError(f"{store._file(shard)} is missing: merge takes complete stores")
+
+
+def _rows_of(stores: Sequence[FeatureStore], name: str, rows: range) -> Tensor:
+    """A stored tensor of some rows, counted throughout the stores."""
+    parts, start = [], 0
+    for store in stores:
+        first, last = max(rows.start - start, 0), min(rows.stop - start, store.num_rows)
+        if first < last:
+            parts.append(store._gather(name, first, last))
+        start += store.num_rows
+    return torch.cat(parts)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -476,7 +811,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     version = _version(data)
     if version > VERSION:  # before the seal: a newer version may be sealed in another way
         raise ValueError(
-            f"{file} is of format version {version}, this tracmod reads version {VERSION}: "
+            f"{file} is of format version {version}, this tracmod reads versions up to {VERSION}: "
             "use a newer tracmod (or the file is damaged)"
         )
     content = unseal(file, data)
@@ -502,7 +837,7 @@ def _refuse_foreign_folder(path: Path) -> None:
     foreign = [
         file.name
         for file in sorted(path.iterdir())
-        if file.name not in (_IDS, _LOCK) and not _is_temporary(file)
+        if file.name not in (_ids_name(0), _LOCK) and not _is_temporary(file)
     ]
     if foreign:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,3 +94,12 @@ def pool_from_rows(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
         for name, values in columns.items():
             values.append(row.get(name))
     return pa.table(columns, POOL_SCHEMA)
+
+
+def rows_digest(table: pa.Table, start: int, stop: int) -> str:
+    """SHA-256 of rows [start, stop): of what they say, not of the file that says it."""
+    digest = hashlib.sha256()
+    for name in table.column_names:
+        values = table[name].slice(start, stop - start).to_pylist()
+        digest.update(json.dumps([name, values]).encode())
+    return digest.hexdigest()

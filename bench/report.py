@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-PARTS = ("collect", "job", "fidelity", "index", "exact", "kernels")
+PARTS = (
+    "collect",
+    "job",
+    "fidelity",
+    "scale-search",
+    "scale-store",
+    "index",
+    "exact",
+    "kernels",
+)
 BUSY = 0.5  # load average before the benchmark, from which its times are not a quiet machine's
 METHODS = {
     "naive": "naive TracIn",
@@ -137,6 +146,47 @@ def _digits(key: str, value: Any) -> Any:
     return f"{value:.4f}" if key.startswith(("rmse", "spearman", "top10")) else value
 
 
+def scale_search_section(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, row in result["methods"].items():
+        size = result["bytes_per_example"].get(name.removeprefix("ours "))
+        rows.append([
+            name, row["seconds"], f"{row['speed_of_matmul']:.0%}", round(row["peak_bytes"] / 1e6),
+            round(row["base_bytes"] / 1e6), round(size) if size and "ours" in name else None,
+            row.get("build_seconds"),
+        ])  # fmt: skip
+    return [
+        f"{result['rows']:,} training rows of {result['dim']:,} made numbers, "
+        f"{result['queries']:,} queries, the {result['k']} best and worst, {result['groups']} "
+        f"groups, a budget of {result['memory'] / 1e9:g} GB for ours: {made(result)} Best of the "
+        "rounds, the largest peak.",
+        "",
+        *table(
+            ["method", "seconds", "speed of torch.matmul", "peak MB", "of it after imports",
+             "bytes per example", "build s"],
+            rows,
+        ),
+    ]  # fmt: skip
+
+
+def scale_store_section(result: dict[str, Any]) -> list[str]:
+    writing, opening, verifying = (result[key] for key in ("writing", "opening", "verifying"))
+    collected, opened = writing["seconds"], opening["seconds"]
+    rates = verifying["gbytes_per_second"]
+    return [
+        f"- Writing: {writing['examples']:,} examples of 16 to 128 tokens, mini model, K = 4,096: "
+        f"collecting into a store took {collected['store']:.2f} s, into memory "
+        f"{collected['memory']:.2f} s: {writing['added']:+.1%}.",
+        f"- Opening a store of {opening['shards']:,} shards: {1e3 * opened['open']:.2f} ms, with "
+        f"a first row read {1e3 * opened['read']:.2f} ms.",
+        f"- Verifying {verifying['bytes'] / 1e9:.1f} GB, in GB/s: "
+        + "; ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+        + ".",
+        "",
+        made(result),
+    ]
+
+
 def index_section(result: dict[str, Any]) -> list[str]:
     rows = []
     for row in result["table"]:
@@ -208,6 +258,8 @@ _SECTIONS = {
     "collect": collect_section,
     "job": job_section,
     "fidelity": fidelity_section,
+    "scale-search": scale_search_section,
+    "scale-store": scale_store_section,
     "index": index_section,
     "exact": exact_section,
     "kernels": kernels_section,

@@ -12,7 +12,17 @@ import torch
 from click.testing import CliRunner
 
 import tracmod as tm
-from tracmod.bench import bench_index, bench_kernels, collect, fidelity, job, models, plain, report
+from tracmod.bench import (
+    bench_index,
+    bench_kernels,
+    bench_scale,
+    collect,
+    fidelity,
+    job,
+    models,
+    plain,
+    report,
+)
 from tracmod.bench.cases import ProjectSize, cases, project_case
 from tracmod.bench.measure import agreement
 from tracmod.cli import main
@@ -355,3 +365,36 @@ def test_agreement_of_equal_and_opposite_scores():
     assert agreement(-scores, scores)["spearman"] == pytest.approx(-1)
     assert agreement(-scores, scores)["top10"] == 0
     assert agreement(scores + 0.1, scores)["rmse"] == pytest.approx(0.1)
+
+
+def test_a_wrong_ranking_of_made_rows_is_found():
+    scores_QN = torch.randn(3, 300, dtype=torch.float64)
+    sums_QG = torch.zeros(3, bench_scale.GROUPS, dtype=torch.float64)
+    sums_QG.index_add_(1, bench_scale.groups_of(300), scores_QN)
+    ranking = {"group_sums": sums_QG}
+    for side, sign in (("", 1), ("opponent_", -1)):
+        best = (sign * scores_QN).topk(bench_scale.K)
+        ranking |= {f"{side}scores": sign * best.values, f"{side}indices": best.indices}
+    bench_scale.check("right", ranking, scores_QN)
+    for name in ranking:
+        wrong = dict(ranking)
+        wrong[name] = ranking[name].flip(1)
+        with pytest.raises(collect.WrongResult, match="wrong: .* off by"):
+            bench_scale.check("wrong", wrong, scores_QN)
+
+
+@pytest.mark.slow
+def test_the_scale_bench_runs_small(tmp_path, monkeypatch):
+    for asked in (
+        ["search", "--rows", "3000", "--dim", "64", "--queries", "9", "--rounds", "1"],
+        ["store", "--examples", "8", "--gigabytes", "0.01"],
+    ):
+        given = [*asked, "--folder", str(tmp_path), "--out", str(tmp_path)]
+        monkeypatch.setattr("sys.argv", ["bench_scale", *given])
+        bench_scale.main()
+    found = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("scale-*.json"))]
+    assert [result["part"] for result in found] == ["scale-search", "scale-store"]
+    assert set(found[0]["methods"]) == set(bench_scale.METHODS)
+    assert found[0]["bytes_per_example"]["int8"] < 0.4 * found[0]["bytes_per_example"]["float32"]
+    for result in found:
+        assert "|" in "\n".join(report.section(result)) or result["part"] == "scale-store"

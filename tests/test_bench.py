@@ -379,7 +379,7 @@ def test_a_wrong_ranking_of_made_rows_is_found():
     for name in ranking:
         wrong = dict(ranking)
         wrong[name] = ranking[name].flip(1)
-        with pytest.raises(collect.WrongResult, match="wrong: .* off by"):
+        with pytest.raises(collect.WrongResult, match=r"wrong: .* off by"):
             bench_scale.check("wrong", wrong, scores_QN)
 
 

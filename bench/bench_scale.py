@@ -260,7 +260,7 @@ def store_costs(given: argparse.Namespace) -> None:
         result = {
             "part": "scale-store",
             "writing": writing(folder, given.examples),
-            "opening": opening(folder, 1000),
+            "opening": opening(folder, given.shards),
             "verifying": verifying(folder, given.gigabytes),
         }
     print(json.dumps(result, indent=1))
@@ -381,6 +381,7 @@ def main() -> None:
     two = parts.add_parser("store")
     two.set_defaults(does=store_costs)
     two.add_argument("--examples", type=int, default=2048)
+    two.add_argument("--shards", type=int, default=1000, help="of the store that is opened")
     two.add_argument("--gigabytes", type=float, default=2.0, help="of the store that is verified")
     for part in (one, two):
         part.add_argument("--folder", type=Path, default=here.parent / "runs" / "scale")

@@ -387,7 +387,7 @@ def test_a_wrong_ranking_of_made_rows_is_found():
 def test_the_scale_bench_runs_small(tmp_path, monkeypatch):
     for asked in (
         ["search", "--rows", "3000", "--dim", "64", "--queries", "9", "--rounds", "1"],
-        ["store", "--examples", "8", "--gigabytes", "0.01"],
+        ["store", "--examples", "8", "--shards", "9", "--gigabytes", "0.01"],
     ):
         given = [*asked, "--folder", str(tmp_path), "--out", str(tmp_path)]
         monkeypatch.setattr("sys.argv", ["bench_scale", *given])

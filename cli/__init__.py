@@ -6,7 +6,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import click
 from tracmod import __version__
 
 if TYPE_CHECKING:
+    from tracmod.engine import Engine
     from tracmod.index import InfluenceIndex
     from tracmod.run_folder import RunFolder
 
@@ -85,7 +87,24 @@ _RUN_OPTIONS = [
         type=click.Choice(["local", "ray"]),
         default="local",
         show_default=True,
-        help="Where work runs: in this process; ray is not in this version.",
+        help="Where pruning, collecting and scoring run: on this machine, or on a Ray cluster.",
+    ),
+    click.option(
+        "--address",
+        help="Of the Ray cluster; auto: the one begun here with `ray start`. Absent: one of this "
+        "machine alone, for this command.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        help="Tasks done at a time. Absent: local 1, or one for each GPU; on Ray as many as fit.",
+    ),
+    click.option(
+        "--worker-cpus",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Cores and threads of each worker on Ray.",
     ),
     click.option(
         "--memory",
@@ -136,7 +155,7 @@ def run(config: str, out: Path, check: bool, **options: Any) -> None:
     if check:
         _show_plan(folder)
         return
-    _do(folder, STAGES)
+    _do(folder, STAGES, options)
     report = out / "report" / "index.html"
     click.echo(f"report: {report}")
 
@@ -193,7 +212,9 @@ def sweep(config: str, out: Path, check: bool, **options: Any) -> None:
             told = [f"{stage}: {how}" for stage, how in stages.items()]
             click.echo(f"{point}\n  {', '.join(told)}")
         return
-    failed = run_sweep(loaded, out, click.echo)
+    device = next(iter(loaded.points.values())).device
+    with _engine(device, **options) as engine:
+        failed = run_sweep(loaded, out, click.echo, engine)
     if failed:
         _fail(f"{len(failed)} of {len(loaded.points)} points failed: {', '.join(failed)}", 1)
     click.echo(f"table: {out / 'sweep.csv'}, figures: {out / 'sweep.html'}")
@@ -216,25 +237,48 @@ def _stage(stage: str, does: str, example: str = "") -> None:
         else:
             folder = RunFolder(run_dir)
             folder = RunFolder(run_dir, override_config(folder.config, overrides))
-        _do(folder, ["data", stage] if stage == "finetune" else [stage], again=stage)
+        stages = ["data", stage] if stage == "finetune" else [stage]
+        _do(folder, stages, options, again=stage)
 
 
-def _overrides(overrides: tuple[str, ...], engine: str, memory: str | None) -> tuple[str, ...]:
+def _overrides(overrides: tuple[str, ...], memory: str | None, **_: Any) -> tuple[str, ...]:
     """What the options of a run change in its config."""
-    if engine == "ray":
-        raise ValueError("--engine ray: the Ray engine is not in this version; local is")
     return overrides if memory is None else (*overrides, f"influence.memory={memory}")
 
 
-def _do(folder: RunFolder, stages: Any, again: str | None = None) -> None:
+@contextmanager
+def _engine(
+    device: str,
+    engine: str,
+    address: str | None,
+    workers: int | None,
+    worker_cpus: int,
+    **_: Any,
+) -> Iterator[Engine]:
+    """The engine that the options of a run ask for; `device` is its config's."""
+    import torch
+
+    from tracmod.engine import open_engine
+    from tracmod.model import resolve_device
+
+    if engine == "local" and workers is None and resolve_device(device) == "cuda":
+        workers = torch.cuda.device_count()
+    opened = open_engine(engine, address, workers, worker_cpus)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def _do(folder: RunFolder, stages: Any, options: dict[str, Any], again: str | None = None) -> None:
     from tracmod.model import resolve_device
     from tracmod.pipeline import run_stages
 
     to_do = [stage for stage in stages if stage == again or not folder.is_done(stage)]
     if not {"data", "analyze", "report"}.issuperset(to_do):  # the others compute with the model
         resolve_device(folder.config.device)
-    with folder.locked():
-        run_stages(folder, stages, again)
+    with folder.locked(), _engine(folder.config.device, **options) as engine:
+        run_stages(folder, stages, again, engine=engine)
 
 
 _stage("finetune", "Sample the data and fine-tune on all languages.", " --config demo")

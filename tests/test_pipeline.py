@@ -339,7 +339,7 @@ def test_features_are_scored_on_the_studys_device(copy, monkeypatch):
     study = Study(RunFolder(copy))
     digests = [model_digests(*load_model(one.path)) for one in study.checkpoints("full")]
     study.device = "meta"
-    study._influence_of_view("full", study.views[0], digests, [0] * 18, int)
+    study._influence_of_view("full", study.views[0], digests, [0] * 18)
     assert devices == {"meta"}
 
 

@@ -37,13 +37,18 @@ def unseal(file: Path, data: bytes) -> dict[str, Any]:
     raise ValueError(f"{file} is damaged: its checksum does not match what it holds")
 
 
-def write_file(file: Path, data: bytes) -> None:
+def write_file(file: Path, data: bytes, writer: str = "") -> None:
     """Writes a file whole or not at all, and returns when it is on disk.
+
+    Args:
+        file: where.
+        data: what.
+        writer: who, where several may write the same file at a time.
 
     Raises:
         OSError: With the file's path in one sentence; nothing is left behind.
     """
-    temporary = temporary_name(file)
+    temporary = temporary_name(file, writer)
     try:
         with open(temporary, "wb") as out:
             out.write(data)
@@ -58,9 +63,9 @@ def write_file(file: Path, data: bytes) -> None:
         ) from error
 
 
-def temporary_name(file: Path) -> Path:
+def temporary_name(file: Path, writer: str = "") -> Path:
     """Where a file is written before it gets its name: the same folder, hidden."""
-    return file.with_name(f".{file.name}.tmp")
+    return file.with_name(f".{file.name}{writer}.tmp")
 
 
 def publish_file(temporary: Path, file: Path) -> None:

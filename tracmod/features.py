@@ -458,8 +458,9 @@ def collect_to_store(
     examples: Sequence[Mapping[str, Any]],
     store: FeatureStore,
     advance: Callable[[int], Any] | None = None,
+    shards: Sequence[int] | None = None,
 ) -> None:
-    """Compute and write every shard that the store still lacks.
+    """Compute and write shards: those asked for, or every one that the store still lacks.
 
     A shard is written by a thread while the next is computed. It is batched by itself, so its
     contents do not depend on which shards were there before.
@@ -470,7 +471,7 @@ def collect_to_store(
     """
     with ThreadPoolExecutor(max_workers=1) as writer:
         written: Future[None] | None = None
-        for shard in store.missing_shards():
+        for shard in store.missing_shards() if shards is None else shards:
             rows = store.shard_range(shard)
             features = collector.collect(examples[rows.start : rows.stop], advance)
             if written is not None:

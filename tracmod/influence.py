@@ -104,6 +104,8 @@ def top_influences(
     progress: Path | None = None,
     device: torch.device | str | None = None,
     advance: Callable[[int], Any] | None = None,
+    passes: int = 1,
+    only: int | None = None,
 ) -> TopInfluences:
     """Strongest proponents and opponents of every query, and sums by group, in one streaming pass.
 
@@ -121,6 +123,10 @@ def top_influences(
             it was; to be removed when the results are safe. None: an interrupted call starts anew.
         device: where scores are computed; None for where the query features are (stores: the CPU).
         advance: called with the number of scores done; Q x N in all.
+        passes: into how many blocks queries are cut at least, if there are enough: to share the
+            work between processes that have `progress` in common.
+        only: 0 to passes - 1: the share of the blocks that is worked on, and that the result is
+            of; absent: all.
 
     Raises:
         ValueError: as in `influence_scores`, k below 1, not N groups, too little memory, or a store
@@ -132,7 +138,7 @@ def top_influences(
     on = _device(queries) if device is None else torch.device(device)
     names, groups_N = _group_ids(groups, num_train, on)
     search = Search(queries, trains, k, weights, normalize, groups_N, len(names or ()), on)
-    top = search_rows(search, memory, progress, advance)
+    top = search_rows(search, memory, progress, advance, passes, only)
     return _with_shares(
         top.scores, top.indices, top.opponent_scores, top.opponent_indices, names, groups_N,
         top.group_sums,

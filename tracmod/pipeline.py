@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +25,16 @@ from tracmod.blocks import block_influence, weighted_sum
 from tracmod.capture import frozen
 from tracmod.config import FinetuneConfig, RunConfig
 from tracmod.durable import canonical_json, file_sha256, sha256, write_parquet
+from tracmod.engine import Engine
+from tracmod.engine.local import LocalEngine
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
 from tracmod.heads import HeadMask, masked_accuracy
-from tracmod.influence import self_influence, top_influences, without_examples
+from tracmod.influence import (
+    TopInfluences,
+    self_influence,
+    top_influences,
+    without_examples,
+)
 from tracmod.model import (
     Checkpoint,
     create_model,
@@ -58,11 +65,56 @@ SPLITS = ("train", "dev", "test")
 BLOCK_VIEWS = ("full", "subnetwork")
 
 
+SHARDS_PER_TASK = 4  # with several workers; alone, a worker is given a store at a time
+TASKS_PER_WORKER = 4  # at least, so that none is idle long at the end
+
+
+class Digests(tuple[dict[str, str], ...]):
+    """(C,) `model_digests` of checkpoints."""
+
+
+class Task(NamedTuple):
+    """A part of a stage that is independent of the others: a method of `Study`, and arguments."""
+
+    does: str
+    arguments: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        """As a log shows it: without the digests of models."""
+        told = [
+            str(one)
+            for one in self.arguments
+            if not (isinstance(one, list) and one and isinstance(one[0], dict))
+        ]
+        return " ".join([self.does, *told])
+
+
+class StudyWorker:
+    """Does tasks of a run, where an engine puts it; keeps the models that it has loaded."""
+
+    def __init__(self, path: Path, device: str, place: int) -> None:
+        """Open the run folder.
+
+        Args:
+            path: of the run, on a file system that all workers share.
+            device: where to compute; of several GPUs of this machine, each worker has its own.
+            place: of the worker.
+        """
+        self._study = Study(RunFolder(path))
+        gpus = torch.cuda.device_count()
+        self._study.device = f"cuda:{place % gpus}" if device == "cuda" and gpus else device
+
+    def do(self, task: Task, advance: Callable[[int], Any]) -> None:
+        """See `Worker.do`."""
+        getattr(self._study, task.does)(*task.arguments, advance)
+
+
 def run_stages(
     run: RunFolder,
     stages: Sequence[str] = STAGES,
     again: str | None = None,
     donors: Sequence[RunFolder] = (),
+    engine: Engine | None = None,
 ) -> None:
     """Do the stages that are not yet done, in order.
 
@@ -71,12 +123,13 @@ def run_stages(
         stages: which; those before them must be done.
         again: a stage to do even if it is done (what is on disk and whole is not made twice).
         donors: runs whose finished stages and features are taken over where they are the same.
+        engine: where pruning, collecting and scoring run; None: in this process.
 
     Raises:
         ValueError: a stage before these is not done, or `analyze.distances` cannot be used.
     """
     check_distances(run.config)
-    study = Study(run, donors)
+    study = Study(run, donors, engine)
     for stage in stages:
         if run.is_done(stage) and stage != again:
             continue
@@ -102,14 +155,19 @@ def check_distances(config: RunConfig) -> None:
 class Study:
     """The stages, one method each, and what they share."""
 
-    def __init__(self, run: RunFolder, donors: Sequence[RunFolder] = ()) -> None:
+    def __init__(
+        self, run: RunFolder, donors: Sequence[RunFolder] = (), engine: Engine | None = None
+    ) -> None:
         self.run = run
         self._donors = donors
+        self._engine = engine or LocalEngine()
         self.config: RunConfig = run.config
         self._tables: dict[str, pa.Table] = {}
         self._data_digests: dict[str, str] = {}
-        # The model pruned last: every language's turn with it needs it, and it is large.
+        # The model pruned last, and the checkpoint collected last: each is large, and many tasks
+        # need the same one.
         self._prunable: dict[tuple[int, str | None], Any] = {}
+        self._collectable: dict[tuple[str, int], Any] = {}
 
     # --- stages -----------------------------------------------------------------------------
 
@@ -131,10 +189,17 @@ class Study:
 
     def prune(self) -> None:
         """Each seed's subnetworks into subnetworks/seeds/, combined into subnetworks/."""
-        for seed in self.prune_seeds:
-            for language in self.languages:
-                if not _holds_mask(self.run.subnetwork(language, seed)):
-                    self._prune_language(seed, language)
+        missing = [
+            (seed, language)
+            for seed in self.prune_seeds
+            for language in self.languages
+            if not _holds_mask(self.run.subnetwork(language, seed))
+        ]
+        models = dict.fromkeys((seed, self._pruned_of(language)) for seed, language in missing)
+        to_tune = [one for one in models if one != (self.config.seed, None)]
+        with self._bar("prune", len(to_tune) + len(missing), "subnetwork") as bar:
+            self._do("fine_tune_to_prune", to_tune, bar.update)
+            self._do("prune_language", missing, bar.update)
         for language in self.languages:
             if not self._is_combined(language):
                 self._combine_seeds(language)
@@ -148,9 +213,11 @@ class Study:
         """Features of every model, checkpoint, view and mask: features/."""
         self._check_memory()
         with self._bar("collect", self._count_passes()) as bar:
+            tasks: list[tuple[Any, ...]] = []
             for model_name in MODELS:
                 for checkpoint in self.checkpoints(model_name):
-                    self._collect_checkpoint(model_name, checkpoint, bar.update)
+                    tasks += self._begin_stores(model_name, checkpoint, bar.update)
+            self._do("collect_shards", tasks, bar.update)
 
     def influence(self) -> None:
         """Scores, strongest training examples and language tables: influence/."""
@@ -165,10 +232,11 @@ class Study:
                 for checkpoint in self.checkpoints(model_name):
                     model, tokenizer = self._load(checkpoint)
                     digests.append(model_digests(model, tokenizer))
+                self._do("rank_queries", self._searches(model_name, digests), bar.update)
                 test = self._encode(tokenizer, self.table("test"), model)
                 for view in self.views_at(model_name, checkpoint.epoch):  # the last checkpoint's
                     predictions = self._predictions(model, test, view)
-                    self._influence_of_view(model_name, view, digests, predictions, bar.update)
+                    self._influence_of_view(model_name, view, digests, predictions)
                 if blocks:
                     block_parts |= self._influence_of_blocks(model_name, digests)
         for path in (self.run.path / "influence" / "blocks").glob("*"):
@@ -193,6 +261,19 @@ class Study:
         """report/index.html."""
         write_report(self.run.path)
 
+    # --- tasks ------------------------------------------------------------------------------
+
+    def _do(
+        self, does: str, arguments: Sequence[tuple[Any, ...]], advance: Callable[[int], Any]
+    ) -> None:
+        """Have the engine call a method of a study of this run, once for each of the arguments."""
+        self._engine.run(
+            partial(StudyWorker, self.run.path.absolute(), self.device),
+            [Task(does, one) for one in arguments],
+            advance,
+            self.run.path / "logs",
+        )
+
     # --- pruning ----------------------------------------------------------------------------
 
     @property
@@ -200,7 +281,15 @@ class Study:
         """The seeds of the fine-tunings that are pruned; the first is the run's own."""
         return [self.config.seed + place for place in range(self.config.prune.seeds)]
 
-    def _prune_language(self, seed: int, language: str) -> None:
+    def fine_tune_to_prune(
+        self, seed: int, language: str | None, advance: Callable[[int], Any]
+    ) -> None:
+        """A task: the model that subnetworks of a seed are pruned from (of a language, or all)."""
+        self._fine_tune_to_prune(seed, language)
+        advance(1)
+
+    def prune_language(self, seed: int, language: str, advance: Callable[[int], Any]) -> None:
+        """A task: one subnetwork, into subnetworks/seeds/."""
         settings = self.config.prune
         result = prune(
             *self._model_and_dev(seed, language),
@@ -217,6 +306,11 @@ class Study:
                 file=sys.stderr,
             )
         result.save(self.run.subnetwork(language, seed), language, [seed])
+        advance(1)
+
+    def _pruned_of(self, language: str) -> str | None:
+        """The one language of the model that this language's subnetwork is pruned from, if one."""
+        return language if self.config.prune.model == "monolingual" else None
 
     def _model_and_dev(
         self, seed: int, language: str
@@ -226,7 +320,7 @@ class Study:
         The run's own model where that is the one asked for; else one fine-tuned here, from the same
         start, kept in subnetworks/models/ (its last checkpoint).
         """
-        own = language if self.config.prune.model == "monolingual" else None
+        own = self._pruned_of(language)
         if (seed, own) not in self._prunable:
             self._prunable.clear()
             if own is None and seed == self.config.seed:
@@ -349,28 +443,63 @@ class Study:
         )
         return per_checkpoint * sum(len(self.checkpoints(model)) for model in MODELS)
 
-    def _collect_checkpoint(
+    def _begin_stores(
         self, model_name: str, checkpoint: Checkpoint, advance: Callable[[int], Any]
-    ) -> None:
-        model, tokenizer = self._load(checkpoint)
-        digests = model_digests(model, tokenizer)
-        encoded = {
-            split: self._encode(tokenizer, self.table(split), model) for split in ("train", "test")
-        }
+    ) -> Iterator[tuple[Any, ...]]:
+        """Make a checkpoint's stores; what `collect_shards` has to be called with to fill them."""
+        digests = model_digests(*self._load(checkpoint))
+        alone = self._engine.workers == 1
         for view, language, mask in self._passes(self.views_at(model_name, checkpoint.epoch)):
-            with frozen(model):
-                collector = self.collector(model, mask)
-                for split in ("train", "test"):
-                    path = self.run.features(
-                        model_name, view.name, language, checkpoint.epoch, split
-                    )
-                    rows = self._rows(split, language)
-                    with self._store(path, split, rows, mask, digests) as store:
-                        missing = store.missing_shards()
-                        lacking = sum(len(store.shard_range(shard)) for shard in missing)
-                        advance(len(rows) - lacking)
-                        examples = [encoded[split][row] for row in rows]
-                        collect_to_store(collector, examples, store, advance)
+            for split in ("train", "test"):
+                path = self.run.features(model_name, view.name, language, checkpoint.epoch, split)
+                rows = self._rows(split, language)
+                with self._store(path, split, rows, mask, digests) as store:
+                    missing = store.missing_shards()
+                    lacking = sum(len(store.shard_range(shard)) for shard in missing)
+                    advance(len(rows) - lacking)
+                size = max(1, len(missing)) if alone else SHARDS_PER_TASK
+                for first in range(0, len(missing), size):
+                    shards = missing[first : first + size]
+                    yield model_name, checkpoint.epoch, view.name, language, split, shards
+
+    def collect_shards(
+        self,
+        model_name: str,
+        epoch: int,
+        view_name: str,
+        language: str | None,
+        split: str,
+        shards: Sequence[int],
+        advance: Callable[[int], Any],
+    ) -> None:
+        """A task: some shards of a store that is there."""
+        model, encoded = self._to_collect(model_name, epoch)
+        mask = self.mask(model_name, self._view(view_name), language, epoch)
+        path = self.run.features(model_name, view_name, language, epoch, split)
+        examples = [encoded[split][row] for row in self._rows(split, language)]
+        with frozen(model):
+            store = FeatureStore.share(path)
+            collect_to_store(self.collector(model, mask), examples, store, advance, shards)
+
+    def _to_collect(
+        self, model_name: str, epoch: int
+    ) -> tuple[PreTrainedModel, dict[str, list[dict[str, Any]]]]:
+        """A checkpoint's model and the encoded examples; kept until another is asked for."""
+        if (model_name, epoch) not in self._collectable:
+            self._collectable.clear()
+            model, tokenizer = self._load(self._checkpoint(model_name, epoch))
+            encoded = {
+                split: self._encode(tokenizer, self.table(split), model)
+                for split in ("train", "test")
+            }
+            self._collectable[model_name, epoch] = model, encoded
+        return self._collectable[model_name, epoch]
+
+    def _checkpoint(self, model_name: str, epoch: int) -> Checkpoint:
+        return next(one for one in self.checkpoints(model_name) if one.epoch == epoch)
+
+    def _view(self, name: str) -> View:
+        return _named(self.views, name)
 
     def _check_memory(self) -> None:
         """Whether scoring can be done within `influence.memory`: now, not after collecting."""
@@ -498,53 +627,130 @@ class Study:
         rankings = sum(1 + len(self.checkpoints(model_name)) for model_name in MODELS)
         return rankings * tests * len(self.table("train"))
 
+    def _searches(
+        self, model_name: str, digests: Sequence[dict[str, str]]
+    ) -> list[tuple[Any, ...]]:
+        """What `rank_queries` has to be called with: every view, mask and checkpoint, and all."""
+        epochs = [None, *(one.epoch for one in self.checkpoints(model_name))]
+        searches = [
+            (view.name, language, epoch)
+            for view in self.views
+            for language, _ in view.masks
+            for epoch in epochs
+        ]
+        shares = self._shares
+        return [
+            (model_name, *search, Digests(digests), share, shares)
+            for search in searches
+            for share in range(shares)
+        ]
+
+    @property
+    def _shares(self) -> int:
+        """Into how many tasks a ranking is cut: so many that all workers have work."""
+        if self._engine.workers == 1:
+            return 1
+        rankings = sum(len(view.masks) for view in self.views)
+        return -(-TASKS_PER_WORKER * self._engine.workers // rankings)
+
+    def rank_queries(
+        self,
+        model_name: str,
+        view_name: str,
+        language: str | None,
+        epoch: int | None,
+        digests: Sequence[dict[str, str]],
+        share: int,
+        shares: int,
+        advance: Callable[[int], Any],
+    ) -> None:
+        """A task: a share of a ranking, which stays in influence/progress/."""
+        view = self._view(view_name)
+        self._rank(model_name, view, language, epoch, digests, shares, share, advance)
+
+    def _rank(
+        self,
+        model_name: str,
+        view: View,
+        language: str | None,
+        epoch: int | None,
+        digests: Sequence[dict[str, str]],
+        shares: int,
+        share: int | None = None,
+        advance: Callable[[int], Any] | None = None,
+    ) -> TopInfluences:
+        """The ranking over all checkpoints, or of the one of an epoch alone."""
+        queries, trains = (
+            self._features(model_name, view, language, split, digests)
+            for split in ("test", "train")
+        )
+        checkpoints, settings = self.checkpoints(model_name), self.config.influence
+        weights, k = self.weights(checkpoints), settings.ks[0]
+        if epoch is None:
+            k = max(settings.ks) + self._most_left_out(language)
+        else:
+            place = [one.epoch for one in checkpoints].index(epoch)
+            queries, trains, weights = [queries[place]], [trains[place]], None
+        return top_influences(
+            queries,
+            trains,
+            k,
+            self.table("train").column("language").to_pylist(),
+            weights,
+            self.normalize,
+            memory=settings.memory,
+            progress=self.run.path / "influence" / "progress",
+            device=self.device,
+            advance=advance,
+            passes=shares,
+            only=share,
+        )
+
+    def _most_left_out(self, language: str | None) -> int:
+        """The most training examples of a test example's own group."""
+        return max((len(self._same_group[row]) for row in self._rows("test", language)), default=0)
+
+    @cached_property
+    def _same_group(self) -> list[list[int]]:
+        return same_group_rows(self.table("train"), self.table("test"))
+
     def _influence_of_view(
         self,
         model_name: str,
         view: View,
         digests: Sequence[dict[str, str]],
         predictions: Sequence[int],
-        advance: Callable[[int], Any],
     ) -> None:
+        """The tables of a view, from rankings that `rank_queries` has left."""
         checkpoints = self.checkpoints(model_name)
         train, test = self.table("train"), self.table("test")
         groups = train.column("language").to_pylist()
         ks, weights = self.config.influence.ks, self.weights(checkpoints)
         tables, without_group = (InfluenceTables(train, test, predictions, ks) for _ in range(2))
-        same_group = same_group_rows(train, test)
-        rank = partial(
-            top_influences,
-            groups=groups,
-            normalize=self.normalize,
-            memory=self.config.influence.memory,
-            progress=self.run.path / "influence" / "progress",
-            device=self.device,
-            advance=advance,
-        )
         own: list[pa.Table] = []
         for language, _ in view.masks:
             rows = self._rows("test", language)
             queries = self._features(model_name, view, language, "test", digests)
             trains = self._features(model_name, view, language, "train", digests)
-            left_out = [same_group[row] for row in rows]
-            longest = max(ks) + max(map(len, left_out), default=0)
+            left_out = [self._same_group[row] for row in rows]
             if view.collected:
                 own.append(self_influence_table(train, self_influence(trains, weights), language))
-            top = rank(queries, trains, longest, weights=weights)
+            rank = partial(self._rank, model_name, view, language, digests=digests)
+            top = rank(None, shares=self._shares)
             tables.add(rows, top)
-            if any(same_group):
+            if any(self._same_group):
                 rest = without_examples(
                     top, left_out, queries, trains, max(ks), groups, weights, self.normalize
                 )
                 without_group.add(rows, rest, left_out)
-            for place, checkpoint in enumerate(checkpoints):
-                alone = rank(queries[place], trains[place], ks[0])
+            for checkpoint in checkpoints:
+                alone = rank(checkpoint.epoch, shares=self._shares)
                 tables.add_epoch(checkpoint.epoch, rows, alone)
         folder = self.run.influence(model_name, view.name)
         self._write_tables(tables, folder)
         if own:
             write_parquet(folder / "self_influence.parquet", pa.concat_tables(own))
-        if any(same_group):
+        if any(self._same_group):
             self._write_tables(without_group, folder / WITHOUT_GROUP)
 
     def _write_tables(self, tables: InfluenceTables, folder: Path) -> None:

@@ -107,6 +107,7 @@ class FeatureStore:
         """Not for callers: `create` and `open` read the manifest and take the lock."""
         self.path = path
         self._lock = lock
+        self._writer = ""  # of `share`: part of the names of its temporary files
         self._sound: set[int] = set()  # shards whose checksum this object has verified
         self._use(manifest)
 
@@ -298,6 +299,20 @@ class FeatureStore:
                 raise ValueError(f"{path} was built with something else: {'; '.join(differing)}")
         return cls(path, manifest, None)
 
+    @classmethod
+    def share(cls, path: str | os.PathLike[str]) -> FeatureStore:
+        """Opens a store to write shards beside other processes, each of them those it was given.
+
+        For the workers of one who has made the store with `create` and hands out its shards: so
+        there is no lock. A shard that two of them write is whole all the same, and either's.
+
+        Raises:
+            ValueError: As `open`.
+        """
+        store = cls.open(path)
+        store._writer = f".{os.uname().nodename}-{os.getpid()}"
+        return store
+
     def close(self) -> None:
         """Lets another process write; reading goes on."""
         if self._lock is not None:
@@ -433,7 +448,8 @@ class FeatureStore:
         position = data.index(note) + len(note) - 64
         digest = sha256(data).encode()
         self._sound.discard(shard)
-        write_file(self._file(shard), data[:position] + digest + data[position + 64 :])
+        whole = data[:position] + digest + data[position + 64 :]
+        write_file(self._file(shard), whole, self._writer)
         self._sound.add(shard)
 
     @property
@@ -442,7 +458,7 @@ class FeatureStore:
         return ["features", "norms", *(["scales"] if self.dtype == torch.int8 else [])]
 
     def _require_writer(self) -> None:
-        if self._lock is None:
+        if self._lock is None and not self._writer:
             raise ValueError(f"{self.path} is open for reading: FeatureStore.create opens to write")
 
     def link_shards(self, other: str | os.PathLike[str]) -> int:

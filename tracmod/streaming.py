@@ -97,6 +97,8 @@ def search_rows(
     memory: int = MEMORY,
     progress: Path | None = None,
     advance: Callable[[int], Any] | None = None,
+    passes: int = 1,
+    only: int | None = None,
 ) -> kernels.TopK:
     """`top_k_dot` of all queries and training rows.
 
@@ -106,16 +108,22 @@ def search_rows(
         progress: folder that keeps rankings between two tries, in files that are named by all that
             they depend on; the caller removes it when their results are safe.
         advance: called with the number of scores done; Q x N in all.
+        passes: into how many blocks queries are cut at least, if there are enough of them.
+        only: 0 to passes - 1: a share of these blocks, which alone is searched; absent: all.
 
     Raises:
         ValueError: too little memory; a shard that is missing or damaged.
     """
     blocks, count = plan_blocks(search, memory), search.queries[0].shape[0]
-    ends = [place * count // blocks.passes for place in range(blocks.passes + 1)]
+    cuts = max(blocks.passes, min(passes, count // _LEAST_QUERIES))
+    ends = [place * count // cuts for place in range(cuts + 1)]
     parts = [
         _search_block(search, first, stop, blocks.trains, progress, advance)
-        for first, stop in pairwise(ends)
+        for place, (first, stop) in enumerate(pairwise(ends))
+        if only is None or place % passes == only
     ]
+    if not parts:
+        return _search_block(search, 0, 0, blocks.trains, None, None)
     columns = zip(*parts, strict=True)
     return kernels.TopK(*(None if one[0] is None else torch.cat(one) for one in columns))  # type: ignore[arg-type]
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tracmod.config import RunConfig, parse_config, parse_overrides, read_tree, set_value
 from tracmod.durable import publish_file, temporary_name, write_parquet
+from tracmod.engine import Engine
 from tracmod.run_folder import STAGES, RunFolder
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,+-]*")
@@ -172,7 +173,9 @@ def _up_to(stage: str) -> tuple[str, ...]:
     return STAGES[: STAGES.index(stage) + 1]
 
 
-def run_sweep(sweep: Sweep, out: Path, say: Callable[[str], None]) -> dict[str, str]:
+def run_sweep(
+    sweep: Sweep, out: Path, say: Callable[[str], None], engine: Engine | None = None
+) -> dict[str, str]:
     """Do every point's run in `out/<point>/`, then write `out/sweep.{parquet,csv,html}`.
 
     A stage that another point has finished with the same settings is taken over, and so are feature
@@ -184,6 +187,7 @@ def run_sweep(sweep: Sweep, out: Path, say: Callable[[str], None]) -> dict[str, 
         sweep: from `load_sweep`.
         out: folder of the points' run folders.
         say: is told of progress, a line at a time.
+        engine: where every point's pruning, collecting and scoring run; None: in this process.
 
     Returns:
         Point -> why it failed, of those that did.
@@ -203,7 +207,7 @@ def run_sweep(sweep: Sweep, out: Path, say: Callable[[str], None]) -> dict[str, 
         say(f"point {number} of {len(runs)}: {name}")
         try:
             with run.locked():
-                run_stages(run, donors=_begun_runs(sweep, out, name))
+                run_stages(run, donors=_begun_runs(sweep, out, name), engine=engine)
         except Exception as error:
             if os.environ.get("TRACMOD_TRACEBACK"):
                 raise

@@ -1,0 +1,164 @@
+"""A run on several workers gives the local run's files, whatever is killed meanwhile."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import yaml
+from study import RESULTS, files_of, tiny_config
+
+from tracmod.engine import open_engine
+from tracmod.engine.local import LocalEngine
+from tracmod.pipeline import run_stages
+from tracmod.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+SPREAD = ("collect", "influence")
+
+
+def config():
+    """Many small shards, two seeds to prune, several checkpoints."""
+    return tiny_config(collect={"shard_rows": 4}, prune={"seeds": 2, "combine": "union"})
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """A finished run of one process."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("local") / "run"
+    run_stages(RunFolder(folder, config()))
+    return folder
+
+
+@pytest.fixture
+def begun(local, tmp_path):
+    """The run as it is before the stages that are spread."""
+    folder = tmp_path / "run"
+    shutil.copytree(local, folder)
+    for name in ("features", *SPREAD, "analysis", "report", "logs"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    run = RunFolder(folder)
+    for stage in (*SPREAD, "analyze", "report"):
+        del run.record["stages"][stage]
+    run.save()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one core each, begun on this machine."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    made.add_node(num_cpus=1)
+    yield made
+    made.shutdown()
+
+
+def same(folder, local):
+    patterns = [one for one in RESULTS if not one.startswith("analysis")]
+    found, expected = files_of(folder, *patterns), files_of(local, *patterns)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+    assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["processes", "ray"])
+def test_a_whole_run_on_several_workers_is_the_local_run(local, tmp_path, name):
+    if name == "ray":
+        pytest.importorskip("ray")
+    engine = LocalEngine(2) if name == "processes" else open_engine("ray", workers=2)
+    try:
+        run_stages(RunFolder(tmp_path / "run", config()), engine=engine)
+    finally:
+        engine.close()
+    same(tmp_path / "run", local)
+    logs = [path.read_text() for path in sorted((tmp_path / "run/logs").iterdir())]
+    assert len(logs) == 2
+    for does in ("prune_language", "collect_shards", "rank_queries"):
+        assert any(f"task {does}" in log for log in logs)
+
+
+def when_collecting(folder, least, act):
+    """Act, in a thread, once so many shards are there."""
+
+    def watch():
+        while len(list(folder.glob("features/**/shard-*"))) < least:
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def kill_a_worker(folder):
+    log = (folder / "logs/worker-0.log").read_text()
+    os.kill(int(re.findall(r"begun: process (\d+)", log)[-1]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["processes", "ray"])
+def test_a_killed_worker_costs_its_task_alone(local, begun, name, cluster):
+    engine = LocalEngine(2) if name == "processes" else open_engine("ray", cluster.address, 2)
+    killer = when_collecting(begun, 8, lambda: kill_a_worker(begun))
+    try:
+        run_stages(RunFolder(begun), SPREAD, engine=engine)
+    finally:
+        engine.close()
+    killer.join(timeout=1)
+    assert not killer.is_alive()
+    same(begun, local)
+    assert (begun / "logs/worker-0.log").read_text().count("begun: process") > 2
+
+
+def test_a_node_that_goes_away_and_one_that_comes(local, begun, cluster):
+    engine = open_engine("ray", cluster.address, 2)
+
+    def act():
+        cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+
+    changer = when_collecting(begun, 8, act)
+    try:
+        run_stages(RunFolder(begun), SPREAD, engine=engine)
+    finally:
+        engine.close()
+    changer.join(timeout=60)
+    assert not changer.is_alive()
+    same(begun, local)
+
+
+def test_the_driver_killed_and_begun_again(local, begun, cluster):
+    file = begun.parent / "config.yaml"
+    file.write_text(yaml.safe_dump(config().model_dump(mode="json")))
+    command = [sys.executable, "-m", "tracmod.cli", "run", str(file), "--out", str(begun)]
+    command += ["--engine", "ray", "--address", cluster.address, "--workers", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for least in (3, 40):
+        driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        when_collecting(begun, least, driver.kill).join(timeout=120)
+        driver.communicate()
+        assert driver.returncode == -signal.SIGKILL
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    same(begun, local)
+
+
+def test_an_address_without_a_cluster_is_one_sentence(begun):
+    pytest.importorskip("ray")
+    command = [sys.executable, "-m", "tracmod.cli", "collect", str(begun), "--engine", "ray"]
+    done = subprocess.run(
+        [*command, "--address", "127.0.0.1:1"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert "no Ray cluster there" in done.stderr.splitlines()[-1]

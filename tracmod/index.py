@@ -349,7 +349,7 @@ class InfluenceIndex:
     def _cluster(self, sample: np.ndarray, gpu: int | None) -> None:
         """Finds the centres of the lists, round by round so that they can be watched.
 
-        FAISS's own training is the same: a round starts from the centres of the one before.
+        As FAISS's own training does it: a round starts from the centres of the one before.
         """
         index = self.index
         clustering = faiss.Clustering(index.d, index.nlist, index.cp)
@@ -357,7 +357,15 @@ class InfluenceIndex:
         nearest = _centres(index, gpu)
         for _ in tqdm(range(index.cp.niter), desc="cluster", unit=" rounds", disable=None):
             clustering.train(sample, nearest)
-        index.quantizer.add(faiss.vector_to_array(clustering.centroids).reshape(-1, index.d))
+        centres = faiss.vector_to_array(clustering.centroids).reshape(-1, index.d)
+        index.quantizer.add(centres)
+        if self.kind == "ivfpq":
+            # Codes hold what is left of a row beside its centre. Centres of length 1 would leave
+            # more than the row itself where rows are short; the best common length is the mean of
+            # <row, centre>, and which centre is nearest does not depend on it.
+            along, _ = index.quantizer.search(sample, 1)
+            index.quantizer.reset()
+            index.quantizer.add(centres * along.mean())
 
     def _add(self, trains: Sequence[Features], probes_QD: Tensor, gpu: int | None) -> Tensor:
         """Adds all rows; in the same pass finds the exact top k (2 Q, k) of probes and -probes."""

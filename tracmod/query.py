@@ -27,8 +27,8 @@ from tracmod.run_folder import RunFolder
 from tracmod.store import FeatureStore
 
 BLOCK_ROWS = 1024  # of each checkpoint's features in memory at a time
-# Candidates per place that an inexact index is asked for; their exact scores decide.
-CANDIDATES = 4
+# Candidates that an inexact index is asked for, per place and at least; exact scores decide.
+CANDIDATES, LEAST_CANDIDATES = 4, 100
 
 
 class Attributor:
@@ -230,7 +230,8 @@ class Attributor:
 
         Too few: lists or a part of a graph that hold next to none of a filter's languages.
         """
-        asked = min(len(index.ids), k if index.kind == "flat" else CANDIDATES * k)
+        asked = k if index.kind == "flat" else max(CANDIDATES * k, LEAST_CANDIDATES)
+        asked = min(asked, len(index.ids))
         on_cpu = [one.cpu() for one in features]
         found = []
         for opponents in (False, True):

@@ -446,9 +446,10 @@ class InfluenceIndex:
         return torch.cat(parts)
 
     def _blocks(self, features: Sequence[Features], bar: str) -> Iterator[tuple[int, Tensor]]:
-        """Yields (start, encoded rows (rows, D)) under a progress bar."""
+        """Yields (start, encoded rows (rows, D)) under a progress bar, if it is not just one."""
         count = _shapes(features, "features")[1]
-        with tqdm(total=count, desc=bar, unit=" rows", disable=_no_bar(bar)) as progress:
+        disable = None if count > BLOCK_ROWS else True
+        with tqdm(total=count, desc=bar, unit=" rows", disable=disable) as progress:
             for start in range(0, count, BLOCK_ROWS):
                 block = self._block(features, start)
                 yield start, block

@@ -323,6 +323,19 @@ def test_labels_of_a_model_with_one_output_are_whole_numbers(tmp_path):
     )
 
 
+def test_paths_given_from_one_folder_are_found_from_another(own, tmp_path, monkeypatch):
+    tm.HeadMask.from_array([[1, 0, 1], [1, 1, 1]]).save(own / "mask.json")
+    monkeypatch.chdir(own)
+    invoke("attribute", "--model", "model", "--checkpoint", "checkpoint-1", "--train", "train.tsv",
+           "--query", "query.tsv", "--out", "masked", "--head-mask", "mask.json",
+           "--projection-dim", 96)  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    attributor = tm.Attributor(own / "masked")
+    assert attributor.source.masks[0].size == 5
+    scores = brute_force(attributor, "yes")
+    check_answer(attributor.query(TEXT, label="yes", k=5), scores, WORDS, 5, rows_by_id(attributor))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -172,7 +172,7 @@ class InfluenceIndex:
             raise ValueError(f"languages: expected {count}, one per example, got {len(languages)}")
         if not 0 < recall <= 1:
             raise ValueError(f"recall: expected a share above 0 and up to 1, got {recall}")
-        gpu = _gpu(device, kind)
+        gpu = gpu_number(device, kind)
         made = cls(
             index=_new_index(kind, count, _padded(sum(dims)), seed),
             kind=kind,
@@ -559,7 +559,7 @@ def _new_index(kind: str, count: int, width: int, seed: int) -> Any:
     return index
 
 
-def _gpu(device: str, kind: str) -> int | None:
+def gpu_number(device: str, kind: str) -> int | None:
     """The number of the GPU that is asked for, None for the CPU; refused where it cannot help."""
     if device == "cpu":
         return None

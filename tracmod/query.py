@@ -20,7 +20,7 @@ from tracmod.capture import frozen
 from tracmod.durable import read_json
 from tracmod.features import Collector, as_examples, masked
 from tracmod.heads import HeadMask
-from tracmod.index import InfluenceIndex
+from tracmod.index import InfluenceIndex, gpu_number
 from tracmod.model import encode, load_model, predict, to_device
 from tracmod.pipeline import Study, model_digests
 from tracmod.run_folder import RunFolder
@@ -85,7 +85,11 @@ class Attributor:
 
         Args:
             kind, recall, memory, device: as in `InfluenceIndex.build`.
+
+        Raises:
+            ValueError: as there; features made with something else than what is there now.
         """
+        gpu_number(device, kind)  # refused before the models are read
         index = InfluenceIndex.build(
             self.train_stores,
             kind=kind,

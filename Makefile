@@ -44,6 +44,7 @@ bench-tracin: install
 	$(TRACIN) train
 	$(TRACIN) fidelity
 	$(TRACIN) job
+	$(BIN)/python bench/bench_index.py
 
 bench-report: install
 	$(BIN)/python bench/report.py

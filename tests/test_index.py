@@ -194,17 +194,33 @@ def test_training_stays_within_the_memory_asked_for() -> None:
     assert small.recall["proponents"] > 0.3  # trained on 256 rows
 
 
-@pytest.mark.parametrize("kind", ["ivf", "ivfpq"])
-def test_training_round_by_round_is_faiss_own_training(kind: str) -> None:
+def test_training_round_by_round_is_faiss_own_training() -> None:
     rows = features(3000)[0][:, :8].contiguous()
-    own = _new_index(kind, len(rows), rows.shape[1], seed=0)
+    own = _new_index("ivf", len(rows), rows.shape[1], seed=0)
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(torch.get_num_threads())
     own.train(rows.numpy())
     own.add(rows.numpy())
     faiss.omp_set_num_threads(threads)
-    built = InfluenceIndex.build([rows], kind=kind).index
+    built = InfluenceIndex.build([rows], kind="ivf").index
     assert np.array_equal(faiss.serialize_index(built), faiss.serialize_index(own))
+
+
+@pytest.mark.parametrize("normalize", [None, "cosine"])
+def test_codes_are_as_good_for_small_gradients_and_learning_rates(normalize: str | None) -> None:
+    trains, queries = features(3000), features(64, seed=1)
+    recalls = []
+    for size in (1.0, 2.0**-20):
+        index = InfluenceIndex.build(
+            [one * size for one in trains],
+            kind="ivfpq",
+            weights=[weight * size for weight in WEIGHTS],
+            normalize=normalize,
+            queries=[one * size for one in queries],
+        )
+        recalls.append(index.recall)
+    assert recalls[1]["proponents"] == pytest.approx(recalls[0]["proponents"], abs=0.01)
+    assert recalls[1]["opponents"] == pytest.approx(recalls[0]["opponents"], abs=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -248,13 +248,14 @@ class Work:
         return logits_QC.argmax(dim=1).tolist()
 
     def record(self, seconds: float) -> dict[str, Any]:
-        """run.json."""
-        arguments = asdict(self.asked) | {"checkpoints": [str(c.path) for c in self.checkpoints]}
+        """run.json; paths are absolute, so that the folder answers queries from anywhere."""
+        arguments = asdict(self.asked)
+        for name in ("model", "train", "query", "out", "head_mask"):
+            if arguments[name] is not None:
+                arguments[name] = _absolute(arguments[name])
+        arguments["checkpoints"] = [_absolute(one.path) for one in self.checkpoints]
         return {
-            "arguments": {
-                name: str(value) if isinstance(value, Path) else value
-                for name, value in arguments.items()
-            },
+            "arguments": arguments,
             "weights": self.weights,
             "label_names": self.label_names,
             "versions": versions(),
@@ -394,6 +395,11 @@ def _check_out(out: Path, exact: bool) -> None:
             f"out {out}: holds {other}/ of an attribution {way} --exact; take another folder or "
             f"remove this one"
         )
+
+
+def _absolute(path: str | Path) -> str:
+    """The path from the root; a name on the Hub as it is."""
+    return str(Path(path).absolute() if Path(path).exists() else path)
 
 
 def _checkpoints(asked: Attribution) -> list[Checkpoint]:

@@ -172,7 +172,7 @@ class InfluenceIndex:
             raise ValueError(f"languages: expected {count}, one per example, got {len(languages)}")
         if not 0 < recall <= 1:
             raise ValueError(f"recall: expected a share above 0 and up to 1, got {recall}")
-        gpu = _gpu(device, kind)
+        gpu = gpu_number(device, kind)
         made = cls(
             index=_new_index(kind, count, _padded(sum(dims)), seed),
             kind=kind,
@@ -349,7 +349,7 @@ class InfluenceIndex:
     def _cluster(self, sample: np.ndarray, gpu: int | None) -> None:
         """Finds the centres of the lists, round by round so that they can be watched.
 
-        FAISS's own training is the same: a round starts from the centres of the one before.
+        As FAISS's own training does it: a round starts from the centres of the one before.
         """
         index = self.index
         clustering = faiss.Clustering(index.d, index.nlist, index.cp)
@@ -357,7 +357,15 @@ class InfluenceIndex:
         nearest = _centres(index, gpu)
         for _ in tqdm(range(index.cp.niter), desc="cluster", unit=" rounds", disable=None):
             clustering.train(sample, nearest)
-        index.quantizer.add(faiss.vector_to_array(clustering.centroids).reshape(-1, index.d))
+        centres = faiss.vector_to_array(clustering.centroids).reshape(-1, index.d)
+        index.quantizer.add(centres)
+        if self.kind == "ivfpq":
+            # Codes hold what is left of a row beside its centre. Centres of length 1 would leave
+            # more than the row itself where rows are short; the best common length is the mean of
+            # <row, centre>, and which centre is nearest does not depend on it.
+            along, _ = index.quantizer.search(sample, 1)
+            index.quantizer.reset()
+            index.quantizer.add(centres * along.mean())
 
     def _add(self, trains: Sequence[Features], probes_QD: Tensor, gpu: int | None) -> Tensor:
         """Adds all rows; in the same pass finds the exact top k (2 Q, k) of probes and -probes."""
@@ -438,9 +446,10 @@ class InfluenceIndex:
         return torch.cat(parts)
 
     def _blocks(self, features: Sequence[Features], bar: str) -> Iterator[tuple[int, Tensor]]:
-        """Yields (start, encoded rows (rows, D)) under a progress bar."""
+        """Yields (start, encoded rows (rows, D)) under a progress bar, if it is not just one."""
         count = _shapes(features, "features")[1]
-        with tqdm(total=count, desc=bar, unit=" rows", disable=_no_bar(bar)) as progress:
+        disable = None if count > BLOCK_ROWS else True
+        with tqdm(total=count, desc=bar, unit=" rows", disable=disable) as progress:
             for start in range(0, count, BLOCK_ROWS):
                 block = self._block(features, start)
                 yield start, block
@@ -550,7 +559,7 @@ def _new_index(kind: str, count: int, width: int, seed: int) -> Any:
     return index
 
 
-def _gpu(device: str, kind: str) -> int | None:
+def gpu_number(device: str, kind: str) -> int | None:
     """The number of the GPU that is asked for, None for the CPU; refused where it cannot help."""
     if device == "cpu":
         return None

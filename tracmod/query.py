@@ -20,15 +20,15 @@ from tracmod.capture import frozen
 from tracmod.durable import read_json
 from tracmod.features import Collector, as_examples, masked
 from tracmod.heads import HeadMask
-from tracmod.index import InfluenceIndex
+from tracmod.index import InfluenceIndex, gpu_number
 from tracmod.model import encode, load_model, predict, to_device
 from tracmod.pipeline import Study, model_digests
 from tracmod.run_folder import RunFolder
 from tracmod.store import FeatureStore
 
 BLOCK_ROWS = 1024  # of each checkpoint's features in memory at a time
-# Candidates per place that an inexact index is asked for; their exact scores decide.
-CANDIDATES = 4
+# Candidates that an inexact index is asked for, per place and at least; exact scores decide.
+CANDIDATES, LEAST_CANDIDATES = 4, 100
 
 
 class Attributor:
@@ -85,7 +85,11 @@ class Attributor:
 
         Args:
             kind, recall, memory, device: as in `InfluenceIndex.build`.
+
+        Raises:
+            ValueError: as there; features made with something else than what is there now.
         """
+        gpu_number(device, kind)  # refused before the models are read
         index = InfluenceIndex.build(
             self.train_stores,
             kind=kind,
@@ -230,7 +234,8 @@ class Attributor:
 
         Too few: lists or a part of a graph that hold next to none of a filter's languages.
         """
-        asked = min(len(index.ids), k if index.kind == "flat" else CANDIDATES * k)
+        asked = k if index.kind == "flat" else max(CANDIDATES * k, LEAST_CANDIDATES)
+        asked = min(asked, len(index.ids))
         on_cpu = [one.cpu() for one in features]
         found = []
         for opponents in (False, True):

@@ -244,13 +244,22 @@ _stage("report", "Write report/index.html.")
 
 
 @main.command()
-@click.option("--model", required=True, help="Transformers folder with its tokenizer.")
+@click.option(
+    "--model", help="Transformers folder with its tokenizer. Absent: the last checkpoint."
+)
+@click.option(
+    "--checkpoints",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Output folder of a training: every checkpoint-<number> in it, in that order.",
+)
 @click.option(
     "--checkpoint",
     "checkpoints",
     multiple=True,
     type=EXISTING,
-    help="Folder saved during training; repeatable, in order. None: the model, with weight 1.",
+    help="One folder saved in training, in place of --checkpoints; repeatable, in order. Neither: "
+    "the model, with weight 1.",
 )
 @click.option("--train", required=True, type=EXISTING, help="Training examples.")
 @click.option("--query", required=True, type=EXISTING, help="Examples to explain.")
@@ -286,7 +295,13 @@ _stage("report", "Write report/index.html.")
     show_default=True,
     help="Of the forward and backward pass.",
 )
-def attribute(normalize: str, **options: Any) -> None:
+def attribute(
+    model: str | None,
+    folder: Path | None,
+    checkpoints: tuple[Path, ...],
+    normalize: str,
+    **options: Any,
+) -> None:
     """Which training examples raised or lowered the loss of each query, and of which language?
 
     Example files (.tsv, .csv, .jsonl, .parquet; .gz too) have the columns id, language, text_a,
@@ -294,15 +309,20 @@ def attribute(normalize: str, **options: Any) -> None:
     languages.parquet, examples.parquet, run.json and features/ (with --exact, each checkpoint's
     scores in exact/). Positive scores: the training example lowered the query's loss.
 
+    A checkpoint counts with the mean learning rate of its steps, from tracmod.json, which
+    tracmod.TracInCallback has a transformers Trainer write, or else as logged by the Trainer.
+
     \b
-    Example:
+    Examples:
+      tracmod attribute --checkpoints my-training --train train.tsv --query test.tsv --out influence
       tracmod attribute --model my-model --checkpoint my-model/checkpoint-500 \\
           --checkpoint my-model/checkpoint-1000 --train train.tsv --query test.tsv --out influence
     """
-    from tracmod.attribute import Attribution, attribute
+    from tracmod.attribute import Attribution, attribute, given_checkpoints
 
+    source, given = given_checkpoints(model, checkpoints, folder)
     normalized = None if normalize == "none" else normalize
-    attribute(Attribution(normalize=normalized, **options))
+    attribute(Attribution(source, checkpoints=given, normalize=normalized, **options))
     click.echo(f"written: {options['out']}/top.parquet, languages.parquet, run.json")
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tracmod.influence import exact_influence, influence_scores, top_influences
     from tracmod.pruned import load_pruned, save_masked, save_pruned
     from tracmod.store import FeatureStore
+    from tracmod.trainer_callback import TracInCallback
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "FeatureStore",
     "HeadMask",
     "Projection",
+    "TracInCallback",
     "__version__",
     "block_influence",
     "collect_features",
@@ -39,6 +41,7 @@ _MODULE_OF = {
     "FeatureStore": "tracmod.store",
     "HeadMask": "tracmod.heads",
     "Projection": "tracmod.features",
+    "TracInCallback": "tracmod.trainer_callback",
     "block_influence": "tracmod.blocks",
     "collect_features": "tracmod.features",
     "exact_influence": "tracmod.influence",

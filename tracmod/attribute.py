@@ -24,8 +24,10 @@ from tracmod.influence import TopInfluences, exact_influence, top_influences, to
 from tracmod.model import (
     Checkpoint,
     check_checkpoint,
+    checkpoint_folders,
     class_names,
     encode,
+    has_tokenizer,
     load_checkpoints,
     load_classifier,
     load_model,
@@ -48,7 +50,7 @@ class Attribution:
     """What `attribute` is asked to do.
 
     Attributes:
-        model: transformers folder with its tokenizer, or a Hub name.
+        model: transformers folder with its tokenizer, or a Hub name (see `given_checkpoints`).
         train, query: example files (`id, language, text_a, text_b, label, group`).
         out: folder for the results.
         checkpoints: folders saved during training, in their order; none: the model itself, with
@@ -82,6 +84,38 @@ class Attribution:
     batch_tokens: int = 8192
     device: str | None = None
     dtype: str = "float32"
+
+
+def given_checkpoints(
+    model: str | None, checkpoints: Sequence[Path], folder: Path | None
+) -> tuple[str, Sequence[Path]]:
+    """The model and the checkpoints of an attribution, where one may stand for the other.
+
+    Args:
+        model: as in `Attribution`; None: the last checkpoint.
+        checkpoints: as in `Attribution`.
+        folder: of a training, in place of `checkpoints`: every checkpoint-<number>/ in it, in order
+            of the numbers.
+
+    Raises:
+        ValueError: nothing is given or too much, no checkpoint in the folder, or no model and no
+            tokenizer in the last checkpoint.
+    """
+    if folder is not None:
+        if checkpoints:
+            raise ValueError("expected --checkpoint or --checkpoints, got both")
+        checkpoints = checkpoint_folders(folder)
+    if model is not None:
+        return model, checkpoints
+    if not checkpoints:
+        raise ValueError("expected --model, --checkpoint or --checkpoints, got none of them")
+    last = checkpoints[-1]
+    if not has_tokenizer(last):
+        raise ValueError(
+            f"{last}: expected a tokenizer in the last checkpoint, found none; give --model, a "
+            f"folder with the model and its tokenizer"
+        )
+    return str(last), checkpoints
 
 
 def attribute(asked: Attribution) -> None:

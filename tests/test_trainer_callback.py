@@ -205,11 +205,21 @@ def test_steps_are_the_optimizers_with_gradient_accumulation(tmp_path):
     assert recorded(tmp_path) == pytest.approx({3: linear(0, 3, 6), 6: linear(3, 6, 6)})
 
 
-def test_two_reasons_to_save_after_one_step_make_one_rate(tmp_path):
-    callback = tm.TracInCallback(every="epoch")
-    made_trainer(tmp_path, callback, save_strategy="steps", save_steps=STEPS).train()
-    expected = {7: linear(0, 7), 14: linear(7, 14)}
-    assert recorded(tmp_path) == pytest.approx(expected)
+class Saves(TrainerCallback):
+    """The steps after which the Trainer saved."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_save(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
+def test_the_end_of_an_epoch_that_is_saved_already_is_not_saved_again(tmp_path):
+    callback, saves = tm.TracInCallback(every="epoch"), Saves()
+    made_trainer(tmp_path, callback, saves, save_strategy="steps", save_steps=STEPS).train()
+    assert recorded(tmp_path) == pytest.approx({7: linear(0, 7), 14: linear(7, 14)})
+    assert saves.steps == [7, 14]
 
 
 class SaveAgain(TrainerCallback):
@@ -352,28 +362,40 @@ def test_a_checkpoint_without_whole_weights_stops_the_training(tmp_path):
 
 
 WORKER = """
-import sys
+import json, os, sys, warnings
+from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import tracmod as tm
+import tracmod.trainer_callback as module
 from test_trainer_callback import made_trainer
-made_trainer(sys.argv[1], tm.TracInCallback(every="epoch"), save_strategy="no").train()
+write, written = module.write_json, []
+module.write_json = lambda path, tree: (written.append(path.parent.name), write(path, tree))
+with warnings.catch_warnings(record=True) as warned:
+    made_trainer(sys.argv[1], tm.TracInCallback(every="epoch"), save_strategy="no").train()
+warned = [str(one.message) for one in warned if one.category is UserWarning]
+tree = {"written": written, "warned": [text for text in warned if "TracInCallback" in text]}
+Path(sys.argv[1], f"rank-{os.environ['RANK']}.json").write_text(json.dumps(tree))
 """
 
 
 @pytest.mark.slow
-def test_of_two_processes_the_first_alone_writes(tmp_path, monkeypatch):
+def test_of_two_processes_the_first_alone_writes_and_warns(tmp_path, monkeypatch):
     """DDP over gloo, as torchrun starts it; every process asks for the checkpoint."""
-    (tmp_path / "worker.py").write_text(WORKER)
+    worker, out = tmp_path / "worker.py", tmp_path / "out"
+    worker.write_text(WORKER)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(tmp_path / "worker.py"), str(tmp_path / "out"), str(Path(__file__).parent)],
+         str(worker), str(out), str(Path(__file__).parent)],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("the checkpoints have no tokenizer") == 1
+    first, second = (json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["written"] == ["checkpoint-4", "checkpoint-8"]
+    assert len(first["warned"]) == 1
+    assert second == {"written": [], "warned": []}
     # 28 rows for two processes in batches of four: four steps an epoch.
-    assert recorded(tmp_path / "out") == pytest.approx({4: linear(0, 4, 8), 8: linear(4, 8, 8)})
+    assert recorded(out) == pytest.approx({4: linear(0, 4, 8), 8: linear(4, 8, 8)})
 
 
 # --- the command ----------------------------------------------------------------------------

@@ -12,19 +12,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from encoders import tiny_encoder
+from own_model import TEXTS, save_model, write_examples
 from study import tiny_config
 
 import tracmod as tm
 from tracmod.cli import main
 from tracmod.kernels import build_info
 from tracmod.model import load_model
-from tracmod.tokenizer import train_tokenizer
 
 COMMANDS = {
     "run", "sweep", "finetune", "prune", "sparse-finetune", "collect", "influence", "analyze",
     "report", "attribute", "index", "query", "verify", "check", "export", "doctor", "bench",
 }  # fmt: skip
-TEXTS = ["the cat sleeps", "a dog runs home", "der Hund schläft", "die Katze rennt heim"]
 
 
 def invoke(*arguments, code=0):
@@ -37,25 +36,7 @@ def invoke(*arguments, code=0):
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     """A transformers folder with its tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer(TEXTS * 5, 120, 40)
-    model = tiny_encoder("xlmr", vocab_size=len(tokenizer))
-    model.config.id2label = {0: "no", 1: "maybe", 2: "yes"}
-    model.config.label2id = {"no": 0, "maybe": 1, "yes": 2}
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_examples(path, count, labels=("no", "maybe", "yes")):
-    lines = ["id\tlanguage\ttext_a\tlabel"]
-    for row in range(count):
-        text = f"{TEXTS[row % 4]} {TEXTS[(row * 3 + row // 4) % 4]}"
-        lines.append(
-            f"{path.stem}-{row}\t{'de' if row % 4 > 1 else 'en'}\t{text}\t{labels[row % 3]}"
-        )
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

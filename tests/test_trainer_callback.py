@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from encoders import tiny_encoder
+from own_model import LABELS, own_model, own_tokenizer, write_examples
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -25,57 +26,38 @@ from transformers import (
 import tracmod as tm
 from tracmod.attribute import given_checkpoints
 from tracmod.cli import main
-from tracmod.model import checkpoint_folders, collate, load_checkpoints, load_model, pad_token_id
-from tracmod.tokenizer import train_tokenizer
+from tracmod.model import (
+    checkpoint_folders,
+    collate,
+    encode,
+    load_checkpoints,
+    load_model,
+    pad_token_id,
+)
+from tracmod.tasks.files import read_model_files
 
-TEXTS = ["the cat sleeps", "a dog runs home", "der Hund schläft", "die Katze rennt heim"]
-LABELS = ["no", "maybe", "yes"]
 TRAIN, QUERY, BATCH, PEAK = 28, 6, 4, 0.01
 STEPS = TRAIN // BATCH  # per epoch
 
 
-def tokenizer_of_texts():
-    return train_tokenizer(TEXTS * 5, 120, 40)
-
-
-def rows_of(name, count):
-    """(id, language, text, label) of made examples."""
-    return [
-        (
-            f"{name}-{row}",
-            "de" if row % 4 > 1 else "en",
-            f"{TEXTS[row % 4]} {TEXTS[(row * 3 + row // 4) % 4]}",
-            row * 7 % 3,
-        )
-        for row in range(count)
-    ]
-
-
 def examples_of(name, count):
-    tokenizer = tokenizer_of_texts()
-    return [{**tokenizer(text), "labels": label} for _, _, text, label in rows_of(name, count)]
+    """Encoded, the examples that `write_examples` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_examples(Path(folder) / f"{name}.tsv", count)
+        (table,) = read_model_files([path], LABELS)
+    return encode(own_tokenizer(), table, 40)
 
 
 @pytest.fixture
 def files(tmp_path):
     """The --train and --query of what the Trainer is trained on."""
-    given = []
-    for name, count in (("train", TRAIN), ("query", QUERY)):
-        rows = [
-            (id, language, text, LABELS[label])
-            for id, language, text, label in rows_of(name, count)
-        ]
-        lines = ["\t".join(row) for row in [("id", "language", "text_a", "label"), *rows]]
-        (tmp_path / f"{name}.tsv").write_text("\n".join(lines) + "\n")
-        given += [f"--{name}", tmp_path / f"{name}.tsv"]
-    return given
+    train = write_examples(tmp_path / "train.tsv", TRAIN)
+    return "--train", train, "--query", write_examples(tmp_path / "query.tsv", QUERY)
 
 
 def made_trainer(out, *callbacks, **arguments):
     """A Trainer of two epochs of seven steps, its rate falling linearly from PEAK to 0."""
-    model = tiny_encoder("xlmr", vocab_size=len(tokenizer_of_texts()))
-    model.config.id2label = dict(enumerate(LABELS))
-    model.config.label2id = {name: label for label, name in enumerate(LABELS)}
+    model = own_model()
     settings = {
         "num_train_epochs": 2,
         "per_device_train_batch_size": BATCH,
@@ -153,7 +135,7 @@ def assert_close(scores_QN, expected_QN):
 
 def test_a_trainer_with_the_callback_gives_influence_as_by_hand(files, tmp_path):
     training, out = tmp_path / "training", tmp_path / "out"
-    callback = tm.TracInCallback(tokenizer_of_texts(), every="epoch")
+    callback = tm.TracInCallback(own_tokenizer(), every="epoch")
     made_trainer(training, callback, save_strategy="no").train()
     invoke("attribute", "--checkpoints", training, *files, "--out", out,
            "--exact", "--normalize", "none", "-k", TRAIN)  # fmt: skip
@@ -178,7 +160,7 @@ def test_a_trainer_without_the_callback_gives_the_rates_it_logged(files, tmp_pat
     says = invoke(*command, code=2)
     assert "checkpoint-14: expected a tokenizer in the last checkpoint, found none" in says
     trainer.save_model(tmp_path / "model")
-    tokenizer_of_texts().save_pretrained(tmp_path / "model")
+    own_tokenizer().save_pretrained(tmp_path / "model")
     invoke(*command, "--model", tmp_path / "model")
     rates = [linear(0, 5), linear(5, 10), linear(10, 14)]
     assert json.loads((out / "run.json").read_text())["weights"] == pytest.approx(rates)
@@ -319,18 +301,18 @@ def test_a_tokenizer_is_saved_where_the_trainer_saves_none(tmp_path):
         trainer.train()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*tokenizer")
-        made_trainer(tmp_path / "ours", tm.TracInCallback(tokenizer_of_texts())).train()
+        made_trainer(tmp_path / "ours", tm.TracInCallback(own_tokenizer())).train()
     source, given = given_checkpoints(None, (), tmp_path / "ours")
     assert [path.name for path in given] == ["checkpoint-7", "checkpoint-14"]
     assert source == str(given[-1])
-    assert load_model(source)[1].get_vocab() == tokenizer_of_texts().get_vocab()
+    assert load_model(source)[1].get_vocab() == own_tokenizer().get_vocab()
 
 
 def test_the_trainers_own_tokenizer_is_left_as_it_is(tmp_path):
-    trainer = made_trainer(tmp_path, tm.TracInCallback(train_tokenizer(["other text"] * 9, 60, 40)))
-    trainer.processing_class = tokenizer_of_texts()
+    trainer = made_trainer(tmp_path, tm.TracInCallback(own_tokenizer(["other words"])))
+    trainer.processing_class = own_tokenizer()
     trainer.train()
-    tokenizer_of_texts().save_pretrained(tmp_path / "expected")
+    own_tokenizer().save_pretrained(tmp_path / "expected")
     for folder in checkpoint_folders(tmp_path):
         found = (folder / "tokenizer.json").read_bytes()
         assert found == (tmp_path / "expected/tokenizer.json").read_bytes()
@@ -404,7 +386,7 @@ def test_of_two_processes_the_first_alone_writes_and_warns(tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def training(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
-    made_trainer(folder, tm.TracInCallback(tokenizer_of_texts())).train()
+    made_trainer(folder, tm.TracInCallback(own_tokenizer())).train()
     return folder
 
 

@@ -20,7 +20,13 @@ from tracmod.durable import file_sha256, write_checksums, write_json
 from tracmod.exact_scores import read_scores, write_scores
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
 from tracmod.heads import HeadMask
-from tracmod.influence import TopInfluences, exact_influence, top_influences, top_of_scores
+from tracmod.influence import (
+    NotFiniteError,
+    TopInfluences,
+    exact_influence,
+    top_influences,
+    top_of_scores,
+)
 from tracmod.model import (
     Checkpoint,
     check_checkpoint,
@@ -237,17 +243,23 @@ class _Work:
         if scores_QN is not None:
             advance(scores_QN.shape[1])
             return scores_QN
-        scores_QN = exact_influence(
-            model,
-            self.examples["train"],
-            self.examples["query"],
-            self.asked.parameters,
-            self.mask,
-            self.asked.normalize,
-            self.asked.batch_tokens,
-            advance=advance,
-            dtype=getattr(torch, self.asked.dtype),
-        ).cpu()
+        try:
+            scores_QN = exact_influence(
+                model,
+                self.examples["train"],
+                self.examples["query"],
+                self.asked.parameters,
+                self.mask,
+                self.asked.normalize,
+                self.asked.batch_tokens,
+                advance=advance,
+                dtype=getattr(torch, self.asked.dtype),
+            ).cpu()
+        except NotFiniteError as error:
+            name = self.tables[error.split].column("id")[error.row].as_py()
+            raise ValueError(
+                f"{error.split} example {name!r}: expected a finite gradient, got NaN or infinity"
+            ) from None
         write_scores(file, scores_QN, identity)
         return scores_QN
 

@@ -126,21 +126,11 @@ class FeatureStore:
         sync_folder(path.parent)
         _refuse_foreign_folder(path)
         lock = _lock(path)
-        for leftover in path.glob(".*.tmp"):  # of a writer that was killed: we hold the lock now
-            leftover.unlink()
-        if (path / _MANIFEST).exists():
-            found = _read_manifest(path)
-            differing = identity_differences(manifest, found)
-            if differing:
-                raise ValueError(
-                    f"{path} holds other features than these: {'; '.join(differing)}; "
-                    "take another folder or remove this one"
-                )
-            manifest = found
-        if not (path / _IDS).exists() or (path / _IDS).read_bytes() != ids_json:
-            write_file(path / _IDS, ids_json)
-        if not (path / _MANIFEST).exists():
-            write_file(path / _MANIFEST, seal(manifest))
+        try:
+            manifest = _claim(path, manifest, ids_json)
+        except BaseException:
+            lock.close()  # else held for as long as somebody keeps the error's traceback
+            raise
         return cls(path, manifest, lock)
 
     @classmethod
@@ -504,6 +494,26 @@ def _refuse_foreign_folder(path: Path) -> None:
             f"{path} is not empty ({foreign[0]} is there) and has no {_MANIFEST}: "
             "a feature store needs its own folder"
         )
+
+
+def _claim(path: Path, manifest: dict[str, Any], ids_json: bytes) -> dict[str, Any]:
+    """Begin the store, or check that it is the one that is there; the manifest on disk."""
+    for leftover in path.glob(".*.tmp"):  # of a writer that was killed: we hold the lock now
+        leftover.unlink()
+    if (path / _MANIFEST).exists():
+        found = _read_manifest(path)
+        differing = identity_differences(manifest, found)
+        if differing:
+            raise ValueError(
+                f"{path} holds other features than these: {'; '.join(differing)}; "
+                "take another folder or remove this one"
+            )
+        manifest = found
+    if not (path / _IDS).exists() or (path / _IDS).read_bytes() != ids_json:
+        write_file(path / _IDS, ids_json)
+    if not (path / _MANIFEST).exists():
+        write_file(path / _MANIFEST, seal(manifest))
+    return manifest
 
 
 def _is_temporary(file: Path) -> bool:

@@ -38,6 +38,8 @@ from tracmod.tasks.files import read_model_files
 
 TRAIN, QUERY, BATCH, PEAK = 28, 6, 4, 0.01
 STEPS = TRAIN // BATCH  # per epoch
+# Most trainings here have none; the test of this warning sees it all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:the checkpoints have no tokenizer")
 
 
 def examples_of(name, count):

@@ -294,13 +294,22 @@ _stage("report", "Write report/index.html.")
 
 
 @main.command()
-@click.option("--model", required=True, help="Transformers folder with its tokenizer.")
+@click.option(
+    "--model", help="Transformers folder with its tokenizer. Absent: the last checkpoint."
+)
+@click.option(
+    "--checkpoints",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Output folder of a training: every checkpoint-<number> in it, in that order.",
+)
 @click.option(
     "--checkpoint",
     "checkpoints",
     multiple=True,
     type=EXISTING,
-    help="Folder saved during training; repeatable, in order. None: the model, with weight 1.",
+    help="One folder saved in training, in place of --checkpoints; repeatable, in order. Neither: "
+    "the model, with weight 1.",
 )
 @click.option("--train", required=True, type=EXISTING, help="Training examples.")
 @click.option("--query", required=True, type=EXISTING, help="Examples to explain.")
@@ -349,7 +358,14 @@ _stage("report", "Write report/index.html.")
     show_default=True,
     help="Of the features on disk; int8: a quarter of the size, with a scale per example.",
 )
-def attribute(normalize: str, memory: str, **options: Any) -> None:
+def attribute(
+    model: str | None,
+    folder: Path | None,
+    checkpoints: tuple[Path, ...],
+    normalize: str,
+    memory: str,
+    **options: Any,
+) -> None:
     """Which training examples raised or lowered the loss of each query, and of which language?
 
     Example files (.tsv, .csv, .jsonl, .parquet; .gz too) have the columns id, language, text_a,
@@ -361,16 +377,24 @@ def attribute(normalize: str, memory: str, **options: Any) -> None:
     The same command goes on where it was stopped. Where examples were added at the end of a file,
     it collects theirs alone.
 
+    A checkpoint counts with the mean learning rate of its steps, from tracmod.json, which
+    tracmod.TracInCallback has a transformers Trainer write, or else as logged by the Trainer.
+
     \b
-    Example:
+    Examples:
+      tracmod attribute --checkpoints my-training --train train.tsv --query test.tsv --out influence
       tracmod attribute --model my-model --checkpoint my-model/checkpoint-500 \\
           --checkpoint my-model/checkpoint-1000 --train train.tsv --query test.tsv --out influence
     """
-    from tracmod.attribute import Attribution, attribute
+    from tracmod.attribute import Attribution, attribute, given_checkpoints
     from tracmod.config import parse_bytes
 
+    source, given = given_checkpoints(model, checkpoints, folder)
     normalized = None if normalize == "none" else normalize
-    attribute(Attribution(normalize=normalized, memory=parse_bytes(memory), **options))
+    asked = Attribution(
+        source, checkpoints=given, normalize=normalized, memory=parse_bytes(memory), **options
+    )
+    attribute(asked)
     click.echo(f"written: {options['out']}/top.parquet, languages.parquet, run.json")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 
 import click
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from encoders import tiny_encoder
+from own_model import TEXTS, save_model, write_examples
 from study import tiny_config
 
 import tracmod as tm
@@ -19,14 +21,12 @@ from tracmod.cli import main
 from tracmod.features import Collector
 from tracmod.kernels import build_info
 from tracmod.model import load_model
-from tracmod.tokenizer import train_tokenizer
 
 COMMANDS = {
     "run", "sweep", "finetune", "prune", "sparse-finetune", "collect", "influence", "analyze",
     "report", "attribute", "index", "query", "verify", "merge", "check", "export",
     "doctor", "bench",
 }  # fmt: skip
-TEXTS = ["the cat sleeps", "a dog runs home", "der Hund schläft", "die Katze rennt heim"]
 
 
 def invoke(*arguments, code=0):
@@ -39,25 +39,7 @@ def invoke(*arguments, code=0):
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     """A transformers folder with its tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer(TEXTS * 5, 120, 40)
-    model = tiny_encoder("xlmr", vocab_size=len(tokenizer))
-    model.config.id2label = {0: "no", 1: "maybe", 2: "yes"}
-    model.config.label2id = {"no": 0, "maybe": 1, "yes": 2}
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_examples(path, count, labels=("no", "maybe", "yes")):
-    lines = ["id\tlanguage\ttext_a\tlabel"]
-    for row in range(count):
-        text = f"{TEXTS[row % 4]} {TEXTS[(row * 3 + row // 4) % 4]}"
-        lines.append(
-            f"{path.stem}-{row}\t{'de' if row % 4 > 1 else 'en'}\t{text}\t{labels[row % 3]}"
-        )
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -504,12 +486,13 @@ def test_merge_puts_stores_together(model_dir, tmp_path):
     assert "no feature store at" in invoke("merge", tmp_path, "--out", both, code=2)
 
 
-def test_the_ray_engine_is_refused_in_words(tmp_path):
-    for command in (["run", "demo", "--out", tmp_path / "run"], ["prune", tmp_path / "run"]):
-        assert "the Ray engine is not in this version" in invoke(
-            *command, "--engine", "ray", code=2
-        )
-    assert not (tmp_path / "run").exists()
+def test_ray_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "tracmod.engine.ray", raising=False)
+    told = invoke("run", "demo", "--out", tmp_path / "run", "--engine", "ray", code=2)
+    assert "--engine ray needs Ray: pip install 'tracmod[ray]'" in told
+    told = invoke("run", "demo", "--out", tmp_path / "run", "--worker-cpus", 2, code=2)
+    assert "--worker-cpus are for --engine ray" in told
 
 
 def test_a_head_mask_that_is_a_bare_list_is_named(model_dir, files, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -121,20 +122,17 @@ def test_a_killed_worker_costs_its_task_alone(local, begun, name, cluster):
     assert (begun / "logs/worker-0.log").read_text().count("begun: process") > 2
 
 
-def test_a_node_that_goes_away_and_one_that_comes(local, begun, cluster):
-    engine = open_engine("ray", cluster.address, 2)
-
-    def act():
-        cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
-        cluster.add_node(num_cpus=1)
-
-    changer = when_collecting(begun, 8, act)
+def test_a_node_that_goes_away_costs_the_tasks_it_had(local, begun, cluster):
+    spare = cluster.add_node(num_cpus=1)
+    engine = open_engine("ray", cluster.address, 3)
+    remove = partial(cluster.remove_node, spare, allow_graceful=False)
+    remover = when_collecting(begun, 8, remove)
     try:
         run_stages(RunFolder(begun), SPREAD, engine=engine)
     finally:
         engine.close()
-    changer.join(timeout=60)
-    assert not changer.is_alive()
+    remover.join(timeout=60)
+    assert not remover.is_alive()
     same(begun, local)
 
 

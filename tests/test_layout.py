@@ -14,7 +14,17 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"kernels", "config", "durable", "__init__"},
     {"tasks", "model", "tokenizer"},
-    {"heads", "lean", "optimizer", "training_folder", "train", "capture", "store", "engine"},
+    {
+        "heads",
+        "lean",
+        "optimizer",
+        "training_folder",
+        "train",
+        "trainer_callback",
+        "capture",
+        "store",
+        "engine",
+    },
     {
         "features",
         "rows",
@@ -29,7 +39,7 @@ LAYERS = [
     {"analysis", "report", "validation"},
     {"run_folder", "views", "tables", "attribute", "query", "pipeline", "plan", "export", "sweep"},
     {"cli"},
-]
+]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
     "tracmod._C": {"tracmod/kernels/native.py"},

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from study import tiny_config
 
 import tracmod as tm
-from tracmod import query
+from tracmod import kernels
 from tracmod.cli import main
 from tracmod.index import KINDS, InfluenceIndex
 from tracmod.pipeline import run_stages
@@ -176,26 +176,27 @@ def test_a_training_example_is_its_own_first_proponent(made):
 
 def test_rows_are_read_in_blocks_and_only_where_languages_are(made, monkeypatch):
     attributor = tm.Attributor(made / "out")
-    expected = attributor.query(TEXT, k=20, languages=["de"])
-    read, real = [], tm.FeatureStore.read
-    monkeypatch.setattr(query, "BLOCK_ROWS", 32)
+    languages = attributor.source.train.column("language").to_pylist()
+    taken, real = [], tm.FeatureStore.take
     monkeypatch.setattr(
-        tm.FeatureStore, "read", lambda *given: read.append(given[1:]) or real(*given)
+        tm.FeatureStore, "take", lambda *given: taken.append(given[1]) or real(*given)
     )
-    assert attributor.query(TEXT, k=20, languages=["de"]) == expected
-    assert max(stop - start for start, stop in read) == 32
+    attributor.query(TEXT, k=20, languages=["de"])
+    assert {languages[row] for rows in taken for row in rows} == {"de"}
+    shards = {store.shard_rows for store in attributor.train_stores}
+    assert max(map(len, taken)) <= max(shards)
 
 
 def test_rows_are_scored_on_the_folders_device(made, monkeypatch):
     """Told without a GPU by the device that has no data."""
-    devices, real = set(), query.kernels.top_k_dot
+    devices, real = set(), kernels.top_k_dot
 
     def record(queries, trains, **named):
         devices.update(one.device.type for one in [*queries, *trains])
         return real(*([torch.ones(one.shape) for one in side] for side in (queries, trains)),
                     **named)  # fmt: skip
 
-    monkeypatch.setattr(query.kernels, "top_k_dot", record)
+    monkeypatch.setattr(kernels, "top_k_dot", record)
     attributor = tm.Attributor(made / "out")
     attributor.train_stores  # noqa: B018 (opened before: models stay where they are)
     attributor.source.device = "meta"

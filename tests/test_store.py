@@ -377,6 +377,14 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
     create(tmp_path / "s").close()
 
 
+def test_a_writer_that_was_refused_lets_go_even_if_its_error_is_kept(tmp_path: Path) -> None:
+    made(tmp_path / "s")
+    with pytest.raises(ValueError, match="parameters") as kept:
+        create(tmp_path / "s", identity=IDENTITY | {"parameters": "all"})
+    create(tmp_path / "s").close()
+    assert kept.value.__traceback__ is not None  # its frames hold what create had opened
+
+
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITER + "\nimport time; time.sleep(60)"]
     writer = subprocess.Popen(

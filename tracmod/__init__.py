@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tracmod.pruned import load_pruned, save_masked, save_pruned
     from tracmod.query import Attributor
     from tracmod.store import FeatureStore
+    from tracmod.trainer_callback import TracInCallback
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "FeatureStore",
     "HeadMask",
     "Projection",
+    "TracInCallback",
     "__version__",
     "block_influence",
     "collect_features",
@@ -48,6 +50,7 @@ _MODULE_OF = {
     "FeatureStore": "tracmod.store",
     "HeadMask": "tracmod.heads",
     "Projection": "tracmod.features",
+    "TracInCallback": "tracmod.trainer_callback",
     "block_influence": "tracmod.blocks",
     "collect_features": "tracmod.features",
     "exact_influence": "tracmod.influence",

@@ -23,6 +23,7 @@ from tracmod.durable import file_sha256, read_json, write_checksums, write_json,
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
 from tracmod.heads import HeadMask
 from tracmod.influence import (
+    NotFiniteError,
     TopInfluences,
     exact_influence,
     self_influence,
@@ -33,8 +34,10 @@ from tracmod.kept_tensors import read_tensors, write_tensors
 from tracmod.model import (
     Checkpoint,
     check_checkpoint,
+    checkpoint_folders,
     class_names,
     encode,
+    has_tokenizer,
     load_checkpoints,
     load_classifier,
     load_model,
@@ -60,7 +63,7 @@ class Attribution:
     """What `attribute` is asked to do.
 
     Attributes:
-        model: transformers folder with its tokenizer, or a Hub name.
+        model: transformers folder with its tokenizer, or a Hub name (see `given_checkpoints`).
         train, query: example files (`id, language, text_a, text_b, label, group`).
         out: folder for the results.
         checkpoints: folders saved during training, in their order; none: the model itself, with
@@ -98,6 +101,38 @@ class Attribution:
     device: str | None = None
     dtype: str = "float32"
     store_dtype: str = "float32"
+
+
+def given_checkpoints(
+    model: str | None, checkpoints: Sequence[Path], folder: Path | None
+) -> tuple[str, Sequence[Path]]:
+    """The model and the checkpoints of an attribution, where one may stand for the other.
+
+    Args:
+        model: as in `Attribution`; None: the last checkpoint.
+        checkpoints: as in `Attribution`.
+        folder: of a training, in place of `checkpoints`: every checkpoint-<number>/ in it, in order
+            of the numbers.
+
+    Raises:
+        ValueError: nothing is given or too much, no checkpoint in the folder, or no model and no
+            tokenizer in the last checkpoint.
+    """
+    if folder is not None:
+        if checkpoints:
+            raise ValueError("expected --checkpoint or --checkpoints, got both")
+        checkpoints = checkpoint_folders(folder)
+    if model is not None:
+        return model, checkpoints
+    if not checkpoints:
+        raise ValueError("expected --model, --checkpoint or --checkpoints, got none of them")
+    last = checkpoints[-1]
+    if not has_tokenizer(last):
+        raise ValueError(
+            f"{last}: expected a tokenizer in the last checkpoint, found none; give --model, a "
+            f"folder with the model and its tokenizer"
+        )
+    return str(last), checkpoints
 
 
 def attribute(asked: Attribution) -> None:
@@ -279,17 +314,23 @@ class Work:
         if kept is not None:
             advance(kept["scores"].shape[1])
             return kept["scores"]
-        scores_QN = exact_influence(
-            model,
-            self.examples["train"],
-            self.examples["query"],
-            self.asked.parameters,
-            self.mask,
-            self.asked.normalize,
-            self.asked.batch_tokens,
-            advance=advance,
-            dtype=getattr(torch, self.asked.dtype),
-        ).cpu()
+        try:
+            scores_QN = exact_influence(
+                model,
+                self.examples["train"],
+                self.examples["query"],
+                self.asked.parameters,
+                self.mask,
+                self.asked.normalize,
+                self.asked.batch_tokens,
+                advance=advance,
+                dtype=getattr(torch, self.asked.dtype),
+            ).cpu()
+        except NotFiniteError as error:
+            name = self.tables[error.split].column("id")[error.row].as_py()
+            raise ValueError(
+                f"{error.split} example {name!r}: expected a finite gradient, got NaN or infinity"
+            ) from None
         write_tensors(file, {"scores": scores_QN}, identity)
         return scores_QN
 

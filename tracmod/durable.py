@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -152,9 +153,10 @@ def write_parquet(path: Path, table: pa.Table) -> None:
     """Write a table, whole or not at all."""
     import pyarrow.parquet as pq  # here: what else is in this module needs no pyarrow
 
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, temporary_name(path))
-    publish_file(temporary_name(path), path)
+    write_file(path, buffer.getvalue())
 
 
 def write_checksums(folder: Path, owned: str = ".") -> None:

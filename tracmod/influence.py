@@ -320,6 +320,15 @@ def exact_influence(
     return products_QN
 
 
+class NotFiniteError(ValueError):
+    """The gradient of a row of `split` ("train" or "query") is NaN or infinite."""
+
+    def __init__(self, split: str, row: int) -> None:
+        super().__init__(f"{split}: row {row}: expected a finite gradient, got NaN or infinity")
+        self.split = split
+        self.row = row
+
+
 def _check_finite(products_QN: Tensor, squares_Q: Tensor, squares_N: Tensor) -> None:
     """Name the first example whose squared norm, or every product, is NaN or infinite."""
     bad_QN = products_QN.isfinite().logical_not()
@@ -330,7 +339,7 @@ def _check_finite(products_QN: Tensor, squares_Q: Tensor, squares_N: Tensor) -> 
     by_name += [("query", bad_QN.all(dim=1)), ("train", bad_QN.all(dim=0))]
     for name, bad in by_name:
         for row in bad.nonzero().flatten()[:1].tolist():
-            raise ValueError(f"{name}: row {row}: expected a finite gradient, got NaN or infinity")
+            raise NotFiniteError(name, row)
     query, train = bad_QN.nonzero()[0].tolist()
     raise ValueError(
         f"query: row {query}, train: row {train}: expected a finite inner product of gradients, "

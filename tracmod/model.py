@@ -166,7 +166,7 @@ def load_model(
     """
     name, folder = str(source), Path(source)
     _check_source(source)
-    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if folder.is_dir() and not has_tokenizer(folder):
         raise ValueError(
             f"model {name}: no tokenizer in the folder, expected one of "
             + ", ".join(_TOKENIZER_FILES)
@@ -195,6 +195,11 @@ def load_classifier(
     _check_weights(name, model, info, label_names)
     attention_layers(model)
     return model.float().eval()
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a transformers folder has a tokenizer in it."""
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
 
 
 def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -418,6 +423,25 @@ def load_checkpoints(paths: Iterable[str | Path]) -> list[Checkpoint]:
             rate = _logged_rate(state["log"], before, step)
         checkpoints.append(Checkpoint(folder, int(state["epoch"] or place), step, rate))
     return checkpoints
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Every `checkpoint-<number>/` in the output folder of a training, in order of the numbers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    numbered = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in folder.glob("checkpoint-*")
+        if path.is_dir() and path.name.removeprefix("checkpoint-").isdecimal()
+    ]
+    if not numbered:
+        raise ValueError(
+            f"{folder}: expected checkpoint-<number> folders in it, as a training saves them, "
+            f"found none"
+        )
+    return [path for _, path in sorted(numbered)]
 
 
 def _training_state(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,19 +15,19 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tracmod import kernels
 from tracmod.attribute import Work, read_attribution
 from tracmod.capture import frozen
 from tracmod.durable import read_json
 from tracmod.features import Collector, as_examples, masked
 from tracmod.heads import HeadMask
 from tracmod.index import InfluenceIndex, gpu_number
+from tracmod.influence import TopInfluences, top_influences
 from tracmod.model import encode, load_model, predict, to_device
 from tracmod.pipeline import Study, model_digests
+from tracmod.rows import SomeRows, StoreRows
 from tracmod.run_folder import RunFolder
 from tracmod.store import FeatureStore
 
-BLOCK_ROWS = 1024  # of each checkpoint's features in memory at a time
 # Candidates that an inexact index is asked for, per place and at least; exact scores decide.
 CANDIDATES, LEAST_CANDIDATES = 4, 100
 
@@ -214,7 +215,7 @@ class Attributor:
         k: int,
         rows: Tensor,
         languages: Sequence[str] | None,
-    ) -> tuple[kernels.TopK, str | None]:
+    ) -> tuple[TopInfluences, str | None]:
         """The strongest of `rows`, and the kind of the index that was used, if one was."""
         index = self._index
         if index is not None:
@@ -245,42 +246,22 @@ class Attributor:
             return None
         return torch.cat(found).unique()
 
-    def _rank(self, features: list[Tensor], k: int, rows: Tensor) -> kernels.TopK:
+    def _rank(self, features: list[Tensor], k: int, rows: Tensor) -> TopInfluences:
         """The k strongest of both signs among `rows`, by their stored features."""
-        queries = [one.to(self.source.device, torch.float32) for one in features]
-        top, done = None, 0
-        for block in self._blocks(rows):
-            trains = [one.to(self.source.device, torch.float32) for one in block]
-            top = kernels.top_k_dot(
-                queries,
-                trains,
-                k=min(k, len(rows)),
+        stores = [StoreRows(store) for store in self.train_stores]
+        every = len(rows) == stores[0].shape[0]
+        with tqdm(total=len(rows), desc="query", unit="example", disable=None) as bar:
+            top = top_influences(
+                features,
+                stores if every else [SomeRows(store, rows) for store in stores],
+                k,
                 weights=self.source.weights,
                 normalize=self.source.normalize,
-                state=top,
-                index_offset=done,
+                device=self.source.device,
+                advance=bar.update,
             )
-            done += len(trains[0])
-        assert top is not None
-        places = [top.indices.cpu(), top.opponent_indices.cpu()]
-        return top._replace(indices=rows[places[0]], opponent_indices=rows[places[1]])
-
-    def _blocks(self, rows: Tensor) -> Iterator[list[Tensor]]:
-        """(C,) the features of the rows, block by block of the stores; never of all at once."""
-        bounds = range(0, len(self._languages), BLOCK_ROWS)
-        for start in tqdm(bounds, desc="query", unit=" blocks", disable=None):
-            stop = min(start + BLOCK_ROWS, len(self._languages))
-            first, last = torch.searchsorted(rows, torch.tensor([start, stop])).tolist()
-            if first == last:
-                continue
-            inside = rows[first:last]
-            if len(inside) * 8 < stop - start:  # candidates of an index
-                yield [
-                    torch.cat([store.read(row, row + 1) for row in inside.tolist()])
-                    for store in self.train_stores
-                ]
-            else:
-                yield [store.read(start, stop)[inside - start] for store in self.train_stores]
+        found, against = rows[top.indices.cpu()], rows[top.opponent_indices.cpu()]
+        return replace(top, indices=found, opponent_indices=against)
 
     @cached_property
     def _index(self) -> InfluenceIndex | None:

@@ -194,6 +194,49 @@ class ChosenRows:
         return chosen
 
 
+@dataclass(frozen=True)
+class SomeRows:
+    """Some of the rows of a source, in their order there.
+
+    Attributes:
+        source: all rows.
+        chosen: (N,) numbers of rows, ascending.
+    """
+
+    source: Rows
+    chosen: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.chosen), self.source.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @cached_property
+    def ends(self) -> list[int]:
+        places = torch.searchsorted(self.chosen, torch.tensor(list(self.source.ends)))
+        return sorted({*places.tolist()} - {0})
+
+    @cached_property
+    def key(self) -> str:
+        return sha256(canonical_json([self.source.key, self.chosen.tolist()]))
+
+    @property
+    def mapped_bytes(self) -> int:
+        return self.source.mapped_bytes
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.source.take(self.chosen[start:stop].tolist())
+
+    def take(self, rows: Sequence[int]) -> Tensor:
+        return self.source.take(self.chosen[list(rows)].tolist())
+
+    def norms(self) -> Tensor:
+        return self.source.norms()[self.chosen]
+
+
 def as_rows(features: Features) -> Rows:
     """What a caller may give as features of one checkpoint, as `Rows`."""
     if isinstance(features, FeatureStore):

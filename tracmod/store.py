@@ -158,32 +158,17 @@ class FeatureStore:
             OSError: The disk is full or not writable.
         """
         path = Path(path)
-        ids_jsons = [_ids_json(ids)]
-        manifest = _new_manifest(len(ids), sha256(ids_jsons[0]), dim, identity, dtype, shard_rows)
+        ids_sha256 = sha256(_ids_json(ids))
+        manifest = _new_manifest(len(ids), ids_sha256, dim, identity, dtype, shard_rows)
         path.mkdir(parents=True, exist_ok=True)
         sync_folder(path.parent)
         _refuse_foreign_folder(path)
         lock = _lock(path)
-        for leftover in path.glob(".*.tmp"):  # of a writer that was killed: we hold the lock now
-            leftover.unlink()
-        is_new = not (path / _MANIFEST).exists()
-        if not is_new:
-            found = _read_manifest(path)
-            if "appended" in found:
-                ids_jsons = [_ids_json(ids[_slice(one.rows)]) for one in _segments(found)]
-            differing = _differences(manifest, found, [sha256(one) for one in ids_jsons])
-            if differing:
-                raise ValueError(
-                    f"{path} holds other features than these: {'; '.join(differing)}; "
-                    "take another folder or remove this one"
-                )
-            manifest = found
-        for segment, ids_json in zip(_segments(manifest), ids_jsons, strict=True):
-            file = path / segment.ids_name
-            if not file.exists() or file.read_bytes() != ids_json:
-                write_file(file, ids_json)
-        if is_new:
-            write_file(path / _MANIFEST, seal(manifest))
+        try:
+            manifest = _claim(path, manifest, ids)
+        except BaseException:
+            lock.close()  # else held for as long as somebody keeps the error's traceback
+            raise
         return cls(path, manifest, lock)
 
     @classmethod
@@ -860,6 +845,31 @@ def _refuse_foreign_folder(path: Path) -> None:
             f"{path} is not empty ({foreign[0]} is there) and has no {_MANIFEST}: "
             "a feature store needs its own folder"
         )
+
+
+def _claim(path: Path, manifest: dict[str, Any], ids: Sequence[str]) -> dict[str, Any]:
+    """Makes the folder a store of this manifest, if it is not one; the manifest that is there."""
+    for leftover in path.glob(".*.tmp"):  # of a writer that was killed: we hold the lock now
+        leftover.unlink()
+    is_new, found = not (path / _MANIFEST).exists(), manifest
+    ids_jsons = [_ids_json(ids)]
+    if not is_new:
+        found = _read_manifest(path)
+        if "appended" in found:
+            ids_jsons = [_ids_json(ids[_slice(one.rows)]) for one in _segments(found)]
+        differing = _differences(manifest, found, [sha256(one) for one in ids_jsons])
+        if differing:
+            raise ValueError(
+                f"{path} holds other features than these: {'; '.join(differing)}; "
+                "take another folder or remove this one"
+            )
+    for segment, ids_json in zip(_segments(found), ids_jsons, strict=True):
+        file = path / segment.ids_name
+        if not file.exists() or file.read_bytes() != ids_json:
+            write_file(file, ids_json)
+    if is_new:
+        write_file(path / _MANIFEST, seal(manifest))
+    return found
 
 
 def _is_temporary(file: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ class RayEngine:
 
 
 def _join(address: str | None) -> None:
+    if address is not None and ":" in address and "://" not in address:
+        _knock(address)
     try:
         ray.init(
             address=address,
@@ -81,6 +84,17 @@ def _join(address: str | None) -> None:
             logging_level="warning",
         )
     except ConnectionError as error:
+        raise ValueError(
+            f"--address {address}: no Ray cluster there, begin one with `ray start --head`: {error}"
+        ) from None
+
+
+def _knock(address: str) -> None:
+    """Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"--address {address}: no Ray cluster there, begin one with `ray start --head`: {error}"
         ) from None

@@ -228,6 +228,11 @@ def test_a_small_run_has_a_small_sample(passes, size):
     assert (len(sample.queries), len(sample.trains)) == size
 
 
+def test_a_sample_that_is_asked_for_is_not_made_smaller():
+    sample = draw_sample(["en"] * 50, 300, None, 0, 30, 250)
+    assert (len(sample.queries), len(sample.trains)) == (30, 250)
+
+
 def test_a_sample_is_no_larger_than_what_there_is():
     sample = draw_sample(["en"] * 2, 3, 100_000, seed=0)
     assert (sample.queries, sample.trains) == ([0, 1], [0, 1, 2])
@@ -360,33 +365,69 @@ def test_the_smallest_projection_with_a_small_enough_error_is_chosen():
     assert choose_dim(scores_at, certified, 0.03) == choice
 
 
+AUTO = ("--projection-dim", "auto", "--share-error", 0.05, "-k", 12)
+
+
 def test_an_attribution_chooses_its_projection_and_keeps_to_it(own, monkeypatch):
-    result = command(own, "--projection-dim", "auto", "--share-error", 0.08)
+    result = command(own, *AUTO)
     assert result.exit_code == 0, result.output
     record = json.loads((own / "out/run.json").read_text())
     choice = record["projection_choice"]
     dim = choice["projection_dim"]
     assert choice["enough"]
-    assert f"projection_dim {dim}: the smallest whose error is surely below 0.08" in result.stderr
+    assert f"projection_dim {dim}: the smallest whose error is surely below 0.05" in result.stderr
     assert record["arguments"]["projection_dim"] == dim
     stores = [tm.FeatureStore.open(path.parent) for path in own.glob("out/**/manifest.json")]
     assert {store.dim for store in stores} == {dim}
-    # What was chosen is what the whole run's certificate states.
-    assert record["fidelity"]["share_error_mean"] == choice["tried"][-1]["share_error_mean"]
+    # So few examples are the sample, all of them: the errors are those of the stored features.
+    query, train = read_model_files([own / "query.tsv", own / "train.tsv"], record["label_names"])
+    exact = projected = 0
+    for place, rate in ((1, 0.5), (2, 0.25)):
+        model, tokenizer = load_model(own / f"checkpoint-{place}")
+        encoded = [encode(tokenizer, one, 40, num_labels=3) for one in (train, query)]
+        exact += rate * tm.exact_influence(model, *encoded, normalize="cosine")
+        features = [
+            tm.FeatureStore.open(own / f"out/features/checkpoint-{place}/{split}").read()
+            for split in ("query", "train")
+        ]
+        projected += rate * tm.influence_scores(*features, normalize="cosine")
+    languages = [one["language"].to_pylist() for one in (query, train)]
+    expected = by_hand(exact, projected, *languages, 12)
+    for name in ("share_error_mean", "spearman"):
+        assert choice["tried"][-1][name]["value"] == pytest.approx(expected[name], rel=1e-4)
     assert len(Attributor(own / "out").train_stores) == 2
-    again = shutil.copytree(own, own.parent / "again")
-    shutil.rmtree(again / "out")
-    assert command(again, "--projection-dim", "auto", "--share-error", 0.08).exit_code == 0
-    assert (again / "out/projection.json").read_bytes() == (
-        own / "out/projection.json"
-    ).read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(fidelity, "DIMS", (32,))  # a new choice would be another
-        assert command(own, "--projection-dim", "auto", "--share-error", 0.08).exit_code == 0
+        assert command(own, *AUTO).exit_code == 0
     assert json.loads((own / "out/run.json").read_text())["projection_choice"] == choice
-    refused = command(own, "--projection-dim", "auto", "--share-error", 0.01)
+    refused = command(own, *AUTO[:2], "--share-error", 0.01)
     assert refused.exit_code == 2
-    assert "expected a share error of 0.08, for which its projection was chosen" in refused.output
+    assert "expected a share error of 0.05, for which its projection was chosen" in refused.output
+
+
+def test_a_choice_that_was_stopped_is_the_same_when_done_again(own, monkeypatch):
+    import tracmod.attribute as module
+
+    assert command(own, *AUTO).exit_code == 0
+    first = files_of(own / "out", "*.json", "*.parquet")
+    shutil.rmtree(own / "out")
+    real, calls = module.collect_features, []
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, "collect_features", counted)
+    exact = stop_at(monkeypatch, 1000)
+    assert command(own, *AUTO).exit_code == 130
+    assert not (own / "out/projection.json").exists()
+    assert command(own, *AUTO).exit_code == 0
+    assert len(exact) == 2 + 2  # of both samples at both checkpoints, each made once
+    second = files_of(own / "out", "*.json", "*.parquet")
+    assert second.keys() == first.keys()
+    assert {name for name in first if first[name] != second[name]} <= {"run.json"}  # its seconds
 
 
 def test_an_error_that_no_projection_keeps_below_is_told(own, monkeypatch):

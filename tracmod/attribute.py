@@ -60,6 +60,8 @@ from tracmod.tables import InfluenceTables, self_influence_table
 from tracmod.tasks.examples import rows_digest
 from tracmod.tasks.files import read_model_files
 from tracmod.validation.fidelity import (
+    CHOICE_QUERIES,
+    CHOICE_TRAINS,
     DIMS,
     Sample,
     Terms,
@@ -222,13 +224,6 @@ class Work:
         """The training examples' languages."""
         return self.tables["train"].column("language").to_pylist()
 
-    @cached_property
-    def sample(self) -> Sample:
-        """The pairs that the certificate compares."""
-        languages = self.tables["query"].column("language").to_pylist()
-        trains = len(self.tables["train"])
-        return draw_sample(languages, trains, trains + len(languages), self.asked.seed)
-
     def exact(self) -> TopInfluences:
         """Influence from whole gradients; every checkpoint's scores stay in `out`/exact."""
         scores_QN = torch.zeros(len(self.examples["query"]), len(self.examples["train"]))
@@ -276,12 +271,13 @@ class Work:
         write_parquet(self.asked.out / "self_influence.parquet", table)
 
     def _choose_projection_dim(self) -> None:
-        """Project to what the sample asks for; the choice stays in `out`, so that it is kept to."""
+        """Project to what a sample asks for; the choice stays in `out`, so that it is kept to."""
         file, share_error = self.asked.out / "projection.json", self.asked.share_error
         self.choice = read_json(file) if file.is_file() else None
         if self.choice is None:
-            certificate = partial(self._certificate, self._exact_of_sample())
-            self.choice = choose_dim(self._sample_scores_at, certificate, share_error)
+            sample = self._sample(None, CHOICE_QUERIES, CHOICE_TRAINS)
+            certificate = partial(self._certificate, sample, self._exact_of_sample(sample))
+            self.choice = choose_dim(partial(self._scores_at, sample), certificate, share_error)
             write_json(file, self.choice)
         elif self.choice["share_error"] != share_error:
             raise ValueError(
@@ -293,67 +289,76 @@ class Work:
         tqdm.write(f"tracmod: {describe_choice(self.choice)}", file=sys.stderr)
 
     def _certify(self, queries: Sequence[FeatureStore], trains: Sequence[FeatureStore]) -> None:
-        """`out`/fidelity.json: scores of stored features beside exact ones, on the sample."""
+        """`out`/fidelity.json: scores of stored features beside exact ones, on a sample."""
+        sample = self._sample(sum(len(table) for table in self.tables.values()))
         projected_QN = projected_sample_scores(
-            self.sample, queries, trains, self.weights, self.asked.normalize
+            sample, queries, trains, self.weights, self.asked.normalize
         )
-        self.fidelity = self._certificate(self._exact_of_sample(), projected_QN)
+        self.fidelity = self._certificate(sample, self._exact_of_sample(sample), projected_QN)
         write_json(self.asked.out / "fidelity.json", self.fidelity)
         if text := failure(self.fidelity, "these features"):
             tqdm.write(f"tracmod: WARNING: {text}", file=sys.stderr)
 
-    def _certificate(self, exact_QN: Tensor, projected_QN: Tensor) -> dict[str, Any]:
+    def _sample(self, passes: int | None, *most: int) -> Sample:
+        query_languages = self.tables["query"].column("language").to_pylist()
+        return draw_sample(
+            query_languages, len(self.tables["train"]), passes, self.asked.seed, *most
+        )
+
+    def _certificate(
+        self, sample: Sample, exact_QN: Tensor, projected_QN: Tensor
+    ) -> dict[str, Any]:
         query, train = (
             self.tables[split].column("language").take(rows).to_pylist()
-            for split, rows in (("query", self.sample.queries), ("train", self.sample.trains))
+            for split, rows in (("query", sample.queries), ("train", sample.trains))
         )
         terms = Terms(self.asked.k, len(self.tables["train"]), seed=self.asked.seed)
         return certify(exact_QN, projected_QN, query, train, terms)
 
-    def _sampled(self) -> dict[str, list[dict[str, Any]]]:
-        rows = {"query": self.sample.queries, "train": self.sample.trains}
-        return {split: [self.examples[split][row] for row in rows[split]] for split in SPLITS}
+    def _sampled(self, sample: Sample) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The sample's queries and training examples, encoded."""
+        return (
+            [self.examples["query"][row] for row in sample.queries],
+            [self.examples["train"][row] for row in sample.trains],
+        )
 
-    def _exact_of_sample(self) -> Tensor:
-        """(Q, N) exact scores of the sample, over all checkpoints; kept between two tries."""
-        sampled, scores = self._sampled(), []
+    def _exact_of_sample(self, sample: Sample) -> Tensor:
+        """(Q, N) exact scores over all checkpoints; each checkpoint's kept between two tries."""
+        scores = []
         for checkpoint in self.checkpoints:
             model = self.load(checkpoint)
             exact_QN = exact_sample_scores(
                 model,
-                sampled["query"],
-                sampled["train"],
+                *self._sampled(sample),
                 parameters=self.asked.parameters,
                 head_mask=self.mask,
                 normalize=self.asked.normalize,
                 dtype=self.asked.dtype,
                 keep_in=self.asked.out / PROGRESS,
-                identity=self._exact_identity(model) | {"sample": asdict(self.sample)},
+                identity=self._exact_identity(model) | {"sample": asdict(sample)},
             )
             scores.append(exact_QN)
         return over_checkpoints(scores, self.weights)
 
-    def _sample_scores_at(self, dim: int) -> Tensor:
-        """(Q, N) scores of the sample from features of so many numbers."""
-        projection, sampled = replace(self.projection, dim=dim), self._sampled()
-        features: dict[str, list[Tensor]] = {split: [] for split in SPLITS}
+    def _scores_at(self, sample: Sample, dim: int) -> Tensor:
+        """(Q, N) scores over all checkpoints from features of so many numbers."""
+        scores = []
         for checkpoint in self.checkpoints:
             model = self.load(checkpoint)
-            for split in SPLITS:
-                features[split].append(
-                    collect_features(
-                        model,
-                        sampled[split],
-                        projection,
-                        self.asked.parameters,
-                        self.mask,
-                        self.asked.batch_tokens,
-                        dtype=getattr(torch, self.asked.dtype),
-                    ).cpu()
+            queries, trains = (
+                collect_features(
+                    model,
+                    examples,
+                    replace(self.projection, dim=dim),
+                    self.asked.parameters,
+                    self.mask,
+                    self.asked.batch_tokens,
+                    dtype=getattr(torch, self.asked.dtype),
                 )
-        return influence_scores(
-            features["query"], features["train"], self.weights, self.asked.normalize
-        )
+                for examples in self._sampled(sample)
+            )
+            scores.append(influence_scores(queries, trains, None, self.asked.normalize).cpu())
+        return over_checkpoints(scores, self.weights)
 
     def predictions(self) -> list[int]:
         """The last checkpoint's predicted label of every query, under the mask."""

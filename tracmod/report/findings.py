@@ -101,8 +101,9 @@ def fidelity(certificates: dict[str, Row]) -> str:
         f"scores were computed exactly too, without a projection: scores from features rank the "
         f"training examples as exact ones do to a Spearman correlation of "
         f"{number(rank['value'], 3)} ({number(rank['low'], 3)} to {number(rank['high'], 3)}), and "
-        f"language shares differ by {number(100 * error['value'], 1)} points "
-        f"({number(100 * error['low'], 1)} to {number(100 * error['high'], 1)}) on average."
+        f"the sample's language shares differ by {number(100 * error['value'], 1)} points "
+        f"({number(100 * error['low'], 1)} to {number(100 * error['high'], 1)}) on average; those "
+        "of the whole run, over more test examples, by less."
     )
 
 

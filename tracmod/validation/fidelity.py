@@ -36,7 +36,9 @@ BUDGET = 0.025
 # Below this many nothing could be said; only of a run of seconds do they cost more than 5%.
 LEAST_QUERIES, LEAST_TRAINS = 8, 40
 LEAST_SPEARMAN = 0.95
-# What `choose_dim` chooses from.
+# What `choose_dim` chooses from, and the sample it is given: a share averaged over few queries errs
+# more than one of the whole run, several times as much on the certificate's sample.
+CHOICE_QUERIES, CHOICE_TRAINS = 100, 500
 DIMS = (512, 1024, 2048, 4096, 8192, 16384)
 
 Array = NDArray[np.float64]
@@ -72,7 +74,7 @@ class Terms:
 def draw_sample(
     query_languages: Sequence[str],
     num_train: int,
-    passes: int,
+    passes: int | None,
     seed: int,
     queries: int = QUERIES,
     trains: int = TRAINS,
@@ -83,11 +85,11 @@ def draw_sample(
         query_languages: of each query.
         num_train: how many training examples there are.
         passes: examples that the run passes through the model at a checkpoint, over all masks. The
-            sample is made smaller where it would be more than a fortieth of them.
+            sample is made smaller where it would be more than a fortieth of them. None: never.
         seed: of the draw.
         queries, trains: how many at most.
     """
-    share = min(1.0, BUDGET * passes / (queries + trains))
+    share = 1.0 if passes is None else min(1.0, BUDGET * passes / (queries + trains))
     num_queries = max(min(queries, LEAST_QUERIES), int(share * queries))
     num_trains = max(min(trains, LEAST_TRAINS), int(share * trains))
     rng = np.random.default_rng(seed)
@@ -212,8 +214,9 @@ def certify(
     """The certificate: how well projected scores stand for exact ones.
 
     Every statistic has a value and a percentile interval over queries, resampled within their
-    languages. Absolute differences grow by the resampling's own noise, so that the upper ends of
-    the share errors are on the safe side.
+    languages. Absolute differences grow by what is left to chance in a sample and again by the
+    resampling, so that share errors are on the safe side: those of a whole run, averaged over more
+    queries and counted over more training examples, are several times smaller.
 
     Args:
         exact_QN, projected_QN: scores over all checkpoints.

@@ -311,6 +311,24 @@ def test_a_study_stopped_within_the_certificate_goes_on_to_the_same(done, tmp_pa
     assert not (folder / "influence/progress").exists()
 
 
+def test_a_run_that_takes_over_an_analysis_takes_its_certificate_into_run_json(done, tmp_path):
+    run = RunFolder(tmp_path / "run", config(least_spearman=0.9))
+    run_stages(run, donors=[RunFolder(done)])
+    assert run.record["stages"]["analyze"]["taken_from"] == "run"
+    assert run.record["fidelity"] == json.loads((done / WRITTEN[1]).read_text())
+
+
+def test_a_run_scored_before_there_were_certificates_has_none(done, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(done, folder)
+    (folder / WRITTEN[0]).unlink()
+    run_stages(RunFolder(folder), ["analyze", "report"], again="analyze")
+    run_stages(RunFolder(folder), ["report"], again="report")
+    assert not (folder / WRITTEN[1]).exists()
+    assert "fidelity" not in json.loads((folder / "run.json").read_text())
+    assert 'id="fidelity"' not in (folder / "report/index.html").read_text()
+
+
 def test_what_was_kept_and_is_damaged_is_made_anew(done, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(done, folder)

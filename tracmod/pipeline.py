@@ -165,7 +165,7 @@ class Study:
                     self._collect_checkpoint(model_name, checkpoint, bar.update)
 
     def influence(self) -> None:
-        """Scores, strongest training examples and language tables: influence/."""
+        """Scores, strongest training examples, language tables, exact pairs: influence/."""
         blocks = self.config.influence.blocks
         # Views of an earlier config must not be left in it.
         progress = self.run.path / "influence" / "progress"
@@ -193,7 +193,7 @@ class Study:
         shutil.rmtree(progress, ignore_errors=True)
 
     def analyze(self) -> None:
-        """Comparisons, intervals and tests: analysis/."""
+        """Comparisons, intervals and tests, the fidelity certificate: analysis/."""
         self._begin_anew("analysis")
         self._certify()
         analyze(
@@ -700,6 +700,7 @@ class Study:
     def _certify(self) -> None:
         """analysis/fidelity.json and run.json's `fidelity`, from influence/fidelity.parquet."""
         file = self.run.path / "influence" / "fidelity.parquet"
+        self.run.record.pop("fidelity", None)
         if not file.is_file():  # of an earlier version of tracmod
             return
         config, analyze = self.config.influence, self.config.analyze

@@ -318,7 +318,20 @@ _stage("report", "Write report/index.html.")
 @click.option(
     "--exact", is_flag=True, help="Whole gradients, no projection; exact/, not features/."
 )
-@click.option("--projection-dim", default=4096, show_default=True, help="Numbers per example.")
+@click.option(
+    "--projection-dim",
+    default="4096",
+    show_default=True,
+    metavar="K|auto",
+    help="Numbers per example; auto: as few as a sample scored exactly allows, 512 to 16384.",
+)
+@click.option(
+    "--share-error",
+    type=click.FloatRange(0, min_open=True),
+    default=0.02,
+    show_default=True,
+    help="With auto: what the mean error in language shares is to stay below, at 95%.",
+)
 @click.option(
     "--normalize",
     type=click.Choice(["cosine", "none"]),
@@ -364,15 +377,16 @@ def attribute(
     checkpoints: tuple[Path, ...],
     normalize: str,
     memory: str,
+    projection_dim: str,
     **options: Any,
 ) -> None:
     """Which training examples raised or lowered the loss of each query, and of which language?
 
     Example files (.tsv, .csv, .jsonl, .parquet; .gz too) have the columns id, language, text_a,
     text_b (may be absent), label and group (may be absent). Written to --out: top.parquet,
-    languages.parquet, examples.parquet, self_influence.parquet, run.json and features/ (with
-    --exact, each checkpoint's scores in exact/). Positive scores: the training example lowered the
-    query's loss.
+    languages.parquet, examples.parquet, self_influence.parquet, fidelity.json (how well the scores
+    stand for exact ones, on a sample), run.json and features/ (with --exact, each checkpoint's
+    scores in exact/). Positive scores: the training example lowered the query's loss.
 
     The same command goes on where it was stopped. Where examples were added at the end of a file,
     it collects theirs alone.
@@ -390,6 +404,9 @@ def attribute(
     from tracmod.config import parse_bytes
 
     source, given = given_checkpoints(model, checkpoints, folder)
+    if projection_dim != "auto" and not projection_dim.isdecimal():
+        raise ValueError(f"projection-dim: expected a number or auto, got {projection_dim!r}")
+    options["projection_dim"] = None if projection_dim == "auto" else int(projection_dim)
     normalized = None if normalize == "none" else normalize
     asked = Attribution(
         source, checkpoints=given, normalize=normalized, memory=parse_bytes(memory), **options

@@ -58,8 +58,7 @@ def save_checkpoints(folder, num_labels=3):
     """model/ and two checkpoints of other weights, with learning rates."""
     tokenizer = train_tokenizer([" ".join(words) for words in WORDS.values()] * 9, 120, 40)
     for place, name in enumerate(("model", "checkpoint-1", "checkpoint-2")):
-        torch.manual_seed(place)
-        model = tiny_encoder("xlmr", vocab_size=len(tokenizer), num_labels=num_labels)
+        model = tiny_encoder("xlmr", place, vocab_size=len(tokenizer), num_labels=num_labels)
         if num_labels == 3:
             model.config.id2label = dict(enumerate(LABELS))
             model.config.label2id = {label: number for number, label in enumerate(LABELS)}

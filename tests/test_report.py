@@ -126,6 +126,32 @@ def test_the_sections_of_a_study_with_everything(tmp_path: Path) -> None:
     assert set(VIEWS) == set(words.VIEW_NAMES)
 
 
+def _certificate(spearman: float) -> dict:
+    names = ("pearson", "top_k_overlap", "rmse", "share_error_mean", "share_error_largest")
+    certificate = {name: _interval(0.02, 0.01) for name in names}
+    certificate |= {"spearman": _interval(spearman, 0.005), "least_spearman": 0.95}
+    return certificate | {"queries": 20, "train": 200, "k": 9, "passed": spearman >= 0.95}
+
+
+@pytest.mark.parametrize(("sparse", "alarms"), [(0.97, 0), (0.9, 1)])
+def test_the_certificate_has_a_section_and_an_alarm_where_it_is_not_passed(
+    tmp_path: Path, sparse: float, alarms: int
+) -> None:
+    run = make_run(tmp_path / "run", num_train=8, num_test=3)
+    analyze(run, bootstrap=10, permutations=10)
+    certificates = {"full": _certificate(0.99), "sparse": _certificate(sparse)}
+    (run / "analysis" / "fidelity.json").write_text(json.dumps(certificates))
+    found = Page(write_report(run).read_text(encoding="utf-8"))
+    sections = {attrs["id"] for tag, attrs in found.tags if tag == "section"}
+    assert "fidelity" in sections
+    assert {attrs["href"] for tag, attrs in found.tags if tag == "a"} == {f"#{s}" for s in sections}
+    assert f"to a Spearman correlation of {sparse:.3f} ({sparse - 0.005:.3f}" in found.text
+    assert "the sample's language shares differ by 2.0 points (1.0 to 3.0) on average" in found.text
+    alarmed = [attrs for _, attrs in found.tags if attrs.get("role") == "alert"]
+    assert len(alarmed) == alarms == found.text.count("Fidelity too low")
+    assert found.text.count("not passed") == alarms
+
+
 def test_fewer_training_examples_than_k_is_said() -> None:
     texts = how_sure({**_summary(0.05, 0.04), "k": 36, "asked_k": 100})
     assert "there are 36, so all of them are counted and every share is the null" in texts[1]

@@ -44,9 +44,10 @@ def tiny_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     scale: float = 4.0,
+    vocabulary: int = VOCABULARY,
 ) -> PreTrainedModel:
     """A random classifier in eval mode; `scale` makes its weights large enough to matter."""
-    shape: dict[str, Any] = {"vocab_size": VOCABULARY, "num_labels": num_labels}
+    shape: dict[str, Any] = {"vocab_size": vocabulary, "num_labels": num_labels}
     if family == "distilbert":
         shape |= {"dim": hidden, "n_layers": layers, "n_heads": heads, "hidden_dim": 2 * hidden}
         shape |= {"dropout": dropout, "attention_dropout": dropout, "seq_classif_dropout": dropout}

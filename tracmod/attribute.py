@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,12 +21,20 @@ from transformers import PreTrainedModel
 
 from tracmod.capture import frozen
 from tracmod.durable import file_sha256, read_json, write_checksums, write_json, write_parquet
-from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
+from tracmod.features import (
+    Collector,
+    Projection,
+    collect_features,
+    collect_to_store,
+    feature_identity,
+    masked,
+)
 from tracmod.heads import HeadMask
 from tracmod.influence import (
     NotFiniteError,
     TopInfluences,
     exact_influence,
+    influence_scores,
     self_influence,
     top_influences,
     top_of_scores,
@@ -53,6 +62,21 @@ from tracmod.streaming import MEMORY, Sizes, check_memory
 from tracmod.tables import InfluenceTables, self_influence_table
 from tracmod.tasks.examples import rows_digest
 from tracmod.tasks.files import read_model_files
+from tracmod.validation.fidelity import (
+    CHOICE_QUERIES,
+    CHOICE_TRAINS,
+    DIMS,
+    Sample,
+    Terms,
+    certify,
+    choose_dim,
+    describe_choice,
+    draw_sample,
+    exact_sample_scores,
+    failure,
+    over_checkpoints,
+    projected_sample_scores,
+)
 
 SPLITS = ("train", "query")
 PROGRESS = "progress"
@@ -70,7 +94,9 @@ class Attribution:
             weight 1.
         k: proponents and opponents kept per query; lowered to the number of training examples.
         exact: whole gradients instead of projected features.
-        projection_dim: numbers per feature row.
+        projection_dim: numbers per feature row; None: as few as keep the error in language shares
+            below `share_error`, by a sample (see `choose_dim`).
+        share_error: used without a projection_dim alone.
         normalize: None or "cosine".
         head_mask: JSON file of a mask, applied to both gradients.
         parameters: as in `collect_features`.
@@ -90,7 +116,8 @@ class Attribution:
     checkpoints: Sequence[Path] = ()
     k: int = 100
     exact: bool = False
-    projection_dim: int = 4096
+    projection_dim: int | None = 4096
+    share_error: float = 0.02
     normalize: str | None = "cosine"
     head_mask: Path | None = None
     parameters: str = "encoder"
@@ -138,7 +165,7 @@ def given_checkpoints(
 def attribute(asked: Attribution) -> None:
     """Write top, languages and examples.parquet, run.json and features/ or exact/ into `out`.
 
-    Of features, self_influence.parquet too.
+    Of features, self_influence.parquet and fidelity.json too.
 
     Started again with the same arguments it goes on where it was: neither whole shards of features
     nor a checkpoint's exact scores are made twice. Where examples were added at the end of a file
@@ -199,7 +226,9 @@ class Work:
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.device = resolve_device(asked.device)
-        self.projection = Projection(asked.projection_dim, seed=asked.seed)
+        self.projection = Projection(asked.projection_dim or max(DIMS), seed=asked.seed)
+        self.choice: dict[str, Any] | None = None
+        self.fidelity: dict[str, Any] | None = None
         self.mask = None if asked.head_mask is None else HeadMask.load(asked.head_mask)
         self.checkpoints = _checkpoints(asked)
         self.weights = _weights(self.checkpoints)
@@ -240,12 +269,15 @@ class Work:
 
     def projected(self) -> TopInfluences:
         """Influence from features, which stay in `out`/features."""
+        if self.asked.projection_dim is None:
+            self._choose_projection_dim()
         self._check_memory()
         per_checkpoint = sum(len(self.examples[split]) for split in SPLITS)
         with self._bar(per_checkpoint) as bar:
             stores = [self._collect(one, bar.update) for one in self.checkpoints]
         trains = [store["train"] for store in stores]
         self._write_self_influence(trains)
+        self._certify([store["query"] for store in stores], trains)
         scores = len(self.tables["query"]) * len(self.tables["train"])
         with tqdm(
             total=scores, desc="influence", unit="score", unit_scale=True, disable=None
@@ -265,13 +297,103 @@ class Work:
 
     def _check_memory(self) -> None:
         asked, query, train = self.asked, *(len(self.tables[split]) for split in ("query", "train"))
-        row_bytes = 4 * asked.projection_dim * len(self.checkpoints)
+        row_bytes = 4 * self.projection.dim * len(self.checkpoints)
         k, groups = min(asked.k, train), len(set(self.languages))
         check_memory(Sizes.of_stores(query, train, row_bytes, k, groups, SHARD_ROWS), asked.memory)
 
     def _write_self_influence(self, trains: Sequence[FeatureStore]) -> None:
         table = self_influence_table(self.tables["train"], self_influence(trains, self.weights))
         write_parquet(self.asked.out / "self_influence.parquet", table)
+
+    def _choose_projection_dim(self) -> None:
+        """Project to what a sample asks for; the choice stays in `out`, so that it is kept to."""
+        file, share_error = self.asked.out / "projection.json", self.asked.share_error
+        self.choice = read_json(file) if file.is_file() else None
+        if self.choice is None:
+            sample = self._sample(None, CHOICE_QUERIES, CHOICE_TRAINS)
+            certificate = partial(self._certificate, sample, self._exact_of_sample(sample))
+            self.choice = choose_dim(partial(self._scores_at, sample), certificate, share_error)
+            write_json(file, self.choice)
+        elif self.choice["share_error"] != share_error:
+            raise ValueError(
+                f"out {self.asked.out}: expected a share error of {self.choice['share_error']}, "
+                f"for which its projection was chosen, got {share_error}; take another folder or "
+                f"remove this one"
+            )
+        self.projection = replace(self.projection, dim=self.choice["projection_dim"])
+        tqdm.write(f"tracmod: {describe_choice(self.choice)}", file=sys.stderr)
+
+    def _certify(self, queries: Sequence[FeatureStore], trains: Sequence[FeatureStore]) -> None:
+        """`out`/fidelity.json: scores of stored features beside exact ones, on a sample."""
+        sample = self._sample(sum(len(table) for table in self.tables.values()))
+        projected_QN = projected_sample_scores(
+            sample, queries, trains, self.weights, self.asked.normalize
+        )
+        self.fidelity = self._certificate(sample, self._exact_of_sample(sample), projected_QN)
+        write_json(self.asked.out / "fidelity.json", self.fidelity)
+        if text := failure(self.fidelity, "these features"):
+            tqdm.write(f"tracmod: WARNING: {text}", file=sys.stderr)
+
+    def _sample(self, passes: int | None, *most: int) -> Sample:
+        query_languages = self.tables["query"].column("language").to_pylist()
+        return draw_sample(
+            query_languages, len(self.tables["train"]), passes, self.asked.seed, *most
+        )
+
+    def _certificate(
+        self, sample: Sample, exact_QN: Tensor, projected_QN: Tensor
+    ) -> dict[str, Any]:
+        query, train = (
+            self.tables[split].column("language").take(rows).to_pylist()
+            for split, rows in (("query", sample.queries), ("train", sample.trains))
+        )
+        terms = Terms(self.asked.k, len(self.tables["train"]), seed=self.asked.seed)
+        return certify(exact_QN, projected_QN, query, train, terms)
+
+    def _sampled(self, sample: Sample) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The sample's queries and training examples, encoded."""
+        return (
+            [self.examples["query"][row] for row in sample.queries],
+            [self.examples["train"][row] for row in sample.trains],
+        )
+
+    def _exact_of_sample(self, sample: Sample) -> Tensor:
+        """(Q, N) exact scores over all checkpoints; each checkpoint's kept between two tries."""
+        scores = []
+        for checkpoint in self.checkpoints:
+            model = self.load(checkpoint)
+            exact_QN = exact_sample_scores(
+                model,
+                *self._sampled(sample),
+                parameters=self.asked.parameters,
+                head_mask=self.mask,
+                normalize=self.asked.normalize,
+                dtype=self.asked.dtype,
+                keep_in=self.asked.out / PROGRESS,
+                identity=self._exact_identity(model) | {"sample": asdict(sample)},
+            )
+            scores.append(exact_QN)
+        return over_checkpoints(scores, self.weights)
+
+    def _scores_at(self, sample: Sample, dim: int) -> Tensor:
+        """(Q, N) scores over all checkpoints from features of so many numbers."""
+        scores = []
+        for checkpoint in self.checkpoints:
+            model = self.load(checkpoint)
+            queries, trains = (
+                collect_features(
+                    model,
+                    examples,
+                    replace(self.projection, dim=dim),
+                    self.asked.parameters,
+                    self.mask,
+                    self.asked.batch_tokens,
+                    dtype=getattr(torch, self.asked.dtype),
+                )
+                for examples in self._sampled(sample)
+            )
+            scores.append(influence_scores(queries, trains, None, self.asked.normalize).cpu())
+        return over_checkpoints(scores, self.weights)
 
     def predictions(self) -> list[int]:
         """The last checkpoint's predicted label of every query, under the mask."""
@@ -289,8 +411,11 @@ class Work:
             if arguments[name] is not None:
                 arguments[name] = _absolute(arguments[name])
         arguments["checkpoints"] = [_absolute(one.path) for one in self.checkpoints]
+        arguments["projection_dim"] = self.projection.dim
         return {
             "arguments": arguments,
+            "projection_choice": self.choice,
+            "fidelity": self.fidelity,
             "weights": self.weights,
             "label_names": self.label_names,
             "versions": versions(),
@@ -302,14 +427,7 @@ class Work:
         """(Q, N) scores of one checkpoint, unweighted: read where they are there, else made."""
         file = self.asked.out / "exact" / f"checkpoint-{checkpoint.epoch}.safetensors"
         model = self.load(checkpoint)
-        identity = {
-            "parameters": self.asked.parameters,
-            "head_mask": None if self.mask is None else self.mask.digest(),
-            "normalize": self.asked.normalize,
-            "pass_dtype": self.asked.dtype,
-            **{split: self._data_digest(split) for split in SPLITS},
-            **self._digests(model),
-        }
+        identity = self._exact_identity(model)
         kept = read_tensors(file, identity)
         if kept is not None:
             advance(kept["scores"].shape[1])
@@ -333,6 +451,17 @@ class Work:
             ) from None
         write_tensors(file, {"scores": scores_QN}, identity)
         return scores_QN
+
+    def _exact_identity(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What exact scores depend on."""
+        return {
+            "parameters": self.asked.parameters,
+            "head_mask": None if self.mask is None else self.mask.digest(),
+            "normalize": self.asked.normalize,
+            "pass_dtype": self.asked.dtype,
+            **{split: self._data_digest(split) for split in SPLITS},
+            **self._digests(model),
+        }
 
     def _collect(
         self, checkpoint: Checkpoint, advance: Callable[[int], Any]

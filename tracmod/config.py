@@ -311,6 +311,20 @@ class ViewsConfig(_Section):
         return {*self.other, *(language for pair in pairs for language in pair)}
 
 
+class CertifyConfig(_Section):
+    """The fidelity certificate: a random sample of pairs of examples is scored exactly too."""
+
+    queries: int = Field(20, ge=1, description="test examples at most; fewer in a small run")
+    train: int = Field(200, ge=2, description="training examples at most; fewer in a small run")
+    least_spearman: float = Field(
+        0.95,
+        ge=-1,
+        le=1,
+        description="mean rank correlation with exact scores below which the report and the run "
+        "say loudly that rankings are not to be relied on",
+    )
+
+
 class InfluenceConfig(_Section):
     """How gradients become scores and language shares."""
 
@@ -328,7 +342,7 @@ class InfluenceConfig(_Section):
         description="also mean influence by head and layer, of the views full and subnetwork; "
         "costs about 1.5 times what collecting these views does",
     )
-
+    certify: CertifyConfig = CertifyConfig()
     memory: ByteSize = Field(
         ByteSize(4 * 10**9),
         gt=0,

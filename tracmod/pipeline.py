@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +25,7 @@ from tracmod.analysis.study import analyze
 from tracmod.blocks import block_influence, weighted_sum
 from tracmod.capture import frozen
 from tracmod.config import FinetuneConfig, RunConfig
-from tracmod.durable import canonical_json, file_sha256, sha256, write_parquet
+from tracmod.durable import canonical_json, file_sha256, sha256, write_json, write_parquet
 from tracmod.engine import Engine
 from tracmod.engine.local import LocalEngine
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
@@ -58,6 +59,17 @@ from tracmod.tasks import load_task
 from tracmod.tokenizer import read_sentencepiece, train_tokenizer
 from tracmod.train import Masks, Settings, accuracy_by_language, fine_tune
 from tracmod.training_folder import epoch_masks
+from tracmod.validation.fidelity import (
+    Sample,
+    Terms,
+    certify_table,
+    draw_sample,
+    exact_sample_scores,
+    failure,
+    over_checkpoints,
+    projected_sample_scores,
+    sample_table,
+)
 from tracmod.views import View, views_of
 
 MODELS = ("full", "sparse")
@@ -220,18 +232,21 @@ class Study:
             self._do("collect_shards", tasks, bar.update)
 
     def influence(self) -> None:
-        """Scores, strongest training examples and language tables: influence/."""
+        """Scores, strongest training examples, language tables, exact pairs: influence/."""
         blocks = self.config.influence.blocks
         # Views of an earlier config must not be left in it.
         progress = self.run.path / "influence" / "progress"
         self._begin_anew("influence", keep=[progress.name, *(["blocks"] if blocks else [])])
         block_parts: set[Path] = set()
+        sampled: list[pa.Table] = []
         with self._bar("influence", self._count_scores(), "score") as bar:
             for model_name in MODELS:
-                digests = []
+                digests, exact = [], []
                 for checkpoint in self.checkpoints(model_name):
                     model, tokenizer = self._load(checkpoint)
                     digests.append(model_digests(model, tokenizer))
+                    exact.append(self._exact_of_sample(model, tokenizer, digests[-1], progress))
+                sampled.append(self._sample_table(model_name, digests, exact))
                 self._do("rank_queries", self._searches(model_name, digests), bar.update)
                 test = self._encode(tokenizer, self.table("test"), model)
                 for view in self.views_at(model_name, checkpoint.epoch):  # the last checkpoint's
@@ -242,11 +257,13 @@ class Study:
         for path in (self.run.path / "influence" / "blocks").glob("*"):
             if path not in block_parts:
                 path.unlink()
+        write_parquet(self.run.path / "influence" / "fidelity.parquet", pa.concat_tables(sampled))
         shutil.rmtree(progress, ignore_errors=True)
 
     def analyze(self) -> None:
-        """Comparisons, intervals and tests: analysis/."""
+        """Comparisons, intervals and tests, the fidelity certificate: analysis/."""
         self._begin_anew("analysis")
+        self._certify()
         analyze(
             self.run.path,
             bootstrap=self.config.analyze.bootstrap,
@@ -436,12 +453,16 @@ class Study:
     # --- collecting -------------------------------------------------------------------------
 
     def _count_passes(self) -> int:
+        checkpoints = sum(len(self.checkpoints(model)) for model in MODELS)
+        return self._passes_per_checkpoint() * checkpoints
+
+    def _passes_per_checkpoint(self) -> int:
+        """Examples that features are collected of at a checkpoint, over all masks."""
         train, test = len(self.table("train")), len(self.table("test"))
-        per_checkpoint = sum(
+        return sum(
             train + (test if language is None else len(_of_language(self.table("test"), language)))
             for view, language, _ in self._passes(self.views)
         )
-        return per_checkpoint * sum(len(self.checkpoints(model)) for model in MODELS)
 
     def _begin_stores(
         self, model_name: str, checkpoint: Checkpoint, advance: Callable[[int], Any]
@@ -819,6 +840,90 @@ class Study:
         for path in (self.run.path / folder).glob("*"):
             if path.name not in keep:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    # --- fidelity ---------------------------------------------------------------------------
+
+    @cached_property
+    def _sample(self) -> Sample:
+        """The pairs of the certificate, the same at every checkpoint of both models."""
+        asked = self.config.influence.certify
+        return draw_sample(
+            self.table("test").column("language").to_pylist(),
+            len(self.table("train")),
+            self._passes_per_checkpoint(),
+            self.config.seed,
+            asked.queries,
+            asked.train,
+        )
+
+    def _exact_of_sample(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        digests: dict[str, str],
+        keep_in: Path,
+    ) -> Tensor:
+        """(Q, N) exact scores of the sample at one checkpoint, all heads."""
+        queries, trains = (
+            self._encode(tokenizer, self.table(split).take(rows), model)
+            for split, rows in (("test", self._sample.queries), ("train", self._sample.trains))
+        )
+        identity = {
+            "normalize": self.normalize,
+            "sample": asdict(self._sample),
+            **{split: self._identity(split, None, digests) for split in ("train", "test")},
+        }
+        return exact_sample_scores(
+            model,
+            queries,
+            trains,
+            parameters=self.config.collect.parameters,
+            head_mask=None,
+            normalize=self.normalize,
+            dtype=self.config.collect.dtype,
+            keep_in=keep_in,
+            identity=identity,
+        )
+
+    def _sample_table(
+        self, model_name: str, digests: Sequence[dict[str, str]], exact: Sequence[Tensor]
+    ) -> pa.Table:
+        """Exact scores of the sample over the checkpoints beside those from the view `full`."""
+        weights = self.weights(self.checkpoints(model_name))
+        full = _named(self.views, "full")
+        queries, trains = (
+            self._features(model_name, full, None, split, digests) for split in ("test", "train")
+        )
+        return sample_table(
+            model_name,
+            self._sample,
+            self.table("test"),
+            self.table("train"),
+            over_checkpoints(exact, weights),
+            projected_sample_scores(self._sample, queries, trains, weights, self.normalize),
+        )
+
+    def _certify(self) -> None:
+        """analysis/fidelity.json and run.json's `fidelity`, from influence/fidelity.parquet."""
+        file = self.run.path / "influence" / "fidelity.parquet"
+        self.run.record.pop("fidelity", None)
+        if not file.is_file():  # of an earlier version of tracmod
+            return
+        config, analyze = self.config.influence, self.config.analyze
+        terms = Terms(
+            config.ks[0],
+            len(self.table("train")),
+            config.certify.least_spearman,
+            analyze.bootstrap,
+            analyze.confidence,
+            self.config.seed,
+        )
+        certificates = certify_table(pq.read_table(file), terms)
+        write_json(self.run.path / "analysis" / "fidelity.json", certificates)
+        self.run.record["fidelity"] = certificates
+        for model_name, certificate in certificates.items():
+            if text := failure(certificate, f"the {model_name} model"):
+                tqdm.write(f"tracmod: WARNING: {text}", file=sys.stderr)
 
     # --- influence by head and layer --------------------------------------------------------
 

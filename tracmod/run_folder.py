@@ -59,8 +59,11 @@ _OWNED = {
     "analyze": "analysis",
     "report": "report",
 }
-# What the data stage adds to run.json.
-_FOUND = ("label_names", "languages", "parallel", "device")
+# What stages add to run.json.
+_FOUND = {
+    "data": ("label_names", "languages", "parallel", "device"),
+    "analyze": ("fidelity",),
+}
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "faiss-cpu")
 
 
@@ -195,7 +198,8 @@ class RunFolder:
         shutil.rmtree(self.path / owned, ignore_errors=True)
         link_folder(other.path / owned, self.path / owned)
         take_checksums(other.path, self.path, owned)
-        self.record |= {key: other.record[key] for key in _FOUND if key in other.record}
+        found = _FOUND.get(stage, ())
+        self.record |= {key: other.record[key] for key in found if key in other.record}
         self.record["stages"][stage] = {**done, "taken_from": other.path.name}
         self.save()
         return True

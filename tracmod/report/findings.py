@@ -91,6 +91,22 @@ def how_sure(summary: Row) -> list[str]:
     return texts
 
 
+def fidelity(certificates: dict[str, Row]) -> str:
+    """How well projected scores stand for exact ones, the worse of the models."""
+    first = min(certificates.values(), key=lambda one: one["spearman"]["value"])
+    errors = [one["share_error_mean"] for one in certificates.values()]
+    rank, error = first["spearman"], max(errors, key=lambda one: one["value"])
+    return (
+        f"Of {first['queries']:,} test and {first['train']:,} training examples drawn at random, "
+        f"scores were computed exactly too, without a projection: scores from features rank the "
+        f"training examples as exact ones do to a Spearman correlation of "
+        f"{number(rank['value'], 3)} ({number(rank['low'], 3)} to {number(rank['high'], 3)}), and "
+        f"the sample's language shares differ by {number(100 * error['value'], 1)} points "
+        f"({number(100 * error['low'], 1)} to {number(100 * error['high'], 1)}) on average; those "
+        "of the whole run, over more test examples, by less."
+    )
+
+
 def cautions(summary: Row, task: Row) -> list[str]:
     """What not to conclude."""
     texts = [

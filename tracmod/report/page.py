@@ -17,13 +17,14 @@ import yaml
 from markupsafe import Markup
 
 from tracmod.analysis import RunResults, head_usage
-from tracmod.durable import write_file
+from tracmod.durable import read_json, write_file
 from tracmod.report import words
 from tracmod.report.blocks import block_panels
 from tracmod.report.explorer import explorer_data
 from tracmod.report.findings import (
     CONTROLS,
     cautions,
+    fidelity,
     findings,
     how_sure,
     listed,
@@ -43,6 +44,7 @@ from tracmod.report.sections import (
     scatter_panels,
     similarity_panels,
 )
+from tracmod.validation.fidelity import failure
 
 _TABLES = (
     "matrices",
@@ -129,7 +131,7 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
     tables = {name: _rows(run, name) for name in _TABLES}
     unit = words.influence_unit(run.section("influence"))
     config = run.settings.get("config", {})
-    accuracy = summary["accuracy"]
+    accuracy, certificates = summary["accuracy"], _certificates(run)
     learning = accuracy_figures(accuracy["epochs"], accuracy["chance"])
     return {
         "run": run,
@@ -139,6 +141,9 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
         "again": shlex.quote(f"runs/{config.get('name') or 'again'}"),
         "config_yaml": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "findings": findings(summary),
+        "certificates": certificates,
+        "fidelity": fidelity(certificates) if certificates else "",
+        "failures": _failures(certificates),
         "same_group": same_group(summary),
         "seeds": seeds(summary),
         "controls": _controls(summary),
@@ -164,6 +169,16 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
         "blocks": block_panels(tables["blocks"], unit),
         "stages": _stages(run.settings.get("stages", {})),
     }
+
+
+def _certificates(run: RunResults) -> dict[str, dict[str, Any]]:
+    file = run.path / "analysis" / "fidelity.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def _failures(certificates: dict[str, dict[str, Any]]) -> list[str]:
+    texts = [failure(one, words.MODEL_NAMES[name].lower()) for name, one in certificates.items()]
+    return [text for text in texts if text]
 
 
 def _course(

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -630,6 +631,36 @@ def export(run_dir: Path, out: Path, **options: Any) -> None:
 
 
 # --- what is on disk, what is installed -----------------------------------------------------
+
+
+@main.command()
+@click.argument("run_dir", type=EXISTING)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def status(run_dir: Path, as_json: bool) -> None:
+    """Say how far a run is: stages, features, and what every worker did last.
+
+    Read from disk, so it may be asked on any machine that shares the folder, while the run works.
+
+    \b
+    Example:
+      tracmod status runs/demo
+    """
+    from tracmod.status import run_status
+
+    found = run_status(run_dir)
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=1))
+        return
+    click.echo(
+        f"{run_dir}: {'a process works in it' if found.working else 'no process is at work'}"
+    )
+    for stage, state, seconds in found.stages:
+        click.echo(f"  {stage:16} {state:12} {_duration(seconds) if seconds else ''}")
+    click.echo(f"features: {found.shards} of {found.shards_wanted} shards of the stores begun")
+    if found.rankings:
+        click.echo(f"influence: {found.rankings} rankings in progress/")
+    for worker, line in found.logs.items():
+        click.echo(f"{worker}: {line}")
 
 
 @main.command()

@@ -24,7 +24,7 @@ from tracmod.model import load_model
 
 COMMANDS = {
     "run", "sweep", "finetune", "prune", "sparse-finetune", "collect", "influence", "analyze",
-    "report", "attribute", "index", "query", "verify", "merge", "check", "export",
+    "report", "attribute", "index", "query", "status", "verify", "merge", "check", "export",
     "doctor", "bench",
 }  # fmt: skip
 
@@ -576,6 +576,12 @@ def test_stages_queries_and_verify_on_a_run_folder(tmp_path):
     assert "report" in invoke("run", config, "--out", run, "--set", "finetune.epochs=1")
     assert "begun with finetune.epochs=1" in invoke("run", config, "--out", run, code=2)
     assert "sound" in invoke("verify", run)
+    told = invoke("status", run)
+    assert "no process is at work" in told
+    assert told.count(" done ") == 8
+    assert all(
+        state == "done" for _, state, _ in json.loads(invoke("status", run, "--json"))["stages"]
+    )
     query = ["query", run, "The dog sleeps.", "--text-b", "An animal sleeps.", "-k", 3]
     text = invoke(*query)
     assert text.count("entailment") + text.count("neutral") + text.count("contradiction") >= 6

@@ -220,6 +220,28 @@ def test_what_a_worker_raises_is_raised_here(engine, tmp_path):
         engine.run(partial(Writer, str(tmp_path)), ["fail", "a", "b"], lambda _: None)
 
 
+class SlowToBegin(Writer):
+    """Worker 1 takes longer to begin than all the work."""
+
+    def __init__(self, folder, place):
+        super().__init__(folder, place)
+        time.sleep(3 * place)
+
+
+def test_a_worker_that_was_not_ready_in_time_is_there_for_what_comes_next(engine, tmp_path):
+    if engine.workers == 1:
+        pytest.skip("this process is the worker")
+    for number in range(3):
+        tasks = [f"{number}-{letter}" for letter in "abc"]
+        engine.run(partial(SlowToBegin, str(tmp_path)), tasks, lambda _: None)
+    engine.run(
+        partial(Writer, str(tmp_path)), [f"{number}" for number in range(300)], lambda _: None
+    )
+    done_by = [place for task, place, _ in log_of(tmp_path) if "-" not in task]
+    assert set(done_by) == {"0", "1"}
+    assert len(done_by) == 300
+
+
 def test_options_of_another_engine_are_refused():
     with pytest.raises(ValueError, match="--address and --worker-cpus are for --engine ray"):
         open_engine("local", address="auto")

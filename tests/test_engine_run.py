@@ -21,6 +21,7 @@ from tracmod.engine import open_engine
 from tracmod.engine.local import LocalEngine
 from tracmod.pipeline import run_stages
 from tracmod.run_folder import RunFolder
+from tracmod.status import run_status
 
 pytestmark = pytest.mark.slow
 SPREAD = ("collect", "influence")
@@ -147,9 +148,18 @@ def test_the_driver_killed_and_begun_again(local, begun, cluster):
         when_collecting(begun, least, driver.kill).join(timeout=120)
         driver.communicate()
         assert driver.returncode == -signal.SIGKILL
+        status = run_status(begun)
+        assert not status.working
+        assert {name: state for name, state, _ in status.stages}["collect"] == "running"
+        assert least <= status.shards < status.shards_wanted
+        assert {"worker-0", "worker-1"}.issuperset(status.logs)
+        assert status.logs
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     same(begun, local)
+    status = run_status(begun)
+    assert {state for _, state, _ in status.stages} == {"done"}
+    assert status.shards == status.shards_wanted
 
 
 def test_an_address_without_a_cluster_is_one_sentence(begun):

@@ -37,7 +37,18 @@ LAYERS = [
         "pruned",
     },
     {"analysis", "report", "validation"},
-    {"run_folder", "views", "tables", "attribute", "query", "pipeline", "plan", "export", "sweep"},
+    {
+        "run_folder",
+        "views",
+        "tables",
+        "attribute",
+        "query",
+        "pipeline",
+        "plan",
+        "export",
+        "sweep",
+        "status",
+    },
     {"cli"},
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -35,7 +35,10 @@ class Team(Protocol):
     """Workers, and how they are reached; they stay from one `dispatch` to the next."""
 
     def start(self, worker: int) -> None:
-        """Begin a worker, unless it is there; an event says when it is ready, or it is lost."""
+        """Begin a worker, unless it is there; one event says when it is ready, or it is lost.
+
+        It may have been begun before, and not be ready since.
+        """
 
     def give(self, worker: int, task: int) -> None:
         """Have a worker do the task of this number."""
@@ -71,7 +74,6 @@ def dispatch(
     try:
         for worker in range(min(workers, count)):
             team.start(worker)
-            state.busy.add(worker)
         while state.left:
             for event in team.events(1.0):
                 advance(state.take(event))
@@ -87,7 +89,7 @@ class _Dispatch:
     def __init__(self, team: Team, count: int, clock: Callable[[], float]) -> None:
         self.team = team
         self.left = set(range(count))
-        self.busy: set[int] = set()  # workers that are begun or do a task
+        self.busy: set[int] = set()  # workers that do a task
         self._clock = clock
         self._pending = deque(range(count))
         self._idle: list[int] = []
@@ -167,5 +169,5 @@ class _Dispatch:
             self._unready += 1
             if self._unready >= TRIES:
                 raise RuntimeError(f"workers end before they are ready; the last: {why}")
-        self.busy.add(worker)
+        self.busy.discard(worker)
         self.team.start(worker)

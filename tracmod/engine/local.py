@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -60,6 +61,7 @@ class _Processes:
         self._context = multiprocessing.get_context("spawn")
         self._pipes: dict[int, Connection] = {}
         self._processes: dict[int, Any] = {}
+        self._making: Counter[int] = Counter()  # how often a worker is yet to say that it is ready
         self._make_worker: MakeWorker
         self._tasks: Sequence[Any] = ()
         self._logs: Path | None = None
@@ -75,6 +77,7 @@ class _Processes:
             process.start()
             theirs.close()
             self._pipes[worker], self._processes[worker] = ours, process
+        self._making[worker] += 1
         self._send(worker, ("make", (self._make_worker, self._logs)))
 
     def give(self, worker: int, task: int) -> None:
@@ -82,12 +85,14 @@ class _Processes:
 
     def events(self, seconds: float) -> list[Event]:
         worker_of = {pipe: worker for worker, pipe in self._pipes.items()}
-        return [self._event(worker_of[pipe]) for pipe in wait(list(worker_of), seconds)]  # type: ignore[index]
+        found = [self._event(worker_of[pipe]) for pipe in wait(list(worker_of), seconds)]  # type: ignore[index]
+        return [event for event in found if event.kind != "ready" or not self._making[event.worker]]
 
     def stop(self, worker: int) -> None:
         self._pipes.pop(worker).close()
         self._processes[worker].kill()
         self._processes.pop(worker).join()
+        del self._making[worker]
 
     def close(self) -> None:
         for worker in list(self._pipes):
@@ -100,6 +105,7 @@ class _Processes:
     def _event(self, worker: int) -> Event:
         try:
             kind, value = self._pipes[worker].recv()
+            self._making[worker] -= kind == "ready"
             return Event(kind, worker, value)
         except (EOFError, OSError):
             process = self._processes[worker]

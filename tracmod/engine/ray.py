@@ -143,6 +143,8 @@ class _Actors:
         if worker not in self._actors:
             self._actors[worker] = self._class.remote(worker, self._cpus)
         made = self._actors[worker].make.remote(self._make_worker, self._logs)
+        # One that was asked for before and is not there yet tells nothing any more.
+        self._forget(worker)
         self._awaited[made] = ("ready", worker)
 
     def give(self, worker: int, task: int) -> None:
@@ -157,6 +159,9 @@ class _Actors:
 
     def stop(self, worker: int) -> None:
         ray.kill(self._actors.pop(worker))
+        self._forget(worker)
+
+    def _forget(self, worker: int) -> None:
         self._awaited = {one: who for one, who in self._awaited.items() if who[1] != worker}
 
     def close(self) -> None:

@@ -1,0 +1,76 @@
+"""How far a run is: its stages, its features, its workers' logs; from what is on disk alone."""
+
+from __future__ import annotations
+
+import fcntl
+from dataclasses import dataclass
+from pathlib import Path
+
+from tracmod.run_folder import STAGES, RunFolder
+from tracmod.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How far a run is.
+
+    Attributes:
+        working: whether a process works in the folder now.
+        stages: (stage, state, seconds): done, running, interrupted or to do. A stage whose process
+            was killed says running; `working` tells.
+        shards, shards_wanted: files of the feature stores that are begun, and of them all when they
+            are complete (not verified: that is `tracmod verify`).
+        rankings: rankings of the influence stage that are there while it works.
+        logs: worker -> the last line of its log.
+    """
+
+    working: bool
+    stages: list[tuple[str, str, float]]
+    shards: int
+    shards_wanted: int
+    rankings: int
+    logs: dict[str, str]
+
+
+def run_status(path: Path) -> RunStatus:
+    """How far the run in a folder is.
+
+    Raises:
+        ValueError: no run there.
+    """
+    run = RunFolder(path)
+    entries = run.record["stages"]
+    stages = [
+        (
+            stage,
+            "done" if run.is_done(stage) else entries.get(stage, {}).get("state", "to do"),
+            float(entries.get(stage, {}).get("seconds", 0.0)),
+        )
+        for stage in STAGES
+    ]
+    stores = [FeatureStore.open(file.parent) for file in path.glob("features/**/manifest.json")]
+    return RunStatus(
+        working=_is_locked(path),
+        stages=stages,
+        shards=sum(len(list(store.path.glob("shard-*.safetensors"))) for store in stores),
+        shards_wanted=sum(store.num_shards for store in stores),
+        rankings=len(list((path / "influence" / "progress").glob("*.safetensors"))),
+        logs={file.stem: _last_line(file) for file in sorted((path / "logs").glob("worker-*.log"))},
+    )
+
+
+def _is_locked(path: Path) -> bool:
+    file = path / ".lock"
+    if not file.exists():
+        return False
+    with file.open("r") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _last_line(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return lines[-1] if lines else ""

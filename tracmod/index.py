@@ -571,7 +571,7 @@ def gpu_number(device: str, kind: str) -> int | None:
     if number >= found:
         raise ValueError(
             f"device of an index: got {device}, but this FAISS finds {found or 'no'} GPUs: install "
-            f"faiss-gpu-cu12 in place of faiss-cpu on a machine with one, or use cpu"
+            f"faiss-gpu in place of faiss-cpu on a machine with one, or use cpu"
         )
     if kind not in GPU_KINDS:
         raise ValueError(

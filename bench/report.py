@@ -23,6 +23,7 @@ PARTS = (
     "scale-search",
     "scale-store",
     "index",
+    "engine",
     "exact",
     "kernels",
 )
@@ -219,6 +220,21 @@ def _shares(recall: dict[str, float]) -> list[str | None]:
     return [f"{recall[side]:.3f}" if recall else None for side in ("proponents", "opponents")]
 
 
+def engine_section(result: dict[str, Any]) -> list[str]:
+    efficiency = result["efficiency"]
+    rows = [
+        [name, seconds, f"{efficiency[name]:.0%}" if name in efficiency else None]
+        for name, seconds in result["seconds"].items()
+    ]
+    return [
+        f"{result['shards']:,} shards of 256 examples, {result['train']:,} training examples a "
+        f"language, every worker with one thread: {made(result)} Ray adds "
+        f"{result['ray_adds']:+.1%} with one worker.",
+        "",
+        *table(["engine", "seconds", "of twice one worker's speed"], rows),
+    ]
+
+
 def exact_section(result: dict[str, Any]) -> list[str]:
     said = "extrapolated from a tenth by a tenth" if result["extrapolated"] else "measured"
     return [
@@ -261,6 +277,7 @@ _SECTIONS = {
     "scale-search": scale_search_section,
     "scale-store": scale_store_section,
     "index": index_section,
+    "engine": engine_section,
     "exact": exact_section,
     "kernels": kernels_section,
 }

@@ -13,12 +13,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tracmod.engine import MakeWorker
 from tracmod.engine.dispatch import Event, dispatch
 
 
 class LocalEngine:
     """Tasks one after the other in this process; with several workers, in processes of their own.
+
+    Several share the threads that torch has in this process.
 
     Attributes:
         workers: 1, or how many processes.
@@ -28,7 +32,7 @@ class LocalEngine:
         if workers < 1:
             raise ValueError(f"workers: expected at least 1, got {workers}")
         self.workers = workers
-        self._team = _Processes()
+        self._team = _Processes(workers)
 
     def run(
         self,
@@ -56,7 +60,8 @@ class LocalEngine:
 class _Processes:
     """A team of processes of this machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int) -> None:
+        self._workers = workers  # which share this process's threads
         # Not forked: threads and a GPU do not survive that.
         self._context = multiprocessing.get_context("spawn")
         self._pipes: dict[int, Connection] = {}
@@ -78,7 +83,8 @@ class _Processes:
             theirs.close()
             self._pipes[worker], self._processes[worker] = ours, process
         self._making[worker] += 1
-        self._send(worker, ("make", (self._make_worker, self._logs)))
+        threads = max(1, torch.get_num_threads() // self._workers)
+        self._send(worker, ("make", (self._make_worker, self._logs, threads)))
 
     def give(self, worker: int, task: int) -> None:
         self._send(worker, ("do", self._tasks[task]))
@@ -123,7 +129,8 @@ def _serve(pipe: Connection, number: int) -> None:
             what, value = pipe.recv()
             try:
                 if what == "make":
-                    make_worker, logs = value
+                    make_worker, logs, threads = value
+                    torch.set_num_threads(threads)
                     log = worker_log(logs, number)
                     worker = make_worker(number)
                     pipe.send(("ready", None))

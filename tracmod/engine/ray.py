@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tracmod.engine import MakeWorker
 from tracmod.engine.dispatch import Event, dispatch
 from tracmod.engine.local import do_logged, worker_log
@@ -109,8 +111,6 @@ class _Actor:
         self._worker: Any = None
 
     def make(self, make_worker: MakeWorker, logs: Path | None) -> None:
-        import torch  # here: this module is read on machines that have nothing to compute
-
         torch.set_num_threads(self._threads)
         self._log = worker_log(logs, self._number)
         self._worker = make_worker(self._number)

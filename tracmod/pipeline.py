@@ -20,11 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tracmod.analysis.language_pairs import read_distances
 from tracmod.analysis.results import WITHOUT_GROUP
 from tracmod.analysis.same_group import same_group_rows
+from tracmod.analysis.statistics import Settings as Resampling
 from tracmod.analysis.study import analyze
 from tracmod.blocks import block_influence, weighted_sum
 from tracmod.capture import frozen
 from tracmod.config import FinetuneConfig, RunConfig
-from tracmod.durable import canonical_json, file_sha256, sha256, write_parquet
+from tracmod.durable import canonical_json, file_sha256, sha256, write_csv, write_parquet
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
 from tracmod.heads import HeadMask, masked_accuracy
 from tracmod.influence import self_influence, top_influences, without_examples
@@ -51,6 +52,7 @@ from tracmod.tasks import load_task
 from tracmod.tokenizer import read_sentencepiece, train_tokenizer
 from tracmod.train import Masks, Settings, accuracy_by_language, fine_tune
 from tracmod.training_folder import epoch_masks
+from tracmod.validation.planted import planted_answers
 from tracmod.views import View, views_of
 
 MODELS = ("full", "sparse")
@@ -118,6 +120,8 @@ class Study:
         task = load_task(self.config.task)
         for split in SPLITS:
             write_parquet(self.run.data(split), getattr(task, split))
+        for name, table in task.known.items():
+            write_parquet(self.run.data(name), table)
         self.run.record |= {
             "label_names": task.label_names,
             "languages": task.languages,
@@ -188,6 +192,14 @@ class Study:
             distances=self.config.analyze.distances,
             distance_names=self.config.analyze.distance_names,
         )
+        if self.config.task.name == "planted":
+            asked = self.config.analyze
+            settings = Resampling(
+                asked.bootstrap, asked.permutations, asked.confidence, self.config.seed
+            )
+            answers = planted_answers(self.run.path, settings)
+            write_parquet(self.run.path / "analysis" / "planted.parquet", answers)
+            write_csv(self.run.path / "analysis" / "planted.csv", answers)
 
     def report(self) -> None:
         """report/index.html."""

@@ -75,7 +75,7 @@ class TaskConfig(_Section):
         description="planted only: share of the words of language base that these two have too",
     )
     duplicates: int = Field(
-        5, ge=0, description="planted only: test examples per language that are trained on as well"
+        6, ge=0, description="planted only: test examples per language that are trained on as well"
     )
     flipped: float = Field(
         0.1, ge=0, lt=0.5, description="planted only: share of the training examples mislabelled"

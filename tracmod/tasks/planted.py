@@ -9,7 +9,7 @@ Every language is made from `base`, word by word:
     far       a smaller share (0.4), as few as can be of them in near too
     mirror    all of base's words, in reverse order
     cipher    base, letter by letter in another script: the same language, and no word in common
-    isolated  invented words, in a third script, neighbours in exchanged places
+    isolated  invented words, in a third script, in an order that is like neither of the others
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
+import numpy as np
 import pyarrow as pa
+from scipy.stats import kendalltau
 
 from tracmod.config import TaskConfig
 from tracmod.tasks.examples import SCHEMA, SPLITS, TaskData
@@ -46,22 +48,24 @@ GEORGIAN = "".join(map(chr, range(0x10D0, 0x10D0 + 26)))
 ARMENIAN = "".join(map(chr, range(0x0561, 0x0561 + 26)))
 # How much the parts of relatedness count: words carry the label, their order only places them.
 WORDS_PART, ORDER_PART = 0.75, 0.25
+WORDS_PER_TEXT = 14  # typical, and the number for which the likeness of two orders is given
 PLANTED_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("kind", "train_id", "test_id", "native_id")]
 )
-Words = list[str]
 
 
-def _forwards(words: Words) -> Words:
-    return words
+def _forwards(length: int) -> list[int]:
+    """Which of a text's words in base stands at each place."""
+    return list(range(length))
 
 
-def _backwards(words: Words) -> Words:
-    return words[::-1]
+def _backwards(length: int) -> list[int]:
+    return list(range(length))[::-1]
 
 
-def _exchanged(words: Words) -> Words:
-    return [word for place in range(0, len(words), 2) for word in words[place : place + 2][::-1]]
+def _inwards(length: int) -> list[int]:
+    """First, last, second, last but one, ...: as like the one order as the reverse one."""
+    return [n // 2 if n % 2 == 0 else length - 1 - n // 2 for n in range(length)]
 
 
 @dataclass(frozen=True)
@@ -70,17 +74,18 @@ class PlantedLanguage:
 
     Attributes:
         forms: every word of `LEXICON` (and the loans, where they are known) as it is said here.
-        order: the words of a text in base's order -> in this language's.
+        order: number of words of a text -> which word of base's text stands at each place.
         script: the letters it is written in.
     """
 
     forms: Mapping[str, str]
-    order: Callable[[Words], Words]
+    order: Callable[[int], list[int]]
     script: str
 
     def say(self, text: str) -> str:
         """A text of base in this language."""
-        return " ".join(self.order([self.forms[word] for word in text.split()]))
+        words = text.split()
+        return " ".join(self.forms[words[place]] for place in self.order(len(words)))
 
 
 def planted_languages(
@@ -108,7 +113,7 @@ def planted_languages(
         "mirror": PlantedLanguage(itself, _backwards, LATIN),
         "cipher": PlantedLanguage(_written(itself, GEORGIAN), _forwards, GEORGIAN),
         "isolated": PlantedLanguage(
-            _written({word: next(new) for word in LEXICON}, ARMENIAN), _exchanged, ARMENIAN
+            _written({word: next(new) for word in LEXICON}, ARMENIAN), _inwards, ARMENIAN
         ),
     }
 
@@ -116,22 +121,24 @@ def planted_languages(
 def relatedness_table(languages: Mapping[str, PlantedLanguage]) -> pa.Table:
     """`relatedness.parquet`: how related two languages are, a row per pair.
 
-    relatedness = 3/4 shared_words + 1/4 same_order, where shared_words is the share of the lexicon
-    that both say with the same form, and same_order is 1 or 0. Of different scripts nothing is
-    shared, so the script has no part of its own.
+    relatedness = 3/4 shared_words + 1/4 order, where shared_words is the share of the lexicon that
+    both say with the same form, and order is Kendall's rank correlation of the places that the
+    words of a text have in both: 1 for the same order, -1 for the reverse one. Of different scripts
+    nothing is shared, so the script has no part of its own.
     """
     rows = []
     for (name_a, a), (name_b, b) in combinations(languages.items(), 2):
         shared = sum(a.forms[word] == b.forms[word] for word in LEXICON) / len(LEXICON)
-        same_order = a.order is b.order
+        places = [np.argsort(language.order(WORDS_PER_TEXT)) for language in (a, b)]
+        order = float(kendalltau(*places).statistic)
         rows.append(
             {
                 "language_a": name_a,
                 "language_b": name_b,
                 "shared_words": shared,
-                "same_order": same_order,
+                "order": order,
                 "same_script": a.script == b.script,
-                "relatedness": WORDS_PART * shared + ORDER_PART * same_order,
+                "relatedness": WORDS_PART * shared + ORDER_PART * order,
             }
         )
     return pa.Table.from_pylist(rows)
@@ -207,9 +214,11 @@ def _language_rows(
         ]
         for split, of_split in items.items()
     }
-    for row in rng.sample(range(counts["train"]), round(config.flipped * counts["train"])):
-        rows["train"][row]["label"] = 1 - items["train"][row][1]
-        planted.append({"kind": "flipped", "train_id": f"{name}-train-{row}"})
+    for label in (0, 1):  # as many of each, so that the labels stay balanced
+        own = range(label, counts["train"], 2)
+        for row in sorted(rng.sample(own, round(config.flipped * len(own)))):
+            rows["train"][row]["label"] = 1 - label
+            planted.append({"kind": "flipped", "train_id": f"{name}-train-{row}"})
     for row in range(config.duplicates):
         train_id, test_id = f"{name}-train-{counts['train'] + row}", f"{name}-test-{row}"
         planted.append({"kind": "duplicate", "train_id": train_id, "test_id": test_id})
@@ -266,7 +275,7 @@ def _grade(verdict: str) -> int:
     return next(grade for grade, words in enumerate(VERDICTS, -2) if verdict in words)
 
 
-def _spread_words(rng: random.Random) -> Words:
+def _spread_words(rng: random.Random) -> list[str]:
     """The lexicon in an order whose every stretch has of each word class its part."""
     placed = [
         ((rank + rng.random()) / len(words), word)

@@ -61,7 +61,7 @@ def planted_answers(run_dir: str | Path, settings: Settings) -> pa.Table:
     flipped_by_self_influence, flipped_by_opponents: area under the ROC curve of telling mislabelled
         training examples from the others; by self-influence (under the example's own language's
         mask), and by how far an example is an opponent of the test examples of its language: minus
-        the sum of its scores where it is among the k strongest of either sign.
+        the sum of its scores where `top.parquet` lists it.
     relatedness: Spearman correlation, over pairs of languages a and b, of relatedness with
         (share of b among the proponents of a's test examples + share of a among b's) / 2.
     loan: by how much the teacher's share among the proponents rises, from a test example of the

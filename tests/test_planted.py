@@ -366,7 +366,7 @@ def test_influence_drawn_at_random_gives_what_chance_gives_and_is_wrong(tmp_path
         )
     for name in ("loan", "isolated", "cipher"):
         rows = [row for row in found if row["question"] == name]
-        chance = {"loan": 0, "isolated": 1 / 6, "cipher": 0}[name]
+        chance = {"loan": 0, "isolated": 1 / 6, "cipher": 1 / 6}[name]
         assert rows[0]["chance"] == pytest.approx(chance)
         assert np.mean([row["value"] for row in rows]) == pytest.approx(chance, abs=0.04)
     assert sum(row["right"] for row in found if row["question"] == "loan") <= 1

@@ -12,7 +12,7 @@ QUESTIONS = {
     "relatedness": "Shares between languages against their relatedness (Spearman)",
     "loan": "Rise of the share of the one language that teaches a word, where it is needed",
     "isolated": "Share of its own language among the proponents of the isolated one",
-    "cipher": "Share of the language that cipher is a cipher of, less that of one equally strange",
+    "cipher": "Share of base among the proponents of cipher, which is base in other letters",
 }
 
 

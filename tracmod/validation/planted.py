@@ -68,8 +68,8 @@ def planted_answers(run_dir: str | Path, settings: Settings) -> pa.Table:
         learner to the same with a word that the teacher alone teaches and on which the label
         hangs; it has to be above 0 and more than any other language's rise.
     isolated: share of `isolated` among the proponents of its own test examples.
-    cipher: share of `base` less share of `near` among the proponents of `cipher`'s test examples.
-        Both have its word order and none of its words, so the twin must not come out above.
+    cipher: share of `base` among the proponents of `cipher`'s test examples: letter by letter the
+        same language, but the model cannot know, so it has to be below chance.
 
     Intervals are percentile bootstraps over the test examples, those of a language by itself; of
     self-influence, which is of no test example, over the training examples. Test examples with a
@@ -238,12 +238,11 @@ def _known_languages(
         value, low, high = _mean(own, settings)
         chance = truth.run.null_shares["isolated"]
         yield Answer("isolated", value, low, high, chance, "above chance", low > chance)
-    if {"base", "near"} <= set(truth.languages) and of.get("cipher", known_Q[:0]).any():
-        base_Q, near_Q = (
-            shares_QG[of["cipher"], truth.place(language)] for language in ("base", "near")
-        )
-        value, low, high = _mean(base_Q - near_Q, settings)
-        yield Answer("cipher", value, low, high, 0.0, "not clearly above 0", low <= 0)
+    if "base" in truth.languages and of.get("cipher", known_Q[:0]).any():
+        twin = shares_QG[of["cipher"], truth.place("base")]
+        value, low, high = _mean(twin, settings)
+        chance = truth.run.null_shares["base"]
+        yield Answer("cipher", value, low, high, chance, "below chance", high < chance)
 
 
 # --- statistics -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
@@ -228,7 +229,7 @@ def test_only_the_teachers_training_data_knows_the_loans_and_the_learners_test_n
     assert (
         not load_task(config(languages=["base", "near"]))
         .known["planted"]
-        .filter(pa.compute.field("kind") == "loan")
+        .filter(pc.field("kind") == "loan")
     )
 
 
@@ -397,6 +398,20 @@ def test_each_answer_is_wrong_where_its_own_plant_is_not_followed(tmp_path, data
         assert not answers[question]["right"], question
 
 
+def test_what_is_not_planted_is_not_asked(tmp_path):
+    bare = load_task(config(languages=["base", "near"], duplicates=0, flipped=0))
+    assert len(bare.known["planted"]) == 0
+    shape = (len(bare.test), len(bare.train))
+    scores_QN = np.random.default_rng(0).normal(size=shape)
+    run = write_run(tmp_path / "bare", bare, scores_QN, np.ones(shape[1]))
+    assert len(planted_answers(run, SETTINGS)) == 0
+    few = load_task(config(languages=["near", "isolated"], flipped=0))
+    scores_QN = np.random.default_rng(0).normal(size=(len(few.test), len(few.train)))
+    run = write_run(tmp_path / "few", few, scores_QN, np.ones(len(few.train)))
+    asked = planted_answers(run, SETTINGS)["question"].to_pylist()
+    assert asked == ["duplicates", "isolated"]
+
+
 def test_auc_and_spearman_on_numbers_done_by_hand():
     assert auc(np.array([1.0, 2.0, 3.0, 4.0]), np.array([False, True, False, True])) == 0.75
     assert auc(np.ones(4), np.array([False, True, False, True])) == 0.5
@@ -426,7 +441,7 @@ def test_a_run_writes_what_is_planted_the_answers_and_their_section(tmp_path):
     found = {(row["model"], row["view"]) for row in answers.to_pylist()}
     views = ("full", "subnetwork", "random", "other")
     assert found == {(model, view) for model in ("full", "sparse") for view in views}
-    of_full = answers.filter(pa.compute.field("view") == "full")
+    of_full = answers.filter(pc.field("view") == "full")
     assert set(of_full["question"].to_pylist()) == set(QUESTIONS)
     assert pyarrow.csv.read_csv(run.path / "analysis" / "planted.csv").num_rows == len(answers)
     page = (run.path / "report" / "index.html").read_text(encoding="utf-8")

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 from scipy.stats import rankdata
 
-from tracmod.analysis.results import RunResults, View
+from tracmod.analysis.results import RunResults, View, counts_under
 from tracmod.analysis.statistics import Settings
 from tracmod.tasks.planted import TEACHER
 
@@ -105,32 +106,27 @@ class _Truth:
         self.languages_N = np.array(train["language"].to_pylist())
         self.languages = list(run.num_train)
 
-    def _ids(self, kind: str, column: str) -> list[str]:
-        rows = self.planted.filter(pa.compute.equal(self.planted["kind"], kind))
-        return rows[column].to_pylist()
+    def _ids(self, kind: str, *columns: str) -> list[list[str]]:
+        rows = self.planted.filter(pc.equal(self.planted["kind"], kind))
+        return [rows[column].to_pylist() for column in columns]
 
     @cached_property
     def duplicates(self) -> dict[int, int]:
         """Test row -> row of the training example that is its duplicate."""
-        pairs = zip(
-            self._ids("duplicate", "test_id"), self._ids("duplicate", "train_id"), strict=True
-        )
+        pairs = zip(*self._ids("duplicate", "test_id", "train_id"), strict=True)
         return {self.test_rows[test]: self.train_rows[train] for test, train in pairs}
 
     @cached_property
     def flipped_N(self) -> np.ndarray:
         flipped = np.zeros(len(self.languages_N), dtype=bool)
-        flipped[[self.train_rows[name] for name in self._ids("flipped", "train_id")]] = True
+        flipped[[self.train_rows[name] for name in self._ids("flipped", "train_id")[0]]] = True
         return flipped
 
     @cached_property
     def loans(self) -> dict[int, int]:
         """Test row with a loan -> test row of the same with the native word."""
-        loans, natives = (self._ids("loan", name) for name in ("test_id", "native_id"))
-        return {
-            self.test_rows[loan]: self.test_rows[native]
-            for loan, native in zip(loans, natives, strict=True)
-        }
+        pairs = zip(*self._ids("loan", "test_id", "native_id"), strict=True)
+        return {self.test_rows[loan]: self.test_rows[native] for loan, native in pairs}
 
     def place(self, language: str) -> int:
         return self.languages.index(language)
@@ -145,9 +141,10 @@ class _Truth:
 def _answers(truth: _Truth, view: View, settings: Settings) -> Iterator[Answer]:
     """The answers of one view, as far as the plants are there."""
     shares_QG = view.measures["share_positive"]
-    known_Q = np.isfinite(shares_QG).all(axis=1)  # some views have part of the test examples
+    known_Q = np.isfinite(shares_QG).all(axis=1)
     folders = [truth.run.path / "influence" / view.model / name for name in view.folders]
-    if known_Q.all():
+    # Some views, such as `other`, are of a part of the test examples.
+    if all(counts_under(name, language) for name in view.folders for language in truth.languages):
         listed = [_listed(truth, folder / "top.parquet") for folder in folders]
         if truth.duplicates:
             yield _duplicates(truth, [first for first, _ in listed], settings)

@@ -140,8 +140,8 @@ _VIEW_OPTIONS = [
 def run(config: str, out: Path, check: bool, **options: Any) -> None:
     """Do every stage of CONFIG that is not yet done in the run folder.
 
-    CONFIG is a YAML file or the name of an embedded one (demo, xnli, pawsx, marc). Stopped at any
-    time, the same command goes on where it was.
+    CONFIG is a YAML file or the name of an embedded one (demo, planted, xnli, pawsx, marc). Stopped
+    at any time, the same command goes on where it was.
 
     \b
     Examples:

@@ -115,12 +115,13 @@ def test_masked_heads_are_out_of_the_matrix_products():
 @pytest.mark.parametrize("layers", ["accumulate", "concatenate"])
 @pytest.mark.parametrize("mask", [MASK, EMPTY_LAYER], ids=["masked", "empty layer"])
 @pytest.mark.parametrize("dim", [900, 8000])  # 8000: attention layers are small enough to be exact
-def test_features_of_a_subnetwork_are_those_of_the_masked_pass(kind, layers, mask, dim):
+@pytest.mark.parametrize("parameters", ["encoder", "attention"])  # output's bias is in one only
+def test_features_of_a_subnetwork_are_those_of_the_masked_pass(kind, layers, mask, dim, parameters):
     model, examples = tiny_encoder(), ragged_examples(9)
     projection = tm.Projection(dim, kind, layers=layers)
-    found = tm.collect_features(model, examples, projection, head_mask=mask)
+    found = tm.collect_features(model, examples, projection, parameters, head_mask=mask)
     with mask.apply(model):  # heads multiplied by zero, and nothing left out
-        expected = tm.collect_features(model, examples, projection)
+        expected = tm.collect_features(model, examples, projection, parameters)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 

@@ -29,7 +29,7 @@ class _Section(BaseModel):
 class TaskConfig(_Section):
     """Which examples: the task, its languages and how many of each split per language."""
 
-    name: Literal["grammar", "xnli", "pawsx", "marc", "files"] = "grammar"
+    name: Literal["grammar", "planted", "xnli", "pawsx", "marc", "files"] = "grammar"
     shape: Literal["nli", "paraphrase", "reviews"] = Field(
         "nli", description="grammar only: which task the embedded sentences are put in the shape of"
     )
@@ -70,6 +70,16 @@ class TaskConfig(_Section):
         description="parallel tasks only: every test item is among the training items of all other "
         "languages, and not of its own; each language has test items of its own",
     )
+    shared_words: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=lambda: {"near": 0.75, "far": 0.4},
+        description="planted only: share of the words of language base that these two have too",
+    )
+    duplicates: int = Field(
+        6, ge=0, description="planted only: test examples per language that are trained on as well"
+    )
+    flipped: float = Field(
+        0.1, ge=0, lt=0.5, description="planted only: share of the training examples mislabelled"
+    )
     seed: int = 0
 
     def languages_of(self, split: str) -> list[str]:
@@ -102,6 +112,29 @@ class TaskConfig(_Section):
     def _files_need_a_file(self) -> TaskConfig:
         if self.name == "files" and self.train_file is None:
             raise ValueError("task `files` needs train_file")
+        return self
+
+    @model_validator(mode="after")
+    def _planted_answers_are_known(self) -> TaskConfig:
+        if self.name != "planted":
+            return self
+        if set(self.shared_words) != {"near", "far"}:
+            raise ValueError(
+                f"shared_words: expected near and far, got {', '.join(self.shared_words) or 'none'}"
+            )
+        if self.train_languages is not None or self.test_from_train:
+            raise ValueError(
+                "task `planted` has training data in every language and makes its own duplicates: "
+                "leave out train_languages and test_from_train"
+            )
+        # Two thirds of a language's test examples may be planted otherwise.
+        most = self.test_per_language - 2 * (self.test_per_language // 3)
+        fewest = min(map(self.train_count, self.languages))
+        if self.duplicates > most or self.duplicates >= fewest:
+            raise ValueError(
+                f"duplicates: expected at most a third of test_per_language, {most}, and fewer "
+                f"than the training examples of a language, {fewest}, got {self.duplicates}"
+            )
         return self
 
     @model_validator(mode="after")

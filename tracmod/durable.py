@@ -159,6 +159,15 @@ def write_parquet(path: Path, table: pa.Table) -> None:
     write_file(path, buffer.getvalue())
 
 
+def write_csv(path: Path, table: pa.Table) -> None:
+    """Write a table as CSV, whole or not at all."""
+    from pyarrow import csv
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    csv.write_csv(table, temporary_name(path))
+    publish_file(temporary_name(path), path)
+
+
 def write_checksums(folder: Path, owned: str = ".") -> None:
     """Record the SHA-256 of every file in the part of `folder` that was just written.
 

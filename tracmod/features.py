@@ -264,13 +264,17 @@ class Collector:
         out_BK: Tensor,
     ) -> None:
         layer = captured.layers[0]
+        bias = layer.bias and layer.kind != "embedding"
+        input_columns = captured.input_columns
+        if input_columns is not None and not bias:  # the bias's column of ones is not selected
+            input_columns = input_columns[: captured.x.shape[-1]]
         kernels.project_gradients(
             captured.x,
             g,
             out_BK,
             lengths=captured.lengths,
             layer=layer.kind,
-            bias=layer.bias and layer.kind != "embedding",
+            bias=bias,
             kind=slot.kind,
             offset=slot.offset,
             k_out=slot.k_out,
@@ -278,7 +282,7 @@ class Collector:
             seed=self.projection.seed,
             input_key=keys[0][0],
             output_key=[output_key for _, output_key in keys],
-            input_columns=captured.input_columns,
+            input_columns=input_columns,
             output_columns=captured.output_columns,
         )
 

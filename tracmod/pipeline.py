@@ -21,11 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tracmod.analysis.language_pairs import read_distances
 from tracmod.analysis.results import WITHOUT_GROUP
 from tracmod.analysis.same_group import same_group_rows
+from tracmod.analysis.statistics import Settings as Resampling
 from tracmod.analysis.study import analyze
 from tracmod.blocks import block_influence, weighted_sum
 from tracmod.capture import frozen
 from tracmod.config import FinetuneConfig, RunConfig
-from tracmod.durable import canonical_json, file_sha256, sha256, write_json, write_parquet
+from tracmod.durable import (
+    canonical_json,
+    file_sha256,
+    sha256,
+    write_csv,
+    write_json,
+    write_parquet,
+)
 from tracmod.engine import Engine
 from tracmod.engine.local import LocalEngine
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
@@ -70,6 +78,7 @@ from tracmod.validation.fidelity import (
     projected_sample_scores,
     sample_table,
 )
+from tracmod.validation.planted import planted_answers
 from tracmod.views import View, views_of
 
 MODELS = ("full", "sparse")
@@ -188,6 +197,8 @@ class Study:
         task = load_task(self.config.task)
         for split in SPLITS:
             write_parquet(self.run.data(split), getattr(task, split))
+        for name, table in task.known.items():
+            write_parquet(self.run.data(name), table)
         self.run.record |= {
             "label_names": task.label_names,
             "languages": task.languages,
@@ -273,6 +284,14 @@ class Study:
             distances=self.config.analyze.distances,
             distance_names=self.config.analyze.distance_names,
         )
+        if self.config.task.name == "planted":
+            asked = self.config.analyze
+            settings = Resampling(
+                asked.bootstrap, asked.permutations, asked.confidence, self.config.seed
+            )
+            answers = planted_answers(self.run.path, settings)
+            write_parquet(self.run.path / "analysis" / "planted.parquet", answers)
+            write_csv(self.run.path / "analysis" / "planted.csv", answers)
 
     def report(self) -> None:
         """report/index.html."""

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tracmod.config import RunConfig, parse_config, parse_overrides, read_tree, set_value
-from tracmod.durable import publish_file, temporary_name, write_parquet
+from tracmod.durable import write_csv, write_parquet
 from tracmod.engine import Engine
 from tracmod.run_folder import STAGES, RunFolder
 
@@ -247,9 +246,7 @@ def write_sweep(sweep: Sweep, out: Path, points: list[str]) -> None:
         rows += [found | row for row in sweep_rows(out / name)]
     table = pa.table({key: _column([row[key] for row in rows]) for key in rows[0]})
     write_parquet(out / "sweep.parquet", table)
-    csv = out / "sweep.csv"
-    pyarrow.csv.write_csv(table, temporary_name(csv))
-    publish_file(temporary_name(csv), csv)
+    write_csv(out / "sweep.csv", table)
     write_sweep_page(out / "sweep.html", sweep.name, sweep.settings, table)
 
 

@@ -124,7 +124,7 @@ def cautions(summary: Row, task: Row) -> list[str]:
             "gradients more alike, whatever the model has learnt. Compare with a random mask for "
             "each language."
         )
-    if task.get("name") == "grammar":
+    if task.get("name") in ("grammar", "planted"):
         texts.append(
             "The sentences of this run were written by the embedded grammar: it shows that the "
             "method works and how to read it, and says nothing about real text."

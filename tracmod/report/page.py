@@ -32,6 +32,7 @@ from tracmod.report.findings import (
     seeds,
     tiles,
 )
+from tracmod.report.planted import planted_section
 from tracmod.report.plots import Figure, Panel
 from tracmod.report.pruning import pruning_panels, threshold_rows
 from tracmod.report.sections import (
@@ -55,6 +56,7 @@ _TABLES = (
     "similarity_seeds",
     "pairs",
     "blocks",
+    "planted",
 )
 SAME_TEST_MASK = ("subnetwork-own", "subnetwork-test", "random-own")
 
@@ -167,6 +169,7 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
         "similarity_rows": tables["similarity"],
         "scatter": _scatter(tables["pairs"], summary, unit),
         "blocks": block_panels(tables["blocks"], unit),
+        "planted": planted_section(tables["planted"]),
         "stages": _stages(run.settings.get("stages", {})),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -37,6 +37,7 @@ class TaskData:
         parallel: `group` names the same item in every language.
         train, dev, test: tables with `SCHEMA`; ids are unique within a table, and no group is in
             two tables (but with `test_from_train`, where every test group is in train).
+        known: further tables by name, of a task whose influence has known answers.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TaskData:
     train: pa.Table
     dev: pa.Table
     test: pa.Table
+    known: Mapping[str, pa.Table] = field(default_factory=dict)
 
 
 def check_classes(data: TaskData) -> TaskData:

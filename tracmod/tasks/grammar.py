@@ -199,7 +199,7 @@ def _other_qualities(deed: Deed) -> Deed:
     )
 
 
-def _review_item(rng: random.Random, label: int) -> Item:
+def review_item(rng: random.Random, label: int) -> Item:
     """The stars follow from the sum of two verdicts, each from -2 to 2."""
     grades = rng.choice([pair for pair in GRADE_PAIRS if _stars(sum(pair)) == label])
     first, second = rng.sample(ASPECTS, 2)
@@ -222,5 +222,5 @@ def _verdict(rng: random.Random, aspect: str, grade: int) -> tuple[str, str, boo
 _SHAPES = {
     "nli": _Shape(NLI_LABELS, True, _nli_item),
     "paraphrase": _Shape(PARAPHRASE_LABELS, True, _paraphrase_item),
-    "reviews": _Shape(REVIEW_LABELS, False, _review_item),
+    "reviews": _Shape(REVIEW_LABELS, False, review_item),
 }

@@ -1,0 +1,319 @@
+"""Which of the answers that the task `planted` makes known a run's influence gets right.
+
+Shape legend: Q test examples, N training examples, G languages, P pairs of languages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from scipy.sparse import csr_array
+from scipy.stats import rankdata
+
+from tracmod.analysis.results import RunResults, View, counts_under
+from tracmod.analysis.statistics import Settings
+from tracmod.tasks.planted import TEACHER
+
+DUPLICATES_GOAL, AUC_GOAL, SPEARMAN_GOAL = 0.99, 0.9, 0.8
+ANSWER_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("model", "view", "question")),
+        *((name, pa.float64()) for name in ("value", "low", "high", "chance")),
+        ("expected", pa.string()),
+        ("right", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question's answer.
+
+    Attributes:
+        question: `duplicates`, `flipped_by_self_influence`, `flipped_by_opponents`,
+            `relatedness`, `loan`, `isolated` or `cipher`.
+        value, low, high: the number and its bootstrap interval.
+        chance: the number if influence told nothing.
+        expected: what the number has to be, in words.
+        right: whether it is.
+    """
+
+    question: str
+    value: float
+    low: float
+    high: float
+    chance: float
+    expected: str
+    right: bool
+
+
+def planted_answers(run_dir: str | Path, settings: Settings) -> pa.Table:
+    """`analysis/planted.parquet`: every question that can be put, for each model and view.
+
+    duplicates: share of the test examples with a duplicate among the training examples whose
+        strongest proponent it is.
+    flipped_by_self_influence, flipped_by_opponents: area under the ROC curve of telling mislabelled
+        training examples from the others; by self-influence (under the example's own language's
+        mask), and by how far an example is an opponent of the test examples of its language: minus
+        the sum of its scores where `top.parquet` lists it.
+    relatedness: Spearman correlation, over pairs of languages a and b, of relatedness with
+        (share of b among the proponents of a's test examples + share of a among b's) / 2.
+    loan: by how much the teacher's share among the proponents rises, from a test example of the
+        learner to the same with a word that the teacher alone teaches and on which the label
+        hangs; it has to be above 0 and more than any other language's rise.
+    isolated: share of `isolated` among the proponents of its own test examples.
+    cipher: share of `base` among the proponents of `cipher`'s test examples: letter by letter the
+        same language, but the model cannot know, so it has to be below chance.
+
+    Intervals are percentile bootstraps over the test examples, those of a language by itself; of
+    self-influence, which is of no test example, over the training examples. Test examples with a
+    loan are left out of relatedness. Of several draws of a view (`random`), means are taken.
+
+    Raises:
+        ValueError: not a run folder of the task planted.
+    """
+    run = RunResults(run_dir)
+    if not (run.path / "data" / "planted.parquet").is_file():
+        raise ValueError(
+            f"{run.path}: expected a run of the task planted, found no data/planted.parquet"
+        )
+    truth = _Truth(run)
+    rows = [
+        {"model": view.model, "view": view.name, **answer.__dict__}
+        for view in run.views()
+        for answer in _answers(truth, view, settings)
+    ]
+    return pa.Table.from_pylist(rows, ANSWER_SCHEMA)
+
+
+class _Truth:
+    """What is planted in a run, as rows of its examples."""
+
+    def __init__(self, run: RunResults) -> None:
+        self.run = run
+        self.planted = pq.read_table(run.path / "data" / "planted.parquet")
+        test, train = run.examples("test"), run.examples("train")
+        self.test_rows = {name: row for row, name in enumerate(test["id"].to_pylist())}
+        self.train_rows = {name: row for row, name in enumerate(train["id"].to_pylist())}
+        self.languages_Q = np.array(test["language"].to_pylist())
+        self.languages_N = np.array(train["language"].to_pylist())
+        self.languages = list(run.num_train)
+
+    def _ids(self, kind: str, *columns: str) -> list[list[str]]:
+        rows = self.planted.filter(pc.equal(self.planted["kind"], kind))
+        return [rows[column].to_pylist() for column in columns]
+
+    @cached_property
+    def duplicates(self) -> dict[int, int]:
+        """Test row -> row of the training example that is its duplicate."""
+        pairs = zip(*self._ids("duplicate", "test_id", "train_id"), strict=True)
+        return {self.test_rows[test]: self.train_rows[train] for test, train in pairs}
+
+    @cached_property
+    def flipped_N(self) -> np.ndarray:
+        flipped = np.zeros(len(self.languages_N), dtype=bool)
+        flipped[[self.train_rows[name] for name in self._ids("flipped", "train_id")[0]]] = True
+        return flipped
+
+    @cached_property
+    def loans(self) -> dict[int, int]:
+        """Test row with a loan -> test row of the same with the native word."""
+        pairs = zip(*self._ids("loan", "test_id", "native_id"), strict=True)
+        return {self.test_rows[loan]: self.test_rows[native] for loan, native in pairs}
+
+    def place(self, language: str) -> int:
+        return self.languages.index(language)
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """(P, 2) places of two languages, and (P,) their relatedness."""
+        rows = pq.read_table(self.run.path / "data" / "relatedness.parquet").to_pylist()
+        places = [(self.place(row["language_a"]), self.place(row["language_b"])) for row in rows]
+        return np.array(places).reshape(-1, 2), np.array([row["relatedness"] for row in rows])
+
+
+def _answers(truth: _Truth, view: View, settings: Settings) -> Iterator[Answer]:
+    """The answers of one view, as far as the plants are there."""
+    shares_QG = view.measures["share_positive"]
+    known_Q = np.isfinite(shares_QG).all(axis=1)
+    folders = [truth.run.path / "influence" / view.model / name for name in view.folders]
+    # Some views, such as `other`, are of a part of the test examples.
+    if all(counts_under(name, language) for name in view.folders for language in truth.languages):
+        listed = [_listed(truth, folder / "top.parquet") for folder in folders]
+        if truth.duplicates:
+            yield _duplicates(truth, [first for first, _ in listed], settings)
+        if truth.flipped_N.any():
+            files = [folder / "self_influence.parquet" for folder in folders]
+            if all(file.is_file() for file in files):
+                own_N = np.mean([_self_influence(truth, file) for file in files], axis=0)
+                yield _flipped_by_self_influence(truth, own_N, settings)
+            scores_QN = sum((scores for _, scores in listed[1:]), start=listed[0][1])
+            yield _flipped_by_opponents(truth, scores_QN, settings)
+        if len(truth.languages) > 2:
+            yield _relatedness(truth, shares_QG, settings)
+        if truth.loans:
+            yield _loan(truth, shares_QG, settings)
+    yield from _known_languages(truth, shares_QG, known_Q, settings)
+
+
+def _duplicates(truth: _Truth, firsts: Sequence[np.ndarray], settings: Settings) -> Answer:
+    rows = list(truth.duplicates)
+    wanted = np.array([truth.duplicates[row] for row in rows])
+    found = np.mean([first_Q[rows] == wanted for first_Q in firsts], axis=0)
+    value, low, high = _interval(
+        lambda chosen: float(found[chosen].mean()), truth.languages_Q[rows], settings
+    )
+    return Answer(
+        "duplicates",
+        *(value, low, high, 1 / len(truth.languages_N)),
+        f"at least {DUPLICATES_GOAL}",
+        value >= DUPLICATES_GOAL,
+    )
+
+
+def _flipped_by_self_influence(truth: _Truth, own_N: np.ndarray, settings: Settings) -> Answer:
+    value, low, high = _interval(
+        lambda chosen: auc(own_N[chosen], truth.flipped_N[chosen]),
+        [f"{a} {b}" for a, b in zip(truth.languages_N, truth.flipped_N, strict=True)],
+        settings,
+    )
+    numbers = (value, low, high, 0.5)
+    return Answer("flipped_by_self_influence", *numbers, f"at least {AUC_GOAL}", value >= AUC_GOAL)
+
+
+def _flipped_by_opponents(truth: _Truth, scores_QN: csr_array, settings: Settings) -> Answer:
+    value, low, high = _interval(
+        lambda chosen: auc(-_sum_of_rows(scores_QN, chosen), truth.flipped_N),
+        truth.languages_Q,
+        settings,
+    )
+    numbers = (value, low, high, 0.5)
+    return Answer("flipped_by_opponents", *numbers, f"at least {AUC_GOAL}", value >= AUC_GOAL)
+
+
+def _relatedness(truth: _Truth, shares_QG: np.ndarray, settings: Settings) -> Answer:
+    places_P2, relatedness_P = truth.pairs()
+    plain = [row for row in range(len(shares_QG)) if row not in truth.loans]
+    shares_QG, languages_Q = shares_QG[plain], truth.languages_Q[plain]
+
+    def statistic(chosen: np.ndarray) -> float:
+        means_GG = np.stack(
+            [
+                shares_QG[chosen][languages_Q[chosen] == language].mean(axis=0)
+                for language in truth.languages
+            ]
+        )
+        mutual_GG = (means_GG + means_GG.T) / 2
+        return spearman(mutual_GG[places_P2[:, 0], places_P2[:, 1]], relatedness_P)
+
+    value, low, high = _interval(statistic, languages_Q, settings)
+    numbers = (value, low, high, 0.0)
+    return Answer("relatedness", *numbers, f"at least {SPEARMAN_GOAL}", value >= SPEARMAN_GOAL)
+
+
+def _loan(truth: _Truth, shares_QG: np.ndarray, settings: Settings) -> Answer:
+    rises_G = shares_QG[list(truth.loans)] - shares_QG[list(truth.loans.values())]
+    teacher = truth.place(TEACHER)
+    value, low, high = _mean(rises_G[:, teacher], settings)
+    largest = int(np.argmax(rises_G.mean(axis=0))) == teacher
+    expected = "above 0, and the largest rise of all languages"
+    return Answer("loan", value, low, high, 0.0, expected, low > 0 and largest)
+
+
+def _known_languages(
+    truth: _Truth, shares_QG: np.ndarray, known_Q: np.ndarray, settings: Settings
+) -> Iterator[Answer]:
+    of = {name: known_Q & (truth.languages_Q == name) for name in truth.languages}
+    if of.get("isolated", known_Q[:0]).any():
+        own = shares_QG[of["isolated"], truth.place("isolated")]
+        value, low, high = _mean(own, settings)
+        chance = truth.run.null_shares["isolated"]
+        yield Answer("isolated", value, low, high, chance, "above chance", low > chance)
+    if "base" in truth.languages and of.get("cipher", known_Q[:0]).any():
+        twin = shares_QG[of["cipher"], truth.place("base")]
+        value, low, high = _mean(twin, settings)
+        chance = truth.run.null_shares["base"]
+        yield Answer("cipher", value, low, high, chance, "below chance", high < chance)
+
+
+# --- statistics -----------------------------------------------------------------------------
+
+
+def auc(scores_N: np.ndarray, marked_N: np.ndarray) -> float:
+    """Probability that a marked example's score is above an unmarked one's; ties count half."""
+    ranks_N, marked = rankdata(scores_N), int(marked_N.sum())
+    wins = ranks_N[marked_N].sum() - marked * (marked + 1) / 2
+    return float(wins / (marked * (len(marked_N) - marked)))
+
+
+def spearman(a_P: np.ndarray, b_P: np.ndarray) -> float:
+    """Rank correlation; 0 where one side has no order at all."""
+    if np.ptp(a_P) == 0 or np.ptp(b_P) == 0:
+        return 0.0
+    return float(np.corrcoef(rankdata(a_P), rankdata(b_P))[0, 1])
+
+
+def _mean(values: np.ndarray, settings: Settings) -> tuple[float, float, float]:
+    return _interval(lambda chosen: float(values[chosen].mean()), np.zeros(len(values)), settings)
+
+
+def _interval(
+    statistic: Callable[[np.ndarray], float],
+    strata: Sequence[str] | np.ndarray,
+    settings: Settings,
+) -> tuple[float, float, float]:
+    """The statistic of all rows, and its percentile bootstrap interval.
+
+    Args:
+        statistic: of row numbers.
+        strata: of each row; as many rows of each are drawn as there are.
+        settings: number of draws, coverage, seed.
+    """
+    strata = np.asarray(strata)
+    parts = [np.flatnonzero(strata == one) for one in np.unique(strata)]
+    rng = np.random.default_rng(settings.seed)
+    drawn = [
+        statistic(np.concatenate([rng.choice(part, len(part)) for part in parts]))
+        for _ in range(settings.bootstrap)
+    ]
+    tail = (1 - settings.confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return statistic(np.arange(len(strata))), float(low), float(high)
+
+
+def _sum_of_rows(scores_QN: csr_array, rows: np.ndarray) -> np.ndarray:
+    """(N,) the sum of some rows, each as often as it is named."""
+    counts_Q = np.bincount(rows, minlength=scores_QN.shape[0])
+    return counts_Q @ scores_QN
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def _listed(truth: _Truth, path: Path) -> tuple[np.ndarray, csr_array]:
+    """From `top.parquet`: (Q,) first proponents; (Q, N) listed scores within a language."""
+    top = pq.read_table(path)
+    tests = np.array([truth.test_rows[name] for name in top["test_id"].to_pylist()])
+    trains = np.array([truth.train_rows[name] for name in top["train_id"].to_pylist()])
+    strongest = (top["sign"].to_numpy() == 1) & (top["rank"].to_numpy() == 1)
+    first_Q = np.full(len(truth.languages_Q), -1)
+    first_Q[tests[strongest]] = trains[strongest]
+    own = truth.languages_Q[tests] == truth.languages_N[trains]
+    listed = (top["score"].to_numpy()[own].astype(np.float64), (tests[own], trains[own]))
+    return first_Q, csr_array(listed, shape=(len(truth.languages_Q), len(truth.languages_N)))
+
+
+def _self_influence(truth: _Truth, path: Path) -> np.ndarray:
+    """(N,) self-influence, where there are masks under that of the example's own language."""
+    own_N = np.full(len(truth.languages_N), np.nan)
+    for row in pq.read_table(path).to_pylist():
+        if row["mask_language"] in (None, row["train_language"]):
+            own_N[truth.train_rows[row["train_id"]]] = row["self_influence"]
+    assert np.isfinite(own_N).all(), f"{path} lacks a training example"
+    return own_N

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +163,15 @@ def test_a_shard_is_fetched_once_for_all_of_its_blocks() -> None:
     assert FlakyFileSystem.fetched[10:] == [every[2], every[0]]
 
 
+def test_a_shard_that_is_written_anew_is_read_anew() -> None:
+    with create(bucket("/s")) as store:
+        fill(store)
+        store.read()
+        store.write_shard(0, torch.ones(4, 5))
+        assert torch.equal(store.read(0, 4), torch.ones(4, 5))
+        assert torch.equal(store.read(4), rows_of(10)[4:])
+
+
 def test_a_shard_that_is_damaged_between_two_reads_is_not_used() -> None:
     store = FeatureStore.open(made(bucket("/s")))
     store.read()
@@ -230,7 +238,14 @@ def test_a_search_counts_what_is_fetched_and_kept(tmp_path: Path) -> None:
 # --- Failing storage -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [ConnectionError("reset by peer"), DriverError("no credentials")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("reset by peer"),
+        DriverError("no credentials"),
+        FileNotFoundError("no such bucket"),
+    ],
+)
 @pytest.mark.parametrize(
     ("start", "work"),
     [
@@ -410,18 +425,15 @@ def test_stages_and_features_are_taken_over_wherever_they_lie(
 
 
 def test_a_run_by_file_url_through_the_command(local: Path, tmp_path: Path) -> None:
-    elsewhere, own = tmp_path / "elsewhere", tmp_path / "run"
-    shutil.copytree(local, own)
-    shutil.rmtree(own / "features")
-    record = json.loads((own / "run.json").read_text())
-    record["stages"] = {name: record["stages"][name] for name in list(record["stages"])[:4]}
-    record["config"]["collect"]["features"] = f"file://{elsewhere}"
-    (own / "run.json").write_text(json.dumps(record))
-    for stage in ("collect", "influence"):
-        invoke(stage, own)
+    elsewhere, own, file = tmp_path / "elsewhere", tmp_path / "run", tmp_path / "tiny.yaml"
+    file.write_text(json.dumps(tiny_config(**SMALL).model_dump(mode="json")))
+    invoke("run", file, "--out", own, "--set", f"collect.features=file://{elsewhere}")
     assert features_of(elsewhere) == features_of(local / "features")
     assert files_of(own, "influence/**/*.parquet") == files_of(local, "influence/**/*.parquet")
     assert not (own / "features").exists()
+    assert invoke("verify", own).endswith(": sound\n")
+    (elsewhere / "sparse/full/checkpoint-1/test/ids.json").write_text("[]")
+    assert "test/ids.json is damaged" in invoke("verify", own, code=1)
 
 
 def test_a_folder_for_features_is_meant_from_where_the_run_is_begun(

@@ -37,6 +37,7 @@ from tracmod.bench.models import random_examples, random_model
 from tracmod.capture import frozen
 from tracmod.config import parse_bytes
 from tracmod.features import Collector, as_examples, collect_to_store
+from tracmod.storage import entries, file_size
 from tracmod.store import FeatureStore, verify_store
 
 K, GROUPS = 100, 5
@@ -247,7 +248,7 @@ def search(given: argparse.Namespace) -> None:
 
 
 def store_bytes(store: FeatureStore) -> int:
-    return sum(file.stat().st_size for file in store.path.iterdir())
+    return sum(file_size(file) for file in entries(store.path))
 
 
 # --- the store ------------------------------------------------------------------------------

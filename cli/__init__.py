@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 
 EXISTING = click.Path(exists=True, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+class _PathOrUrl(click.Path):
+    """A path, or the URL of object storage as text: a Path would lose a slash."""
+
+    def __init__(self, exists: bool = False) -> None:
+        super().__init__(exists=exists, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
 PARAMETERS = click.Choice(["encoder", "all", "attention", "classifier"])
 
 
@@ -664,8 +676,8 @@ def status(run_dir: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("path", type=EXISTING)
-def verify(path: Path) -> None:
+@click.argument("path", type=_PathOrUrl(exists=True))
+def verify(path: Path | str) -> None:
     """Check the integrity of a run folder, an attribution or a feature store.
 
     Names every file that is missing, damaged or does not belong there; exit code 1 if there is one.
@@ -674,6 +686,7 @@ def verify(path: Path) -> None:
     Examples:
       tracmod verify runs/demo
       tracmod verify runs/demo/features/full/full/checkpoint-1/train
+      tracmod verify s3://bucket/both
     """
     from tracmod.validation.integrity import verify
 
@@ -686,9 +699,9 @@ def verify(path: Path) -> None:
 
 
 @main.command()
-@click.argument("stores", nargs=-1, required=True, type=EXISTING)
-@click.option("--out", required=True, type=FOLDER, help="Folder of the new store.")
-def merge(stores: tuple[Path, ...], out: Path) -> None:
+@click.argument("stores", nargs=-1, required=True, type=_PathOrUrl(exists=True))
+@click.option("--out", required=True, type=_PathOrUrl(), help="Folder or URL of the new store.")
+def merge(stores: tuple[Path | str, ...], out: Path | str) -> None:
     """Put the rows of several feature stores into one, in the order given.
 
     The stores must be complete and made alike: the same model, parameters, projection and dtype, of
@@ -698,6 +711,7 @@ def merge(stores: tuple[Path, ...], out: Path) -> None:
     \b
     Example:
       tracmod merge a/features/checkpoint-1/train b/features/checkpoint-1/train --out both
+      tracmod merge a b --out s3://bucket/both
     """
     from tqdm import tqdm
 

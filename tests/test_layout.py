@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up: a module may import modules of its own layer and of those before it.
 LAYERS = [
-    {"kernels", "config", "durable", "__init__"},
+    {"kernels", "config", "durable", "storage", "__init__"},
     {"tasks", "model", "tokenizer"},
     {
         "heads",

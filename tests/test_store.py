@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from tracmod import durable
 from tracmod.durable import canonical_json, seal
+from tracmod.storage import Location, location
 from tracmod.store import FeatureStore, identity_differences, verify_store
 
 IDENTITY = {
@@ -35,6 +36,18 @@ IDENTITY = {
 DIM = 5
 
 
+@pytest.fixture(params=["disk", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Location) -> Iterator[Location]:
+    """Where stores lie: a folder, or object storage (which lives in this process)."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    bucket = location(f"memory://{tmp_path.name}")
+    yield bucket
+    if bucket.exists():
+        bucket.fs.rm(bucket.key, recursive=True)
+
+
 def names(count: int) -> list[str]:
     return [f"zh-é-{row}\n" for row in range(count)]
 
@@ -44,7 +57,7 @@ def rows_of(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(count, DIM, generator=generator).to(dtype)
 
 
-def create(path: Path, count: int = 10, shard_rows: int = 4, **changes: object) -> FeatureStore:
+def create(path: Location, count: int = 10, shard_rows: int = 4, **changes: object) -> FeatureStore:
     arguments: dict = {"ids": names(count), "dim": DIM, "identity": IDENTITY} | changes
     return FeatureStore.create(path, shard_rows=shard_rows, **arguments)
 
@@ -56,7 +69,7 @@ def fill(store: FeatureStore) -> None:
         store.write_shard(shard, features[rows.start : rows.stop])
 
 
-def made(path: Path, count: int = 10, **arguments: object) -> Path:
+def made(path: Location, count: int = 10, **arguments: object) -> Location:
     with create(path, count, **arguments) as store:
         fill(store)
     return path
@@ -65,7 +78,7 @@ def made(path: Path, count: int = 10, **arguments: object) -> Path:
 GROWN = 23
 
 
-def grown(path: Path, counts: list[int], **arguments: object) -> FeatureStore:
+def grown(path: Location, counts: list[int], **arguments: object) -> FeatureStore:
     """A store of the first of GROWN rows, grown to more and to more, filled each time."""
     for count in counts:
         shape: dict = {"dim": DIM, "identity": IDENTITY, "shard_rows": 4} | arguments
@@ -77,7 +90,7 @@ def grown(path: Path, counts: list[int], **arguments: object) -> FeatureStore:
     return store
 
 
-def part(path: Path, start: int, stop: int, total: int, **arguments: object) -> Path:
+def part(path: Location, start: int, stop: int, total: int, **arguments: object) -> Location:
     """A store of some of `total` rows, for merging."""
     changes: dict = {"ids": names(total)[start:stop], "identity": IDENTITY | {"data": str(start)}}
     with create(path, **changes | arguments) as store:
@@ -87,7 +100,7 @@ def part(path: Path, start: int, stop: int, total: int, **arguments: object) -> 
     return path
 
 
-def parts(folder: Path, total: int = 17, **arguments: object) -> list[Path]:
+def parts(folder: Location, total: int = 17, **arguments: object) -> list[Location]:
     cuts = [0, total // 3, total // 2, total]
     return [
         part(folder / f"part-{start}", start, stop, total, **arguments)
@@ -107,19 +120,19 @@ def dequantised(rows: torch.Tensor) -> torch.Tensor:
     return given_back
 
 
-def read_all(path: Path) -> tuple[list[str], torch.Tensor]:
+def read_all(path: Location) -> tuple[list[str], torch.Tensor]:
     store = FeatureStore.open(path)
     return store.ids, store.read()
 
 
-def contents(path: Path) -> dict[str, bytes]:
+def contents(path: Location) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 31, 33, 127])
-def test_reads_what_was_written(tmp_path: Path, count: int, dtype: str) -> None:
-    path = made(tmp_path / "s", count, dtype=dtype, shard_rows=32)
+def test_reads_what_was_written(place: Location, count: int, dtype: str) -> None:
+    path = made(place / "s", count, dtype=dtype, shard_rows=32)
     store = FeatureStore.open(path, IDENTITY)
     assert store.dtype == getattr(torch, dtype)
     is_int8 = dtype == "int8"
@@ -152,8 +165,8 @@ def test_an_int8_shard_is_codes_scales_and_norms(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_take_gives_rows_by_number(tmp_path: Path, dtype: str) -> None:
-    store = grown(tmp_path / "s", [10, 11, 23], dtype=dtype)
+def test_take_gives_rows_by_number(place: Location, dtype: str) -> None:
+    store = grown(place / "s", [10, 11, 23], dtype=dtype)
     for rows in [[], [0], [22, 0, 10, 9, 11, 9, 22], list(range(23))]:
         assert torch.equal(store.take(rows), store.read()[rows])
         assert torch.equal(store.take(torch.tensor(rows, dtype=torch.int32)), store.read()[rows])
@@ -163,8 +176,8 @@ def test_take_gives_rows_by_number(tmp_path: Path, dtype: str) -> None:
             store.take(wrong)
 
 
-def test_take_reads_only_the_shards_that_hold_the_rows(tmp_path: Path) -> None:
-    path = made(tmp_path / "s")
+def test_take_reads_only_the_shards_that_hold_the_rows(place: Location) -> None:
+    path = made(place / "s")
     (path / "shard-00001.safetensors").unlink()
     store = FeatureStore.open(path)
     assert torch.equal(store.take([9, 0]), rows_of(10)[[9, 0]])
@@ -172,8 +185,8 @@ def test_take_reads_only_the_shards_that_hold_the_rows(tmp_path: Path) -> None:
         store.take([4])
 
 
-def test_slices_are_those_of_a_list(tmp_path: Path) -> None:
-    store = FeatureStore.open(made(tmp_path / "s"))
+def test_slices_are_those_of_a_list(place: Location) -> None:
+    store = FeatureStore.open(made(place / "s"))
     for rows in [slice(None), slice(3, 7), slice(7, 3), slice(-2, None), slice(1, 99, 3)]:
         assert torch.equal(store[rows], rows_of(10)[rows])
     assert torch.equal(store[::-1], rows_of(10).flip(0))
@@ -182,8 +195,8 @@ def test_slices_are_those_of_a_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 3, 4, 8, 9, 100])
-def test_blocks_and_slices_are_the_rows_in_order(tmp_path: Path, block: int) -> None:
-    store = FeatureStore.open(made(tmp_path / "s", 31))
+def test_blocks_and_slices_are_the_rows_in_order(place: Location, block: int) -> None:
+    store = FeatureStore.open(made(place / "s", 31))
     starts = [start for start, _ in store.blocks(block)]
     assert starts == list(range(0, 31, block))
     assert torch.equal(torch.cat([rows for _, rows in store.blocks(block)]), rows_of(31))
@@ -192,9 +205,10 @@ def test_blocks_and_slices_are_the_rows_in_order(tmp_path: Path, block: int) -> 
         assert torch.equal(store.norms(start, stop), store.norms()[start:stop])
 
 
-def test_a_shard_is_mapped_and_the_file_cannot_be_changed_through_it(tmp_path: Path) -> None:
-    store = FeatureStore.open(made(tmp_path / "s"))
+def test_a_file_cannot_be_changed_through_what_was_read(place: Location) -> None:
+    store = FeatureStore.open(made(place / "s"))
     store.read(0, 4).zero_()
+    assert torch.equal(store.read(), rows_of(10))
     assert verify_store(store.path) == []
     assert torch.equal(FeatureStore.open(store.path).read(), rows_of(10))
 
@@ -211,12 +225,12 @@ def test_shards_are_plain_safetensors(tmp_path: Path) -> None:
         assert torch.equal(shard.get_tensor("features"), rows_of(10)[8:])
 
 
-def test_files_do_not_depend_on_the_order_of_writing(tmp_path: Path) -> None:
-    with create(tmp_path / "backwards") as store:
+def test_files_do_not_depend_on_the_order_of_writing(place: Location) -> None:
+    with create(place / "backwards") as store:
         for shard in reversed(range(3)):
             rows = store.shard_range(shard)
             store.write_shard(shard, rows_of(10)[rows.start : rows.stop])
-    assert contents(tmp_path / "backwards") == contents(made(tmp_path / "forwards"))
+    assert contents(place / "backwards") == contents(made(place / "forwards"))
 
 
 # --- Resuming and faults ----------------------------------------------------------------------
@@ -410,8 +424,8 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
         "shard-00003.safetensors",
     ],
 )
-def test_one_flipped_bit_anywhere_is_found_and_never_used(tmp_path: Path, name: str) -> None:
-    path = grown(tmp_path / "s", [10, 17]).path
+def test_one_flipped_bit_anywhere_is_found_and_never_used(place: Location, name: str) -> None:
+    path = grown(place / "s", [10, 17]).path
     file = path / name
     good = file.read_bytes()
     chance = random.Random(1)
@@ -427,8 +441,8 @@ def test_one_flipped_bit_anywhere_is_found_and_never_used(tmp_path: Path, name: 
     assert verify_store(path) == []
 
 
-def test_a_damaged_shard_is_written_anew(tmp_path: Path) -> None:
-    path = made(tmp_path / "s")
+def test_a_damaged_shard_is_written_anew(place: Location) -> None:
+    path = made(place / "s")
     good = contents(path)
     for name in ["shard-00000.safetensors", "shard-00002.safetensors", "ids.json"]:
         (path / name).write_bytes(good[name][:-3] + b"???")
@@ -439,8 +453,8 @@ def test_a_damaged_shard_is_written_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 100, -1])
-def test_truncated_shard(tmp_path: Path, size: int) -> None:
-    path = made(tmp_path / "s")
+def test_truncated_shard(place: Location, size: int) -> None:
+    path = made(place / "s")
     file = path / "shard-00001.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     [problem] = verify_store(path)
@@ -452,9 +466,9 @@ def test_truncated_shard(tmp_path: Path, size: int) -> None:
         store.read()
 
 
-def test_shards_of_another_store_or_place_are_refused(tmp_path: Path) -> None:
-    path = made(tmp_path / "s", 12)
-    other = made(tmp_path / "other", 12, identity=IDENTITY | {"model": "d" * 64})
+def test_shards_of_another_store_or_place_are_refused(place: Location) -> None:
+    path = made(place / "s", 12)
+    other = made(place / "other", 12, identity=IDENTITY | {"model": "d" * 64})
     shard = path / "shard-00001.safetensors"
     for wrong in [path / "shard-00000.safetensors", other / "shard-00001.safetensors"]:
         shard.write_bytes(wrong.read_bytes())
@@ -463,8 +477,8 @@ def test_shards_of_another_store_or_place_are_refused(tmp_path: Path) -> None:
             FeatureStore.open(path).read()
 
 
-def test_missing_shard_is_named(tmp_path: Path) -> None:
-    path = made(tmp_path / "s")
+def test_missing_shard_is_named(place: Location) -> None:
+    path = made(place / "s")
     (path / "shard-00002.safetensors").unlink()
     assert verify_store(path) == [f"{path}/shard-00002.safetensors is missing"]
     with pytest.raises(ValueError, match=r"shard-00002\.safetensors is missing"):
@@ -496,8 +510,8 @@ def test_a_folder_that_holds_something_else_is_not_taken(tmp_path: Path) -> None
         create(path)
 
 
-def test_newer_version_and_no_store(tmp_path: Path) -> None:
-    path = made(tmp_path / "s")
+def test_newer_version_and_no_store(place: Location) -> None:
+    path = made(place / "s")
     manifest = json.loads((path / "manifest.json").read_bytes()) | {"version": 3}
     (path / "manifest.json").write_bytes(canonical_json(manifest))
     for attempt in [lambda: FeatureStore.open(path), lambda: create(path)]:
@@ -505,7 +519,7 @@ def test_newer_version_and_no_store(tmp_path: Path) -> None:
             attempt()
     assert "format version 3" in verify_store(path)[0]
     with pytest.raises(ValueError, match="no feature store at"):
-        FeatureStore.open(tmp_path)
+        FeatureStore.open(place)
     (path / "manifest.json").write_bytes(seal({"format": "something"}))
     with pytest.raises(ValueError, match="not the manifest of a feature store"):
         FeatureStore.open(path)
@@ -529,9 +543,9 @@ def test_newer_version_and_no_store(tmp_path: Path) -> None:
     ],
 )
 def test_another_run_is_refused_with_what_differs(
-    tmp_path: Path, changes: dict, message: str
+    place: Location, changes: dict, message: str
 ) -> None:
-    path = made(tmp_path / "s")
+    path = made(place / "s")
     before = contents(path)
     with pytest.raises(ValueError, match=message):
         create(path, **changes)
@@ -686,9 +700,9 @@ def test_appended_rows_are_missing_until_they_are_written(tmp_path: Path) -> Non
     ],
 )
 def test_a_wrong_append_leaves_the_store_as_it_was(
-    tmp_path: Path, ids: list, data: object, message: str
+    place: Location, ids: list, data: object, message: str
 ) -> None:
-    path = made(tmp_path / "s")
+    path = made(place / "s")
     before = contents(path)
     with create(path) as store:
         with pytest.raises(ValueError, match=message):
@@ -745,9 +759,9 @@ def test_two_writers_cannot_append(tmp_path: Path) -> None:
     ],
 )
 def test_a_store_does_not_grow_where_its_rows_have_changed(
-    tmp_path: Path, changes: dict, message: str
+    place: Location, changes: dict, message: str
 ) -> None:
-    path = grown(tmp_path / "s", [10, 17]).path
+    path = grown(place / "s", [10, 17]).path
     before = contents(path)
     arguments: dict = {"ids": names(23), "data": "{}-{}".format, "identity": IDENTITY} | changes
     with pytest.raises(ValueError, match=message):
@@ -757,9 +771,9 @@ def test_a_store_does_not_grow_where_its_rows_have_changed(
         create(path)
 
 
-def test_growing_goes_on_with_shards_that_are_missing_of_every_segment(tmp_path: Path) -> None:
-    undisturbed = contents(grown(tmp_path / "undisturbed", [10, 11, 23]).path)
-    path = grown(tmp_path / "s", [10, 11]).path
+def test_growing_goes_on_with_shards_that_are_missing_of_every_segment(place: Location) -> None:
+    undisturbed = contents(grown(place / "undisturbed", [10, 11, 23]).path)
+    path = grown(place / "s", [10, 11]).path
     for shard in (1, 3):
         (path / f"shard-{shard:05d}.safetensors").unlink()
     (path / "ids-1.json").unlink()
@@ -777,25 +791,25 @@ def test_shards_of_another_growth_of_the_same_rows_are_refused(tmp_path: Path) -
     assert "shard of another store or place" in verify_store(one)[0]
 
 
-def test_linking_takes_the_segments_that_are_the_same(tmp_path: Path) -> None:
-    donor = grown(tmp_path / "donor", [10, 17]).path
-    with create(tmp_path / "s", identity=IDENTITY | {"data": "0-10"}) as store:
+def test_linking_takes_the_segments_that_are_the_same(place: Location) -> None:
+    donor = grown(place / "donor", [10, 17]).path
+    with create(place / "s", identity=IDENTITY | {"data": "0-10"}) as store:
         assert store.link_shards(donor) == 3
         store.append(names(17)[10:], "10-17")
         assert store.link_shards(donor) == 2
         store.append(["x"], "17-18")
         assert store.link_shards(donor) == 0
         assert store.missing_shards() == [5]
-    with create(tmp_path / "t", identity=IDENTITY | {"data": "0-10"}) as store:
+    with create(place / "t", identity=IDENTITY | {"data": "0-10"}) as store:
         store.append(names(17)[10:], "another")
         assert store.link_shards(donor) == 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
-def test_a_merged_store_is_the_rows_of_its_parts_bit_by_bit(tmp_path: Path, dtype: str) -> None:
-    sources = parts(tmp_path, 31, dtype=dtype)
+def test_a_merged_store_is_the_rows_of_its_parts_bit_by_bit(place: Location, dtype: str) -> None:
+    sources = parts(place, 31, dtype=dtype)
     done: list[int] = []
-    merged = FeatureStore.merge(tmp_path / "s", sources, done.append)
+    merged = FeatureStore.merge(place / "s", sources, done.append)
     assert merged.verify() == []
     assert merged.ids == names(31)
     assert merged.identity == IDENTITY | {"data": ["0", "10", "15"]}
@@ -804,7 +818,7 @@ def test_a_merged_store_is_the_rows_of_its_parts_bit_by_bit(tmp_path: Path, dtyp
     assert torch.equal(merged.read(), torch.cat([store.read() for store in stores]))
     assert torch.equal(merged.norms(), torch.cat([store.norms() for store in stores]))
     assert contents(merged.path) == contents(
-        made(tmp_path / "t", 31, dtype=dtype, identity=merged.identity)
+        made(place / "t", 31, dtype=dtype, identity=merged.identity)
     )
 
 
@@ -830,24 +844,24 @@ def test_merging_goes_on_and_holds_one_shard_at_a_time(
     assert max(read) <= 4
 
 
-def test_what_cannot_be_merged_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    sources = parts(tmp_path)
-    int8 = part(tmp_path / "int8", 0, 3, 5, dtype="int8")
-    other = part(tmp_path / "other", 0, 3, 5, identity=IDENTITY | {"model": "e"})
+def test_what_cannot_be_merged_is_refused_before_anything_is_written(place: Location) -> None:
+    sources = parts(place)
+    int8 = part(place / "int8", 0, 3, 5, dtype="int8")
+    other = part(place / "other", 0, 3, 5, identity=IDENTITY | {"model": "e"})
     with pytest.raises(ValueError, match=r'int8 is not like .*dtype: expected "float32"'):
-        FeatureStore.merge(tmp_path / "s", [*sources, int8])
+        FeatureStore.merge(place / "s", [*sources, int8])
     with pytest.raises(ValueError, match=r'is not like .*model: expected "a'):
-        FeatureStore.merge(tmp_path / "s", [*sources, other])
+        FeatureStore.merge(place / "s", [*sources, other])
     with pytest.raises(ValueError, match=r"part-0 and .*part-0 both hold example 'zh-é-0"):
-        FeatureStore.merge(tmp_path / "s", [*sources, sources[0]])
+        FeatureStore.merge(place / "s", [*sources, sources[0]])
     with pytest.raises(ValueError, match="expected at least one, got none"):
-        FeatureStore.merge(tmp_path / "s", [])
+        FeatureStore.merge(place / "s", [])
     with pytest.raises(ValueError, match="no feature store at"):
-        FeatureStore.merge(tmp_path / "s", [*sources, tmp_path])
+        FeatureStore.merge(place / "s", [*sources, place])
     (sources[2] / "shard-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing: merge takes"):
-        FeatureStore.merge(tmp_path / "s", sources)
-    assert not (tmp_path / "s").exists()
+        FeatureStore.merge(place / "s", sources)
+    assert not (place / "s").exists()
     with pytest.raises(ValueError, match="holds other features than these"):
         FeatureStore.merge(other, sources[:2])
 

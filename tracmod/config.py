@@ -299,6 +299,20 @@ class CollectConfig(_Section):
     store_dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
         "float32", description="of the features on disk; int8 with a scale per example"
     )
+    features: str | None = Field(
+        None,
+        min_length=1,
+        description="where features lie if not in the run folder: a folder, or a URL of object "
+        "storage that fsspec knows (s3://bucket/folder); of this run alone",
+    )
+
+    @field_validator("features")
+    @classmethod
+    def _from_anywhere(cls, features: str | None) -> str | None:
+        """A folder as an absolute path: workers, and later commands, may run in another one."""
+        if features is None or "://" in features:
+            return features
+        return str(Path(features).absolute())
 
 
 class ViewsConfig(_Section):

@@ -23,8 +23,8 @@ def seal(content: dict[str, Any]) -> bytes:
     return canonical_json({**content, "sha256": digest})
 
 
-def unseal(file: Path, data: bytes) -> dict[str, Any]:
-    """The content of sealed JSON.
+def unseal(file: Path | str, data: bytes) -> dict[str, Any]:
+    """The content of sealed JSON; `file` is its name in an error.
 
     Raises:
         ValueError: `data` is not, byte for byte, what `seal` wrote.
@@ -190,6 +190,11 @@ def write_checksums(folder: Path, owned: str = ".") -> None:
         if file.is_file() and _is_recorded(name):
             sums[str(name)] = file_sha256(file)
     write_json(folder / CHECKSUMS, dict(sorted(sums.items())))
+
+
+def add_checksums(folder: Path, sums: dict[str, str]) -> None:
+    """Record the SHA-256 of files that belong to `folder` and lie elsewhere."""
+    write_json(folder / CHECKSUMS, dict(sorted({**read_checksums(folder), **sums}.items())))
 
 
 def take_checksums(source: Path, folder: Path, owned: str) -> None:

@@ -60,6 +60,7 @@ from tracmod.pruning import PruneResult, combine_masks, prune
 from tracmod.report import write_report
 from tracmod.rows import ChosenRows, Rows, StoreRows
 from tracmod.run_folder import STAGES, RunFolder
+from tracmod.storage import location
 from tracmod.store import FeatureStore
 from tracmod.streaming import Sizes, check_memory
 from tracmod.tables import InfluenceTables, self_influence_table
@@ -147,9 +148,10 @@ def run_stages(
         engine: where pruning, collecting and scoring run; None: in this process.
 
     Raises:
-        ValueError: a stage before these is not done, or `analyze.distances` cannot be used.
+        ValueError: a stage before these is not done, or `analyze.distances` or `collect.features`
+            cannot be used.
     """
-    check_distances(run.config)
+    check_outside(run.config)
     study = Study(run, donors, engine)
     for stage in stages:
         if run.is_done(stage) and stage != again:
@@ -166,8 +168,13 @@ def run_stages(
             getattr(study, stage.replace("-", "_"))()
 
 
-def check_distances(config: RunConfig) -> None:
-    """ValueError where `analyze.distances` cannot be used: now, not after days of work."""
+def check_outside(config: RunConfig) -> None:
+    """ValueError where `analyze.distances` or `collect.features` cannot be used.
+
+    Now, not after days of work.
+    """
+    if config.collect.features is not None:
+        location(config.collect.features)
     asked = config.analyze
     if asked.distances is not None:
         read_distances(asked.distances, config.task.languages, asked.distance_names)
@@ -491,23 +498,23 @@ class Study:
         alone = self._engine.workers == 1
         for view, language, mask in self._passes(self.views_at(model_name, checkpoint.epoch)):
             for split in ("train", "test"):
-                path = self.run.features(model_name, view.name, language, checkpoint.epoch, split)
+                place = (model_name, view.name, language, checkpoint.epoch, split)
                 rows = self._rows(split, language)
-                with self._store(path, split, rows, mask, digests) as store:
+                with self._store(place, rows, mask, digests) as store:
                     missing = store.missing_shards()
                     lacking = sum(len(store.shard_range(shard)) for shard in missing)
                     advance(len(rows) - lacking)
                 size = max(1, len(missing)) if alone else SHARDS_PER_TASK
                 for first in range(0, len(missing), size):
                     shards = missing[first : first + size]
-                    yield model_name, checkpoint.epoch, view.name, language, split, shards
+                    yield *place, shards
 
     def collect_shards(
         self,
         model_name: str,
-        epoch: int,
         view_name: str,
         language: str | None,
+        epoch: int,
         split: str,
         shards: Sequence[int],
         advance: Callable[[int], Any],
@@ -548,7 +555,8 @@ class Study:
         train, test = len(self.table("train")), len(self.table("test"))
         row_bytes = 4 * collect.projection_dim * checkpoints
         k, groups = min(train, max(influence.ks)), len(self.config.task.languages)
-        sizes = Sizes.of_stores(test, train, row_bytes, k, groups, collect.shard_rows)
+        on_disk = isinstance(self.run.features_path, Path)
+        sizes = Sizes.of_stores(test, train, row_bytes, k, groups, collect.shard_rows, on_disk)
         check_memory(sizes, influence.memory)
 
     def _passes(self, views: Sequence[View]) -> Iterator[tuple[View, str | None, HeadMask | None]]:
@@ -588,15 +596,15 @@ class Study:
 
     def _store(
         self,
-        path: Path,
-        split: str,
+        place: tuple[str, str, str | None, int, str],
         rows: list[int],
         mask: HeadMask | None,
         digests: dict[str, str],
     ) -> FeatureStore:
-        collect = self.config.collect
+        """Make or go on with the store of a place, the arguments of `RunFolder.features`."""
+        collect, split = self.config.collect, place[-1]
         store = FeatureStore.create(
-            path,
+            self.run.features(*place),
             ids=self.table(split).column("id").take(rows).to_pylist(),
             dim=collect.projection_dim,
             identity=self._identity(split, mask, digests),
@@ -604,7 +612,7 @@ class Study:
             shard_rows=collect.shard_rows,
         )
         for donor in self._donors:
-            store.link_shards(donor.path / path.relative_to(self.run.path))
+            store.link_shards(donor.features(*place))
         return store
 
     def _identity(

@@ -34,7 +34,7 @@ from tracmod.model import (
     to_device,
 )
 from tracmod.optimizer import HeadwiseAdamW
-from tracmod.pipeline import BLOCK_VIEWS, MODELS, Study, check_distances, run_stages
+from tracmod.pipeline import BLOCK_VIEWS, MODELS, Study, check_outside, run_stages
 from tracmod.run_folder import STAGES, RunFolder
 from tracmod.store import DTYPES
 from tracmod.views import views_of
@@ -110,7 +110,7 @@ def plan_run(run: RunFolder) -> RunPlan:
     Raises:
         ValueError: as the stages raise it.
     """
-    check_distances(run.config)
+    check_outside(run.config)
     with tempfile.TemporaryDirectory() as place:
         data = run
         if not run.is_done("data"):

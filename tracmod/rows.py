@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tracmod.durable import canonical_json, file_sha256, sha256
-from tracmod.store import FeatureStore
+from tracmod.durable import canonical_json, sha256
+from tracmod.store import KEPT_SHARDS, FeatureStore
 
 
 class Rows(Protocol):
@@ -29,6 +29,7 @@ class Rows(Protocol):
         ends: where blocks that are read without a copy end, ascending, N the last.
         key: what tells these rows from any others, without reading them.
         mapped_bytes: what reading maps into memory at a time, beside the rows.
+        kept_bytes: what it keeps there, of object storage.
     """
 
     @property
@@ -45,6 +46,9 @@ class Rows(Protocol):
 
     @property
     def mapped_bytes(self) -> int: ...
+
+    @property
+    def kept_bytes(self) -> int: ...
 
     def read(self, start: int, stop: int) -> Tensor:
         """The rows [start, stop), (stop - start, K)."""
@@ -85,6 +89,10 @@ class TensorRows:
     def mapped_bytes(self) -> int:
         return 0
 
+    @property
+    def kept_bytes(self) -> int:
+        return 0
+
     def read(self, start: int, stop: int) -> Tensor:
         return self.tensor[start:stop]
 
@@ -115,13 +123,16 @@ class StoreRows:
 
     @cached_property
     def key(self) -> str:
-        return file_sha256(self.store.path / "manifest.json")
+        return sha256((self.store.path / "manifest.json").read_bytes())
 
     @property
     def mapped_bytes(self) -> int:
-        """A shard is mapped whole while it is verified."""
-        rows = min(self.store.shard_rows, self.store.num_rows)
-        return rows * self.store.dim * self.store.dtype.itemsize
+        """A shard is mapped whole while it is verified; fetched, it is bytes and then tensors."""
+        return self.store.shard_bytes if self.store.is_on_disk else 2 * self.store.shard_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        return 0 if self.store.is_on_disk else KEPT_SHARDS * self.store.shard_bytes
 
     def read(self, start: int, stop: int) -> Tensor:
         return self.store.read(start, stop)
@@ -169,6 +180,10 @@ class ChosenRows:
     @property
     def mapped_bytes(self) -> int:
         return max(source.mapped_bytes for source in self.sources.values())
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(source.kept_bytes for source in self.sources.values())
 
     @cached_property
     def _rows_of(self) -> dict[str, NDArray[np.int64]]:
@@ -226,6 +241,10 @@ class SomeRows:
     @property
     def mapped_bytes(self) -> int:
         return self.source.mapped_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.source.kept_bytes
 
     def read(self, start: int, stop: int) -> Tensor:
         return self.source.take(self.chosen[start:stop].tolist())

@@ -16,6 +16,7 @@ from typing import Any
 
 from tracmod.config import RunConfig, parse_config
 from tracmod.durable import (
+    add_checksums,
     link_folder,
     read_checksums,
     read_json,
@@ -23,6 +24,7 @@ from tracmod.durable import (
     write_checksums,
     write_json,
 )
+from tracmod.storage import Location, file_sha256, location
 
 STAGES = (
     "data",
@@ -132,9 +134,17 @@ class RunFolder:
         """subnetworks/models/<language or all>/seed-<seed>: a training made only to be pruned."""
         return self.path / "subnetworks" / "models" / (language or "all") / f"seed-{seed}"
 
-    def features(self, model: str, view: str, language: str | None, epoch: int, split: str) -> Path:
+    @property
+    def features_path(self) -> Location:
+        """features/, or where `collect.features` has them."""
+        elsewhere = self.config.collect.features
+        return self.path / "features" if elsewhere is None else location(elsewhere)
+
+    def features(
+        self, model: str, view: str, language: str | None, epoch: int, split: str
+    ) -> Location:
         """The feature store of one model, view (and its language's mask), checkpoint and split."""
-        view_path = self.path / "features" / model / view
+        view_path = self.features_path / model / view
         if language is not None:
             view_path /= language
         return view_path / f"checkpoint-{epoch}" / split
@@ -164,6 +174,8 @@ class RunFolder:
         try:
             yield
             write_checksums(self.path, _OWNED[stage])
+            if stage == "collect" and self.config.collect.features is not None:
+                add_checksums(self.path, self._sums_elsewhere())
             state = "done"
         finally:
             seconds = round(before + time.perf_counter() - started, 3)
@@ -171,9 +183,14 @@ class RunFolder:
             self.save()
 
     def has_same_inputs(self, stage: str, other: RunFolder) -> bool:
-        """Whether the other run does the same up to the end of the stage, on the same device."""
+        """Whether the other run does the same up to the end of the stage, on the same device.
+
+        Of collecting also whether both have their features in the run folder, or in the same place.
+        """
         same_device = self.config.device == other.config.device
-        return same_device and self._inputs(stage) == other._inputs(stage)
+        places = {run.config.collect.features for run in (self, other)}
+        same_place = stage != "collect" or len(places) == 1
+        return same_device and same_place and self._inputs(stage) == other._inputs(stage)
 
     def take_over(self, stage: str, other: RunFolder) -> bool:
         """Take a stage from another run that has done the same: its files are linked, not made.
@@ -204,6 +221,14 @@ class RunFolder:
         self.save()
         return True
 
+    def _sums_elsewhere(self) -> dict[str, str]:
+        """Of manifests in `collect.features`, named as if they were in the run folder."""
+        place = self.features_path
+        return {
+            f"features{str(file).removeprefix(str(place))}": file_sha256(file)
+            for file in place.rglob("manifest.json")
+        }
+
     def _sums(self, stage: str) -> dict[str, str]:
         """The recorded checksums of what a stage wrote."""
         sums = read_checksums(self.path)
@@ -229,7 +254,9 @@ class RunFolder:
         later, at a default that does what was done before, undoes no finished stage.
         """
         tree = self.config.model_dump(
-            mode="json", exclude_defaults=True, exclude={"influence": {"memory"}}
+            mode="json",
+            exclude_defaults=True,
+            exclude={"influence": {"memory"}, "collect": {"features"}},
         )
         tree = {section: values for section, values in tree.items() if values != {}}
         earlier = STAGES[: STAGES.index(stage) + 1]

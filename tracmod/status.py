@@ -48,11 +48,13 @@ def run_status(path: Path) -> RunStatus:
         )
         for stage in STAGES
     ]
-    stores = [FeatureStore.open(file.parent) for file in path.glob("features/**/manifest.json")]
+    manifests = list(run.features_path.rglob("manifest.json"))
+    stores = [FeatureStore.open(file.parent) for file in manifests]
+    names = [file.name for manifest in manifests for file in entries(manifest.parent)]
     return RunStatus(
         working=_is_locked(path),
         stages=stages,
-        shards=sum(len(list(store.path.glob("shard-*.safetensors"))) for store in stores),
+        shards=sum(name.startswith("shard-") for name in names),
         shards_wanted=sum(store.num_shards for store in stores),
         rankings=len(list((path / "influence" / "progress").glob("*.safetensors"))),
         logs={file.stem: _last_line(file) for file in sorted((path / "logs").glob("worker-*.log"))},

@@ -1,4 +1,4 @@
-"""FeatureStore: feature rows on disk, in checksummed shards that survive a kill at any instant.
+"""FeatureStore: rows of features in checksummed shards, which survive a kill at any instant.
 
 The folder:
 
@@ -27,6 +27,13 @@ What makes it safe:
 - The checksum is verified at the first use of a shard by a FeatureStore object (one read of the
   file, 1 to 2 GB/s, which also warms the page cache); later reads map the file without a check.
 
+On object storage (a URL in place of the path) the folder is the same, but:
+
+- A file is one put, and a shard is fetched whole and verified each time; the last two are kept.
+- There is no lock, and none is needed: two writers of the same store both put whole shards of it,
+  and shards of another store are refused. Where two processes begin, or append, different rows in
+  the same place at the same time, one of them gets an error, at the latest when it reads.
+
 Shape letters: N rows of the store, n rows of a shard, K dim.
 """
 
@@ -34,6 +41,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -48,19 +56,27 @@ from typing import IO, Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from tracmod.durable import (
     canonical_json,
-    link_file,
     seal,
     sha256,
     sync_folder,
     unseal,
-    write_file,
 )
 from tracmod.kernels import quantize_rows
+from tracmod.storage import (
+    Location,
+    ObjectPath,
+    entries,
+    file_size,
+    link_file,
+    location,
+    opened,
+    write_file,
+)
 
 FORMAT = "tracmod-features"
 # A manifest is of the lowest version that can read it: 2 with int8 rows or appended ones, of which
@@ -76,7 +92,11 @@ SHARD_ROWS = 1024
 _MANIFEST, _LOCK = "manifest.json", "writer.lock"
 _NO_DIGEST = b"0" * 64
 _READERS = 8  # shards hashed at a time, at most
+KEPT_SHARDS = 2  # of object storage, in memory, at most, by each FeatureStore object
 _WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+StorePath = str | os.PathLike[str] | ObjectPath
 
 
 @dataclass(frozen=True)
@@ -93,7 +113,7 @@ class FeatureStore:
     """A folder of feature rows; made by `create` or `grow` (to write), `merge` or `open` (to read).
 
     Attributes:
-        path: The folder.
+        path: The folder, or its URL.
         num_rows: N, the number of examples.
         dim: K, the numbers per row.
         dtype: The torch dtype in which rows are stored; rows of int8 are read as float32.
@@ -103,12 +123,14 @@ class FeatureStore:
             rows were appended, `data` is the list of the segments' digests.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], lock: IO[bytes] | None) -> None:
+    def __init__(self, path: Location, manifest: dict[str, Any], lock: IO[bytes] | None) -> None:
         """Not for callers: `create` and `open` read the manifest and take the lock."""
         self.path = path
         self._lock = lock
         self._writer = ""  # of `share`: part of the names of its temporary files
         self._sound: set[int] = set()  # shards whose checksum this object has verified
+        # Of object storage, the latest last. Never changed in place: other threads may read it.
+        self._kept: dict[int, dict[str, Tensor]] = {}
         self._use(manifest)
 
     def _use(self, manifest: dict[str, Any]) -> None:
@@ -130,7 +152,7 @@ class FeatureStore:
     @classmethod
     def create(
         cls,
-        path: str | os.PathLike[str],
+        path: StorePath,
         *,
         ids: Sequence[str],
         dim: int,
@@ -141,7 +163,7 @@ class FeatureStore:
         """Starts a store, or opens the one that is there to go on with it, as its only writer.
 
         Args:
-            path: The folder; made when absent.
+            path: The folder, or a URL (`s3://bucket/folder`); made when absent.
             ids: The id of every row, each once, in row order.
             dim: K, the numbers per row.
             identity: Values that JSON can hold; compared when the store is opened again.
@@ -150,18 +172,20 @@ class FeatureStore:
             shard_rows: Rows per shard.
 
         Returns:
-            The store with the lock of its writer, held until `close` or the end of the process.
+            The store with the lock of its writer, held until `close` or the end of the process;
+            on object storage without a lock (see above).
 
         Raises:
             ValueError: An argument is not valid; the folder holds something else; the store there
                 differs (the sentence says in what); another writer has it.
-            OSError: The disk is full or not writable.
+            OSError: The disk is full or not writable; the object storage cannot be reached.
         """
-        path = Path(path)
+        path = location(path)
         ids_sha256 = sha256(_ids_json(ids))
         manifest = _new_manifest(len(ids), ids_sha256, dim, identity, dtype, shard_rows)
-        path.mkdir(parents=True, exist_ok=True)
-        sync_folder(path.parent)
+        if isinstance(path, Path):
+            path.mkdir(parents=True, exist_ok=True)
+            sync_folder(path.parent)
         _refuse_foreign_folder(path)
         lock = _lock(path)
         try:
@@ -174,7 +198,7 @@ class FeatureStore:
     @classmethod
     def grow(
         cls,
-        path: str | os.PathLike[str],
+        path: StorePath,
         *,
         ids: Sequence[str],
         data: Callable[[int, int], Any],
@@ -195,8 +219,8 @@ class FeatureStore:
                 its rows is not the same now.
         """
         segments = [range(len(ids))]
-        if (Path(path) / _MANIFEST).exists():
-            segments = [one.rows for one in _segments(_read_manifest(Path(path)))]
+        if (location(path) / _MANIFEST).exists():
+            segments = [one.rows for one in _segments(_read_manifest(location(path)))]
         kept = segments[-1].stop
         whole = identity | {"data": _data_of(segments, data)}
         store = cls.create(
@@ -213,8 +237,8 @@ class FeatureStore:
     @classmethod
     def merge(
         cls,
-        path: str | os.PathLike[str],
-        stores: Sequence[str | os.PathLike[str]],
+        path: StorePath,
+        stores: Sequence[StorePath],
         advance: Callable[[int], Any] = lambda rows: None,
     ) -> FeatureStore:
         """Writes the rows of several stores into one, in the order given, bit by bit as they are.
@@ -259,7 +283,7 @@ class FeatureStore:
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
+        path: StorePath,
         identity: dict[str, Any] | None = None,
         data: Callable[[int, int], Any] | None = None,
     ) -> FeatureStore:
@@ -273,7 +297,7 @@ class FeatureStore:
         Raises:
             ValueError: No store there; manifest damaged or of a newer version; other identity.
         """
-        path = Path(path)
+        path = location(path)
         manifest = _read_manifest(path)
         if identity is not None:
             if data is not None:
@@ -285,7 +309,7 @@ class FeatureStore:
         return cls(path, manifest, None)
 
     @classmethod
-    def share(cls, path: str | os.PathLike[str]) -> FeatureStore:
+    def share(cls, path: StorePath) -> FeatureStore:
         """Opens a store to write shards beside other processes, each of them those it was given.
 
         For the workers of one who has made the store with `create` and hands out its shards: so
@@ -339,6 +363,16 @@ class FeatureStore:
                 ids += json.loads(data)
             self._ids = ids
         return self._ids
+
+    @property
+    def is_on_disk(self) -> bool:
+        """False for a store on object storage, whose shards are fetched."""
+        return isinstance(self.path, Path)
+
+    @property
+    def shard_bytes(self) -> int:
+        """What the features of the largest shard take."""
+        return min(self.shard_rows, self.num_rows) * self.dim * self.dtype.itemsize
 
     @property
     def complete(self) -> bool:
@@ -435,6 +469,7 @@ class FeatureStore:
         self._sound.discard(shard)
         whole = data[:position] + digest + data[position + 64 :]
         write_file(self._file(shard), whole, self._writer)
+        self._kept = {}
         self._sound.add(shard)
 
     @property
@@ -446,7 +481,7 @@ class FeatureStore:
         if self._lock is None and not self._writer:
             raise ValueError(f"{self.path} is open for reading: FeatureStore.create opens to write")
 
-    def link_shards(self, other: str | os.PathLike[str]) -> int:
+    def link_shards(self, other: StorePath) -> int:
         """Links the shards that this store lacks from another store of the very same content.
 
         The same: ids, dim, dtype, shard_rows and identity; of appended rows, those up to the first
@@ -483,7 +518,8 @@ class FeatureStore:
         """The rows [start, stop), (rows, K) in the dtype of the store; of int8, float32.
 
         Rows of one shard are a view of the mapped file (nothing is copied; writing to it does not
-        reach the file); rows of several are copied together, and so are those of int8.
+        reach the file); rows of several are copied together, and so are those of int8 or of object
+        storage.
 
         Raises:
             ValueError: A shard is missing or damaged, or the range is not within the store.
@@ -550,15 +586,21 @@ class FeatureStore:
         """
         if shard in self._sound:
             return None
-        file, rows = self._file(shard), len(self.shard_range(shard))
+        file = self._file(shard)
         if not file.is_file():
             return f"{file} is missing"
-        row_bytes = self.dim * self.dtype.itemsize
-        row_bytes += (len(self._names) - 1) * torch.float32.itemsize
-        problem = _shard_problem(file, self._stamp(shard), rows * row_bytes)
+        with opened(file) as data:
+            problem = self._problem_of(shard, data)
         if problem is None:
             self._sound.add(shard)
         return problem
+
+    def _problem_of(self, shard: int, data: bytes | mmap.mmap) -> str | None:
+        """What is wrong with the bytes of a shard."""
+        row_bytes = self.dim * self.dtype.itemsize
+        row_bytes += (len(self._names) - 1) * torch.float32.itemsize
+        rows = len(self.shard_range(shard))
+        return _shard_problem(self._file(shard), data, self._stamp(shard), rows * row_bytes)
 
     def _shard_problems(self, advance: Callable[[int], Any] | None = None) -> list[str | None]:
         """`shard_problem` of every shard, several files at a time; `advance` is told the bytes."""
@@ -568,12 +610,12 @@ class FeatureStore:
             for shard, problem in enumerate(pool.map(self.shard_problem, range(self.num_shards))):
                 problems.append(problem)
                 if advance is not None and self._file(shard).is_file():
-                    advance(self._file(shard).stat().st_size)
+                    advance(file_size(self._file(shard)))
         finally:
             pool.shutdown(cancel_futures=True)
         return problems
 
-    def _file(self, shard: int) -> Path:
+    def _file(self, shard: int) -> Location:
         return self.path / f"shard-{shard:05d}.safetensors"
 
     def _stamp(self, shard: int) -> bytes:
@@ -593,7 +635,10 @@ class FeatureStore:
             start = end
         if not parts:
             return self._empty(name, 0)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(parts) > 1:
+            return torch.cat(parts)
+        # A copy of what is kept, so that a caller who writes to it changes no later read.
+        return parts[0].clone() if not self.is_on_disk else parts[0]
 
     def _take(self, name: str, rows_R: Tensor) -> Tensor:
         taken = self._empty(name, len(rows_R))
@@ -610,20 +655,32 @@ class FeatureStore:
         return torch.empty(rows)
 
     def _load(self, shard: int, name: str) -> Tensor:
-        problem = self.shard_problem(shard)
-        if problem is not None:
-            raise ValueError(f"{problem}; run what wrote the store again and it writes it anew")
+        if not self.is_on_disk:
+            kept = self._kept
+            tensors = kept.get(shard) or self._fetch(shard)
+            others = [one for one in kept.items() if one[0] != shard]
+            self._kept = dict([*others, (shard, tensors)][-KEPT_SHARDS:])
+            return tensors[name]
+        _require_sound(self.shard_problem(shard))
         with safe_open(self._file(shard), "pt") as file:
             return file.get_tensor(name)
 
+    def _fetch(self, shard: int) -> dict[str, Tensor]:
+        """A shard of object storage, whole and verified."""
+        try:
+            data = self._file(shard).read_bytes()
+        except FileNotFoundError as error:
+            _require_sound(str(error))
+            raise
+        _require_sound(self._problem_of(shard, data))
+        return load(data)
 
-def verify_store(
-    path: str | os.PathLike[str], advance: Callable[[int], Any] | None = None
-) -> list[str]:
+
+def verify_store(path: StorePath, advance: Callable[[int], Any] | None = None) -> list[str]:
     """Checks every file of a store: digests, missing shards, files that do not belong there.
 
     Args:
-        path: The folder.
+        path: The folder, or its URL.
         advance: Called with the bytes of every shard, when it has been read.
 
     Returns:
@@ -642,7 +699,7 @@ def verify_store(
         problems.append(str(error))
     known = {_MANIFEST, _LOCK, *(_ids_name(i) for i in range(len(store._segments) + 1))}
     known |= {store._file(shard).name for shard in range(store.num_shards)}
-    for file in sorted(store.path.iterdir()):
+    for file in entries(store.path):
         if file.name not in known and not _is_temporary(file):
             problems.append(f"{file} does not belong to this store")
     return problems + [one for one in store._shard_problems(advance) if one is not None]
@@ -778,7 +835,7 @@ def _check_alike(stores: Sequence[FeatureStore]) -> None:
     if not stores:
         raise ValueError("stores to merge: expected at least one, got none")
     first = stores[0]
-    holder: dict[str, Path] = {}
+    holder: dict[str, Location] = {}
     made_with = [{"dim": s.dim, "dtype": s._manifest["dtype"], **s.identity} for s in stores]
     for store, identity in zip(stores, made_with, strict=True):
         differing = identity_differences(made_with[0], identity, ignore=["data"])
@@ -804,7 +861,7 @@ def _rows_of(stores: Sequence[FeatureStore], name: str, rows: range) -> Tensor:
     return torch.cat(parts)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Location) -> dict[str, Any]:
     file = path / _MANIFEST
     if not file.is_file():
         raise ValueError(f"no feature store at {path}: there is no {_MANIFEST}")
@@ -815,7 +872,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{file} is of format version {version}, this tracmod reads versions up to {VERSION}: "
             "use a newer tracmod (or the file is damaged)"
         )
-    content = unseal(file, data)
+    content = unseal(str(file), data)
     if content.get("format") != FORMAT:
         raise ValueError(f"{file} is not the manifest of a feature store")
     return content
@@ -831,13 +888,13 @@ def _version(manifest: bytes) -> int:
     return version if isinstance(version, int) else 0
 
 
-def _refuse_foreign_folder(path: Path) -> None:
+def _refuse_foreign_folder(path: Location) -> None:
     """A store is not started in a folder that holds anything else."""
     if (path / _MANIFEST).exists():
         return
     foreign = [
         file.name
-        for file in sorted(path.iterdir())
+        for file in entries(path)
         if file.name not in (_ids_name(0), _LOCK) and not _is_temporary(file)
     ]
     if foreign:
@@ -847,10 +904,11 @@ def _refuse_foreign_folder(path: Path) -> None:
         )
 
 
-def _claim(path: Path, manifest: dict[str, Any], ids: Sequence[str]) -> dict[str, Any]:
+def _claim(path: Location, manifest: dict[str, Any], ids: Sequence[str]) -> dict[str, Any]:
     """Makes the folder a store of this manifest, if it is not one; the manifest that is there."""
-    for leftover in path.glob(".*.tmp"):  # of a writer that was killed: we hold the lock now
-        leftover.unlink()
+    for file in entries(path):
+        if _is_temporary(file):  # of a writer that was killed: we hold the lock now
+            file.unlink()
     is_new, found = not (path / _MANIFEST).exists(), manifest
     ids_jsons = [_ids_json(ids)]
     if not is_new:
@@ -872,11 +930,13 @@ def _claim(path: Path, manifest: dict[str, Any], ids: Sequence[str]) -> dict[str
     return found
 
 
-def _is_temporary(file: Path) -> bool:
+def _is_temporary(file: Location) -> bool:
     return file.name.startswith(".") and file.name.endswith(".tmp")
 
 
-def _lock(path: Path) -> IO[bytes]:
+def _lock(path: Location) -> IO[bytes]:
+    if isinstance(path, ObjectPath):
+        return io.BytesIO()  # keeps nobody out, and is closed like a lock
     lock = open(path / _LOCK, "ab")  # noqa: SIM115 (the open file is the lock)
     try:
         # flock, not lockf: it also keeps out a second writer of this same process. The kernel
@@ -888,28 +948,31 @@ def _lock(path: Path) -> IO[bytes]:
     return lock
 
 
-def _shard_problem(file: Path, stamp: bytes, data_bytes: int) -> str | None:
+def _require_sound(problem: str | None) -> None:
+    if problem is not None:
+        raise ValueError(f"{problem}; run what wrote the store again and it writes it anew")
+
+
+def _shard_problem(
+    file: Location, data: bytes | mmap.mmap, stamp: bytes, data_bytes: int
+) -> str | None:
     """Checks a shard's size, stamp and digest; `data_bytes` is what its tensors must take."""
-    with open(file, "rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
-        if size < 8:
-            return f"{file} is damaged: it has {size} bytes"
-        with (
-            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-            memoryview(mapped) as view,
-        ):
-            header = 8 + int.from_bytes(view[:8], "little")
-            if size != header + data_bytes:
-                return (
-                    f"{file} is damaged: it has {size} bytes, "
-                    f"its header and rows make {header + data_bytes}"
-                )
-            position = mapped.find(stamp, 0, header) + len(stamp)
-            if position < len(stamp):
-                return f"{file} is damaged, or a shard of another store or place"
-            digest = hashlib.sha256(view[:position])
-            digest.update(_NO_DIGEST)
-            digest.update(view[position + 64 :])
-            if view[position : position + 64] != digest.hexdigest().encode():
-                return f"{file} is damaged: its checksum does not match what it holds"
+    size = len(data)
+    if size < 8:
+        return f"{file} is damaged: it has {size} bytes"
+    with memoryview(data) as view:
+        header = 8 + int.from_bytes(view[:8], "little")
+        if size != header + data_bytes:
+            return (
+                f"{file} is damaged: it has {size} bytes, "
+                f"its header and rows make {header + data_bytes}"
+            )
+        position = data.find(stamp, 0, header) + len(stamp)
+        if position < len(stamp):
+            return f"{file} is damaged, or a shard of another store or place"
+        digest = hashlib.sha256(view[:position])
+        digest.update(_NO_DIGEST)
+        digest.update(view[position + 64 :])
+        if view[position : position + 64] != digest.hexdigest().encode():
+            return f"{file} is damaged: its checksum does not match what it holds"
     return None

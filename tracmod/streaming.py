@@ -26,6 +26,7 @@ from tracmod import kernels
 from tracmod.durable import canonical_json, sha256
 from tracmod.kept_tensors import read_tensors, write_tensors
 from tracmod.rows import Rows, TensorRows, block_ranges, read_ahead
+from tracmod.store import KEPT_SHARDS
 
 MEMORY = 4 * 10**9
 SAVE_SECONDS = 30.0
@@ -135,7 +136,8 @@ class Sizes(NamedTuple):
         queries, trains: Q and N.
         row_bytes: of a row at all checkpoints, as it is computed with.
         ranking_bytes: of a query's two rankings and its sums by group.
-        mapped_bytes: of the largest shard, which is mapped to be verified.
+        mapped_bytes: of the largest shard, which is mapped to be verified; of object storage also
+            the shards that are kept.
     """
 
     queries: int
@@ -146,10 +148,19 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of_stores(
-        cls, queries: int, trains: int, row_bytes: int, k: int, num_groups: int, shard_rows: int
+        cls,
+        queries: int,
+        trains: int,
+        row_bytes: int,
+        k: int,
+        num_groups: int,
+        shard_rows: int,
+        on_disk: bool = True,
     ) -> Sizes:
         """Sizes that are known before there are stores; `row_bytes` as above."""
         mapped_bytes = min(shard_rows, max(queries, trains)) * row_bytes
+        if not on_disk:  # a shard's bytes and tensors, and what is kept of queries and of training
+            mapped_bytes *= 2 + 2 * KEPT_SHARDS
         return cls(queries, trains, row_bytes, 24 * k + 8 * num_groups, mapped_bytes)
 
     @property
@@ -200,7 +211,7 @@ def plan_blocks(search: Search, memory: int) -> Blocks:
         num_trains,
         row_bytes=len(search.trains) * width * search.dtype.itemsize,
         ranking_bytes=24 * search.k + 8 * search.num_groups,
-        mapped_bytes=max(rows.mapped_bytes for rows in every),
+        mapped_bytes=max(one.mapped_bytes for one in every) + sum(one.kept_bytes for one in every),
     )
     if not all(isinstance(rows, TensorRows) for rows in every):
         check_memory(sizes, memory)

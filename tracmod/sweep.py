@@ -95,6 +95,9 @@ def load_sweep(path: str | Path, overrides: tuple[str, ...] = ()) -> Sweep:
         tree["name"] = f"{sweep.name} {name}"
         for key, value in (fixed | values).items():
             set_value(tree, key, copy.deepcopy(value))
+        features = _value(tree, "collect.features")
+        if isinstance(features, str) and "collect.features" not in values:
+            set_value(tree, "collect.features", f"{features.rstrip('/')}/{name}")
         points[name] = parse_config(tree, f"{path}: point {name}")
     return Sweep(sweep.name, settings, points)
 

@@ -7,38 +7,52 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tracmod.durable import CHECKSUMS, file_sha256, read_checksums, unseal
-from tracmod.store import verify_store
+from tracmod.durable import CHECKSUMS, read_checksums, read_json, unseal
+from tracmod.storage import Location, entries, file_sha256, file_size, location
+from tracmod.store import StorePath, verify_store
 
 
-def verify(path: Path) -> list[str]:
+def verify(place: StorePath) -> list[str]:
     """Every problem of a run folder, a folder of `tracmod attribute` or a feature store.
 
     What a finished stage wrote is compared with checksums.json; the shards of feature stores and
     the files of an index with the checksums that they carry.
 
+    Args:
+        place: the folder; of a feature store also its URL.
+
     Returns:
         One sentence per problem, none where all is sound.
 
     Raises:
-        ValueError: nothing of ours at `path`.
+        ValueError: nothing of ours there.
     """
+    path = location(place)
     if (path / "manifest.json").is_file():
         return _store_problems([path])
-    if not (path / "run.json").is_file():
+    if not isinstance(path, Path) or not (path / "run.json").is_file():
         raise ValueError(f"{path}: expected a run folder or a feature store, found neither")
-    problems = list(_checksum_problems(path)) + list(_index_problems(path))
-    stores = sorted(manifest.parent for manifest in path.glob("features/**/manifest.json"))
-    return problems + _store_problems(stores)
+    features = _features_path(path)
+    problems = list(_checksum_problems(path, features)) + list(_index_problems(path))
+    stores = [manifest.parent for manifest in features.rglob("manifest.json")]
+    return problems + _store_problems(sorted(stores, key=str))
 
 
-def _store_problems(stores: Sequence[Path]) -> list[str]:
-    sizes = [shard.stat().st_size for store in stores for shard in store.glob("shard-*")]
+def _features_path(path: Path) -> Location:
+    """features/, or where the run's `collect.features` has them."""
+    collect = read_json(path / "run.json").get("config", {}).get("collect", {})
+    elsewhere = collect.get("features")
+    return path / "features" if elsewhere is None else location(elsewhere)
+
+
+def _store_problems(stores: Sequence[Location]) -> list[str]:
+    files = [file for store in stores for file in entries(store)]
+    sizes = [file_size(file) for file in files if file.name.startswith("shard-")]
     with tqdm(total=sum(sizes), desc="verify", unit="B", unit_scale=True, disable=None) as bar:
         return [problem for store in stores for problem in verify_store(store, bar.update)]
 
 
-def _checksum_problems(path: Path) -> Iterator[str]:
+def _checksum_problems(path: Path, features: Location) -> Iterator[str]:
     if not (path / CHECKSUMS).is_file():
         yield f"{path / CHECKSUMS} is missing: no stage has been finished, or it was removed"
         return
@@ -48,14 +62,15 @@ def _checksum_problems(path: Path) -> Iterator[str]:
         yield str(error)
         return
     for name, expected in tqdm(sums.items(), desc="verify", unit="file", disable=None):
-        file = path / name
+        of_features = name.removeprefix("features/")
+        file = path / name if of_features == name else features / of_features
         if not file.is_file():
             yield f"{file} is missing"
         elif file_sha256(file) != expected and not _has_grown(file):
             yield f"{file} is damaged: its checksum is not the one recorded when it was written"
 
 
-def _has_grown(file: Path) -> bool:
+def _has_grown(file: Location) -> bool:
     """Whether it is the manifest of a store with appended rows; its own checksum is in it."""
     return file.name == "manifest.json" and b'"appended": [' in file.read_bytes()
 

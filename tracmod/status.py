@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tracmod.run_folder import STAGES, RunFolder
+from tracmod.storage import entries
 from tracmod.store import FeatureStore
 
 
@@ -39,16 +41,17 @@ def run_status(path: Path) -> RunStatus:
         ValueError: no run there.
     """
     run = RunFolder(path)
-    entries = run.record["stages"]
+    records = run.record["stages"]
     stages = [
         (
             stage,
-            "done" if run.is_done(stage) else entries.get(stage, {}).get("state", "to do"),
-            float(entries.get(stage, {}).get("seconds", 0.0)),
+            "done" if run.is_done(stage) else records.get(stage, {}).get("state", "to do"),
+            float(records.get(stage, {}).get("seconds", 0.0)),
         )
         for stage in STAGES
     ]
-    manifests = list(run.features_path.rglob("manifest.json"))
+    features: Any = run.features_path
+    manifests = list(features.rglob("manifest.json"))
     stores = [FeatureStore.open(file.parent) for file in manifests]
     names = [file.name for manifest in manifests for file in entries(manifest.parent)]
     return RunStatus(

@@ -80,7 +80,7 @@ def _join(address: str | None) -> None:
         _knock(address)
     try:
         ray.init(
-            address=address,
+            address=address or "local",  # else Ray would join any cluster that it finds here
             include_dashboard=None if address else False,
             log_to_driver=False,
             logging_level="warning",

@@ -28,8 +28,8 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 class _PathOrUrl(click.Path):
     """A path, or the URL of object storage as text: a Path would lose a slash."""
 
-    def __init__(self, exists: bool = False) -> None:
-        super().__init__(exists=exists, path_type=Path)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if "://" in str(value) else super().convert(value, param, ctx)
@@ -678,7 +678,7 @@ def status(run_dir: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("path", type=_PathOrUrl(exists=True))
 def verify(path: Path | str) -> None:
-    """Check the integrity of a run folder, an attribution or a feature store.
+    """Check the integrity of a run folder, an attribution or a feature store (path or URL).
 
     Names every file that is missing, damaged or does not belong there; exit code 1 if there is one.
 
@@ -700,7 +700,9 @@ def verify(path: Path | str) -> None:
 
 @main.command()
 @click.argument("stores", nargs=-1, required=True, type=_PathOrUrl(exists=True))
-@click.option("--out", required=True, type=_PathOrUrl(), help="Folder or URL of the new store.")
+@click.option(
+    "--out", required=True, type=_PathOrUrl(file_okay=False), help="Folder or URL of the new store."
+)
 def merge(stores: tuple[Path | str, ...], out: Path | str) -> None:
     """Put the rows of several feature stores into one, in the order given.
 

@@ -118,6 +118,14 @@ def test_checksums_of_a_whole_folder_forget_what_is_gone(tmp_path):
     assert not any("a.txt" in problem for problem in verify(tmp_path))
 
 
+def test_a_broken_run_json_is_one_sentence(run):
+    (run / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json: not valid JSON"):
+        verify(run)
+    (run / "run.json").write_text("[1]")
+    assert verify(run) == []
+
+
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_broken_checksums_are_one_sentence(run, text):
     (run / "checksums.json").write_text(text)

@@ -335,6 +335,7 @@ def test_merge_and_verify_take_urls(tmp_path: Path) -> None:
     told = invoke("merge", sources[0], "--out", "flaky://bucket/other", code=1)
     assert told.strip().count("\n") == 0
     assert "cannot write flaky://bucket/other/ids.json: no credentials" in told
+    assert "is a file" in invoke("merge", sources[0], "--out", __file__, code=2)
     for command in (["verify", tmp_path / "none"], ["merge", tmp_path / "none", "--out", out]):
         assert "does not exist" in invoke(*command, code=2)
 

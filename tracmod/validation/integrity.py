@@ -25,7 +25,7 @@ def verify(place: StorePath) -> list[str]:
         One sentence per problem, none where all is sound.
 
     Raises:
-        ValueError: nothing of ours there.
+        ValueError: nothing of ours there; run.json is not JSON.
     """
     path = location(place)
     if (path / "manifest.json").is_file():
@@ -40,9 +40,10 @@ def verify(place: StorePath) -> list[str]:
 
 def _features_path(path: Path) -> Location:
     """features/, or where the run's `collect.features` has them."""
-    collect = read_json(path / "run.json").get("config", {}).get("collect", {})
-    elsewhere = collect.get("features")
-    return path / "features" if elsewhere is None else location(elsewhere)
+    found = read_json(path / "run.json")
+    for key in ("config", "collect", "features"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return path / "features" if found is None else location(found)
 
 
 def _store_problems(stores: Sequence[Location]) -> list[str]:

@@ -59,6 +59,9 @@ class Rows(Protocol):
     def norms(self) -> Tensor:
         """(N,) the L2 norms of the rows, on the CPU."""
 
+    def will_read(self, start: int, stop: int) -> None:
+        """Tell the system that the rows [start, stop) will be read soon."""
+
 
 Features = Tensor | NDArray[Any] | FeatureStore | Rows
 
@@ -102,6 +105,9 @@ class TensorRows:
     def norms(self) -> Tensor:
         return torch.linalg.vector_norm(self.tensor.double(), dim=1).cpu()
 
+    def will_read(self, start: int, stop: int) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class StoreRows:
@@ -142,6 +148,9 @@ class StoreRows:
 
     def norms(self) -> Tensor:
         return self.store.norms()
+
+    def will_read(self, start: int, stop: int) -> None:
+        self.store.will_read(start, stop)
 
 
 @dataclass(frozen=True)
@@ -208,6 +217,10 @@ class ChosenRows:
             chosen[rows] = self.sources[name].norms()[rows]
         return chosen
 
+    def will_read(self, start: int, stop: int) -> None:
+        for source in self.sources.values():
+            source.will_read(start, stop)
+
 
 @dataclass(frozen=True)
 class SomeRows:
@@ -255,6 +268,9 @@ class SomeRows:
     def norms(self) -> Tensor:
         return self.source.norms()[self.chosen]
 
+    def will_read(self, start: int, stop: int) -> None:
+        self.source.will_read(int(self.chosen[start]), int(self.chosen[stop - 1]) + 1)
+
 
 def as_rows(features: Features) -> Rows:
     """What a caller may give as features of one checkpoint, as `Rows`."""
@@ -275,23 +291,37 @@ def block_ranges(rows: Rows, most: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def read_ahead(
-    trains: Sequence[Rows], ranges: Sequence[tuple[int, int]]
+def read_blocks(
+    trains: Sequence[Rows], ranges: Sequence[tuple[int, int]], at_once: int, ahead: bool
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yields (start, (C,) rows of a block); a thread reads the next block meanwhile.
+    """Yields (start, (C,) rows of a block), in order; reads and verifies several at once.
 
     Args:
         trains: (C,) of the same N.
         ranges: the blocks, one after the other.
+        at_once: how many blocks are read, and held, at once, each by a thread.
+        ahead: read the next blocks while those before are worked on: where that is done elsewhere
+            than on these cores, or reading is mostly waiting. Else the system is only told that
+            they will be wanted, and the cores are all for the work and then all for the checksums:
+            threads that take a core from a team of threads cost the whole team.
     """
 
-    def read(place: int) -> list[Tensor]:
-        return [rows.read(*ranges[place]) for rows in trains]
+    def read(block: tuple[int, int]) -> list[Tensor]:
+        return [rows.read(*block) for rows in trains]
 
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        ahead = reader.submit(read, 0) if ranges else None
-        for place, (start, _) in enumerate(ranges):
-            assert ahead is not None
-            block = ahead.result()
-            ahead = reader.submit(read, place + 1) if place + 1 < len(ranges) else None
-            yield start, block
+    with ThreadPoolExecutor(at_once) as pool:
+        groups = [ranges[first : first + at_once] for first in range(0, len(ranges), at_once)]
+        coming = [pool.submit(read, block) for block in groups[0]] if groups else []
+        for place, group in enumerate(groups):
+            blocks = [one.result() for one in coming]
+            following = groups[place + 1] if place + 1 < len(groups) else []
+            if ahead:
+                coming = [pool.submit(read, block) for block in following]
+            else:
+                for rows in trains if following else ():
+                    rows.will_read(following[0][0], following[-1][1])
+            for (start, _), block in zip(group, blocks, strict=True):
+                yield start, block
+            del blocks, block
+            if not ahead:
+                coming = [pool.submit(read, block) for block in following]

@@ -39,6 +39,7 @@ Shape letters: N rows of the store, n rows of a shard, K dim.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -574,6 +575,20 @@ class FeatureStore:
             raise ValueError(f"blocks of {rows} rows: expected at least 1")
         for start in range(0, self.num_rows, rows):
             yield start, self.read(start, min(start + rows, self.num_rows))
+
+    def will_read(self, start: int, stop: int) -> None:
+        """Has the system read the files of rows [start, stop) ahead, on disk; waits for nothing."""
+        if not self.is_on_disk or start >= stop:
+            return
+        for shard in range(
+            bisect_right(self._starts, start) - 1, bisect_right(self._starts, stop - 1)
+        ):
+            with contextlib.suppress(OSError):  # `read` says what is wrong
+                descriptor = os.open(str(self._file(shard)), os.O_RDONLY)
+                try:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
 
     def verify(self) -> list[str]:
         """Reads everything anew from disk; one sentence per problem, none when sound."""

@@ -1,7 +1,8 @@
 """The strongest rows for every query, over rows of any number: bounded memory, resumable.
 
     for a block of queries that fits in memory:
-        for a block of training rows:  read and verify the next one  |  top_k_dot of this one
+        for a few blocks of training rows:  read and verify them, on all cores
+            for each of them:  top_k_dot, on all cores
 
 `top_k_dot` takes up where it was left, bit for bit; so neither the blocks nor an interruption
 change the result. Memory: see `plan_blocks`. Bytes read: the training rows once per block of
@@ -25,7 +26,7 @@ from torch import Tensor
 from tracmod import kernels
 from tracmod.durable import canonical_json, sha256
 from tracmod.kept_tensors import read_tensors, write_tensors
-from tracmod.rows import Rows, TensorRows, block_ranges, read_ahead
+from tracmod.rows import Rows, TensorRows, block_ranges, read_blocks
 from tracmod.store import KEPT_SHARDS
 
 MEMORY = 4 * 10**9
@@ -34,6 +35,7 @@ SAVE_SECONDS = 30.0
 _KERNEL_BYTES = 32 << 20
 # `top_k_dot` takes another path for up to 4 queries, whose sums round otherwise.
 _LEAST_QUERIES = 5
+_READERS = 8  # threads that read and verify, at most
 
 
 class Blocks(NamedTuple):
@@ -41,11 +43,13 @@ class Blocks(NamedTuple):
 
     Attributes:
         passes: blocks of queries, each of which passes over the training rows once.
-        trains: training rows at a time.
+        trains: training rows of a block.
+        at_once: blocks that are read at once.
     """
 
     passes: int
     trains: int
+    at_once: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,16 @@ class Search:
         """bfloat16 where all rows are, else float32."""
         given = {rows.dtype for rows in (*self.queries, *self.trains)}
         return torch.bfloat16 if given == {torch.bfloat16} else torch.float32
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether training rows come from object storage."""
+        return any(rows.kept_bytes for rows in self.trains)
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether rows are read while those before are worked on; see `read_blocks`."""
+        return self.is_fetched or self.device.type != "cpu"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -119,12 +133,12 @@ def search_rows(
     cuts = max(blocks.passes, min(passes, count // _LEAST_QUERIES))
     ends = [place * count // cuts for place in range(cuts + 1)]
     parts = [
-        _search_block(search, first, stop, blocks.trains, progress, advance)
+        _search_block(search, first, stop, blocks, progress, advance)
         for place, (first, stop) in enumerate(pairwise(ends))
         if only is None or place % passes == only
     ]
     if not parts:
-        return _search_block(search, 0, 0, blocks.trains, None, None)
+        return _search_block(search, 0, 0, blocks, None, None)
     columns = zip(*parts, strict=True)
     return kernels.TopK(*(None if one[0] is None else torch.cat(one) for one in columns))  # type: ignore[arg-type]
 
@@ -215,23 +229,30 @@ def plan_blocks(search: Search, memory: int) -> Blocks:
     )
     if not all(isinstance(rows, TensorRows) for rows in every):
         check_memory(sizes, memory)
-    free = memory - sizes.fixed - sizes.least_queries * sizes.per_query
-    trains = min(num_trains, max(1, free // 2 // sizes.per_train))
-    queries = (memory - sizes.fixed - trains * sizes.per_train) // sizes.per_query
+    free = (memory - sizes.fixed - sizes.least_queries * sizes.per_query) // 2
+    longest = max(
+        (stop - start for start, stop in pairwise([0, *search.trains[0].ends])), default=0
+    )
+    trains = min(longest, max(1, free // sizes.per_train))
+    more = trains * sizes.row_bytes * (2 if search.reads_ahead else 1) + sizes.mapped_bytes
+    room = max(0, free - trains * sizes.per_train) // max(1, more)
+    at_once = 1 if search.is_fetched else 1 + min(room, torch.get_num_threads() - 1, _READERS - 1)
+    taken = trains * sizes.per_train + (at_once - 1) * more
+    queries = (memory - sizes.fixed - taken) // sizes.per_query
     if all(isinstance(rows, TensorRows) for rows in search.trains):
         trains = num_trains
     if all(isinstance(rows, TensorRows) for rows in search.queries):
         queries = num_queries
     # No block of 1 to 4 queries, unless there are no more.
     passes = min(-(-num_queries // max(1, queries)), num_queries // _LEAST_QUERIES)
-    return Blocks(max(1, passes), max(1, trains))
+    return Blocks(max(1, passes), max(1, trains), at_once)
 
 
 def _search_block(
     search: Search,
     first: int,
     stop: int,
-    train_rows: int,
+    blocks: Blocks,
     progress: Path | None,
     advance: Callable[[int], Any] | None,
 ) -> kernels.TopK:
@@ -241,8 +262,8 @@ def _search_block(
     if advance is not None and done:
         advance((stop - first) * done)
     queries = [_ready(rows.read(first, stop), search) for rows in search.queries]
-    ranges = [one for one in block_ranges(search.trains[0], train_rows) if one[0] >= done]
-    for start, block in read_ahead(search.trains, ranges):
+    ranges = [one for one in block_ranges(search.trains[0], blocks.trains) if one[0] >= done]
+    for start, block in read_blocks(search.trains, ranges, blocks.at_once, search.reads_ahead):
         count = len(block[0])
         groups_N = None if search.groups_N is None else search.groups_N[start : start + count]
         state = kernels.top_k_dot(

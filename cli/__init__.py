@@ -287,10 +287,11 @@ def _do(folder: RunFolder, stages: Any, options: dict[str, Any], again: str | No
     from tracmod.model import resolve_device
     from tracmod.pipeline import run_stages
 
+    device = "cpu"
     to_do = [stage for stage in stages if stage == again or not folder.is_done(stage)]
     if not {"data", "analyze", "report"}.issuperset(to_do):  # the others compute with the model
-        resolve_device(folder.config.device)
-    with folder.locked(), _engine(folder.config.device, **options) as engine:
+        device = resolve_device(folder.config.device)
+    with folder.locked(), _engine(device, **options) as engine:
         run_stages(folder, stages, again, engine=engine)
 
 

@@ -576,6 +576,13 @@ def test_stages_queries_and_verify_on_a_run_folder(tmp_path):
     assert "report" in invoke("run", config, "--out", run, "--set", "finetune.epochs=1")
     assert "begun with finetune.epochs=1" in invoke("run", config, "--out", run, code=2)
     assert "sound" in invoke("verify", run)
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["device"] = "cuda:7"  # of another machine
+    (run / "run.json").write_text(json.dumps(record))
+    invoke("report", run)
+    assert "cuda:7" in invoke("influence", run, code=2)
+    record["config"]["device"] = "cpu"
+    (run / "run.json").write_text(json.dumps(record))
     told = invoke("status", run)
     assert "no process is at work" in told
     assert told.count(" done ") == 8

@@ -115,6 +115,42 @@ def test_workers_that_never_get_ready_stop_the_run():
         dispatched(Hopeless(lambda *_: 1.0), 9, 2)
 
 
+def test_what_the_slower_of_two_raises_does_not_matter():
+    class Failing(FakeTeam):
+        def give(self, worker, task):
+            if (worker, task) != (0, 0):
+                return super().give(worker, task)
+            self.begun.append((worker, task))
+            error = ValueError("too late")
+            return heapq.heappush(self._coming, (self.now + 60, 0, Event("failed", 0, error)))
+
+    team = Failing(lambda worker, task: 90.0 if task == 11 else 4.0)
+    assert dispatched(team, 12, 3) == 120
+    assert [task for _, task in team.begun].count(0) == 2
+    assert team.now > 61
+
+
+def test_what_must_not_be_done_twice_at_a_time_is_not():
+    team = FakeTeam(lambda worker, task: 90.0 if task == 0 else 4.0)
+    parts = []
+    dispatch(team, 12, 3, parts.append, twice=False, clock=lambda: team.now)
+    assert [task for _, task in team.begun] == list(range(12))
+
+
+def test_idle_workers_that_are_lost_are_not_taken_for_hopeless_ones():
+    class Leaving(FakeTeam):
+        def give(self, worker, task):
+            super().give(worker, task)
+            for other in range(1, 5) if task == 0 else ():  # without a task by then
+                heapq.heappush(self._coming, (self.now + 30, other, Event("lost", other, "gone")))
+
+    team = Leaving(lambda worker, task: 100.0 if task == 0 else 4.0)
+    parts = []
+    dispatch(team, 5, 5, parts.append, twice=False, clock=lambda: team.now)
+    assert sum(parts) == 50
+    assert team.now > 100
+
+
 def test_what_a_task_raises_stops_the_run():
     class Failing(FakeTeam):
         def give(self, worker, task):
@@ -222,6 +258,21 @@ def test_what_a_worker_raises_is_raised_here(engine, tmp_path):
         engine.run(partial(Writer, str(tmp_path)), ["fail", "a", "b"], lambda _: None)
 
 
+class Unmakeable:
+    """What cannot be made, and says so in an error of an unusual kind."""
+
+    def __init__(self, folder, place):
+        raise KeyError("no such thing")
+
+
+def test_after_a_failure_the_engine_works_again(engine, tmp_path):
+    for _ in range(2):
+        with pytest.raises((RuntimeError, KeyError), match="no such thing"):
+            engine.run(partial(Unmakeable, str(tmp_path)), ["a", "b", "c"], lambda _: None)
+    engine.run(partial(Writer, str(tmp_path)), ["a", "b", "c"], lambda _: None)
+    assert sorted(path.stem for path in tmp_path.glob("*.out")) == ["a", "b", "c"]
+
+
 class SlowToBegin(Writer):
     """Worker 1 takes longer to begin than all the work."""
 
@@ -249,3 +300,9 @@ def test_options_of_another_engine_are_refused():
         open_engine("local", address="auto")
     with pytest.raises(ValueError, match="expected at least 1, got 0"):
         LocalEngine(0)
+
+
+def test_workers_that_fit_on_no_node_are_refused():
+    pytest.importorskip("ray")
+    with pytest.raises(ValueError, match=r"worker_cpus: expected at most \d+.* got 4096"):
+        open_engine("ray", worker_cpus=4096)

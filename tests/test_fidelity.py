@@ -420,7 +420,10 @@ def test_an_attribution_chooses_its_projection_and_keeps_to_it(own, monkeypatch)
     assert json.loads((own / "out/run.json").read_text())["projection_choice"] == choice
     refused = command(own, *AUTO[:2], "--share-error", 0.01)
     assert refused.exit_code == 2
-    assert "expected a share error of 0.05, for which its projection was chosen" in refused.output
+    assert "chosen for something else: share_error: expected 0.01, got 0.05" in refused.output
+    refused = command(own, *AUTO, "--normalize", "none")
+    assert refused.exit_code == 2
+    assert "chosen for something else: normalize: expected null" in refused.output
 
 
 def test_a_choice_that_was_stopped_is_the_same_when_done_again(own, monkeypatch):

@@ -237,6 +237,27 @@ def test_stopped_and_gone_on_with_is_the_dense_result(search, stop, monkeypatch)
     assert not calls
 
 
+@pytest.mark.parametrize("more", [7_000, 11_000, 100_000])
+def test_gone_on_with_another_memory_no_row_is_left_out(search, more):
+    queries, trains, arguments, dense = search
+    arguments["memory"] += 5_000
+    with pytest.raises(Stopped):
+        top_influences(queries, trains, **arguments, advance=stop_after(9))
+    for changed in (more, -2_500):
+        other = arguments | {"memory": arguments["memory"] + changed}
+        same(dense, top_influences(queries, trains, **other))
+
+
+def test_shares_of_no_queries_read_nothing(tmp_path, monkeypatch):
+    _, queries = stored(tmp_path, "query", 7)
+    _, trains = stored(tmp_path, "train", 40)
+    monkeypatch.setattr(FeatureStore, "read", None)
+    groups = [LANGUAGES[row % 3] for row in range(40)]
+    top = tm.top_influences(queries, trains, 4, groups, passes=8, only=5)
+    assert top.indices.shape == (0, 4)
+    assert top.group_shares.shape == (0, 3)
+
+
 def test_kept_progress_is_taken_for_nothing_else_and_not_when_damaged(search):
     queries, trains, arguments, dense = search
     top_influences(queries, trains, **arguments)

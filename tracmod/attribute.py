@@ -7,7 +7,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -57,7 +58,7 @@ from tracmod.model import (
     tokenizer_digest,
 )
 from tracmod.run_folder import versions
-from tracmod.store import SHARD_ROWS, FeatureStore
+from tracmod.store import SHARD_ROWS, FeatureStore, identity_differences
 from tracmod.streaming import MEMORY, Sizes, check_memory
 from tracmod.tables import InfluenceTables, self_influence_table
 from tracmod.tasks.examples import rows_digest
@@ -309,19 +310,32 @@ class Work:
         """Project to what a sample asks for; the choice stays in `out`, so that it is kept to."""
         file, share_error = self.asked.out / "projection.json", self.asked.share_error
         self.choice = read_json(file) if file.is_file() else None
+        chosen_for = self._choice_identity()
         if self.choice is None:
             sample = self._sample(None, CHOICE_QUERIES, CHOICE_TRAINS)
             certificate = partial(self._certificate, sample, self._exact_of_sample(sample))
             self.choice = choose_dim(partial(self._scores_at, sample), certificate, share_error)
+            self.choice |= {"chosen_for": chosen_for}
             write_json(file, self.choice)
-        elif self.choice["share_error"] != share_error:
+        differing = identity_differences(chosen_for, self.choice.get("chosen_for", {}))
+        if differing:
             raise ValueError(
-                f"out {self.asked.out}: expected a share error of {self.choice['share_error']}, "
-                f"for which its projection was chosen, got {share_error}; take another folder or "
-                f"remove this one"
+                f"{file}: this projection was chosen for something else: {'; '.join(differing)}; "
+                f"take another folder or remove this one"
             )
         self.projection = replace(self.projection, dim=self.choice["projection_dim"])
         tqdm.write(f"tracmod: {describe_choice(self.choice)}", file=sys.stderr)
+
+    def _choice_identity(self) -> dict[str, Any]:
+        """What a choice of the projection holds for; of the data that there may be more later."""
+        return {
+            "share_error": self.asked.share_error,
+            "parameters": self.asked.parameters,
+            "head_mask": None if self.mask is None else self.mask.digest(),
+            "normalize": self.asked.normalize,
+            "weights": self.weights,
+            "checkpoints": [self._digests(self.load(one)) for one in self.checkpoints],
+        }
 
     def _certify(self, queries: Sequence[FeatureStore], trains: Sequence[FeatureStore]) -> None:
         """`out`/fidelity.json: scores of stored features beside exact ones, on a sample."""
@@ -362,16 +376,18 @@ class Work:
         scores = []
         for checkpoint in self.checkpoints:
             model = self.load(checkpoint)
-            exact_QN = exact_sample_scores(
-                model,
-                *self._sampled(sample),
-                parameters=self.asked.parameters,
-                head_mask=self.mask,
-                normalize=self.asked.normalize,
-                dtype=self.asked.dtype,
-                keep_in=self.asked.out / PROGRESS,
-                identity=self._exact_identity(model) | {"sample": asdict(sample)},
-            )
+            with self._named({"query": sample.queries, "train": sample.trains}):
+                exact_QN = exact_sample_scores(
+                    model,
+                    *self._sampled(sample),
+                    parameters=self.asked.parameters,
+                    head_mask=self.mask,
+                    normalize=self.asked.normalize,
+                    dtype=self.asked.dtype,
+                    batch_tokens=self.asked.batch_tokens,
+                    keep_in=self.asked.out / PROGRESS,
+                    identity=self._exact_identity(model) | {"sample": asdict(sample)},
+                )
             scores.append(exact_QN)
         return over_checkpoints(scores, self.weights)
 
@@ -432,7 +448,7 @@ class Work:
         if kept is not None:
             advance(kept["scores"].shape[1])
             return kept["scores"]
-        try:
+        with self._named({split: range(len(self.tables[split])) for split in SPLITS}):
             scores_QN = exact_influence(
                 model,
                 self.examples["train"],
@@ -444,13 +460,19 @@ class Work:
                 advance=advance,
                 dtype=getattr(torch, self.asked.dtype),
             ).cpu()
+        write_tensors(file, {"scores": scores_QN}, identity)
+        return scores_QN
+
+    @contextmanager
+    def _named(self, rows: Mapping[str, Sequence[int]]) -> Iterator[None]:
+        """Name the example whose gradient is not finite; `rows` of each table were worked on."""
+        try:
+            yield
         except NotFiniteError as error:
-            name = self.tables[error.split].column("id")[error.row].as_py()
+            name = self.tables[error.split].column("id")[rows[error.split][error.row]].as_py()
             raise ValueError(
                 f"{error.split} example {name!r}: expected a finite gradient, got NaN or infinity"
             ) from None
-        write_tensors(file, {"scores": scores_QN}, identity)
-        return scores_QN
 
     def _exact_identity(self, model: PreTrainedModel) -> dict[str, Any]:
         """What exact scores depend on."""

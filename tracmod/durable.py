@@ -64,6 +64,11 @@ def write_file(file: Path, data: bytes, writer: str = "") -> None:
         ) from error
 
 
+def this_process() -> str:
+    """Names this process among all that may share a file system."""
+    return f".{os.uname().nodename}-{os.getpid()}"
+
+
 def temporary_name(file: Path, writer: str = "") -> Path:
     """Where a file is written before it gets its name: the same folder, hidden."""
     return file.with_name(f".{file.name}{writer}.tmp")
@@ -164,8 +169,9 @@ def write_csv(path: Path, table: pa.Table) -> None:
     from pyarrow import csv
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    csv.write_csv(table, temporary_name(path))
-    publish_file(temporary_name(path), path)
+    data = io.BytesIO()
+    csv.write_csv(table, data)
+    write_file(path, data.getvalue())
 
 
 def write_checksums(folder: Path, owned: str = ".") -> None:

@@ -613,5 +613,9 @@ def _with_shares(
 
 
 def _shares(groups_QK: Tensor, num_groups: int) -> Tensor:
-    one_hot = torch.nn.functional.one_hot(groups_QK, num_groups)
-    return one_hot.sum(dim=1).double() / groups_QK.shape[1]
+    num_queries, k = groups_QK.shape
+    first_of_Q = num_groups * torch.arange(num_queries, device=groups_QK.device)
+    counts = (
+        (groups_QK + first_of_Q[:, None]).flatten().bincount(minlength=num_queries * num_groups)
+    )
+    return counts.reshape(num_queries, num_groups).double() / k

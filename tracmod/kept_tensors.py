@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tracmod.durable import sha256, write_file
+from tracmod.durable import sha256, this_process, write_file
 from tracmod.store import identity_differences
 
 
@@ -21,7 +21,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], identity: dict[str,
     kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     # One entry: safetensors writes several in no fixed order.
     made_from = json.dumps({"identity": identity, "sha256": _digest(kept)}, sort_keys=True)
-    write_file(file, save(kept, {"made_from": made_from}))
+    # Another worker may be making the same.
+    write_file(file, save(kept, {"made_from": made_from}), this_process())
 
 
 def read_tensors(file: Path, identity: dict[str, Any]) -> dict[str, Tensor] | None:

@@ -103,11 +103,7 @@ class Task(NamedTuple):
 
     def __str__(self) -> str:
         """As a log shows it: without the digests of models."""
-        told = [
-            str(one)
-            for one in self.arguments
-            if not (isinstance(one, list) and one and isinstance(one[0], dict))
-        ]
+        told = [str(one) for one in self.arguments if not isinstance(one, Digests)]
         return " ".join([self.does, *told])
 
 
@@ -228,8 +224,9 @@ class Study:
         models = dict.fromkeys((seed, self._pruned_of(language)) for seed, language in missing)
         to_tune = [one for one in models if one != (self.config.seed, None)]
         with self._bar("prune", len(to_tune) + len(missing), "subnetwork") as bar:
-            self._do("fine_tune_to_prune", to_tune, bar.update)
-            self._do("prune_language", missing, bar.update)
+            # Once each at a time: a fine-tuning keeps what it goes on from in its folder.
+            self._do("fine_tune_to_prune", to_tune, bar.update, twice=False)
+            self._do("prune_language", missing, bar.update, twice=False)
         for language in self.languages:
             if not self._is_combined(language):
                 self._combine_seeds(language)
@@ -248,6 +245,10 @@ class Study:
                 for checkpoint in self.checkpoints(model_name):
                     tasks += self._begin_stores(model_name, checkpoint, bar.update)
             self._do("collect_shards", tasks, bar.update)
+        features = self.run.features_path
+        if isinstance(features, Path):
+            for leftover in features.rglob(".*.tmp"):  # of workers that were lost
+                leftover.unlink(missing_ok=True)
 
     def influence(self) -> None:
         """Scores, strongest training examples, language tables, exact pairs: influence/."""
@@ -307,7 +308,11 @@ class Study:
     # --- tasks ------------------------------------------------------------------------------
 
     def _do(
-        self, does: str, arguments: Sequence[tuple[Any, ...]], advance: Callable[[int], Any]
+        self,
+        does: str,
+        arguments: Sequence[tuple[Any, ...]],
+        advance: Callable[[int], Any],
+        twice: bool = True,
     ) -> None:
         """Have the engine call a method of a study of this run, once for each of the arguments."""
         self._engine.run(
@@ -315,6 +320,7 @@ class Study:
             [Task(does, one) for one in arguments],
             advance,
             self.run.path / "logs",
+            twice,
         )
 
     # --- pruning ----------------------------------------------------------------------------
@@ -554,7 +560,8 @@ class Study:
         checkpoints = max(len(self.counted_epochs(model_name)) for model_name in MODELS)
         train, test = len(self.table("train")), len(self.table("test"))
         row_bytes = 4 * collect.projection_dim * checkpoints
-        k, groups = min(train, max(influence.ks)), len(self.config.task.languages)
+        k = min(train, max(influence.ks) + self._most_left_out(None))
+        groups = len(self.config.task.languages)
         on_disk = isinstance(self.run.features_path, Path)
         sizes = Sizes.of_stores(test, train, row_bytes, k, groups, collect.shard_rows, on_disk)
         check_memory(sizes, influence.memory)
@@ -908,6 +915,7 @@ class Study:
             head_mask=None,
             normalize=self.normalize,
             dtype=self.config.collect.dtype,
+            batch_tokens=self.config.collect.batch_tokens,
             keep_in=keep_in,
             identity=identity,
         )

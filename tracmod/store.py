@@ -65,6 +65,7 @@ from tracmod.durable import (
     seal,
     sha256,
     sync_folder,
+    this_process,
     unseal,
 )
 from tracmod.kernels import quantize_rows
@@ -320,7 +321,7 @@ class FeatureStore:
             ValueError: As `open`.
         """
         store = cls.open(path)
-        store._writer = f".{os.uname().nodename}-{os.getpid()}"
+        store._writer = this_process()
         return store
 
     def close(self) -> None:

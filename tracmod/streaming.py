@@ -138,9 +138,14 @@ def search_rows(
         if only is None or place % passes == only
     ]
     if not parts:
-        return _search_block(search, 0, 0, blocks, None, None)
+        return _nothing_found(search)
     columns = zip(*parts, strict=True)
     return kernels.TopK(*(None if one[0] is None else torch.cat(one) for one in columns))  # type: ignore[arg-type]
+
+
+def _ranking_bytes(k: int, num_groups: int) -> int:
+    """Of a query: scores and rows of both rankings, groups of one to count shares, and sums."""
+    return 40 * k + 24 * num_groups
 
 
 class Sizes(NamedTuple):
@@ -175,7 +180,7 @@ class Sizes(NamedTuple):
         mapped_bytes = min(shard_rows, max(queries, trains)) * row_bytes
         if not on_disk:  # a shard's bytes and tensors, and what is kept of queries and of training
             mapped_bytes *= 2 + 2 * KEPT_SHARDS
-        return cls(queries, trains, row_bytes, 24 * k + 8 * num_groups, mapped_bytes)
+        return cls(queries, trains, row_bytes, _ranking_bytes(k, num_groups), mapped_bytes)
 
     @property
     def fixed(self) -> int:
@@ -224,7 +229,7 @@ def plan_blocks(search: Search, memory: int) -> Blocks:
         num_queries,
         num_trains,
         row_bytes=len(search.trains) * width * search.dtype.itemsize,
-        ranking_bytes=24 * search.k + 8 * search.num_groups,
+        ranking_bytes=_ranking_bytes(search.k, search.num_groups),
         mapped_bytes=max(one.mapped_bytes for one in every) + sum(one.kept_bytes for one in every),
     )
     if not all(isinstance(rows, TensorRows) for rows in every):
@@ -248,6 +253,14 @@ def plan_blocks(search: Search, memory: int) -> Blocks:
     return Blocks(max(1, passes), max(1, trains), at_once)
 
 
+def _nothing_found(search: Search) -> kernels.TopK:
+    """The result for no queries."""
+    scores, rows = (torch.empty(0, search.k, dtype=one) for one in (torch.float32, torch.int64))
+    sums = None if search.groups_N is None else torch.empty(0, search.num_groups).double()
+    found = (scores, rows, scores.clone(), rows.clone(), sums)
+    return kernels.TopK(*(None if one is None else one.to(search.device) for one in found))  # type: ignore[arg-type]
+
+
 def _search_block(
     search: Search,
     first: int,
@@ -262,7 +275,9 @@ def _search_block(
     if advance is not None and done:
         advance((stop - first) * done)
     queries = [_ready(rows.read(first, stop), search) for rows in search.queries]
-    ranges = [one for one in block_ranges(search.trains[0], blocks.trains) if one[0] >= done]
+    # What was done may have ended elsewhere: with another `memory`, blocks were others.
+    every = block_ranges(search.trains[0], blocks.trains)
+    ranges = [(max(start, done), end) for start, end in every if end > done]
     for start, block in read_blocks(search.trains, ranges, blocks.at_once, search.reads_ahead):
         count = len(block[0])
         groups_N = None if search.groups_N is None else search.groups_N[start : start + count]

@@ -1,7 +1,7 @@
 """Where work runs: tasks that are independent of each other, in this process, in others, or on Ray.
 
 A task's results are files that are written whole or not at all and do not depend on who writes
-them. So a task that is done twice does no harm, and what was done before is found by looking.
+them. So what was done before is found by looking, and a task whose worker is lost is done again.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Engine(Protocol):
         tasks: Sequence[Any],
         advance: Callable[[int], Any],
         logs: Path | None = None,
+        twice: bool = True,
     ) -> None:
         """Do all tasks.
 
@@ -45,6 +46,8 @@ class Engine(Protocol):
             tasks: likewise; in the order in which they are begun.
             advance: is told of parts that are done, in this process.
             logs: folder for a log of every worker.
+            twice: whether two workers may do the same task at a time, so that one which falls
+                behind is begun elsewhere.
 
         Raises:
             ValueError, OSError, ...: what a worker raised; the other tasks are given up.

@@ -56,6 +56,7 @@ def dispatch(
     workers: int,
     advance: Callable[[int], Any],
     *,
+    twice: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Have a team do the tasks 0 to count - 1.
@@ -65,12 +66,13 @@ def dispatch(
         count: how many tasks.
         workers: how many workers to have; no more than tasks.
         advance: told the parts of every task, once.
+        twice: whether a task that takes long may be begun a second time.
         clock: seconds.
 
     Raises:
         what a task raised; RuntimeError where a task, or the beginning of workers, fails too often.
     """
-    state = _Dispatch(team, count, clock)
+    state = _Dispatch(team, count, twice, clock)
     try:
         for worker in range(min(workers, count)):
             team.start(worker)
@@ -78,16 +80,20 @@ def dispatch(
             for event in team.events(1.0):
                 advance(state.take(event))
             state.hand_out()
-    finally:
-        for worker in state.busy:  # the slower of two, or what is given up
+        for worker in state.busy:  # the slower of two
             team.stop(worker)
+    except BaseException:
+        for worker in range(min(workers, count)):  # whatever they are about to say
+            team.stop(worker)
+        raise
 
 
 class _Dispatch:
     """Who does what."""
 
-    def __init__(self, team: Team, count: int, clock: Callable[[], float]) -> None:
+    def __init__(self, team: Team, count: int, twice: bool, clock: Callable[[], float]) -> None:
         self.team = team
+        self._twice = twice
         self.left = set(range(count))
         self.busy: set[int] = set()  # workers that do a task
         self._clock = clock
@@ -96,13 +102,14 @@ class _Dispatch:
         self._doing: dict[int, tuple[int, float]] = {}  # worker -> task, since when
         self._workers_of: dict[int, int] = {}  # task -> how many do it
         self._losses: dict[int, int] = {}
+        self._ready: set[int] = set()
         self._unready = 0  # workers lost before they were ready, since one was
         self._seconds, self._finished = 0.0, 0
 
     def take(self, event: Event) -> int:
         """What an event changes; how many parts were done."""
         worker = event.worker
-        if event.kind == "failed":
+        if event.kind == "failed" and self._is_wanted(worker):
             raise event.value
         if event.kind == "lost":
             self._lose(worker, event.value)
@@ -110,16 +117,23 @@ class _Dispatch:
         self.busy.discard(worker)
         self._idle.append(worker)
         if event.kind == "ready":
+            self._ready.add(worker)
             self._unready = 0
             return 0
         task, since = self._doing.pop(worker)
         self._release(task)
+        if event.kind == "failed":
+            return 0  # the other of two has done it
         self._seconds += self._clock() - since
         self._finished += 1
         if task not in self.left:
             return 0  # the other of two was first
         self.left.remove(task)
         return int(event.value)
+
+    def _is_wanted(self, worker: int) -> bool:
+        """Whether what a worker does is not done yet; a worker without a task is always wanted."""
+        return worker not in self._doing or self._doing[worker][0] in self.left
 
     def hand_out(self) -> None:
         """A task for every worker that has none, as long as there are some."""
@@ -138,7 +152,7 @@ class _Dispatch:
             task = self._pending.popleft()
             if task in self.left:
                 return task
-        if self._finished == 0:
+        if self._finished == 0 or not self._twice:
             return None
         late = self._clock() - SLOW * self._seconds / self._finished
         slow = [
@@ -165,9 +179,10 @@ class _Dispatch:
                 raise RuntimeError(f"task {task} lost its worker {TRIES} times; the last: {why}")
             if task not in self._workers_of:
                 self._pending.appendleft(task)
-        else:
+        elif worker not in self._ready:
             self._unready += 1
             if self._unready >= TRIES:
                 raise RuntimeError(f"workers end before they are ready; the last: {why}")
         self.busy.discard(worker)
+        self._ready.discard(worker)
         self.team.start(worker)

@@ -40,6 +40,7 @@ class LocalEngine:
         tasks: Sequence[Any],
         advance: Callable[[int], Any],
         logs: Path | None = None,
+        twice: bool = True,
     ) -> None:
         """See `Engine.run`; without other processes there are no logs."""
         if not tasks:
@@ -50,7 +51,7 @@ class LocalEngine:
                 worker.do(task, advance)
             return
         self._team.begin(make_worker, tasks, logs)
-        dispatch(self._team, len(tasks), self.workers, advance)
+        dispatch(self._team, len(tasks), self.workers, advance, twice=twice)
 
     def close(self) -> None:
         """End the processes."""
@@ -95,6 +96,8 @@ class _Processes:
         return [event for event in found if event.kind != "ready" or not self._making[event.worker]]
 
     def stop(self, worker: int) -> None:
+        if worker not in self._pipes:
+            return
         self._pipes.pop(worker).close()
         self._processes[worker].kill()
         self._processes.pop(worker).join()
@@ -138,7 +141,15 @@ def _serve(pipe: Connection, number: int) -> None:
                     pipe.send(("done", do_logged(worker, value, log)))
             except Exception as error:
                 log.error("failed: %s", traceback.format_exc())
-                pipe.send(("failed", error))
+                pipe.send(("failed", _sendable(error)))
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error as one of a kind that another process can take."""
+    for kind in (ValueError, OSError, RuntimeError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def worker_log(logs: Path | None, number: int) -> logging.Logger:

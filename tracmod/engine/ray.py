@@ -52,8 +52,7 @@ class RayEngine:
             _join(address)
         there = ray.cluster_resources()
         gpus = 1 if there.get("GPU", 0) >= 1 else 0
-        room = there.get("GPU", 0) if gpus else there.get("CPU", 0) // worker_cpus
-        self.workers = workers or max(1, int(room))
+        self.workers = workers or _room(worker_cpus, gpus)
         self._team = _Actors(worker_cpus, gpus)
 
     def run(
@@ -62,11 +61,12 @@ class RayEngine:
         tasks: Sequence[Any],
         advance: Callable[[int], Any],
         logs: Path | None = None,
+        twice: bool = True,
     ) -> None:
         """See `Engine.run`."""
         if tasks:
             self._team.begin(make_worker, tasks, logs)
-            dispatch(self._team, len(tasks), self.workers, advance)
+            dispatch(self._team, len(tasks), self.workers, advance, twice=twice)
 
     def close(self) -> None:
         """End the actors and leave the cluster; one that was begun here ends."""
@@ -89,6 +89,25 @@ def _join(address: str | None) -> None:
         raise ValueError(
             f"--address {address}: no Ray cluster there, begin one with `ray start --head`: {error}"
         ) from None
+
+
+def _room(cpus: int, gpus: int) -> int:
+    """How many workers the nodes have room for.
+
+    Raises:
+        ValueError: none.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fitting = [
+        min(int(node.get("CPU", 0) // cpus), int(node.get("GPU", 0)) if gpus else 1 << 30)
+        for node in nodes
+    ]
+    if not sum(fitting):
+        largest = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+        raise ValueError(
+            f"worker_cpus: expected at most {largest}, the cores of the largest node, got {cpus}"
+        )
+    return sum(fitting)
 
 
 def _knock(address: str) -> None:
@@ -158,8 +177,9 @@ class _Actors:
         return [self._event(one) for one in found]
 
     def stop(self, worker: int) -> None:
-        ray.kill(self._actors.pop(worker))
-        self._forget(worker)
+        if worker in self._actors:
+            ray.kill(self._actors.pop(worker))
+            self._forget(worker)
 
     def _forget(self, worker: int) -> None:
         self._awaited = {one: who for one, who in self._awaited.items() if who[1] != worker}

@@ -112,6 +112,7 @@ def exact_sample_scores(
     head_mask: HeadMask | None,
     normalize: str | None,
     dtype: str,
+    batch_tokens: int,
     keep_in: Path,
     identity: dict[str, Any],
 ) -> Tensor:
@@ -121,6 +122,7 @@ def exact_sample_scores(
         model, parameters, head_mask, normalize: as in `exact_influence`.
         queries, trains: the sample's examples, encoded.
         dtype: float32 or bfloat16, that of the pass for the features.
+        batch_tokens: bound on the tokens of a batch, that of the features' too.
         keep_in: folder for a file named by `identity`.
         identity: all that the scores depend on.
     """
@@ -132,7 +134,14 @@ def exact_sample_scores(
         kept = None
     if kept is None:
         scores_QN = exact_influence(
-            model, trains, queries, parameters, head_mask, normalize, dtype=getattr(torch, dtype)
+            model,
+            trains,
+            queries,
+            parameters,
+            head_mask,
+            normalize,
+            min(batch_tokens, 4096),
+            dtype=getattr(torch, dtype),
         )
         kept = {"scores": scores_QN.cpu()}
         write_tensors(file, kept, identity)

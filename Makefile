@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: install demo test test-fast bench bench-kernels bench-tracin bench-report lint format clean
+.PHONY: install demo test test-fast bench bench-kernels bench-tracin bench-scale bench-report lint format clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,12 @@ bench-tracin: install
 	$(TRACIN) fidelity
 	$(TRACIN) job
 	$(BIN)/python bench/bench_index.py
+
+# A million examples on disk (7 GB in runs/scale), the store's costs, and the engines.
+bench-scale: install
+	$(BIN)/python bench/bench_scale.py search
+	$(BIN)/python bench/bench_scale.py store
+	$(BIN)/python bench/bench_engine.py
 
 bench-report: install
 	$(BIN)/python bench/report.py

@@ -581,15 +581,17 @@ class FeatureStore:
         """Has the system read the files of rows [start, stop) ahead, on disk; waits for nothing."""
         if not self.is_on_disk or start >= stop:
             return
-        for shard in range(
-            bisect_right(self._starts, start) - 1, bisect_right(self._starts, stop - 1)
-        ):
-            with contextlib.suppress(OSError):  # `read` says what is wrong
-                descriptor = os.open(str(self._file(shard)), os.O_RDONLY)
-                try:
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(descriptor)
+        first, last = (bisect_right(self._starts, row) - 1 for row in (start, stop - 1))
+        for shard in range(first, last + 1):
+            self._will_read(shard)
+
+    def _will_read(self, shard: int) -> None:
+        with contextlib.suppress(OSError):  # whoever reads it says what is wrong
+            descriptor = os.open(str(self._file(shard)), os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
     def verify(self) -> list[str]:
         """Reads everything anew from disk; one sentence per problem, none when sound."""
@@ -620,10 +622,17 @@ class FeatureStore:
 
     def _shard_problems(self, advance: Callable[[int], Any] | None = None) -> list[str | None]:
         """`shard_problem` of every shard, several files at a time; `advance` is told the bytes."""
-        pool = ThreadPoolExecutor(min(_READERS, torch.get_num_threads()))  # hashing frees the GIL
+        readers = min(_READERS, torch.get_num_threads())  # hashing frees the GIL
+        pool = ThreadPoolExecutor(readers)
+
+        def check(shard: int) -> str | None:
+            if self.is_on_disk and shard + readers < self.num_shards:
+                self._will_read(shard + readers)  # the disk works while the cores do
+            return self.shard_problem(shard)
+
         problems = []
         try:
-            for shard, problem in enumerate(pool.map(self.shard_problem, range(self.num_shards))):
+            for shard, problem in enumerate(pool.map(check, range(self.num_shards))):
                 problems.append(problem)
                 if advance is not None and self._file(shard).is_file():
                     advance(file_size(self._file(shard)))

@@ -135,7 +135,7 @@ def search_rows(
     parts = [
         _search_block(search, first, stop, blocks, progress, advance)
         for place, (first, stop) in enumerate(pairwise(ends))
-        if only is None or place % passes == only
+        if first < stop and (only is None or place % passes == only)
     ]
     if not parts:
         return _nothing_found(search)

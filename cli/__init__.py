@@ -6,8 +6,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -259,7 +259,6 @@ def _overrides(overrides: tuple[str, ...], memory: str | None, **_: Any) -> tupl
     return overrides if memory is None else (*overrides, f"influence.memory={memory}")
 
 
-@contextmanager
 def _engine(
     device: str,
     engine: str,
@@ -267,7 +266,7 @@ def _engine(
     workers: int | None,
     worker_cpus: int,
     **_: Any,
-) -> Iterator[Engine]:
+) -> closing[Engine]:
     """The engine that the options of a run ask for; `device` is its config's."""
     import torch
 
@@ -276,11 +275,7 @@ def _engine(
 
     if engine == "local" and workers is None and resolve_device(device) == "cuda":
         workers = torch.cuda.device_count()
-    opened = open_engine(engine, address, workers, worker_cpus)
-    try:
-        yield opened
-    finally:
-        opened.close()
+    return closing(open_engine(engine, address, workers, worker_cpus))
 
 
 def _do(folder: RunFolder, stages: Any, options: dict[str, Any], again: str | None = None) -> None:

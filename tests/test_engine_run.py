@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from functools import partial
 
 import pytest
@@ -80,10 +81,8 @@ def test_a_whole_run_on_several_workers_is_the_local_run(local, tmp_path, name):
     if name == "ray":
         pytest.importorskip("ray")
     engine = LocalEngine(2) if name == "processes" else open_engine("ray", workers=2)
-    try:
+    with closing(engine):
         run_stages(RunFolder(tmp_path / "run", config()), engine=engine)
-    finally:
-        engine.close()
     same(tmp_path / "run", local)
     logs = [path.read_text() for path in sorted((tmp_path / "run/logs").iterdir())]
     assert logs
@@ -120,10 +119,8 @@ def test_a_killed_worker_costs_its_task_alone(local, begun, name, cluster):
     engine = LocalEngine(2) if name == "processes" else open_engine("ray", cluster.address, 2)
     killed: list[int] = []
     killer = when_collecting(begun, 8, lambda: kill_a_worker(begun, killed))
-    try:
+    with closing(engine):
         run_stages(RunFolder(begun), SPREAD, engine=engine)
-    finally:
-        engine.close()
     killer.join(timeout=1)
     assert not killer.is_alive()
     same(begun, local)
@@ -136,10 +133,8 @@ def test_a_node_that_goes_away_costs_the_tasks_it_had(local, begun, cluster):
     engine = open_engine("ray", cluster.address, 3)
     remove = partial(cluster.remove_node, spare, allow_graceful=False)
     remover = when_collecting(begun, 8, remove)
-    try:
+    with closing(engine):
         run_stages(RunFolder(begun), SPREAD, engine=engine)
-    finally:
-        engine.close()
     remover.join(timeout=60)
     assert not remover.is_alive()
     same(begun, local)

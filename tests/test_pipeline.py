@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from study import LANGUAGES, RESULTS, files_of, run_killing, tiny_config
 
 import tracmod as tm
-from tracmod import kernels
+from tracmod import kernels, store
 from tracmod.analysis.results import RunResults
 from tracmod.analysis.study import analyze
 from tracmod.config import CollectConfig, RunConfig
@@ -206,6 +207,20 @@ def test_another_memory_undoes_no_stage_and_changes_no_result(copy):
     assert files_of(copy, "influence/**/*") == before
     with pytest.raises(ValueError, match="memory: expected at least"):
         run_stages(RunFolder(copy, tiny_config(influence={"memory": "1MB"})), again="influence")
+
+
+def test_influence_verifies_no_shard_for_every_ranking(copy, monkeypatch):
+    """Once where rankings are made, once where tables are."""
+    verified, real = Counter(), store._shard_problem
+
+    def count(file, *rest):
+        verified[file] += 1
+        return real(file, *rest)
+
+    monkeypatch.setattr(store, "_shard_problem", count)
+    run_stages(RunFolder(copy), ["influence"], again="influence")
+    assert len(verified) == len(list(copy.glob("features/**/shard-*")))
+    assert max(verified.values()) <= 2
 
 
 def test_a_changed_k_remakes_influence_and_what_follows_only(done, copy):

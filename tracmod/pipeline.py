@@ -192,6 +192,8 @@ class Study:
         # need the same one.
         self._prunable: dict[tuple[int, str | None], Any] = {}
         self._collectable: dict[tuple[str, int], Any] = {}
+        # The stores opened last: each verifies a shard once, and many rankings read the same ones.
+        self._opened: dict[tuple[str, str, str | None], dict[str, list[Rows]]] = {}
 
     # --- stages -----------------------------------------------------------------------------
 
@@ -825,7 +827,24 @@ class Study:
         split: str,
         digests: Sequence[dict[str, str]],
     ) -> list[Rows]:
-        """(C,) the features that a view sets against each other, of its own or of other views."""
+        """(C,) what a view sets against each other; kept until another view is asked for."""
+        place = (model_name, view.name, language)
+        if place not in self._opened:
+            self._opened = {place: {}}
+        opened = self._opened[place]
+        if split not in opened:
+            opened[split] = self._open_features(model_name, view, language, split, digests)
+        return opened[split]
+
+    def _open_features(
+        self,
+        model_name: str,
+        view: View,
+        language: str | None,
+        split: str,
+        digests: Sequence[dict[str, str]],
+    ) -> list[Rows]:
+        """Features of the view's own, or of other views."""
 
         def rows(name: str, language: str | None) -> list[Rows]:
             stores = self.stores(model_name, _named(self.views, name), language, split, digests)

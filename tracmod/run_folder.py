@@ -109,6 +109,10 @@ class RunFolder:
     def _record_path(self) -> Path:
         return self.path / "run.json"
 
+    @property
+    def _lock_path(self) -> Path:
+        return self.path / ".lock"
+
     # --- places -----------------------------------------------------------------------------
 
     def data(self, split: str) -> Path:
@@ -282,6 +286,18 @@ class RunFolder:
         """Write run.json, whole or not at all."""
         write_json(self._record_path, self.record)
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether a process holds the folder now."""
+        if not self._lock_path.exists():
+            return False
+        with self._lock_path.open() as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process; the lock ends with the process.
@@ -292,7 +308,7 @@ class RunFolder:
             ValueError: another process holds it, or has changed what the config depends on.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as handle:
+        with self._lock_path.open("w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

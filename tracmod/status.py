@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,25 +54,13 @@ def run_status(path: Path) -> RunStatus:
     stores = [FeatureStore.open(file.parent) for file in manifests]
     names = [file.name for manifest in manifests for file in entries(manifest.parent)]
     return RunStatus(
-        working=_is_locked(path),
+        working=run.is_locked,
         stages=stages,
         shards=sum(name.startswith("shard-") for name in names),
         shards_wanted=sum(store.num_shards for store in stores),
         rankings=len(list((path / "influence" / "progress").glob("*.safetensors"))),
         logs={file.stem: _last_line(file) for file in sorted((path / "logs").glob("worker-*.log"))},
     )
-
-
-def _is_locked(path: Path) -> bool:
-    file = path / ".lock"
-    if not file.exists():
-        return False
-    with file.open("r") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
 
 
 def _last_line(file: Path) -> str:

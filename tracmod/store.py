@@ -93,7 +93,7 @@ DTYPES = {
 SHARD_ROWS = 1024
 _MANIFEST, _LOCK = "manifest.json", "writer.lock"
 _NO_DIGEST = b"0" * 64
-_READERS = 8  # shards hashed at a time, at most
+READERS = 8  # shards hashed at a time, at most
 KEPT_SHARDS = 2  # of object storage, in memory, at most, by each FeatureStore object
 _WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -622,7 +622,7 @@ class FeatureStore:
 
     def _shard_problems(self, advance: Callable[[int], Any] | None = None) -> list[str | None]:
         """`shard_problem` of every shard, several files at a time; `advance` is told the bytes."""
-        readers = min(_READERS, torch.get_num_threads())  # hashing frees the GIL
+        readers = min(READERS, torch.get_num_threads())  # hashing frees the GIL
         pool = ThreadPoolExecutor(readers)
 
         def check(shard: int) -> str | None:

@@ -27,7 +27,7 @@ from tracmod import kernels
 from tracmod.durable import canonical_json, sha256
 from tracmod.kept_tensors import read_tensors, write_tensors
 from tracmod.rows import Rows, TensorRows, block_ranges, read_blocks
-from tracmod.store import KEPT_SHARDS
+from tracmod.store import KEPT_SHARDS, READERS
 
 MEMORY = 4 * 10**9
 SAVE_SECONDS = 30.0
@@ -35,7 +35,6 @@ SAVE_SECONDS = 30.0
 _KERNEL_BYTES = 32 << 20
 # `top_k_dot` takes another path for up to 4 queries, whose sums round otherwise.
 _LEAST_QUERIES = 5
-_READERS = 8  # threads that read and verify, at most
 
 
 class Blocks(NamedTuple):
@@ -241,7 +240,7 @@ def plan_blocks(search: Search, memory: int) -> Blocks:
     trains = min(longest, max(1, free // sizes.per_train))
     more = trains * sizes.row_bytes * (2 if search.reads_ahead else 1) + sizes.mapped_bytes
     room = max(0, free - trains * sizes.per_train) // max(1, more)
-    at_once = 1 if search.is_fetched else 1 + min(room, torch.get_num_threads() - 1, _READERS - 1)
+    at_once = 1 if search.is_fetched else 1 + min(room, torch.get_num_threads() - 1, READERS - 1)
     taken = trains * sizes.per_train + (at_once - 1) * more
     queries = (memory - sizes.fixed - taken) // sizes.per_query
     if all(isinstance(rows, TensorRows) for rows in search.trains):
@@ -274,6 +273,8 @@ def _search_block(
     state, done = (None, 0) if saved is None else saved.load()
     if advance is not None and done:
         advance((stop - first) * done)
+    if state is not None and done == search.trains[0].shape[0]:
+        return state
     queries = [_ready(rows.read(first, stop), search) for rows in search.queries]
     # What was done may have ended elsewhere: with another `memory`, blocks were others.
     every = block_ranges(search.trains[0], blocks.trains)

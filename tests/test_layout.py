@@ -28,7 +28,9 @@ LAYERS = [
     {
         "features",
         "rows",
+        "ekfac",
         "kept_tensors",
+        "preconditioner",
         "streaming",
         "influence",
         "index",

@@ -1,8 +1,9 @@
-"""Influence against what others wrote: kronfluence's and captum's own TracIn, on a tiny XLM-R."""
+"""Influence against what others wrote: kronfluence's and captum's, on a tiny XLM-R."""
 
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tiny_models import SENTENCES, table, tiny_examples, tiny_model, tiny_tokenizer
 
 import tracmod as tm
+import tracmod.ekfac
 import tracmod.influence
 from tracmod.attribute import Attribution, attribute
 from tracmod.capture import select_layers
@@ -18,6 +20,7 @@ from tracmod.model import collate, encode, load_classifier, pad_token_id
 
 LINEAR_TOLERANCE = 1e-5
 WHOLE_MODEL_TOLERANCE = 1e-4
+EKFAC_TOLERANCE = 1e-4
 
 
 def relative_error(found, truth):
@@ -25,8 +28,8 @@ def relative_error(found, truth):
     return float((found.double() - truth).abs().max() / truth.abs().max())
 
 
-def kronfluence_scores(model, train, query, folder):
-    """(Q, N) pairwise scores with identity factors, and the modules that they are of."""
+def kronfluence_scores(model, train, query, folder, strategy="identity"):
+    """(Q, N) pairwise scores with a strategy's factors, and the modules that they are of."""
     analyzer = pytest.importorskip("kronfluence.analyzer")
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.module.tracked_module import TrackedModule
@@ -53,11 +56,16 @@ def kronfluence_scores(model, train, query, folder):
     work = analyzer.Analyzer("oracle", prepared, task, cpu=True, output_dir=str(folder),
                              disable_tqdm=True)  # fmt: skip
     work.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=lambda rows: collate(rows, padding)))
-    work.fit_all_factors("identity", train, factor_args=FactorArguments(strategy="identity"))
+    dtypes = ("activation_covariance", "gradient_covariance", "per_sample_gradient", "lambda")
+    factors = FactorArguments(
+        strategy=strategy, use_empirical_fisher=True,
+        **{f"{name}_dtype": torch.float64 for name in dtypes},
+    )  # fmt: skip
+    work.fit_all_factors("factors", train, per_device_batch_size=5, factor_args=factors)
     double = dict.fromkeys(("per_sample_gradient_dtype", "precondition_dtype", "score_dtype"),
                            torch.float64)  # fmt: skip
     work.compute_pairwise_scores(
-        "scores", "identity", query, train, per_device_query_batch_size=4,
+        "scores", "factors", query, train, per_device_query_batch_size=4,
         per_device_train_batch_size=5, score_args=ScoreArguments(damping_factor=None, **double),
     )  # fmt: skip
     return work.load_pairwise_scores("scores")["all_modules"], tracked
@@ -77,6 +85,25 @@ def test_exact_influence_of_the_linear_layers_is_kronfluences(monkeypatch, tmp_p
     assert tracked == {layer.name for layer in linear}
     assert truth.dtype == torch.float64
     assert relative_error(found, truth) <= LINEAR_TOLERANCE
+
+
+def test_influence_preconditioned_with_ekfac_is_kronfluences(monkeypatch, tmp_path):
+    model = tiny_model("xlm-roberta", dtype=torch.float32)
+    train, query = tiny_examples(60, seed=1), tiny_examples(6, seed=2)
+    linear = [layer for layer in select_layers(model, "all") if layer.kind == "linear"]
+    for module in (tracmod.influence, tracmod.ekfac):
+        monkeypatch.setattr(module, "select_layers", lambda *_: linear)
+    # Its covariance of the inputs is over all tokens; ours leaves out those of the last block that
+    # the loss does not read. Damping is a tenth of a layer's mean eigenvalue in both.
+    monkeypatch.setattr(tracmod.ekfac, "lean", lambda _: nullcontext({}))
+    fitted = tm.fit_ekfac(model, train, "all", labels="given")
+    found = tm.exact_influence(model, train, query, "all", preconditioner=fitted)
+    truth, _ = kronfluence_scores(
+        tiny_model("xlm-roberta", dtype=torch.float64), train, query, tmp_path, "ekfac"
+    )
+    plain = tm.exact_influence(model, train, query, "all")
+    assert relative_error(found, truth) <= EKFAC_TOLERANCE
+    assert relative_error(plain * (truth.abs().max() / plain.abs().max()), truth) > 0.1
 
 
 class Columns(torch.nn.Module):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tracmod import kernels
     from tracmod.blocks import block_influence
+    from tracmod.ekfac import fit_ekfac
     from tracmod.features import Projection, collect_features
     from tracmod.heads import HeadMask
     from tracmod.influence import (
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         self_influence,
         top_influences,
     )
+    from tracmod.preconditioner import Preconditioner, adam_preconditioner
     from tracmod.pruned import load_pruned, save_masked, save_pruned
     from tracmod.query import Attributor
     from tracmod.store import FeatureStore
@@ -30,12 +32,15 @@ __all__ = [
     "Attributor",
     "FeatureStore",
     "HeadMask",
+    "Preconditioner",
     "Projection",
     "TracInCallback",
     "__version__",
+    "adam_preconditioner",
     "block_influence",
     "collect_features",
     "exact_influence",
+    "fit_ekfac",
     "influence_scores",
     "kernels",
     "load_pruned",
@@ -49,11 +54,14 @@ _MODULE_OF = {
     "Attributor": "tracmod.query",
     "FeatureStore": "tracmod.store",
     "HeadMask": "tracmod.heads",
+    "Preconditioner": "tracmod.preconditioner",
     "Projection": "tracmod.features",
     "TracInCallback": "tracmod.trainer_callback",
+    "adam_preconditioner": "tracmod.preconditioner",
     "block_influence": "tracmod.blocks",
     "collect_features": "tracmod.features",
     "exact_influence": "tracmod.influence",
+    "fit_ekfac": "tracmod.ekfac",
     "influence_scores": "tracmod.influence",
     "load_pruned": "tracmod.pruned",
     "save_masked": "tracmod.pruned",

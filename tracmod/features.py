@@ -33,6 +33,7 @@ from tracmod.model import (
     send,
     to_device,
 )
+from tracmod.preconditioner import Preconditioner
 from tracmod.store import FeatureStore
 
 # Share of the row that exact blocks may take. The output layer of the classifier holds most of the
@@ -185,6 +186,7 @@ class Collector:
     batch_tokens: int = 8192
     dtype: torch.dtype | None = None
     head_mask: HeadMask | None = None
+    preconditioner: Preconditioner | None = None
     layers: list[Layer] = field(init=False)
     slots: dict[str, Slot] = field(init=False)
 
@@ -200,6 +202,9 @@ class Collector:
             self.dtype = None
         self.layers = select_layers(self.model, self.parameters)
         self.slots = self.projection.slots(self.layers)
+        if self.preconditioner is not None:
+            self.preconditioner.check(self.layers)
+            self.preconditioner = self.preconditioner.to(self.model.device)
 
     def collect(
         self, examples: Sequence[Mapping[str, Any]], advance: Callable[[int], Any] | None = None
@@ -234,6 +239,9 @@ class Collector:
         )
 
         def project(captured: Captured) -> None:
+            if self.preconditioner is not None:
+                self._project_preconditioned(captured, self.preconditioner, out_BK)
+                return
             for part, slot in self._by_slot(captured):
                 self._project(part, slot, out_BK)
 
@@ -246,6 +254,27 @@ class Collector:
         for slot in dict.fromkeys(slots):
             part = captured.of([place for place, one in enumerate(slots) if one == slot])
             yield (part.with_all_columns() if slot.kind == "identity" else part), slot
+
+    def _project_preconditioned(
+        self, captured: Captured, preconditioner: Preconditioner, out_BK: Tensor
+    ) -> None:
+        """A whole gradient is projected as an embedding's is: row r of it belongs to id r."""
+        for place, layer in enumerate(captured.layers):
+            slot, one = self.slots[layer.name], captured.of([place])
+            if layer.kind == "embedding":
+                self._project(preconditioner.scaled(one), slot, out_BK)
+                continue
+            for rows, gradients_bRC in preconditioner.gradients(one):
+                out_bK = out_BK[rows]
+                if slot.kind == "identity":
+                    size = slot.k_out * slot.k_in
+                    out_bK[:, slot.offset : slot.offset + size] += gradients_bRC.flatten(1)
+                    continue
+                kernels.project_gradients(
+                    whole_rows(gradients_bRC), gradients_bRC, out_bK, layer="embedding",
+                    kind=slot.kind, offset=slot.offset, k_out=slot.k_out, k_in=slot.k_in,
+                    seed=self.projection.seed, input_key=0, output_key=projection_keys(layer, 0)[1],
+                )  # fmt: skip
 
     def _project(self, captured: Captured, slot: Slot, out_BK: Tensor) -> None:
         g = captured.g
@@ -418,6 +447,7 @@ def collect_features(
     batch_tokens: int = 8192,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    preconditioner: Preconditioner | None = None,
 ) -> Tensor:
     """Projected per-example gradients of a dataset: one forward and one backward pass.
 
@@ -435,6 +465,9 @@ def collect_features(
         batch_tokens: bound on examples x longest length of a batch.
         device: where to compute; None for where the model is.
         dtype: torch.bfloat16 or torch.float16 for an autocast pass; None or torch.float32 for none.
+        preconditioner: a metric for the inner products (`fit_ekfac`, `adam_preconditioner`), the
+            same for train and query. G_l(z) is then formed, multiplied by the metric's root, and
+            projected by a count sketch.
 
     Returns:
         (N, K) float32, rows in dataset order, on `device`.
@@ -448,7 +481,9 @@ def collect_features(
     examples = as_examples(dataset)
     check_examples(model, examples)
     with frozen(model), on_device(model, device):
-        collector = Collector(model, projection, parameters, batch_tokens, dtype, head_mask)
+        collector = Collector(
+            model, projection, parameters, batch_tokens, dtype, head_mask, preconditioner
+        )
         features = collector.collect(examples)
     finite_N = torch.isfinite(features).all(dim=1)
     if not bool(finite_N.all()):
@@ -502,6 +537,12 @@ def _write_shard(
     if copied is not None:
         copied.synchronize()
     store.write_shard(shard, features)
+
+
+def whole_rows(gradients_bRC: Tensor) -> Tensor:
+    """(b, R) int64: each row of a whole gradient as an id, to take it for an embedding's."""
+    batch, rows, _ = gradients_bRC.shape
+    return torch.arange(rows, device=gradients_bRC.device).expand(batch, rows).contiguous()
 
 
 def feature_identity(

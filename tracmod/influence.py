@@ -27,6 +27,7 @@ from tracmod.features import as_examples, check_examples, example_length, on_dev
 from tracmod.heads import HeadMask
 from tracmod.lean import Kept, lean
 from tracmod.model import collate, pad_token_id, plan_batches, send
+from tracmod.preconditioner import Preconditioner
 from tracmod.rows import Features, Rows, TensorRows, as_rows
 from tracmod.store import FeatureStore, identity_differences
 from tracmod.streaming import MEMORY, Search, search_rows
@@ -280,6 +281,7 @@ def exact_influence(
     device: torch.device | str | None = None,
     advance: Callable[[int], Any] | None = None,
     dtype: torch.dtype | None = None,
+    preconditioner: Preconditioner | None = None,
 ) -> Tensor:
     """Inner products (or cosines) of whole gradients, without a projection.
 
@@ -294,6 +296,8 @@ def exact_influence(
         advance: called with the number of training examples done (each counts once per block of
             queries).
         dtype: torch.bfloat16 for an autocast pass; None or torch.float32 for none.
+        preconditioner: the metric of the inner products, as in `collect_features`; every layer's
+            gradient is then formed, a few examples at a time.
 
     Returns:
         (Q, N) float32, rows and columns in dataset order, on the device of the pass.
@@ -310,7 +314,11 @@ def exact_influence(
     check_examples(model, trains, "train")
     check_examples(model, queries, "query")
     with frozen(model), on_device(model, device), lean(model, head_mask, dtype) as kept:
-        one_pass = _Pass(model, select_layers(model, parameters), batch_tokens, dtype, kept)
+        layers = select_layers(model, parameters)
+        if preconditioner is not None:
+            preconditioner.check(layers)
+            preconditioner = preconditioner.to(model.device)
+        one_pass = _Pass(model, layers, batch_tokens, dtype, kept, preconditioner)
         products_QN, squares_Q, squares_N = _exact_products(
             one_pass, queries, trains, normalize == "cosine", advance
         )
@@ -356,6 +364,7 @@ class _Pass:
     batch_tokens: int
     dtype: torch.dtype | None
     kept: Kept
+    preconditioner: Preconditioner | None
 
     @property
     def device(self) -> torch.device:
@@ -371,6 +380,39 @@ class _Pass:
     def capture(self, batch: dict[str, Tensor], on_captured: Callable[[Captured], None]) -> None:
         """See `capture.capture`."""
         capture(self.model, self.layers, batch, on_captured, self.dtype, self.kept)
+
+    def joined(self, captured: Captured) -> Captured:
+        """As it is kept: layers that share x side by side, unless each has a metric of its own."""
+        return captured if self.preconditioner else _side_by_side(captured)
+
+    def add_products(self, query: Captured, train: Captured, out: Tensor) -> None:
+        """out[i, j] += <G_i, G'_j> of a group of layers, in the metric if there is one."""
+        if self.preconditioner is None:
+            _add_products(query, train, out)
+            return
+        for place, layer in enumerate(query.layers):
+            one, other = query.of([place]), train.of([place])
+            if layer.kind == "embedding":
+                scaled = self.preconditioner.scaled
+                _add_products(scaled(one), scaled(other), out)
+                continue
+            for rows, query_bRC in self.preconditioner.gradients(one):
+                for columns, train_bRC in self.preconditioner.gradients(other):
+                    out[rows, columns] += query_bRC.flatten(1) @ train_bRC.flatten(1).T
+
+    def squares(self, captured: Captured) -> Tensor:
+        """(B,) squared norms of a group of layers, in the metric if there is one."""
+        if self.preconditioner is None:
+            return squared_norms(captured)
+        squares_B = torch.zeros(len(captured.x), device=self.device)
+        for place, layer in enumerate(captured.layers):
+            one = captured.of([place])
+            if layer.kind == "embedding":
+                squares_B += squared_norms(self.preconditioner.scaled(one))
+                continue
+            for rows, gradients_bRC in self.preconditioner.gradients(one):
+                squares_B[rows] += gradients_bRC.square().sum(dim=(1, 2))
+        return squares_B
 
 
 @dataclass(frozen=True)
@@ -401,16 +443,16 @@ def _exact_products(
         if norms:
             for query_batch in block:
                 for captured in query_batch.groups.values():
-                    squares_Q.index_add_(0, query_batch.rows, squared_norms(captured))
+                    squares_Q.index_add_(0, query_batch.rows, one_pass.squares(captured))
         for rows, batch in one_pass.batches(trains):
             tiles = [torch.zeros(len(b.rows), len(rows), device=device) for b in block]
 
             def multiply(captured: Captured, rows: Tensor = rows, tiles: Any = tiles) -> None:
-                captured = _side_by_side(captured)
+                captured = one_pass.joined(captured)
                 for query_batch, tile in zip(block, tiles, strict=True):  # noqa: B023
-                    _add_products(query_batch.groups[_name(captured)], captured, tile)
+                    one_pass.add_products(query_batch.groups[_name(captured)], captured, tile)
                 if norms and first:  # noqa: B023
-                    squares_N.index_add_(0, rows, squared_norms(captured))
+                    squares_N.index_add_(0, rows, one_pass.squares(captured))
 
             one_pass.capture(batch, multiply)
             for query_batch, tile in zip(block, tiles, strict=True):
@@ -429,7 +471,7 @@ def _query_blocks(
         captured_batch = _CapturedBatch(rows, {})
 
         def keep(captured: Captured, groups: dict[str, Captured] = captured_batch.groups) -> None:
-            groups[_name(captured)] = _side_by_side(captured)
+            groups[_name(captured)] = one_pass.joined(captured)
 
         one_pass.capture(batch, keep)
         if block and size + captured_batch.num_bytes > QUERY_BLOCK_BYTES:

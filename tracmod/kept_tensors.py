@@ -45,8 +45,8 @@ def read_tensors(file: Path, identity: dict[str, Any]) -> dict[str, Tensor] | No
     differing = identity_differences(identity, stored)
     if differing:
         raise ValueError(
-            f"{file} holds other scores than these: {'; '.join(differing)}; take another folder or "
-            f"remove this one"
+            f"{file} was made otherwise than is asked for: {'; '.join(differing)}; take another "
+            f"folder or remove this one"
         )
     return kept
 

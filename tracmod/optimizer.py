@@ -79,6 +79,22 @@ class HeadwiseAdamW:
             for key, value in self._adamw.state.get(unit.tensor, {}).items()
         }
 
+    def second_moment(self) -> dict[str, Tensor]:
+        """Adam's second moment by parameter, after its bias correction; 0 without any gradient.
+
+        `v / (1 - beta2^t)`, t the steps that the parameter, or the head's part of it, has taken.
+        """
+        beta2 = self._adamw.defaults["betas"][1]
+        moments: dict[str, Tensor] = {}
+        for unit in self._units:
+            name = unit.name if unit.index is None else unit.name[: unit.name.rindex("[")]
+            whole = moments.setdefault(name, torch.zeros_like(unit.parameter))
+            own = self._adamw.state.get(unit.tensor)
+            if own:
+                place = whole if unit.index is None else whole[unit.index]
+                place.copy_(own["exp_avg_sq"] / (1 - beta2 ** float(own["step"])))
+        return {name: moment.contiguous() for name, moment in moments.items()}
+
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave; the next steps are bitwise those of that optimizer."""
         known = {f"{key}:{unit.name}" for unit in self._units for key in _STATE}

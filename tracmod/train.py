@@ -97,6 +97,7 @@ def fine_tune(
     save_seconds: float = 300.0,
     ids: Sequence[str] | None = None,
     description: str = "fine-tune",
+    second_moment: bool = False,
 ) -> list[Checkpoint]:
     """Fine-tune a classifier, all languages together, or each through its own head mask.
 
@@ -134,6 +135,8 @@ def fine_tune(
         save_seconds: how often the state is written within an epoch, in seconds.
         ids: of each example, to name those of a failing batch; None: their positions.
         description: of the progress bar.
+        second_moment: whether every checkpoint is to hold AdamW's second moment, which
+            `adam_preconditioner` reads.
 
     Returns:
         The checkpoints kept, first epoch first.
@@ -165,6 +168,7 @@ def fine_tune(
                 HeadwiseAdamW(
                     model, weight_decay=settings.weight_decay, split_heads=masks is not None
                 ),
+                second_moment,
             )
             training.run(evaluate, save_seconds, description)
     folder.clear_state()
@@ -305,6 +309,7 @@ class _Training:
     folder: TrainingFolder
     plan: _Plan
     optimizer: HeadwiseAdamW
+    second_moment: bool
 
     def run(self, evaluate: Evaluate | None, save_seconds: float, description: str) -> None:
         """Go on from the state on disk, or from the start, to the end."""
@@ -394,7 +399,8 @@ class _Training:
         if epoch in self.settings.kept_epochs:
             before = 0 if self.settings.keep == "last" else step - self.plan.steps_per_epoch
             rate = self._mean_rate(before, step)
-            self.folder.write_checkpoint(self.model, self.tokenizer, epoch, step, rate)
+            moment = self.optimizer.second_moment() if self.second_moment else None
+            self.folder.write_checkpoint(self.model, self.tokenizer, epoch, step, rate, moment)
 
     def _mean_rate(self, first: int, end: int) -> float:
         """Mean learning rate of the steps from `first` to before `end`."""

@@ -6,6 +6,9 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -16,6 +19,7 @@ from transformers import (
 
 from tracmod.durable import write_json
 from tracmod.model import attention_layers, check_checkpoint, has_tokenizer
+from tracmod.training_folder import SECOND_MOMENT
 
 
 class TracInCallback(TrainerCallback):
@@ -39,6 +43,7 @@ class TracInCallback(TrainerCallback):
         self,
         tokenizer: PreTrainedTokenizerBase | None = None,
         every: Literal["epoch"] | None = None,
+        second_moment: bool = False,
     ) -> None:
         """Say what to add to the Trainer's own checkpoints.
 
@@ -47,11 +52,15 @@ class TracInCallback(TrainerCallback):
                 has a `processing_class`).
             every: "epoch" has a checkpoint saved at the end of every epoch, whatever
                 `save_strategy` says; None leaves it at that.
+            second_moment: whether each checkpoint also gets `second_moment.safetensors`, Adam's
+                second moment by parameter name, for `--preconditioner adam` (as many bytes again
+                as the weights have).
         """
         if every not in (None, "epoch"):
             raise ValueError(f"every: expected None or 'epoch', got {every!r}")
         self.tokenizer = tokenizer
         self.every = every
+        self.second_moment = second_moment
         self._rate_sum = 0.0
         self._steps = 0  # since the checkpoint before
         self._warned: set[str] = set()
@@ -120,7 +129,8 @@ class TracInCallback(TrainerCallback):
         """Complete the checkpoint just saved; of several processes the first alone writes.
 
         Raises:
-            ValueError: the checkpoint is not a whole model in safetensors (shards of FSDP are not).
+            ValueError: the checkpoint is not a whole model in safetensors (shards of FSDP are not),
+                or the optimizer keeps no second moment.
         """
         rate_sum, steps = self._rate_sum, self._steps
         self._rate_sum, self._steps = 0.0, 0
@@ -138,6 +148,9 @@ class TracInCallback(TrainerCallback):
                 "`tracmod attribute` a --model that has it",
             )
         mean = {"epoch": round(state.epoch), "step": state.global_step}
+        if self.second_moment:
+            moments = _second_moment(kwargs["model"], kwargs["optimizer"])
+            save_file(moments, folder / SECOND_MOMENT)
         write_json(folder / "tracmod.json", mean | {"learning_rate": rate_sum / steps})
 
     def _warn(self, state: TrainerState, sentence: str) -> None:
@@ -145,3 +158,27 @@ class TracInCallback(TrainerCallback):
         if state.is_world_process_zero and sentence not in self._warned:
             self._warned.add(sentence)
             warnings.warn(sentence, stacklevel=3)
+
+
+def _second_moment(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Adam's second moment after its bias correction, by parameter name.
+
+    Found by the parameter itself, not by its number in the optimizer: that counts through the
+    groups (with decay, without), in another order than the model's.
+    """
+    moments = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if state and "exp_avg_sq" not in state:
+                raise ValueError(
+                    f"TracInCallback(second_moment=True): expected an Adam optimizer, got "
+                    f"{type(optimizer).__name__}, which keeps {', '.join(state)}"
+                )
+            if state:
+                correction = 1 - group["betas"][1] ** float(state["step"])
+                moments[parameter] = state["exp_avg_sq"].float() / correction
+    return {
+        name: moments.get(parameter, torch.zeros_like(parameter)).detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+    }

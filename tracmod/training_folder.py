@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.durable import read_json, sync_folder, write_json
 from tracmod.heads import HeadMask
 from tracmod.model import Checkpoint, load_checkpoints, quiet_transformers
 from tracmod.optimizer import HeadwiseAdamW
+
+# In a checkpoint's folder: Adam's second moment after its bias correction, by parameter name.
+SECOND_MOMENT = "second_moment.safetensors"
 
 
 class TrainingFolder:
@@ -27,6 +31,7 @@ class TrainingFolder:
     ```
     training.json          what is trained on what
     checkpoint-<epoch>/    transformers format, tokenizer, tracmod.json {epoch, step, learning_rate}
+                           second_moment.safetensors where it is asked for
     metrics.json           [{epoch, step, learning_rate, train_loss, accuracy: {language: share}}]
     masks/epoch-<epoch>/   <language>.json, the head masks of the epoch; dynamic masks only
     resume/<step>/         model.safetensors, optimizer.safetensors, state.json; gone when complete
@@ -78,6 +83,7 @@ class TrainingFolder:
         epoch: int,
         step: int,
         learning_rate: float,
+        second_moment: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write `checkpoint-<epoch>/`, in place of one that is there."""
         aside = self.path / f"checkpoint-{epoch}.tmp"
@@ -87,6 +93,8 @@ class TrainingFolder:
             tokenizer.save_pretrained(aside)
         tree = {"epoch": epoch, "step": step, "learning_rate": learning_rate}
         write_json(aside / "tracmod.json", tree)
+        if second_moment is not None:
+            save_file(dict(second_moment), aside / SECOND_MOMENT)
         _publish(aside, self._checkpoint(epoch))
 
     def write_metrics(self, row: dict[str, Any]) -> None:
@@ -179,6 +187,21 @@ def epoch_masks(
     if read_json(file).get("reestimate_every") is None:
         return dict(static)
     return training.masks(epoch, static)
+
+
+def load_second_moment(folder: str | Path) -> dict[str, Tensor]:
+    """Adam's second moment by parameter name, as the folder of a checkpoint holds it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file = Path(folder) / SECOND_MOMENT
+    if not file.is_file():
+        raise ValueError(
+            f"{folder}: expected {SECOND_MOMENT}, Adam's second moment, found none; train with "
+            f"`collect.preconditioner: adam`, or a Trainer with TracInCallback(second_moment=True)"
+        )
+    return load_file(file)
 
 
 def _make_empty(folder: Path) -> None:

@@ -356,6 +356,14 @@ _stage("report", "Write report/index.html.")
     show_default=True,
     help="Whose gradients: all but the embeddings, all, the heads', or the classifier's.",
 )
+@click.option(
+    "--preconditioner",
+    type=click.Choice(["none", "adam", "ekfac"]),
+    default="none",
+    show_default=True,
+    help="Metric of inner products: of Adam's steps (checkpoints need its second moment, see "
+    "tracmod.TracInCallback), or of the model's curvature, fitted on --train.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the projection.")
 @click.option("--max-length", type=int, help="Tokens per example; absent: the model's, up to 512.")
 @click.option("--batch-tokens", default=8192, show_default=True, help="Tokens per batch.")

@@ -25,10 +25,10 @@ from tracmod.config import CollectConfig, RunConfig
 from tracmod.heads import head_importance
 from tracmod.influence import top_influences
 from tracmod.model import encode, load_checkpoints, load_model
-from tracmod.pipeline import Study, model_digests, run_stages
+from tracmod.pipeline import Study, feature_digests, run_stages
 from tracmod.query import Attributor
 from tracmod.run_folder import STAGES, RunFolder
-from tracmod.store import verify_store
+from tracmod.store import FeatureStore, verify_store
 from tracmod.train import accuracy_by_language
 from tracmod.training_folder import epoch_masks
 from tracmod.validation.integrity import verify
@@ -50,6 +50,35 @@ def copy(done, tmp_path):
     """The finished run, to change."""
     shutil.copytree(done, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adam", "ekfac"])
+def test_a_run_in_another_metric_is_that_of_its_preconditioned_gradients(tmp_path, kind):
+    run = RunFolder(tmp_path / "run", tiny_config(collect={"preconditioner": kind}))
+    with run.locked():
+        run_stages(run)
+    study, out = Study(run), tmp_path / "run"
+    (checkpoint, *_) = study.checkpoints("sparse")
+    model, tokenizer = load_model(checkpoint.path)
+    train, test = (encode(tokenizer, pq.read_table(run.data(one)), 48) for one in ("train", "test"))
+    if kind == "adam":
+        metric = tm.adam_preconditioner(model, checkpoint.path)
+    else:
+        file = out / "preconditioners" / "sparse" / f"checkpoint-{checkpoint.epoch}.safetensors"
+        assert file.is_file()
+        metric = tm.fit_ekfac(model, train, batch_tokens=8192)
+    stored = [
+        FeatureStore.open(run.features("sparse", "full", None, 1, one)).read()
+        for one in ("test", "train")
+    ]
+    found = tm.influence_scores(*stored, normalize="cosine")
+    exact = tm.exact_influence(model, train, test, normalize="cosine", preconditioner=metric)
+    assert (found - exact).square().mean().sqrt() < 0.1
+    assert torch.corrcoef(torch.stack([found.flatten(), exact.flatten()]))[0, 1] > 0.95
+    answer = tm.Attributor(out).query("The king sleeps.", "The king is asleep.", k=3)
+    assert len(answer["proponents"]) == 3
+    assert (out / "report" / "index.html").is_file()
 
 
 def test_the_run_folder_is_as_the_contract_says(done):
@@ -352,7 +381,7 @@ def test_features_are_scored_on_the_studys_device(copy, monkeypatch):
 
     monkeypatch.setattr("tracmod.pipeline.top_influences", record)
     study = Study(RunFolder(copy))
-    digests = [model_digests(*load_model(one.path)) for one in study.checkpoints("full")]
+    digests = [feature_digests(*load_model(one.path), None) for one in study.checkpoints("full")]
     study.device = "meta"
     study._influence_of_view("full", study.views[0], digests, [0] * 18)
     assert devices == {"meta"}

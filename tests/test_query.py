@@ -76,6 +76,33 @@ def attribute(folder, *options):
            "--query", folder / "query.tsv", "--out", folder / "out", *options)  # fmt: skip
 
 
+def test_preconditioned_features_answer_as_exact_scores_do(tmp_path):
+    """And are refused with another metric; training examples added later leave it as it is."""
+    save_checkpoints(tmp_path)
+    for split, count in (("train", 8), ("query", 2)):
+        write_examples(tmp_path / f"{split}.tsv", count)
+    attribute(tmp_path, "--preconditioner", "ekfac", "--projection-dim", 16384, "-k", 24)
+    file = tmp_path / "out" / "preconditioners" / "checkpoint-1.safetensors"
+    fitted = file.read_bytes()
+    certificate = json.loads((tmp_path / "out" / "fidelity.json").read_text())
+    assert certificate["spearman"]["value"] > 0.95
+    found = ask(tmp_path / "out", "-k", 24)
+    scores = {one["id"]: one["score"] for one in found["proponents"]}
+    with open(tmp_path / "train.tsv", "a", encoding="utf-8") as lines:
+        lines.write("more\ten\tthe old dog sings\tyes\tg99\n")
+    attribute(tmp_path, "--preconditioner", "ekfac", "--projection-dim", 16384, "-k", 25)
+    assert file.read_bytes() == fitted
+    again = {one["id"]: one["score"] for one in ask(tmp_path / "out", "-k", 25)["proponents"]}
+    assert again == pytest.approx({**scores, "more": again["more"]}, abs=1e-6)
+    other = tmp_path / "plain"
+    other.mkdir()
+    for name in ("model", "checkpoint-1", "checkpoint-2", "train.tsv", "query.tsv"):
+        (other / name).symlink_to(tmp_path / name)
+    attribute(other, "--projection-dim", 16384, "-k", 24)
+    plain = {one["id"]: one["score"] for one in ask(other / "out", "-k", 24)["proponents"]}
+    assert any(abs(plain[name] - scores[name]) > 0.01 for name in plain.keys() & scores.keys())
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """An attribution of 300 training examples, with all that it was made from."""

@@ -166,6 +166,33 @@ def test_without_masks_it_is_adamw_of_torch(split_heads):
         torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("split_heads", [False, True])
+def test_the_second_moment_is_that_of_adamw_after_its_bias_correction(split_heads):
+    model = tiny_model("xlm-roberta", scale=1.0)
+    optimizer = HeadwiseAdamW(model, weight_decay=0.0, split_heads=split_heads)
+    batch = collate(tiny_examples(6), pad_token_id(model))
+    masks = [MASKS["en"], MASKS["en"], MASKS["de"]] if split_heads else [None] * 3
+    moments: dict[str, torch.Tensor] = {}
+    counts: dict[str, torch.Tensor] = {}
+    for mask in masks:
+        backward(model, mask or HeadMask.full(2, 4), batch)
+        moving = {name: torch.ones_like(one) for name, one in model.named_parameters()}
+        for part in head_slices(model) if mask else []:
+            moving[part.name][part.index] = float(mask.array[part.layer, part.head])
+        for name, parameter in model.named_parameters():
+            before = moments.get(name, torch.zeros_like(parameter))
+            after = 0.999 * before + 0.001 * parameter.grad**2
+            moments[name] = torch.where(moving[name] > 0, after, before)
+            counts[name] = counts.get(name, 0) + moving[name]
+        optimizer.step(1e-2, mask)
+        model.zero_grad()
+    found = optimizer.second_moment()
+    assert found.keys() == moments.keys()
+    for name, moment in moments.items():
+        expected = torch.where(moment > 0, moment / (1 - 0.999 ** counts[name]), 0)
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=0, msg=name)
+
+
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
 def test_masked_heads_stay_bitwise_as_they_are(family):
     model = tiny_model(family, dtype=torch.float32, scale=1.0)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from own_model import LABELS, own_model, own_tokenizer, write_examples
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -31,6 +32,7 @@ from tracmod.model import (
     collate,
     encode,
     load_checkpoints,
+    load_classifier,
     load_model,
     pad_token_id,
 )
@@ -278,6 +280,57 @@ def test_parameter_groups_of_different_rates_take_the_firsts_and_say_so(tmp_path
         (folder / "tracmod.json").unlink()
     logged = load_checkpoints(checkpoint_folders(tmp_path))
     assert [one.learning_rate for one in logged] == pytest.approx([linear(0, 7), linear(7, 14)])
+
+
+def test_the_second_moment_of_two_parameter_groups_has_the_right_names(files, tmp_path):
+    """The Trainer's optimizer counts through its groups, with decay and without."""
+    callback = tm.TracInCallback(own_tokenizer(), second_moment=True)
+    training, out = tmp_path / "training", tmp_path / "out"
+    trainer = made_trainer(training, callback, weight_decay=0.1, max_grad_norm=0.0)
+    moments, steps = {}, [0]
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            steps[0] += 1
+            for name, parameter in kwargs["model"].named_parameters():
+                before = moments.get(name, 0)
+                moments[name] = 0.999 * before + 0.001 * parameter.grad.square()
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert [len(group["params"]) > 1 for group in trainer.optimizer.param_groups] == [True, True]
+    last = checkpoint_folders(training)[-1]
+    found = load_file(last / "second_moment.safetensors")
+    assert found.keys() == moments.keys()
+    for name, moment in moments.items():
+        expected = moment / (1 - 0.999 ** steps[0])
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-12, msg=name)
+    command = ["attribute", "--checkpoints", training, *files, "--exact", "-k", TRAIN]
+    invoke(*command, "--out", out, "--preconditioner", "adam", "--normalize", "none")
+    model = load_classifier(last)
+    metric = tm.adam_preconditioner(model, found)
+    train, query = examples_of("train", TRAIN), examples_of("query", QUERY)
+    expected = tm.exact_influence(model, train, query, preconditioner=metric)
+    alone = tmp_path / "alone"
+    given = ["attribute", "--model", last, *files, "--exact", "-k", TRAIN, "--out", alone]
+    invoke(*given, "--preconditioner", "adam", "--normalize", "none")
+    assert_close(scores_of(alone), expected.double())
+    assert not torch.allclose(scores_of(out), scores_of(alone))
+
+
+def test_an_optimizer_without_a_second_moment_is_named(tmp_path):
+    trainer = made_trainer(tmp_path, tm.TracInCallback(second_moment=True))
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), momentum=0.9)
+    with pytest.raises(ValueError, match=r"expected an Adam optimizer, got .*momentum_buffer"):
+        trainer.train()
+
+
+def test_checkpoints_without_a_second_moment_are_refused_before_the_work(training, files, tmp_path):
+    output = invoke("attribute", "--checkpoints", training, *files, "--out", tmp_path / "out",
+                    "--preconditioner", "adam", code=2)  # fmt: skip
+    assert "second_moment.safetensors" in output
+    assert "TracInCallback(second_moment=True)" in output
+    assert not (tmp_path / "out").exists()
 
 
 def test_with_the_best_model_loaded_at_the_end_every_checkpoint_is_there(tmp_path):

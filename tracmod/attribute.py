@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import torch
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from tracmod.capture import frozen
 from tracmod.durable import file_sha256, read_json, write_checksums, write_json, write_parquet
+from tracmod.ekfac import checkpoint_preconditioner
 from tracmod.features import (
     Collector,
     Projection,
@@ -57,12 +58,14 @@ from tracmod.model import (
     to_device,
     tokenizer_digest,
 )
+from tracmod.preconditioner import Preconditioner
 from tracmod.run_folder import versions
 from tracmod.store import SHARD_ROWS, FeatureStore, identity_differences
 from tracmod.streaming import MEMORY, Sizes, check_memory
 from tracmod.tables import InfluenceTables, self_influence_table
 from tracmod.tasks.examples import rows_digest
 from tracmod.tasks.files import read_model_files
+from tracmod.training_folder import load_second_moment
 from tracmod.validation.fidelity import (
     CHOICE_QUERIES,
     CHOICE_TRAINS,
@@ -101,6 +104,8 @@ class Attribution:
         normalize: None or "cosine".
         head_mask: JSON file of a mask, applied to both gradients.
         parameters: as in `collect_features`.
+        preconditioner: `none`; `adam`, for checkpoints with Adam's second moment; `ekfac`, fitted
+            on the training examples that are there at first.
         seed: of the projection and of the bootstrap.
         max_length: tokens; None for what the model takes, at most 512.
         batch_tokens: bound on the tokens of a batch.
@@ -122,6 +127,7 @@ class Attribution:
     normalize: str | None = "cosine"
     head_mask: Path | None = None
     parameters: str = "encoder"
+    preconditioner: Literal["none", "adam", "ekfac"] = "none"
     seed: int = 0
     max_length: int | None = None
     batch_tokens: int = 8192
@@ -230,6 +236,7 @@ class Work:
         self.projection = Projection(asked.projection_dim or max(DIMS), seed=asked.seed)
         self.choice: dict[str, Any] | None = None
         self.fidelity: dict[str, Any] | None = None
+        self._metrics: dict[int, Preconditioner] = {}  # by checkpoint, the last one's
         self.mask = None if asked.head_mask is None else HeadMask.load(asked.head_mask)
         self.checkpoints = _checkpoints(asked)
         self.weights = _weights(self.checkpoints)
@@ -238,6 +245,9 @@ class Work:
             pass
         for path in asked.checkpoints:
             check_checkpoint(path, model.config)
+        if asked.preconditioner == "adam":
+            for one in self.checkpoints:
+                load_second_moment(one.path)
         self.tokenizer = tokenizer
         self.tokenizer_digest = tokenizer_digest(tokenizer)
         self.label_names = class_names(model)
@@ -334,7 +344,7 @@ class Work:
             "head_mask": None if self.mask is None else self.mask.digest(),
             "normalize": self.asked.normalize,
             "weights": self.weights,
-            "checkpoints": [self._digests(self.load(one)) for one in self.checkpoints],
+            "checkpoints": [self._digests(one, self.load(one)) for one in self.checkpoints],
         }
 
     def _certify(self, queries: Sequence[FeatureStore], trains: Sequence[FeatureStore]) -> None:
@@ -386,7 +396,8 @@ class Work:
                     dtype=self.asked.dtype,
                     batch_tokens=self.asked.batch_tokens,
                     keep_in=self.asked.out / PROGRESS,
-                    identity=self._exact_identity(model) | {"sample": asdict(sample)},
+                    identity=self._exact_identity(checkpoint, model) | {"sample": asdict(sample)},
+                    preconditioner=self._preconditioner(checkpoint, model),
                 )
             scores.append(exact_QN)
         return over_checkpoints(scores, self.weights)
@@ -396,6 +407,7 @@ class Work:
         scores = []
         for checkpoint in self.checkpoints:
             model = self.load(checkpoint)
+            metric = self._preconditioner(checkpoint, model)
             queries, trains = (
                 collect_features(
                     model,
@@ -405,6 +417,7 @@ class Work:
                     self.mask,
                     self.asked.batch_tokens,
                     dtype=getattr(torch, self.asked.dtype),
+                    preconditioner=metric,
                 )
                 for examples in self._sampled(sample)
             )
@@ -443,7 +456,7 @@ class Work:
         """(Q, N) scores of one checkpoint, unweighted: read where they are there, else made."""
         file = self.asked.out / "exact" / f"checkpoint-{checkpoint.epoch}.safetensors"
         model = self.load(checkpoint)
-        identity = self._exact_identity(model)
+        identity = self._exact_identity(checkpoint, model)
         kept = read_tensors(file, identity)
         if kept is not None:
             advance(kept["scores"].shape[1])
@@ -459,6 +472,7 @@ class Work:
                 self.asked.batch_tokens,
                 advance=advance,
                 dtype=getattr(torch, self.asked.dtype),
+                preconditioner=self._preconditioner(checkpoint, model),
             ).cpu()
         write_tensors(file, {"scores": scores_QN}, identity)
         return scores_QN
@@ -474,7 +488,7 @@ class Work:
                 f"{error.split} example {name!r}: expected a finite gradient, got NaN or infinity"
             ) from None
 
-    def _exact_identity(self, model: PreTrainedModel) -> dict[str, Any]:
+    def _exact_identity(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
         """What exact scores depend on."""
         return {
             "parameters": self.asked.parameters,
@@ -482,17 +496,17 @@ class Work:
             "normalize": self.asked.normalize,
             "pass_dtype": self.asked.dtype,
             **{split: self._data_digest(split) for split in SPLITS},
-            **self._digests(model),
+            **self._digests(checkpoint, model),
         }
 
     def _collect(
         self, checkpoint: Checkpoint, advance: Callable[[int], Any]
     ) -> dict[str, FeatureStore]:
         model = self.load(checkpoint)
-        identity = self._identity(model)
+        identity = self._identity(checkpoint, model)
+        collector = self.collector(checkpoint, model)
         stores = {}
         with frozen(model):
-            collector = self.collector(model)
             for split in SPLITS:
                 table = self.tables[split]
                 with FeatureStore.grow(
@@ -516,7 +530,8 @@ class Work:
         """
         table = self.tables["train"]
         path = self.store_path(checkpoint, "train")
-        store = FeatureStore.open(path, self._identity(model), partial(rows_digest, table))
+        identity = self._identity(checkpoint, model)
+        store = FeatureStore.open(path, identity, partial(rows_digest, table))
         if len(store) != len(table):
             raise ValueError(
                 f"{self.asked.train} has {len(table)} examples, {path} features of {len(store)}: "
@@ -524,7 +539,7 @@ class Work:
             )
         return store
 
-    def collector(self, model: PreTrainedModel) -> Collector:
+    def collector(self, checkpoint: Checkpoint, model: PreTrainedModel) -> Collector:
         """What turns examples into features."""
         return Collector(
             model,
@@ -533,16 +548,39 @@ class Work:
             self.asked.batch_tokens,
             getattr(torch, self.asked.dtype),
             self.mask,
+            self._preconditioner(checkpoint, model),
         )
 
-    def _identity(self, model: PreTrainedModel) -> dict[str, Any]:
+    def _preconditioner(
+        self, checkpoint: Checkpoint, model: PreTrainedModel
+    ) -> Preconditioner | None:
+        """A checkpoint's; one that was fitted stays as it is when training data is added."""
+        kind, place = self.asked.preconditioner, checkpoint.epoch
+        if kind == "none":
+            return None
+        if place not in self._metrics:
+            keep_in = self.asked.out / "preconditioners" / f"checkpoint-{place}.safetensors"
+            metric = checkpoint_preconditioner(
+                kind,
+                model,
+                checkpoint.path,
+                lambda: self.examples["train"],
+                parameters=self.asked.parameters,
+                batch_tokens=self.asked.batch_tokens,
+                keep_in=keep_in,
+                identity=self._model_digests(model),
+            )
+            self._metrics = {place: metric}  # each is as large as several models
+        return self._metrics[place]
+
+    def _identity(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
         """What features depend on beside the examples."""
         return feature_identity(
             self.projection,
             self.asked.parameters,
             self.mask,
             self.asked.dtype,
-            **self._digests(model),
+            **self._digests(checkpoint, model),
         )
 
     def store_path(self, checkpoint: Checkpoint, split: str) -> Path:
@@ -552,7 +590,11 @@ class Work:
     def _data_digest(self, split: str) -> str:
         return file_sha256(getattr(self.asked, split))
 
-    def _digests(self, model: PreTrainedModel) -> dict[str, str]:
+    def _digests(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
+        metric, digests = self._preconditioner(checkpoint, model), self._model_digests(model)
+        return digests if metric is None else {**digests, "preconditioner": metric.digest}
+
+    def _model_digests(self, model: PreTrainedModel) -> dict[str, str]:
         return {
             "model": model_digest(model),
             "tokenizer": self.tokenizer_digest,

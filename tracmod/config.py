@@ -296,6 +296,15 @@ class CollectConfig(_Section):
     batch_tokens: int = Field(8192, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     shard_rows: int = Field(1024, ge=1, description="examples per file of a feature store")
+    preconditioner: Literal["none", "adam", "ekfac"] = Field(
+        "none",
+        description="the metric of inner products and cosines: plain; adam: of Adam's steps, by "
+        "its second moment at the checkpoint; ekfac: of the model's curvature, as influence "
+        "functions have it",
+    )
+    damping: float = Field(
+        0.1, gt=0, description="ekfac only: share of a layer's mean eigenvalue added to all"
+    )
     store_dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
         "float32", description="of the features on disk; int8 with a scale per example"
     )
@@ -468,6 +477,15 @@ class RunConfig(_Section):
             raise ValueError(
                 "prune.model: a monolingual model needs training data in every language, there is "
                 f"none in {', '.join(untrained)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_of_plain_gradients(self) -> RunConfig:
+        if self.influence.blocks and self.collect.preconditioner != "none":
+            raise ValueError(
+                "influence.blocks is of plain gradients: expected collect.preconditioner none, got "
+                f"{self.collect.preconditioner}"
             )
         return self
 

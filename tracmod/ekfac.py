@@ -7,10 +7,12 @@ N examples, P distinct pairs of example and id.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tracmod.capture import Captured, Layer, capture, frozen, select_layers
@@ -20,6 +22,7 @@ from tracmod.model import collate, pad_token_id, plan_batches, predict
 from tracmod.preconditioner import (
     Metric,
     Preconditioner,
+    adam_preconditioner,
     formed_gradients,
     gradient_shape,
     input_tokens,
@@ -28,6 +31,8 @@ from tracmod.preconditioner import (
 
 # Share of a layer's mean eigenvalue that is added to all of them (Grosse et al. 2023, section 2.2).
 DAMPING = 0.1
+# Its statistics are means over examples: more of them change them little.
+FIT_EXAMPLES = 10_000
 
 
 def fit_ekfac(
@@ -195,3 +200,58 @@ class _Curvature:
             scale = torch.where(damped > 0, damped.rsqrt(), 0)
             metrics[name] = Metric(scale, *self._of(name))
         return metrics
+
+
+def checkpoint_preconditioner(
+    kind: Literal["adam", "ekfac"],
+    model: PreTrainedModel,
+    folder: Path,
+    train: Callable[[], Sequence[Mapping[str, Any]]],
+    *,
+    parameters: str,
+    damping: float = DAMPING,
+    batch_tokens: int,
+    keep_in: Path,
+    identity: Mapping[str, Any],
+) -> Preconditioner:
+    """The preconditioner of a checkpoint: Adam's from its folder, EK-FAC read or else fitted.
+
+    EK-FAC is fitted on the training examples, of more than `FIT_EXAMPLES` on so many drawn at
+    random, and kept, since features are only comparable with those of the very same one.
+
+    Args:
+        kind: which.
+        model: the checkpoint's.
+        folder: the checkpoint's.
+        train: gives the training examples, encoded; called where one is fitted.
+        parameters, batch_tokens: as in `collect_features`.
+        damping: as in `fit_ekfac`.
+        keep_in: file of a fitted one.
+        identity: what it depends on beside these: digests of the model and of the data.
+
+    Raises:
+        ValueError: no second moment in the folder, or a kept file that is damaged or of another
+            identity.
+    """
+    if kind == "adam":
+        return adam_preconditioner(model, folder, parameters)
+    identity = {**identity, "parameters": parameters, "damping": damping}
+    kept = Preconditioner.load(keep_in, "ekfac", identity)
+    if kept is not None:
+        return kept.to(model.device)
+    examples, generator = train(), torch.Generator().manual_seed(0)
+    drawn = torch.randperm(len(examples), generator=generator)[:FIT_EXAMPLES]
+    chosen = [examples[row] for row in drawn.sort().values.tolist()]
+    with tqdm(
+        total=2 * len(chosen), desc=f"EK-FAC of {folder.name}", unit="example", disable=None
+    ) as bar:
+        fitted = fit_ekfac(
+            model,
+            chosen,
+            parameters,
+            damping=damping,
+            batch_tokens=batch_tokens,
+            advance=bar.update,
+        )
+    fitted.save(keep_in, identity)
+    return fitted

@@ -34,6 +34,7 @@ from tracmod.durable import (
     write_json,
     write_parquet,
 )
+from tracmod.ekfac import checkpoint_preconditioner
 from tracmod.engine import Engine
 from tracmod.engine.local import LocalEngine
 from tracmod.features import Collector, Projection, collect_to_store, feature_identity, masked
@@ -56,6 +57,7 @@ from tracmod.model import (
     to_device,
     tokenizer_digest,
 )
+from tracmod.preconditioner import Preconditioner
 from tracmod.pruning import PruneResult, combine_masks, prune
 from tracmod.report import write_report
 from tracmod.rows import ChosenRows, Rows, StoreRows
@@ -92,7 +94,7 @@ TASKS_PER_WORKER = 4  # at least, so that none is idle long at the end
 
 
 class Digests(tuple[dict[str, str], ...]):
-    """(C,) `model_digests` of checkpoints."""
+    """(C,) `feature_digests` of checkpoints."""
 
 
 class Task(NamedTuple):
@@ -265,8 +267,11 @@ class Study:
                 digests, exact = [], []
                 for checkpoint in self.checkpoints(model_name):
                     model, tokenizer = self._load(checkpoint)
-                    digests.append(model_digests(model, tokenizer))
-                    exact.append(self._exact_of_sample(model, tokenizer, digests[-1], progress))
+                    metric = self.preconditioner(model_name, checkpoint, model, tokenizer)
+                    digests.append(feature_digests(model, tokenizer, metric))
+                    exact.append(
+                        self._exact_of_sample(model, tokenizer, metric, digests[-1], progress)
+                    )
                 sampled.append(self._sample_table(model_name, digests, exact))
                 self._do("rank_queries", self._searches(model_name, digests), bar.update)
                 test = self._encode(tokenizer, self.table("test"), model)
@@ -454,6 +459,7 @@ class Study:
             save_seconds=config.save_seconds,
             ids=train.column("id").to_pylist(),
             description=f"fine-tune {name}",
+            second_moment=self.config.collect.preconditioner == "adam",
         )
 
     def _settings(self, config: FinetuneConfig, seed: int) -> Settings:
@@ -502,7 +508,9 @@ class Study:
         self, model_name: str, checkpoint: Checkpoint, advance: Callable[[int], Any]
     ) -> Iterator[tuple[Any, ...]]:
         """Make a checkpoint's stores; what `collect_shards` has to be called with to fill them."""
-        digests = model_digests(*self._load(checkpoint))
+        model, tokenizer = self._load(checkpoint)
+        metric = self.preconditioner(model_name, checkpoint, model, tokenizer)
+        digests = feature_digests(model, tokenizer, metric)
         alone = self._engine.workers == 1
         for view, language, mask in self._passes(self.views_at(model_name, checkpoint.epoch)):
             for split in ("train", "test"):
@@ -528,26 +536,29 @@ class Study:
         advance: Callable[[int], Any],
     ) -> None:
         """A task: some shards of a store that is there."""
-        model, encoded = self._to_collect(model_name, epoch)
+        model, metric, encoded = self._to_collect(model_name, epoch)
         mask = self.mask(model_name, self._view(view_name), language, epoch)
         path = self.run.features(model_name, view_name, language, epoch, split)
         examples = [encoded[split][row] for row in self._rows(split, language)]
         with frozen(model):
             store = FeatureStore.share(path)
-            collect_to_store(self.collector(model, mask), examples, store, advance, shards)
+            collector = self.collector(model, mask, metric)
+            collect_to_store(collector, examples, store, advance, shards)
 
     def _to_collect(
         self, model_name: str, epoch: int
-    ) -> tuple[PreTrainedModel, dict[str, list[dict[str, Any]]]]:
-        """A checkpoint's model and the encoded examples; kept until another is asked for."""
+    ) -> tuple[PreTrainedModel, Preconditioner | None, dict[str, list[dict[str, Any]]]]:
+        """A checkpoint's model, its preconditioner and the encoded examples; kept till the next."""
         if (model_name, epoch) not in self._collectable:
             self._collectable.clear()
-            model, tokenizer = self._load(self._checkpoint(model_name, epoch))
+            checkpoint = self._checkpoint(model_name, epoch)
+            model, tokenizer = self._load(checkpoint)
+            metric = self.preconditioner(model_name, checkpoint, model, tokenizer)
             encoded = {
                 split: self._encode(tokenizer, self.table(split), model)
                 for split in ("train", "test")
             }
-            self._collectable[model_name, epoch] = model, encoded
+            self._collectable[model_name, epoch] = model, metric, encoded
         return self._collectable[model_name, epoch]
 
     def _checkpoint(self, model_name: str, epoch: int) -> Checkpoint:
@@ -581,8 +592,37 @@ class Study:
             return list(range(len(languages)))
         return [row for row, other in enumerate(languages) if other == language]
 
-    def collector(self, model: PreTrainedModel, mask: HeadMask | None) -> Collector:
-        """What turns examples into the run's features."""
+    def preconditioner(
+        self,
+        model_name: str,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Preconditioner | None:
+        """The metric of a checkpoint's features: that of all heads, whatever the view's mask."""
+        collect = self.config.collect
+        if collect.preconditioner == "none":
+            return None
+        return checkpoint_preconditioner(
+            collect.preconditioner,
+            model,
+            checkpoint.path,
+            lambda: self._encode(tokenizer, self.table("train"), model),
+            parameters=collect.parameters,
+            damping=collect.damping,
+            batch_tokens=collect.batch_tokens,
+            keep_in=self.run.preconditioner(model_name, checkpoint.epoch),
+            identity={
+                **feature_digests(model, tokenizer, None),
+                "data": self._data_digest("train"),
+                "max_length": self.config.model.max_length,
+            },
+        )
+
+    def collector(
+        self, model: PreTrainedModel, mask: HeadMask | None, metric: Preconditioner | None
+    ) -> Collector:
+        """What turns examples into the run's features, with a checkpoint's `preconditioner`."""
         collect = self.config.collect
         return Collector(
             model,
@@ -591,6 +631,7 @@ class Study:
             collect.batch_tokens,
             getattr(torch, collect.dtype),
             mask,
+            metric,
         )
 
     @property
@@ -653,7 +694,7 @@ class Study:
         Args:
             model_name, view, language, split: which; a view with features of its own, and the
                 language of one of its masks.
-            digests: (C,) `model_digests` of the checkpoints as they are now.
+            digests: (C,) `feature_digests` of the checkpoints as they are now.
 
         Raises:
             ValueError: a store made with another checkpoint, mask, data or projection than these.
@@ -913,6 +954,7 @@ class Study:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        metric: Preconditioner | None,
         digests: dict[str, str],
         keep_in: Path,
     ) -> Tensor:
@@ -937,6 +979,7 @@ class Study:
             batch_tokens=self.config.collect.batch_tokens,
             keep_in=keep_in,
             identity=identity,
+            preconditioner=metric,
         )
 
     def _sample_table(
@@ -1169,9 +1212,12 @@ def checkpoint_weights(checkpoints: Sequence[Checkpoint]) -> list[float]:
     return weights
 
 
-def model_digests(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def feature_digests(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, metric: Preconditioner | None
+) -> dict[str, str]:
     """What of a checkpoint its features depend on."""
-    return {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
+    digests = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
+    return digests if metric is None else {**digests, "preconditioner": metric.digest}
 
 
 def _named(views: Sequence[View], name: str) -> View:

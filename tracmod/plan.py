@@ -252,7 +252,7 @@ class _Planner:
     def _probe(self) -> _Rates:
         batch_size, device = self.config.finetune.batch_size, self.study.device
         train = self._examples("train", max(*_PROBED, batch_size))
-        collector = self.study.collector(self.model, None)
+        collector = self.study.collector(self.model, None, None)
         with frozen(self.model):
             features = _seconds_each(device, collector.collect, train)
         return _Rates(

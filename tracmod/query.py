@@ -23,7 +23,8 @@ from tracmod.heads import HeadMask
 from tracmod.index import InfluenceIndex, gpu_number
 from tracmod.influence import TopInfluences, top_influences
 from tracmod.model import encode, load_model, predict, to_device
-from tracmod.pipeline import Study, model_digests
+from tracmod.pipeline import Study, feature_digests
+from tracmod.preconditioner import Preconditioner
 from tracmod.rows import SomeRows, StoreRows
 from tracmod.run_folder import RunFolder
 from tracmod.store import FeatureStore
@@ -201,10 +202,11 @@ class Attributor:
     def _features(self, table: pa.Table) -> list[Tensor]:
         """(C,) the example's features (1, K)."""
         found = []
-        for (model, tokenizer), mask in zip(self.source.models, self.source.masks, strict=True):
-            examples = as_examples(encode(tokenizer, table, self.source.max_length))
+        source = self.source
+        for (model, tokenizer), collector in zip(source.models, source.collectors, strict=True):
+            examples = as_examples(encode(tokenizer, table, source.max_length))
             with frozen(model):
-                found.append(self.source.collector(model, mask).collect(examples))
+                found.append(collector.collect(examples))
         return found
 
     # --- the training examples --------------------------------------------------------------
@@ -305,8 +307,9 @@ class _Source(Protocol):
     def masks(self) -> list[HeadMask | None]:
         """(C,) the mask that features are made under."""
 
-    def collector(self, model: PreTrainedModel, mask: HeadMask | None) -> Collector:
-        """What turns examples into features."""
+    @property
+    def collectors(self) -> list[Collector]:
+        """(C,) what turns examples into features."""
 
     def train_stores(self) -> list[FeatureStore]:
         """(C,) refused where made with something else than what is there now."""
@@ -359,8 +362,10 @@ class _OfRun:
         epochs = [one.epoch for one in self.checkpoints]
         return [self.study.mask(self.model, self.view, self.language, epoch) for epoch in epochs]
 
-    def collector(self, model: PreTrainedModel, mask: HeadMask | None) -> Collector:
-        return self.study.collector(model, mask)
+    @cached_property
+    def collectors(self) -> list[Collector]:
+        parts = zip(self.models, self.masks, self._metrics, strict=True)
+        return [self.study.collector(model, mask, metric) for (model, _), mask, metric in parts]
 
     def train_stores(self) -> list[FeatureStore]:
         return self._stores("train")
@@ -373,7 +378,13 @@ class _OfRun:
 
     @cached_property
     def _digests(self) -> list[dict[str, str]]:
-        return [model_digests(model, tokenizer) for model, tokenizer in self.models]
+        parts = zip(self.models, self._metrics, strict=True)
+        return [feature_digests(model, tokenizer, metric) for (model, tokenizer), metric in parts]
+
+    @cached_property
+    def _metrics(self) -> list[Preconditioner | None]:
+        parts = zip(self.checkpoints, self.models, strict=True)
+        return [self.study.preconditioner(self.model, one, *loaded) for one, loaded in parts]
 
 
 class _OfAttribution:
@@ -414,8 +425,10 @@ class _OfAttribution:
     def masks(self) -> list[HeadMask | None]:
         return [self.work.mask] * len(self.work.checkpoints)
 
-    def collector(self, model: PreTrainedModel, mask: HeadMask | None) -> Collector:
-        return self.work.collector(model)
+    @cached_property
+    def collectors(self) -> list[Collector]:
+        loaded = zip(self.work.checkpoints, self.models, strict=True)
+        return [self.work.collector(one, model) for one, (model, _) in loaded]
 
     def train_stores(self) -> list[FeatureStore]:
         loaded = zip(self.work.checkpoints, self.models, strict=True)

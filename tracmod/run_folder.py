@@ -144,6 +144,10 @@ class RunFolder:
         elsewhere = self.config.collect.features
         return self.path / "features" if elsewhere is None else location(elsewhere)
 
+    def preconditioner(self, model: str, epoch: int) -> Path:
+        """preconditioners/<model>/checkpoint-<epoch>.safetensors: a fitted one."""
+        return self.path / "preconditioners" / model / f"checkpoint-{epoch}.safetensors"
+
     def features(
         self, model: str, view: str, language: str | None, epoch: int, split: str
     ) -> Location:
@@ -219,6 +223,8 @@ class RunFolder:
         shutil.rmtree(self.path / owned, ignore_errors=True)
         link_folder(other.path / owned, self.path / owned)
         take_checksums(other.path, self.path, owned)
+        if stage == "collect" and (other.path / "preconditioners").is_dir():
+            link_folder(other.path / "preconditioners", self.path / "preconditioners")
         found = _FOUND.get(stage, ())
         self.record |= {key: other.record[key] for key in found if key in other.record}
         self.record["stages"][stage] = {**done, "taken_from": other.path.name}

@@ -28,6 +28,7 @@ from tracmod.durable import canonical_json, sha256
 from tracmod.heads import HeadMask
 from tracmod.influence import TopInfluences, exact_influence, influence_scores, top_of_scores
 from tracmod.kept_tensors import read_tensors, write_tensors
+from tracmod.preconditioner import Preconditioner
 from tracmod.rows import Features, as_rows
 
 # Drawn where the run is large enough; a certificate costs about twice the sample's passes.
@@ -115,11 +116,12 @@ def exact_sample_scores(
     batch_tokens: int,
     keep_in: Path,
     identity: dict[str, Any],
+    preconditioner: Preconditioner | None = None,
 ) -> Tensor:
     """(Q, N) `exact_influence` at one checkpoint, on the CPU; read where it was made before.
 
     Args:
-        model, parameters, head_mask, normalize: as in `exact_influence`.
+        model, parameters, head_mask, normalize, preconditioner: as in `exact_influence`.
         queries, trains: the sample's examples, encoded.
         dtype: float32 or bfloat16, that of the pass for the features.
         batch_tokens: bound on the tokens of a batch, that of the features' too.
@@ -142,6 +144,7 @@ def exact_sample_scores(
             normalize,
             min(batch_tokens, 4096),
             dtype=getattr(torch, dtype),
+            preconditioner=preconditioner,
         )
         kept = {"scores": scores_QN.cpu()}
         write_tensors(file, kept, identity)

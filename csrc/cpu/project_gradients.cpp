@@ -23,6 +23,7 @@
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 #include "cpu/signs.h"
+#include "cpu/sketch.h"
 #include "cpu/tiles.h"
 #include "kernels.h"
 #include "random.h"
@@ -458,14 +459,21 @@ void project_embedding(const Gradients& gradients, const Projection& projection,
   parallel_for(threads, gradients.batch, [&](int64_t b, int slot) {
     if (length_of(gradients, b) == 0) return;
     double* grid = plan.grids + slot * plan.grid;
+    constexpr float kSign[2] = {1.0f, -1.0f};
+    uint32_t places[kSketchColumns];
     std::fill(grid, grid + plan.grid, 0.0);
     for (int64_t s = 0; s < length_of(gradients, b); ++s) {
       const int64_t token = b * gradients.tokens + s;
       const int64_t id = static_cast<const int64_t*>(gradients.x)[token];
       const T* g = static_cast<const T*>(gradients.g) + token * size;
-      for (int64_t d = 0; d < size; ++d) {
-        const uint64_t hash = element_hash(stream, id, d);
-        grid[position_of(hash, plan.grid)] += static_cast<double>(sign_of(hash) * to_float(g[d]));
+      const uint64_t row = step(stream, id);
+      for (int64_t first = 0; first < size; first += kSketchColumns) {
+        const int64_t columns = std::min(kSketchColumns, size - first);
+        sketch_places(row, first, columns, plan.grid, places);
+        for (int64_t d = 0; d < columns; ++d) {
+          const float sign = kSign[places[d] & 1];  // a branch would be wrong every other time
+          grid[places[d] >> 1] += static_cast<double>(sign * to_float(g[first + d]));
+        }
       }
     }
     add_grid(grid, plan.grid, out + b * stride);

@@ -24,7 +24,7 @@ from tracmod.model import load_model
 
 COMMANDS = {
     "run", "sweep", "finetune", "prune", "sparse-finetune", "collect", "influence", "analyze",
-    "report", "attribute", "index", "query", "status", "verify", "merge", "check", "export",
+    "retrain", "report", "attribute", "index", "query", "status", "verify", "merge", "check", "export",
     "doctor", "bench",
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tracmod import retrain
 from tracmod.analysis.language_pairs import read_distances
 from tracmod.analysis.results import WITHOUT_GROUP
 from tracmod.analysis.same_group import same_group_rows
@@ -40,6 +41,7 @@ from tracmod.features import Collector, Projection, collect_to_store, feature_id
 from tracmod.heads import HeadMask, masked_accuracy
 from tracmod.influence import (
     TopInfluences,
+    influence_scores,
     self_influence,
     top_influences,
     without_examples,
@@ -59,7 +61,7 @@ from tracmod.model import (
 from tracmod.pruning import PruneResult, combine_masks, prune
 from tracmod.report import write_report
 from tracmod.rows import ChosenRows, Rows, StoreRows
-from tracmod.run_folder import STAGES, RunFolder
+from tracmod.run_folder import RunFolder
 from tracmod.storage import location
 from tracmod.store import FeatureStore
 from tracmod.streaming import Sizes, check_memory
@@ -129,7 +131,7 @@ class StudyWorker:
 
 def run_stages(
     run: RunFolder,
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] | None = None,
     again: str | None = None,
     donors: Sequence[RunFolder] = (),
     engine: Engine | None = None,
@@ -138,7 +140,7 @@ def run_stages(
 
     Args:
         run: the folder, locked.
-        stages: which; those before them must be done.
+        stages: which; those before them must be done. None: all that the run has.
         again: a stage to do even if it is done (what is on disk and whole is not made twice).
         donors: runs whose finished stages and features are taken over where they are the same.
         engine: where pruning, collecting and scoring run; None: in this process.
@@ -149,10 +151,12 @@ def run_stages(
     """
     check_outside(run.config)
     study = Study(run, donors, engine)
-    for stage in stages:
+    for stage in run.stages if stages is None else stages:
         if run.is_done(stage) and stage != again:
             continue
-        for earlier in STAGES[: STAGES.index(stage)]:
+        if stage not in run.stages:
+            raise ValueError(f"{run.path}: {stage}: the run's config has no section {stage}")
+        for earlier in run.stages[: run.stages.index(stage)]:
             if not run.is_done(earlier):
                 raise ValueError(
                     f"{run.path}: {stage} needs {earlier}, which is not done: "
@@ -210,6 +214,8 @@ class Study:
             "parallel": task.parallel,
             "device": self.device,
         }
+        if self.config.retrain is not None:
+            retrain.check_subsets(self.config, task.train)
 
     def finetune(self) -> None:
         """Fine-tune on all languages: models/full/."""
@@ -295,13 +301,18 @@ class Study:
             distance_names=self.config.analyze.distance_names,
         )
         if self.config.task.name == "planted":
-            asked = self.config.analyze
-            settings = Resampling(
-                asked.bootstrap, asked.permutations, asked.confidence, self.config.seed
-            )
-            answers = planted_answers(self.run.path, settings)
+            answers = planted_answers(self.run.path, self.resampling)
             write_parquet(self.run.path / "analysis" / "planted.parquet", answers)
             write_csv(self.run.path / "analysis" / "planted.csv", answers)
+
+    def retrain(self) -> None:
+        """The full model trained again without some examples, and what that says: retraining/."""
+        design = retrain.design_of(self)
+        missing = retrain.begin(self, design)
+        with self._bar("retrain", len(missing), "training") as bar:
+            # Once each at a time: a fine-tuning keeps what it goes on from in its folder.
+            self._do("retrain_without", missing, bar.update, twice=False)
+        retrain.finish(self, design)
 
     def report(self) -> None:
         """report/index.html."""
@@ -324,6 +335,13 @@ class Study:
             self.run.path / "logs",
             twice,
         )
+
+    def retrain_without(
+        self, left_out: str, seed: int, result: str, advance: Callable[[int], Any]
+    ) -> None:
+        """A task: the losses after one training without a set of examples."""
+        retrain.train_without(self, left_out, seed, result)
+        advance(1)
 
     # --- pruning ----------------------------------------------------------------------------
 
@@ -388,20 +406,8 @@ class Study:
         train = self.table("train")
         if language is not None:
             train = _of_language(train, language)
-        model, tokenizer = self.initial_model()
-        last = fine_tune(
-            model,
-            tokenizer,
-            self._encode(tokenizer, train, model),
-            train.column("language").to_pylist(),
-            self.run.pruned_model(seed, language),
-            replace(self._settings(self.config.finetune, seed), keep="last"),
-            device=self.device,
-            save_seconds=self.config.finetune.save_seconds,
-            ids=train.column("id").to_pylist(),
-            description=f"fine-tune {language or 'all'}, seed {seed}",
-        )[-1]
-        return self._load(last)
+        folder = self.run.pruned_model(seed, language)
+        return self.fine_tuned(train, seed, folder, f"fine-tune {language or 'all'}, seed {seed}")
 
     def _is_combined(self, language: str) -> bool:
         thresholds = [None, *self.config.prune.other_thresholds]
@@ -455,6 +461,35 @@ class Study:
             ids=train.column("id").to_pylist(),
             description=f"fine-tune {name}",
         )
+
+    def fine_tuned(
+        self, train: pa.Table, seed: int, folder: Path, description: str
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A model trained as the run's `full` one, on other examples or with another seed.
+
+        The same initial weights and tokenizer; the seed is that of order and dropout. Epochs are
+        the same, so fewer examples are fewer steps.
+
+        Args:
+            train: the examples.
+            seed: of the training.
+            folder: where it keeps the last checkpoint, and what it goes on from.
+            description: of its progress bar.
+        """
+        model, tokenizer = self.initial_model()
+        last = fine_tune(
+            model,
+            tokenizer,
+            self._encode(tokenizer, train, model),
+            train.column("language").to_pylist(),
+            folder,
+            replace(self._settings(self.config.finetune, seed), keep="last"),
+            device=self.device,
+            save_seconds=self.config.finetune.save_seconds,
+            ids=train.column("id").to_pylist(),
+            description=description,
+        )[-1]
+        return self._load(last)
 
     def _settings(self, config: FinetuneConfig, seed: int) -> Settings:
         return Settings(seed=seed, **config.model_dump(exclude={"save_seconds", "masks"}))
@@ -876,6 +911,15 @@ class Study:
             return None
         return checkpoint_weights(checkpoints)
 
+    def dense_scores(self, normalize: str | None) -> Tensor:
+        """(Q, N) scores of the full model, all heads, from its feature stores."""
+        digests = [model_digests(*self._load(one)) for one in self.checkpoints("full")]
+        full = self._view("full")
+        queries, trains = (
+            self.stores("full", full, None, split, digests) for split in ("test", "train")
+        )
+        return influence_scores(queries, trains, self.weights(self.checkpoints("full")), normalize)
+
     def _predictions(
         self, model: PreTrainedModel, test: Sequence[dict[str, Any]], view: View
     ) -> list[int]:
@@ -1058,6 +1102,12 @@ class Study:
         return self.run.path / "influence" / "blocks" / f"{name[:32]}.parquet"
 
     # --- what the stages share --------------------------------------------------------------
+
+    @property
+    def resampling(self) -> Resampling:
+        """Of intervals and tests."""
+        asked = self.config.analyze
+        return Resampling(asked.bootstrap, asked.permutations, asked.confidence, self.config.seed)
 
     @property
     def languages(self) -> list[str]:

@@ -104,10 +104,10 @@ def sentences(summary: Row, lds: list[Row], removal: list[Row]) -> list[str]:
     number_of_seeds = summary["settings"]["seeds"]
     seeds = "one seed" if number_of_seeds == 1 else f"{number_of_seeds} seeds"
     texts = [
-        f"The full model was trained again {summary['trainings']:,} times without some of its "
+        f"The full model was trained again {summary['trainings']:,} times, on parts of its "
         f"{summary['num_train']:,} training examples: from the same initial weights, with the same "
         f"settings and epochs, hence with fewer steps, and with {seeds} of order and dropout for "
-        f"each set of examples."
+        f"each part."
     ]
     main = summary["methods"][0]
     texts += [_lds(summary, lds, main), _by_language(lds, main)]
@@ -132,13 +132,13 @@ def _lds(summary: Row, lds: list[Row], main: str) -> str:
         text += f" Beside it: {'; '.join(listed)}."
     if ceiling is not None:
         text += f" {_ceiling(ceiling['value'])}"
+    if own["low"] <= 0:
+        text += f" That of {_name(main)} cannot be told from 0."
     if own["value"] < LOW and main.startswith("tracin"):
         text += (
-            " That is low. First-order scores have had low values everywhere they were measured: "
-            "they tell little of what one example's loss will be after retraining."
+            " First-order scores have had low values everywhere they were measured, and have one "
+            "here: they tell little of what one example's loss will be after retraining."
         )
-    if own["low"] <= 0:
-        text += " It cannot be told from 0."
     return text
 
 

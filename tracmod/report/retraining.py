@@ -150,7 +150,7 @@ def _ceiling(agreement: float) -> str:
             f"{text}: the losses are mostly chance, and with so few seeds no score can be judged."
         )
     reachable = math.sqrt(2 * agreement / (1 + agreement))
-    return f"{text}, so that even a perfect prediction would reach only about {number(reachable)}."
+    return f"{text}, so that a perfect prediction would reach about {number(reachable)}."
 
 
 def _by_language(lds: list[Row], main: str) -> str:
@@ -207,9 +207,9 @@ def _leave_one_out(summary: Row, main: str) -> str:
             f", and without the effect of a language on itself to "
             f"{number(found[True]['correlation'])} ({p_value(found[True]['p_value'])})"
         )
-    exact = " of all orders" if found[False]["exact"] else ""
-    tried = found[False]["permutations"]
-    return f"{text}. p is from {tried:,} permutations of the languages{exact}."
+    tried = f"{found[False]['permutations']:,}"
+    orders = f"all {tried} orders" if found[False]["exact"] else f"{tried} random orders"
+    return f"{text}. p is from {orders} of the languages."
 
 
 def _name(method: str) -> str:
@@ -237,33 +237,28 @@ def _leave_one_out_panels(rows: list[Row]) -> list[Panel]:
     """What leaving a language out did, beside what each method predicts."""
     if not rows:
         return []
-    first = [row for row in rows if row["method"] == rows[0]["method"]]
-    actual = _matrix("What happened: change of mean loss", first, "actual", 1.0)
-    panels = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
-        exponent = power_of_ten(max(abs(row["predicted"]) for row in own))
-        unit = f" (× 10{superscript(exponent)})" if exponent else ""
-        title = f"Predicted: {_name(method)}{unit}"
-        predicted = _matrix(title, own, "predicted", 10.0**-exponent)
-        panels.append(
-            Panel(
-                f"Language left out: {_name(method)}",
-                [("", [actual, predicted])],
-                _legend(),
-                "Rows: test language; columns: the training language left out. Predicted: the sum "
-                "of the scores of its training examples, in the method's own unit; each matrix has "
-                "its own scale.",
-            )
-        )
-    return panels
+    of_method: dict[str, list[Row]] = {}
+    for row in rows:
+        of_method.setdefault(row["method"], []).append(row)
+    first = next(iter(of_method.values()))
+    figures = [_matrix("What happened: change of mean loss", first, "actual")]
+    figures += [
+        _matrix(f"Predicted: {_name(method)}", own, "predicted")
+        for method, own in of_method.items()
+    ]
+    note = (
+        "Rows: test language; columns: the training language left out. Predicted: the sum of the "
+        "scores of its training examples, in the method's own unit; each matrix has its own scale."
+    )
+    legend = Legend("diverging", "loss falls", "loss rises", (0.5, "0"))
+    return [Panel("Languages left out", [("", figures)], legend, note)]
 
 
-def _matrix(title: str, rows: list[Row], value: str, factor: float) -> Figure:
+def _matrix(title: str, rows: list[Row], value: str) -> Figure:
     tested, trained = (
         list(dict.fromkeys(row[f"{side}_language"] for row in rows)) for side in ("test", "train")
     )
-    values = factor * np.array([row[value] for row in rows]).reshape(len(tested), len(trained))
+    values = np.array([row[value] for row in rows]).reshape(len(tested), len(trained))
     return _diverging(title, values, tested, trained, ("language left out", "test language"))
 
 
@@ -274,20 +269,27 @@ def _diverging(
     columns: Sequence[str],
     axes: tuple[str, str],
 ) -> Figure:
-    top = float(np.abs(values).max()) or 1.0
+    """A matrix around 0, divided by a power of ten where its numbers are hard to read."""
+    top = float(np.abs(values).max())
+    exponent = power_of_ten(top) if top > 0 and not 0.1 <= top < 1000 else 0
+    scaled = values * 10.0**-exponent
     hover = [
-        [f"{axes[1]} {row}<br>{axes[0]} {column}<br>{signed(value)}"
+        [f"{axes[1]} {row}<br>{axes[0]} {column}<br>{value:.3g}"
          for column, value in zip(columns, line, strict=True)]
         for row, line in zip(rows, values, strict=True)
     ]  # fmt: skip
-    text = [[number(value) for value in line] for line in values]
+    limit = top * 10.0**-exponent or 1.0
     return heatmap(
-        title, values, text, hover, rows, columns, scale="diverging", limits=(-top, top), axes=axes
+        f"{title} (× 10{superscript(exponent)})" if exponent else title,
+        scaled,
+        [[number(value) for value in line] for line in scaled],
+        hover,
+        rows,
+        columns,
+        scale="diverging",
+        limits=(-limit, limit),
+        axes=axes,
     )
-
-
-def _legend() -> Legend:
-    return Legend("diverging", "loss falls", "loss rises", (0.5, "0"))
 
 
 def _removal_panels(rows: list[Row]) -> list[Panel]:
@@ -306,7 +308,8 @@ def _removal_panels(rows: list[Row]) -> list[Panel]:
         ("Change of accuracy, points", "accuracy_change"),
     ):
         factor = 100.0 if key == "accuracy_change" else 1.0
-        values = factor * np.array([row[key] for row in own]).reshape(len(names), len(languages))
+        changes = np.array([row[key] for row in own]).reshape(len(names), len(languages))
+        values = np.round(factor * changes, 9)  # what rounding leaves of equal numbers is none
         figures.append(_diverging(title, values, names, languages, ("test language", "without")))
     note = (
         f"Without the {own[0]['removed']:,} training examples of the highest (proponents) or "

@@ -24,11 +24,12 @@ from tracmod.engine.local import LocalEngine
 from tracmod.model import encode, load_model, per_example_loss, predict
 from tracmod.pipeline import Study, run_stages
 from tracmod.plan import plan_run
+from tracmod.report.retraining import METHOD_NAMES, sentences
 from tracmod.retrain import METHODS, counted, method_scores, methods_of
 from tracmod.run_folder import STAGES, RunFolder
 from tracmod.status import run_status
 from tracmod.validation.integrity import verify
-from tracmod.validation.retraining import ALL, language_set, subset_set
+from tracmod.validation.retraining import ALL, HALF_OF_SEEDS, language_set, subset_set
 
 BARE = {
     "views": {"subnetwork": False, "random": 0, "other": []},
@@ -210,6 +211,7 @@ def test_left_to_choose_the_methods_are_all_but_tracin_by_another_name():
         asked = config(retrain={}, influence={"normalize": normalize, "k": 5})
         assert methods_of(asked) == [name for name in METHODS if name != twin]
     assert set(METHODS) == set(Method.__args__)
+    assert set(METHOD_NAMES) == {*METHODS, HALF_OF_SEEDS}
 
 
 # --- the report and the commands ------------------------------------------------------------
@@ -227,6 +229,63 @@ def test_the_report_tells_the_numbers_and_says_nothing_where_nothing_was_asked_f
     page = (copy / "report" / "index.html").read_text()
     assert 'href="#retraining"' not in page
     assert 'id="retraining"' not in page
+
+
+def told(lds, ceiling=None, removal=(0, 0, 0), p=0.01):
+    """The report's sentences about numbers (value, low, high); of removals the mean changes."""
+
+    def row(method, values, **names):
+        return {
+            "method": method,
+            **names,
+            **dict(zip(("value", "low", "high"), values, strict=True)),
+        }
+
+    summary = {
+        "settings": SMALL | {"fraction": 0.5},
+        "methods": ["tracin"],
+        "trainings": 13,
+        "num_train": 36,
+        "leave_one_out": [
+            {"method": "tracin", "between_only": between, "correlation": 0.5, "p_value": p,
+             "permutations": 6, "exact": True} for between in (False, True)
+        ],
+    }  # fmt: skip
+    rows = [
+        row("tracin", lds, level=level, test_language=None) for level in ("example", "language")
+    ]
+    if ceiling is not None:
+        rows.append(row(HALF_OF_SEEDS, [ceiling] * 3, level="example", test_language=None))
+    removals = [
+        {"method": method, "side": side, "test_language": None, "removed": 4, "loss_change": change,
+         "loss_change_low": change - 0.01, "loss_change_high": change + 0.01}
+        for (method, side), change in zip(
+            [("tracin", "proponents"), ("tracin", "opponents"), ("random", "random")],
+            removal, strict=True)
+    ]  # fmt: skip
+    return " ".join(sentences(summary, rows, removals))
+
+
+def test_the_words_follow_the_numbers():
+    low = "First-order scores have had low values everywhere they were measured"
+    assert low in told((0.1, 0.02, 0.2))
+    assert "cannot be told from 0" not in told((0.1, 0.02, 0.2))
+    assert "cannot be told from 0" in told((0.1, -0.02, 0.2))
+    assert low not in told((0.6, 0.5, 0.7))
+    assert "a perfect prediction would reach about 0.82" in told((0.6, 0.5, 0.7), ceiling=0.5)
+    assert "no score can be judged" in told((0.6, 0.5, 0.7), ceiling=-0.1)
+    harm, less = "does more harm than removing others", "does less harm than removing others"
+    unclear, falls = "is not clearly different from removing others", "Removing opponents lowers"
+    for removal, expected in (
+        ((0.3, -0.2, 0.1), {harm, falls}),
+        ((0.3, 0.05, 0.1), {harm}),
+        ((0.1, 0.1, 0.1), {unclear}),
+        ((-0.1, 0.1, 0.1), {less}),
+    ):
+        text = told((0.6, 0.5, 0.7), removal=removal)
+        assert {one for one in (harm, less, unclear, falls) if one in text} == expected
+    assert "to 0.50 (p = 0.010)" in told((0.6, 0.5, 0.7))
+    assert "p is from all 6 orders of the languages" in told((0.6, 0.5, 0.7))
 
 
 def test_a_run_without_the_section_has_no_such_stage(copy):

@@ -162,13 +162,13 @@ def run(config: str, out: Path, check: bool, **options: Any) -> None:
       tracmod run xnli --out runs/xnli --set task.train_per_language=5000
     """
     from tracmod.config import load_config
-    from tracmod.run_folder import STAGES, RunFolder
+    from tracmod.run_folder import RunFolder
 
     folder = RunFolder(out, load_config(config, _overrides(**options)))
     if check:
         _show_plan(folder)
         return
-    _do(folder, STAGES, options)
+    _do(folder, folder.stages, options)
     report = out / "report" / "index.html"
     click.echo(f"report: {report}")
 
@@ -249,6 +249,8 @@ def _stage(stage: str, does: str, example: str = "") -> None:
             folder = RunFolder(run_dir, load_config(config, overrides))
         else:
             folder = RunFolder(run_dir)
+            if stage == "retrain" and folder.config.retrain is None:
+                overrides = ("retrain={}", *overrides)
             folder = RunFolder(run_dir, override_config(folder.config, overrides))
         stages = ["data", stage] if stage == "finetune" else [stage]
         _do(folder, stages, options, again=stage)
@@ -296,6 +298,13 @@ _stage("sparse-finetune", "Fine-tune again, each language only its subnetwork.")
 _stage("collect", "Collect the features of every model, view and checkpoint.")
 _stage("influence", "Score influence; write the strongest examples and language tables.")
 _stage("analyze", "Compare views and models; intervals and tests.")
+_stage(
+    "retrain",
+    "Train the model again without some examples: does that do what influence says?\n\n"
+    "Without a section retrain in the run's config, with its defaults; `tracmod run` with the same "
+    "--set and --check says how many trainings that is.",
+    " --set retrain.subsets=16",
+)
 _stage("report", "Write report/index.html.")
 
 

@@ -24,8 +24,8 @@ from tracmod.model import load_model
 
 COMMANDS = {
     "run", "sweep", "finetune", "prune", "sparse-finetune", "collect", "influence", "analyze",
-    "report", "attribute", "index", "query", "status", "verify", "merge", "check", "export",
-    "doctor", "bench",
+    "retrain", "report", "attribute", "index", "query", "status", "verify", "merge", "check",
+    "export", "doctor", "bench",
 }  # fmt: skip
 
 

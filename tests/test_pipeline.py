@@ -27,7 +27,7 @@ from tracmod.influence import top_influences
 from tracmod.model import encode, load_checkpoints, load_model
 from tracmod.pipeline import Study, feature_digests, run_stages
 from tracmod.query import Attributor
-from tracmod.run_folder import STAGES, RunFolder
+from tracmod.run_folder import RunFolder
 from tracmod.store import FeatureStore, verify_store
 from tracmod.train import accuracy_by_language
 from tracmod.training_folder import epoch_masks
@@ -87,7 +87,7 @@ def test_the_run_folder_is_as_the_contract_says(done):
     assert {"torch", "transformers", "python"} <= record["versions"].keys()
     assert record["device"] == "cpu"
     assert record["seeds"] == {"run": 0, "task": 0, "projection": 0}
-    assert list(record["stages"]) == list(STAGES)
+    assert list(record["stages"]) == list(RunFolder(done).stages)
     assert all(stage["state"] == "done" for stage in record["stages"].values())
     for split, count in (("train", 12), ("dev", 9), ("test", 6)):
         table = pq.read_table(done / "data" / f"{split}.parquet")
@@ -230,7 +230,7 @@ def test_a_changed_config_is_refused_where_work_would_be_lost(done):
 def test_another_memory_undoes_no_stage_and_changes_no_result(copy):
     config = tiny_config(influence={"memory": "34MB"})
     run = RunFolder(copy, config)
-    assert all(run.is_done(stage) for stage in STAGES)
+    assert all(run.is_done(stage) for stage in run.stages)
     before = files_of(copy, "influence/**/*.parquet")
     run_stages(run, ["influence"], again="influence")
     assert files_of(copy, "influence/**/*") == before
@@ -254,7 +254,7 @@ def test_influence_verifies_no_shard_for_every_ranking(copy, monkeypatch):
 
 def test_a_changed_k_remakes_influence_and_what_follows_only(done, copy):
     run = RunFolder(copy, tiny_config(influence={"k": 3}))
-    stages = [stage for stage in STAGES if not run.is_done(stage)]
+    stages = [stage for stage in run.stages if not run.is_done(stage)]
     assert stages == ["influence", "analyze", "report"]
     run_stages(run)
     assert len(pq.read_table(copy / "influence/full/full/top.parquet")) == 18 * 2 * 3
@@ -295,7 +295,8 @@ def test_features_of_another_projection_are_refused_before_anything_is_written(c
         with pytest.raises(ValueError, match=rf"begun with collect\.{key}={old}, .*={new}; use"):
             RunFolder(copy, tiny_config(collect={key: new}))
     assert (copy / "run.json").read_bytes() == before
-    assert all(RunFolder(copy).is_done(stage) for stage in STAGES)
+    run = RunFolder(copy)
+    assert all(run.is_done(stage) for stage in run.stages)
 
 
 def test_collect_can_be_set_until_it_has_begun(tmp_path):
@@ -313,7 +314,7 @@ def test_a_default_added_to_the_config_undoes_no_stage(done):
 
     run = RunFolder(done)
     run.config = NewerConfig.model_validate(run.config.model_dump())
-    assert all(run.is_done(stage) for stage in STAGES)
+    assert all(run.is_done(stage) for stage in run.stages)
     run.config = run.config.model_copy(update={"collect": NewerCollect(fresh=8)})
     assert not run.is_done("collect")
 

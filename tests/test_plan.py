@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from study import tiny_config
 
 from tracmod.cli import main
+from tracmod.config import load_config
 from tracmod.pipeline import Study, run_stages
 from tracmod.plan import plan_run
 from tracmod.run_folder import STAGES, RunFolder
@@ -23,7 +24,7 @@ def test_counts_are_those_of_the_run(tmp_path):
     run = RunFolder(tmp_path / "run", tiny_config(**OPTIONS))
     plan = plan_run(run)
     assert not run.path.exists()
-    assert [stage.stage for stage in plan.stages] == list(STAGES)
+    assert [stage.stage for stage in plan.stages] == list(run.stages)
     assert not any(stage.done for stage in plan.stages)
     works = {stage.stage: stage.work for stage in plan.stages}
     assert works["finetune"] == "10 steps of 8, 2 checkpoints"  # 36 examples
@@ -97,7 +98,8 @@ def test_the_command_prints_it_and_writes_nothing(tmp_path):
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     lines = result.output.splitlines()
-    assert [line.split()[0] for line in lines[1:9]] == list(STAGES)
+    stages = RunFolder(tmp_path / "run", load_config("demo")).stages
+    assert [line.split()[0] for line in lines[1:9]] == list(stages)
     assert "to do: about" in result.output
     assert "note: influence.k is 100, but there are only 60 training examples" in result.output
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,7 @@ from tracmod.config import load_config, override_config
 from tracmod.durable import link_folder
 from tracmod.pipeline import run_stages
 from tracmod.report.sweeps import write_sweep_page
-from tracmod.run_folder import STAGES, RunFolder
+from tracmod.run_folder import RunFolder
 from tracmod.sweep import load_sweep, run_sweep, sweep_plan
 from tracmod.tasks import load_task
 from tracmod.validation.integrity import verify
@@ -77,7 +77,7 @@ def test_points_share_what_is_the_same_and_the_plan_said_so(done):
         taken = {s: e["taken_from"] for s, e in stages(out / point).items() if "taken_from" in e}
         assert taken == dict.fromkeys(shared, "base"), point
         assert taken == {s: how for s, how in plan[point].items() if how != "to do"}
-        assert list(stages(out / point)) == list(STAGES)
+        assert list(stages(out / point)) == list(RunFolder(out / point).stages)
         assert verify(out / point) == []
     weights = "models/full/checkpoint-1/model.safetensors"
     assert (out / "views" / weights).samefile(out / "base" / weights)

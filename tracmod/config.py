@@ -20,6 +20,9 @@ from pydantic import (
 
 Parameters = Literal["encoder", "all", "attention", "classifier"]
 Combine = Literal["first", "union", "majority", "intersection"]
+Method = Literal[
+    "tracin", "tracin-dot", "tracin-cosine", "adam", "ekfac", "bm25", "embedding", "random"
+]
 
 
 class _Section(BaseModel):
@@ -436,6 +439,43 @@ class AnalyzeConfig(_Section):
     )
 
 
+class RetrainConfig(_Section):
+    """The full model trained again without some of its training examples, to check influence."""
+
+    subsets: int = Field(
+        32, ge=2, description="random subsets of the training examples, a model trained on each"
+    )
+    fraction: float = Field(0.5, gt=0, lt=1, description="of the training examples in a subset")
+    seeds: int = Field(
+        2,
+        ge=1,
+        description="trainings on the same examples, whose losses are averaged: seed, seed + 1, "
+        "... of the run, for order and dropout; all begin with the run's own initial weights",
+    )
+    removed: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of the training examples left out as those that a method calls the "
+        "strongest proponents, or opponents, of a test language; 0: no removals",
+    )
+    random_removals: int = Field(3, ge=1, description="draws of as many examples left out")
+    leave_one_out: bool = Field(True, description="also train without each training language")
+    methods: list[Method] | None = Field(
+        None,
+        min_length=1,
+        description="whose scores are checked; absent: all, but for tracin by another name",
+    )
+
+    @field_validator("methods")
+    @classmethod
+    def _each_once(cls, methods: list[Method] | None) -> list[Method] | None:
+        repeated = sorted({name for name in methods or [] if (methods or []).count(name) > 1})
+        if repeated:
+            raise ValueError(f"each method once, got {', '.join(repeated)} more than once")
+        return methods
+
+
 class RunConfig(_Section):
     """Everything `tracmod run` needs to know; one section per stage."""
 
@@ -453,6 +493,7 @@ class RunConfig(_Section):
     collect: CollectConfig = CollectConfig()
     influence: InfluenceConfig = InfluenceConfig()
     analyze: AnalyzeConfig = AnalyzeConfig()
+    retrain: RetrainConfig | None = Field(None, description="absent: nothing is trained again")
 
     @property
     def sparse(self) -> SparseFinetuneConfig:
@@ -486,6 +527,26 @@ class RunConfig(_Section):
             raise ValueError(
                 "influence.blocks is of plain gradients: expected collect.preconditioner none, got "
                 f"{self.collect.preconditioner}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_left_out_and_left(self) -> RunConfig:
+        asked, languages = self.retrain, self.task.trained_languages
+        if asked is None:
+            return self
+        total = sum(map(self.task.train_count, languages))
+        shares = {"fraction": asked.fraction, "removed": asked.removed}
+        for name, share in shares.items():
+            if share and not 0 < round(share * total) < total:
+                raise ValueError(
+                    f"retrain.{name}: expected a share of the {total} training examples that is "
+                    f"one of them at least and not all, got {share}"
+                )
+        if asked.leave_one_out and len(languages) < 2:
+            raise ValueError(
+                "retrain.leave_one_out: expected two languages with training data or more, got "
+                f"{', '.join(languages)}; set it to false"
             )
         return self
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tracmod import retrain
 from tracmod.analysis.language_pairs import read_distances
 from tracmod.analysis.results import WITHOUT_GROUP
 from tracmod.analysis.same_group import same_group_rows
@@ -41,6 +42,7 @@ from tracmod.features import Collector, Projection, collect_to_store, feature_id
 from tracmod.heads import HeadMask, masked_accuracy
 from tracmod.influence import (
     TopInfluences,
+    influence_scores,
     self_influence,
     top_influences,
     without_examples,
@@ -61,7 +63,7 @@ from tracmod.preconditioner import Preconditioner
 from tracmod.pruning import PruneResult, combine_masks, prune
 from tracmod.report import write_report
 from tracmod.rows import ChosenRows, Rows, StoreRows
-from tracmod.run_folder import STAGES, RunFolder
+from tracmod.run_folder import RunFolder
 from tracmod.storage import location
 from tracmod.store import FeatureStore
 from tracmod.streaming import Sizes, check_memory
@@ -131,7 +133,7 @@ class StudyWorker:
 
 def run_stages(
     run: RunFolder,
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] | None = None,
     again: str | None = None,
     donors: Sequence[RunFolder] = (),
     engine: Engine | None = None,
@@ -140,7 +142,7 @@ def run_stages(
 
     Args:
         run: the folder, locked.
-        stages: which; those before them must be done.
+        stages: which; those before them must be done. None: all that the run has.
         again: a stage to do even if it is done (what is on disk and whole is not made twice).
         donors: runs whose finished stages and features are taken over where they are the same.
         engine: where pruning, collecting and scoring run; None: in this process.
@@ -151,10 +153,12 @@ def run_stages(
     """
     check_outside(run.config)
     study = Study(run, donors, engine)
-    for stage in stages:
+    for stage in run.stages if stages is None else stages:
         if run.is_done(stage) and stage != again:
             continue
-        for earlier in STAGES[: STAGES.index(stage)]:
+        if stage not in run.stages:
+            raise ValueError(f"{run.path}: {stage}: the run's config has no section {stage}")
+        for earlier in run.stages[: run.stages.index(stage)]:
             if not run.is_done(earlier):
                 raise ValueError(
                     f"{run.path}: {stage} needs {earlier}, which is not done: "
@@ -212,6 +216,8 @@ class Study:
             "parallel": task.parallel,
             "device": self.device,
         }
+        if self.config.retrain is not None:
+            retrain.check_subsets(self.config, task.train)
 
     def finetune(self) -> None:
         """Fine-tune on all languages: models/full/."""
@@ -227,7 +233,7 @@ class Study:
         ]
         models = dict.fromkeys((seed, self._pruned_of(language)) for seed, language in missing)
         to_tune = [one for one in models if one != (self.config.seed, None)]
-        with self._bar("prune", len(to_tune) + len(missing), "subnetwork") as bar:
+        with self.bar("prune", len(to_tune) + len(missing), "subnetwork") as bar:
             # Once each at a time: a fine-tuning keeps what it goes on from in its folder.
             self._do("fine_tune_to_prune", to_tune, bar.update, twice=False)
             self._do("prune_language", missing, bar.update, twice=False)
@@ -243,7 +249,7 @@ class Study:
     def collect(self) -> None:
         """Features of every model, checkpoint, view and mask: features/."""
         self._check_memory()
-        with self._bar("collect", self._count_passes()) as bar:
+        with self.bar("collect", self._count_passes()) as bar:
             tasks: list[tuple[Any, ...]] = []
             for model_name in MODELS:
                 for checkpoint in self.checkpoints(model_name):
@@ -262,11 +268,11 @@ class Study:
         self._begin_anew("influence", keep=[progress.name, *(["blocks"] if blocks else [])])
         block_parts: set[Path] = set()
         sampled: list[pa.Table] = []
-        with self._bar("influence", self._count_scores(), "score") as bar:
+        with self.bar("influence", self._count_scores(), "score") as bar:
             for model_name in MODELS:
                 digests, exact = [], []
                 for checkpoint in self.checkpoints(model_name):
-                    model, tokenizer = self._load(checkpoint)
+                    model, tokenizer = self.load(checkpoint)
                     metric = self.preconditioner(model_name, checkpoint, model, tokenizer)
                     digests.append(feature_digests(model, tokenizer, metric))
                     exact.append(
@@ -274,7 +280,7 @@ class Study:
                     )
                 sampled.append(self._sample_table(model_name, digests, exact))
                 self._do("rank_queries", self._searches(model_name, digests), bar.update)
-                test = self._encode(tokenizer, self.table("test"), model)
+                test = self.encode(tokenizer, self.table("test"), model)
                 for view in self.views_at(model_name, checkpoint.epoch):  # the last checkpoint's
                     predictions = self._predictions(model, test, view)
                     self._influence_of_view(model_name, view, digests, predictions)
@@ -300,13 +306,18 @@ class Study:
             distance_names=self.config.analyze.distance_names,
         )
         if self.config.task.name == "planted":
-            asked = self.config.analyze
-            settings = Resampling(
-                asked.bootstrap, asked.permutations, asked.confidence, self.config.seed
-            )
-            answers = planted_answers(self.run.path, settings)
+            answers = planted_answers(self.run.path, self.resampling)
             write_parquet(self.run.path / "analysis" / "planted.parquet", answers)
             write_csv(self.run.path / "analysis" / "planted.csv", answers)
+
+    def retrain(self) -> None:
+        """The full model trained again without some examples, and what that says: retraining/."""
+        design = retrain.design_of(self)
+        missing = retrain.begin(self, design)
+        with self.bar("retrain", len(missing), "training") as bar:
+            # Once each at a time: a fine-tuning keeps what it goes on from in its folder.
+            self._do("retrain_without", missing, bar.update, twice=False)
+        retrain.finish(self, design)
 
     def report(self) -> None:
         """report/index.html."""
@@ -329,6 +340,13 @@ class Study:
             self.run.path / "logs",
             twice,
         )
+
+    def retrain_without(
+        self, left_out: str, seed: int, result: str, advance: Callable[[int], Any]
+    ) -> None:
+        """A task: the losses after one training without a set of examples."""
+        retrain.train_without(self, left_out, seed, result)
+        advance(1)
 
     # --- pruning ----------------------------------------------------------------------------
 
@@ -380,12 +398,12 @@ class Study:
         if (seed, own) not in self._prunable:
             self._prunable.clear()
             if own is None and seed == self.config.seed:
-                loaded = self._load(self.checkpoints("full")[-1])
+                loaded = self.load(self.checkpoints("full")[-1])
             else:
                 loaded = self._fine_tune_to_prune(seed, own)
             self._prunable[seed, own] = loaded
         model, tokenizer = self._prunable[seed, own]
-        return model, self._encode(tokenizer, _of_language(self.table("dev"), language), model)
+        return model, self.encode(tokenizer, _of_language(self.table("dev"), language), model)
 
     def _fine_tune_to_prune(
         self, seed: int, language: str | None
@@ -393,20 +411,8 @@ class Study:
         train = self.table("train")
         if language is not None:
             train = _of_language(train, language)
-        model, tokenizer = self.initial_model()
-        last = fine_tune(
-            model,
-            tokenizer,
-            self._encode(tokenizer, train, model),
-            train.column("language").to_pylist(),
-            self.run.pruned_model(seed, language),
-            replace(self._settings(self.config.finetune, seed), keep="last"),
-            device=self.device,
-            save_seconds=self.config.finetune.save_seconds,
-            ids=train.column("id").to_pylist(),
-            description=f"fine-tune {language or 'all'}, seed {seed}",
-        )[-1]
-        return self._load(last)
+        folder = self.run.pruned_model(seed, language)
+        return self.fine_tuned(train, seed, folder, f"fine-tune {language or 'all'}, seed {seed}")
 
     def _is_combined(self, language: str) -> bool:
         thresholds = [None, *self.config.prune.other_thresholds]
@@ -436,9 +442,9 @@ class Study:
         model, tokenizer = self.initial_model()
         train, test = self.table("train"), self.table("test")
         languages = test.column("language").to_pylist()
-        test_examples = self._encode(tokenizer, test, model)
+        test_examples = self.encode(tokenizer, test, model)
         dev = {
-            language: self._encode(tokenizer, _of_language(self.table("dev"), language), model)
+            language: self.encode(tokenizer, _of_language(self.table("dev"), language), model)
             for language in masks or {}
         }
 
@@ -448,7 +454,7 @@ class Study:
         fine_tune(
             model,
             tokenizer,
-            self._encode(tokenizer, train, model),
+            self.encode(tokenizer, train, model),
             train.column("language").to_pylist(),
             self.run.model(name),
             self._settings(config, self.config.seed),
@@ -461,6 +467,44 @@ class Study:
             description=f"fine-tune {name}",
             second_moment=self.config.collect.preconditioner == "adam",
         )
+
+    def fine_tuned(
+        self,
+        train: pa.Table,
+        seed: int,
+        folder: Path,
+        description: str,
+        keep: Literal["all", "last"] = "last",
+        second_moment: bool = False,
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A model trained as the run's `full` one, on other examples or with another seed.
+
+        The same initial weights and tokenizer; the seed is that of order and dropout. Epochs are
+        the same, so fewer examples are fewer steps.
+
+        Args:
+            train: the examples.
+            seed: of the training.
+            folder: where it keeps its checkpoints, and what it goes on from.
+            description: of its progress bar.
+            keep: which checkpoints.
+            second_moment: whether they hold Adam's.
+        """
+        model, tokenizer = self.initial_model()
+        last = fine_tune(
+            model,
+            tokenizer,
+            self.encode(tokenizer, train, model),
+            train.column("language").to_pylist(),
+            folder,
+            replace(self._settings(self.config.finetune, seed), keep=keep),
+            device=self.device,
+            save_seconds=self.config.finetune.save_seconds,
+            ids=train.column("id").to_pylist(),
+            description=description,
+            second_moment=second_moment,
+        )[-1]
+        return self.load(last)
 
     def _settings(self, config: FinetuneConfig, seed: int) -> Settings:
         return Settings(seed=seed, **config.model_dump(exclude={"save_seconds", "masks"}))
@@ -508,7 +552,7 @@ class Study:
         self, model_name: str, checkpoint: Checkpoint, advance: Callable[[int], Any]
     ) -> Iterator[tuple[Any, ...]]:
         """Make a checkpoint's stores; what `collect_shards` has to be called with to fill them."""
-        model, tokenizer = self._load(checkpoint)
+        model, tokenizer = self.load(checkpoint)
         metric = self.preconditioner(model_name, checkpoint, model, tokenizer)
         digests = feature_digests(model, tokenizer, metric)
         alone = self._engine.workers == 1
@@ -552,10 +596,10 @@ class Study:
         if (model_name, epoch) not in self._collectable:
             self._collectable.clear()
             checkpoint = self._checkpoint(model_name, epoch)
-            model, tokenizer = self._load(checkpoint)
+            model, tokenizer = self.load(checkpoint)
             metric = self.preconditioner(model_name, checkpoint, model, tokenizer)
             encoded = {
-                split: self._encode(tokenizer, self.table(split), model)
+                split: self.encode(tokenizer, self.table(split), model)
                 for split in ("train", "test")
             }
             self._collectable[model_name, epoch] = model, metric, encoded
@@ -600,14 +644,26 @@ class Study:
         tokenizer: PreTrainedTokenizerBase,
     ) -> Preconditioner | None:
         """The metric of a checkpoint's features: that of all heads, whatever the view's mask."""
-        collect = self.config.collect
-        if collect.preconditioner == "none":
+        kind = self.config.collect.preconditioner
+        if kind == "none":
             return None
+        return self.metric(kind, model_name, checkpoint, model, tokenizer)
+
+    def metric(
+        self,
+        kind: Literal["adam", "ekfac"],
+        model_name: str,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Preconditioner:
+        """A checkpoint's preconditioner of a kind; a fitted one is kept in preconditioners/."""
+        collect = self.config.collect
         return checkpoint_preconditioner(
-            collect.preconditioner,
+            kind,
             model,
             checkpoint.path,
-            lambda: self._encode(tokenizer, self.table("train"), model),
+            lambda: self.encode(tokenizer, self.table("train"), model),
             parameters=collect.parameters,
             damping=collect.damping,
             batch_tokens=collect.batch_tokens,
@@ -917,6 +973,19 @@ class Study:
             return None
         return checkpoint_weights(checkpoints)
 
+    def dense_scores(self, normalize: str | None) -> Tensor:
+        """(Q, N) scores of the full model, all heads, from its feature stores."""
+        digests = []
+        for one in self.checkpoints("full"):
+            model, tokenizer = self.load(one)
+            metric = self.preconditioner("full", one, model, tokenizer)
+            digests.append(feature_digests(model, tokenizer, metric))
+        full = self._view("full")
+        queries, trains = (
+            self.stores("full", full, None, split, digests) for split in ("test", "train")
+        )
+        return influence_scores(queries, trains, self.weights(self.checkpoints("full")), normalize)
+
     def _predictions(
         self, model: PreTrainedModel, test: Sequence[dict[str, Any]], view: View
     ) -> list[int]:
@@ -960,7 +1029,7 @@ class Study:
     ) -> Tensor:
         """(Q, N) exact scores of the sample at one checkpoint, all heads."""
         queries, trains = (
-            self._encode(tokenizer, self.table(split).take(rows), model)
+            self.encode(tokenizer, self.table(split).take(rows), model)
             for split, rows in (("test", self._sample.queries), ("train", self._sample.trains))
         )
         identity = {
@@ -1049,15 +1118,15 @@ class Study:
         missing = {file: one for file, one in parts.items() if not file.is_file()}
         if not missing:
             return
-        model, tokenizer = self._load(checkpoint)
+        model, tokenizer = self.load(checkpoint)
         encoded = {
-            split: self._encode(tokenizer, self.table(split), model) for split in ("train", "test")
+            split: self.encode(tokenizer, self.table(split), model) for split in ("train", "test")
         }
         collect = self.config.collect
         total = sum(
             len(self._rows(s, language)) for language, _ in missing.values() for s in encoded
         )
-        with self._bar(f"blocks of epoch {checkpoint.epoch}", total) as bar:
+        with self.bar(f"blocks of epoch {checkpoint.epoch}", total) as bar:
             for file, (language, mask) in missing.items():
                 train, test = (
                     self._by_language(split, encoded[split], language) for split in encoded
@@ -1101,6 +1170,12 @@ class Study:
         return self.run.path / "influence" / "blocks" / f"{name[:32]}.parquet"
 
     # --- what the stages share --------------------------------------------------------------
+
+    @property
+    def resampling(self) -> Resampling:
+        """Of intervals and tests."""
+        asked = self.config.analyze
+        return Resampling(asked.bootstrap, asked.permutations, asked.confidence, self.config.seed)
 
     @property
     def languages(self) -> list[str]:
@@ -1179,17 +1254,20 @@ class Study:
     def _epochs(self, model_name: str) -> int:
         return (self.config.sparse if model_name == "sparse" else self.config.finetune).epochs
 
-    def _load(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A checkpoint's model, on the device, and its tokenizer."""
         model, tokenizer = load_model(checkpoint.path)
         return to_device(model, self.device), tokenizer
 
-    def _encode(
+    def encode(
         self, tokenizer: PreTrainedTokenizerBase, table: pa.Table, model: PreTrainedModel
     ) -> list[dict[str, Any]]:
+        """Examples as the model takes them."""
         num_labels = int(model.config.num_labels or 0)
         return encode(tokenizer, table, self.config.model.max_length, num_labels=num_labels)
 
-    def _bar(self, name: str, total: int, unit: str = "example") -> Any:
+    def bar(self, name: str, total: int, unit: str = "example") -> Any:
+        """A progress bar."""
         return tqdm(
             total=total, desc=name, unit=unit, unit_scale=True, disable=None, smoothing=0.05
         )

@@ -35,7 +35,8 @@ from tracmod.model import (
 )
 from tracmod.optimizer import HeadwiseAdamW
 from tracmod.pipeline import BLOCK_VIEWS, MODELS, Study, check_outside, run_stages
-from tracmod.run_folder import STAGES, RunFolder
+from tracmod.retrain import check_subsets, counted
+from tracmod.run_folder import RunFolder
 from tracmod.store import DTYPES
 from tracmod.views import views_of
 
@@ -144,7 +145,9 @@ class _Planner:
             "analyze": ("comparisons, intervals, tests", None, 0),
             "report": ("report/index.html", None, 0),
         }
-        stages = [StagePlan(one, self.run.is_done(one), *works[one]) for one in STAGES]
+        if self.config.retrain is not None:
+            works["retrain"] = self._retraining(rates)
+        stages = [StagePlan(one, self.run.is_done(one), *works[one]) for one in self.run.stages]
         plan = RunPlan(stages, [])
         plan.notes.extend(self._notes(plan))
         return plan
@@ -226,6 +229,16 @@ class _Planner:
             work += f"; by head and layer {examples} passes of an example"
             seconds += 1.5 * examples * rates.features  # 1.5: as measured beside collecting
         return work, seconds, 0
+
+    def _retraining(self, rates: _Rates) -> tuple[str, float, int]:
+        config, kinds = self.config.finetune, counted(self.config)
+        check_subsets(self.config, self.tables["train"])
+        trainings = sum(number for _, number, _ in kinds)
+        trained = trainings * self._count("train") - sum(left_out for _, _, left_out in kinds)
+        steps = config.epochs * trained / config.batch_size
+        seconds = steps * rates.step + trainings * self._count("test") * rates.forward
+        parts = ", ".join(f"{number} {what}" for what, number, _ in kinds)
+        return f"at most {trainings} trainings: {parts}", seconds, self.checkpoint_bytes
 
     def _notes(self, plan: RunPlan) -> list[str]:
         notes = []

@@ -34,6 +34,7 @@ STAGES = (
     "collect",
     "influence",
     "analyze",
+    "retrain",
     "report",
 )
 # The config sections that each stage is the first to read.
@@ -45,11 +46,12 @@ _READ = {
     "collect": ("collect", "views"),
     "influence": ("influence", "analyze"),
     "analyze": (),
+    "retrain": ("retrain",),
     "report": ("name",),
 }
 # Where one of these has changed, the stage that reads it and those after it are done again. Any
 # other section cannot be changed once its stage has begun: days of work depend on it.
-_REMADE = ("views", "influence", "analyze", "name")
+_REMADE = ("views", "influence", "analyze", "retrain", "name")
 # The part of the folder that each stage writes.
 _OWNED = {
     "data": "data",
@@ -59,6 +61,7 @@ _OWNED = {
     "collect": "features",
     "influence": "influence",
     "analyze": "analysis",
+    "retrain": "retraining",
     "report": "report",
 }
 # What stages add to run.json.
@@ -157,11 +160,22 @@ class RunFolder:
             view_path /= language
         return view_path / f"checkpoint-{epoch}" / split
 
+    @property
+    def retraining(self) -> Path:
+        """retraining/: the trainings without some examples, and what they say."""
+        return self.path / "retraining"
+
     def influence(self, model: str, view: str) -> Path:
         """influence/<model>/<view>: the folder of its tables."""
         return self.path / "influence" / model / view
 
     # --- stages -----------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those of `STAGES` that the run's config has work for."""
+        without = () if self.config.retrain else ("retrain",)
+        return tuple(stage for stage in STAGES if stage not in without)
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage was finished with this config."""
@@ -212,7 +226,7 @@ class RunFolder:
             Whether the stage was taken over.
         """
         assert stage != "report"
-        earlier = STAGES[: STAGES.index(stage)]
+        earlier = self.stages[: self.stages.index(stage)]
         same_inputs = self.has_same_inputs(stage, other)
         if not same_inputs or not all(other.is_done(one) for one in (*earlier, stage)):
             return False
@@ -268,7 +282,8 @@ class RunFolder:
             exclude_defaults=True,
             exclude={"influence": {"memory"}, "collect": {"features"}},
         )
-        tree = {section: values for section, values in tree.items() if values != {}}
+        # An empty `retrain` is not an absent one.
+        tree = {name: values for name, values in tree.items() if values != {} or name == "retrain"}
         earlier = STAGES[: STAGES.index(stage) + 1]
         sections = [section for one in earlier for section in _READ[one] if section in tree]
         text = json.dumps({section: tree[section] for section in sections}, sort_keys=True)

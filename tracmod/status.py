@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracmod.run_folder import STAGES, RunFolder
+from tracmod.run_folder import RunFolder
 from tracmod.storage import entries
 from tracmod.store import FeatureStore
 
@@ -47,7 +47,7 @@ def run_status(path: Path) -> RunStatus:
             "done" if run.is_done(stage) else records.get(stage, {}).get("state", "to do"),
             float(records.get(stage, {}).get("seconds", 0.0)),
         )
-        for stage in STAGES
+        for stage in run.stages
     ]
     features: Any = run.features_path
     manifests = list(features.rglob("manifest.json"))

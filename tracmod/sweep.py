@@ -158,7 +158,7 @@ def sweep_plan(sweep: Sweep, out: Path) -> dict[str, dict[str, str]]:
     for name, run in runs.items():
         others = {other: runs[other] for other in runs if other != name}
         plan[name] = {}
-        for stage in STAGES:
+        for stage in run.stages:
             # By this point's turn those before it have everything, others what is on disk now.
             donors = (
                 other
@@ -219,7 +219,7 @@ def run_sweep(
         entries = run.record["stages"].items()
         taken = [f"{stage} from {e['taken_from']}" for stage, e in entries if "taken_from" in e]
         say(f"point {name} is done" + (f"; taken over: {', '.join(taken)}" if taken else ""))
-    finished = [name for name, run in runs.items() if all(map(run.is_done, STAGES))]
+    finished = [name for name, run in runs.items() if all(map(run.is_done, run.stages))]
     if finished:
         write_sweep(sweep, out, finished)
     return failed

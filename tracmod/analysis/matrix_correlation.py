@@ -1,4 +1,4 @@
-"""Correlation of two matrices over pairs of items: the Mantel and the partial Mantel test.
+"""Correlation of two matrices over pairs of items, tested by permuting the items (Mantel).
 
 Shape legend: n items, M = n (n - 1) / 2 pairs, C controls and a constant, P permutations.
 """
@@ -135,6 +135,64 @@ def partial_mantel(
     at_least = int(np.sum(np.abs(correlations_P) >= abs(observed) - 1e-12))
     p_value = (1 + at_least) / (1 + len(orders))
     return MantelResult(observed, p_value, len(orders) + exact, exact, len(rows))
+
+
+@dataclass(frozen=True)
+class CellsResult:
+    """As `MantelResult`; `correlation` and `p_value` are None where one side does not vary."""
+
+    correlation: float | None
+    p_value: float | None
+    permutations: int
+    exact: bool
+    cells: int
+
+
+def permuted_columns(
+    a: np.ndarray,
+    b: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    between_only: bool = False,
+    permutations: int = 1000,
+    seed: int = 0,
+) -> CellsResult:
+    """Spearman correlation of two matrices' cells, which need not be symmetric, nor square.
+
+    The items of the columns are permuted in `a`, in the columns and, where they have one, in the
+    rows: an item's cell with itself stays one. So the test does not ask whether these stand out,
+    but whether anything else of `a` goes with `b`. Two-sided p and orders as in `mantel`.
+
+    Args:
+        a, b: (R, C) float.
+        rows, columns: names of the items; every column's name is a row's as well.
+        between_only: leave out an item's cell with itself.
+        permutations, seed: as in `mantel`.
+
+    Source: Hubert and Schultz 1976 (quadratic assignment).
+    """
+    assert a.shape == b.shape == (len(rows), len(columns))
+    place = {name: row for row, name in enumerate(rows)}
+    own = np.array([place[name] for name in columns])
+    mask = np.ones(a.shape, dtype=bool)
+    if between_only:
+        mask[own, np.arange(len(columns))] = False
+    orders, exact = _orders(len(columns), permutations, seed)
+    tried, cells = len(orders) + exact, int(mask.sum())
+    if cells < 2 or np.ptp(a[mask]) == 0 or np.ptp(b[mask]) == 0:
+        return CellsResult(None, None, tried, exact, cells)
+    a_unit, b_unit = np.zeros(a.shape), np.zeros(b.shape)
+    a_unit[mask] = _standardised(a[mask], "spearman", "first")
+    b_unit[mask] = _standardised(b[mask], "spearman", "second")
+    observed = float((a_unit * b_unit).sum())
+    at_least = 0
+    for order in orders:
+        order_of_rows = np.arange(len(rows))
+        order_of_rows[own] = own[order]
+        correlation = float((a_unit[order_of_rows][:, order] * b_unit).sum())
+        at_least += abs(correlation) >= abs(observed) - 1e-12
+    return CellsResult(observed, (1 + at_least) / (1 + len(orders)), tried, exact, cells)
 
 
 def _orthonormal(controls: Sequence[np.ndarray]) -> np.ndarray:

@@ -35,6 +35,7 @@ from tracmod.report.findings import (
 from tracmod.report.planted import planted_section
 from tracmod.report.plots import Figure, Panel
 from tracmod.report.pruning import pruning_panels, threshold_rows
+from tracmod.report.retraining import retraining_section, signed
 from tracmod.report.sections import (
     accuracy_figures,
     by_k_panels,
@@ -100,7 +101,7 @@ def _render(run: RunResults, summary: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.globals.update(place=place, words=words)
+    environment.globals.update(place=place, words=words, signed=signed)
     template = environment.from_string(_file("page.html.j2"))
     body = template.render(_context(run, summary))
     # The figures are numbered while the template is drawn, so their data is added after it.
@@ -170,6 +171,7 @@ def _context(run: RunResults, summary: dict[str, Any]) -> dict[str, Any]:
         "scatter": _scatter(tables["pairs"], summary, unit),
         "blocks": block_panels(tables["blocks"], unit),
         "planted": planted_section(tables["planted"]),
+        "retraining": retraining_section(run),
         "stages": _stages(run.settings.get("stages", {})),
     }
 

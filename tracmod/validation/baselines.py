@@ -1,0 +1,90 @@
+"""Scores that know no gradients, to set beside influence: BM25, embedding similarity, random.
+
+Shape legend: Q test examples, N training examples, B examples of a batch, S tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import bm25s
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tracmod.model import collate, pad_token_id, plan_batches
+
+# Words as they are, in any script: of one letter too, none left out for being frequent. Where a
+# script puts no spaces, a run of letters is a word.
+_WORD = r"(?u)\b\w+\b"
+
+
+def bm25_scores(queries: Sequence[str], trains: Sequence[str]) -> np.ndarray:
+    """BM25 of every training text for every test text as the query (bm25s, k1 1.5, b 0.75).
+
+    Returns:
+        (Q, N) float32, 0 where two texts share no word.
+    """
+    words_Q, words_N = (
+        bm25s.tokenize(
+            list(texts), token_pattern=_WORD, stopwords=[], return_ids=False, show_progress=False
+        )
+        for texts in (queries, trains)
+    )
+    scores_QN = np.zeros((len(queries), len(trains)), dtype=np.float32)
+    if not any(words_N):
+        return scores_QN
+    ranker = bm25s.BM25()
+    ranker.index(words_N, show_progress=False)
+    for row, words in enumerate(words_Q):
+        if words:
+            scores_QN[row] = ranker.get_scores(words)
+    return scores_QN
+
+
+def embedding_scores(
+    model: PreTrainedModel,
+    queries: Sequence[Mapping[str, Any]],
+    trains: Sequence[Mapping[str, Any]],
+) -> np.ndarray:
+    """Cosine of the means of the last hidden states over the tokens, dropout off.
+
+    Args:
+        model: on any device.
+        queries, trains: as `encode` returns them.
+
+    Returns:
+        (Q, N) float32.
+    """
+    query_QD, train_ND = (
+        torch.nn.functional.normalize(_mean_hidden(model, examples))
+        for examples in (queries, trains)
+    )
+    return (query_QD @ train_ND.T).numpy()
+
+
+@torch.no_grad()
+def _mean_hidden(
+    model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], batch_tokens: int = 8192
+) -> Tensor:
+    """(N, D) float32 on the CPU; padding is left out of the means."""
+    was_training = model.training
+    model.eval()
+    try:
+        means_ND = torch.empty(len(examples), int(model.config.hidden_size))
+        for rows in plan_batches([len(one["input_ids"]) for one in examples], batch_tokens):
+            batch = collate([examples[row] for row in rows], pad_token_id(model), model.device)
+            batch.pop("labels")
+            hidden_BSD = model.base_model(**batch).last_hidden_state.float()
+            mask_BS1 = batch["attention_mask"][..., None].float()
+            means_ND[rows] = ((hidden_BSD * mask_BS1).sum(dim=1) / mask_BS1.sum(dim=1)).cpu()
+        return means_ND
+    finally:
+        model.train(was_training)
+
+
+def random_scores(num_queries: int, num_train: int, seed: int) -> np.ndarray:
+    """(Q, N) float32, normally distributed: what no knowledge at all gives."""
+    return np.random.default_rng(seed).standard_normal((num_queries, num_train), dtype=np.float32)

@@ -18,10 +18,18 @@ import torch
 from click.testing import CliRunner
 from study import files_of, tiny_config
 
+import tracmod as tm
 from tracmod.cli import main
 from tracmod.config import Method
 from tracmod.engine.local import LocalEngine
-from tracmod.model import encode, load_model, per_example_loss, predict
+from tracmod.model import (
+    encode,
+    load_classifier,
+    load_model,
+    model_digest,
+    per_example_loss,
+    predict,
+)
 from tracmod.pipeline import Study, run_stages
 from tracmod.plan import plan_run
 from tracmod.report.retraining import METHOD_NAMES, sentences
@@ -204,6 +212,31 @@ def test_every_method_has_scores_of_every_pair_and_tracin_those_of_the_run(done)
             ids["test"].index(row["test_id"]), ids["train"].index(row["train_id"])
         ]
         assert row["score"] == pytest.approx(found, rel=1e-4, abs=1e-9)
+
+
+def test_scores_in_a_metric_are_those_of_its_preconditioned_gradients(copy):
+    """Adam's from the same training again, its second moment kept this time; then read."""
+    study = Study(RunFolder(copy))
+    scores = {kind: method_scores(study, kind) for kind in ("adam", "ekfac")}
+    again, checkpoints = copy / "retraining" / "with-second-moment", study.checkpoints("full")
+    exact = {"adam": 0.0, "ekfac": 0.0}
+    for one in checkpoints:
+        model, tokenizer = study.load(one)
+        folder = again / one.path.name
+        assert model_digest(load_classifier(folder)) == model_digest(model)
+        train, test = (
+            study.encode(tokenizer, study.table(split), model) for split in ("train", "test")
+        )
+        adam = tm.adam_preconditioner(model, folder)
+        exact["adam"] += one.learning_rate * tm.exact_influence(
+            model, train, test, preconditioner=adam
+        )
+        ekfac = tm.fit_ekfac(model, train, batch_tokens=study.config.collect.batch_tokens)
+        exact["ekfac"] = tm.exact_influence(model, train, test, preconditioner=ekfac)
+    for kind, scores_QN in scores.items():
+        found = np.corrcoef(scores_QN.ravel(), exact[kind].numpy().ravel())[0, 1]
+        assert found > 0.95, kind
+        assert np.array_equal(method_scores(study, kind), scores_QN)
 
 
 def test_left_to_choose_the_methods_are_all_but_tracin_by_another_name():

@@ -21,6 +21,8 @@ METHOD_NAMES = {
     "tracin": "TracIn, as in this report",
     "tracin-dot": "TracIn, inner products",
     "tracin-cosine": "TracIn, cosines",
+    "adam": "TracIn in Adam's metric",
+    "ekfac": "EK-FAC influence functions",
     "bm25": "BM25",
     "embedding": "Embedding similarity",
     "random": "Random",

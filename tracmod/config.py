@@ -21,7 +21,15 @@ from pydantic import (
 Parameters = Literal["encoder", "all", "attention", "classifier"]
 Combine = Literal["first", "union", "majority", "intersection"]
 Method = Literal[
-    "tracin", "tracin-dot", "tracin-cosine", "adam", "ekfac", "bm25", "embedding", "random"
+    "tracin",
+    "tracin-dot",
+    "tracin-cosine",
+    "adam",
+    "ekfac",
+    "ekfac-last",
+    "bm25",
+    "embedding",
+    "random",
 ]
 
 

@@ -65,8 +65,8 @@ def method_scores(study: Study, method: Method) -> np.ndarray:
 
     tracin: as the run's influence is; tracin-dot, tracin-cosine: the same with inner products, or
         cosines, whatever the run has.
-    adam: tracin with inner products in the metric of Adam's steps, all checkpoints. ekfac: inner
-        products in the metric of the curvature, last checkpoint (see `tracmod.ekfac`).
+    adam, ekfac: tracin-dot in the metric of Adam's steps, or of the curvature at each checkpoint.
+    ekfac-last: the same of the last checkpoint alone, which is what influence functions are.
     bm25: over both texts of an example. embedding: cosine of mean last hidden states, last
         checkpoint. Neither knows labels. random: no knowledge at all.
     """
@@ -81,6 +81,8 @@ def method_scores(study: Study, method: Method) -> np.ndarray:
         case "adam":
             return _kept_scores(study, "adam", _checkpoints_with_moments(study))
         case "ekfac":
+            return _kept_scores(study, "ekfac", study.checkpoints("full"))
+        case "ekfac-last":
             return _kept_scores(study, "ekfac", study.checkpoints("full")[-1:])
         case "bm25":
             return bm25_scores(_texts(test), _texts(train))
@@ -120,13 +122,14 @@ def _kept_scores(
         "checkpoints": [file_sha256(one.path / "model.safetensors") for one in checkpoints],
         **{split: file_sha256(study.run.data(split)) for split in ("train", "test")},
     }
-    file = study.run.retraining / "scores" / f"{kind}.safetensors"
+    weights = study.weights(list(checkpoints))
+    identity |= {"kind": kind, "weights": weights}
+    file = study.run.retraining / "scores" / f"{sha256(canonical_json(identity))[:32]}.safetensors"
     try:
         kept = read_tensors(file, identity)
-    except ValueError:  # of other checkpoints or settings, or damaged: made again
+    except ValueError:  # damaged: made again
         kept = None
     if kept is None:
-        weights = [1.0] if kind == "ekfac" else study.weights(list(checkpoints))
         with study.bar(f"scores {kind}", len(checkpoints), "checkpoint") as bar:
             pairs = [_features_in(study, kind, one, bar.update) for one in checkpoints]
         queries, trains = zip(*pairs, strict=True)

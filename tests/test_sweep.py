@@ -170,7 +170,7 @@ def test_the_page_holds_its_figures_and_loads_nothing(done):
     _, out, _ = done
     page = (out / "sweep.html").read_text(encoding="utf-8")
     assert "src=" not in page.partition("<script>")[0]
-    assert "connect-src data: blob:" in page
+    assert "default-src 'none'" in page
     figures = json.loads(page.partition('id="figure-data">')[2].partition("</script>")[0])
     assert page.count('class="plot"') == len(figures) >= 6
     first = figures[0]

@@ -115,8 +115,8 @@
       make("p", { class: name, lang: languageTag(examples.language[place]), dir: "auto" }, text));
   }
 
-  /* The own language first, so that the strips of several views compare. */
-  function strip(shares, own) {
+  /* The own language first, so that the strips of several views compare; names where they fit. */
+  function strip(shares, own, width) {
     const order = data.languages.map((_, place) => place).sort((a, b) =>
       (data.languages[b] === own) - (data.languages[a] === own));
     const shown = order.filter((place) => shares[place] > 0);
@@ -124,7 +124,7 @@
     const parts = shown.map((place) => {
       const language = data.languages[place], text = language + " " + percent(shares[place]);
       const part = make("span", { title: text, class: language === own ? "mine" : "" },
-        shares[place] >= 1400 ? text : shares[place] >= 600 ? language : "");
+        [text, language].find((one) => 7.4 * one.length + 6 < (width * shares[place]) / 10000) || "");
       part.style.width = shares[place] / 100 + "%";
       return part;
     });
@@ -136,11 +136,7 @@
     byId("explorer").hidden = !some;
     if (!some) return;
     const own = data.test.language[chosen];
-    data.views.forEach((one, place) => {
-      const cells = byId("explorer-views").querySelectorAll("label")[place].querySelectorAll(".strips > div");
-      [0, 1].forEach((side) => cells[side].replaceChildren(seenIn(one, chosen)
-        ? strip(sharesOf(one, chosen, side), own) : make("span", { class: "under" }, "not computed")));
-    });
+    showStrips(own);
     const predicted = data.views[view].prediction[chosen];
     const outcome = predicted < 0 ? "" : ", predicted " + label(predicted) + (isRight(chosen) ? " (right)" : " (wrong)");
     const group = data.test.group[chosen];
@@ -148,6 +144,14 @@
       make("p", { class: "under" }, own + ", label " + label(data.test.label[chosen]) + outcome
         + (group === null ? "" : ", item " + group)));
     showListed();
+  }
+
+  function showStrips(own) {
+    data.views.forEach((one, place) => {
+      const cells = byId("explorer-views").querySelectorAll("label")[place].querySelectorAll(".strips > div");
+      [0, 1].forEach((side) => cells[side].replaceChildren(seenIn(one, chosen)
+        ? strip(sharesOf(one, chosen, side), own, cells[side].clientWidth) : make("span", { class: "under" }, "not computed")));
+    });
   }
 
   function scientific(score) {
@@ -181,8 +185,10 @@
     const shown = listedAll ? wanted : wanted.slice(0, FIRST_LISTED);
     const head = make("thead", {}, make("tr", {}, ...["Language", "Training example", "Score"].map((name) =>
       make("th", { scope: "col", class: name === "Score" ? "n" : "" }, name))));
-    const said = wanted.length === all.length ? "" : count(wanted.length) + " of the " + count(all.length) + " strongest match. ";
-    return make("div", {}, make("h3", {}, title), make("p", { class: "under" }, said + count(shown.length) + " shown."),
+    const said = wanted.length === all.length
+      ? "The " + shown.length + " strongest of " + all.length + " listed here."
+      : wanted.length + " of the " + all.length + " listed here are such" + (shown.length < wanted.length ? "; " + shown.length + " shown." : ".");
+    return make("div", {}, make("h3", {}, title), make("p", { class: "under" }, said),
       make("table", {}, head, make("tbody", {}, ...shown.map(row))));
   }
 
@@ -213,6 +219,7 @@
     byId("choose-text").addEventListener("input", search);
     for (const id of ["train-language", "train-label"]) byId(id).addEventListener("change", showListed);
     byId("list-all").addEventListener("click", () => { listedAll = !listedAll; showListed(); });
+    window.addEventListener("resize", () => { if (chosen >= 0) showStrips(data.test.language[chosen]); });
     for (const [id, step] of [["previous-page", -1], ["next-page", 1]]) {
       byId(id).addEventListener("click", () => { page += step; showPage(); });
     }

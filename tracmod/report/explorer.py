@@ -73,8 +73,9 @@ def explorer_data(run: RunResults, shown: int, per_language: int) -> dict[str, A
     test, train = run.examples("test"), run.examples("train")
     test = test.take(_first_of_each(test["language"].to_pylist(), per_language if folders else 0))
     views = [_view(run, model, view, test, train, shown) for model, view in folders]
-    listed = np.unique(np.concatenate([np.unique(view["places"]) for view in views] or [[]]))
-    listed = listed[listed >= 0].astype(np.int64)
+    none = np.zeros(0, np.int64)
+    listed = np.unique(np.concatenate([none, *(np.unique(view["places"]) for view in views)]))
+    listed = listed[listed >= 0]
     for view in views:
         view["places"] = _renumbered(view["places"], listed)
     return {

@@ -142,7 +142,7 @@ def _accuracy(summary: Row) -> str:
     learnt = (
         f"In {listed(weak)} the fine-tuned model is not clearly better than chance"
         if weak
-        else "The fine-tuned model has learnt the task in every language"
+        else "The fine-tuned model is better than chance in every language"
     )
     text = (
         f"{learnt}. It is right on {_range(by_value)} of the test examples, by language; "
@@ -178,9 +178,9 @@ def _reliance(summary: Row) -> str:
         verdict = "The model has no clear preference for a test example's own language"
     k = f"{summary['k']} " if summary["k"] else ""
     return (
-        f"{verdict}. Of a test example's {k}strongest proponents (training examples that lowered its loss), "
-        f"{percent_interval(share)} are in its own language; {percent(null)} would be if language "
-        f"played no part. Among the strongest opponents the share is "
+        f"{verdict}. Of a test example's {k}strongest proponents (training examples that lowered "
+        f"its loss), {percent_interval(share)} are in its own language; {percent(null)} would be "
+        f"if language played no part. Among the strongest opponents the share is "
         f"{percent_interval(entry['share_negative'])}."
     )
 

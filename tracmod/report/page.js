@@ -18,6 +18,9 @@ async function unpacked(id) {
     return getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
   }
 
+  /* Pixels; smaller on paper, where figures are narrower. */
+  const textSize = () => (document.documentElement.dataset.paper ? 9.5 : 12);
+
   function scale(kind) {
     const prefix = kind === "diverging" ? "div-" : "seq-";
     return [0, 1, 2, 3, 4].map((step) => [step / 4, color(prefix + step)]);
@@ -41,14 +44,14 @@ async function unpacked(id) {
   /* The numbers in a heatmap's cells, dark or light by what reads better on each cell. */
   function numbers(trace, steps) {
     const text = { type: "scatter", mode: "text", x: [], y: [], text: [], hoverinfo: "skip",
-      showlegend: false, textfont: { size: 12, color: [] } };
+      showlegend: false, textfont: { size: textSize(), color: [] } };
     trace.z.forEach((row, i) => row.forEach((value, j) => {
       if (value === null) return;
       const place = Math.min(1, Math.max(0, (value - trace.zmin) / (trace.zmax - trace.zmin)));
       text.x.push(trace.x[j]);
       text.y.push(trace.y[i]);
       text.text.push(trace.text[i][j]);
-      text.textfont.color.push(luminance(steps, place) > 0.18 ? "#10151b" : "#ffffff");
+      text.textfont.color.push(luminance(steps, place) > 0.179 ? "#000000" : "#ffffff");
     }));
     return text;
   }
@@ -71,12 +74,12 @@ async function unpacked(id) {
       }
     }
     for (const shape of layout.shapes || []) Object.assign(shape.line, { color: ink, width: 1.3 });
-    for (const note of layout.annotations || []) note.font = { color: muted, size: 11 };
+    for (const note of layout.annotations || []) note.font = { color: muted, size: textSize() - 1 };
     for (const axis of ["xaxis", "yaxis"]) {
       const own = layout[axis] || {};
       const title = own.title && own.title.text ? own.title : { text: own.title || "" };
       layout[axis] = Object.assign({}, own, {
-        title: Object.assign({}, title, { standoff: 10, font: { size: 12, color: muted } }),
+        title: Object.assign({}, title, { standoff: 10, font: { size: textSize(), color: muted } }),
         automargin: true, fixedrange: true, gridcolor: line, linecolor: line, zeroline: false,
         ticks: "", tickfont: { color: ink },
       });
@@ -89,7 +92,7 @@ async function unpacked(id) {
         margin: { l: 10, r: 14, t: 8, b: 10 },
         paper_bgcolor: "rgba(0,0,0,0)",
         plot_bgcolor: "rgba(0,0,0,0)",
-        font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink },
+        font: { family: getComputedStyle(document.body).fontFamily, size: textSize(), color: ink },
         legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: ink } },
         hoverlabel: { bgcolor: color("panel"), bordercolor: line, font: { color: ink }, align: "left" },
       }),
@@ -112,6 +115,8 @@ async function unpacked(id) {
     const figure = themed(own ? compared(own) : figures[Number(element.dataset.figure)]);
     element.dataset.drawn = "yes";
     Plotly.react(element, figure.data, figure.layout, { responsive: true, displayModeBar: false });
+    const ruler = document.getElementById("js-plotly-tester"); // Plotly measures texts in it, unseen
+    if (ruler) ruler.setAttribute("aria-hidden", "true");
   }
 
   const plots = Array.from(document.querySelectorAll(".plot"));
@@ -175,14 +180,16 @@ async function unpacked(id) {
 
   for (const element of document.querySelectorAll(".compare")) {
     const [shown, base] = element.querySelectorAll("select");
-    element.addEventListener("change", () => {
+    const show = () => {
       const name = (select) => select.selectedOptions[0].textContent;
       const title = name(shown) + (base.value === "" ? "" : " \u2212 " + name(base));
       element.querySelector("figcaption").textContent = title;
       const plot = element.querySelector(".plot");
       plot.setAttribute("aria-label", title);
       if (plot.dataset.drawn) draw(plot);
-    });
+    };
+    element.addEventListener("change", show);
+    show();
   }
 
   /* --- paper: light, as wide as the sheet, every panel and table open -------------------------------- */

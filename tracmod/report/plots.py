@@ -268,7 +268,10 @@ def lines(
     if even:
         xaxis["type"] = "category"
     elif counts := sorted({count for one in series for count in one["x"]}):
-        xaxis["dtick"] = max(1, (counts[-1] - counts[0] + 1) // 12)
+        if len(counts) <= 12:
+            xaxis["tickvals"] = counts
+        else:
+            xaxis["dtick"] = max(1, (counts[-1] - counts[0] + 1) // 12)
         xaxis["range"] = [counts[0] - 0.3, counts[-1] + 0.3]
     layout: dict[str, Any] = {
         "xaxis": xaxis,

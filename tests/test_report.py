@@ -56,10 +56,9 @@ class Page(HTMLParser):
             self.text += data
 
     def json(self, name: str) -> list | dict:
-        """Content of a script element, unpacked where it is packed."""
-        attrs, data = next(one for one in self.scripts if one[0].get("id") == name)
-        packed = attrs["type"] == "text/plain"
-        return json.loads(gzip.decompress(base64.b64decode(data)) if packed else data)
+        """Content of a script element, unpacked."""
+        data = next(data for attrs, data in self.scripts if attrs.get("id") == name)
+        return json.loads(gzip.decompress(base64.b64decode(data)))
 
 
 @pytest.fixture(scope="module")

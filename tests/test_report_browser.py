@@ -130,7 +130,7 @@ def test_the_first_paint_is_quick(browser: playwright.Browser, path: Path) -> No
     for _ in range(2):  # one more try: the machine may be busy
         page = browser.new_page()
         page.goto(path.as_uri())
-        page.wait_for_function("performance.getEntriesByType('paint').length > 0")
+        page.wait_for_function("() => performance.getEntriesByType('paint').length > 0")
         entries = "performance.getEntriesByType('paint').map((one) => one.startTime)"
         times.append(max(page.evaluate(entries)))
         page.close()
@@ -349,6 +349,14 @@ TEXTS = """() => {
 }"""
 
 
+# Of each number on a half transparent square: its colour, the square's, how opaque, the page's.
+COUNTS = """() => [...document.querySelectorAll(".heads .count")].map((one) => {
+  const square = getComputedStyle(one.previousElementSibling);
+  return [getComputedStyle(one).fill, square.fill, Number(square.fillOpacity),
+    getComputedStyle(document.body).backgroundColor];
+})"""
+
+
 def _luminance(color: list[float]) -> float:
     parts = [c / 255 for c in color[:3]]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
@@ -378,6 +386,12 @@ def test_texts_stand_out_from_what_is_behind_them(visit: Visit, scheme: str) -> 
     assert (paper > 0.9) == (scheme == "light")
     faint = [text for text in texts if _contrast(*map(_channels, text[1:])) < CONTRAST]
     assert faint == []
+    counts = page.evaluate(COUNTS)
+    assert len(counts) > 10
+    for ink, fill, opacity, behind in counts:
+        pairs = zip(_channels(fill), _channels(behind), strict=True)
+        square = [opacity * a + (1 - opacity) * b for a, b in pairs]
+        assert _contrast(_channels(ink), square) >= CONTRAST
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -18,13 +18,10 @@ def packed(text: str) -> Markup:
 
 def packed_json(content: Any) -> Markup:
     """The same of JSON; arrays in it as the base64 of their bytes, lowest byte first."""
-    return packed(json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=_bytes))
-
-
-def embedded_json(content: Any) -> Markup:
-    """JSON as it is, that cannot end the script element it stands in, whatever the texts hold."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028"))
+    compact = (",", ":")
+    return packed(
+        json.dumps(content, ensure_ascii=False, separators=compact, allow_nan=False, default=_bytes)
+    )
 
 
 def _bytes(array: np.ndarray) -> str:

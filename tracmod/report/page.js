@@ -11,7 +11,7 @@ async function unpacked(id) {
 }
 
 (function () {
-  const figures = JSON.parse(document.getElementById("figure-data").textContent);
+  let figures = null; // Plotly's data of each, once unpacked
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
   function color(name) {
@@ -99,14 +99,18 @@ async function unpacked(id) {
     };
   }
 
-  /* --- drawing: Plotly is unpacked once, at leisure; each figure when it comes near ---------------- */
+  /* --- drawing: all is unpacked once, at leisure; each figure drawn when it comes near --------------- */
+  async function unpack() {
+    const [source, data] = await Promise.all([unpacked("plotly"), unpacked("figure-data")]);
+    const script = document.createElement("script");
+    script.textContent = source;
+    document.head.append(script);
+    figures = JSON.parse(data);
+  }
+
   let unpacking = null;
   function withPlotly() {
-    unpacking = unpacking || unpacked("plotly").then((source) => {
-      const script = document.createElement("script");
-      script.textContent = source;
-      document.head.append(script);
-    });
+    unpacking = unpacking || unpack();
     return unpacking;
   }
 
@@ -200,7 +204,7 @@ async function unpacked(id) {
     closed.forEach((one) => { one.open = true; });
     restore = () => closed.forEach((one) => { one.open = false; });
     document.documentElement.dataset.paper = "yes";
-    if (window.Plotly) plots.filter((element) => element.offsetWidth).forEach(draw);
+    if (figures) plots.filter((element) => element.offsetWidth).forEach(draw);
   });
   window.addEventListener("afterprint", () => {
     if (!restore) return;

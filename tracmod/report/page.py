@@ -33,7 +33,7 @@ from tracmod.report.findings import (
     seeds,
     tiles,
 )
-from tracmod.report.packed import embedded_json, packed
+from tracmod.report.packed import packed, packed_json
 from tracmod.report.planted import planted_section
 from tracmod.report.plots import Figure, Panel
 from tracmod.report.pruning import pruning_panels, threshold_rows
@@ -130,7 +130,7 @@ def framed(title: str, body: str, figures: list[Any], examples: Markup | None = 
         script=Markup(_file("page.js")),
         explorer=Markup(_file("explorer.js")) if examples else "",
         plotly=_plotly(),
-        figures=embedded_json(figures),
+        figures=packed_json(figures),
         examples=examples or "",
     )
 

@@ -46,6 +46,14 @@ SIMILARITIES = {
     "overlap": "Overlap coefficient",
     "cosine": "Cosine",
 }
+SIMILARITY_NOTES = {
+    "jaccard": "Heads kept for both languages, over heads kept for either; 1: the same heads.",
+    "corrected_jaccard": "Jaccard, set to 0 where random masks of the same sizes would be; 1: the "
+    "same heads, below 0: less alike than random masks.",
+    "overlap": "Heads kept for both languages, over those of the smaller subnetwork; 1: one is "
+    "part of the other.",
+    "cosine": "Heads kept for both languages, over the geometric mean of the two sizes.",
+}
 
 
 def influence_panels(matrices: list[Row], unit: str) -> list[Panel]:
@@ -399,7 +407,8 @@ def similarity_panels(
             axes=("language", "language"),
         )
         legend = Legend("diverging" if lowest < 0 else "sequential", number(lowest, 0), "1")
-        panels.append(Panel(name, [("", [figure])], legend, least_columns=3))
+        note = SIMILARITY_NOTES[measure]
+        panels.append(Panel(name, [("", [figure])], legend, note, least_columns=3))
     return panels
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 from make_run import HOSTILE, LANGUAGES, make_run
@@ -15,7 +16,9 @@ from report_run import report_with_everything
 from test_report import Page
 
 from tracmod.analysis import analyze
+from tracmod.analysis.sweeps import sweep_rows
 from tracmod.report import write_report
+from tracmod.report.sweeps import write_sweep_page
 
 pytestmark = pytest.mark.slow
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -207,6 +210,8 @@ def test_an_example_is_shown_with_its_strongest_and_its_shares(visit: Visit, dat
     assert HOSTILE in text.inner_text()
     assert text.get_attribute("lang") == "ar"
     assert text.evaluate("(one) => getComputedStyle(one).direction") == "rtl"
+    start = page.locator("#choose-example .start").first
+    assert start.evaluate("(one) => getComputedStyle(one).direction") == "rtl"
     strips = page.locator("#explorer-views .strip")
     assert strips.count() == 2 * len(data["views"]) == 12
     assert strips.first.get_attribute("aria-label").startswith("ar ")
@@ -441,8 +446,8 @@ def test_paper_is_light_and_has_every_panel_whole(
     assert page.get_attribute("html", "data-paper") is None  # as before
     assert page.locator("details[open]").count() == before
     page.set_viewport_size({"width": 703, "height": 1000})  # A4 less its margins
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")  # while it is still a screen
     page.emulate_media(media="print", color_scheme=scheme)
-    page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(27, 31, 36)"
     plots = page.eval_on_selector_all(
         ".panel .plots .plot",
@@ -469,6 +474,21 @@ def test_nothing_sticks_out_at_any_width(visit: Visit, width: int) -> None:
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
     box = visit.page.locator("nav").bounding_box()
     assert (box["width"] < width / 2) == (width >= 1200)  # contents at the side where there is room
+
+
+def test_the_page_of_a_sweep_draws_its_figures(
+    browser: playwright.Browser, path: Path, tmp_path: Path
+) -> None:
+    rows = sweep_rows(path.parent.parent)
+    rows = [{"point": str(k), "k": k, **row} for k in (5, 10) for row in rows]
+    write_sweep_page(tmp_path / "sweep.html", "sizes", ["k"], pa.Table.from_pylist(rows))
+    visit = Visit(browser.new_page(), tmp_path / "sweep.html")
+    visit.scroll()
+    marks = visit.page.evaluate(MARKS)
+    assert len(marks) >= 6
+    assert all(count > 0 for _, count in marks)
+    assert visit.said == []
+    visit.page.close()
 
 
 def test_commands_and_configuration_are_copied(visit: Visit) -> None:

@@ -20,9 +20,7 @@
   const languageTag = (name) => name.replace("_", "-");
 
   /* --- data --------------------------------------------------------------------------------------- */
-  function array(text, Kind) {
-    return new Kind(Uint8Array.from(atob(text), (one) => one.charCodeAt(0)).buffer);
-  }
+  const array = (base64, Kind) => new Kind(bytesOf(base64).buffer);
 
   function half(bits) {
     const exponent = (bits >> 10) & 31, part = bits & 1023;

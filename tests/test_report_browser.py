@@ -234,6 +234,17 @@ def test_an_example_is_shown_with_its_strongest_and_its_shares(visit: Visit, dat
         assert chinese.get_attribute("lang") == "zh"
 
 
+def test_an_old_browser_is_told_what_it_lacks(browser: playwright.Browser, path: Path) -> None:
+    page = browser.new_page()
+    page.add_init_script("delete window.DecompressionStream")
+    visit = Visit(page, path)
+    assert "need a browser of May 2023" in page.locator("main > p").first.inner_text()
+    assert page.locator("#summary .findings li").count() > 3
+    page.evaluate(SCROLL)
+    assert visit.said == []
+    page.close()
+
+
 def test_the_list_is_read_page_by_page(visit: Visit) -> None:
     visit.explorer()
     page = visit.page

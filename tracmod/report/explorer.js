@@ -4,6 +4,7 @@
   const PER_PAGE = 8, FIRST_LISTED = 5;
   const byId = (id) => document.getElementById(id);
   const section = byId("examples");
+  if (!window.DecompressionStream) return; // page.js says so
   let data = null, matching = [], page = 0, chosen = -1, view = 0, listedAll = false, searched = null;
 
   function make(tag, attributes, ...children) {

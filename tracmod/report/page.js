@@ -14,6 +14,12 @@ async function unpacked(id) {
 }
 
 (function () {
+  if (!window.DecompressionStream) {
+    const note = document.createElement("p");
+    note.textContent = "The figures and the examples need a browser of May 2023 or later.";
+    document.querySelector("main").prepend(note);
+    return;
+  }
   let figures = null; // Plotly's data of each, once unpacked
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
 

@@ -57,7 +57,7 @@ class Panel:
     def columns(self) -> int:
         """Figures side by side where the page is wide enough."""
         most = max((len(figures) for _, figures in self.groups), default=1)
-        return max(self.least_columns, min(4, most))
+        return max(self.least_columns, min(3, most))
 
 
 def heatmap(
@@ -258,6 +258,7 @@ def lines(
                 x=one["x"],
                 y=_finite(one["y"]),
                 mode="lines+markers",
+                cliponaxis=False,
                 line={"width": 3 if one.get("bold") else 1.8},
                 marker={"size": 7, "symbol": place % 7},
                 hovertemplate=f"{name}<br>{axes[0]} %{{x}}: %{{y:.1f}}%<extra></extra>",

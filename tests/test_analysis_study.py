@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from make_run import LANGUAGES, make_run
 from scipy.stats import false_discovery_control
+from test_report import Page
 
 from tracmod.analysis import RunResults, analyze, sign_flip_test
 from tracmod.analysis.language_pairs import read_distances
@@ -211,7 +212,9 @@ def test_every_view_of_the_study_has_its_comparisons(tmp_path: Path) -> None:
     course = pq.read_table(run / "analysis" / "course.parquet").to_pylist()
     assert {e["test_language"] for e in course if e["view"] == "union-ru+en"} == {"ru", "en"}
     text = write_report(run).read_text(encoding="utf-8")
-    assert "Full fine-tuning, union of two subnetworks" not in text  # not among the examples
+    shown = [view["title"] for view in Page(text).json("explorer-data")["views"]]
+    assert "Full fine-tuning, own subnetwork" in shown
+    assert "Full fine-tuning, union of two subnetworks" not in shown
     assert "union of two subnetworks \N{MINUS SIGN} own subnetwork" in text
 
 
@@ -335,7 +338,7 @@ def test_distances_are_set_beside_influence(tmp_path: Path) -> None:
     assert "at least 3 items" in found["genetic"]["reason"]
     text = write_report(run).read_text(encoding="utf-8")
     assert "geographic_km is not known for ar." in text
-    assert "goes with their syntactic" in text
+    assert "It is their syntactic" in text
 
 
 def _pairs(run: Path) -> Path:

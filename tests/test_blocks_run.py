@@ -13,6 +13,7 @@ import torch
 from make_run import LANGUAGES as MADE_LANGUAGES
 from make_run import make_run
 from study import LANGUAGES, files_of, tiny_config
+from test_report import Page
 
 import tracmod as tm
 from tracmod import pipeline
@@ -211,9 +212,7 @@ def test_means_and_shares_are_those_planted(tmp_path):
 def test_figures_are_the_planted_blocks(tmp_path):
     path = planted(tmp_path / "run", BLOCK_VALUES)
     analyze(path, bootstrap=10, permutations=10)
-    page = write_report(path).read_text()
-    data = page.split('id="figure-data">')[1].split("</script>")[0]
-    figures = json.loads(data)
+    figures = Page(write_report(path).read_text()).json("figure-data")
     maps = [f["data"][0] for f in figures if f["layout"]["yaxis"]["title"]["text"] == "layer"]
     assert [trace["z"] for trace in maps] == [[[3, -2], [0, 0]], [[4, -1], [1, 1]]]
     bars = next(f for f in figures if f["layout"].get("barmode") == "relative")

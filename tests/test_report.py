@@ -1,19 +1,24 @@
 """The report: complete, safe with hostile texts, self-contained, and content with little."""
 
+import base64
+import gzip
 import json
 import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from make_run import HOSTILE, LANGUAGES, make_run
 
-from tracmod.analysis import analyze
+from tracmod.analysis import RunResults, analyze
 from tracmod.analysis.results import VIEWS
 from tracmod.report import words, write_report
+from tracmod.report.explorer import explorer, explorer_data
 from tracmod.report.findings import findings, how_sure, seeds
 from tracmod.report.words import number, percent, points, seconds, superscript
 
@@ -51,7 +56,9 @@ class Page(HTMLParser):
             self.text += data
 
     def json(self, name: str) -> list | dict:
-        return json.loads(next(data for attrs, data in self.scripts if attrs.get("id") == name))
+        """Content of a script element, unpacked."""
+        data = next(data for attrs, data in self.scripts if attrs.get("id") == name)
+        return json.loads(gzip.decompress(base64.b64decode(data)))
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +195,9 @@ def test_nothing_is_loaded_from_anywhere(html: str, page: Page) -> None:
 
 def test_hostile_texts_stay_texts(html: str, page: Page) -> None:
     assert HOSTILE not in html
-    assert len(re.findall(r"<script\b", html.split("<script>")[0])) == 2
+    assert len(re.findall(r"<script\b", html.split("<script>")[0])) == 3
     data = page.json("explorer-data")
-    assert any(HOSTILE in test["text_a"] for test in data["tests"])
+    assert any(HOSTILE in text for text in data["test"]["text_a"])
     assert len(page.scripts) == 4
 
 
@@ -216,28 +223,77 @@ def test_hostile_names_stay_texts(tmp_path: Path) -> None:
         assert "<img" not in json.dumps(figure)
 
 
-def test_explorer_lists_the_strongest_in_order(run: Path, page: Page) -> None:
+def _array(text: str, dtype: str, *shape: int) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype).reshape(shape)
+
+
+@pytest.mark.parametrize("place", [0, 4])
+def test_the_examples_of_the_page_are_those_of_the_tables(
+    run: Path, page: Page, place: int
+) -> None:
+    """Every test example, its shares, and its strongest training examples in order."""
     data = page.json("explorer-data")
-    assert [view["title"] for view in data["views"]][:2] == [
-        "Full fine-tuning, all heads",
-        "Full fine-tuning, own subnetwork",
-    ]
-    texts = {row["text_a"]: row for row in pq.read_table(run / "data/test.parquet").to_pylist()}
-    top = pq.read_table(run / "influence" / "sparse" / "subnetwork" / "top.parquet").to_pylist()
-    place = [view["title"] for view in data["views"]].index("Sparse fine-tuning, own subnetwork")
-    train = {row["id"]: row for row in pq.read_table(run / "data/train.parquet").to_pylist()}
-    for test in data["tests"][::7]:
-        view = test["views"][place]
-        test_id = texts[test["text_a"]]["id"]
-        for sign, name in ((1, "proponents"), (-1, "opponents")):
-            rows = [r for r in top if r["test_id"] == test_id and r["sign"] == sign][:6]
-            assert len(view[name]) == 6
-            for row, (listed, score) in zip(rows, view[name], strict=True):
-                expected = train[row["train_id"]]
-                assert data["train"][listed][:2] == [expected["language"], expected["text_a"]]
-                assert score == pytest.approx(row["score"], rel=1e-3)
-        assert sum(view["shares"]) == pytest.approx(1, abs=1e-3)
-    assert {test["language"] for test in data["tests"]} == set(LANGUAGES)
+    titles = [view["title"] for view in data["views"]]
+    folder = run / "influence" / ("full/full" if place == 0 else "sparse/subnetwork")
+    assert titles[0] == "Full fine-tuning, all heads"
+    assert titles[4] == "Sparse fine-tuning, own subnetwork"
+    view, num = data["views"][place], len(data["test"]["label"])
+    places = _array(view["places"], "<u2", num, 2, data["shown"])
+    scores = view["unit"] * _array(view["scores"], "<f2", num, 2, data["shown"]).astype(float)
+    shares = _array(view["shares"], "<u2", num, 2, len(LANGUAGES)) / 10_000
+    predictions = _array(view["prediction"], "<i2", num)
+    test = pq.read_table(run / "data" / "test.parquet").to_pylist()
+    assert data["test"]["text_b"] == [row["text_b"] for row in test]
+    assert data["test"]["group"] == [row["group"] for row in test]
+    train = {row["id"]: row for row in pq.read_table(run / "data" / "train.parquet").to_pylist()}
+    q_of = {row["id"]: q for q, row in enumerate(test)}
+    for row in pq.read_table(folder / "top.parquet").to_pylist():
+        where = q_of[row["test_id"]], int(row["sign"] < 0), row["rank"] - 1
+        listed, expected = places[where], train[row["train_id"]]
+        for column in ("language", "label", "text_a", "text_b", "group"):
+            assert data["train"][column][listed] == expected[column]
+        assert scores[where] == pytest.approx(row["score"], rel=2e-3)
+    for row in pq.read_table(folder / "examples.parquet").to_pylist():
+        q, g = q_of[row["test_id"]], LANGUAGES.index(row["train_language"])
+        assert shares[q, 0, g] == pytest.approx(row["share_positive"], abs=1e-4)
+        assert shares[q, 1, g] == pytest.approx(row["share_negative"], abs=1e-4)
+        assert predictions[q] == row["test_prediction"]
+
+
+def test_examples_that_do_not_fit_are_left_out_and_said(run: Path) -> None:
+    """First fewer training examples are listed, then fewer test examples, of every language."""
+    results = RunResults(run)
+
+    def fitted(largest: int) -> dict:
+        packed = explorer(results, largest)
+        return json.loads(gzip.decompress(base64.b64decode(packed))) | {"size": len(packed)}
+
+    whole = fitted(10_000_000)
+    fewer = fitted(whole["size"] - 1)
+    assert (whole["shown"], fewer["shown"]) == (20, 10)
+    assert len(fewer["test"]["label"]) == len(whole["test"]["label"]) == whole["num_test"]
+    least = fitted(10_000)
+    assert least["shown"] == 5
+    assert 0 < len(least["test"]["label"]) < least["num_test"]
+    counts = {name: least["test"]["language"].count(name) for name in LANGUAGES}
+    assert len(set(counts.values())) == 1
+    assert fitted(1)["test"]["language"] == list(LANGUAGES)
+
+
+def test_a_view_without_an_example_says_so_in_its_data(tmp_path: Path) -> None:
+    """Of a language without a subnetwork there are no rows under it."""
+    run = make_run(tmp_path / "run", num_test=2, models=("full",), views=("full", "subnetwork"))
+    for path in (run / "influence" / "full" / "subnetwork").glob("*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.filter(pc.not_equal(table["test_language"], "zh")), path)
+    data = explorer_data(RunResults(run), 20, 10)
+    zh = np.array(data["test"]["language"]) == "zh"
+    full, subnetwork = data["views"]
+    assert (full["prediction"] >= 0).all()
+    assert (subnetwork["prediction"][zh] == -1).all()
+    assert (subnetwork["prediction"][~zh] >= 0).all()
+    assert (subnetwork["places"][zh] == np.iinfo(np.uint16).max).all()
+    assert not subnetwork["shares"][zh].any()
 
 
 def test_reproduction_and_sign_are_stated(page: Page) -> None:
@@ -332,9 +388,13 @@ def test_the_summary_says_what_the_intervals_allow(
     change: float, control: float, said: tuple[str, str]
 ) -> None:
     texts = findings(_summary(change, control))
-    assert "In sw the fine-tuned model is not clearly better than chance" in texts[0]
+    assert texts[0].startswith("In sw the fine-tuned model is not clearly better than chance. ")
     assert "30.0% (28.0 to 32.0)" in texts[1]
     assert "more than on the others" in texts[1]
+    for text in texts:
+        verdict, rest = words.verdict(text)
+        assert not any(sign.isdigit() for sign in verdict)
+        assert f"{verdict} {rest}" == text
     assert all(words in texts[2] for words in said)
     assert len(texts) == 3
     assert "1,000 bootstrap resamples of 100 test examples" in how_sure(_summary(0, 0))[0]
@@ -380,9 +440,9 @@ def test_translations_seeds_partial_tests_and_distances_are_said() -> None:
     assert "Jaccard similarity of 0.60 on average (beyond chance 0.20), those of two" in text
     assert "only the difference speaks for language" in text
     summary["seed_baseline"]["within"]["jaccard"] = 0.4
-    assert "no less, so that these masks say nothing of language" in seeds(summary)
+    assert "no more alike than those of two, so that these masks say nothing" in seeds(summary)
     assert "With different label balance and agreement from seed to seed taken out" in text
-    assert "goes with their syntactic (Spearman \N{MINUS SIGN}0.70, adjusted p = 0.020)" in text
+    assert "It is their syntactic (Spearman \N{MINUS SIGN}0.70, adjusted p = 0.020)" in text
 
 
 def test_numbers_are_written_plainly() -> None:

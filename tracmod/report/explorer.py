@@ -1,33 +1,68 @@
-"""Test examples with their strongest proponents and opponents, as JSON for the page."""
+"""Test examples with their strongest proponents and opponents, as data for the page.
+
+Shape legend: Q test examples shown, G training languages, R ranks shown; 2: proponents, opponents.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from markupsafe import Markup
 
 from tracmod.analysis import RunResults
+from tracmod.report.packed import packed_json
 from tracmod.report.words import view_title
 
-# Sizes that keep the page's data near 1 MB: texts are the bulk of it.
-EXAMPLES_PER_LANGUAGE = 12
-SHOWN_PER_SIGN = 6
-MOST_LISTED = 24_000
+# Training examples shown per sign, and the largest part of the page (characters) that the examples
+# may take: with Plotly and the figures, 5 languages x 500 test examples stay well under 10 MB.
+MOST_SHOWN = 20
+LEAST_SHOWN = 5
+LARGEST = 5_000_000
 LONGEST_TEXT = 600
+NONE = 65_535  # of a place in the list: no example
 
 
-def explorer_data(run: RunResults) -> dict[str, Any]:
-    """The examples that the page lets one choose from.
+def explorer(run: RunResults, largest: int = LARGEST) -> Markup:
+    """The packed data of `explorer_data`, of as many examples as fit into `largest` characters.
+
+    Fewer training examples are listed first; then, fewer test examples of each language.
+    """
+    shown, per_language = MOST_SHOWN, max(run.num_test.values(), default=0)
+    while True:
+        data = packed_json(explorer_data(run, shown, per_language))
+        if len(data) <= largest or per_language <= 1:
+            return data
+        if shown > LEAST_SHOWN:
+            shown = max(LEAST_SHOWN, shown // 2)
+        else:
+            per_language //= 2
+
+
+def explorer_data(run: RunResults, shown: int, per_language: int) -> dict[str, Any]:
+    """The examples that the page lets one look through.
+
+    Args:
+        run: a run folder.
+        shown: training examples listed per test example, view and sign.
+        per_language: most test examples of a language; the first ones are taken.
 
     Returns:
-        labels: names. k: how many were counted for the shares.
-        languages: training languages, the order of every `shares`.
-        views: [{title}]. train: [language, text_a, text_b, label] of each listed example.
-        tests: {language, text_a, text_b, label, views: [{prediction, shares, opponent_shares,
-        proponents, opponents: [[place in train, score]]} or null]}.
+        labels: names. k: how many were counted for the shares; None: no influence.
+        languages: training languages, the order of `shares`.
+        num_test: test examples of the run, shown or not.
+        shown: R.
+        test, train: columns language, label, text_a, text_b, group; every test example shown, and
+        every training example listed for one.
+        views: title; prediction (Q) int16, -1: the view is not of this example; shares (Q, 2, G)
+        uint16, in hundredths of a percent; places (Q, 2, R) in `train`, strongest first, uint16 or
+        uint32, the dtype's largest value: none; scores (Q, 2, R) float16, to be multiplied by
+        `unit`. Arrays C-contiguous.
     """
     folders = [
         (model, view)
@@ -35,22 +70,23 @@ def explorer_data(run: RunResults) -> dict[str, Any]:
         for view in _shown_views(run.view_folders(model))
         if (run.path / "influence" / model / view / "top.parquet").is_file()
     ]
-    chosen = _choose(run, folders)
-    train_place: dict[str, int] = {}
-    per_view = [_view_entries(run, *folder, chosen, train_place) for folder in folders]
-    texts = _texts(run.examples("test"), list(chosen))
-    tests = [
-        {**texts[test_id], "views": [entries.get(test_id) for entries in per_view]}
-        for test_id in chosen
-    ]
-    train = _texts(run.examples("train"), list(train_place))
+    test, train = run.examples("test"), run.examples("train")
+    test = test.take(_first_of_each(test["language"].to_pylist(), per_language if folders else 0))
+    views = [_view(run, model, view, test, train, shown) for model, view in folders]
+    none = np.zeros(0, np.int64)
+    listed = np.unique(np.concatenate([none, *(np.unique(view["places"]) for view in views)]))
+    listed = listed[listed >= 0]
+    for view in views:
+        view["places"] = _renumbered(view["places"], listed)
     return {
         "labels": run.label_names,
         "k": run.ks[0] if run.ks else None,
         "languages": list(run.num_train),
-        "views": [{"title": view_title(*folder)} for folder in folders],
-        "train": [list(train[train_id].values()) for train_id in train_place],
-        "tests": tests,
+        "num_test": sum(run.num_test.values()),
+        "shown": shown,
+        "test": _columns(test),
+        "train": _columns(train.take(listed)),
+        "views": views,
     }
 
 
@@ -60,80 +96,83 @@ def _shown_views(folders: list[str]) -> list[str]:
     return [view for view in ("full", "subnetwork") if view in folders] + random
 
 
-def _choose(run: RunResults, folders: list[tuple[str, str]]) -> dict[str, None]:
-    """Ids of up to `EXAMPLES_PER_LANGUAGE` test examples a language, right and wrong in turn."""
-    if not folders:
-        return {}
-    path = run.path / "influence" / folders[0][0] / folders[0][1] / "examples.parquet"
-    table = pq.read_table(
-        path, columns=["test_id", "test_language", "test_label", "test_prediction"]
-    )
-    right = {
-        row["test_id"]: row["test_label"] == row["test_prediction"] for row in table.to_pylist()
-    }
-    languages = dict(zip(run.test["id"].to_pylist(), run.test["language"].to_pylist(), strict=True))
-    per_example = len(folders) * 2 * SHOWN_PER_SIGN
-    allowed = MOST_LISTED // per_example // max(1, len(run.num_test))
-    number = max(1, min(EXAMPLES_PER_LANGUAGE, allowed))
-    chosen: dict[str, None] = {}
-    for language in run.num_test:
-        ids = [test_id for test_id in right if languages[test_id] == language]
-        wrong_ids = [test_id for test_id in ids if not right[test_id]][: number // 2]
-        right_ids = [test_id for test_id in ids if right[test_id]][: number - len(wrong_ids)]
-        chosen |= dict.fromkeys(right_ids + wrong_ids)
-    return chosen
+def _first_of_each(languages: Sequence[str], number: int) -> np.ndarray:
+    """Places of the first `number` of every language, in order of the data."""
+    seen: dict[str, int] = {}
+    places = []
+    for place, language in enumerate(languages):
+        seen[language] = seen.get(language, 0) + 1
+        if seen[language] <= number:
+            places.append(place)
+    return np.array(places, np.int64)
 
 
-def _view_entries(
-    run: RunResults, model: str, view: str, chosen: dict[str, None], train_place: dict[str, int]
-) -> dict[str, dict[str, Any]]:
-    """Entries of one view by test id; training examples get their place when first listed."""
+def _view(
+    run: RunResults, model: str, view: str, test: pa.Table, train: pa.Table, shown: int
+) -> dict[str, Any]:
+    """One view; `places` are still rows of `train`, -1: none."""
     folder = run.path / "influence" / model / view
-    entries: dict[str, dict[str, Any]] = {}
-    languages = {language: place for place, language in enumerate(run.num_train)}
-    for row in _chosen_rows(folder / "examples.parquet", "test_id", chosen):
-        entry = entries.setdefault(
-            row["test_id"],
-            {
-                "prediction": row["test_prediction"],
-                "shares": [0.0] * len(languages),
-                "opponent_shares": [0.0] * len(languages),
-                "proponents": [],
-                "opponents": [],
-            },
-        )
-        place = languages[row["train_language"]]
-        entry["shares"][place] = round(row["share_positive"], 4)
-        entry["opponent_shares"][place] = round(row["share_negative"], 4)
-    for row in sorted(_chosen_rows(folder / "top.parquet", "test_id", chosen), key=_by_rank):
-        listed = entries[row["test_id"]]["proponents" if row["sign"] > 0 else "opponents"]
-        if len(listed) < SHOWN_PER_SIGN:
-            place = train_place.setdefault(row["train_id"], len(train_place))
-            listed.append([place, float(f"{row['score']:.4g}")])
-    return entries
-
-
-def _by_rank(row: dict[str, Any]) -> int:
-    return row["rank"]
-
-
-def _chosen_rows(path: Path, column: str, chosen: dict[str, None]) -> list[dict[str, Any]]:
-    table = pq.read_table(path)
-    wanted = pc.is_in(table[column], pa.array(list(chosen), table.schema.field(column).type))
-    return table.filter(wanted).to_pylist()
-
-
-def _texts(examples: pa.Table, ids: list[str]) -> dict[str, dict[str, Any]]:
-    wanted = pc.is_in(examples["id"], pa.array(ids, pa.string()))
+    languages = list(run.num_train)
+    columns = ["train_language", "test_prediction", "share_positive", "share_negative"]
+    shares = _of_tests(folder / "examples.parquet", columns, test)
+    prediction_Q = np.full(len(test), -1, np.int16)
+    shares_Q2G = np.zeros((len(test), 2, len(languages)), np.uint16)
+    q, g = shares["q"], _place_in(shares["train_language"], pa.array(languages))
+    prediction_Q[q] = shares["test_prediction"].fill_null(-1).to_numpy()
+    for side, name in enumerate(("share_positive", "share_negative")):
+        shares_Q2G[q, side, g] = np.rint(10_000 * shares[name].to_numpy())
+    places_Q2R = np.full((len(test), 2, shown), -1, np.int64)
+    scores_Q2R = np.zeros(places_Q2R.shape)
+    columns = ["sign", "rank", "train_id", "score"]
+    top = _of_tests(folder / "top.parquet", columns, test, filters=[("rank", "<=", shown)])
+    side = (top["sign"].to_numpy() < 0).astype(np.int64)
+    where = top["q"], side, top["rank"].to_numpy() - 1
+    places_Q2R[where] = _place_in(top["train_id"], train["id"])
+    scores_Q2R[where] = top["score"].to_numpy()
+    unit = float(np.abs(scores_Q2R).max(initial=0.0)) or 1.0
     return {
-        row["id"]: {
-            "language": row["language"],
-            "text_a": _shortened(row["text_a"]),
-            "text_b": _shortened(row["text_b"]),
-            "label": row["label"],
-        }
-        for row in examples.filter(wanted).to_pylist()
+        "title": view_title(model, view),
+        "prediction": prediction_Q,
+        "shares": shares_Q2G,
+        "places": places_Q2R,
+        "scores": (scores_Q2R / unit).astype(np.float16),
+        "unit": unit,
     }
+
+
+def _of_tests(
+    path: Path, columns: list[str], test: pa.Table, filters: list[Any] | None = None
+) -> dict[str, Any]:
+    """Columns of the rows of a table that are of these test examples, and `q`: which."""
+    table = pq.read_table(path, columns=["test_id", *columns], filters=filters)
+    place = pc.index_in(table["test_id"], test["id"].combine_chunks())
+    table = table.filter(pc.is_valid(place))
+    return {
+        "q": place.drop_null().to_numpy(),
+        **{name: table[name].combine_chunks() for name in columns},
+    }
+
+
+def _place_in(values: pa.Array, of: Any) -> np.ndarray:
+    of = of.combine_chunks() if isinstance(of, pa.ChunkedArray) else of
+    return pc.index_in(values, of).to_numpy()
+
+
+def _renumbered(places: np.ndarray, listed: np.ndarray) -> np.ndarray:
+    """Rows of the training data -> places among those listed, in the smallest type that holds."""
+    dtype = np.uint16 if len(listed) < NONE else np.uint32
+    none = np.iinfo(dtype).max
+    return np.where(places < 0, none, np.searchsorted(listed, places)).astype(dtype)
+
+
+def _columns(examples: pa.Table) -> dict[str, list[Any]]:
+    columns = {
+        name: examples[name].to_pylist() for name in ("language", "label", "text_a", "text_b")
+    }
+    for name in ("text_a", "text_b"):
+        columns[name] = [_shortened(text) for text in columns[name]]
+    group = "group" in examples.schema.names
+    return {**columns, "group": examples["group"].to_pylist() if group else [None] * len(examples)}
 
 
 def _shortened(text: str | None) -> str | None:

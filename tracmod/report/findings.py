@@ -138,19 +138,24 @@ def _accuracy(summary: Row) -> str:
     if not view:
         return ""
     by_value = sorted(view["languages"].items(), key=lambda item: item[1]["value"])
+    weak = [name for name, share in by_value if share["low"] <= accuracy["chance"]]
+    learnt = (
+        f"In {listed(weak)} the fine-tuned model is not clearly better than chance"
+        if weak
+        else "The fine-tuned model is better than chance in every language"
+    )
     text = (
-        f"The fine-tuned model is right on {_range(by_value)} of the test examples, by language; "
+        f"{learnt}. It is right on {_range(by_value)} of the test examples, by language; "
         f"chance is {percent(accuracy['chance'])}."
     )
     sparse = _find(accuracy["views"], model="sparse", view="full")
     if sparse:
         pairs = sorted(sparse["languages"].items(), key=lambda item: item[1]["value"])
         text += f" After sparse fine-tuning it is {_range(pairs)}."
-    weak = [name for name, share in by_value if share["low"] <= accuracy["chance"]]
     if weak:
         text += (
-            f" In {listed(weak)} the fine-tuned model is not clearly better than chance: there, "
-            "influence tells which examples move the loss, but hardly what the model has learnt."
+            f" In {listed(weak)}, then, influence tells which examples move the loss, but hardly "
+            "what the model has learnt."
         )
     return text
 
@@ -166,16 +171,16 @@ def _reliance(summary: Row) -> str:
         return ""
     share, null = entry["share_positive"], entry["null_share"]
     if share["low"] > null:
-        verdict = "the model relies on a test example's own language more than on the others"
+        verdict = "The model relies on a test example's own language more than on the others"
     elif share["high"] < null:
-        verdict = "a test example's own language is less present than the others"
+        verdict = "The model relies on a test example's own language less than on the others"
     else:
-        verdict = "there is no clear preference for the own language"
+        verdict = "The model has no clear preference for a test example's own language"
     k = f"{summary['k']} " if summary["k"] else ""
     return (
-        f"Of a test example's {k}strongest proponents (training examples that lowered its loss), "
-        f"{percent_interval(share)} are in its own language; {percent(null)} would be if language "
-        f"played no part. So {verdict}. Among the strongest opponents the share is "
+        f"{verdict}. Of a test example's {k}strongest proponents (training examples that lowered "
+        f"its loss), {percent_interval(share)} are in its own language; {percent(null)} would be "
+        f"if language played no part. Among the strongest opponents the share is "
         f"{percent_interval(entry['share_negative'])}."
     )
 
@@ -197,7 +202,7 @@ def same_group(summary: Row) -> str:
         return text
     change = view["change"]
     return (
-        f"{text} Leaving them out {_moves(change, 'the share of the own language')}: from "
+        f"{text} Leaving them out {_moves(change, 'the share of the own language')}, from "
         f"{percent(view['with']['share_positive']['value'])} to "
         f"{percent(view['without']['share_positive']['value'])} (null "
         f"{percent(view['with']['null_share'])} and {percent(view['without']['null_share'])})."
@@ -210,16 +215,19 @@ def seeds(summary: Row) -> str:
     if not baseline or baseline["between"]["jaccard"] is None:
         return ""
     within, between = baseline["within"], baseline["between"]
+    alike = within["jaccard"] > between["jaccard"]
     verdict = (
-        "only the difference speaks for language"
-        if within["jaccard"] > between["jaccard"]
-        else "no less, so that these masks say nothing of language"
+        "Subnetworks of one language are more alike than those of two"
+        if alike
+        else "Subnetworks of one language are no more alike than those of two, so that these masks "
+        "say nothing of language"
     )
     return (
-        f"Subnetworks of one language from two seeds agree by a Jaccard similarity of "
+        f"{verdict}. Those of one language from two seeds agree by a Jaccard similarity of "
         f"{number(within['jaccard'])} on average (beyond chance "
         f"{number(within['corrected_jaccard'])}), those of two languages by "
-        f"{number(between['jaccard'])} ({number(between['corrected_jaccard'])}): {verdict}."
+        f"{number(between['jaccard'])} ({number(between['corrected_jaccard'])})"
+        f"{': only the difference speaks for language' if alike else ''}."
     )
 
 
@@ -248,11 +256,11 @@ def _sparse(summary: Row) -> str:
     change = _change(summary, ("sparse", "full"), ("full", "full"))
     if not change:
         return ""
-    text = f"Sparse fine-tuning {_moves(change, 'the share of the own language')} (all heads)."
+    text = f"Sparse fine-tuning {_moves(change, 'the share of the own language')}, all heads."
     through = _change(summary, ("sparse", "subnetwork"), ("full", "subnetwork"))
     if through:
         sure = "" if _direction(through) else ", not clear"
-        text += f" Seen through the own subnetworks the change is {_interval(through)}{sure}."
+        text += f" Seen through the own subnetworks it is {_interval(through)}{sure}."
     return text
 
 
@@ -272,9 +280,9 @@ def _similarity(summary: Row) -> str:
             f"Languages with more similar subnetworks draw {more} on each other's training examples"
         )
     text = (
-        f"{verdict} (all heads: Spearman {number(test['correlation'])}, Mantel test "
+        f"{verdict}. All heads: Spearman {number(test['correlation'])}, Mantel test "
         f"{p_value(test['p_value'])}, adjusted {p_value(test['p_adjusted'])}, {test['pairs']} "
-        "pairs of languages)."
+        "pairs of languages."
     )
     partial = _find(summary.get("partial_similarity_influence", []), **names)
     if partial and partial["p_value"] is not None:
@@ -297,9 +305,8 @@ def _distances(summary: Row) -> str:
     clear = [test for test in tests if test["p_adjusted"] <= LEVEL]
     if not clear:
         return (
-            f"None of the {len(tests)} distances between languages "
-            f"({listed([test['metric'] for test in tests])}) goes clearly with how far they draw "
-            "on each other's training examples."
+            "How far languages draw on each other's training examples goes clearly with none of "
+            f"the distances between them. Tried: {listed([test['metric'] for test in tests])}."
         )
     shown = [
         f"{test['metric']} (Spearman {number(test['correlation'])}, adjusted "
@@ -307,8 +314,8 @@ def _distances(summary: Row) -> str:
         for test in clear
     ]
     return (
-        f"How far languages draw on each other's training examples goes with their "
-        f"{listed(shown)} distance; negative: the nearer, the more."
+        "How far languages draw on each other's training examples goes with the distance between "
+        f"them. It is their {listed(shown)} distance; negative: the nearer, the more."
     )
 
 
@@ -333,7 +340,7 @@ def _direction(change: Row) -> int:
 
 def _moves(change: Row, what: str) -> str:
     verb = {1: f"raises {what}", -1: f"lowers {what}", 0: f"does not clearly change {what}"}
-    return f"{verb[_direction(change)]}: {_interval(change)}"
+    return f"{verb[_direction(change)]}. The change is {_interval(change)}"
 
 
 def _interval(change: Row) -> str:

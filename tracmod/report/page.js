@@ -1,12 +1,34 @@
 "use strict";
-/* Draws the figures in the page's colours when they come into view, switches panels, lists examples. */
+/* Draws the figures in the page's colours when they come near, switches panels, compares views, prints. */
+
+function bytesOf(base64) {
+  const text = atob(base64), bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
+}
+
+/* The text of a script element that holds base64 of gzip. */
+async function unpacked(id) {
+  const stream = new Blob([bytesOf(document.getElementById(id).textContent)]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).text();
+}
+
 (function () {
-  const figures = JSON.parse(document.getElementById("figure-data").textContent);
+  if (!window.DecompressionStream) {
+    const note = document.createElement("p");
+    note.textContent = "The figures and the examples need a browser of May 2023 or later.";
+    document.querySelector("main").prepend(note);
+    return;
+  }
+  let figures = null; // Plotly's data of each, once unpacked
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
   function color(name) {
     return getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
   }
+
+  /* Pixels; smaller on paper, where figures are narrower. */
+  const textSize = () => (document.documentElement.dataset.paper ? 9.5 : 12);
 
   function scale(kind) {
     const prefix = kind === "diverging" ? "div-" : "seq-";
@@ -31,14 +53,14 @@
   /* The numbers in a heatmap's cells, dark or light by what reads better on each cell. */
   function numbers(trace, steps) {
     const text = { type: "scatter", mode: "text", x: [], y: [], text: [], hoverinfo: "skip",
-      showlegend: false, textfont: { size: 12, color: [] } };
+      showlegend: false, textfont: { size: textSize(), color: [] } };
     trace.z.forEach((row, i) => row.forEach((value, j) => {
       if (value === null) return;
       const place = Math.min(1, Math.max(0, (value - trace.zmin) / (trace.zmax - trace.zmin)));
       text.x.push(trace.x[j]);
       text.y.push(trace.y[i]);
       text.text.push(trace.text[i][j]);
-      text.textfont.color.push(luminance(steps, place) > 0.18 ? "#10151b" : "#ffffff");
+      text.textfont.color.push(luminance(steps, place) > 0.179 ? "#000000" : "#ffffff");
     }));
     return text;
   }
@@ -61,12 +83,12 @@
       }
     }
     for (const shape of layout.shapes || []) Object.assign(shape.line, { color: ink, width: 1.3 });
-    for (const note of layout.annotations || []) note.font = { color: muted, size: 11 };
+    for (const note of layout.annotations || []) note.font = { color: muted, size: textSize() - 1 };
     for (const axis of ["xaxis", "yaxis"]) {
       const own = layout[axis] || {};
       const title = own.title && own.title.text ? own.title : { text: own.title || "" };
       layout[axis] = Object.assign({}, own, {
-        title: Object.assign({}, title, { standoff: 10, font: { size: 12, color: muted } }),
+        title: Object.assign({}, title, { standoff: 10, font: { size: textSize(), color: muted } }),
         automargin: true, fixedrange: true, gridcolor: line, linecolor: line, zeroline: false,
         ticks: "", tickfont: { color: ink },
       });
@@ -79,17 +101,35 @@
         margin: { l: 10, r: 14, t: 8, b: 10 },
         paper_bgcolor: "rgba(0,0,0,0)",
         plot_bgcolor: "rgba(0,0,0,0)",
-        font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: ink },
+        font: { family: getComputedStyle(document.body).fontFamily, size: textSize(), color: ink },
         legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: ink } },
         hoverlabel: { bgcolor: color("panel"), bordercolor: line, font: { color: ink }, align: "left" },
       }),
     };
   }
 
+  /* --- drawing: all is unpacked once, at leisure; each figure drawn when it comes near --------------- */
+  async function unpack() {
+    const [source, data] = await Promise.all([unpacked("plotly"), unpacked("figure-data")]);
+    const script = document.createElement("script");
+    script.textContent = source;
+    document.head.append(script);
+    figures = JSON.parse(data);
+  }
+
+  let unpacking = null;
+  function withPlotly() {
+    unpacking = unpacking || unpack();
+    return unpacking;
+  }
+
   function draw(element) {
-    const figure = themed(figures[Number(element.dataset.figure)]);
+    const own = element.closest(".compare");
+    const figure = themed(own ? compared(own) : figures[Number(element.dataset.figure)]);
     element.dataset.drawn = "yes";
     Plotly.react(element, figure.data, figure.layout, { responsive: true, displayModeBar: false });
+    const ruler = document.getElementById("js-plotly-tester"); // Plotly measures texts in it, unseen
+    if (ruler) ruler.setAttribute("aria-hidden", "true");
   }
 
   const plots = Array.from(document.querySelectorAll(".plot"));
@@ -103,17 +143,23 @@
   }
 
   const seen = new IntersectionObserver((entries) => {
-    const idle = waiting.length === 0;
-    waiting.push(...entries.filter((entry) => entry.isIntersecting).map((entry) => entry.target));
-    if (idle && waiting.length) setTimeout(drawNext);
+    const near = entries.filter((entry) => entry.isIntersecting).map((entry) => entry.target);
+    if (near.length === 0) return;
+    withPlotly().then(() => {
+      const idle = waiting.length === 0;
+      waiting.push(...near);
+      if (idle) setTimeout(drawNext);
+    });
   }, { rootMargin: "500px" });
   plots.forEach((element) => seen.observe(element));
+  if (plots.length) {
+    const atLeisure = window.requestIdleCallback || ((work) => setTimeout(work, 300));
+    window.addEventListener("load", () => setTimeout(() => atLeisure(withPlotly), 100));
+  }
   const redraw = () => plots.filter((element) => element.dataset.drawn).forEach(draw);
   dark.addEventListener("change", redraw);
-  window.addEventListener("beforeprint", () => {
-    plots.filter((element) => !element.dataset.drawn && !element.closest("[hidden]")).forEach(draw);
-  });
 
+  /* --- panels: one of a section's is shown ----------------------------------------------------------- */
   for (const input of document.querySelectorAll(".switch input")) {
     input.addEventListener("change", () => {
       const panels = input.closest(".switched").querySelectorAll(":scope > .panel");
@@ -121,115 +167,82 @@
     });
   }
 
-  /* --- examples: every text is set as text, never as markup ------------------------------------ */
-  const data = JSON.parse(document.getElementById("explorer-data").textContent);
-  if (data === null) return; // a page without examples
-  const chooser = {};
-  for (const name of ["language", "outcome", "example", "view"]) {
-    chooser[name] = document.getElementById("choose-" + name);
-  }
-  const target = document.getElementById("explorer");
-
-  function make(tag, attributes, ...children) {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes || {})) element.setAttribute(name, value);
-    element.append(...children);
-    return element;
+  /* --- two views compared: the second's numbers taken from the first's ------------------------------- */
+  function signed(value) {
+    const text = value.toFixed(1);
+    return (Number(text) < 0 ? "\u2212" : "+") + text.replace("-", "");
   }
 
-  function option(value, text) {
-    return make("option", { value }, text);
+  function compared(element) {
+    const [shown, base] = Array.from(element.querySelectorAll("select"), (select) => select.value);
+    const figure = structuredClone(figures[Number(shown)]);
+    if (base === "") return figure;
+    const trace = figure.data[0], other = figures[Number(base)].data[0];
+    trace.z = trace.z.map((row, i) => row.map((value, j) => {
+      const from = (other.z[other.y.indexOf(trace.y[i])] || [])[other.x.indexOf(trace.x[j])];
+      return value === null || typeof from !== "number" ? null : value - from;
+    }));
+    trace.zmax = Math.max(...trace.z.flat().map((value) => Math.abs(value || 0))) || 1;
+    trace.zmin = -trace.zmax;
+    trace.meta = { scale: "diverging" };
+    const cells = (write) => trace.z.map((row, i) => row.map((value, j) => value === null ? "" : write(value, i, j)));
+    if (trace.text) trace.text = cells(signed);
+    trace.hovertext = cells((value, i, j) => "test " + trace.y[i] + ", training " + trace.x[j] + "<br>" + signed(value));
+    return figure;
   }
 
-  function texts(language, text_a, text_b, name) {
-    const shown = [text_a, text_b].filter((text) => text !== null && text !== "");
-    return shown.map((text) =>
-      make("p", { class: name, lang: language.replace("_", "-"), dir: "auto" }, text));
+  for (const element of document.querySelectorAll(".compare")) {
+    const [shown, base] = element.querySelectorAll("select");
+    const show = () => {
+      const name = (select) => select.selectedOptions[0].textContent;
+      const title = name(shown) + (base.value === "" ? "" : " \u2212 " + name(base));
+      element.querySelector("figcaption").textContent = title;
+      const plot = element.querySelector(".plot");
+      plot.setAttribute("aria-label", title);
+      if (plot.dataset.drawn) draw(plot);
+    };
+    element.addEventListener("change", show);
+    show();
   }
 
-  const label = (number) => (number === null ? "?" : data.labels[number] || String(number));
-  const percent = (share) => Math.round(100 * share) + "%";
+  /* --- paper: light, as wide as the sheet, every panel and table open -------------------------------- */
+  let restore = null;
+  window.addEventListener("beforeprint", () => {
+    if (restore) return;
+    const closed = document.querySelectorAll("details:not([open])");
+    closed.forEach((one) => { one.open = true; });
+    restore = () => closed.forEach((one) => { one.open = false; });
+    document.documentElement.dataset.paper = "yes";
+    if (figures) plots.filter((element) => element.offsetWidth).forEach(draw);
+  });
+  window.addEventListener("afterprint", () => {
+    if (!restore) return;
+    delete document.documentElement.dataset.paper;
+    restore();
+    restore = null;
+    redraw();
+  });
 
-  function shareStrip(shares, own) {
-    const strip = make("div", { class: "strip" });
-    shares.forEach((share, place) => {
-      if (share === 0) return;
-      const language = data.languages[place];
-      const text = share >= 0.09 ? language + " " + percent(share) : "";
-      const part = make("span", { title: language + " " + percent(share), class: language === own ? "mine" : "" }, text);
-      part.style.width = 100 * share + "%";
-      strip.append(part);
-    });
-    return strip;
-  }
-
-  function scientific(score) {
-    const [digits, exponent] = score.toExponential(2).split("e");
-    const raised = [...exponent.replace("+", "")].map((sign) =>
-      sign === "-" ? "\u207b" : "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"[sign]);
-    return digits.replace("-", "\u2212") + "\u00a0×\u00a010" + raised.join("");
-  }
-
-  function listing(title, shares, entries, own) {
-    const body = make("tbody");
-    for (const [place, score] of entries) {
-      const [language, text_a, text_b, gold] = data.train[place];
-      body.append(make("tr", {},
-        make("td", { class: "tag" + (language === own ? " own" : "") }, language),
-        make("td", {}, ...texts(language, text_a, text_b, "listed-text"),
-          make("small", {}, label(gold))),
-        make("td", { class: "n" }, scientific(score))));
+  /* --- the section being read, in the table of contents ---------------------------------------------- */
+  const links = new Map(Array.from(document.querySelectorAll("nav a"), (link) => [link.hash.slice(1), link]));
+  const reading = new IntersectionObserver((entries) => {
+    for (const entry of entries.filter((one) => one.isIntersecting)) {
+      links.forEach((link, id) => link.setAttribute("aria-current", String(id === entry.target.id)));
     }
-    const head = make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "Language"),
-      make("th", { scope: "col" }, "Training example"), make("th", { scope: "col", class: "n" }, "Score")));
-    return make("div", {}, make("h3", {}, title),
-      make("p", { class: "under" }, "Languages of the strongest " + (data.k || "ones") + ":"), shareStrip(shares, own), make("table", {}, head, body));
-  }
+  }, { rootMargin: "-20% 0px -75% 0px" });
+  document.querySelectorAll("main > section").forEach((section) => reading.observe(section));
 
-  function showExample() {
-    const test = data.tests[Number(chooser.example.value)];
-    const view = test && test.views[Number(chooser.view.value)];
-    target.replaceChildren();
-    if (!view) {
-      target.append(make("p", { class: "note" }, "No such example."));
-      return;
-    }
-    const outcome = view.prediction === null ? "" : ", predicted " + label(view.prediction) +
-      (view.prediction === test.label ? " (right)" : " (wrong)");
-    target.append(
-      make("div", { class: "example" }, ...texts(test.language, test.text_a, test.text_b, "text"),
-        make("p", { class: "under" }, test.language + ", label " + label(test.label) + outcome)),
-      make("div", { class: "listed" },
-        listing("Strongest proponents", view.shares, view.proponents, test.language),
-        listing("Strongest opponents", view.opponent_shares, view.opponents, test.language)));
-  }
-
-  function isRight(test) {
-    const view = test.views[Number(chooser.view.value)];
-    return Boolean(view) && view.prediction === test.label;
-  }
-
-  function listExamples() {
-    const before = chooser.example.value;
-    chooser.example.replaceChildren();
-    data.tests.forEach((test, place) => {
-      if (test.language !== chooser.language.value) return;
-      const outcome = chooser.outcome.value;
-      if (outcome && (outcome === "right") !== isRight(test)) return;
-      const text = [...(test.text_a || "")];
-      const start = text.slice(0, 90).join("") + (text.length > 90 ? " …" : "");
-      chooser.example.append(option(place, (isRight(test) ? "✓ " : "✗ ") + start));
+  for (const button of document.querySelectorAll("button[data-copy]")) {
+    button.addEventListener("click", async () => {
+      const source = document.getElementById(button.dataset.copy);
+      try {
+        await navigator.clipboard.writeText(source.textContent);
+        button.textContent = "Copied";
+      } catch {
+        getSelection().selectAllChildren(source); // where a page may not write: one key is left to press
+        button.textContent = "Selected: press Ctrl+C";
+      }
+      setTimeout(() => { button.textContent = "Copy"; }, 2000);
     });
-    if ([...chooser.example.options].some((one) => one.value === before)) chooser.example.value = before;
-    showExample();
   }
-
-  const languages = [...new Set(data.tests.map((test) => test.language))];
-  chooser.language.append(...languages.map((language) => option(language, language)));
-  chooser.view.append(...data.views.map((view, place) => option(place, view.title)));
-  chooser.language.addEventListener("change", listExamples);
-  chooser.outcome.addEventListener("change", listExamples);
-  chooser.example.addEventListener("change", showExample);
-  chooser.view.addEventListener("change", listExamples);
-  listExamples();
 })();

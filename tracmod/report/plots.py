@@ -57,7 +57,7 @@ class Panel:
     def columns(self) -> int:
         """Figures side by side where the page is wide enough."""
         most = max((len(figures) for _, figures in self.groups), default=1)
-        return max(self.least_columns, min(4, most))
+        return max(self.least_columns, min(3, most))
 
 
 def heatmap(
@@ -258,6 +258,7 @@ def lines(
                 x=one["x"],
                 y=_finite(one["y"]),
                 mode="lines+markers",
+                cliponaxis=False,
                 line={"width": 3 if one.get("bold") else 1.8},
                 marker={"size": 7, "symbol": place % 7},
                 hovertemplate=f"{name}<br>{axes[0]} %{{x}}: %{{y:.1f}}%<extra></extra>",
@@ -268,7 +269,10 @@ def lines(
     if even:
         xaxis["type"] = "category"
     elif counts := sorted({count for one in series for count in one["x"]}):
-        xaxis["dtick"] = max(1, (counts[-1] - counts[0] + 1) // 12)
+        if len(counts) <= 12:
+            xaxis["tickvals"] = counts
+        else:
+            xaxis["dtick"] = max(1, (counts[-1] - counts[0] + 1) // 12)
         xaxis["range"] = [counts[0] - 0.3, counts[-1] + 0.3]
     layout: dict[str, Any] = {
         "xaxis": xaxis,

@@ -46,6 +46,14 @@ SIMILARITIES = {
     "overlap": "Overlap coefficient",
     "cosine": "Cosine",
 }
+SIMILARITY_NOTES = {
+    "jaccard": "Heads kept for both languages, over heads kept for either; 1: the same heads.",
+    "corrected_jaccard": "Jaccard, set to 0 where random masks of the same sizes would be; 1: the "
+    "same heads, below 0: less alike than random masks.",
+    "overlap": "Heads kept for both languages, over those of the smaller subnetwork; 1: one is "
+    "part of the other.",
+    "cosine": "Heads kept for both languages, over the geometric mean of the two sizes.",
+}
 
 
 def influence_panels(matrices: list[Row], unit: str) -> list[Panel]:
@@ -276,25 +284,25 @@ def by_k_panels(by_k: list[Row]) -> list[Panel]:
 
 def course_panels(course: list[Row], null_share: float | None) -> list[Panel]:
     """In-language reliance over the epochs: means per view, and per language within a view."""
-    values = [100 * row["share_positive"] for row in course]
-    limits = (max(0.0, min(values, default=0) - 5), min(100.0, max(values, default=95) + 5))
     mark = (100 * null_share, "null share") if null_share is not None else None
-    if mark and not limits[0] <= mark[0] <= limits[1]:
-        limits = (max(0.0, min(limits[0], mark[0] - 3)), max(limits[1], mark[0] + 3))
     axes = (EPOCH_AXIS, OWN_SHARE_AXIS)
     course = [{**row, "kind": view_kind(row["view"])} for row in course]
     course.sort(key=lambda row: (MODELS.index(row["model"]), VIEWS.index(row["kind"])))
-    means = [
-        lines(
-            MODEL_NAMES[model],
-            [_course_series(cells, VIEW_NAMES[kind], kind) for (kind,), cells in by_view],
-            axes=axes,
-            limits=limits,
-            mark=mark,
-        )
+    of_models = {
+        MODEL_NAMES[model]: [
+            _course_series(cells, VIEW_NAMES[kind], kind)
+            for (kind,), cells in _groups(rows, ("kind",))
+        ]
         for (model,), rows in _groups(course, ("model",))
-        if (by_view := _groups(rows, ("kind",)))
+    }
+    limits = _percent_limits(
+        [v for series in of_models.values() for one in series for v in one["y"]], mark
+    )
+    means = [
+        lines(title, series, axes=axes, limits=limits, mark=mark)
+        for title, series in of_models.items()
     ]
+    limits = _percent_limits([100 * row["share_positive"] for row in course], mark)
     note = (
         "Each epoch's checkpoint alone: share of the own language among the strongest proponents, "
     )
@@ -319,6 +327,14 @@ def course_panels(course: list[Row], null_share: float | None) -> list[Panel]:
     return panels
 
 
+def _percent_limits(values: list[float], mark: tuple[float, str] | None) -> tuple[float, float]:
+    """Ends of an axis of percentages with some room, and room for the name of a mark in it."""
+    ends = [min(values, default=0) - 5, max(values, default=95) + 5]
+    if mark is not None:
+        ends += [mark[0] - 3, mark[0] + 5]
+    return max(0.0, min(ends)), min(100.0, max(ends))
+
+
 def _course_series(rows: list[Row], name: str, color: str) -> Row:
     """Mean over the rows of each epoch (languages, draws)."""
     epochs = sorted({row["epoch"] for row in rows})
@@ -328,6 +344,14 @@ def _course_series(rows: list[Row], name: str, color: str) -> Row:
 
 def accuracy_figures(epochs: dict[str, list[Row]], chance: float) -> list[Figure]:
     """Test accuracy per language over the epochs, one figure per model."""
+    mark = (100 * chance, "chance")
+    scores = [
+        100 * score
+        for rows in epochs.values()
+        for row in rows
+        for score in row["accuracy"].values()
+    ]
+    limits = _percent_limits(scores, mark)
     figures = []
     for model, entries in epochs.items():
         languages = list(entries[-1]["accuracy"]) if entries else []
@@ -340,9 +364,7 @@ def accuracy_figures(epochs: dict[str, list[Row]], chance: float) -> list[Figure
             }
             for place, language in enumerate(languages)
         ]
-        values = [value for one in series for value in one["y"]] + [100 * chance]
-        limits = (max(0.0, min(values) - 5), min(100.0, max(values) + 5))
-        axes, mark = (EPOCH_AXIS, "test accuracy"), (100 * chance, "chance")
+        axes = (EPOCH_AXIS, "test accuracy")
         figures.append(lines(MODEL_NAMES[model], series, axes=axes, limits=limits, mark=mark))
     return figures
 
@@ -385,7 +407,8 @@ def similarity_panels(
             axes=("language", "language"),
         )
         legend = Legend("diverging" if lowest < 0 else "sequential", number(lowest, 0), "1")
-        panels.append(Panel(name, [("", [figure])], legend, least_columns=3))
+        note = SIMILARITY_NOTES[measure]
+        panels.append(Panel(name, [("", [figure])], legend, note, least_columns=3))
     return panels
 
 

@@ -54,6 +54,12 @@ def change_title(row: dict[str, Any]) -> str:
     return f"{view} \N{MINUS SIGN} {base_view}"
 
 
+def verdict(text: str) -> tuple[str, str]:
+    """A finding's first sentence, and the rest."""
+    first, stop, rest = text.partition(". ")
+    return first + stop.strip(), rest
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """0.2034 -> 20.3%."""
     return "-" if share is None else f"{100 * share:.{digits}f}%"

@@ -155,7 +155,8 @@ def test_the_plan_counts_the_trainings(done, tmp_path):
         "at most 13 trainings: 2 on subsets, 7 of removals, 3 without a language, 1 on all examples"
     )
     assert plan.seconds > 0
-    left_out = sum(number for _, _, number in counted(config()))
+    train = pq.read_table(done / "data/train.parquet")
+    left_out = sum(number for _, _, number in counted(config(), train))
     assert left_out == len(table(done, "left_out"))
 
 
@@ -370,7 +371,7 @@ def test_one_language_cannot_be_left_out():
     task = {"train_languages": ["en"]}
     with pytest.raises(ValueError, match="two languages with training data or more, got en; set"):
         config(task=task)
-    assert counted(config(task=task, retrain={**SMALL, "leave_one_out": False}))
+    config(task=task, retrain={**SMALL, "leave_one_out": False})
 
 
 def test_a_subset_without_a_language_is_found_when_the_data_are_there(tmp_path):

@@ -231,7 +231,7 @@ class _Planner:
         return work, seconds, 0
 
     def _retraining(self, rates: _Rates) -> tuple[str, float, int]:
-        config, kinds = self.config.finetune, counted(self.config)
+        config, kinds = self.config.finetune, counted(self.config, self.tables["train"])
         check_subsets(self.config, self.tables["train"])
         trainings = sum(number for _, number, _ in kinds)
         trained = trainings * self._count("train") - sum(left_out for _, _, left_out in kinds)

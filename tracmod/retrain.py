@@ -193,12 +193,11 @@ class Design:
     removed: int
 
 
-def counted(config: RunConfig) -> list[tuple[str, int, int]]:
+def counted(config: RunConfig, train: pa.Table) -> list[tuple[str, int, int]]:
     """(what, trainings, training examples left out of them all), at most: some may be the same."""
     asked, task = config.retrain, config.task
     assert asked is not None
-    sizes = [task.train_count(language) for language in task.trained_languages]
-    total, seeds = sum(sizes), asked.seeds
+    total, seeds = len(train), asked.seeds
     of_subset, removed = total - round(asked.fraction * total), round(asked.removed * total)
     kinds = [("on subsets", seeds * asked.subsets, seeds * asked.subsets * of_subset)]
     if removed:
@@ -206,7 +205,8 @@ def counted(config: RunConfig) -> list[tuple[str, int, int]]:
         sets = asked.random_removals + 2 * methods * len(task.languages)
         kinds.append(("of removals", seeds * sets, seeds * sets * removed))
     if asked.leave_one_out:
-        kinds.append(("without a language", seeds * len(sizes), seeds * total))
+        languages = len(set(train["language"].to_pylist()))
+        kinds.append(("without a language", seeds * languages, seeds * total))
     if removed or asked.leave_one_out:
         kinds.append(("on all examples", seeds, 0))
     return kinds

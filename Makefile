@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: install demo test test-fast bench bench-kernels bench-tracin bench-scale bench-report lint format clean
+.PHONY: install demo test test-fast bench bench-kernels bench-tracin bench-scale bench-report lint format coverage docs wheel clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python >= 3.11 needed, {sys.executable} is {v[0]}.{v[1]}; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --editable '.[test,dev,docs]'
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --no-deps kronfluence
 	touch $@
 
@@ -29,6 +29,18 @@ test: install
 
 test-fast: install
 	$(PYTEST) -m 'not slow'
+
+# Of the fast tests; lines that only worker processes run do not count.
+coverage: install
+	$(PYTEST) -m 'not slow' --cov --cov-report=term --cov-report=html
+
+# The site, into site/: no network, warnings are errors.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# dist/*.whl, which installs without a compiler. TRACMOD_CUDA=OFF leaves the CUDA kernels out, ON insists on them.
+wheel: install
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 bench: install
 	$(BIN)/tracmod bench
@@ -68,4 +80,4 @@ format: install
 	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
 
 clean:
-	rm -rf build *.egg-info tracmod/_C*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site htmlcov .coverage *.egg-info tracmod/_C*.so .pytest_cache .mypy_cache .ruff_cache

@@ -40,7 +40,7 @@ class Attributor:
     (`tracmod index`) says which rows to read. Scores are those of the folder's own results: same
     projection, mask, weights and normalisation; an inexact index only chooses the candidates.
 
-    Example:
+    Examples:
         >>> attributor = tm.Attributor("runs/demo")
         >>> answer = attributor.query("The king is waiting.", "The king is not waiting.")
         >>> answer["label"], answer["proponents"][0]["text_a"], answer["proponents"][0]["score"]

@@ -48,6 +48,7 @@ LAYERS = [
         "export",
         "sweep",
         "status",
+        "explore",
     },
     {"cli"},
 ]  # fmt: skip
@@ -57,6 +58,8 @@ ONLY_IN = {
     "faiss": {"tracmod/index.py"},
     "ray": {"tracmod/engine/ray.py"},
     "click": {"cli/__init__.py"},
+    "matplotlib": {"tracmod/report/drawing.py"},
+    "gradio": {"tracmod/explore.py"},
 }
 FORBIDDEN = re.compile(r"^\s*(import|from) pickle|torch\.load\(|trust_remote_code=True", re.M)
 

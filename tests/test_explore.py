@@ -223,7 +223,8 @@ def test_what_cannot_be_served_is_one_sentence(attribution, tmp_path):
 def test_without_gradio_the_command_says_what_to_install(attribution, monkeypatch):
     import sys
 
-    monkeypatch.setitem(sys.modules, "gradio", None)
+    for name in ("gradio", "starlette"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "tracmod.explore")
     result = CliRunner().invoke(main, ["explore", str(attribution)])
     assert result.exit_code == 2

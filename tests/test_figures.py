@@ -19,7 +19,7 @@ from PIL import Image
 
 from tracmod.analysis import analyze
 from tracmod.cli import main
-from tracmod.report.drawing import MOST_HEIGHT, WIDTHS, palette, saved
+from tracmod.report.drawing import MOST_HEIGHT, WIDTHS, Matrix, heatmaps, palette, saved
 from tracmod.report.figures import (
     AnalysisTables,
     accuracy,
@@ -186,10 +186,12 @@ def test_heat_maps_are_the_tables(run, page):
 
 
 def test_differences_are_the_table_and_bold_where_they_are_clear(run, page):
-    figure = page["change-mean-influence-sparse-minus-full"]
-    rows = rows_of(run, "changes", model="sparse", base_model="full", view="subnetwork",
-                   base_view="subnetwork")  # fmt: skip
-    panel = next(one for one in figure.axes if one.get_title().split() == ["own", "subnetwork"])
+    figure = page["change-mean-influence-sparse"]
+    rows = rows_of(run, "changes", model="sparse", base_model="sparse", view="subnetwork",
+                   base_view="full")  # fmt: skip
+    panel = next(
+        one for one in figure.axes if one.get_title() == "own subnetwork \N{MINUS SIGN} all heads"
+    )
     values = panel.collections[0].get_array()
     unit = figure.axes[-1].get_title()
     exponent = -int(re.search("10⁻([⁰-⁹¹²³]+)", unit)[1].translate(
@@ -314,7 +316,6 @@ def test_what_has_no_table_is_left_out_and_said(tmp_path):
 
 
 def test_many_languages_and_long_names_stay_readable(tmp_path):
-    """Numbers give way to colours, and dots say what bold would."""
     languages = tuple(f"lng{i}_Latn" for i in range(14))
     run = make_run(tmp_path / "run", languages=languages, num_train=8, num_test=3)
     analyze(run, bootstrap=20, permutations=500)
@@ -327,6 +328,19 @@ def test_many_languages_and_long_names_stay_readable(tmp_path):
         for text, box in texts_of(found[name]):
             inside = box.x0 >= -1 and box.x1 <= found[name].bbox.width + 1
             assert inside, (name, text.get_text())
+
+
+def test_dots_stand_for_bold_where_there_is_no_room_for_numbers():
+    names = [f"l{place}" for place in range(30)]
+    clear_RC = np.zeros((30, 30), bool)
+    clear_RC[[0, 4, 29], [1, 3, 29]] = True
+    figure = heatmaps(
+        [Matrix("", np.full((30, 30), 12.3), names, names, clear_RC)], WIDTHS["column"],
+        scale="diverging", limits=(-20, 20), axes=("x", "y"), unit="unit", signed=True,
+    )  # fmt: skip
+    panel = figure.axes[0]
+    assert not panel.texts
+    assert panel.lines[0].get_xydata().tolist() == [[1.5, 0.5], [3.5, 4.5], [29.5, 29.5]]
 
 
 def test_what_cannot_be_drawn_is_one_sentence(tmp_path):

@@ -12,10 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
-from starlette.requests import Request
-from starlette.responses import Response
 
 from tracmod.query import Attributor
 from tracmod.report.words import MODEL_NAMES, VIEW_NAMES, influence_unit, power_of_ten
@@ -23,6 +19,10 @@ from tracmod.report.words import MODEL_NAMES, VIEW_NAMES, influence_unit, power_
 try:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+    from starlette.requests import Request
+    from starlette.responses import Response
 except ModuleNotFoundError as error:
     raise ValueError("tracmod explore needs Gradio: pip install 'tracmod[explore]'") from error
 

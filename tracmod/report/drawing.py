@@ -190,10 +190,9 @@ def heatmaps(
     _titles(panels, [one.title for one in matrices])
     if unit:
         _colorbar(figure, mesh, [panel for panel, _ in panels], unit, limits, mark, digits[:1])
-    figure.draw_without_rendering()
-    more = max(_turn_names(panel, matrices[0].columns) for panel, _ in panels)
-    figure.set_figheight(figure.get_figheight() + more * _grid_size(panels[0][0])[0])
-    figure.draw_without_rendering()
+    _place(figure)
+    _make_room(figure, panels, matrices[0].columns)
+    _freeze(figure)
     for matrix, (panel, _) in zip(matrices, panels, strict=True):
         _write_numbers(panel, matrix, colors, limits, signed, digits)
     return figure
@@ -209,6 +208,8 @@ def _heat_panels(
         longest = max((_longest(one, digits[-1], signed) for one in matrices), default=0)
         needed = 0.45 + most * (_WIDE * SMALL * longest + 3) / 72
         least = max(1.25, needed) if needed <= width else least
+    of_title = 0.6 + 0.52 * NORMAL / 72 * max(len(one.title) for one in matrices) / 1.8  # two lines
+    least = min(width, max(least, of_title))
     columns = max(1, min(len(matrices), int(width / least)))
     cell = min(0.21, max(0.11, (width / columns - 0.4) / most))
     height = cell * len(matrices[0].rows) + 0.08
@@ -227,16 +228,6 @@ def _colors(scale: str) -> LinearSegmentedColormap:
     else:
         steps = [palette()[f"{scale[:3]}-{step}"] for step in range(5)]
     return LinearSegmentedColormap.from_list(scale, steps, bad=palette()["panel"])
-
-
-def _turn_names(panel: Axes, names: Sequence[str]) -> float:
-    """Names along the x axis upright where they would meet; the inches that they then take more."""
-    lengths = [_WIDE * SMALL * len(name) for name in names]
-    meeting = max(((a + b) / 2 for a, b in pairwise(lengths)), default=0.0)
-    if meeting + 2 <= _points(panel)[0] / len(names):
-        return 0.0
-    panel.tick_params(axis="x", labelrotation=90)
-    return (max(lengths) - SMALL) / 72
 
 
 def _colorbar(
@@ -362,9 +353,9 @@ def bars(
     _name_axes(figure, axes)
     _titles(panels, [plot.title for plot in plots])
     _legend(figure, panels, in_legend[1])
-    figure.draw_without_rendering()
-    more = max(_turn_names(panel, list(map(str, plots[0].series[0].x))) for panel, _ in panels)
-    figure.set_figheight(figure.get_figheight() + more * _grid_size(panels[0][0])[0])
+    _place(figure)
+    _make_room(figure, panels, list(map(str, plots[0].series[0].x)))
+    _freeze(figure)
     return figure
 
 
@@ -409,13 +400,15 @@ def lines(
     _name_axes(figure, axes)
     _titles(panels, [plot.title for plot in plots])
     _legend(figure, panels, in_legend[1])
+    _place(figure)
+    _freeze(figure)
     return figure
 
 
 @_styled
 def clouds(plots: Sequence[Cloud], width: float, *, axes: tuple[str, str]) -> Figure:
     """Points with their names, as far as these cover nothing; one scale for all panels."""
-    figure, panels = _panels(len(plots), width, 1.5, 2.1, 0.15, sharey=True, sharex=True)
+    figure, panels = _panels(len(plots), width, 1.5, 2.1, 0.0, sharey=True, sharex=True)
     for plot, (panel, _) in zip(plots, panels, strict=True):
         panel.plot(plot.x, plot.y, "o", markersize=3.5, color=palette()["full"], clip_on=False)
         panel.margins(0.12, 0.1)
@@ -423,7 +416,8 @@ def clouds(plots: Sequence[Cloud], width: float, *, axes: tuple[str, str]) -> Fi
         panel.tick_params(labelbottom=True)
     _name_axes(figure, axes)
     _titles(panels, [f"{plot.title}\n{plot.note}" for plot in plots])
-    figure.draw_without_rendering()
+    _place(figure)
+    _freeze(figure)
     for plot, (panel, _) in zip(plots, panels, strict=True):
         if len(plot.names) <= MOST_NAMED_POINTS:
             _name_points(panel, plot)
@@ -483,12 +477,14 @@ def _panels(
 
 
 def _titles(panels: Sequence[tuple[Axes, bool]], titles: Sequence[str]) -> None:
-    """In as many lines as a panel's width asks for."""
-    for (panel, _), title in zip(panels, titles, strict=True):
-        figure = panel.get_figure(root=True)
-        assert figure is not None
-        width = figure.get_figwidth() / _grid_size(panel)[1] - 0.6
-        panel.set_title(_wrapped(title, width), pad=3, linespacing=1.25)
+    """In as many lines as a panel's width asks for, for which the figure becomes higher."""
+    figure, (rows, columns) = panels[0][0].get_figure(root=True), _grid_size(panels[0][0])
+    assert figure is not None
+    wrapped = [_wrapped(title, figure.get_figwidth() / columns - 0.6) for title in titles]
+    for (panel, _), title in zip(panels, wrapped, strict=True):
+        panel.set_title(title, pad=3, linespacing=1.25)
+    more = max(title.count("\n") for title in wrapped)
+    figure.set_figheight(figure.get_figheight() + 1.25 * NORMAL / 72 * more * rows)
 
 
 def _name_axes(figure: Figure, axes: tuple[str, str]) -> None:
@@ -502,6 +498,36 @@ def _wrapped(text: str, inches: float) -> str:
     """A text in lines that fit."""
     most = max(8, int(72 * inches / (0.52 * NORMAL)))
     return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, most))
+
+
+def _place(figure: Figure) -> None:
+    """Give everything its place, to see what room there is."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+
+
+def _freeze(figure: Figure) -> None:
+    """Let everything stay in its place, so that every file of the figure is the same."""
+    figure.set_layout_engine("none")
+
+
+def _turn_names(panel: Axes, names: Sequence[str]) -> float:
+    """Names along the x axis upright where they would meet; the inches that they then take more."""
+    lengths = [_WIDE * SMALL * len(name) for name in names]
+    meeting = max(((a + b) / 2 for a, b in pairwise(lengths)), default=0.0)
+    if meeting + 2 <= _points(panel)[0] / len(names):
+        return 0.0
+    panel.tick_params(axis="x", labelrotation=90)
+    return (max(lengths) - SMALL) / 72
+
+
+def _make_room(figure: Figure, panels: Sequence[tuple[Axes, bool]], names: Sequence[str]) -> None:
+    """Turn names along the x axis where they would meet, and make the figure higher for them."""
+    more = max(_turn_names(panel, names) for panel, _ in panels)
+    if more:
+        figure.set_figheight(figure.get_figheight() + more * _grid_size(panels[0][0])[0])
+        _place(figure)
 
 
 def _grid_size(panel: Axes) -> tuple[int, int]:

@@ -655,6 +655,110 @@ def export(run_dir: Path, out: Path, **options: Any) -> None:
     )
 
 
+# --- for papers and for looking --------------------------------------------------------------
+
+
+@main.command()
+@click.argument("run_dir", metavar="RUN", type=EXISTING)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["pdf", "svg", "png"]),
+    default="pdf",
+    show_default=True,
+    help="pdf with its fonts in it, svg with text as text, png of 300 dots per inch.",
+)
+@click.option(
+    "--width",
+    type=click.Choice(["column", "page"]),
+    default="page",
+    show_default=True,
+    help="3.3 or 6.9 inches; text is 7 points and more in both.",
+)
+@click.option("--out", type=FOLDER, help="Folder for the files. Absent: RUN/figures.")
+def figures(run_dir: Path, form: str, width: str, out: Path | None) -> None:
+    """Draw a run's results for a paper, a file per figure.
+
+    Influence between languages under every view and its changes, reliance on the own language,
+    its course over the epochs, accuracy, subnetworks, pruning, similarity against influence, and
+    influence by head and layer. What the analysis has no table for is left out. Without titles that
+    a caption would repeat: the names of the files say what they are.
+
+    \b
+    Examples:
+      tracmod figures runs/demo
+      tracmod figures runs/demo --format svg --width column --out paper/figures
+    """
+    from tracmod.report.figures import write_figures
+
+    written = write_figures(run_dir, out or run_dir / "figures", form=form, width=width)
+    for path in written.files:
+        click.echo(path)
+    for text in written.left_out:
+        click.echo(f"tracmod: left out: {text}", err=True)
+
+
+@main.command()
+@click.argument("run_dir", metavar="RUN", type=EXISTING)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["csv", "latex", "markdown"]),
+    default="csv",
+    show_default=True,
+    help="csv: all digits; latex (booktabs) and markdown: as they are read, with intervals.",
+)
+@click.option("--out", type=FOLDER, help="Folder for the files. Absent: RUN/tables.")
+def tables(run_dir: Path, form: str, out: Path | None) -> None:
+    """Write every table of a run's analysis as CSV, LaTeX or Markdown.
+
+    Beside the tables of analysis/ and its summary, each language x language matrix: rows are
+    languages of test examples, columns languages of training examples.
+
+    \b
+    Examples:
+      tracmod tables runs/demo
+      tracmod tables runs/demo --format latex --out paper/tables
+    """
+    from tracmod.report.tables import write_tables
+
+    for path in write_tables(run_dir, out or run_dir / "tables", form):
+        click.echo(path)
+
+
+@main.command()
+@click.argument("folder", metavar="RUN", type=EXISTING)
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=7860,
+    show_default=True,
+    help="Where to listen.",
+)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on. Another than this machine's own lets others ask.",
+)
+def explore(folder: Path, port: int, host: str) -> None:
+    """Open a local page: type a sentence, see its proponents under every subnetwork.
+
+    RUN is a run folder or a folder of `tracmod attribute`, which has no subnetworks. The page
+    shows, with all heads and in each language's subnetwork, the prediction, the languages of the
+    strongest training examples, and these examples. It is for this machine alone, and loads nothing
+    from elsewhere. Needs Gradio: pip install 'tracmod[explore]'.
+
+    \b
+    Examples:
+      tracmod explore runs/demo
+      tracmod explore influence --port 8000
+    """
+    from tracmod.explore import serve
+
+    serve(folder, host, port)
+
+
 # --- what is on disk, what is installed -----------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from tracmod.model import load_model
 COMMANDS = {
     "run", "sweep", "finetune", "prune", "sparse-finetune", "collect", "influence", "analyze",
     "retrain", "report", "attribute", "index", "query", "status", "verify", "merge", "check",
-    "export", "doctor", "bench",
+    "export", "doctor", "bench", "figures", "tables", "explore",
 }  # fmt: skip
 
 

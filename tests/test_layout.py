@@ -51,6 +51,7 @@ LAYERS = [
         "export",
         "sweep",
         "status",
+        "explore",
     },
     {"cli"},
 ]  # fmt: skip
@@ -61,6 +62,8 @@ ONLY_IN = {
     "ray": {"tracmod/engine/ray.py"},
     "bm25s": {"tracmod/validation/baselines.py"},
     "click": {"cli/__init__.py"},
+    "matplotlib": {"tracmod/report/drawing.py"},
+    "gradio": {"tracmod/explore.py"},
 }
 FORBIDDEN = re.compile(r"^\s*(import|from) pickle|torch\.load\(|trust_remote_code=True", re.M)
 

@@ -23,7 +23,7 @@ from tracmod.heads import HeadMask
 from tracmod.index import InfluenceIndex, gpu_number
 from tracmod.influence import TopInfluences, top_influences
 from tracmod.model import encode, load_model, predict, to_device
-from tracmod.pipeline import Study, feature_digests
+from tracmod.pipeline import MODELS, Study, feature_digests
 from tracmod.preconditioner import Preconditioner
 from tracmod.rows import SomeRows, StoreRows
 from tracmod.run_folder import RunFolder
@@ -69,6 +69,24 @@ class Attributor:
             self.source = _OfAttribution(folder, record["weights"], (model, view, mask))
         else:
             self.source = _OfRun(folder, model, view, mask)
+
+    def under(self, view: str, mask: str | None = None) -> Attributor:
+        """The same model of the run under another view's masks; the checkpoints are shared.
+
+        Args:
+            view, mask: as in `__init__`.
+
+        Raises:
+            ValueError: as there.
+        """
+        other = object.__new__(Attributor)
+        other.source = self.source.under(view, mask)
+        return other
+
+    @property
+    def views(self) -> list[tuple[str, str | None]]:
+        """Every view that can be asked, and the language of its mask if it has several."""
+        return self.source.views
 
     @property
     def index_path(self) -> Path:
@@ -125,10 +143,11 @@ class Attributor:
             languages: only training examples of these; None: of all.
 
         Returns:
-            `label`, `prediction`, `languages`, `index` (the kind of the index that chose the
-            candidates, or None), and `proponents` and `opponents`: lists of dicts with rank, score,
-            id, language, label, text_a, text_b, group. Positive scores: the training example
-            lowered the loss of the label.
+            `label`, `prediction`, `probabilities` (by label; None for a model with one output),
+            `languages`, `index` (the kind of the index that chose the candidates, or None), and
+            `proponents` and `opponents`: lists of dicts with rank, score, id, language, label,
+            text_a, text_b, group. Positive scores: the training example lowered the loss of the
+            label.
 
         Raises:
             ValueError: a label or language that is not there; features or an index made with
@@ -142,7 +161,7 @@ class Attributor:
             {"id": ["query"], "text_a": [text_a], "text_b": pa.array([text_b], pa.string()),
              "label": [0 if given is None else given]}
         )  # fmt: skip
-        prediction = self._predict(table)
+        prediction, probabilities = self._predict(table)
         if given is None:
             given = prediction
             table = table.set_column(3, "label", [[prediction]])
@@ -150,6 +169,7 @@ class Attributor:
         return {
             "label": self._label_name(given),
             "prediction": self._label_name(prediction),
+            "probabilities": probabilities,
             "languages": None if languages is None else list(languages),
             "index": kind,
             "proponents": self._examples(top.indices[0], top.scores[0]),
@@ -193,11 +213,16 @@ class Attributor:
         names = self.source.label_names
         return str(label) if len(names) == 1 else names[label]
 
-    def _predict(self, table: pa.Table) -> int:
+    def _predict(self, table: pa.Table) -> tuple[int, dict[str, float] | None]:
+        """The last checkpoint's label, and its probability of every label."""
         model, tokenizer = self.source.models[-1]
         with masked(model, self.source.masks[-1]):
             logits_C = predict(model, encode(tokenizer, table, self.source.max_length))[0]
-        return round(float(logits_C)) if len(logits_C) == 1 else int(logits_C.argmax())
+        if len(logits_C) == 1:
+            return round(float(logits_C)), None
+        probabilities = logits_C.double().softmax(0).tolist()
+        named = dict(zip(self.source.label_names, probabilities, strict=True))
+        return int(logits_C.argmax()), named
 
     def _features(self, table: pa.Table) -> list[Tensor]:
         """(C,) the example's features (1, K)."""
@@ -289,6 +314,7 @@ class _Source(Protocol):
     """What an `Attributor` needs of a folder. C checkpoints, in order."""
 
     index_path: Path
+    model_names: Sequence[str]
     label_names: list[str]
     device: str
     max_length: int
@@ -298,6 +324,21 @@ class _Source(Protocol):
     @property
     def train(self) -> pa.Table:
         """The training examples, in the order of the features."""
+
+    @property
+    def queries(self) -> pa.Table:
+        """Examples like those to be asked about, with their labels."""
+
+    @property
+    def k(self) -> int:
+        """Over how many of the strongest examples the folder's own shares are counted."""
+
+    @property
+    def views(self) -> list[tuple[str, str | None]]:
+        """The views with features, and the language of each of their masks."""
+
+    def under(self, view: str, mask: str | None) -> _Source:
+        """The same model under other masks; what was loaded of it is shared."""
 
     @property
     def models(self) -> list[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
@@ -321,13 +362,15 @@ class _Source(Protocol):
 class _OfRun:
     """One model and view of a run folder."""
 
+    model_names: Sequence[str] = MODELS
+
     def __init__(self, folder: Path, model: str, view: str, mask: str | None) -> None:
         self.study = Study(RunFolder(folder))
         self.model = model
         if not self.study.run.is_done("collect"):
             raise ValueError(f"{folder}: expected collected features; run `tracmod collect`")
         views = {one.name: one for one in self.study.views if one.collected}
-        if model not in ("full", "sparse") or view not in views:
+        if model not in MODELS or view not in views:
             raise ValueError(
                 f"{folder}: expected model full or sparse and a view of {', '.join(views)}, "
                 f"got {model} and {view}"
@@ -351,6 +394,25 @@ class _OfRun:
     @property
     def train(self) -> pa.Table:
         return self.study.table("train")
+
+    @property
+    def queries(self) -> pa.Table:
+        return self.study.table("test")
+
+    @property
+    def k(self) -> int:
+        asked = self.study.config.influence.k
+        return asked if isinstance(asked, int) else asked[0]
+
+    @property
+    def views(self) -> list[tuple[str, str | None]]:
+        collected = (view for view in self.study.views if view.collected)
+        return [(view.name, language) for view in collected for language, _ in view.masks]
+
+    def under(self, view: str, mask: str | None) -> _OfRun:
+        other = _OfRun(self.study.run.path, self.model, view, mask)
+        other.models, other._metrics, other._digests = self.models, self._metrics, self._digests
+        return other
 
     @cached_property
     def models(self) -> list[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
@@ -390,6 +452,8 @@ class _OfRun:
 class _OfAttribution:
     """A folder of `tracmod attribute`."""
 
+    model_names: Sequence[str] = ("full",)
+
     def __init__(
         self, folder: Path, weights: list[float], view: tuple[str, str, str | None]
     ) -> None:
@@ -416,6 +480,23 @@ class _OfAttribution:
     @property
     def train(self) -> pa.Table:
         return self.work.tables["train"]
+
+    @property
+    def queries(self) -> pa.Table:
+        return self.work.tables["query"]
+
+    @property
+    def k(self) -> int:
+        return self.work.asked.k
+
+    @property
+    def views(self) -> list[tuple[str, str | None]]:
+        return [("full", None)]
+
+    def under(self, view: str, mask: str | None) -> _OfAttribution:
+        raise ValueError(
+            "an attribution has one model and one mask: other views are those of a run folder"
+        )
 
     @cached_property
     def models(self) -> list[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:

@@ -172,6 +172,10 @@ def test_more_subsets_train_only_what_is_missing(copy):
     assert len(after) - len(before) == 4  # subset 2 with two seeds, the others with a second
     assert not (copy / "retraining" / "removal.parquet").exists()
     assert not (copy / "retraining" / "leave_one_out.csv").exists()
+    page = (copy / "report" / "index.html").read_text()
+    assert "Linear datamodelling score: over 3 random subsets" in page
+    assert "Change of mean loss without the strongest" not in page
+    assert "Language left out, Spearman" not in page
     assert {row["set"] for row in table(copy, "losses").to_pylist()} == {
         subset_set(place) for place in range(3)
     }
@@ -260,6 +264,8 @@ def test_the_report_tells_the_numbers_and_says_nothing_where_nothing_was_asked_f
     assert "Linear datamodelling score: over 2 random subsets of 50%" in page
     row = next(row for row in table(done, "lds").to_pylist() if row["level"] == "example")
     assert f"{row['value']:.2f}".replace("-", "\N{MINUS SIGN}") in page
+    assert "Change of mean loss without the strongest" in page
+    assert "Language left out, Spearman" in page
     run_stages(RunFolder(copy, config(retrain=None)))
     page = (copy / "report" / "index.html").read_text()
     assert 'href="#retraining"' not in page

@@ -352,6 +352,7 @@ def finish(study: Study, design: Design) -> None:
         "in_subset": round(design.asked.fraction * len(train_languages)),
         "removed": design.removed,
         "confidence": settings.confidence,
+        "leave_one_out": [],
     }
     if design.removed:
         tables["removal"] = removal_table(

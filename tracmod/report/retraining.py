@@ -78,9 +78,7 @@ def _rows(folder: Path, name: str) -> list[Row]:
 def _method_row(method: str, summary: Row, lds: list[Row], removal: list[Row]) -> Row:
     """A method's numbers, each None where it has none."""
     tests = {
-        test["between_only"]: test
-        for test in summary.get("leave_one_out", [])
-        if test["method"] == method
+        test["between_only"]: test for test in summary["leave_one_out"] if test["method"] == method
     }
     sides = (RANDOM,) if method == RANDOM else SIDES
     return {
@@ -196,7 +194,7 @@ def _removal(removal: list[Row], main: str) -> str:
 
 
 def _leave_one_out(summary: Row, main: str) -> str:
-    tests = summary.get("leave_one_out", [])
+    tests = summary["leave_one_out"]
     found = {t["between_only"]: t for t in tests if t["method"] == main}
     if not found or found[False]["correlation"] is None:
         return ""
@@ -254,7 +252,8 @@ def _leave_one_out_panels(rows: list[Row]) -> list[Panel]:
         "scores of its training examples, in the method's own unit; each matrix has its own scale."
     )
     legend = Legend("diverging", "loss falls", "loss rises", (0.5, "0"))
-    return [Panel("Languages left out", [("", figures)], legend, note)]
+    in_rows = [("", figures[start : start + 3]) for start in range(0, len(figures), 3)]
+    return [Panel("Languages left out", in_rows, legend, note)]
 
 
 def _matrix(title: str, rows: list[Row], value: str) -> Figure:
@@ -274,7 +273,7 @@ def _diverging(
 ) -> Figure:
     """A matrix around 0, divided by a power of ten where its numbers are hard to read."""
     top = float(np.abs(values).max())
-    exponent = power_of_ten(top) if top > 0 and not 0.1 <= top < 1000 else 0
+    exponent = power_of_ten(top) if top > 0 and not 0.1 <= top < 10 else 0
     scaled = values * 10.0**-exponent
     hover = [
         [f"{axes[1]} {row}<br>{axes[0]} {column}<br>{value:.3g}"

@@ -156,7 +156,7 @@ def test_commands_in_the_text_are_commands_with_these_options(page):
 def reader(tmp_path_factory):
     """A folder with what a reader has: my-model, train.tsv, test.tsv, runs/demo (a small run)."""
     from tracmod.pipeline import run_stages
-    from tracmod.run_folder import STAGES, RunFolder
+    from tracmod.run_folder import RunFolder
 
     folder = tmp_path_factory.mktemp("reader")
     model = own_model()
@@ -166,7 +166,7 @@ def reader(tmp_path_factory):
         part.save_pretrained(folder / "my-model")
     write_examples(folder / "train.tsv", 120, LABELS)
     write_examples(folder / "test.tsv", 12, LABELS)
-    run_stages(RunFolder(folder / "runs/demo", tiny_config()), STAGES)
+    run_stages(RunFolder(folder / "runs/demo", tiny_config()))
     return folder
 
 

@@ -120,6 +120,23 @@ def test_the_score_of_a_test_example_is_spearman_over_the_subsets():
     assert by(table, **names, test_language=None)["value"] == pytest.approx(np.mean(of_language))
 
 
+def test_the_lead_over_the_first_method_is_told_by_the_same_draws():
+    """Two methods that share their errors: their own intervals overlap, their difference's none."""
+    rng = np.random.default_rng(0)
+    effect_QS = rng.standard_normal((15, 24))
+    shared_QS = effect_QS + 1.5 * rng.standard_normal((15, 24))
+    predicted = {"worse": shared_QS, "better": shared_QS + 0.5 * effect_QS, "same": shared_QS}
+    draws = Draws.of(CLUSTERS_Q, 24, SETTINGS)
+    table = lds_table(predicted, -effect_QS, LANGUAGES_Q, draws)
+    names = {"level": "example", "test_language": None}
+    worse, better, same = (by(table, method=name, **names) for name in predicted)
+    assert worse["over_first"] is None
+    assert better["over_first"] == pytest.approx(better["value"] - worse["value"])
+    assert better["low"] < worse["high"]
+    assert 0 < better["over_first_low"] < better["over_first"] < better["over_first_high"]
+    assert [same[f"over_first{bound}"] for bound in ("", "_low", "_high")] == [0, 0, 0]
+
+
 def test_less_loss_where_more_is_predicted_is_right_and_the_other_way_wrong():
     summed, retrained = linear_world()
     turned = {name: Summed(-one.subsets_QS, one.means_LN) for name, one in summed.items()}

@@ -131,6 +131,14 @@ def _lds(summary: Row, lds: list[Row], main: str) -> str:
     if others:
         listed = [f"{_name(row['method'])} {_interval(row)}" for row in others]
         text += f" Beside it: {'; '.join(listed)}."
+        better = [row for row in others if row["over_first_low"] > 0]
+        if better:
+            by = [
+                f"{_name(row['method'])} (by {number(row['over_first'])}, "
+                f"{number(row['over_first_low'])} to {number(row['over_first_high'])})"
+                for row in sorted(better, key=lambda row: -row["over_first"])
+            ]
+            text += f" Clearly better than {_name(main)}: {', '.join(by)}."
     if ceiling is not None:
         text += f" {_ceiling(ceiling['value'])}"
     if own["low"] <= 0:

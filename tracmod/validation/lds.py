@@ -22,6 +22,7 @@ LDS_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("method", "level", "test_language")),
         *((name, pa.float64()) for name in ("value", "low", "high")),
+        *((f"over_first{bound}", pa.float64()) for bound in ("", "_low", "_high")),
     ]
 )
 _BLOCK_NUMBERS = 1 << 22
@@ -111,6 +112,8 @@ def lds_table(
     Level `example`: the mean of LDS(z) over test examples. Level `language`: the same Spearman of
     the *mean* loss over a language's test examples and the mean predicted effect on them, which is
     what the tables of influence between languages rest on; of all languages, the mean of theirs.
+    `over_first`: the difference from the first method, null for that one itself. Its interval is of
+    the same draws for both, so it tells them apart where their own intervals overlap.
 
     Args:
         predicted: method -> (Q, S) sums of its scores over each subset.
@@ -119,11 +122,19 @@ def lds_table(
         draws: over subsets and test examples, both drawn again.
     """
     rows = []
+    first: dict[tuple[str, str | None], np.ndarray] = {}
     for method, predicted_QS in predicted.items():
         for level, of in (("example", _by_example), ("language", _by_language)):
             for language, values_B in of(predicted_QS, -losses_QS, languages_Q, draws):
-                names = {"method": method, "level": level, "test_language": language}
-                rows.append({**names, **draws.interval(values_B)})
+                row = {"method": method, "level": level, "test_language": language}
+                row |= draws.interval(values_B)
+                if (level, language) in first:
+                    over = draws.interval(values_B - first[level, language])
+                    row["over_first"] = over.pop("value")
+                    row |= {f"over_first_{bound}": value for bound, value in over.items()}
+                else:
+                    first[level, language] = values_B
+                rows.append(row)
     return pa.Table.from_pylist(rows, LDS_SCHEMA)
 
 

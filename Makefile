@@ -58,6 +58,7 @@ bench-tracin: install
 	$(TRACIN) fidelity
 	$(TRACIN) job
 	$(BIN)/python bench/bench_index.py
+	$(BIN)/python bench/bench_preconditioner.py
 
 # A million examples on disk (7 GB in runs/scale), the store's costs, and the engines.
 bench-scale: install

@@ -15,6 +15,7 @@ import tracmod as tm
 from tracmod.bench import (
     bench_index,
     bench_kernels,
+    bench_preconditioner,
     bench_scale,
     collect,
     fidelity,
@@ -381,6 +382,19 @@ def test_a_wrong_ranking_of_made_rows_is_found():
         wrong[name] = ranking[name].flip(1)
         with pytest.raises(collect.WrongResult, match=r"wrong: .* off by"):
             bench_scale.check("wrong", wrong, scores_QN)
+
+
+def test_the_preconditioner_bench_checks_before_it_times(tmp_path, monkeypatch):
+    given = ["--shape", "tiny", "--examples", "12", "--seconds", "0", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["bench_preconditioner", *given])
+    bench_preconditioner.main()
+    result = json.loads((tmp_path / "preconditioner-tiny-cpu.json").read_text())
+    assert set(result["seconds"]) == {"plain", "adam", "ekfac"}
+    shown = "\n".join(report.section(result))
+    assert "| ekfac |" in shown
+    monkeypatch.setattr(bench_preconditioner, "EXACT_ERROR", 0.0)
+    with pytest.raises(collect.WrongResult, match="adam: exact scores off by"):
+        bench_preconditioner.main()
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def lds_table(
     for method, predicted_QS in predicted.items():
         for level, of in (("example", _by_example), ("language", _by_language)):
             for language, values_B in of(predicted_QS, -losses_QS, languages_Q, draws):
-                row = {"method": method, "level": level, "test_language": language}
+                row: dict[str, Any] = {"method": method, "level": level, "test_language": language}
                 row |= draws.interval(values_B)
                 if (level, language) in first:
                     over = draws.interval(values_B - first[level, language])

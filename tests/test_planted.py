@@ -16,6 +16,7 @@ from study import tiny_config
 
 from tracmod.analysis import example_table
 from tracmod.analysis.statistics import Settings
+from tracmod.analysis.sweeps import sweep_rows
 from tracmod.cli import main
 from tracmod.config import TaskConfig, load_config
 from tracmod.pipeline import run_stages
@@ -449,6 +450,10 @@ def test_a_run_writes_what_is_planted_the_answers_and_their_section(tmp_path):
     assert '<section id="planted">' in page
     assert f"Of {len(answers)} answers {right} are right." in page
     assert page.count("<small>right: ") == len(QUESTIONS)
+    counted = {(row["model"], row["view"]): row for row in sweep_rows(run.path)}
+    assert counted.keys() == found
+    assert sum(row["known_answers"] for row in counted.values()) == right
+    assert sum(row["known_answers_asked"] for row in counted.values()) == len(answers)
 
 
 def test_the_embedded_configuration_has_every_plant_and_a_piece_for_every_word():

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from tracmod.durable import read_json
+
+_ANSWERS = ("known_answers", "known_answers_asked")
 
 
 def sweep_rows(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -23,6 +26,8 @@ def sweep_rows(run_dir: str | Path) -> list[dict[str, Any]]:
         null_share: what that share is if language plays no part.
         view_change, _low, _high, _p: in-language share minus that of the view `full`, same model.
         sparse_change, _low, _high, _p: in-language share minus that of the model `full`, same view.
+        known_answers: of the task `planted`, how many of the answers that are known come out right;
+            known_answers_asked: of how many.
     """
     summary = read_json(Path(run_dir) / "analysis" / "summary.json")
     shares = {(one["model"], one["view"]): one for one in summary["in_language"]}
@@ -30,6 +35,7 @@ def sweep_rows(run_dir: str | Path) -> list[dict[str, Any]]:
         (one["model"], one["view"], one["base_model"], one["base_view"]): one
         for one in summary["changes"]
     }
+    answers = _known_answers(Path(run_dir) / "analysis" / "planted.parquet")
     rows = []
     for entry in summary["accuracy"]["views"]:
         model, view = entry["model"], entry["view"]
@@ -46,9 +52,18 @@ def sweep_rows(run_dir: str | Path) -> list[dict[str, Any]]:
                 "null_share": own.get("null_share"),
                 **_interval("view_change", _share_change(to_full), with_p=True),
                 **_interval("sparse_change", _share_change(to_full_model), with_p=True),
+                **answers.get((model, view), dict.fromkeys(_ANSWERS)),
             }
         )
     return rows
+
+
+def _known_answers(file: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """By model and view."""
+    right: dict[tuple[str, str], list[bool]] = {}
+    for row in pq.read_table(file).to_pylist() if file.is_file() else []:
+        right.setdefault((row["model"], row["view"]), []).append(row["right"])
+    return {of: dict(zip(_ANSWERS, (sum(one), len(one)), strict=True)) for of, one in right.items()}
 
 
 def _accuracies(languages: dict[str, Any], num_train: dict[str, int]) -> dict[str, Any]:

@@ -5,10 +5,10 @@
 //                 64, whatever example they belong to; a panel and whole examples of the first an
 //                 item: both Gram matrices as `outer` tiles of 96 tokens x 64, multiplied and
 //                 summed over s while in cache; last the sums over t of each pair.
-//   formed        48 rows x 64 columns of every G as `form` tiles, then all inner products of them
-//                 as `outer` tiles: one of 16 fixed shares of these pieces an item, the shares'
-//                 sums added up in order. A gradient is never whole in memory. bfloat16 tokens are
-//                 paired for forming; the formed numbers stay float32.
+//   formed        48 rows x 64 columns of every G as `form` tiles, then all `inner` products of them:
+//                 one of 16 fixed shares of these pieces an item, the shares' sums added up in
+//                 order. A gradient is never whole in memory. bfloat16 tokens are paired for
+//                 forming; the formed numbers stay float32.
 // elementwise (LayerNorm): G = [sum_s g_s x_s, sum_s g_s] is short: formed, then inner products.
 // embedding: sum over pairs of tokens with the same id of <g_s, g'_t>.
 //

@@ -3,9 +3,11 @@
 //   add_dense    sums += a R^T for signs R, with AVX-512. The 16 sums +-a0 +-a1 +-a2 +-a3 of four
 //                columns fill one register; the share of 16 rows of R is then one permutation of it
 //                by 16 indices (four bits: the rows' signs at these columns) and one addition. For
-//                64 rows: 4 multiply-adds, 4 permutations, 4 additions instead of 16 multiply-adds;
-//                the units for permutations and additions are the limit. An addition in a row of at
-//                most 64, then one for each 256 columns.
+//                64 rows: 4 multiply-adds (bfloat16: 2 products of pairs), 4 permutations and 4
+//                additions instead of 16 multiply-adds (8 products of pairs); they go to units of
+//                their own, and the limit is how many start in a cycle: pairs take 3.4 cycles, where
+//                products alone would take 4. An addition in a row of at most 64, then one for each
+//                256 columns.
 //   add_sparse   16 neighbouring columns go to 16 neighbouring rows: one load, a flip of signs, an
 //                addition in place. The tokens of a batch take turns, so that an addition finds the
 //                one before it written; the read of a is the limit.

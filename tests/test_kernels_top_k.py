@@ -158,14 +158,15 @@ def test_ties_go_to_the_lower_index(device: torch.device) -> None:
         assert not state.scores.cpu().signbit().any()  # -0 is given as 0
 
 
-def test_many_ties(device: torch.device) -> None:
+@pytest.mark.parametrize("k", [20, 900])
+def test_many_ties(k: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(-2, 3, (3000, 1), generator=generator).float()
     queries = torch.tensor([[1.0], [-1.0], [0.0]])
-    top = kernels.top_k_dot(on([queries], device), on([rows], device), k=900)
+    top = kernels.top_k_dot(on([queries], device), on([rows], device), k=k)
     scores = queries @ rows.T
     for found, largest in ((top.indices, True), (top.opponent_indices, False)):
-        assert torch.equal(found.cpu(), reference.top_k(scores, 900, largest=largest)[1])
+        assert torch.equal(found.cpu(), reference.top_k(scores, k, largest=largest)[1])
 
 
 def test_fewer_rows_than_places(device: torch.device) -> None:

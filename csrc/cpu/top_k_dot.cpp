@@ -167,12 +167,37 @@ int64_t find_candidates(bool largest, float worst, const float* scores, int64_t 
   return found;
 }
 
+// The same for a ranking that is not full and so has no worst score yet: k groups have a score as good
+// as the k-th best of the groups' best, so what is worse than that cannot rank.
+int64_t find_first_candidates(bool largest, int64_t k, const float* scores, int64_t count,
+                              uint64_t* keys) {
+  constexpr uint64_t kNone = ~uint64_t{0};
+  uint64_t best[kTrains / kScan + 1];
+  int64_t groups = 0, found = 0;
+  for (int64_t begin = 0; begin < count; begin += kScan, ++groups) {
+    best[groups] = kNone;
+    for (int64_t i = begin; i < std::min(count, begin + kScan); ++i) {
+      keys[i] = static_cast<uint64_t>(key_of(largest, scores[i])) << 32 | i;
+      best[groups] = std::min(best[groups], keys[i]);
+    }
+  }
+  if (groups > k) std::nth_element(best, best + k - 1, best + groups);
+  const uint64_t bound = groups > k ? best[k - 1] : kNone;
+  for (int64_t i = 0; i < count; ++i) {
+    keys[found] = keys[i];
+    found += keys[i] <= bound;
+  }
+  return found;
+}
+
 // Puts the block's scores of a query into its ranking, which is sorted before and after.
 void rank_scores(const Ranking& ranking, int64_t query, int64_t k, bool largest,
                  const float* scores, int64_t count, int64_t first_index, const Slot& slot) {
   float* best = ranking.scores + query * k;
   int64_t* indices = ranking.indices + query * k;
-  int64_t found = find_candidates(largest, best[k - 1], scores, count, slot.keys);
+  int64_t found = indices[k - 1] < 0
+                      ? find_first_candidates(largest, k, scores, count, slot.keys)
+                      : find_candidates(largest, best[k - 1], scores, count, slot.keys);
   if (found > k) {
     std::nth_element(slot.keys, slot.keys + k, slot.keys + found);
     found = k;

@@ -25,8 +25,8 @@ inline int64_t padded(int64_t columns) {
 }
 
 // Every element of a result is summed in an order that its own depth alone decides: float32 blocks
-// (256 steps; `inner` and `dot`: 64 vectors), float64 across blocks. Where in a tile it
-// lies, and with which neighbours, changes nothing.
+// (256 steps; `inner` and `dot`: 64 vectors), float64 across blocks. Where in a tile it lies, and
+// with which neighbours, changes nothing.
 struct Tiles {
   const char* name;
   int64_t pair;  // bfloat16 numbers in a step

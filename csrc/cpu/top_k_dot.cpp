@@ -29,7 +29,7 @@ namespace {
 constexpr int64_t kQueries = 256;
 constexpr int64_t kTrains = 2048;
 constexpr int64_t kScan = 16;
-constexpr int64_t kFew = 8;
+constexpr int64_t kFew = 8;  // tracmod/streaming.py cuts no block so small
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

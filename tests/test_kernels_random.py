@@ -139,6 +139,7 @@ sys.path.insert(0, sys.argv[1])
 from test_kernels_project import *
 from test_kernels_dot import products
 from test_kernels_dot import check as check_dot
+from test_kernels_top_k import test_equals_the_reference as check_top_k
 from test_kernels_quantize import WIDTHS, test_has_the_bits_of_the_reference as check_quantized
 from test_kernels_quantize import (
     test_a_product_is_rounded_to_float32_before_it_is_rounded_to_a_code as check_rounding,
@@ -154,6 +155,8 @@ for dtype in DTYPES:
     for tokens, size in ((3, 90), (70, 19)):
         batch = make_batch("linear", 5, tokens, size, size, dtype)
         check_dot(batch, batch, cpu, bias=True)
+    for queries in (1, 8, 9):
+        check_top_k(1, queries, 67, 2051, 9, "cosine", dtype, cpu)
     for width in WIDTHS:
         check_quantized(width, dtype, cpu)
 check_rounding(cpu)

@@ -43,6 +43,8 @@ def assert_same(first: TopK, second: TopK) -> None:
         (1, 257, 700, 127, 5),
         (2, 5, 65, 1031, 65),
         (1, 40, 300, 513, 20),
+        (1, 8, 70, 4099, 20),
+        (1, 9, 70, 4099, 20),
     ],
 )
 def test_equals_the_reference(
@@ -124,15 +126,18 @@ def test_streamed_blocks_give_the_bits_of_one_call(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("queries", "first"), [(300, 290), (8, 7), (8, 2)], ids=["many", "one of few", "few"]
+)
 def test_queries_do_not_depend_on_each_other_or_on_threads(
-    dtype: torch.dtype, device: torch.device, threads: None
+    queries: int, first: int, dtype: torch.dtype, device: torch.device, threads: None
 ) -> None:
-    q = on(make_rows(2, 300, 65, 0, dtype), device)
+    q = on(make_rows(2, queries, 65, 0, dtype), device)
     n = on(make_rows(2, 2100, 65, 1, dtype), device)
     whole = kernels.top_k_dot(q, n, k=9)
-    part = kernels.top_k_dot([rows[290:] for rows in q], n, k=9)
-    assert torch.equal(part.scores, whole.scores[290:])
-    assert torch.equal(part.opponent_indices, whole.opponent_indices[290:])
+    part = kernels.top_k_dot([rows[first:] for rows in q], n, k=9)
+    assert torch.equal(part.scores, whole.scores[first:])
+    assert torch.equal(part.opponent_indices, whole.opponent_indices[first:])
     torch.set_num_threads(1 if torch.get_num_threads() > 1 else 3)
     assert_same(kernels.top_k_dot(q, n, k=9), whole)
 
@@ -153,14 +158,15 @@ def test_ties_go_to_the_lower_index(device: torch.device) -> None:
         assert not state.scores.cpu().signbit().any()  # -0 is given as 0
 
 
-def test_many_ties(device: torch.device) -> None:
+@pytest.mark.parametrize("k", [20, 900])
+def test_many_ties(k: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(-2, 3, (3000, 1), generator=generator).float()
     queries = torch.tensor([[1.0], [-1.0], [0.0]])
-    top = kernels.top_k_dot(on([queries], device), on([rows], device), k=900)
+    top = kernels.top_k_dot(on([queries], device), on([rows], device), k=k)
     scores = queries @ rows.T
     for found, largest in ((top.indices, True), (top.opponent_indices, False)):
-        assert torch.equal(found.cpu(), reference.top_k(scores, 900, largest=largest)[1])
+        assert torch.equal(found.cpu(), reference.top_k(scores, k, largest=largest)[1])
 
 
 def test_fewer_rows_than_places(device: torch.device) -> None:

@@ -100,14 +100,14 @@ def test_little_memory_takes_several_passes_and_says_how_much_is_needed(tmp_path
     counted = []
     tm.top_influences(queries, trains, 5, memory=needed, advance=counted.append)
     assert sum(counted) == 40 * 50
-    assert len(counted) > 50  # one training row and at most nine queries at a time
+    assert len(counted) > 50  # one training row and at most seventeen queries at a time
     with pytest.raises(ValueError, match=f"at least {needed:,} bytes for 40 queries"):
         tm.top_influences(queries, trains, 5, memory=needed - 1)
 
 
 @pytest.mark.parametrize("count", range(1, 120, 7))
-def test_blocks_of_queries_are_of_five_and_more(tmp_path, count):
-    """Up to four queries take another path of the kernel, whose sums round otherwise."""
+def test_blocks_of_queries_are_of_nine_and_more(tmp_path, count):
+    """Up to eight queries take another path of the kernel, whose sums round otherwise."""
     rows = StoreRows(store_of(tmp_path / "rows", features(count, 0)))
     for memory in range(streaming._KERNEL_BYTES + 40_000, streaming._KERNEL_BYTES + 70_000, 3_001):
         search = Search([rows], [rows], 3, [1.0], None, None, 0, torch.device("cpu"))
@@ -118,7 +118,7 @@ def test_blocks_of_queries_are_of_five_and_more(tmp_path, count):
         ends = [place * count // passes for place in range(passes + 1)]
         sizes = [stop - start for start, stop in itertools.pairwise(ends)]
         assert sum(sizes) == count
-        assert passes == 1 or min(sizes) >= 5
+        assert passes == 1 or min(sizes) >= 9
 
 
 def test_blocks_end_where_shards_do():
@@ -207,7 +207,7 @@ def stop_after(count):
 def search(tmp_path, monkeypatch):
     """A search in two passes of many blocks, saved after each."""
     monkeypatch.setattr(streaming, "SAVE_SECONDS", 0)
-    query, queries = stored(tmp_path, "query", 14)
+    query, queries = stored(tmp_path, "query", 26)
     train, trains = stored(tmp_path, "train", 150)
     groups = [LANGUAGES[row % 3] for row in range(150)]
     arguments = {"k": 9, "groups": groups, "weights": [1.0, 0.25], "normalize": "cosine"}
@@ -230,7 +230,7 @@ def test_stopped_and_gone_on_with_is_the_dense_result(search, stop, monkeypatch)
 
     monkeypatch.setattr(kernels, "top_k_dot", counting)
     same(dense, top_influences(queries, trains, **arguments, advance=counted.append))
-    assert sum(counted) == 14 * 150
+    assert sum(counted) == 26 * 150
     assert len(calls) <= 300 - stop  # what was done is not done again
     calls.clear()
     same(dense, top_influences(queries, trains, **arguments))

@@ -33,8 +33,8 @@ MEMORY = 4 * 10**9
 SAVE_SECONDS = 30.0
 # What `top_k_dot` works in beside its arguments: scores of 256 x 2048, and some per thread.
 _KERNEL_BYTES = 32 << 20
-# `top_k_dot` takes another path for up to 4 queries, whose sums round otherwise.
-_LEAST_QUERIES = 5
+# `top_k_dot` takes another path for up to 8 queries, whose sums round otherwise.
+_LEAST_QUERIES = 9
 
 
 class Blocks(NamedTuple):
@@ -199,7 +199,7 @@ class Sizes(NamedTuple):
 
     @property
     def least_queries(self) -> int:
-        """Any number from here on can be cut so that no block has 1 to 4 queries."""
+        """Any number from here on can be cut so that no block has 1 to 8 queries."""
         return min(self.queries, 2 * _LEAST_QUERIES - 1)
 
 
@@ -247,7 +247,7 @@ def plan_blocks(search: Search, memory: int) -> Blocks:
         trains = num_trains
     if all(isinstance(rows, TensorRows) for rows in search.queries):
         queries = num_queries
-    # No block of 1 to 4 queries, unless there are no more.
+    # No block of 1 to 8 queries, unless there are no more.
     passes = min(-(-num_queries // max(1, queries)), num_queries // _LEAST_QUERIES)
     return Blocks(max(1, passes), max(1, trains), at_once)
 

@@ -5,10 +5,10 @@
 //                 64, whatever example they belong to; a panel and whole examples of the first an
 //                 item: both Gram matrices as `outer` tiles of 96 tokens x 64, multiplied and
 //                 summed over s while in cache; last the sums over t of each pair.
-//   formed        48 rows x 64 columns of every G as `form` tiles, then all inner products of them
-//                 as `outer` tiles: one of 16 fixed shares of these pieces an item, the shares'
-//                 sums added up in order. A gradient is never whole in memory. bfloat16 tokens are
-//                 paired for forming; the formed numbers stay float32.
+//   formed        48 rows x 64 columns of every G as `form` tiles, then all `inner` products of them:
+//                 one of 16 fixed shares of these pieces an item, the shares' sums added up in
+//                 order. A gradient is never whole in memory. bfloat16 tokens are paired for
+//                 forming; the formed numbers stay float32.
 // elementwise (LayerNorm): G = [sum_s g_s x_s, sum_s g_s] is short: formed, then inner products.
 // embedding: sum over pairs of tokens with the same id of <g_s, g'_t>.
 //
@@ -139,8 +139,7 @@ struct FormedPlan {
   int64_t columns;           // of G
   int64_t x_width, g_width;  // the same in whole panels, and its rows in whole groups
   float* formed;             // (threads, B1 + B2, kFormedRows, kPanel)
-  float* panel;              // (threads, kBlockSteps, kPanel)
-  double* products;          // (kShares, B1, padded B2)
+  double* products;          // (kShares, B1, B2)
 };
 
 template <class T>
@@ -165,45 +164,41 @@ FormedPlan plan_formed(Scratch& scratch, const Gradients& first, const Gradients
     packed->g = scratch.take<float>(steps * plan.g_width);
   }
   plan.formed = scratch.take<float>(threads * (first.batch + second.batch) * kFormedRows * kPanel);
-  plan.panel = scratch.take<float>(threads * kBlockSteps * kPanel);
-  plan.products = scratch.take<double>(kShares * first.batch * padded(second.batch));
+  plan.products = scratch.take<double>(kShares * first.batch * second.batch);
   return plan;
 }
 
-// to[n] = number n of a token, or of two tokens as pairs; `next` may be null: no second token.
-void pack_step(const float* row, const float*, int64_t count, float* to) {
-  std::copy(row, row + count, to);
+void pack_columns(const float* from, int64_t tokens, int64_t size, int64_t count, int64_t width,
+                  float* to) {
+  for (int64_t s = 0; s < tokens; ++s) std::copy_n(from + s * size, count, to + s * width);
 }
-void pack_step(const bfloat16* row, const bfloat16* next, int64_t count, float* to) {
-  uint32_t bits[kPanel];
-  for (int64_t n = 0; n < count; ++n) bits[n] = row[n].bits;
-  if (tiles().pair == 1) {
-    for (int64_t n = 0; n < count; ++n) bits[n] <<= 16;
-  } else if (next != nullptr) {
-    for (int64_t n = 0; n < count; ++n) bits[n] |= static_cast<uint32_t>(next[n].bits) << 16;
-  }
-  std::memcpy(to, bits, static_cast<size_t>(count) * sizeof *bits);
+void pack_columns(const bfloat16* from, int64_t tokens, int64_t size, int64_t count, int64_t width,
+                  float* to) {
+  tiles().pack_tokens(from, tokens, size, count, width, to);
 }
 
-constexpr float kOne = 1.0f;
-constexpr bfloat16 kOneBfloat16 = {0x3f80};
-const float* one(const float*) { return &kOne; }
-const bfloat16* one(const bfloat16*) { return &kOneBfloat16; }
+const float* one_of(const float*) {
+  static constexpr float kOne = 1.0f;
+  return &kOne;
+}
+const bfloat16* one_of(const bfloat16*) {
+  static constexpr bfloat16 kOne = {0x3f80};
+  return &kOne;
+}
 
 // to (ceil(size / width), steps, width) = an example's tokens of x or g, with a column of ones behind
 // the last if `ones`; then zeros.
 template <class T>
 void pack_tokens(const T* from, int64_t length, int64_t size, bool ones, int64_t width, float* to) {
-  const int64_t steps = steps_of<T>(length), pair = numbers_per_step<T>();
-  for (int64_t begin = 0; begin < size + ones; begin += width) {
+  const int64_t steps = steps_of<T>(length);
+  for (int64_t begin = 0; begin < size + ones; begin += width, to += steps * width) {
     const int64_t count = std::clamp<int64_t>(size - begin, 0, width);
-    for (int64_t s = 0; s < steps; ++s, to += width) {
-      const T* row = from + s * pair * size + begin;
-      const bool both = pair == 2 && 2 * s + 1 < length;
-      pack_step(row, both ? row + size : nullptr, count, to);
-      std::fill(to + count, to + width, 0.0f);
-      if (ones && count < width) pack_step(one(row), both ? one(row) : nullptr, 1, to + count);
+    pack_columns(from + begin, length, size, count, width, to);
+    if (count == width) continue;
+    for (int64_t s = 0; s < steps; ++s) {
+      std::fill(to + s * width + count, to + (s + 1) * width, 0.0f);
     }
+    if (ones) pack_columns(one_of(from), length, 0, 1, width, to + count);  // the same for all
   }
 }
 
@@ -219,22 +214,17 @@ void form_chunk(const FormedPlan& plan, const Packed& packed, int64_t batch, int
   }
 }
 
-// products (B1, padded B2) += inner products of rows of `depth` numbers.
+// products (B1, B2) += inner products of rows of `depth` numbers.
 void add_inner_products(const float* first, int64_t batch1, const float* second, int64_t batch2,
-                        int64_t depth, float* panel, double* products) {
+                        int64_t depth, double* products) {
   const float *a[kRowTokens], *b[kPanel];
-  for (int64_t d = 0; d < depth; d += kBlockSteps) {
-    const int64_t steps = std::min(kBlockSteps, depth - d);
-    for (int64_t j = 0; j < batch2; j += kPanel) {
-      const int64_t count = std::min(kPanel, batch2 - j);
-      for (int64_t n = 0; n < count; ++n) b[n] = second + (j + n) * depth + d;
-      pack(b, count, steps, panel);
-      for (int64_t i = 0; i < batch1; i += kRowTokens) {
-        const int64_t rows = std::min(kRowTokens, batch1 - i);
-        for (int64_t m = 0; m < rows; ++m) a[m] = first + (i + m) * depth + d;
-        outer(a, rows, panel, padded(count), steps, products + i * padded(batch2) + j,
-              padded(batch2));
-      }
+  for (int64_t j = 0; j < batch2; j += kPanel) {
+    const int64_t count = std::min(kPanel, batch2 - j);
+    for (int64_t n = 0; n < count; ++n) b[n] = second + (j + n) * depth;
+    for (int64_t i = 0; i < batch1; i += kRowTokens) {
+      const int64_t rows = std::min(kRowTokens, batch1 - i);
+      for (int64_t m = 0; m < rows; ++m) a[m] = first + (i + m) * depth;
+      inner(a, rows, b, count, depth, products + i * batch2 + j, batch2);
     }
   }
 }
@@ -260,7 +250,7 @@ void dot_formed(const Gradients& first, const Gradients& second, bool bias, cons
                 float* out, int threads) {
   pack_batch<T>(first, bias, plan, plan.first, threads);
   pack_batch<T>(second, bias, plan, plan.second, threads);
-  const int64_t width = padded(second.batch), pairs = first.batch * width;
+  const int64_t pairs = first.batch * second.batch;
   const int64_t panels = plan.x_width / kPanel;
   const int64_t chunks = plan.g_width / kFormedRows * panels;
   parallel_for(threads, kShares, [&](int64_t share, int slot) {
@@ -274,15 +264,14 @@ void dot_formed(const Gradients& first, const Gradients& second, bool bias, cons
       const int64_t columns = std::min(kPanel, padded(plan.columns) - panel * kPanel);
       form_chunk<T>(plan, plan.first, first.batch, o, rows, panel, columns, formed1);
       form_chunk<T>(plan, plan.second, second.batch, o, rows, panel, columns, formed2);
-      add_inner_products(formed1, first.batch, formed2, second.batch, rows * columns,
-                         plan.panel + slot * kBlockSteps * kPanel, products);
+      add_inner_products(formed1, first.batch, formed2, second.batch, rows * columns, products);
     }
   });
   for (int64_t i = 0; i < first.batch; ++i) {
     for (int64_t j = 0; j < second.batch; ++j) {
       double total = 0.0;
       for (int64_t share = 0; share < kShares; ++share) {
-        total += plan.products[share * pairs + i * width + j];
+        total += plan.products[share * pairs + i * second.batch + j];
       }
       out[i * second.batch + j] += static_cast<float>(total);
     }

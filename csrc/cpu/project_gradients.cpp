@@ -11,9 +11,10 @@
 // item that owns it.
 //
 // Bytes: x and g once, B S (I + O) times 4 or 2. Operations: 2 B S (I k_in + O k_out + k_in k_out);
-// tables take three instructions where four multiply-adds would stand (k = 64), each on units of its
-// own, and the vector units are the limit; sparse: 2 B S (I + O + k_in k_out), the limit is the read
-// of x and g and, for narrow layers, the last term.
+// tables take three instructions where four multiply-adds would stand, or five where four products
+// of bfloat16 pairs would (k = 64), on more units than those, and the vector units are the limit;
+// sparse: 2 B S (I + O + k_in k_out), the limit is the read of x and g and, for narrow layers, the
+// last term.
 //
 // LayerNorm (elementwise) and embedding gradients are few sums or sparse: each example's go into
 // the grid as a count sketch, in float64, one example an item; one read of x and g is the limit.

@@ -3,9 +3,11 @@
 //   add_dense    sums += a R^T for signs R, with AVX-512. The 16 sums +-a0 +-a1 +-a2 +-a3 of four
 //                columns fill one register; the share of 16 rows of R is then one permutation of it
 //                by 16 indices (four bits: the rows' signs at these columns) and one addition. For
-//                64 rows: 4 multiply-adds, 4 permutations, 4 additions instead of 16 multiply-adds;
-//                the units for permutations and additions are the limit. An addition in a row of at
-//                most 64, then one for each 256 columns.
+//                64 rows: 4 multiply-adds (bfloat16: 2 products of pairs), 4 permutations and 4
+//                additions instead of 16 multiply-adds (8 products of pairs); they go to units of
+//                their own, and the limit is how many start in a cycle: pairs take 3.4 cycles, where
+//                products alone would take 4. An addition in a row of at most 64, then one for each
+//                256 columns.
 //   add_sparse   16 neighbouring columns go to 16 neighbouring rows: one load, a flip of signs, an
 //                addition in place. The tokens of a batch take turns, so that an addition finds the
 //                one before it written; the read of a is the limit.
@@ -17,6 +19,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/tiles.h"
 #include "cpu/vector.h"
@@ -228,23 +231,67 @@ TRACMOD_AVX512 void write_indices(uint64_t stream, const int64_t* numbers, int64
   }
 }
 
-// Lane l: -1 where bit `bit` of l is set.
-TRACMOD_AVX512 TRACMOD_INLINE __m512 table_signs(int bit) {
+// The lanes whose number has this bit set.
+TRACMOD_AVX512 TRACMOD_INLINE __mmask16 lanes_with(int bit) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __mmask16 set = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(1 << bit));
-  return _mm512_mask_blend_ps(set, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
+  return _mm512_test_epi32_mask(lane, _mm512_set1_epi32(1 << bit));
 }
+
+// A table's sums are made from four columns of a row of Numbers.
+struct FloatTable {
+  using Number = float;
+  __m512 signs[kTableColumns];
+
+  TRACMOD_AVX512 TRACMOD_INLINE FloatTable() {
+    for (int j = 0; j < kTableColumns; ++j) {
+      signs[j] = _mm512_mask_blend_ps(lanes_with(j), _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
+    }
+  }
+
+  TRACMOD_AVX512 TRACMOD_INLINE __m512 operator()(const float* x) const {
+    __m512 table = _mm512_mul_ps(signs[0], _mm512_set1_ps(x[0]));
+    for (int j = 1; j < kTableColumns; ++j) {
+      table = _mm512_fmadd_ps(signs[j], _mm512_set1_ps(x[j]), table);
+    }
+    return table;
+  }
+};
+
+// The same from bfloat16 as they lie, in two products of pairs.
+struct PairTable {
+  using Number = bfloat16;
+  __m512 signs[kTableColumns / 2];
+
+  TRACMOD_AVX512 TRACMOD_INLINE PairTable() {
+    for (int j = 0; j < kTableColumns; j += 2) {
+      const __m512i ones = _mm512_set1_epi32(0x3f803f80);
+      const __m512i first = _mm512_maskz_set1_epi32(lanes_with(j), 0x8000);
+      const __m512i second = _mm512_maskz_set1_epi32(lanes_with(j + 1), INT32_MIN);
+      signs[j / 2] = _mm512_castsi512_ps(_mm512_xor_si512(ones, _mm512_or_si512(first, second)));
+    }
+  }
+
+  TRACMOD_AVX512 TRACMOD_INLINE __m512 operator()(const bfloat16* x) const {
+    __m512 table = _mm512_setzero_ps();
+    for (int j = 0; j < kTableColumns; j += 2) {
+      int32_t pair;
+      std::memcpy(&pair, x + j, sizeof pair);
+      add_pairs(table, signs[j / 2], _mm512_castsi512_ps(_mm512_set1_epi32(pair)));
+    }
+    return table;
+  }
+};
 
 // The same as without a mask, of which GCC 12 warns.
 constexpr __mmask16 kAll = 0xffff;
 
 // `next`: the rows that come after these, of which a table has `bytes`; they are asked for here.
-template <int M, int V>
-TRACMOD_AVX512 TRACMOD_INLINE void dense_tile(const float* const* a, const char* const* next,
-                                              int64_t bytes, const int32_t* indices, int64_t tables,
-                                              float* sums, int64_t ld) {
-  const __m512 signs[kTableColumns] = {table_signs(0), table_signs(1), table_signs(2),
-                                       table_signs(3)};
+template <int M, int V, class Table>
+TRACMOD_AVX512 TRACMOD_INLINE void dense_tile(const typename Table::Number* const* a,
+                                              const char* const* next, int64_t bytes,
+                                              const int32_t* indices, int64_t tables, float* sums,
+                                              int64_t ld) {
+  const Table table_of;
   __m512 sum[M][V];
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v) sum[m][v] = _mm512_setzero_ps();
@@ -253,12 +300,8 @@ TRACMOD_AVX512 TRACMOD_INLINE void dense_tile(const float* const* a, const char*
     __m512i index[V];
     for (int v = 0; v < V; ++v) index[v] = _mm512_loadu_si512(indices + (t * V + v) * 16);
     for (int m = 0; m < M; ++m) {
-      if (t % 4 == 0) __builtin_prefetch(next[m] + t * bytes);
-      const float* x = a[m] + t * kTableColumns;
-      __m512 table = _mm512_mul_ps(signs[0], _mm512_set1_ps(x[0]));
-      for (int j = 1; j < kTableColumns; ++j) {
-        table = _mm512_fmadd_ps(signs[j], _mm512_set1_ps(x[j]), table);
-      }
+      if (t * bytes % 64 == 0) __builtin_prefetch(next[m] + t * bytes);
+      const __m512 table = table_of(a[m] + t * kTableColumns);
       for (int v = 0; v < V; ++v) {
         sum[m][v] = _mm512_add_ps(sum[m][v], _mm512_maskz_permutexvar_ps(kAll, index[v], table));
       }
@@ -272,92 +315,99 @@ TRACMOD_AVX512 TRACMOD_INLINE void dense_tile(const float* const* a, const char*
   }
 }
 
-TRACMOD_AVX512 TRACMOD_INLINE __m512 load_part(const float* from, __mmask16 lanes) {
-  return _mm512_maskz_loadu_ps(lanes, from);
+// to[i] = from[i] in 16 lanes, 0 where `lanes` has none.
+TRACMOD_AVX512 TRACMOD_INLINE void copy_part(const float* from, __mmask16 lanes, float* to) {
+  _mm512_storeu_ps(to, _mm512_maskz_loadu_ps(lanes, from));
 }
 
-TRACMOD_AVX512 TRACMOD_INLINE __m512 load_part(const bfloat16* from, __mmask16 lanes) {
+TRACMOD_AVX512 TRACMOD_INLINE void copy_part(const bfloat16* from, __mmask16 lanes, float* to) {
   const __m256i half = _mm256_maskz_loadu_epi16(lanes, from);
   const __m512i wide = _mm512_maskz_cvtepu16_epi32(kAll, half);
-  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, wide, 16));
+  _mm512_storeu_si512(to, _mm512_maskz_slli_epi32(kAll, wide, 16));
 }
+
+TRACMOD_AVX512 TRACMOD_INLINE void copy_part(const bfloat16* from, __mmask16 lanes, bfloat16* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(lanes, from));
+}
+
+inline void set_one(float* to) { *to = 1.0f; }
+inline void set_one(bfloat16* to) { to->bits = 0x3f80; }
 
 // to = [from, ones, zeros up to a whole table].
-template <class T>
-TRACMOD_AVX512 TRACMOD_INLINE void copy_row(const T* from, int64_t columns, int64_t ones,
-                                            float* to) {
-  _mm512_storeu_ps(to + columns / 16 * 16, _mm512_setzero_ps());
+template <class T, class N>
+TRACMOD_AVX512 TRACMOD_INLINE void copy_row(const T* from, int64_t columns, int64_t ones, N* to) {
+  copy_part(from, 0, to + columns / 16 * 16);
   for (int64_t i = 0; i < columns; i += 16) {
     const int64_t left = columns - i;
-    const auto lanes = static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : 0xffff);
-    _mm512_storeu_ps(to + i, load_part(from + i, lanes));
+    copy_part(from + i, static_cast<__mmask16>(left < 16 ? (1 << left) - 1 : 0xffff), to + i);
   }
-  if (ones != 0) to[columns] = 1.0f;
+  if (ones != 0) set_one(to + columns);
 }
 
-inline bool whole_tables(const float*, int64_t columns, int64_t ones) {
-  return ones == 0 && columns % kTableColumns == 0;
-}
-inline bool whole_tables(const bfloat16*, int64_t, int64_t) { return false; }
-
-inline const float* as_is(const float* row) { return row; }
-inline const float* as_is(const bfloat16*) { return nullptr; }
-
-template <int M, int V, class T>
+template <int M, int V, class Table, class T>
 TRACMOD_AVX512 TRACMOD_INLINE void dense_rows(const T* const* a, const T* const* next,
                                               int64_t columns, int64_t ones, const int32_t* indices,
                                               float* sums, int64_t ld) {
-  float buffer[M][kDenseColumns + 16];
-  const float* rows[M];
+  using Number = typename Table::Number;
+  Number buffer[M][kDenseColumns + 16];
+  const Number* rows[M];
   const char* ahead[M];
-  const bool whole = whole_tables(a[0], columns, ones);
+  const bool whole = std::is_same_v<T, Number> && ones == 0 && columns % kTableColumns == 0;
   for (int m = 0; m < M; ++m) {
     if (!whole) copy_row(a[m], columns, ones, buffer[m]);
-    rows[m] = whole ? as_is(a[m]) : buffer[m];
+    rows[m] = whole ? reinterpret_cast<const Number*>(a[m]) : buffer[m];
     ahead[m] = reinterpret_cast<const char*>(next[m]);
   }
   const int64_t tables = (columns + ones + kTableColumns - 1) / kTableColumns;
-  dense_tile<M, V>(rows, ahead, kTableColumns * sizeof(T), indices, tables, sums, ld);
+  dense_tile<M, V, Table>(rows, ahead, kTableColumns * sizeof(T), indices, tables, sums, ld);
 }
 
-template <int V, class T>
-TRACMOD_AVX512 TRACMOD_INLINE void dense(const T* const* a, int64_t rows, int64_t columns,
-                                         int64_t ones, const int32_t* indices, float* sums,
-                                         int64_t ld) {
+template <int V, class Table, class T>
+TRACMOD_AVX512 TRACMOD_INLINE void dense_vectors(const T* const* a, int64_t rows, int64_t columns,
+                                                 int64_t ones, const int32_t* indices, float* sums,
+                                                 int64_t ld) {
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4) {
     const T* const* next = m + 8 <= rows ? a + m + 4 : a;
-    dense_rows<4, V>(a + m, next, columns, ones, indices, sums + m * ld, ld);
+    dense_rows<4, V, Table>(a + m, next, columns, ones, indices, sums + m * ld, ld);
   }
-  for (; m < rows; ++m) dense_rows<1, V>(a + m, a, columns, ones, indices, sums + m * ld, ld);
+  for (; m < rows; ++m) {
+    dense_rows<1, V, Table>(a + m, a, columns, ones, indices, sums + m * ld, ld);
+  }
 }
 
-template <class T>
-TRACMOD_AVX512 TRACMOD_INLINE void dense_vectors(const T* const* a, int64_t rows, int64_t columns,
-                                                 int64_t ones, const int32_t* indices,
-                                                 int64_t vectors, float* sums, int64_t ld) {
+template <class Table, class T>
+TRACMOD_AVX512 TRACMOD_INLINE void dense(const T* const* a, int64_t rows, int64_t columns,
+                                         int64_t ones, const int32_t* indices, int64_t vectors,
+                                         float* sums, int64_t ld) {
   switch (vectors) {
     case 1:
-      return dense<1>(a, rows, columns, ones, indices, sums, ld);
+      return dense_vectors<1, Table>(a, rows, columns, ones, indices, sums, ld);
     case 2:
-      return dense<2>(a, rows, columns, ones, indices, sums, ld);
+      return dense_vectors<2, Table>(a, rows, columns, ones, indices, sums, ld);
     case 3:
-      return dense<3>(a, rows, columns, ones, indices, sums, ld);
+      return dense_vectors<3, Table>(a, rows, columns, ones, indices, sums, ld);
     default:
-      return dense<4>(a, rows, columns, ones, indices, sums, ld);
+      return dense_vectors<4, Table>(a, rows, columns, ones, indices, sums, ld);
   }
 }
 
 TRACMOD_AVX512 void add_dense_float32(const float* const* a, int64_t rows, int64_t columns,
                                       int64_t ones, const int32_t* indices, int64_t vectors,
                                       float* sums, int64_t ld) {
-  dense_vectors(a, rows, columns, ones, indices, vectors, sums, ld);
+  dense<FloatTable>(a, rows, columns, ones, indices, vectors, sums, ld);
 }
 
 TRACMOD_AVX512 void add_dense_bfloat16(const bfloat16* const* a, int64_t rows, int64_t columns,
                                        int64_t ones, const int32_t* indices, int64_t vectors,
                                        float* sums, int64_t ld) {
-  dense_vectors(a, rows, columns, ones, indices, vectors, sums, ld);
+  dense<FloatTable>(a, rows, columns, ones, indices, vectors, sums, ld);
+}
+
+TRACMOD_AVX512 void add_dense_pairs(const bfloat16* const* a, int64_t rows, int64_t columns,
+                                    int64_t ones, const int32_t* indices, int64_t vectors,
+                                    float* sums, int64_t ld) {
+  dense<PairTable>(a, rows, columns, ones, indices, vectors, sums, ld);
 }
 
 constexpr Signs k_avx512 = {write_indices,
@@ -368,11 +418,20 @@ constexpr Signs k_avx512 = {write_indices,
                             add_elementwise_avx512,
                             add_elementwise_bfloat16_avx512,
                             add_product_avx512};
+constexpr Signs k_avx512_bf16 = {write_indices,
+                                 add_dense_float32,
+                                 add_dense_pairs,
+                                 add_sparse_avx512,
+                                 add_sparse_bfloat16_avx512,
+                                 add_elementwise_avx512,
+                                 add_elementwise_bfloat16_avx512,
+                                 add_product_avx512};
 #endif
 
 const Signs& choose() {
 #if defined(__x86_64__)
-  if (std::strncmp(tiles().name, "avx512", 6) == 0) return k_avx512;  // avx512_bf16 too
+  if (std::strcmp(tiles().name, "avx512_bf16") == 0) return k_avx512_bf16;
+  if (std::strcmp(tiles().name, "avx512") == 0) return k_avx512;
   if (std::strcmp(tiles().name, "avx2") == 0) return k_avx2;
 #endif
   return k_baseline;

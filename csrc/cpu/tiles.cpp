@@ -8,7 +8,10 @@
 //   form   the same tiles over the tokens of one example, few steps: sums go straight to float32.
 //   pack   rows along D turned into a panel for `outer`: about 5 cycles for 16 numbers, once for
 //          all rows of a that meet it.
-//   dot    one inner product of two rows as they lie: two loads a multiply-add, memory's limit.
+//   inner  rows of both sides as they lie, summed in vectors along D: a tile of 6 x 2 or 4 inner
+//          products is 12 or 24 multiply-adds for 8 or 10 loads and the lanes' sums, once for 64
+//          vectors; for few rows, to which `pack` would cost more.
+//   dot    one inner product: two loads a multiply-add, memory's limit.
 //
 // Written once with the compiler's vector types and instantiated per instruction set by functions
 // with a `target` attribute into which everything is inlined; no build flags, and one line of
@@ -29,21 +32,12 @@
 namespace tracmod::cpu {
 namespace {
 
-constexpr int64_t kDotDepth = 1024;
+constexpr int64_t kInnerSteps = 64;
 constexpr int kOuterRows = 6;
 
 // What a packed step holds: a float32, or PAIR = 2 bfloat16.
 template <int PAIR>
 using packed_t = std::conditional_t<PAIR == 2, bfloat16_pair, float>;
-
-// The first `count` < W values, then zeros.
-template <int W, class T>
-TRACMOD_INLINE typename Vector<W>::Type load_part(const T* from, int64_t count) {
-  T part[W];
-  std::memset(part, 0, sizeof part);
-  for (int64_t i = 0; i < count; ++i) part[i] = from[i];
-  return load<W>(part);
-}
 
 // The number (or pair) at this address in every lane.
 template <int W, class A>
@@ -57,15 +51,11 @@ TRACMOD_INLINE typename Vector<W>::Type broadcast(const A* from) {
   return (typename Vector<W>::Type)(typename Vector<W>::Bits{} + bits);
 }
 
-// sum += a * b in every lane; of pairs both products. The compiler has no vector type for pairs.
+// sum += a * b in every lane; of pairs both products.
 template <class A, class V>
 TRACMOD_INLINE void multiply_add(V& sum, const V& a, const V& b) {
   if constexpr (std::is_same_v<A, bfloat16_pair>) {
-#if defined(__x86_64__)
-    V in_register = sum;  // the address of `sum` is never taken: sums stay in registers
-    asm("vdpbf16ps %2, %1, %0" : "+v"(in_register) : "v"(a), "v"(b));
-    sum = in_register;
-#endif
+    add_pairs(sum, a, b);
   } else {
     sum += a * b;
   }
@@ -105,6 +95,13 @@ TRACMOD_INLINE void add_to(const Sums<W, M, V>& sums, double* c, int64_t ldc) {
       for (int i = 0; i < W; ++i) c[m * ldc + v * W + i] += lanes[i];
     }
   }
+}
+
+// Rows of the first of the tiles that so many rows are cut into, about equal: in a tile of few sums
+// an addition waits for the one before it.
+inline int64_t tile_rows(int64_t rows) {
+  const int64_t count = (rows + kOuterRows - 1) / kOuterRows;
+  return (rows + count - 1) / count;
 }
 
 // run(number of rows as a constant)
@@ -172,8 +169,9 @@ template <int W, int V, class A>
 TRACMOD_INLINE void form_product(const float* a, int64_t a_step, int64_t rows, const float* panel,
                                  int64_t columns, int64_t steps, float* c, int64_t ldc) {
   for_columns<W, V>(columns, [&](int64_t n, auto vectors) TRACMOD_LAMBDA {
-    for (int64_t first = 0; first < rows; first += kOuterRows) {
-      with_rows(rows - first, [&](auto count) TRACMOD_LAMBDA {
+    for (int64_t first = 0, size; first < rows; first += size) {
+      size = tile_rows(rows - first);
+      with_rows(size, [&](auto count) TRACMOD_LAMBDA {
         constexpr int kWidth = vectors * W;
         const A* from[count];
         for (int m = 0; m < count; ++m) from[m] = reinterpret_cast<const A*>(a + first + m);
@@ -181,7 +179,11 @@ TRACMOD_INLINE void form_product(const float* a, int64_t a_step, int64_t rows, c
         if (steps <= kBlockSteps) {
           Sums<W, count, vectors> sums;
           outer_steps(sums, from, a_step, 0, steps, panel + n, kPanel);
-          for (int m = 0; m < count; ++m) std::memcpy(to + m * ldc, sums.at[m], kWidth * 4);
+          for (int m = 0; m < count; ++m) {
+            for (int v = 0; v < vectors; ++v) {
+              *reinterpret_cast<typename Vector<W>::Loose*>(to + m * ldc + v * W) = sums.at[m][v];
+            }
+          }
           return;
         }
         double total[count * kWidth] = {};
@@ -226,29 +228,6 @@ TRACMOD_INLINE void sum_products(int64_t count, double factor, const double* a, 
                         TRACMOD_LAMBDA { return reinterpret_cast<const Wide*>(from + n); };
     *reinterpret_cast<Wide*>(c + n) = *at(c) + factor * *at(a) * (*at(b) + shift);
   }
-}
-
-// Four vectors of sums, so that the additions of one do not wait for each other.
-template <int W, class T>
-TRACMOD_INLINE double inner_product(const T* a, const T* b, int64_t depth) {
-  double total = 0.0;
-  for (int64_t begin = 0; begin < depth; begin += kDotDepth) {
-    const int64_t end = std::min(depth, begin + kDotDepth);
-    typename Vector<W>::Type sum[4] = {};
-    int64_t d = begin;
-    for (; d + 4 * W <= end; d += 4 * W) {
-      for (int v = 0; v < 4; ++v) sum[v] += load<W>(a + d + v * W) * load<W>(b + d + v * W);
-    }
-    for (; d < end; d += W) {
-      const int64_t count = std::min<int64_t>(W, end - d);
-      sum[0] += load_part<W>(a + d, count) * load_part<W>(b + d, count);
-    }
-    float lanes[W];
-    const auto all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    std::memcpy(lanes, &all, sizeof lanes);
-    for (int i = 0; i < W; ++i) total += lanes[i];
-  }
-  return total;
 }
 
 // L steps of a row as 32-bit numbers.
@@ -323,6 +302,106 @@ TRACMOD_INLINE void transpose(Lanes<8>::Type* rows) {
   }
 }
 
+// W steps of a row, or the last ones and then zeros.
+template <int W, class A, class T>
+TRACMOD_INLINE typename Vector<W>::Type load_row(const T* from, int64_t numbers) {
+  constexpr int64_t kNumbers = W * static_cast<int64_t>(sizeof(A) / sizeof(T));
+  if (numbers >= kNumbers) {
+    return (typename Vector<W>::Type)load_steps<W>(reinterpret_cast<const A*>(from));
+  }
+  T part[kNumbers] = {};
+  for (int64_t i = 0; i < numbers; ++i) part[i] = from[i];
+  return (typename Vector<W>::Type)load_steps<W>(reinterpret_cast<const A*>(part));
+}
+
+// Halves are added to each other down to four lanes.
+template <int W>
+TRACMOD_INLINE Vector<4>::Type fold(typename Vector<W>::Type sums) {
+  if constexpr (W == 4) {
+    return sums;
+  } else {
+    typename Vector<W / 2>::Type half[2];
+    std::memcpy(half, &sums, sizeof half);
+    return fold<W / 2>(half[0] + half[1]);
+  }
+}
+
+// c[v] += the sum of the lanes of sums[v]
+template <int W, int V>
+TRACMOD_INLINE void add_lanes(const typename Vector<W>::Type* sums, double* c) {
+  Lanes<4>::Type square[4] = {};
+  for (int v = 0; v < V; ++v) square[v] = (Lanes<4>::Type)fold<W>(sums[v]);
+  transpose(square);
+  Vector<4>::Type row[4];
+  std::memcpy(row, square, sizeof row);
+  const Vector<4>::Type total = (row[0] + row[1]) + (row[2] + row[3]);
+  for (int v = 0; v < V; ++v) c[v] += static_cast<double>(total[v]);
+}
+
+template <int W, int M, int V, class A, class T>
+TRACMOD_INLINE void inner_step(Sums<W, M, V>& sums, const T* const* a, const T* const* b, int64_t d,
+                               int64_t numbers) {
+  typename Vector<W>::Type row[V];
+  for (int v = 0; v < V; ++v) row[v] = load_row<W, A>(b[v] + d, numbers);
+  for (int m = 0; m < M; ++m) {
+    const auto left = load_row<W, A>(a[m] + d, numbers);
+    for (int v = 0; v < V; ++v) multiply_add<A>(sums.at[m][v], left, row[v]);
+  }
+}
+
+// A is float, bfloat16 that are widened, or pairs.
+template <int W, int V, class A, class T>
+TRACMOD_INLINE void inner_products(const T* const* a, int64_t rows, const T* const* b,
+                                   int64_t columns, int64_t depth, double* c, int64_t ldc) {
+  constexpr int64_t kNumbers = W * static_cast<int64_t>(sizeof(A) / sizeof(T));
+  for (int64_t begin = 0; begin < depth; begin += kInnerSteps * kNumbers) {
+    const int64_t end = std::min(depth, begin + kInnerSteps * kNumbers);
+    for (int64_t m = 0, size; m < rows; m += size) {
+      size = tile_rows(rows - m);
+      for_columns<1, V>(columns, [&](int64_t n, auto vectors) TRACMOD_LAMBDA {
+        with_rows(size, [&](auto count) TRACMOD_LAMBDA {
+          Sums<W, count, vectors> sums;
+          int64_t d = begin;
+          for (; d + kNumbers <= end; d += kNumbers) {
+            inner_step<W, count, vectors, A>(sums, a + m, b + n, d, kNumbers);
+          }
+          if (d < end) inner_step<W, count, vectors, A>(sums, a + m, b + n, d, end - d);
+          for (int i = 0; i < count; ++i) {
+            add_lanes<W, vectors>(sums.at[i], c + (m + i) * ldc + n);
+          }
+        });
+      });
+    }
+  }
+}
+
+// One inner product: four vectors of sums, so that the additions of one do not wait for each other.
+template <int W, class A, class T>
+TRACMOD_INLINE double dot_product(const T* a, const T* b, int64_t depth) {
+  constexpr int64_t kNumbers = W * static_cast<int64_t>(sizeof(A) / sizeof(T));
+  double total = 0.0;
+  for (int64_t begin = 0; begin < depth; begin += kInnerSteps * kNumbers) {
+    const int64_t end = std::min(depth, begin + kInnerSteps * kNumbers);
+    Sums<W, 1, 4> sums;
+    int64_t d = begin;
+    for (; d + 4 * kNumbers <= end; d += 4 * kNumbers) {
+      for (int v = 0; v < 4; ++v) {
+        const int64_t at = d + v * kNumbers;
+        multiply_add<A>(sums.at[0][v], load_row<W, A>(a + at, kNumbers),
+                        load_row<W, A>(b + at, kNumbers));
+      }
+    }
+    for (; d < end; d += kNumbers) {
+      multiply_add<A>(sums.at[0][0], load_row<W, A>(a + d, end - d),
+                      load_row<W, A>(b + d, end - d));
+    }
+    const auto* sum = sums.at[0];
+    const typename Vector<W>::Type all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    add_lanes<W, 1>(&all, &total);
+  }
+  return total;
+}
+
 // panel[s * columns + n] = rows[n][s] in squares of L x L that are turned in registers; 16 rows at a
 // time, whole cache lines of them, so that the memory's prefetchers follow.
 template <int L, class A>
@@ -366,6 +445,28 @@ TRACMOD_INLINE void pack_rows(const bfloat16* const* rows, int64_t count, int64_
   for (int64_t n = 0; n < padded(count); ++n) to[n] = n < count ? rows[n][depth - 1].bits : 0;
 }
 
+// to[s * width + n] = step s of column n: a token, or two of them as pairs.
+template <int W, int PAIR>
+TRACMOD_INLINE void pack_columns(const bfloat16* from, int64_t tokens, int64_t size, int64_t count,
+                                 int64_t width, float* to) {
+  for (int64_t s = 0; s < tokens; s += PAIR, from += PAIR * size, to += width) {
+    const bool both = PAIR == 2 && s + 1 < tokens;
+    int64_t n = 0;
+    for (; n + W <= count; n += W) {
+      auto bits = load_bits<W>(from + n);
+      if (PAIR == 2) bits >>= 16;
+      if (both) bits |= load_bits<W>(from + size + n);
+      *reinterpret_cast<typename Vector<W>::LooseBits*>(to + n) = bits;
+    }
+    for (; n < count; ++n) {
+      const uint32_t bits = PAIR == 2 ? from[n].bits : bits_of(from[n]);
+      const uint32_t second = both ? bits_of(from[size + n]) : 0;
+      const uint32_t step = bits | second;
+      std::memcpy(to + n, &step, sizeof step);
+    }
+  }
+}
+
 // One instruction set: W floats a vector, V vectors of columns a tile, L x L numbers turned at
 // a time, PAIR bfloat16 a step.
 #define TRACMOD_TILES(NAME, TARGET, W, V, L, PAIR, PAIR_TYPE)                                     \
@@ -389,11 +490,20 @@ TRACMOD_INLINE void pack_rows(const bfloat16* const* rows, int64_t count, int64_
                                 int64_t columns, int64_t steps, float* c, int64_t ldc) {          \
     form_product<W, V, packed_t<PAIR>>(a, a_step, rows, panel, columns, steps, c, ldc);           \
   }                                                                                               \
+  TARGET void inner_##NAME(const float* const* a, int64_t rows, const float* const* b,            \
+                           int64_t columns, int64_t depth, double* c, int64_t ldc) {              \
+    inner_products<W, V, float>(a, rows, b, columns, depth, c, ldc);                              \
+  }                                                                                               \
+  TARGET void inner_bfloat16_##NAME(const bfloat16* const* a, int64_t rows,                       \
+                                    const bfloat16* const* b, int64_t columns, int64_t depth,     \
+                                    double* c, int64_t ldc) {                                     \
+    inner_products<W, V, PAIR_TYPE>(a, rows, b, columns, depth, c, ldc);                          \
+  }                                                                                               \
   TARGET double dot_##NAME(const float* a, const float* b, int64_t depth) {                       \
-    return inner_product<W>(a, b, depth);                                                         \
+    return dot_product<W, float>(a, b, depth);                                                    \
   }                                                                                               \
   TARGET double dot_bfloat16_##NAME(const bfloat16* a, const bfloat16* b, int64_t depth) {        \
-    return inner_product<W>(a, b, depth);                                                         \
+    return dot_product<W, PAIR_TYPE>(a, b, depth);                                                \
   }                                                                                               \
   TARGET void pack_##NAME(const float* const* rows, int64_t count, int64_t depth, float* panel) { \
     pack_rows<L>(rows, count, depth, panel);                                                      \
@@ -401,6 +511,10 @@ TRACMOD_INLINE void pack_rows(const bfloat16* const* rows, int64_t count, int64_
   TARGET void pack_bfloat16_##NAME(const bfloat16* const* rows, int64_t count, int64_t depth,     \
                                    float* panel) {                                                \
     pack_rows<L, PAIR>(rows, count, depth, panel);                                                \
+  }                                                                                               \
+  TARGET void pack_tokens_##NAME(const bfloat16* from, int64_t tokens, int64_t size,              \
+                                 int64_t count, int64_t width, float* to) {                       \
+    pack_columns<W, PAIR>(from, tokens, size, count, width, to);                                  \
   }                                                                                               \
   TARGET void squares_##NAME(const float* panel, int64_t columns, int64_t steps, double* c) {     \
     sum_squares<W, V, float>(panel, columns, steps, c);                                           \
@@ -419,8 +533,11 @@ TRACMOD_INLINE void pack_rows(const bfloat16* const* rows, int64_t count, int64_
                               outer_bfloat16_##NAME,                                              \
                               pack_##NAME,                                                        \
                               pack_bfloat16_##NAME,                                               \
+                              pack_tokens_##NAME,                                                 \
                               form_##NAME,                                                        \
                               form_pairs_##NAME,                                                  \
+                              inner_##NAME,                                                       \
+                              inner_bfloat16_##NAME,                                              \
                               dot_##NAME,                                                         \
                               dot_bfloat16_##NAME,                                                \
                               squares_##NAME,                                                     \

@@ -25,8 +25,8 @@ inline int64_t padded(int64_t columns) {
 }
 
 // Every element of a result is summed in an order that its own depth alone decides: float32 blocks
-// (256 steps; `dot`: 1024 numbers, 64 sums or fewer), float64 across blocks. Where in a tile it
-// lies, and with which neighbours, changes nothing.
+// (256 steps; `inner` and `dot`: 64 vectors), float64 across blocks. Where in a tile it lies, and
+// with which neighbours, changes nothing.
 struct Tiles {
   const char* name;
   int64_t pair;  // bfloat16 numbers in a step
@@ -44,12 +44,23 @@ struct Tiles {
   void (*pack)(const float* const* rows, int64_t count, int64_t depth, float* panel);
   void (*pack_bfloat16)(const bfloat16* const* rows, int64_t count, int64_t depth, float* panel);
 
+  // to[s * width + n] = step s of from[., n], n < count, from (tokens, size): a token or, in pairs,
+  // two tokens, of which the last may be missing
+  void (*pack_tokens)(const bfloat16* from, int64_t tokens, int64_t size, int64_t count,
+                      int64_t width, float* to);
+
   // c[m * ldc + n] = sum_s a[s * a_step + m] * panel[s * kPanel + n], in steps of float32 or (form_
   // pairs) of packed bfloat16
   void (*form)(const float* a, int64_t a_step, int64_t rows, const float* panel, int64_t columns,
                int64_t steps, float* c, int64_t ldc);
   void (*form_pairs)(const float* a, int64_t a_step, int64_t rows, const float* panel,
                      int64_t columns, int64_t steps, float* c, int64_t ldc);
+
+  // c[m * ldc + n] += sum_d a[m][d] * b[n][d]
+  void (*inner)(const float* const* a, int64_t rows, const float* const* b, int64_t columns,
+                int64_t depth, double* c, int64_t ldc);
+  void (*inner_bfloat16)(const bfloat16* const* a, int64_t rows, const bfloat16* const* b,
+                         int64_t columns, int64_t depth, double* c, int64_t ldc);
 
   // sum_d a[d] * b[d]
   double (*dot)(const float* a, const float* b, int64_t depth);
@@ -105,6 +116,15 @@ template <class T>
 void sum_squares(const float* panel, int64_t columns, int64_t steps, double* c) {
   const auto op = std::is_same_v<T, bfloat16> ? tiles().squares_pairs : tiles().squares;
   op(panel, columns, steps, c);
+}
+
+inline void inner(const float* const* a, int64_t rows, const float* const* b, int64_t columns,
+                  int64_t depth, double* c, int64_t ldc) {
+  tiles().inner(a, rows, b, columns, depth, c, ldc);
+}
+inline void inner(const bfloat16* const* a, int64_t rows, const bfloat16* const* b, int64_t columns,
+                  int64_t depth, double* c, int64_t ldc) {
+  tiles().inner_bfloat16(a, rows, b, columns, depth, c, ldc);
 }
 
 inline double dot(const float* a, const float* b, int64_t depth) {

@@ -2,13 +2,13 @@
 // and the k smallest, and the sums per group. The score matrix is never whole in memory.
 //
 // Blocks of 256 queries x 2048 training rows, one after the other. First 64 training rows an item
-// (16 beside fewer than 32 queries): packed 256 steps of depth at a time and multiplied with all
-// queries as `outer` tiles; float64 across blocks of depth and checkpoints, written as float32
-// scores. Up to 4 queries take `dot` of the rows as they lie: a query asked in such a call and the
-// same query among many may differ by rounding; otherwise it does not matter which are asked
-// together. Then a query an item: the few scores that may enter a ranking are selected, sorted and
-// merged into it; and its group sums, in the order of the training rows; so blocks streamed in
-// several calls give the bits of one call.
+// (16 beside 9 to 31 queries): packed 256 steps of depth at a time and multiplied with all queries as
+// `outer` tiles; float64 across blocks of depth and checkpoints, written as float32 scores. Up to 8
+// queries take `inner` products of the rows as they lie: a query asked in such a call and the same
+// query among many may differ by rounding; otherwise it does not matter which are asked together.
+// Then a query an item: the few scores that may enter a ranking are selected, sorted and merged into
+// it; and its group sums, in the order of the training rows; so blocks streamed in several calls give
+// the bits of one call.
 //
 // Bytes: the training rows once per 256 queries, C N K (4 or 2). Operations: 2 C Q N K, and 2 N for
 // the rankings: memory is the limit below some 30 queries, the multiply-add units above.
@@ -29,7 +29,7 @@ namespace {
 constexpr int64_t kQueries = 256;
 constexpr int64_t kTrains = 2048;
 constexpr int64_t kScan = 16;
-constexpr int64_t kFew = 4;
+constexpr int64_t kFew = 8;  // tracmod/streaming.py cuts no block so small
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -95,18 +95,17 @@ void dot_panel(const TopK& job, int64_t c, const Block& block, int64_t train, in
   const T *queries[kQueries], *trains[kPanel];
   const T* query_rows = static_cast<const T*>(job.query_rows[c]) + block.query * job.width;
   const T* train_rows = static_cast<const T*>(job.train_rows[c]) + train * job.width;
+  std::fill(dots, dots + block.queries * kPanel, 0.0);
+  std::fill(squares, squares + kPanel, 0.0);
   if (job.queries <= kFew) {
-    for (int64_t i = 0; i < count; ++i) {
-      const T* row = train_rows + i * job.width;
-      for (int64_t q = 0; q < block.queries; ++q) {
-        dots[q * kPanel + i] = dot(query_rows + q * job.width, row, job.width);
-      }
-      if (job.cosine) squares[i] = dot(row, row, job.width);
+    for (int64_t i = 0; i < count; ++i) trains[i] = train_rows + i * job.width;
+    for (int64_t q = 0; q < block.queries; ++q) queries[q] = query_rows + q * job.width;
+    inner(queries, block.queries, trains, count, job.width, dots, kPanel);
+    for (int64_t i = 0; job.cosine && i < count; ++i) {
+      squares[i] = dot(trains[i], trains[i], job.width);
     }
     return;
   }
-  std::fill(dots, dots + block.queries * kPanel, 0.0);
-  std::fill(squares, squares + kPanel, 0.0);
   const int64_t step = kBlockSteps * numbers_per_step<T>();
   for (int64_t d = 0; d < job.width; d += step) {
     const int64_t depth = std::min(step, job.width - d);
@@ -168,12 +167,37 @@ int64_t find_candidates(bool largest, float worst, const float* scores, int64_t 
   return found;
 }
 
+// The same for a ranking that is not full and so has no worst score yet: k groups have a score as good
+// as the k-th best of the groups' best, so what is worse than that cannot rank.
+int64_t find_first_candidates(bool largest, int64_t k, const float* scores, int64_t count,
+                              uint64_t* keys) {
+  constexpr uint64_t kNone = ~uint64_t{0};
+  uint64_t best[kTrains / kScan + 1];
+  int64_t groups = 0, found = 0;
+  for (int64_t begin = 0; begin < count; begin += kScan, ++groups) {
+    best[groups] = kNone;
+    for (int64_t i = begin; i < std::min(count, begin + kScan); ++i) {
+      keys[i] = static_cast<uint64_t>(key_of(largest, scores[i])) << 32 | i;
+      best[groups] = std::min(best[groups], keys[i]);
+    }
+  }
+  if (groups > k) std::nth_element(best, best + k - 1, best + groups);
+  const uint64_t bound = groups > k ? best[k - 1] : kNone;
+  for (int64_t i = 0; i < count; ++i) {
+    keys[found] = keys[i];
+    found += keys[i] <= bound;
+  }
+  return found;
+}
+
 // Puts the block's scores of a query into its ranking, which is sorted before and after.
 void rank_scores(const Ranking& ranking, int64_t query, int64_t k, bool largest,
                  const float* scores, int64_t count, int64_t first_index, const Slot& slot) {
   float* best = ranking.scores + query * k;
   int64_t* indices = ranking.indices + query * k;
-  int64_t found = find_candidates(largest, best[k - 1], scores, count, slot.keys);
+  int64_t found = indices[k - 1] < 0
+                      ? find_first_candidates(largest, k, scores, count, slot.keys)
+                      : find_candidates(largest, best[k - 1], scores, count, slot.keys);
   if (found > k) {
     std::nth_element(slot.keys, slot.keys + k, slot.keys + found);
     found = k;
@@ -219,8 +243,9 @@ void run(const TopK& job, const Plan& plan, int threads) {
     for (int64_t train = 0; train < job.trains; train += kTrains) {
       const Block block{query, std::min(kQueries, job.queries - query), train,
                         std::min(kTrains, job.trains - train)};
-      // With few queries the memory is the limit: fewer rows at once, so that each is read on.
-      const int64_t rows = job.queries < kPanel / 2 ? kColumnUnit : kPanel;
+      // To pack beside few queries, memory is the limit: fewer rows at once, so that each is read on.
+      const bool few_packed = job.queries > kFew && job.queries < kPanel / 2;
+      const int64_t rows = few_packed ? kColumnUnit : kPanel;
       parallel_for(threads, ceil_div(block.trains, rows), [&](int64_t item, int number) {
         const int64_t n = item * rows;
         score_panel<T>(job, plan, block, n, std::min(rows, block.trains - n),

@@ -37,4 +37,15 @@ TRACMOD_INLINE typename Vector<W>::Type load(const T* from) {
   return (typename Vector<W>::Type)load_bits<W>(from);
 }
 
+// sum += both products of a pair of bfloat16 in every lane, for processors that have it. The
+// compiler has no vector type for pairs.
+template <class V>
+TRACMOD_INLINE void add_pairs(V& sum, const V& a, const V& b) {
+#if defined(__x86_64__)
+  V in_register = sum;  // the address of `sum` is never taken: sums stay in registers
+  asm("vdpbf16ps %2, %1, %0" : "+v"(in_register) : "v"(a), "v"(b));
+  sum = in_register;
+#endif
+}
+
 }  // namespace tracmod::cpu

@@ -183,6 +183,24 @@ def test_sampled_labels_are_the_models_own():
     assert trace == pytest.approx(expected, rel=0.03)
 
 
+def test_sampled_targets_of_a_regression_are_normal_of_variance_one_half():
+    """The Fisher matrix of the loss (f - y)^2: the mean square of its gradient is 2 |grad f|^2."""
+    model = tiny_encoder(num_labels=1)
+    example = {**ragged_examples(1)[0], "labels": 0.0}
+    fitted = tm.fit_ekfac(model, [example] * 4000, "classifier", damping=1e-6)
+    with torch.no_grad():
+        inputs = {k: torch.tensor([v]) for k, v in example.items() if k != "labels"}
+        output = float(model(**inputs).logits)
+    layer = next(one for one in select_layers(model, "all") if one.name == "classifier.out_proj")
+    # At the target f - 1/2 the gradient of the loss is that of f.
+    of_output = autograd_gradients(
+        model, {**example, "labels": output - 0.5}, layer.parameter_names
+    )
+    expected = 2 * float(gradient_matrix(layer, of_output).square().sum())
+    trace = float((fitted.metrics[layer.name].scale.double() ** -2).sum())
+    assert trace == pytest.approx(expected, rel=0.06)
+
+
 def test_regression_has_its_curvature_too():
     model = tiny_encoder(num_labels=1)
     examples = [{**one, "labels": float(one["labels"])} for one in ragged_examples(6)]
@@ -236,6 +254,22 @@ def test_bad_input_is_one_sentence(tmp_path):
     save_file({"other.weight": torch.ones(2)}, tmp_path / "second_moment.safetensors")
     with pytest.raises(ValueError, match="got none; was it trained with another"):
         tm.adam_preconditioner(model, tmp_path)
+    bad = drawn_moments(model)
+    bad["classifier.dense.weight"][0, 0] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"second moment of classifier.dense.weight: expected fini"
+    ):
+        tm.adam_preconditioner(model, bad)
+    (tmp_path / "second_moment.safetensors").write_bytes(b"half of it")
+    with pytest.raises(ValueError, match=r"second_moment.safetensors: expected .* it is damaged"):
+        tm.adam_preconditioner(model, tmp_path)
+    broken = tiny_encoder()
+    with torch.no_grad():
+        broken.classifier.out_proj.bias[0] = float("inf")
+    with pytest.raises(ValueError, match="row 0: expected finite logits"):
+        tm.fit_ekfac(broken, examples)
+    with pytest.raises(ValueError, match="fit_ekfac: expected finite inputs and gradients"):
+        tm.fit_ekfac(broken, examples, labels="given")
     with pytest.raises(ValueError, match="damping"):
         tm.fit_ekfac(model, examples, damping=0.0)
     with pytest.raises(ValueError, match="expected examples, got none"):

@@ -94,6 +94,13 @@ def test_preconditioned_features_answer_as_exact_scores_do(tmp_path):
     assert file.read_bytes() == fitted
     again = {one["id"]: one["score"] for one in ask(tmp_path / "out", "-k", 25)["proponents"]}
     assert again == pytest.approx({**scores, "more": again["more"]}, abs=1e-6)
+    shutil.rmtree(tmp_path / "out" / "features")
+    (tmp_path / "train.tsv").write_text((tmp_path / "train.tsv").read_text().replace("old", "new"))
+    given = ["attribute", "--model", tmp_path / "model", "--train", tmp_path / "train.tsv",
+             "--query", tmp_path / "query.tsv", "--out", tmp_path / "out"]  # fmt: skip
+    output = invoke(*given, "--preconditioner", "ekfac", code=2)
+    assert "fitted on other training examples" in output
+    (tmp_path / "train.tsv").write_text((tmp_path / "train.tsv").read_text().replace("new", "old"))
     other = tmp_path / "plain"
     other.mkdir()
     for name in ("model", "checkpoint-1", "checkpoint-2", "train.tsv", "query.tsv"):

@@ -239,16 +239,40 @@ def test_scores_in_a_metric_are_those_of_its_preconditioned_gradients(copy):
         ekfac = tm.fit_ekfac(model, train, batch_tokens=study.config.collect.batch_tokens)
         exact["ekfac-last"] = tm.exact_influence(model, train, test, preconditioner=ekfac)
         exact["ekfac"] += one.learning_rate * exact["ekfac-last"]
+    shutil.rmtree(again)
     for kind, scores_QN in scores.items():
         found = np.corrcoef(scores_QN.ravel(), exact[kind].numpy().ravel())[0, 1]
         assert found > 0.95, kind
         assert np.array_equal(method_scores(study, kind), scores_QN)
+    assert not again.exists()  # what is kept is looked up before anything is trained
+
+
+def test_in_a_run_with_a_metric_plain_tracin_stays_plain(done, tmp_path):
+    """And its own influence is the one in the metric."""
+    asked = config(collect={"preconditioner": "ekfac"})
+    run_stages(
+        RunFolder(tmp_path / "run", asked),
+        ["data", "finetune", "prune", "sparse-finetune", "collect"],
+    )
+    plain, other = Study(RunFolder(done)), Study(RunFolder(tmp_path / "run"))
+    for method in ("tracin-dot", "tracin-cosine", "ekfac"):
+        scores = [method_scores(study, method) for study in (plain, other)]
+        np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-4 * np.abs(scores[0]).max())
+    own = method_scores(other, "tracin")
+    assert np.corrcoef(own.ravel(), method_scores(plain, "tracin").ravel())[0, 1] < 0.95
 
 
 def test_left_to_choose_the_methods_are_all_but_tracin_by_another_name():
     for normalize, twin in (("cosine", "tracin-cosine"), ("none", "tracin-dot")):
         asked = config(retrain={}, influence={"normalize": normalize, "k": 5})
         assert methods_of(asked) == [name for name in METHODS if name != twin]
+    for normalize, twins in (("cosine", set()), ("none", {"ekfac"})):
+        asked = config(
+            retrain={},
+            influence={"normalize": normalize, "k": 5},
+            collect={"preconditioner": "ekfac"},
+        )
+        assert set(METHODS) - set(methods_of(asked)) == twins
     assert set(METHODS) == set(Method.__args__)
     assert set(METHOD_NAMES) == {*METHODS, HALF_OF_SEEDS}
 

@@ -559,7 +559,9 @@ class Work:
         if kind == "none":
             return None
         if place not in self._metrics:
-            keep_in = self.asked.out / "preconditioners" / f"checkpoint-{place}.safetensors"
+            folder, identity = self.asked.out / "preconditioners", self._model_digests(model)
+            if kind == "ekfac":
+                identity["data"] = self._fitted_on(folder)
             metric = checkpoint_preconditioner(
                 kind,
                 model,
@@ -567,11 +569,24 @@ class Work:
                 lambda: self.examples["train"],
                 parameters=self.asked.parameters,
                 batch_tokens=self.asked.batch_tokens,
-                keep_in=keep_in,
-                identity=self._model_digests(model),
+                keep_in=folder / f"checkpoint-{place}.safetensors",
+                identity=identity,
             )
             self._metrics = {place: metric}  # each is as large as several models
         return self._metrics[place]
+
+    def _fitted_on(self, folder: Path) -> str:
+        """Digest of the training examples that were there first, of which these are the first."""
+        file, table = folder / "fitted-on.json", self.tables["train"]
+        if not file.is_file():
+            write_json(file, {"rows": len(table), "digest": rows_digest(table, 0, len(table))})
+        first = read_json(file)
+        if rows_digest(table, 0, first["rows"]) != first["digest"]:
+            raise ValueError(
+                f"{folder}: fitted on other training examples than {self.asked.train} begins with; "
+                f"take another --out or remove this one"
+            )
+        return str(first["digest"])
 
     def _identity(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
         """What features depend on beside the examples."""

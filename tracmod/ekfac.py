@@ -68,7 +68,8 @@ def fit_ekfac(
         The preconditioner, on the device of the pass.
 
     Raises:
-        ValueError: as in `collect_features`; no examples, or damping not above 0.
+        ValueError: as in `collect_features`; no examples, damping not above 0, or a loss or
+            gradient that is not finite.
 
     Source: George et al. 2018, arXiv 1806.03884 (EK-FAC); Grosse et al. 2023, arXiv 2308.03296.
     """
@@ -105,6 +106,10 @@ def _with_sampled_labels(
     model: PreTrainedModel, examples: list[dict[str, Any]], batch_tokens: int, seed: int
 ) -> list[dict[str, Any]]:
     logits_NC = predict(model, examples, batch_tokens=batch_tokens).double()
+    bad_N = logits_NC.isfinite().all(dim=1).logical_not()
+    if bool(bad_N.any()):
+        row = int(bad_N.nonzero()[0])
+        raise ValueError(f"dataset: row {row}: expected finite logits, got NaN or infinity")
     generator = torch.Generator().manual_seed(seed)
     if logits_NC.shape[1] == 1:  # the loss (f - y)^2 is that of a normal y of variance 1/2
         noise_N = torch.randn(len(examples), generator=generator, dtype=torch.float64)
@@ -149,6 +154,8 @@ def _accumulate(sums: dict[Any, Tensor], key: Any, tokens_BSD: Tensor) -> None:
 
 
 def _eigenvectors(covariance_DD: Tensor) -> Tensor:
+    if not bool(covariance_DD.isfinite().all()):
+        raise ValueError("fit_ekfac: expected finite inputs and gradients, got NaN or infinity")
     return torch.linalg.eigh(covariance_DD).eigenvectors.float()
 
 

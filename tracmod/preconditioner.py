@@ -219,7 +219,8 @@ def adam_preconditioner(
         eps: Adam's.
 
     Raises:
-        ValueError: no second moment in the folder, or none of a selected parameter.
+        ValueError: no second moment in the folder or of a selected parameter, or one that is not a
+            number from 0 on.
 
     Source: Xia et al. 2024, LESS, arXiv 2402.04333, section 4.1; Kingma and Ba 2015.
     """
@@ -245,4 +246,7 @@ def _moment_of(moments: Mapping[str, Tensor], model: PreTrainedModel, name: str)
             f"second moment of {name}: expected shape {tuple(shape)}, got {found}; was it trained "
             f"with another model?"
         )
-    return moments[name].float()
+    moment = moments[name].float()
+    if not bool(((moment >= 0) & moment.isfinite()).all()):
+        raise ValueError(f"second moment of {name}: expected finite numbers from 0 on, got others")
+    return moment

@@ -9,7 +9,7 @@ datamodelling scores.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from tracmod.pipeline import Study
 
 METHODS: tuple[Method, ...] = get_args(Method)
+Kind = Literal["none", "adam", "ekfac"]
+Normalize = Literal["cosine"] | None
 
 
 def method_scores(study: Study, method: Method) -> np.ndarray:
@@ -63,8 +65,8 @@ def method_scores(study: Study, method: Method) -> np.ndarray:
     The larger, the more the training example is to lower the test example's loss. Gradients are
     those of the full model, all heads, as collected.
 
-    tracin: as the run's influence is; tracin-dot, tracin-cosine: the same with inner products, or
-        cosines, whatever the run has.
+    tracin: as the run's influence is, metric and all; tracin-dot, tracin-cosine: inner products, or
+        cosines, of plain gradients, whatever the run has.
     adam, ekfac: tracin-dot in the metric of Adam's steps, or of the curvature at each checkpoint.
     ekfac-last: the same of the last checkpoint alone, which is what influence functions are.
     bm25: over both texts of an example. embedding: cosine of mean last hidden states, last
@@ -75,15 +77,13 @@ def method_scores(study: Study, method: Method) -> np.ndarray:
         case "tracin":
             return study.dense_scores(study.normalize).numpy()
         case "tracin-dot":
-            return study.dense_scores(None).numpy()
+            return _plain_scores(study, None)
         case "tracin-cosine":
-            return study.dense_scores("cosine").numpy()
-        case "adam":
-            return _kept_scores(study, "adam", _checkpoints_with_moments(study))
-        case "ekfac":
-            return _kept_scores(study, "ekfac", study.checkpoints("full"))
+            return _plain_scores(study, "cosine")
+        case "adam" | "ekfac":
+            return _kept_scores(study, method, study.checkpoints("full"), None)
         case "ekfac-last":
-            return _kept_scores(study, "ekfac", study.checkpoints("full")[-1:])
+            return _kept_scores(study, "ekfac", study.checkpoints("full")[-1:], None)
         case "bm25":
             return bm25_scores(_texts(test), _texts(train))
         case "embedding":
@@ -95,65 +95,79 @@ def method_scores(study: Study, method: Method) -> np.ndarray:
 def methods_of(config: RunConfig) -> list[Method]:
     """Those that are asked for; else all, but for the one that is tracin by another name."""
     assert config.retrain is not None
-    cosine = config.influence.normalize == "cosine"
-    twin = "tracin-cosine" if cosine else "tracin-dot"
-    return config.retrain.methods or [name for name in METHODS if name != twin]
+    kind, cosine = config.collect.preconditioner, config.influence.normalize == "cosine"
+    if kind == "none":
+        twins = ["tracin-cosine" if cosine else "tracin-dot"]
+    else:
+        twins = [] if cosine else [kind]
+    return config.retrain.methods or [name for name in METHODS if name not in twins]
 
 
-def _checkpoints_with_moments(study: Study) -> list[Checkpoint]:
-    """The full model's, where they hold Adam's second moment; else of the same training again."""
-    found = study.checkpoints("full")
-    if all((one.path / SECOND_MOMENT).is_file() for one in found):
-        return found
-    folder = study.run.retraining / "with-second-moment"
-    train, seed = study.table("train"), study.config.seed
-    study.fine_tuned(train, seed, folder, "for Adam's second moment", "all", second_moment=True)
-    return [replace(one, path=folder / one.path.name) for one in found]
+def _plain_scores(study: Study, normalize: Normalize) -> np.ndarray:
+    """(Q, N) scores of plain gradients: from the stores, unless those are in a metric."""
+    if study.config.collect.preconditioner == "none":
+        return study.dense_scores(normalize).numpy()
+    return _kept_scores(study, "none", study.checkpoints("full"), normalize)
 
 
 def _kept_scores(
-    study: Study, kind: Literal["adam", "ekfac"], checkpoints: Sequence[Checkpoint]
+    study: Study, kind: Kind, checkpoints: Sequence[Checkpoint], normalize: Normalize
 ) -> np.ndarray:
-    """(Q, N) inner products in a metric, from features of their own; in retraining/scores/."""
-    collect = study.config.collect
+    """(Q, N) scores in a metric, from features of their own; in retraining/scores/."""
+    collect, weights = study.config.collect, study.weights(list(checkpoints))
     identity = {
-        "collect": collect.model_dump(mode="json", exclude={"features", "store_dtype"}),
+        "kind": kind,
+        "normalize": normalize,
+        "weights": weights,
+        "collect": collect.model_dump(
+            mode="json", exclude={"features", "store_dtype", "preconditioner"}
+        ),
         "max_length": study.config.model.max_length,
         "checkpoints": [file_sha256(one.path / "model.safetensors") for one in checkpoints],
         **{split: file_sha256(study.run.data(split)) for split in ("train", "test")},
     }
-    weights = study.weights(list(checkpoints))
-    identity |= {"kind": kind, "weights": weights}
     file = study.run.retraining / "scores" / f"{sha256(canonical_json(identity))[:32]}.safetensors"
     try:
         kept = read_tensors(file, identity)
     except ValueError:  # damaged: made again
         kept = None
     if kept is None:
+        if kind == "adam":
+            checkpoints = _with_moments(study, checkpoints)
+        scores: Tensor | float = 0.0
         with study.bar(f"scores {kind}", len(checkpoints), "checkpoint") as bar:
-            pairs = [_features_in(study, kind, one, bar.update) for one in checkpoints]
-        queries, trains = zip(*pairs, strict=True)
-        kept = {"scores": influence_scores(queries, trains, weights)}
+            for place, checkpoint in enumerate(checkpoints):
+                queries, trains = _features_in(study, kind, checkpoint)
+                weight = None if weights is None else [weights[place]]
+                scores = scores + influence_scores(queries, trains, weight, normalize)
+                bar.update()
+        kept = {"scores": torch.as_tensor(scores)}
         write_tensors(file, kept, identity)
     return kept["scores"].numpy()
 
 
-def _features_in(
-    study: Study,
-    kind: Literal["adam", "ekfac"],
-    checkpoint: Checkpoint,
-    advance: Callable[[int], Any],
-) -> tuple[Tensor, Tensor]:
+def _with_moments(study: Study, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """These, where they hold Adam's second moment; else those of the same training again."""
+    if all((one.path / SECOND_MOMENT).is_file() for one in checkpoints):
+        return list(checkpoints)
+    folder = study.run.retraining / "with-second-moment"
+    train, seed = study.table("train"), study.config.seed
+    study.fine_tuned(train, seed, folder, "for Adam's second moment", "all", second_moment=True)
+    return [replace(one, path=folder / one.path.name) for one in checkpoints]
+
+
+def _features_in(study: Study, kind: Kind, checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
     """Features of the test and of the training examples at a checkpoint, in a metric."""
     model, tokenizer = study.load(checkpoint)
-    metric = study.metric(kind, "full", checkpoint, model, tokenizer)
+    metric = None
+    if kind != "none":
+        metric = study.metric(kind, "full", checkpoint, model, tokenizer)
     collector = study.collector(model, None, metric)
     with frozen(model):
         test, train = (
             collector.collect(as_examples(study.encode(tokenizer, study.table(split), model)))
             for split in ("test", "train")
         )
-    advance(1)
     return test.cpu(), train.cpu()
 
 
@@ -200,6 +214,8 @@ def counted(config: RunConfig, train: pa.Table) -> list[tuple[str, int, int]]:
     total, seeds = len(train), asked.seeds
     of_subset, removed = total - round(asked.fraction * total), round(asked.removed * total)
     kinds = [("on subsets", seeds * asked.subsets, seeds * asked.subsets * of_subset)]
+    if "adam" in methods_of(config) and config.collect.preconditioner != "adam":
+        kinds.append(("for Adam's second moment", 1, 0))
     if removed:
         methods = len([method for method in methods_of(config) if method != "random"])
         sets = asked.random_removals + 2 * methods * len(task.languages)
@@ -249,9 +265,9 @@ def design_of(study: Study) -> Design:
 
 
 def _check_memory(config: RunConfig, num_train: int, num_test: int) -> None:
-    """Scores of one method at a time, from all features of one checkpoint, twice (normalized)."""
+    """Scores of one method, summed up, and from all features of one checkpoint, normalized too."""
     features = 2 * (num_train + num_test) * config.collect.projection_dim
-    needed, memory = 4 * (num_train * num_test + features), config.influence.memory
+    needed, memory = 4 * (2 * num_train * num_test + features), config.influence.memory
     if needed > memory:
         raise ValueError(
             f"influence.memory: to retrain, expected room for the scores of {num_test:,} test x "
@@ -347,6 +363,7 @@ def finish(study: Study, design: Design) -> None:
     summary: dict[str, Any] = {
         "settings": design.asked.model_dump(mode="json", exclude={"methods"}),
         "methods": list(summed),
+        "preconditioner": study.config.collect.preconditioner,
         "trainings": len(set(design.results.values())),
         "num_train": len(train_languages),
         "in_subset": round(design.asked.fraction * len(train_languages)),

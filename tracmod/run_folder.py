@@ -64,6 +64,7 @@ _OWNED = {
     "retrain": "retraining",
     "report": "report",
 }
+PRECONDITIONERS = "preconditioners"
 # What stages add to run.json.
 _FOUND = {
     "data": ("label_names", "languages", "parallel", "device"),
@@ -149,7 +150,7 @@ class RunFolder:
 
     def preconditioner(self, model: str, epoch: int) -> Path:
         """preconditioners/<model>/checkpoint-<epoch>.safetensors: a fitted one."""
-        return self.path / "preconditioners" / model / f"checkpoint-{epoch}.safetensors"
+        return self.path / PRECONDITIONERS / model / f"checkpoint-{epoch}.safetensors"
 
     def features(
         self, model: str, view: str, language: str | None, epoch: int, split: str
@@ -196,6 +197,8 @@ class RunFolder:
         try:
             yield
             write_checksums(self.path, _OWNED[stage])
+            if (self.path / PRECONDITIONERS).is_dir():  # made when it is first needed
+                write_checksums(self.path, PRECONDITIONERS)
             if stage == "collect" and self.config.collect.features is not None:
                 add_checksums(self.path, self._sums_elsewhere())
             state = "done"
@@ -237,8 +240,9 @@ class RunFolder:
         shutil.rmtree(self.path / owned, ignore_errors=True)
         link_folder(other.path / owned, self.path / owned)
         take_checksums(other.path, self.path, owned)
-        if stage == "collect" and (other.path / "preconditioners").is_dir():
-            link_folder(other.path / "preconditioners", self.path / "preconditioners")
+        if stage == "collect" and (other.path / PRECONDITIONERS).is_dir():
+            link_folder(other.path / PRECONDITIONERS, self.path / PRECONDITIONERS)
+            take_checksums(other.path, self.path, PRECONDITIONERS)
         found = _FOUND.get(stage, ())
         self.record |= {key: other.record[key] for key in found if key in other.record}
         self.record["stages"][stage] = {**done, "taken_from": other.path.name}

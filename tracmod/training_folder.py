@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -193,7 +194,7 @@ def load_second_moment(folder: str | Path) -> dict[str, Tensor]:
     """Adam's second moment by parameter name, as the folder of a checkpoint holds it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is damaged.
     """
     file = Path(folder) / SECOND_MOMENT
     if not file.is_file():
@@ -201,7 +202,10 @@ def load_second_moment(folder: str | Path) -> dict[str, Tensor]:
             f"{folder}: expected {SECOND_MOMENT}, Adam's second moment, found none; train with "
             f"`collect.preconditioner: adam`, or a Trainer with TracInCallback(second_moment=True)"
         )
-    return load_file(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a safetensors file, it is damaged: {error}") from None
 
 
 def _make_empty(folder: Path) -> None:

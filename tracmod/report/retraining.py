@@ -18,7 +18,7 @@ from tracmod.validation.retraining import HALF_OF_SEEDS, RANDOM, SIDES
 
 Row = dict[str, Any]
 METHOD_NAMES = {
-    "tracin": "TracIn, as in this report",
+    "tracin": "Influence, as in this report",
     "tracin-dot": "TracIn, inner products",
     "tracin-cosine": "TracIn, cosines",
     "adam": "TracIn in Adam's metric",
@@ -143,7 +143,8 @@ def _lds(summary: Row, lds: list[Row], main: str) -> str:
         text += f" {_ceiling(ceiling['value'])}"
     if own["low"] <= 0:
         text += f" That of {_name(main)} cannot be told from 0."
-    if own["value"] < LOW and main.startswith("tracin"):
+    plain = main.startswith("tracin") and summary.get("preconditioner", "none") == "none"
+    if own["value"] < LOW and plain:
         text += (
             " First-order scores have had low values everywhere they were measured, and have one "
             "here: they tell little of what one example's loss will be after retraining."

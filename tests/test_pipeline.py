@@ -67,6 +67,11 @@ def test_a_run_in_another_metric_is_that_of_its_preconditioned_gradients(tmp_pat
     else:
         file = out / "preconditioners" / "sparse" / f"checkpoint-{checkpoint.epoch}.safetensors"
         assert file.is_file()
+        assert verify(out) == []
+        whole = file.read_bytes()
+        file.write_bytes(whole + b" ")
+        assert [str(file) in problem for problem in verify(out)] == [True]
+        file.write_bytes(whole)
         metric = tm.fit_ekfac(model, train, batch_tokens=8192)
     stored = [
         FeatureStore.open(run.features("sparse", "full", None, 1, one)).read()

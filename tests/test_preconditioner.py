@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 import tracmod as tm
 from tracmod.capture import select_layers
+from tracmod.ekfac import checkpoint_preconditioner
 from tracmod.heads import HeadMask
 from tracmod.preconditioner import Metric, Preconditioner, gradient_shape
 from tracmod.validation.gradients import autograd_gradients
@@ -237,6 +238,22 @@ def test_a_preconditioner_comes_back_from_disk_as_it_was(tmp_path):
     with pytest.raises(ValueError, match="made otherwise"):
         Preconditioner.load(tmp_path / "one.safetensors", "ekfac", {"model": "that"})
     assert Preconditioner.load(tmp_path / "two.safetensors", "ekfac") is None
+
+
+def test_a_fitted_one_that_is_kept_is_not_taken_for_another(tmp_path):
+    model, examples = tiny_encoder(), ragged_examples(6)
+    asked = {"parameters": "encoder", "batch_tokens": 512, "keep_in": tmp_path / "kept"}
+
+    def made_with(train, **changes):
+        return checkpoint_preconditioner(
+            "ekfac", model, tmp_path, train, **{**asked, "identity": {"model": "this"}, **changes}
+        )
+
+    fitted = made_with(lambda: examples)
+    assert made_with(None).digest == fitted.digest  # read, not fitted again
+    for changes in ({"damping": 0.2}, {"parameters": "attention"}, {"identity": {"model": "that"}}):
+        with pytest.raises(ValueError, match="made otherwise"):
+            made_with(None, **changes)
 
 
 def test_bad_input_is_one_sentence(tmp_path):

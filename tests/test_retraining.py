@@ -258,6 +258,9 @@ def test_in_a_run_with_a_metric_plain_tracin_stays_plain(done, tmp_path):
     for method in ("tracin-dot", "tracin-cosine", "ekfac"):
         scores = [method_scores(study, method) for study in (plain, other)]
         np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-4 * np.abs(scores[0]).max())
+    uniform = {"k": 5, "weights": "uniform"}
+    study = Study(RunFolder(done, config(influence=uniform)))
+    assert not np.allclose(method_scores(study, "ekfac"), scores[0])  # kept with other weights
     own = method_scores(other, "tracin")
     assert np.corrcoef(own.ravel(), method_scores(plain, "tracin").ravel())[0, 1] < 0.95
 

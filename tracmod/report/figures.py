@@ -19,6 +19,7 @@ from tracmod.analysis.languages import MEASURES
 from tracmod.analysis.results import MODELS, VIEWS, view_kind
 from tracmod.durable import read_json, write_file
 from tracmod.report import words
+from tracmod.report.blocks import PART_COLORS, PART_NAMES, layer_shares
 from tracmod.report.drawing import (
     FORMATS,
     WIDTHS,
@@ -48,8 +49,6 @@ SIMILARITIES = {
     "overlap": "overlap coefficient",
     "cosine": "cosine",
 }
-PARTS = {"heads": ("heads", "series-0"), "layers": ("rest of the layer", "series-4"),
-         "outside": ("outside the layers", "series-6")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -542,10 +541,9 @@ def blocks(tables: AnalysisTables, width: float) -> Iterator[Drawn]:
                 maps, width, scale="diverging", limits=(-top, top), axes=("head", "layer"),
                 unit=f"in-language influence\n{unit}", signed=True,
             )  # fmt: skip
-        plots = [_layer_plot(view, rows) for view, rows in of_model.groupby("view", sort=False)
-                 if rows["in_language"].sum() != 0]  # fmt: skip
-        if plots:
-            axes = ("layer", "share of in-language\ninfluence (%)")
+        plots = [_layer_plot(view, rows) for view, rows in of_model.groupby("view", sort=False)]
+        if plots := [plot for plot in plots if plot.series]:
+            axes = ("layer", "share of in-language influence\n(% of all parts' sizes)")
             yield f"blocks-layers-{model}", bars(plots, width, axes=axes, stacked=True)
 
 
@@ -559,20 +557,11 @@ def _spread_heads(rows: pd.DataFrame, factor: float) -> np.ndarray:
 
 def _layer_plot(view: Any, rows: pd.DataFrame) -> Plot:
     """Heads and rest of each layer, and what lies outside, as shares of all."""
-    shares = 100 * rows["in_language"] / rows["in_language"].sum()
-    layers = sorted(rows["layer"].dropna().astype(int).unique())
-    of = {
-        "heads": rows["layer"].notna() & rows["head"].notna(),
-        "layers": rows["layer"].notna() & rows["head"].isna(),
-        "outside": rows["layer"].isna(),
-    }
-    series = []
-    for part, chosen in of.items():
-        sums = shares[chosen].groupby(rows["layer"][chosen].fillna(-1).astype(int)).sum()
-        values = [float(sums.get(place, 0.0)) for place in (*layers, -1)]
-        if any(values):
-            name, color = PARTS[part]
-            series.append(Series(name, color, [*map(str, layers), "outside"], values))
+    names, shares = layer_shares(rows.astype(object).where(rows.notna(), None).to_dict("records"))
+    series = [
+        Series(PART_NAMES[part], PART_COLORS[part], names, values)
+        for part, values in shares.items()
+    ]
     return Plot(_view_name(view), series)
 
 

@@ -710,10 +710,10 @@ def figures(run_dir: Path, form: str, width: str, out: Path | None) -> None:
 )
 @click.option("--out", type=FOLDER, help="Folder for the files. Absent: RUN/tables.")
 def tables(run_dir: Path, form: str, out: Path | None) -> None:
-    """Write every table of a run's analysis as CSV, LaTeX or Markdown.
+    """Write every table of a run's analysis and retraining as CSV, LaTeX or Markdown.
 
-    Beside the tables of analysis/ and its summary, each language x language matrix: rows are
-    languages of test examples, columns languages of training examples.
+    Beside the tables of analysis/, its summary and retraining/, each language x language matrix:
+    rows are languages of test examples, columns languages of training examples.
 
     \b
     Examples:

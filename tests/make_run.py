@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tracmod.analysis import epoch_table, example_table, language_table
+from tracmod.validation.lds import LDS_SCHEMA
+from tracmod.validation.retraining import LEAVE_ONE_OUT_SCHEMA, RANDOM, REMOVAL_SCHEMA, SIDES
 
 LANGUAGES = ("en", "de", "ru", "zh", "ar")
 EPOCHS = (1, 2, 3)
@@ -238,6 +240,51 @@ def _top_table(scores_QN: np.ndarray, train: pa.Table, test: pa.Table, k: int) -
                     }
                 )
     return pa.Table.from_pylist(rows)
+
+
+def add_retraining(path: Path, languages: tuple[str, ...] = LANGUAGES) -> None:
+    """Tables of a retraining that the config asks for, of three methods in units of their own."""
+    rng = np.random.default_rng(2)
+    units = {"tracin": 1e-5, "bm25": 1e3, "random": 1.0}
+    rows: dict[str, list[dict[str, Any]]] = {"lds": [], "removal": [], "leave_one_out": []}
+
+    def numbers(*names: str) -> dict[str, float]:
+        return {f"{name}{end}": float(middle + shift) for name in names
+                for middle in rng.normal(0, 0.2, 1)
+                for end, shift in (("", 0), ("_low", -0.1), ("_high", 0.1))}  # fmt: skip
+
+    for method in units:
+        for level in ("example", "language"):
+            for language in (None, *languages):
+                score = {key.removeprefix("value_"): x for key, x in numbers("value").items()}
+                over = {} if method == "tracin" else numbers("over_first")
+                named = {"method": method, "level": level, "test_language": language}
+                rows["lds"].append(named | score | over)
+        for side in (RANDOM,) if method == RANDOM else SIDES:
+            rows["removal"] += [
+                {"method": method, "side": side, "test_language": language, "removed": 4,
+                 "trainings": 3, "loss_before": 0.7, "accuracy_before": 0.6,
+                 **numbers("loss_change", "accuracy_change")}
+                for language in (None, *languages)
+            ]  # fmt: skip
+    happened = {(a, b): numbers("actual") for a in languages for b in languages}
+    rows["leave_one_out"] = [
+        {"method": method, "test_language": a, "train_language": b,
+         "predicted": float(unit * rng.normal()), **happened[a, b]}
+        for method, unit in units.items() for a in languages for b in languages
+    ]  # fmt: skip
+    (path / "retraining").mkdir()
+    schemas = (LDS_SCHEMA, REMOVAL_SCHEMA, LEAVE_ONE_OUT_SCHEMA)
+    for (name, of_table), schema in zip(rows.items(), schemas, strict=True):
+        table = pa.Table.from_pylist(of_table, schema)
+        pq.write_table(table, path / "retraining" / f"{name}.parquet")
+    tests = [{"method": method, "between_only": between, "correlation": 0.25, "p_value": 0.125,
+              "permutations": 120, "exact": True, "cells": 20 if between else 25}
+             for method in units for between in (False, True)]  # fmt: skip
+    _write_json(path / "retraining" / "summary.json", {"leave_one_out": tests})
+    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    record["config"]["retrain"] = {"subsets": 4, "seeds": 1}
+    _write_json(path / "run.json", record)
 
 
 def _write_run_json(

@@ -22,6 +22,7 @@ from tracmod.analysis.blocks import block_shares, block_table
 from tracmod.model import encode, load_checkpoints, load_model
 from tracmod.pipeline import run_stages
 from tracmod.report import write_report
+from tracmod.report.figures import draw_figures
 from tracmod.run_folder import RunFolder
 from tracmod.validation.integrity import verify
 
@@ -221,12 +222,32 @@ def test_figures_are_the_planted_blocks(tmp_path):
     }  # fmt: skip
 
 
+def test_shares_by_layer_keep_their_signs_where_the_total_is_negative(tmp_path):
+    blocks = [(0, 0, 3.0, 0.0), (0, 1, -1.0, 0.0), (0, None, -5.0, 0.0), (1, 0, -2.0, 0.0),
+              (None, None, 1.0, 0.0)]  # fmt: skip
+    path = planted(tmp_path / "run", blocks)
+    analyze(path, bootstrap=10, permutations=10)
+    expected = {"heads": [20, -20, 0], "rest of the layer": [-50, 0, 0],
+                "outside the layers": [0, 0, 10]}  # fmt: skip
+    figures = Page(write_report(path).read_text()).json("figure-data")
+    bars = next(f for f in figures if f["layout"].get("barmode") == "relative")
+    assert {trace["name"]: trace["y"] for trace in bars["data"]} == expected
+    [panel] = dict(draw_figures(path))["blocks-layers-full"].axes
+    names = [label.get_text() for label in panel.get_xticklabels()]
+    drawn = {one.get_label(): [bar.get_height() for bar in one]
+             for one in panel.containers if one.get_label() in expected}  # fmt: skip
+    assert (names, drawn) == (["0", "1", "outside"], expected)
+
+
 @pytest.mark.parametrize(
     "blocks",
-    [[(None, None, 1.0, 2.0)], [(0, 0, 0.0, 0.0), (0, None, 0.0, 0.0)], [(0, 0, 1.0, 0.5)]],
-    ids=["classifier alone", "all zero", "attention alone"],
-)
+    [[(None, None, 1.0, 2.0)], [(0, 0, 0.0, 0.0), (0, None, 0.0, 0.0)], [(0, 0, 1.0, 0.5)],
+     [(0, 0, 1.0, 0.5), (0, 1, -1.0, 0.5)]],
+    ids=["classifier alone", "all zero", "attention alone", "heads that cancel"],
+)  # fmt: skip
 def test_pages_of_few_or_empty_blocks_can_be_drawn(tmp_path, blocks):
     path = planted(tmp_path / "run", blocks)
     analyze(path, bootstrap=10, permutations=10)
     assert "</html>" in write_report(path).read_text()
+    drawn = sum(own for *_, own, _ in blocks) != 0
+    assert ("blocks-layers-full" in dict(draw_figures(path))) == drawn

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import shutil
 import socket
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -237,10 +240,100 @@ def free_port() -> int:
 
 
 def test_another_address_than_loopback_is_warned_of(attribution, capsys):
-    served = explore.serve(attribution, "0.0.0.0", free_port(), block=False)
+    port = free_port()
+    served = explore.serve(attribution, "0.0.0.0", port, block=False)
     try:
         assert "WARNING: 0.0.0.0 is not loopback" in capsys.readouterr().err
         assert served.share_url is None
+        named = {"Host": "study.example", "Origin": "http://study.example"}
+        assert asked_of("127.0.0.1", port, "GET", "/config", **named)[0] == 200
+        named["Origin"] = "http://evil.example"
+        assert asked_of("127.0.0.1", port, "GET", "/config", **named)[0] == 403
+    finally:
+        served.close()
+
+
+def asked_of(address, port, method, path, body=None, **headers):
+    """Status and text that one request gets; `Host` is the address's own unless it is given."""
+    with closing(http.client.HTTPConnection(address, port, timeout=30)) as connection:
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+@pytest.fixture(scope="module")
+def port(attribution):
+    """Where the page of an attribution is served."""
+    port = free_port()
+    served = explore.serve(attribution, port=port, block=False)
+    yield port
+    served.close()
+
+
+QUESTION = json.dumps({"data": ["the cat sleeps", "", "en", None, "full", []]})
+JSON = {"Content-Type": "application/json"}
+UPLOAD = (
+    '--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n'
+    "Content-Type: text/plain\r\n\r\nsome text\r\n--x--\r\n"
+)
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1:{}", "localhost:{}", "[::1]:{}", "localhost"])
+def test_the_page_answers_to_the_names_of_loopback(port, name):
+    own = {"Host": name.format(port), "Origin": f"http://{name.format(port)}"}
+    status, text = asked_of("127.0.0.1", port, "GET", "/config", **own)
+    assert status == 200
+    assert "the cat" in text
+    status, text = asked_of("127.0.0.1", port, "POST", "/gradio_api/call/ask", QUESTION,
+                            **JSON, **own)  # fmt: skip
+    assert status == 200
+    event = json.loads(text)["event_id"]
+    _, text = asked_of("127.0.0.1", port, "GET", f"/gradio_api/call/ask/{event}", **own)
+    assert "event: complete" in text
+
+
+@pytest.mark.parametrize("name", ["evil.example", "evil.example:{}", "localhost.evil.example", ""])
+@pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/call/ask"])
+def test_a_name_that_was_made_to_point_here_is_refused(port, name, path):
+    method = "POST" if "call" in path else "GET"
+    foreign = {"Host": name.format(port), "Origin": f"http://{name.format(port)}"}
+    status, text = asked_of("127.0.0.1", port, method, path, QUESTION, **JSON, **foreign)
+    assert (status, text) == (400, "Invalid host header")
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "http://localhost:1", "null", "http://"])
+@pytest.mark.parametrize("path", ["/config", "/gradio_api/call/ask", "/gradio_api/queue/join"])
+def test_another_page_may_not_ask(port, origin, path):
+    method = "GET" if path == "/config" else "POST"
+    status, text = asked_of("127.0.0.1", port, method, path, QUESTION, Origin=origin, **JSON)
+    assert (status, text) == (403, "another page than this may not ask")
+
+
+@pytest.mark.parametrize("path", ["upload", "upload/", "upload?upload_id=1", "process_recording"])
+def test_nobody_can_leave_a_file(port, path):
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    for headers in (form, form | {"Origin": f"http://127.0.0.1:{port}"}):
+        status, _ = asked_of("127.0.0.1", port, "POST", f"/gradio_api/{path}", UPLOAD, **headers)
+        assert status == 403
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6")
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_the_page_can_be_served_over_ipv6(attribution, host, capsys):
+    port = free_port()
+    served = explore.serve(attribution, host, port, block=False)
+    try:
+        assert f"at http://[::1]:{port}/" in capsys.readouterr().err
+        assert asked_of("::1", port, "GET", "/config")[0] == 200
+        assert asked_of("::1", port, "GET", "/config", Host="evil.example")[0] == 400
     finally:
         served.close()
 

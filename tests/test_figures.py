@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from make_run import LANGUAGES, make_run
+from make_run import LANGUAGES, add_retraining, make_run
 from PIL import Image
 
 from tracmod.analysis import analyze
@@ -44,6 +44,7 @@ EXPECTED = {
     *(f"similarity-{m}-{model}" for m in ("proponents", "mean-influence")
       for model in ("full", "sparse")),
     *(f"blocks-{part}-{model}" for part in ("heads", "layers") for model in ("full", "sparse")),
+    "lds",
 }  # fmt: skip
 
 
@@ -82,6 +83,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = json.loads((path / "run.json").read_text())
     settings["config"]["influence"]["k"] = [20, 5]
     (path / "run.json").write_text(json.dumps(settings))
+    add_retraining(path)
     analyze(path, bootstrap=50, permutations=200)
     return path
 
@@ -281,6 +283,22 @@ def test_blocks_are_the_table(run, page):
     assert heads[2].get_height() == pytest.approx(100 * of_layer / total)
 
 
+def test_scores_of_methods_and_their_whiskers_are_the_table(run, page):
+    [panel] = page["lds"].axes
+    methods = ["tracin", "bm25", "random"]
+    assert [label.get_text() for label in panel.get_xticklabels()] == methods
+    rows = pq.read_table(run / "retraining" / "lds.parquet").to_pylist()
+    names = {"example": "loss of a test example", "language": "mean loss of a test language"}
+    for level, name in names.items():
+        bars = next(one for one in panel.containers if one.get_label() == name)
+        whiskers = bars.errorbar.lines[2][0].get_segments()
+        for place, method in enumerate(methods):
+            [row] = [r for r in rows if (r["method"], r["level"], r["test_language"])
+                     == (method, level, None)]  # fmt: skip
+            assert bars[place].get_height() == pytest.approx(row["value"])
+            assert whiskers[place][:, 1].tolist() == pytest.approx([row["low"], row["high"]])
+
+
 @pytest.mark.parametrize("kind", [influence, reliance, similarity])
 def test_the_same_run_gives_the_same_bytes(run, kind):
     once, again = (dict(kind(AnalysisTables(run), WIDTHS["page"])) for _ in range(2))
@@ -311,7 +329,8 @@ def test_what_has_no_table_is_left_out_and_said(tmp_path):
     assert written == {"influence-proponents-full", "influence-opponents-full",
                        "influence-mean-influence-full", "reliance-proponents",
                        "reliance-opponents", "course", "course-full"}  # fmt: skip
-    for what in ("differences", "accuracy", "subnetworks", "pruning curves", "influence by head"):
+    for what in ("differences", "accuracy", "subnetworks", "pruning curves", "influence by head",
+                 "linear datamodelling score"):  # fmt: skip
         assert f"left out: {what}" in result.stderr
 
 

@@ -9,9 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from make_run import LANGUAGES, make_run
+from make_run import LANGUAGES, add_retraining, make_run
 from pyarrow import csv
 
 from tracmod.analysis import analyze
@@ -24,6 +25,7 @@ ENDINGS = {"csv": "csv", "latex": "tex", "markdown": "md"}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_run(tmp_path_factory.mktemp("tables") / "run", num_train=16, num_test=6)
+    add_retraining(path)
     analyze(path, bootstrap=50, permutations=50)
     return path
 
@@ -59,6 +61,8 @@ def test_every_table_is_there_in_every_form(run, written):
         names |= {f"influence-{measure}-{model}-{view}" for model in ("full", "sparse")
                   for view in ("full", "subnetwork", "random")}  # fmt: skip
         names |= {f"change-{measure}-sparse-full-minus-full-full"}
+    names |= {"lds", "removal", "leave_one_out", "leave_one_out_tests", "leave-one-out-actual"}
+    names |= {f"leave-one-out-predicted-{method}" for method in ("tracin", "bm25", "random")}
     for ending in ENDINGS.values():
         assert {f"{name}.{ending}" for name in names} <= written.keys()
     stems = {ending: {Path(name).stem for name in written if name.endswith(ending)}
@@ -67,9 +71,13 @@ def test_every_table_is_there_in_every_form(run, written):
 
 
 def test_csv_holds_every_digit(run, written):
-    for path in (run / "analysis").glob("*.parquet"):
+    empty_is_none = csv.ConvertOptions(strings_can_be_null=True)
+    paths = [*(run / "analysis").glob("*.parquet"), *(run / "retraining").glob("*.parquet")]
+    assert len(paths) > 6
+    for path in paths:
         expected = pd.read_parquet(path)
-        found = csv.read_csv(written[f"{path.stem}.csv"]).to_pandas()
+        name = written[f"{path.stem}.csv"]
+        found = csv.read_csv(name, convert_options=empty_is_none).to_pandas()
         assert list(found.columns) == list(expected.columns)
         pd.testing.assert_frame_equal(found, expected, check_dtype=False, check_exact=True)
 
@@ -139,6 +147,76 @@ def test_long_tables_for_reading_have_units_and_the_same_numbers(run, written, e
     assert next(row for row in rows if row[2] == "de")[3] == (
         f"{100 * first['value']:.1f} [{100 * first['low']:.1f}, {100 * first['high']:.1f}]"
     )
+
+
+def test_languages_left_out_are_matrices_of_what_happened_and_what_each_method_predicts(
+    run, written
+):
+    rows = pd.read_parquet(run / "retraining" / "leave_one_out.parquet")
+    for name, method, measure in (("actual", "random", "actual"),
+                                  ("predicted-bm25", "bm25", "predicted"),
+                                  ("predicted-tracin", "tracin", "predicted")):  # fmt: skip
+        found = pd.read_csv(written[f"leave-one-out-{name}.csv"]).set_index("test_language")
+        assert list(found.index) == list(LANGUAGES)
+        assert [one for one in found.columns if "_" not in one] == list(LANGUAGES)
+        for row in rows[rows["method"] == method].to_dict("records"):
+            for end in ("", "_low", "_high") if measure == "actual" else ("",):
+                value = found.loc[row["test_language"], f"{row['train_language']}{end}"]
+                assert value == pytest.approx(row[f"{measure}{end}"], rel=1e-12)
+    for ending in ("tex", "md"):
+        text = written[f"leave-one-out-predicted-tracin.{ending}"].read_text(encoding="utf-8")
+        exponent = re.search("10⁻([⁰¹²³⁴-⁹]) *\\)", text)[1]
+        factor = 10.0 ** "⁰¹²³⁴⁵⁶⁷⁸⁹".index(exponent)
+        of_method = rows[rows["method"] == "tracin"].set_index(["test_language", "train_language"])
+        for language, *values in body(text)[1:]:
+            expected = [factor * of_method.loc[(language, one), "predicted"] for one in LANGUAGES]
+            assert [float(value) for value in values] == pytest.approx(expected, abs=0.00501)
+        assert "predicted change of mean loss, in the method's own unit (10" in text.lower()
+
+
+@pytest.mark.parametrize("ending", ["tex", "md"])
+def test_tables_of_retraining_for_reading_have_units_and_the_same_numbers(run, written, ending):
+    def read(name: str) -> tuple[list[str], list[tuple[list[str], dict]]]:
+        header, *rows = body(written[f"{name}.{ending}"].read_text(encoding="utf-8"))
+        table = pq.read_table(run / "retraining" / f"{name}.parquet").to_pylist()
+        return header, list(zip(rows, table, strict=True))
+
+    def numbers(cell: str) -> list[float]:
+        return [float(one) for one in re.findall(r"[-+]?\d+\.\d+", cell)]
+
+    def ends(row: dict, name: str, factor: float = 1.0) -> list[float]:
+        return [factor * row[f"{name}{end}"] for end in ("", "_low", "_high")]
+
+    header, rows = read("removal")
+    points = header.index("accuracy change (percentage points)")
+    assert "accuracy before (%)" in header
+    for cells, row in rows:
+        assert cells[2] == (row["test_language"] or "-")
+        expected = ends(row, "accuracy_change", 100)
+        assert numbers(cells[points]) == pytest.approx(expected, abs=0.0501)
+        expected = ends(row, "loss_change")
+        assert numbers(cells[header.index("loss change")]) == pytest.approx(expected, abs=0.000501)
+        assert cells[points].startswith("+" if row["accuracy_change"] > 0 else "-")
+    header, rows = read("lds")
+    for cells, row in rows:
+        expected = [row["value"], row["low"], row["high"]]
+        assert numbers(cells[header.index("value")]) == pytest.approx(expected, abs=0.000501)
+        over = cells[header.index("over first")]
+        assert (over == "-") == (row["method"] == "tracin")
+    header, rows = read("leave_one_out")
+    column = header.index("predicted change of mean loss, in the method's own unit")
+    for cells, row in rows:  # in units of their own, so that no column of decimals fits all
+        assert float(cells[column]) == pytest.approx(row["predicted"], rel=0.00501)
+
+
+def test_what_an_earlier_retraining_left_is_no_table_of_a_run_without_one(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    record = json.loads((copy / "run.json").read_text())
+    record["config"]["retrain"] = None
+    (copy / "run.json").write_text(json.dumps(record))
+    names = {path.stem for path in write_tables(copy, tmp_path / "out")}
+    assert "accuracy" in names
+    assert not [one for one in names if one in ("lds", "removal") or one.startswith("leave")]
 
 
 def test_latex_is_whole_and_plain(written):

@@ -21,8 +21,9 @@ try:
     import gradio as gr
     from starlette.middleware import Middleware
     from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
-    from starlette.responses import Response
+    from starlette.responses import PlainTextResponse, Response
 except ModuleNotFoundError as error:
     raise ValueError("tracmod explore needs Gradio: pip install 'tracmod[explore]'") from error
 
@@ -30,6 +31,10 @@ AS_PREDICTED = "as predicted"
 LISTED = 10  # examples of each sign
 PER_LANGUAGE = 2  # test examples to click on
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EVERY_ADDRESS = ("0.0.0.0", "::")
+# All that the page and Gradio's clients post; Gradio would also take files, which no one here asks
+# for.
+POSTED = tuple(f"/gradio_api/{name}" for name in ("queue/join", "call/", "run/", "cancel", "reset"))
 Answer = dict[str, Any]
 
 
@@ -298,15 +303,37 @@ def rendered(
 
 
 class _OnlyItself(BaseHTTPMiddleware):
-    """Tells the browser to ask nobody else for anything, whatever Gradio's page holds."""
+    """Answers what its own page asks, and tells the browser to ask nobody else for anything.
+
+    Browsers name the page that asks in `Origin`; programs, which may ask too, send none.
+    """
 
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        origin = request.headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+            return PlainTextResponse("another page than this may not ask", status_code=403)
+        if request.method == "POST" and not request.url.path.startswith(POSTED):
+            return PlainTextResponse("the page has nothing like this", status_code=403)
         response = await call_next(request)
         response.headers["Content-Security-Policy"] = (
             "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
         )
         response.headers["Referrer-Policy"] = "no-referrer"
         return response
+
+
+def _allowed_hosts(host: str) -> list[str]:
+    """The names under which the page may be asked for, as they stand in `Host`.
+
+    Else any web page whose name is made to point here (DNS rebinding) could read the examples
+    through the browser of someone who is let in. Who listens on every address is asked for under
+    names that this machine does not know: then all are allowed.
+    """
+    return ["*"] if host in EVERY_ADDRESS else [_in_url(name) for name in (host, *LOOPBACK)]
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def serve(
@@ -316,13 +343,15 @@ def serve(
 
     Args:
         folder: a run folder with features, or a folder of `tracmod attribute`.
-        host: address to listen on; other than loopback, everyone who reaches it can ask.
+        host: address to listen on; other than loopback, everyone who reaches it can ask. The page
+            answers to this name and to those of loopback, on 0.0.0.0 and :: to every name.
         port: must be free.
         block: until interrupted; else return at once, for `close()` to be called.
 
     Raises:
         ValueError: as `Attributor`, or the port is taken.
     """
+    host = host.strip("[]")
     if host not in LOOPBACK:
         print(f"tracmod: WARNING: {host} is not loopback: everyone who reaches this address can "
               "read the examples and use this machine", file=sys.stderr)  # fmt: skip
@@ -331,7 +360,7 @@ def serve(
     blocks = page(explorer)
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "sans-serif"]
     blocks.queue(default_concurrency_limit=1).launch(
-        server_name=host,
+        server_name=_in_url(host),
         server_port=port,
         share=False,
         prevent_thread_lock=True,
@@ -344,7 +373,12 @@ def serve(
         mcp_server=False,
         theme=gr.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
-        app_kwargs={"middleware": [Middleware(_OnlyItself)]},
+        app_kwargs={
+            "middleware": [
+                Middleware(TrustedHostMiddleware, _allowed_hosts(host), www_redirect=False),
+                Middleware(_OnlyItself),
+            ]
+        },
     )
     print(f"tracmod: {explorer.folder} at {blocks.local_url}", file=sys.stderr)
     if block:
@@ -360,6 +394,6 @@ def _check_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(
-                f"{host}:{port}: expected an address and port to listen on, got: "
+                f"{_in_url(host)}:{port}: expected an address and port to listen on, got: "
                 f"{error.strerror or error}; take another with --port or --host"
             ) from None

@@ -35,8 +35,8 @@ def block_panels(rows: list[Row], unit: str) -> list[Panel]:
     groups = _by_model(rows, _layer_bars)
     groups = [(model, [figure for figure in figures if figure]) for model, figures in groups]
     note = (
-        "Share of the in-language mean influence, in percent. The bars of a figure add up to 100; "
-        "parts that work against the rest are below 0."
+        "Share of the in-language mean influence, in percent: the sizes of a figure's parts add up "
+        "to 100, and those that raise the loss of their own language are below 0."
     )
     panels.append(Panel("By layer", groups, note=note))
     return [panel for panel in panels if any(figures for _, figures in panel.groups)]
@@ -77,22 +77,42 @@ def _head_map(title: str, rows: list[Row], top: float) -> Figure:
     return head_map(title, values_LH, scale="diverging", limits=(-top, top), digits=1)
 
 
-def _layer_bars(title: str, rows: list[Row]) -> Figure | None:
-    """Heads and rest of each layer, stacked, as shares of the view's in-language influence."""
+def layer_shares(rows: Sequence[Row]) -> tuple[list[str], dict[str, list[float]]]:
+    """The parts of a view's in-language influence by layer, in percent of all parts' sizes.
+
+    They keep their signs, also where their sum is negative: below 0 is what raises the loss of
+    its own language.
+
+    Args:
+        rows: of `analysis/blocks.parquet`, of one model and view.
+
+    Returns:
+        Names of the layers and "outside", and for each of `PART_NAMES` its share in each of these;
+        {} where there is no influence at all.
+    """
     known = [row for row in rows if row["in_language"] is not None]
-    total = sum(row["in_language"] for row in known)
-    if total == 0:
-        return None
     layers = sorted({row["layer"] for row in known if row["layer"] is not None})
-    names = [str(layer) for layer in layers] + ["outside"]
-    parts = {part: [0.0] * len(names) for part in PART_NAMES}
+    parts = {part: [0.0] * (len(layers) + 1) for part in PART_NAMES}
     for row in known:
         place = -1 if row["layer"] is None else layers.index(row["layer"])
         part = "outside" if row["layer"] is None else "layers" if row["head"] is None else "heads"
-        parts[part][place] += 100 * row["in_language"] / total
-    series = [
-        {"name": PART_NAMES[part], "color": PART_COLORS[part], "value": values}
+        parts[part][place] += row["in_language"]
+    total = sum(abs(value) for values in parts.values() for value in values)
+    shares = {
+        part: [100 * value / total for value in values]
         for part, values in parts.items()
         if any(values)
+    }
+    return [*(str(int(layer)) for layer in layers), "outside"], shares
+
+
+def _layer_bars(title: str, rows: list[Row]) -> Figure | None:
+    """Heads and rest of each layer, stacked, as shares of the view's in-language influence."""
+    names, shares = layer_shares(rows)
+    series = [
+        {"name": PART_NAMES[part], "color": PART_COLORS[part], "value": values}
+        for part, values in shares.items()
     ]
+    if not series:
+        return None
     return stacked_bars(title, names, series, axes=("layer", "share of in-language influence"))

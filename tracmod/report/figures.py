@@ -19,6 +19,7 @@ from tracmod.analysis.languages import MEASURES
 from tracmod.analysis.results import MODELS, VIEWS, view_kind
 from tracmod.durable import read_json, write_file
 from tracmod.report import words
+from tracmod.report.blocks import PART_COLORS, PART_NAMES, layer_shares
 from tracmod.report.drawing import (
     FORMATS,
     WIDTHS,
@@ -48,8 +49,8 @@ SIMILARITIES = {
     "overlap": "overlap coefficient",
     "cosine": "cosine",
 }
-PARTS = {"heads": ("heads", "series-0"), "layers": ("rest of the layer", "series-4"),
-         "outside": ("outside the layers", "series-6")}  # fmt: skip
+LEVELS = {"example": ("loss of a test example", "series-0"),
+          "language": ("mean loss of a test language", "series-4")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def draw_figures(run_dir: str | Path, width: float = WIDTHS["page"]) -> Iterator
 
 
 class AnalysisTables:
-    """The tables in `analysis/` of a run, each read when first asked for."""
+    """The tables in `analysis/` and `retraining/` of a run, each read when it is asked for."""
 
     def __init__(self, run_dir: str | Path) -> None:
         """Open a run folder; raises ValueError if it was not analysed."""
@@ -137,15 +138,28 @@ class AnalysisTables:
         """Unit of influence."""
         return words.influence_unit(self.run.section("influence"))
 
+    @cached_property
+    def retraining(self) -> Path | None:
+        """The folder; None where the config asks for none, whatever an earlier one left."""
+        return self.run.path / "retraining" if self.run.section("retrain") else None
+
     def table(self, name: str) -> pd.DataFrame:
         """`analysis/<name>.parquet`; empty where it is not there."""
-        path = self.folder / f"{name}.parquet"
-        return pd.read_parquet(path) if path.is_file() else pd.DataFrame()
+        return _read(self.folder / f"{name}.parquet")
+
+    def retrained(self, name: str) -> pd.DataFrame:
+        """`retraining/<name>.parquet`; empty where it is not there or no longer asked for."""
+        folder = self.retraining
+        return pd.DataFrame() if folder is None else _read(folder / f"{name}.parquet")
 
     def scaling(self, values: pd.Series) -> tuple[float, str]:
         """Factor that makes influences readable, and the unit that they then have."""
         exponent = words.power_of_ten(float(values.abs().max()))
         return 10.0**-exponent, f"10{words.superscript(exponent)} {self.unit}"
+
+
+def _read(path: Path) -> pd.DataFrame:
+    return pd.read_parquet(path) if path.is_file() else pd.DataFrame()
 
 
 # --- language x language --------------------------------------------------------------------
@@ -542,10 +556,9 @@ def blocks(tables: AnalysisTables, width: float) -> Iterator[Drawn]:
                 maps, width, scale="diverging", limits=(-top, top), axes=("head", "layer"),
                 unit=f"in-language influence\n{unit}", signed=True,
             )  # fmt: skip
-        plots = [_layer_plot(view, rows) for view, rows in of_model.groupby("view", sort=False)
-                 if rows["in_language"].sum() != 0]  # fmt: skip
-        if plots:
-            axes = ("layer", "share of in-language\ninfluence (%)")
+        plots = [_layer_plot(view, rows) for view, rows in of_model.groupby("view", sort=False)]
+        if plots := [plot for plot in plots if plot.series]:
+            axes = ("layer", "share of in-language influence\n(% of all parts' sizes)")
             yield f"blocks-layers-{model}", bars(plots, width, axes=axes, stacked=True)
 
 
@@ -559,21 +572,29 @@ def _spread_heads(rows: pd.DataFrame, factor: float) -> np.ndarray:
 
 def _layer_plot(view: Any, rows: pd.DataFrame) -> Plot:
     """Heads and rest of each layer, and what lies outside, as shares of all."""
-    shares = 100 * rows["in_language"] / rows["in_language"].sum()
-    layers = sorted(rows["layer"].dropna().astype(int).unique())
-    of = {
-        "heads": rows["layer"].notna() & rows["head"].notna(),
-        "layers": rows["layer"].notna() & rows["head"].isna(),
-        "outside": rows["layer"].isna(),
-    }
-    series = []
-    for part, chosen in of.items():
-        sums = shares[chosen].groupby(rows["layer"][chosen].fillna(-1).astype(int)).sum()
-        values = [float(sums.get(place, 0.0)) for place in (*layers, -1)]
-        if any(values):
-            name, color = PARTS[part]
-            series.append(Series(name, color, [*map(str, layers), "outside"], values))
+    names, shares = layer_shares(rows.astype(object).where(rows.notna(), None).to_dict("records"))
+    series = [
+        Series(PART_NAMES[part], PART_COLORS[part], names, values)
+        for part, values in shares.items()
+    ]
     return Plot(_view_name(view), series)
+
+
+# --- retraining -----------------------------------------------------------------------------
+
+
+def lds(tables: AnalysisTables, width: float) -> Iterator[Drawn]:
+    """Linear datamodelling score of each method, of test examples and of test languages."""
+    table = tables.retrained("lds")
+    if not len(table):
+        return
+    series = []
+    for level, (name, color) in LEVELS.items():
+        rows = table[table["test_language"].isna() & (table["level"] == level)]
+        y, low, high = (list(rows[end]) for end in ("value", "low", "high"))
+        series.append(Series(name, color, list(rows["method"]), y, low, high))
+    axes = ("method", "linear datamodelling score\n(Spearman)")
+    yield "lds", bars([Plot("", series)], width, axes=axes)
 
 
 # What is drawn, its name where it is left out, and what it is drawn from.
@@ -589,4 +610,5 @@ KINDS: list[tuple[Callable[[AnalysisTables, float], Iterator[Drawn]], str, str]]
     (similarity, "similarity of subnetworks", "no analysis/similarity.parquet"),
     (similarity_influence, "similarity against influence", "no analysis/pairs.parquet"),
     (blocks, "influence by head and layer", "no analysis/blocks.parquet; influence.blocks=true"),
+    (lds, "linear datamodelling score", "no retraining/lds.parquet; `retrain` in the config"),
 ]

@@ -1,4 +1,4 @@
-"""Every table of a run's analysis as CSV, LaTeX and Markdown: `tracmod tables`."""
+"""Every table of a run's analysis and retraining as CSV, LaTeX and Markdown: `tracmod tables`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,19 @@ MEASURE_WORDS = {
     "share_positive": "share among proponents",
     "share_negative": "share among opponents",
     "mean_influence": "mean influence",
+    "predicted": "predicted change of mean loss, in the method's own unit",
+    "actual": "actual change of mean loss",
+}
+RETRAINING = {
+    "lds": "value: Spearman of the losses after retraining with what the method says; over first: "
+    "what that is above the first method's; test language -: all",
+    "removal": "changes: without the removed training examples; test language -: all",
+    "leave_one_out": "changes: without the training language",
 }
 _SHARES = ("share", "null_share", "accuracy", "score", "full_score", "threshold", "same_label",
            "same_group")  # fmt: skip
 _INFLUENCES = ("mean_influence", "in_language", "cross_language")
+_DIFFERENCES = ("loss_change", "accuracy_change", "over_first", "predicted", "actual")
 _PROBABILITIES = ("p_value", "p_adjusted", "probability")
 # What neither LaTeX's own fonts nor pandas' escaping know.
 _LATEX = {
@@ -40,18 +49,22 @@ _RAISED = str.maketrans(words.superscript(-1)[0] + "".join(map(words.superscript
 
 @dataclass(frozen=True)
 class Table:
-    """One table; `measure`: what all its numbers are, of a language x language matrix."""
+    """One table; `measure`: what all its numbers are, of a language x language matrix.
+
+    `note`: how it is read, beside what its headers say.
+    """
 
     name: str
     rows: pd.DataFrame
     measure: str | None = None
     is_change: bool = False
+    note: str = ""
 
 
 def write_tables(run_dir: str | Path, out: str | Path, form: str = "csv") -> list[Path]:
-    """Write each table of `analysis/` in one form, and each language x language matrix.
+    """Write each table of `analysis/` and `retraining/`, and each language x language matrix.
 
-    CSV holds all digits under the names that the tables have in `analysis/`. LaTeX (a `tabular`,
+    CSV holds all digits under the names that the tables have in these folders. LaTeX (a `tabular`,
     which needs the package booktabs alone) and Markdown are for reading: digits that matter, units
     in the headers, intervals in brackets behind their values.
 
@@ -61,9 +74,10 @@ def write_tables(run_dir: str | Path, out: str | Path, form: str = "csv") -> lis
         form: `csv`, `latex` or `markdown`.
 
     Returns:
-        The files: the tables of `analysis/` and of its summary.json by their names there, and
-        `influence-<measure>-<model>-<view>` and `change-...`, whose rows are test languages and
-        whose columns are training languages.
+        The files: the tables of `analysis/`, of its summary.json, and of `retraining/` by their
+        names there, and `influence-<measure>-<model>-<view>`, `change-...`, `leave-one-out-actual`
+        and `leave-one-out-predicted-<method>`, whose rows are test languages and whose columns are
+        training languages.
 
     Raises:
         ValueError: no analysis in the folder, or an unknown form.
@@ -74,7 +88,7 @@ def write_tables(run_dir: str | Path, out: str | Path, form: str = "csv") -> lis
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for table in [*_long(tables), *_matrices(tables)]:
+    for table in [*_long(tables), *_matrices(tables), *_retraining(tables)]:
         if form == "csv":
             text = table.rows.to_csv(index=False, lineterminator="\n")
         else:
@@ -138,13 +152,33 @@ def _matrices(tables: AnalysisTables) -> Iterator[Table]:
                 yield Table(name, _matrix(rows, measure), measure, kind == "change")
 
 
+def _retraining(tables: AnalysisTables) -> Iterator[Table]:
+    """What training again told of the scores; leaving out languages also as matrices."""
+    for name, note in RETRAINING.items():
+        if len(rows := tables.retrained(name)):
+            yield Table(name, rows, note=note)
+    cells = tables.retrained("leave_one_out")
+    if tables.retraining is None or not len(cells):
+        return
+    tests = read_json(tables.retraining / "summary.json")["leave_one_out"]
+    note = "correlation: Spearman of the predicted with the actual changes of mean loss"
+    yield Table("leave_one_out_tests", _flat(tests), note=note)
+    methods = dict(list(cells.groupby("method", sort=False)))
+    note = RETRAINING["leave_one_out"]
+    first = next(iter(methods.values()))  # what happened is the same beside every method
+    yield Table("leave-one-out-actual", _matrix(first, "actual"), "actual", note=note)
+    for method, rows in methods.items():
+        matrix = _matrix(rows, "predicted")
+        yield Table(f"leave-one-out-predicted-{method}", matrix, "predicted", note=note)
+
+
 def _short(measure: str) -> str:
     return words.MEASURE_NAMES[measure].lower().replace(" ", "-")
 
 
 def _matrix(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Columns: test_language, and of each training language its value and interval."""
-    ends = [f"{measure}{end}" for end in ("", "_low", "_high")]
+    """Columns: test_language, and of each training language its value, and interval if known."""
+    ends = [name for end in ("", "_low", "_high") if (name := f"{measure}{end}") in rows.columns]
     wide = rows.pivot(index="test_language", columns="train_language", values=ends)
     columns = [(end, language) for language in rows["train_language"].unique() for end in ends]
     wide = wide[columns].reindex(rows["test_language"].unique())
@@ -176,7 +210,8 @@ def _readable(table: Table, tables: AnalysisTables) -> tuple[pd.DataFrame, list[
     if table.measure:
         form = _form(table.measure, table.rows.iloc[:, 1:], table.is_change, unit)
         what = f"{'change of ' if table.is_change else ''}{MEASURE_WORDS[table.measure]}"
-        notes = [f"{what} ({form.unit})", "rows: language of the test examples",
+        what += f" ({form.unit})" if form.unit else ""
+        notes = [what, "rows: language of the test examples",
                  "columns: language of the training examples"]  # fmt: skip
     for name, *ends in columns:
         values, header = table.rows[[name, *ends]], _words(name)
@@ -186,6 +221,9 @@ def _readable(table: Table, tables: AnalysisTables) -> tuple[pd.DataFrame, list[
         elif name.endswith(_PROBABILITIES):
             cells = ["-" if pd.isna(p) else re.sub("^p (= )?", "", words.p_value(p))
                      for p in values[name]]  # fmt: skip
+        elif name == "predicted" and not table.measure:  # a unit, hence a size, for each method
+            cells = [f"{one:{'+' if one else ''}.3g}".replace("-", "\N{MINUS SIGN}")
+                     for one in values[name]]  # fmt: skip
         else:
             if not table.measure:
                 form = _form(name, values, table.is_change, unit)
@@ -195,6 +233,7 @@ def _readable(table: Table, tables: AnalysisTables) -> tuple[pd.DataFrame, list[
     if any(len(one) > 1 for one in columns):
         confidence = tables.summary["settings"]["confidence"]
         notes.append(f"in brackets: {confidence:.0%} interval")
+    notes += [table.note] if table.note else []
     return pd.DataFrame(shown), numeric, "; ".join(notes)
 
 
@@ -229,11 +268,12 @@ def _form(name: str, values: pd.DataFrame, is_change: bool, unit: str) -> _Form:
     if name.startswith(_INFLUENCES):
         return _Form(10.0**-exponent, 2, True, f"{power} {unit}")
     if name.startswith(_SHARES):
-        signed = is_change and name != "null_share"
+        signed = name.startswith(_DIFFERENCES) or (is_change and name != "null_share")
         return _Form(100.0, 1, signed, "percentage points" if signed else "%")
+    signed = name.startswith(_DIFFERENCES)
     if 0 < largest < 0.01:
-        return _Form(10.0**-exponent, 2, False, power)
-    return _Form(digits=1 if largest >= 10 else 3)
+        return _Form(10.0**-exponent, 2, signed, power)
+    return _Form(digits=1 if largest >= 10 else 3, signed=signed)
 
 
 def _cells(values: pd.DataFrame, form: _Form) -> list[str]:
@@ -241,7 +281,7 @@ def _cells(values: pd.DataFrame, form: _Form) -> list[str]:
     texts = []
     for row in (form.factor * values.astype(float)).itertuples(index=False):
         value, *ends = [_number(one, form) for one in row]
-        texts.append(f"{value} [{', '.join(ends)}]" if ends else value)
+        texts.append(f"{value} [{', '.join(ends)}]" if ends and value != "-" else value)
     return texts
 
 

@@ -405,6 +405,8 @@ def test_scores_that_do_not_fit_are_refused_before_any_training(copy):
     memory = config(influence={"k": 5, "memory": "2KB"}, retrain={**SMALL, "subsets": 4})
     with pytest.raises(ValueError, match=r"influence.memory: to retrain, .*18 test x 36 training"):
         run_stages(RunFolder(copy, memory), ["retrain"])
+    with pytest.raises(ValueError, match=r"influence.memory: to retrain, .*18 test x 36 training"):
+        plan_run(RunFolder(copy, memory))
 
 
 # --- stopped, and on several workers --------------------------------------------------------

@@ -6,10 +6,12 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from study import tiny_config
 
 from tracmod.cli import main
 from tracmod.config import load_config
+from tracmod.features import Collector
 from tracmod.pipeline import Study, run_stages
 from tracmod.plan import plan_run
 from tracmod.run_folder import STAGES, RunFolder
@@ -49,6 +51,108 @@ def test_features_take_the_bytes_of_the_dtype_they_are_stored_in(tmp_path):
         plan = plan_run(RunFolder(tmp_path / dtype, tiny_config(collect={"store_dtype": dtype})))
         sizes[dtype] = next(one.bytes for one in plan.stages if one.stage == "collect")
     assert sizes["float32"] == 2 * sizes["bfloat16"] == 4 * sizes["int8"] > 0
+
+
+def planned(folder, **overrides):
+    return {
+        stage.stage: stage for stage in plan_run(RunFolder(folder, tiny_config(**overrides))).stages
+    }
+
+
+def bytes_of(files):
+    """Of the tensors in them, without the header of each file."""
+    tensors = [tensor for file in files for tensor in load_file(file).values()]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """The probe takes one second for plain features, 10 in Adam's and 100 in EK-FAC's metric."""
+    seconds = {None: 1.0, "adam": 10.0, "ekfac": 100.0}
+
+    def each(device, work, examples):
+        collector = getattr(work, "__self__", None)
+        if not isinstance(collector, Collector):
+            return 0.0
+        collector.collect(examples[:2])  # the stand-in does for the real one
+        return seconds[collector.preconditioner and collector.preconditioner.kind]
+
+    monkeypatch.setattr("tracmod.plan._seconds_each", each)
+
+
+def test_features_in_a_metric_cost_its_rate_its_fit_and_its_bytes(tmp_path, rates):
+    plain = planned(tmp_path / "plain")
+    run = RunFolder(tmp_path / "run", tiny_config(collect={"preconditioner": "ekfac"}))
+    plan = planned(run.path, collect={"preconditioner": "ekfac"})
+    assert plan["collect"].work.endswith(
+        "forward and backward passes of an example, preconditioned; EK-FAC fitted at 4 "
+        "checkpoints, two passes over 36 examples"
+    )
+    passes = int(plain["collect"].work.split(" = ")[1].split()[0])
+    assert plain["collect"].seconds == passes
+    assert plan["collect"].seconds == 100 * (passes + 4 * 2 * 36)
+    run_stages(run, STAGES[:5])
+    files = list((run.path / "preconditioners").rglob("*.safetensors"))
+    assert len(files) == 4
+    assert plan["collect"].bytes - plain["collect"].bytes == bytes_of(files) > 0
+    assert plan["finetune"].bytes == plain["finetune"].bytes
+
+
+def test_a_fit_is_of_so_many_examples_at_most(tmp_path, rates, monkeypatch):
+    monkeypatch.setattr("tracmod.plan.FIT_EXAMPLES", 10)
+    work = planned(tmp_path / "run", collect={"preconditioner": "ekfac"})["collect"].work
+    assert work.endswith("two passes over 10 examples")
+
+
+def test_checkpoints_with_adams_second_moment_are_larger_by_it(tmp_path, rates):
+    plain = planned(tmp_path / "plain")
+    run = RunFolder(tmp_path / "run", tiny_config(collect={"preconditioner": "adam"}))
+    plan = planned(run.path, collect={"preconditioner": "adam"})
+    assert (
+        plan["collect"].work == plain["collect"].work + ", preconditioned by Adam's second moment"
+    )
+    assert plan["collect"].seconds == 10 * plain["collect"].seconds
+    assert plan["collect"].bytes == plain["collect"].bytes
+    run_stages(run, STAGES[:4])
+    for stage, model in (("finetune", "full"), ("sparse-finetune", "sparse")):
+        assert plan[stage].work == plain[stage].work + " with Adam's second moment"
+        files = list(run.model(model).rglob("second_moment.safetensors"))
+        assert plan[stage].bytes - plain[stage].bytes == bytes_of(files) > 0
+
+
+def test_methods_of_retrain_in_a_metric_cost_features_and_fits_of_their_own(tmp_path, rates):
+    asked = {"subsets": 2, "seeds": 1, "removed": 0, "leave_one_out": False}
+    plans = {
+        name: planned(tmp_path / str(name), retrain={**asked, "methods": list(methods)})["retrain"]
+        for name, methods in {
+            "bm25": ["bm25"],
+            "adam": ["bm25", "adam"],
+            "last": ["bm25", "ekfac-last"],
+            "ekfac": ["bm25", "ekfac", "ekfac-last"],
+        }.items()
+    }
+    examples, fit = 36 + 18, 2 * 36
+    expected = {
+        "bm25": (0, 0),
+        "adam": (2 * 10 * examples, 0),  # 2 checkpoints
+        "last": (100 * (examples + fit), 1),
+        "ekfac": (100 * (3 * examples + 2 * fit), 2),
+    }
+    each = plans["last"].bytes - plans["bm25"].bytes
+    assert each > 0
+    for name, (seconds, fits) in expected.items():
+        added = plans[name].seconds - plans["bm25"].seconds
+        assert added == pytest.approx(seconds, abs=5), name  # and the trainings, timed
+        assert plans[name].bytes - plans["bm25"].bytes == fits * each
+        words = ["", "EK-FAC fitted at 1 checkpoint,", "EK-FAC fitted at 2 checkpoints,"][fits]
+        assert words in plans[name].work
+        assert ("EK-FAC" in plans[name].work) == (fits > 0)
+    kept = planned(
+        tmp_path / "kept",
+        collect={"preconditioner": "ekfac"},
+        retrain={**asked, "methods": ["bm25", "ekfac"]},
+    )["retrain"]
+    assert "EK-FAC" not in kept.work  # those of the features serve
 
 
 def test_counts_without_training_data_of_a_language(tmp_path):

@@ -201,8 +201,8 @@ def test_sets_that_leave_out_the_same_are_trained_once(done, copy):
 # --- scores ---------------------------------------------------------------------------------
 
 
-def test_every_method_has_scores_of_every_pair_and_tracin_those_of_the_run(done):
-    study = Study(RunFolder(done))
+def test_every_method_has_scores_of_every_pair_and_tracin_those_of_the_run(copy):
+    study = Study(RunFolder(copy))
     scores = {method: method_scores(study, method) for method in METHODS}
     for method, scores_QN in scores.items():
         assert scores_QN.shape == (18, 36), method
@@ -212,7 +212,7 @@ def test_every_method_has_scores_of_every_pair_and_tracin_those_of_the_run(done)
     assert np.array_equal(scores["tracin"], scores["tracin-cosine"])
     assert not np.allclose(scores["tracin"], scores["tracin-dot"], rtol=0.1, atol=0)
     ids = {split: study.table(split)["id"].to_pylist() for split in ("train", "test")}
-    for row in pq.read_table(done / "influence/full/full/top.parquet").to_pylist():
+    for row in pq.read_table(copy / "influence/full/full/top.parquet").to_pylist():
         found = scores["tracin"][
             ids["test"].index(row["test_id"]), ids["train"].index(row["train_id"])
         ]
@@ -293,13 +293,16 @@ def test_the_report_tells_the_numbers_and_says_nothing_where_nothing_was_asked_f
     assert f"{row['value']:.2f}".replace("-", "\N{MINUS SIGN}") in page
     assert "Change of mean loss without the strongest" in page
     assert "Language left out, Spearman" in page
+    assert "One seed: no verdict." in page
+    assert "of one seed, so without intervals" in page
+    assert "None" not in page[page.index('<section id="retraining">') :].split("</table>")[0]
     run_stages(RunFolder(copy, config(retrain=None)))
     page = (copy / "report" / "index.html").read_text()
     assert 'href="#retraining"' not in page
     assert 'id="retraining"' not in page
 
 
-def told(lds, ceiling=None, removal=(0, 0, 0), p=0.01):
+def told(lds, ceiling=None, removal=(0, 0, 0), p=0.01, spread=0.01):
     """The report's sentences about numbers (value, low, high); of removals the mean changes."""
 
     def row(method, values, **names):
@@ -326,7 +329,8 @@ def told(lds, ceiling=None, removal=(0, 0, 0), p=0.01):
         rows.append(row(HALF_OF_SEEDS, [ceiling] * 3, level="example", test_language=None))
     removals = [
         {"method": method, "side": side, "test_language": None, "removed": 4, "loss_change": change,
-         "loss_change_low": change - 0.01, "loss_change_high": change + 0.01}
+         "loss_change_low": None if spread is None else change - spread,
+         "loss_change_high": None if spread is None else change + spread}
         for (method, side), change in zip(
             [("tracin", "proponents"), ("tracin", "opponents"), ("random", "random")],
             removal, strict=True)
@@ -352,6 +356,13 @@ def test_the_words_follow_the_numbers():
     ):
         text = told((0.6, 0.5, 0.7), removal=removal)
         assert {one for one in (harm, less, unclear, falls) if one in text} == expected
+    assert "its mean loss changes by +0.300 (+0.290 to +0.310)" in told(
+        (0.6, 0.5, 0.7), removal=(0.3, -0.2, 0.1)
+    )
+    text = told((0.6, 0.5, 0.7), removal=(0.3, -0.2, 0.1), spread=None)
+    assert "its mean loss changes by +0.300, without as many" in text
+    assert text.count("One seed: no verdict.") == 1
+    assert not [one for one in (harm, less, unclear, falls) if one in text]
     assert "to 0.50 (p = 0.010)" in told((0.6, 0.5, 0.7))
     assert "p is from all 6 orders of the languages" in told((0.6, 0.5, 0.7))
 
@@ -421,6 +432,8 @@ def test_scores_that_do_not_fit_are_refused_before_any_training(copy):
     memory = config(influence={"k": 5, "memory": "2KB"}, retrain={**SMALL, "subsets": 4})
     with pytest.raises(ValueError, match=r"influence.memory: to retrain, .*18 test x 36 training"):
         run_stages(RunFolder(copy, memory), ["retrain"])
+    with pytest.raises(ValueError, match=r"influence.memory: to retrain, .*18 test x 36 training"):
+        plan_run(RunFolder(copy, memory))
 
 
 # --- stopped, and on several workers --------------------------------------------------------

@@ -14,10 +14,12 @@ from tiny_models import tiny_examples, tiny_model
 from tracmod.analysis.matrix_correlation import permuted_columns
 from tracmod.analysis.statistics import Settings
 from tracmod.validation.baselines import bm25_scores, embedding_scores, random_scores
+from tracmod.validation.changes import Changes
 from tracmod.validation.lds import Draws, lds_table, rank_correlation
 from tracmod.validation.retraining import (
     ALL,
     HALF_OF_SEEDS,
+    SIDES,
     Retrained,
     Summed,
     draw_subsets,
@@ -251,7 +253,10 @@ def test_a_removal_counts_for_its_own_language_against_the_same_seed_with_all():
             assert (row["trainings"], row["removed"]) == (2, 3)
         drawn = by(table, method="random", side="random", test_language=name)
         assert drawn["loss_change"] == pytest.approx(0.01)
-        assert 0 <= drawn["loss_change_low"] < 0.01 < drawn["loss_change_high"] <= 0.02
+        # Trainings vary by nothing here; the three draws, by 0.01 (their mean by 0.01 / 3**0.5).
+        assert drawn["loss_change_low"] < 0.01 < drawn["loss_change_high"]
+        width = drawn["loss_change_high"] - drawn["loss_change_low"]
+        assert width == pytest.approx(2 * 1.96 * 0.01 / 3**0.5, rel=0.3)
         assert drawn["trainings"] == 6
     own_Q = slice(5, 9)
     before, after = (retrained.correct[name][:, own_Q].mean()
@@ -260,6 +265,86 @@ def test_a_removal_counts_for_its_own_language_against_the_same_seed_with_all():
     assert row["accuracy_change"] == pytest.approx(after - before)
     assert row["accuracy_before"] == pytest.approx(before)
     assert row["loss_before"] == pytest.approx(retrained.losses[ALL][:, own_Q].mean())
+
+
+def trainings_world(seed, seeds, spread=0.0):
+    """Losses of trainings that change nothing on average: chance alone, in three sizes.
+
+    A training's own (all test examples rise and fall together), its language's, and that of each
+    example; beside these each example's change without a set of training examples, the same with
+    every seed. The sets drawn at random differ by `spread` in truth.
+    """
+    rng = rng_of([seed, seeds])
+
+    def chance():
+        own = rng.standard_normal((seeds, 1)) + 0.7 * rng.standard_normal((seeds, 15))
+        of_language = rng.standard_normal((seeds, 3))
+        return own + of_language[:, [TESTED.index(name) for name in LANGUAGES_Q]]
+
+    before, shared = rng.standard_normal(15), 3 * rng.standard_normal((seeds, 1))
+    losses = {ALL: before + shared + chance()}
+    at_random = [random_set(draw) for draw in range(3)]
+    removals = [removal_set("tracin", side, name) for side in SIDES for name in TESTED]
+    for name in (*at_random, *removals, *map(language_set, TESTED)):
+        losses[name] = before + rng.standard_normal(15) + shared + chance()
+        losses[name] += spread * rng.standard_normal() * (name in at_random)
+    return Retrained(losses, {name: (values > 0.0) + 0.0 for name, values in losses.items()})
+
+
+def removals_of(retrained):
+    return removal_table(["tracin"], retrained, 3, 3, LANGUAGES_Q, CLUSTERS_Q, SETTINGS)
+
+
+def left_out_of(retrained):
+    summed = {"tracin": summed_of(np.zeros((15, 30)), np.ones((2, 30), bool))}
+    return leave_one_out_table(summed, retrained, LANGUAGES_N, LANGUAGES_Q, CLUSTERS_Q, SETTINGS)
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(2, 0.0), (3, 0.0), (2, 1.0)])
+def test_intervals_of_few_seeds_hold_the_truth_as_often_as_they_say(seeds, spread):
+    covered = {}
+    for seed in range(150):
+        retrained = trainings_world(seed, seeds, spread)
+        for row in removals_of(retrained).to_pylist():
+            held = row["loss_change_low"] <= 0 <= row["loss_change_high"]
+            covered.setdefault((row["side"], row["test_language"] is None), []).append(held)
+        for row in left_out_of(retrained).to_pylist():
+            held = row["actual_low"] <= 0 <= row["actual_high"]
+            covered.setdefault("left out", []).append(held)
+    shares = {key: np.mean(held) for key, held in covered.items()}
+    assert len(shares) == 7
+    assert all(0.9 <= share <= 0.99 for share in shares.values()), shares
+
+
+def test_with_one_seed_there_is_no_interval():
+    retrained = trainings_world(0, 1)
+    for row in removals_of(retrained).to_pylist():
+        assert math.isfinite(row["loss_change"])
+        for name in ("loss", "accuracy"):
+            assert row[f"{name}_change_low"] is row[f"{name}_change_high"] is None
+    for row in left_out_of(retrained).to_pylist():
+        assert math.isfinite(row["actual"])
+        assert row["actual_low"] is row["actual_high"] is None
+
+
+def test_a_training_of_two_sets_counts_once():
+    """Two languages' strongest examples the same: one training, with one error for both."""
+    places = {"en": np.arange(3), "de": np.arange(3, 6)}
+    chance = rng_of(0).standard_normal((3, 400, 1)) @ np.ones((1, 6))
+    values = dict(zip(("all", "a", "b"), chance, strict=True))
+    draws = Draws.of(list(range(6)), 1, SETTINGS)
+
+    def variance(same, compared):
+        return Changes.of(values, same, "all", places, draws, 0).variance(compared)
+
+    own = {name: name for name in values}
+    apart = variance(own, {"en": ["a"], "de": ["b"]})
+    assert variance(own, {"en": ["a"], "de": ["a"]}) == pytest.approx(4 / 3 * apart)
+    values["b"] = values["a"]
+    twice = variance({**own, "b": "a"}, {"en": ["a"], "de": ["b"]})
+    assert twice == pytest.approx(variance({**own, "b": "a"}, {"en": ["a"], "de": ["a"]}))
+    # 1 (the training) + 1 (the baseline), of 400 seeds.
+    assert twice == pytest.approx(2 / 400, rel=0.2)
 
 
 # --- leaving a language out -----------------------------------------------------------------

@@ -12,16 +12,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from tracmod.capture import frozen
+from tracmod.capture import frozen, select_layers
 from tracmod.config import FinetuneConfig
+from tracmod.ekfac import FIT_EXAMPLES
 from tracmod.heads import HeadMask, head_importance
 from tracmod.influence import top_influences
 from tracmod.model import (
@@ -35,7 +36,8 @@ from tracmod.model import (
 )
 from tracmod.optimizer import HeadwiseAdamW
 from tracmod.pipeline import BLOCK_VIEWS, MODELS, Study, check_outside, run_stages
-from tracmod.retrain import check_subsets, counted
+from tracmod.preconditioner import Metric, Preconditioner, gradient_shape
+from tracmod.retrain import check_memory, check_subsets, counted, methods_of
 from tracmod.run_folder import RunFolder
 from tracmod.store import DTYPES
 from tracmod.views import views_of
@@ -44,6 +46,8 @@ from tracmod.views import views_of
 # are several times as fast per example as small ones.
 _PROBED = (1, 1, 8, 64, 512)
 _LONG_ENOUGH = 0.5  # seconds
+
+Kind = Literal["none", "adam", "ekfac"]
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,15 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class _Rates:
-    """Seconds each: a training step; forward, importance and features per example; a score."""
+    """Seconds each: a training step; forward, importance and features per example; a score.
+
+    Features by their preconditioner, of the kinds that the run has.
+    """
 
     step: float
     forward: float
     importance: float
-    features: float
+    features: dict[Kind, float]
     score: float
 
 
@@ -132,6 +139,8 @@ class _Planner:
         self.all_heads = HeadMask.full(len(layers), layers[0].num_heads)
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self.checkpoint_bytes = weights + 4_000_000  # and a tokenizer
+        self.kind: Kind = self.config.collect.preconditioner
+        self.moment_bytes = 4 * sum(p.numel() for p in self.model.parameters())
 
     def plan(self) -> RunPlan:
         rates = self._probe()
@@ -174,7 +183,11 @@ class _Planner:
         steps = config.epochs * sum(math.ceil(count / config.batch_size) for count in counts)
         seconds = steps * rates.step + config.epochs * self._count("test") * rates.forward
         work = f"{steps} steps of {config.batch_size}, {config.epochs} checkpoints"
-        return work, seconds, config.epochs * self.checkpoint_bytes
+        checkpoint_bytes = self.checkpoint_bytes
+        if self.kind == "adam":
+            work += " with Adam's second moment"
+            checkpoint_bytes += self.moment_bytes
+        return work, seconds, config.epochs * checkpoint_bytes
 
     def _pruning(self, rates: _Rates) -> tuple[str, float, int]:
         config, finetune = self.config.prune, self.config.finetune
@@ -212,9 +225,24 @@ class _Planner:
             f"{len(passes)} passes (view, mask) x {self._checkpoints()} checkpoints = "
             f"{examples} forward and backward passes of an example"
         )
+        seconds = examples * rates.features[self.kind]
         collect = self.config.collect
-        row = DTYPES[collect.store_dtype].itemsize * collect.projection_dim
-        return work, examples * rates.features, examples * row
+        size = examples * DTYPES[collect.store_dtype].itemsize * collect.projection_dim
+        if self.kind == "adam":
+            work += ", preconditioned by Adam's second moment"
+        if self.kind == "ekfac":
+            fits, fit_seconds, fit_bytes = self._fits(self._checkpoints(), rates)
+            work += f", preconditioned; {fits}"
+            seconds, size = seconds + fit_seconds, size + fit_bytes
+        return work, seconds, size
+
+    def _fits(self, checkpoints: int, rates: _Rates) -> tuple[str, float, int]:
+        """EK-FAC at so many checkpoints: two passes over its examples at each."""
+        examples = min(FIT_EXAMPLES, self._count("train"))
+        seconds = checkpoints * 2 * examples * rates.features["ekfac"]
+        places = "1 checkpoint" if checkpoints == 1 else f"{checkpoints} checkpoints"
+        work = f"EK-FAC fitted at {places}, two passes over {examples} examples"
+        return work, seconds, checkpoints * self._ekfac_bytes()
 
     def _scoring(self, rates: _Rates) -> tuple[str, float, int]:
         masks = dict.fromkeys(self.config.task.languages, self.all_heads)
@@ -227,18 +255,44 @@ class _Planner:
             passes = [counts for view, counts in self._counts_of_passes() if view in BLOCK_VIEWS]
             examples = self._checkpoints() * sum(train + test for train, test in passes)
             work += f"; by head and layer {examples} passes of an example"
-            seconds += 1.5 * examples * rates.features  # 1.5: as measured beside collecting
+            seconds += 1.5 * examples * rates.features["none"]  # 1.5: as measured beside collecting
         return work, seconds, 0
 
     def _retraining(self, rates: _Rates) -> tuple[str, float, int]:
         config, kinds = self.config.finetune, counted(self.config, self.tables["train"])
         check_subsets(self.config, self.tables["train"])
+        if not self.run.is_done("retrain"):
+            check_memory(self.config, self._count("train"), self._count("test"))
         trainings = sum(number for _, number, _ in kinds)
         trained = trainings * self._count("train") - sum(left_out for _, _, left_out in kinds)
         steps = config.epochs * trained / config.batch_size
         seconds = steps * rates.step + trainings * self._count("test") * rates.forward
         parts = ", ".join(f"{number} {what}" for what, number, _ in kinds)
-        return f"at most {trainings} trainings: {parts}", seconds, self.checkpoint_bytes
+        work, size = f"at most {trainings} trainings: {parts}", self.checkpoint_bytes
+        passes = self._preconditioned_passes()
+        examples = self._count("train") + self._count("test")
+        seconds += sum(n * examples * rates.features[kind] for kind, n in passes)
+        # Of the two methods the one of all checkpoints fits those of the other too.
+        fitted = max((n for kind, n in passes if kind == "ekfac"), default=0)
+        if fitted and self.kind != "ekfac":
+            fits, fit_seconds, fit_bytes = self._fits(fitted, rates)
+            work, seconds, size = f"{work}; {fits}", seconds + fit_seconds, size + fit_bytes
+        return work, seconds, size
+
+    def _preconditioned_passes(self) -> list[tuple[Kind, int]]:
+        """Of each method of retrain with features of its own: their kind, at how many checkpoints.
+
+        That these are in a metric says retrain.method_scores.
+        """
+        if self.config.retrain is None:
+            return []
+        checkpoints = len(self.study.counted_epochs("full"))
+        passes: dict[str, tuple[Kind, int]] = {
+            "adam": ("adam", checkpoints),
+            "ekfac": ("ekfac", checkpoints),
+            "ekfac-last": ("ekfac", 1),
+        }
+        return [passes[method] for method in methods_of(self.config) if method in passes]
 
     def _notes(self, plan: RunPlan) -> list[str]:
         notes = []
@@ -260,14 +314,24 @@ class _Planner:
             )
         return notes
 
+    def _ekfac_bytes(self) -> int:
+        """Of one checkpoint, in preconditioners/."""
+        metric = self._stand_in("ekfac", torch.device("meta"))
+        assert metric is not None
+        layers = metric.metrics.values()
+        return sum(tensor.nbytes for layer in layers for tensor in layer.tensors().values())
+
     # --- the probe --------------------------------------------------------------------------
 
     def _probe(self) -> _Rates:
         batch_size, device = self.config.finetune.batch_size, self.study.device
         train = self._examples("train", max(*_PROBED, batch_size))
-        collector = self.study.collector(self.model, None, None)
-        with frozen(self.model):
-            features = _seconds_each(device, collector.collect, train)
+        features: dict[Kind, float] = {}
+        for kind in {self.kind} | {kind for kind, _ in self._preconditioned_passes()}:
+            metric = self._stand_in(kind, self.model.device)
+            collector = self.study.collector(self.model, None, metric)
+            with frozen(self.model):
+                features[kind] = _seconds_each(device, collector.collect, train)
         return _Rates(
             step=self._step_seconds(train[:batch_size]),
             forward=_seconds_each(device, partial(predict, self.model), train),
@@ -275,6 +339,19 @@ class _Planner:
             features=features,
             score=self._score_seconds(),
         )
+
+    def _stand_in(self, kind: Kind, device: torch.device) -> Preconditioner | None:
+        """A metric of a checkpoint's shapes that changes nothing: as slow, and as large."""
+        if kind == "none":
+            return None
+        identity = cache(partial(torch.eye, device=device))
+        metrics = {}
+        for layer in select_layers(self.model, self.config.collect.parameters):
+            rows, columns = gradient_shape(layer)
+            turned = kind == "ekfac" and layer.kind == "linear"
+            turns = (identity(columns), identity(rows)) if turned else ()
+            metrics[layer.name] = Metric(torch.ones(rows, columns, device=device), *turns)
+        return Preconditioner(kind, metrics)
 
     def _examples(self, split: str, number: int) -> list[dict[str, Any]]:
         """Examples of a split in random order, so of all its languages and lengths."""

@@ -246,7 +246,7 @@ def design_of(study: Study) -> Design:
     assert asked is not None
     train, test = study.table("train"), study.table("test")
     members_SN = check_subsets(config, train)
-    _check_memory(config, len(train), len(test))
+    check_memory(config, len(train), len(test))
     test_languages = test["language"].to_pylist()
     summed: dict[str, Summed] = {
         method: Summed.of(method_scores(study, method), members_SN, test_languages)
@@ -264,7 +264,7 @@ def design_of(study: Study) -> Design:
     return Design(asked, sets, _results(study, sets), summed, removed)
 
 
-def _check_memory(config: RunConfig, num_train: int, num_test: int) -> None:
+def check_memory(config: RunConfig, num_train: int, num_test: int) -> None:
     """Scores of one method, summed up, and from all features of one checkpoint, normalized too."""
     features = 2 * (num_train + num_test) * config.collect.projection_dim
     needed, memory = 4 * (2 * num_train * num_test + features), config.influence.memory

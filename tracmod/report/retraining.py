@@ -191,13 +191,16 @@ def _removal(removal: list[Row], main: str) -> str:
         )
     ]  # fmt: skip
     proponents, opponents, random = (found[side] for side in (*SIDES, RANDOM))
-    if proponents["loss_change_low"] > random["loss_change_high"]:
+    if proponents["loss_change_low"] is None:
+        verdict = "One seed: no verdict."
+    elif proponents["loss_change_low"] > random["loss_change_high"]:
         verdict = "Removing proponents does more harm than removing others, as influence says."
     elif proponents["loss_change_high"] < random["loss_change_low"]:
         verdict = "Removing proponents does less harm than removing others, against the scores."
     else:
         verdict = "Removing proponents is not clearly different from removing others."
-    if opponents["loss_change_high"] < min(0.0, random["loss_change_low"]):
+    high, random_low = opponents["loss_change_high"], random["loss_change_low"]
+    if high is not None and high < min(0.0, random_low):
         verdict += " Removing opponents lowers the loss, as influence says."
     return f"Removal ({_name(main)}): {', '.join(texts)}. {verdict}"
 
@@ -231,8 +234,8 @@ def _interval(row: Row) -> str:
 
 
 def _change(row: Row, name: str) -> str:
-    value, low, high = (signed(row[f"{name}_change{end}"]) for end in ("", "_low", "_high"))
-    return f"{value} ({low} to {high})"
+    value, low, high = (row[f"{name}_change{end}"] for end in ("", "_low", "_high"))
+    return signed(value) + ("" if low is None else f" ({signed(low)} to {signed(high)})")
 
 
 def signed(value: float) -> str:

@@ -1,12 +1,12 @@
 """What is left out when a model is trained again, and what that says of a method's scores.
 
-Shape legend: N training examples, Q test examples, S subsets, R retrainings, L test languages,
-G training languages, B draws of the bootstrap (the first is what was observed).
+Shape legend: N training examples, Q test examples, S subsets, R trainings (seeds) of each set,
+L test languages, G training languages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from tracmod.analysis.matrix_correlation import permuted_columns
 from tracmod.analysis.statistics import Settings
-from tracmod.validation.lds import Draws, by_language, lds_table, weighted_mean
+from tracmod.validation.changes import Changes, Compared
+from tracmod.validation.lds import Draws, by_language, lds_table
 
 ALL = "all"
 HALF_OF_SEEDS = "half of the seeds"
@@ -200,69 +201,56 @@ def removal_table(
 
     A row per method, side and test language, and one of all (the mean over languages). A change is
     against the model trained on all examples with the same seed. Random removals are the same
-    examples for every test language.
+    examples for every test language. Bounds are as in `Changes`, null with one seed.
     """
     places = by_language(languages_Q)
+    groups: dict[tuple[str, str], Compared] = {
+        (method, side): {name: (removal_set(method, side, name),) for name in places}
+        for method in _not_random(dict.fromkeys(methods))
+        for side in SIDES
+    }
+    groups[RANDOM, RANDOM] = dict.fromkeys(places, tuple(map(random_set, range(random_removals))))
+    sets = [name for group in groups.values() for own in group.values() for name in own]
+    changes = _changes(retrained, sets, places, clusters_Q, settings)
     rows = []
-    for method in (*_not_random(dict.fromkeys(methods)), RANDOM):
-        for side in (RANDOM,) if method == RANDOM else SIDES:
-            changes = _removal_changes(method, side, retrained, random_removals, places)
-            trainings = len(changes["loss"])
-            draws = Draws.of(clusters_Q, trainings, settings)
-            for row in _change_rows(changes, places, draws):
-                names = {"method": method, "side": side, "removed": removed}
-                rows.append(names | {"trainings": trainings} | row)
+    for (method, side), compared in groups.items():
+        trainings = len(next(iter(compared.values()))) * len(retrained.losses[ALL])
+        names = {"method": method, "side": side, "removed": removed, "trainings": trainings}
+        intervals = {name: dict(one.intervals(compared)) for name, one in changes.items()}
+        rows += [
+            {**names, "test_language": language, **_bounds(intervals, language)}
+            for language in (None, *places)
+        ]
     _add_before(rows, retrained, places)
     return pa.Table.from_pylist(rows, REMOVAL_SCHEMA)
 
 
-def _removal_changes(
-    method: str,
-    side: str,
-    retrained: Retrained,
-    random_removals: int,
-    places: Mapping[str, np.ndarray],
-) -> dict[str, np.ndarray]:
-    """`loss`, `accuracy` -> (R, Q): of each test example, in the trainings without its examples."""
-    changes = {}
-    for name, of in (("loss", retrained.losses), ("accuracy", retrained.correct)):
-        if method == RANDOM:
-            parts = [of[random_set(draw)] - of[ALL] for draw in range(random_removals)]
-            changes[name] = np.concatenate(parts)
-            continue
-        change_RQ = np.empty_like(of[ALL])
-        for language, own_Q in places.items():
-            after = of[removal_set(method, side, language)]
-            change_RQ[:, own_Q] = (after - of[ALL])[:, own_Q]
-        changes[name] = change_RQ
-    return changes
-
-
-def _change_rows(
-    changes: Mapping[str, np.ndarray], places: Mapping[str, np.ndarray], draws: Draws
-) -> Iterator[dict[str, Any]]:
-    """Rows of each language, and of their mean (None), with intervals."""
-    drawn = {
-        name: {
-            language: weighted_mean(means_BQ[:, own_Q], draws.tests_BQ[:, own_Q])
-            for language, own_Q in places.items()
-        }
-        for name, means_BQ in ((n, _over_trainings(c, draws)) for n, c in changes.items())
+def _bounds(
+    intervals: Mapping[str, Mapping[str | None, Mapping[str, float | None]]], language: str | None
+) -> dict[str, float | None]:
+    """A language's columns of `REMOVAL_SCHEMA`, from the intervals of `loss` and `accuracy`."""
+    return {
+        f"{name}_change{suffix}": of_language[language][bound]
+        for name, of_language in intervals.items()
+        for suffix, bound in (("", "value"), ("_low", "low"), ("_high", "high"))
     }
-    for language in (None, *places):
-        row: dict[str, Any] = {"test_language": language}
-        for name, of_language in drawn.items():
-            parts = of_language if language is None else {language: of_language[language]}
-            interval = draws.interval(np.mean(list(parts.values()), axis=0))
-            row[f"{name}_change"] = interval["value"]
-            row[f"{name}_change_low"] = interval["low"]
-            row[f"{name}_change_high"] = interval["high"]
-        yield row
 
 
-def _over_trainings(values_RQ: np.ndarray, draws: Draws) -> np.ndarray:
-    """(B, Q) means over the trainings drawn."""
-    return draws.others_BS @ values_RQ / draws.others_BS.sum(axis=1, keepdims=True)
+def _changes(
+    retrained: Retrained,
+    sets: Sequence[str],
+    places: Mapping[str, np.ndarray],
+    clusters_Q: Sequence[Any] | np.ndarray,
+    settings: Settings,
+) -> dict[str, Changes]:
+    """Of `loss` and `accuracy`, without each of the sets against all examples."""
+    draws = Draws.of(clusters_Q, 1, settings)
+    first_of: dict[bytes, str] = {}
+    same = {n: first_of.setdefault(retrained.losses[n].tobytes(), n) for n in (ALL, *sets)}
+    return {
+        name: Changes.of(values, same, ALL, places, draws, settings.seed)
+        for name, values in (("loss", retrained.losses), ("accuracy", retrained.correct))
+    }
 
 
 def _add_before(
@@ -293,26 +281,26 @@ def leave_one_out_table(
         models trained on all examples with the same seeds; bounds as in `removal_table`.
     """
     trained, tested = by_language(languages_N), by_language(languages_Q)
-    draws = Draws.of(clusters_Q, len(retrained.losses[ALL]), settings)
-    actual = {}
-    for left_out in trained:
-        change_RQ = retrained.losses[language_set(left_out)] - retrained.losses[ALL]
-        for row in _change_rows({"loss": change_RQ}, tested, draws):
-            actual[row["test_language"], left_out] = row
+    sets = [language_set(left_out) for left_out in trained]
+    change = _changes(retrained, sets, tested, clusters_Q, settings)["loss"]
+    actual = {
+        left_out: dict(change.intervals(dict.fromkeys(tested, (language_set(left_out),))))
+        for left_out in trained
+    }
     rows = []
     for method, one in summed.items():
         for place, test_language in enumerate(tested):
             for train_language, own_N in trained.items():
-                change = actual[test_language, train_language]
+                found = actual[train_language][test_language]
                 rows.append(
                     {
                         "method": method,
                         "test_language": test_language,
                         "train_language": train_language,
                         "predicted": float(one.means_LN[place, own_N].sum()),
-                        "actual": change["loss_change"],
-                        "actual_low": change["loss_change_low"],
-                        "actual_high": change["loss_change_high"],
+                        "actual": found["value"],
+                        "actual_low": found["low"],
+                        "actual_high": found["high"],
                     }
                 )
     return pa.Table.from_pylist(rows, LEAVE_ONE_OUT_SCHEMA)

@@ -83,7 +83,8 @@ def test_a_run_in_another_metric_is_that_of_its_preconditioned_gradients(tmp_pat
     assert torch.corrcoef(torch.stack([found.flatten(), exact.flatten()]))[0, 1] > 0.95
     answer = tm.Attributor(out).query("The king sleeps.", "The king is asleep.", k=3)
     assert len(answer["proponents"]) == 3
-    assert (out / "report" / "index.html").is_file()
+    page = (out / "report" / "index.html").read_text(encoding="utf-8")
+    assert f"TracIn in the metric of {'EK-FAC' if kind == 'ekfac' else 'Adam'}" in page
 
 
 def test_the_run_folder_is_as_the_contract_says(done):

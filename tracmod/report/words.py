@@ -128,6 +128,12 @@ def seconds(value: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def metric(preconditioner: str) -> str:
+    """What gradients are compared in, to come after "TracIn"; nothing where they are plain."""
+    names = {"adam": " in the metric of Adam's steps", "ekfac": " in the metric of EK-FAC"}
+    return names.get(preconditioner, "")
+
+
 def influence_unit(influence: dict[str, Any]) -> str:
     """Unit of a score, from the run's `influence` section."""
     weight = "learning rate" if influence.get("weights") != "uniform" else ""

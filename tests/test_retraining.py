@@ -247,19 +247,19 @@ def test_scores_in_a_metric_are_those_of_its_preconditioned_gradients(copy):
     assert not again.exists()  # what is kept is looked up before anything is trained
 
 
-def test_in_a_run_with_a_metric_plain_tracin_stays_plain(done, tmp_path):
+def test_in_a_run_with_a_metric_plain_tracin_stays_plain(copy, tmp_path):
     """And its own influence is the one in the metric."""
     asked = config(collect={"preconditioner": "ekfac"})
     run_stages(
         RunFolder(tmp_path / "run", asked),
         ["data", "finetune", "prune", "sparse-finetune", "collect"],
     )
-    plain, other = Study(RunFolder(done)), Study(RunFolder(tmp_path / "run"))
+    plain, other = Study(RunFolder(copy)), Study(RunFolder(tmp_path / "run"))
     for method in ("tracin-dot", "tracin-cosine", "ekfac"):
         scores = [method_scores(study, method) for study in (plain, other)]
         np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-4 * np.abs(scores[0]).max())
     uniform = {"k": 5, "weights": "uniform"}
-    study = Study(RunFolder(done, config(influence=uniform)))
+    study = Study(RunFolder(copy, config(influence=uniform)))
     assert not np.allclose(method_scores(study, "ekfac"), scores[0])  # kept with other weights
     own = method_scores(other, "tracin")
     assert np.corrcoef(own.ravel(), method_scores(plain, "tracin").ravel())[0, 1] < 0.95

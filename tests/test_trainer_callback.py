@@ -401,6 +401,7 @@ def test_a_checkpoint_without_whole_weights_stops_the_training(tmp_path):
 WORKER = """
 import json, os, sys, warnings
 from pathlib import Path
+import torch
 sys.path.insert(0, sys.argv[2])
 import tracmod as tm
 import tracmod.trainer_callback as module
@@ -412,6 +413,8 @@ with warnings.catch_warnings(record=True) as warned:
 warned = [str(one.message) for one in warned if one.category is UserWarning]
 tree = {"written": written, "warned": [text for text in warned if "TracInCallback" in text]}
 Path(sys.argv[1], f"rank-{os.environ['RANK']}.json").write_text(json.dumps(tree))
+torch.distributed.barrier()  # gloo's threads end with both there, or the exit may abort one
+torch.distributed.destroy_process_group()
 """
 
 

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from tracmod.pipeline import Study
 
 METHODS: tuple[Method, ...] = get_args(Method)
+WEIGHTS = "model*.safetensors"  # of a checkpoint; a large one's are in several files
 Kind = Literal["none", "adam", "ekfac"]
 Normalize = Literal["cosine"] | None
 
@@ -123,7 +124,9 @@ def _kept_scores(
             mode="json", exclude={"features", "store_dtype", "preconditioner"}
         ),
         "max_length": study.config.model.max_length,
-        "checkpoints": [file_sha256(one.path / "model.safetensors") for one in checkpoints],
+        "checkpoints": [
+            file_sha256(file) for one in checkpoints for file in sorted(one.path.glob(WEIGHTS))
+        ],
         **{split: file_sha256(study.run.data(split)) for split in ("train", "test")},
     }
     file = study.run.retraining / "scores" / f"{sha256(canonical_json(identity))[:32]}.safetensors"

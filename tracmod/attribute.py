@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tracmod.capture import frozen
+from tracmod.config import MetricKind
 from tracmod.durable import file_sha256, read_json, write_checksums, write_json, write_parquet
 from tracmod.ekfac import checkpoint_preconditioner
 from tracmod.features import (
@@ -127,7 +128,7 @@ class Attribution:
     normalize: str | None = "cosine"
     head_mask: Path | None = None
     parameters: str = "encoder"
-    preconditioner: Literal["none", "adam", "ekfac"] = "none"
+    preconditioner: MetricKind = "none"
     seed: int = 0
     max_length: int | None = None
     batch_tokens: int = 8192

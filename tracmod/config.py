@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 Parameters = Literal["encoder", "all", "attention", "classifier"]
+MetricKind = Literal["none", "adam", "ekfac"]
 Combine = Literal["first", "union", "majority", "intersection"]
 Method = Literal[
     "tracin",
@@ -307,7 +308,7 @@ class CollectConfig(_Section):
     batch_tokens: int = Field(8192, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     shard_rows: int = Field(1024, ge=1, description="examples per file of a feature store")
-    preconditioner: Literal["none", "adam", "ekfac"] = Field(
+    preconditioner: MetricKind = Field(
         "none",
         description="the metric of inner products and cosines: plain; adam: of Adam's steps, by "
         "its second moment at the checkpoint; ekfac: of the model's curvature, as influence "

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from tracmod.capture import frozen, select_layers
-from tracmod.config import FinetuneConfig
+from tracmod.config import FinetuneConfig, MetricKind
 from tracmod.ekfac import FIT_EXAMPLES
 from tracmod.heads import HeadMask, head_importance
 from tracmod.influence import top_influences
@@ -46,8 +46,6 @@ from tracmod.views import views_of
 # are several times as fast per example as small ones.
 _PROBED = (1, 1, 8, 64, 512)
 _LONG_ENOUGH = 0.5  # seconds
-
-Kind = Literal["none", "adam", "ekfac"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class _Rates:
     step: float
     forward: float
     importance: float
-    features: dict[Kind, float]
+    features: dict[MetricKind, float]
     score: float
 
 
@@ -139,7 +137,7 @@ class _Planner:
         self.all_heads = HeadMask.full(len(layers), layers[0].num_heads)
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self.checkpoint_bytes = weights + 4_000_000  # and a tokenizer
-        self.kind: Kind = self.config.collect.preconditioner
+        self.kind: MetricKind = self.config.collect.preconditioner
         self.moment_bytes = 4 * sum(p.numel() for p in self.model.parameters())
 
     def plan(self) -> RunPlan:
@@ -279,7 +277,7 @@ class _Planner:
             work, seconds, size = f"{work}; {fits}", seconds + fit_seconds, size + fit_bytes
         return work, seconds, size
 
-    def _preconditioned_passes(self) -> list[tuple[Kind, int]]:
+    def _preconditioned_passes(self) -> list[tuple[MetricKind, int]]:
         """Of each method of retrain with features of its own: their kind, at how many checkpoints.
 
         That these are in a metric says retrain.method_scores.
@@ -287,7 +285,7 @@ class _Planner:
         if self.config.retrain is None:
             return []
         checkpoints = len(self.study.counted_epochs("full"))
-        passes: dict[str, tuple[Kind, int]] = {
+        passes: dict[str, tuple[MetricKind, int]] = {
             "adam": ("adam", checkpoints),
             "ekfac": ("ekfac", checkpoints),
             "ekfac-last": ("ekfac", 1),
@@ -326,7 +324,7 @@ class _Planner:
     def _probe(self) -> _Rates:
         batch_size, device = self.config.finetune.batch_size, self.study.device
         train = self._examples("train", max(*_PROBED, batch_size))
-        features: dict[Kind, float] = {}
+        features: dict[MetricKind, float] = {}
         for kind in {self.kind} | {kind for kind, _ in self._preconditioned_passes()}:
             metric = self._stand_in(kind, self.model.device)
             collector = self.study.collector(self.model, None, metric)
@@ -340,7 +338,7 @@ class _Planner:
             score=self._score_seconds(),
         )
 
-    def _stand_in(self, kind: Kind, device: torch.device) -> Preconditioner | None:
+    def _stand_in(self, kind: MetricKind, device: torch.device) -> Preconditioner | None:
         """A metric of a checkpoint's shapes that changes nothing: as slow, and as large."""
         if kind == "none":
             return None

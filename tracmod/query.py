@@ -401,8 +401,7 @@ class _OfRun:
 
     @property
     def k(self) -> int:
-        asked = self.study.config.influence.k
-        return asked if isinstance(asked, int) else asked[0]
+        return self.study.config.influence.ks[0]
 
     @property
     def views(self) -> list[tuple[str, str | None]]:

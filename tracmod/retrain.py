@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tracmod.analysis.results import RunResults
 from tracmod.capture import frozen
-from tracmod.config import Method, RetrainConfig, RunConfig
+from tracmod.config import Method, MetricKind, RetrainConfig, RunConfig
 from tracmod.durable import (
     canonical_json,
     file_sha256,
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 
 METHODS: tuple[Method, ...] = get_args(Method)
 WEIGHTS = "model*.safetensors"  # of a checkpoint; a large one's are in several files
-Kind = Literal["none", "adam", "ekfac"]
 Normalize = Literal["cosine"] | None
 
 
@@ -94,7 +93,7 @@ def method_scores(study: Study, method: Method) -> np.ndarray:
 
 
 def methods_of(config: RunConfig) -> list[Method]:
-    """Those that are asked for; else all, but for the one that is tracin by another name."""
+    """Those that are asked for; else all, but for what is tracin by another name."""
     assert config.retrain is not None
     kind, cosine = config.collect.preconditioner, config.influence.normalize == "cosine"
     if kind == "none":
@@ -112,7 +111,7 @@ def _plain_scores(study: Study, normalize: Normalize) -> np.ndarray:
 
 
 def _kept_scores(
-    study: Study, kind: Kind, checkpoints: Sequence[Checkpoint], normalize: Normalize
+    study: Study, kind: MetricKind, checkpoints: Sequence[Checkpoint], normalize: Normalize
 ) -> np.ndarray:
     """(Q, N) scores in a metric, from features of their own; in retraining/scores/."""
     collect, weights = study.config.collect, study.weights(list(checkpoints))
@@ -159,7 +158,7 @@ def _with_moments(study: Study, checkpoints: Sequence[Checkpoint]) -> list[Check
     return [replace(one, path=folder / one.path.name) for one in checkpoints]
 
 
-def _features_in(study: Study, kind: Kind, checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
+def _features_in(study: Study, kind: MetricKind, checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
     """Features of the test and of the training examples at a checkpoint, in a metric."""
     model, tokenizer = study.load(checkpoint)
     metric = None

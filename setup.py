@@ -72,7 +72,7 @@ setup(
     package_data={
         "tracmod": ["py.typed", "_C.pyi"],
         "tracmod.configs": ["*.yaml", "sweeps/*.yaml"],
-        "tracmod.report": ["*.html", "*.css", "*.js", "*.j2", "**/*.html", "**/*.css", "**/*.j2"],
+        "tracmod.report.html": ["*.css", "*.js", "*.j2"],
     },
     ext_modules=[CMakeExtension("tracmod._C")],
     cmdclass={"build_ext": CMakeBuild},

@@ -23,11 +23,11 @@ from tracmod.bench.collect import require
 from tracmod.bench.measure import environment, write_json
 from tracmod.bench.models import TRAINED
 from tracmod.config import parse_config
-from tracmod.durable import file_sha256
 from tracmod.engine import Engine, open_engine
 from tracmod.engine.local import LocalEngine
-from tracmod.pipeline import run_stages
-from tracmod.run_folder import STAGES, RunFolder
+from tracmod.files.durable import file_sha256
+from tracmod.study.pipeline import run_stages
+from tracmod.study.run_folder import STAGES, RunFolder
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "local": lambda: LocalEngine(),

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 import tracmod as tm
+from tracmod.attribution.query import CANDIDATES
 from tracmod.bench.collect import WrongResult, require
 from tracmod.bench.measure import environment, take_turns, write_json
 from tracmod.bench.models import Trained, load_trained
 from tracmod.bench.report import section
-from tracmod.index import KINDS, InfluenceIndex
-from tracmod.model import load_classifier
-from tracmod.query import CANDIDATES
+from tracmod.influence.index import KINDS, InfluenceIndex
+from tracmod.models.loading import load_classifier
 
 K = 100
 Rows = list[Tensor]  # one (N, K) per checkpoint

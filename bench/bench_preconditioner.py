@@ -21,8 +21,8 @@ import tracmod as tm
 from tracmod.bench.collect import BATCH_TOKENS, DIM, require, whole_gradients
 from tracmod.bench.measure import agreement, clock, environment, take_turns, write_json
 from tracmod.bench.models import SHAPES, random_examples, random_model, spaced
-from tracmod.capture import select_layers
-from tracmod.preconditioner import Preconditioner
+from tracmod.gradients.capture import select_layers
+from tracmod.gradients.preconditioner import Preconditioner
 
 CPU = torch.device("cpu")
 CHECKED = 4  # examples whose whole gradients are formed

@@ -34,11 +34,12 @@ import tracmod as tm
 from tracmod.bench.collect import require
 from tracmod.bench.measure import environment, peak_memory, take_turns, write_json
 from tracmod.bench.models import random_examples, random_model
-from tracmod.capture import frozen
 from tracmod.config import parse_bytes
-from tracmod.features import Collector, as_examples, collect_to_store
-from tracmod.storage import entries, file_size
-from tracmod.store import FeatureStore, verify_store
+from tracmod.features.collector import Collector, collect_to_store
+from tracmod.features.store import FeatureStore, verify_store
+from tracmod.files.object_storage import entries, file_size
+from tracmod.models.inputs import as_examples
+from tracmod.models.modes import frozen
 
 K, GROUPS = 100, 5
 DTYPES = ("float32", "bfloat16", "int8")

@@ -19,10 +19,10 @@ import tracmod as tm
 from tracmod.bench import plain
 from tracmod.bench.measure import agreement, clock, environment, take_turns
 from tracmod.bench.models import random_examples, random_model, spaced
-from tracmod.capture import Layer, select_layers
-from tracmod.features import Slot, projection_keys
+from tracmod.features.projection import Slot, projection_keys
+from tracmod.gradients.capture import Layer, select_layers
 from tracmod.kernels import reference
-from tracmod.model import to_device
+from tracmod.models.modes import to_device
 
 DIM = 4096
 BATCH_TOKENS = 8192

@@ -19,7 +19,8 @@ from tracmod.bench import plain
 from tracmod.bench.collect import BATCH_TOKENS, check_exact, check_features, require
 from tracmod.bench.measure import agreement, environment
 from tracmod.bench.models import load_trained
-from tracmod.model import load_classifier, to_device
+from tracmod.models.loading import load_classifier
+from tracmod.models.modes import to_device
 
 Pair = tuple[Tensor, Tensor]
 # (kind, layers, K)

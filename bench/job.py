@@ -27,11 +27,12 @@ from tracmod.bench import plain
 from tracmod.bench.collect import BATCH_TOKENS, DIM, check_exact, check_features, require
 from tracmod.bench.measure import agreement, environment, peak_memory
 from tracmod.bench.models import Trained, load_trained, spaced
-from tracmod.capture import frozen
-from tracmod.features import Collector, as_examples, collect_to_store
-from tracmod.influence import top_of_scores
-from tracmod.model import load_classifier, to_device
-from tracmod.store import FeatureStore
+from tracmod.features.collector import Collector, collect_to_store
+from tracmod.features.store import FeatureStore
+from tracmod.influence.scores import top_of_scores
+from tracmod.models.inputs import as_examples
+from tracmod.models.loading import load_classifier
+from tracmod.models.modes import frozen, to_device
 
 K = 100
 

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
-from tracmod.model import encode, load_checkpoints, load_model, quiet_transformers
+from tracmod.models.checkpoints import load_checkpoints
+from tracmod.models.inputs import encode
+from tracmod.models.loading import load_model, quiet_transformers
 
 VOCABULARY, LABELS = 4000, 3
 SHAPES: dict[str, dict[str, Any]] = {
@@ -56,8 +58,8 @@ def random_examples(count: int, seed: int = 1) -> list[dict[str, Any]]:
 def make_trained(folder: Path, config: dict[str, Any] | None = None) -> None:
     """Sample the data and fine-tune, unless the folder holds it already."""
     from tracmod.config import parse_config  # not on every machine, and not needed where it is done
-    from tracmod.pipeline import run_stages
-    from tracmod.run_folder import RunFolder
+    from tracmod.study.pipeline import run_stages
+    from tracmod.study.run_folder import RunFolder
 
     run = RunFolder(folder, parse_config(config or TRAINED, "bench"))
     if not run.is_done("finetune"):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tracmod.model import collate, pad_token_id, plan_batches
+from tracmod.models.inputs import collate, pad_token_id, plan_batches
 
 Examples = Sequence[Mapping[str, Any]]
 NAIVE_BLOCK = 32  # training gradients that naive TracIn multiplies at a time

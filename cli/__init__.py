@@ -18,8 +18,8 @@ from tracmod import __version__
 
 if TYPE_CHECKING:
     from tracmod.engine import Engine
-    from tracmod.index import InfluenceIndex
-    from tracmod.run_folder import RunFolder
+    from tracmod.influence.index import InfluenceIndex
+    from tracmod.study.run_folder import RunFolder
 
 EXISTING = click.Path(exists=True, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -162,7 +162,7 @@ def run(config: str, out: Path, check: bool, **options: Any) -> None:
       tracmod run xnli --out runs/xnli --set task.train_per_language=5000
     """
     from tracmod.config import load_config
-    from tracmod.run_folder import RunFolder
+    from tracmod.study.run_folder import RunFolder
 
     folder = RunFolder(out, load_config(config, _overrides(**options)))
     if check:
@@ -174,7 +174,7 @@ def run(config: str, out: Path, check: bool, **options: Any) -> None:
 
 
 def _show_plan(folder: RunFolder) -> None:
-    from tracmod.plan import plan_run
+    from tracmod.study.plan import plan_run
 
     plan = plan_run(folder)
     click.echo(f"{'stage':16} {'state':6} {'time':>8} {'disk':>9}  work")
@@ -217,7 +217,7 @@ def sweep(config: str, out: Path, check: bool, **options: Any) -> None:
       tracmod sweep thresholds --out runs/thresholds --set finetune.epochs=5
       tracmod sweep my-sweep.yaml --out runs/mine
     """
-    from tracmod.sweep import load_sweep, run_sweep, sweep_plan
+    from tracmod.study.sweep import load_sweep, run_sweep, sweep_plan
 
     loaded = load_sweep(config, _overrides(**options))
     if check:
@@ -242,7 +242,7 @@ def _stage(stage: str, does: str, example: str = "") -> None:
     @_options(_RUN_OPTIONS)
     def command(run_dir: Path, config: str | None, **options: Any) -> None:
         from tracmod.config import load_config, override_config
-        from tracmod.run_folder import RunFolder
+        from tracmod.study.run_folder import RunFolder
 
         overrides = _overrides(**options)
         if config is not None:
@@ -273,7 +273,7 @@ def _engine(
     import torch
 
     from tracmod.engine import open_engine
-    from tracmod.model import resolve_device
+    from tracmod.models.modes import resolve_device
 
     if engine == "local" and workers is None and resolve_device(device) == "cuda":
         workers = torch.cuda.device_count()
@@ -281,8 +281,8 @@ def _engine(
 
 
 def _do(folder: RunFolder, stages: Any, options: dict[str, Any], again: str | None = None) -> None:
-    from tracmod.model import resolve_device
-    from tracmod.pipeline import run_stages
+    from tracmod.models.modes import resolve_device
+    from tracmod.study.pipeline import run_stages
 
     device = "cpu"
     to_do = [stage for stage in stages if stage == again or not folder.is_done(stage)]
@@ -426,7 +426,7 @@ def attribute(
       tracmod attribute --model my-model --checkpoint my-model/checkpoint-500 \\
           --checkpoint my-model/checkpoint-1000 --train train.tsv --query test.tsv --out influence
     """
-    from tracmod.attribute import Attribution, attribute, given_checkpoints
+    from tracmod.attribution.attribute import Attribution, attribute, given_checkpoints
     from tracmod.config import parse_bytes
 
     source, given = given_checkpoints(model, checkpoints, folder)
@@ -527,8 +527,8 @@ def index(
       tracmod index runs/demo --kind hnsw
       tracmod index influence --kind ivfpq --recall 0.9 --memory 16GB
     """
+    from tracmod.attribution.query import Attributor
     from tracmod.config import parse_bytes
-    from tracmod.query import Attributor
 
     in_training = parse_bytes(memory)
     attributor = Attributor(folder, model, view, mask)
@@ -597,7 +597,7 @@ def query(
           --label contradiction --language de --language ru --json
       tracmod query influence "What a film!"
     """
-    from tracmod.query import Attributor
+    from tracmod.attribution.query import Attributor
 
     attributor = Attributor(folder, model, view, mask)
     answer = attributor.query(text, text_b, label, k, languages or None)
@@ -645,7 +645,7 @@ def export(run_dir: Path, out: Path, **options: Any) -> None:
       tracmod export runs/demo --language de --out demo-de
       tracmod export runs/demo --mask my-mask.json --model sparse --form pruned --out demo-mine
     """
-    from tracmod.export import export_subnetwork
+    from tracmod.study.export import export_subnetwork
 
     exported = export_subnetwork(run_dir, out, **options)
     heads, size = exported.mask.size, exported.mask.array.size
@@ -689,7 +689,7 @@ def figures(run_dir: Path, form: str, width: str, out: Path | None) -> None:
       tracmod figures runs/demo
       tracmod figures runs/demo --format svg --width column --out paper/figures
     """
-    from tracmod.report.figures import write_figures
+    from tracmod.report.paper.figures import write_figures
 
     written = write_figures(run_dir, out or run_dir / "figures", form=form, width=width)
     for path in written.files:
@@ -720,7 +720,7 @@ def tables(run_dir: Path, form: str, out: Path | None) -> None:
       tracmod tables runs/demo
       tracmod tables runs/demo --format latex --out paper/tables
     """
-    from tracmod.report.tables import write_tables
+    from tracmod.report.paper.tables import write_tables
 
     for path in write_tables(run_dir, out or run_dir / "tables", form):
         click.echo(path)
@@ -754,7 +754,7 @@ def explore(folder: Path, port: int, host: str) -> None:
       tracmod explore runs/demo
       tracmod explore influence --port 8000
     """
-    from tracmod.explore import serve
+    from tracmod.attribution.explore import serve
 
     serve(folder, host, port)
 
@@ -774,7 +774,7 @@ def status(run_dir: Path, as_json: bool) -> None:
     Example:
       tracmod status runs/demo
     """
-    from tracmod.status import run_status
+    from tracmod.study.status import run_status
 
     found = run_status(run_dir)
     if as_json:
@@ -834,7 +834,7 @@ def merge(stores: tuple[Path | str, ...], out: Path | str) -> None:
     """
     from tqdm import tqdm
 
-    from tracmod.store import FeatureStore
+    from tracmod.features.store import FeatureStore
 
     rows = sum(len(FeatureStore.open(store)) for store in stores)
     with tqdm(total=rows, desc="merge", unit="example", disable=None) as bar:
@@ -853,8 +853,8 @@ def doctor(as_json: bool) -> None:
     """
     import torch
 
+    from tracmod.files.versions import versions
     from tracmod.kernels import build_info
-    from tracmod.run_folder import versions
 
     found: dict[str, Any] = {"tracmod": __version__, **versions()}
     found |= {f"native {name}": value for name, value in build_info().items()}
@@ -888,7 +888,7 @@ def bench(device: str, dtype: str, full: bool, json_path: Path | None) -> None:
       tracmod bench --dtype bfloat16 --full --json bench.json
     """
     from tracmod.bench.bench_kernels import run_bench
-    from tracmod.model import resolve_device
+    from tracmod.models.modes import resolve_device
 
     if not run_bench(resolve_device(device), dtype, json_path, short=not full):
         _fail("a result is wrong, see above", 1)

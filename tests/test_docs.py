@@ -25,14 +25,14 @@ import yaml
 from click.testing import CliRunner
 from markdown_it import MarkdownIt
 from own_model import own_model, own_tokenizer, write_examples
-from study import tiny_config
+from tiny_study import tiny_config
 
 import tracmod as tm
 from tracmod import kernels
 from tracmod.cli import main
 from tracmod.config import load_config
 from tracmod.configs import __file__ as configs
-from tracmod.sweep import load_sweep
+from tracmod.study.sweep import load_sweep
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -155,8 +155,8 @@ def test_commands_in_the_text_are_commands_with_these_options(page):
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
     """A folder with what a reader has: my-model, train.tsv, test.tsv, runs/demo (a small run)."""
-    from tracmod.pipeline import run_stages
-    from tracmod.run_folder import RunFolder
+    from tracmod.study.pipeline import run_stages
+    from tracmod.study.run_folder import RunFolder
 
     folder = tmp_path_factory.mktemp("reader")
     model = own_model()

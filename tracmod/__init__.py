@@ -10,21 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tracmod import kernels
-    from tracmod.blocks import block_influence
-    from tracmod.ekfac import fit_ekfac
-    from tracmod.features import Projection, collect_features
-    from tracmod.heads import HeadMask
-    from tracmod.influence import (
-        exact_influence,
-        influence_scores,
-        self_influence,
-        top_influences,
-    )
-    from tracmod.preconditioner import Preconditioner, adam_preconditioner
-    from tracmod.pruned import load_pruned, save_masked, save_pruned
-    from tracmod.query import Attributor
-    from tracmod.store import FeatureStore
-    from tracmod.trainer_callback import TracInCallback
+    from tracmod.attribution.query import Attributor
+    from tracmod.features.collector import collect_features
+    from tracmod.features.projection import Projection
+    from tracmod.features.store import FeatureStore
+    from tracmod.gradients.ekfac import fit_ekfac
+    from tracmod.gradients.preconditioner import Preconditioner, adam_preconditioner
+    from tracmod.influence.blocks import block_influence
+    from tracmod.influence.exact import exact_influence
+    from tracmod.influence.scores import influence_scores, self_influence, top_influences
+    from tracmod.subnetworks.head_mask import HeadMask
+    from tracmod.subnetworks.pruned_model import load_pruned, save_masked, save_pruned
+    from tracmod.training.callback import TracInCallback
 
 __version__ = "0.1.0"
 
@@ -51,23 +48,23 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "Attributor": "tracmod.query",
-    "FeatureStore": "tracmod.store",
-    "HeadMask": "tracmod.heads",
-    "Preconditioner": "tracmod.preconditioner",
-    "Projection": "tracmod.features",
-    "TracInCallback": "tracmod.trainer_callback",
-    "adam_preconditioner": "tracmod.preconditioner",
-    "block_influence": "tracmod.blocks",
-    "collect_features": "tracmod.features",
-    "exact_influence": "tracmod.influence",
-    "fit_ekfac": "tracmod.ekfac",
-    "influence_scores": "tracmod.influence",
-    "load_pruned": "tracmod.pruned",
-    "save_masked": "tracmod.pruned",
-    "save_pruned": "tracmod.pruned",
-    "self_influence": "tracmod.influence",
-    "top_influences": "tracmod.influence",
+    "Attributor": "tracmod.attribution.query",
+    "FeatureStore": "tracmod.features.store",
+    "HeadMask": "tracmod.subnetworks.head_mask",
+    "Preconditioner": "tracmod.gradients.preconditioner",
+    "Projection": "tracmod.features.projection",
+    "TracInCallback": "tracmod.training.callback",
+    "adam_preconditioner": "tracmod.gradients.preconditioner",
+    "block_influence": "tracmod.influence.blocks",
+    "collect_features": "tracmod.features.collector",
+    "exact_influence": "tracmod.influence.exact",
+    "fit_ekfac": "tracmod.gradients.ekfac",
+    "influence_scores": "tracmod.influence.scores",
+    "load_pruned": "tracmod.subnetworks.pruned_model",
+    "save_masked": "tracmod.subnetworks.pruned_model",
+    "save_pruned": "tracmod.subnetworks.pruned_model",
+    "self_influence": "tracmod.influence.scores",
+    "top_influences": "tracmod.influence.scores",
 }
 
 

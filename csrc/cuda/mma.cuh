@@ -1,5 +1,5 @@
 // The tensor cores' and the copy unit's instructions (compute capability 8.0 and later), a warp at
-// a time. Under TRACMOD_EMULATE the same functions run on the host (tests/cuda_emulation).
+// a time. Under TRACMOD_EMULATE the same functions run on the host (tests/support/cuda_emulation).
 //
 // Which element a register of lane l holds, with r = l / 4 and t = l % 4; A is m x k, B is k x n, C
 // and D are m x n. A register of bfloat16 holds the two neighbours along k, the lower one first.

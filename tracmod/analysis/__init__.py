@@ -14,7 +14,7 @@ from tracmod.analysis.statistics import (
     sign_flip_test,
     wilson_interval,
 )
-from tracmod.analysis.study import analyze
+from tracmod.analysis.summary import analyze
 
 __all__ = [
     "Interval",

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tracmod.analysis.languages import MEASURES, pivot_examples
-from tracmod.durable import read_json
+from tracmod.files.durable import read_json
 
 MODELS = ("full", "sparse")
 VIEWS = (

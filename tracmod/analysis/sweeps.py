@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from tracmod.durable import read_json
+from tracmod.files.durable import read_json
 
 _ANSWERS = ("known_answers", "known_answers_asked")
 

@@ -1,5 +1,5 @@
 """The HTML report of a run folder."""
 
-from tracmod.report.page import write_report
+from tracmod.report.html.page import write_report
 
 __all__ = ["write_report"]

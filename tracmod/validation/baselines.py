@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tracmod.model import collate, pad_token_id, plan_batches
+from tracmod.models.inputs import collate, pad_token_id, plan_batches
 
 # Words as they are, in any script: of one letter too, none left out for being frequent. Where a
 # script puts no spaces, a run of letters is a word.

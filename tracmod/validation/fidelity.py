@@ -24,12 +24,13 @@ from scipy.stats import rankdata
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tracmod.durable import canonical_json, sha256
-from tracmod.heads import HeadMask
-from tracmod.influence import TopInfluences, exact_influence, influence_scores, top_of_scores
-from tracmod.kept_tensors import read_tensors, write_tensors
-from tracmod.preconditioner import Preconditioner
-from tracmod.rows import Features, as_rows
+from tracmod.features.rows import Features, as_rows
+from tracmod.files.durable import canonical_json, sha256
+from tracmod.files.tensor_cache import read_tensors, write_tensors
+from tracmod.gradients.preconditioner import Preconditioner
+from tracmod.influence.exact import exact_influence
+from tracmod.influence.scores import TopInfluences, influence_scores, top_of_scores
+from tracmod.subnetworks.head_mask import HeadMask
 
 # Drawn where the run is large enough; a certificate costs about twice the sample's passes.
 QUERIES, TRAINS = 20, 200

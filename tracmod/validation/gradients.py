@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tracmod import kernels
-from tracmod.capture import Captured, capture, frozen, select_layers
-from tracmod.features import masked
-from tracmod.heads import HeadMask
-from tracmod.lean import Kept, lean
-from tracmod.model import class_names, collate, encode, load_model, pad_token_id, per_example_loss
+from tracmod.gradients.capture import Captured, capture, select_layers
+from tracmod.gradients.lean_pass import Kept, lean
+from tracmod.models.inputs import collate, encode, pad_token_id, per_example_loss
+from tracmod.models.loading import class_names, load_model
+from tracmod.models.modes import frozen
+from tracmod.subnetworks.head_mask import HeadMask, masked
 
 
 @dataclass(frozen=True)

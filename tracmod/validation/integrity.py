@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tracmod.durable import CHECKSUMS, read_checksums, read_json, unseal
-from tracmod.storage import Location, entries, file_sha256, file_size, location
-from tracmod.store import StorePath, verify_store
+from tracmod.features.store import StorePath, verify_store
+from tracmod.files.durable import CHECKSUMS, read_checksums, read_json, unseal
+from tracmod.files.object_storage import Location, entries, file_sha256, file_size, location
 
 
 def verify(place: StorePath) -> list[str]:

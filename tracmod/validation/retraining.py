@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from tracmod.analysis.matrix_correlation import permuted_columns
 from tracmod.analysis.statistics import Settings
-from tracmod.validation.changes import Changes, Compared
 from tracmod.validation.lds import Draws, by_language, lds_table
+from tracmod.validation.retrained_changes import Changes, Compared
 
 ALL = "all"
 HALF_OF_SEEDS = "half of the seeds"

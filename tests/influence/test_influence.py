@@ -1,0 +1,214 @@
+"""Scores, top-k and group sums against brute force in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tracmod as tm
+from tracmod.influence.scores import top_of_scores, without_examples
+
+
+def features(count, seed, checkpoints=3, dim=33):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(count, dim, generator=generator) for _ in range(checkpoints)]
+
+
+def brute_force(query, train, weights, normalize):
+    total = torch.zeros(len(query[0]), len(train[0]), dtype=torch.float64)
+    for q, t, weight in zip(query, train, weights, strict=True):
+        q, t = q.double(), t.double()
+        if normalize:
+            q, t = (torch.nn.functional.normalize(f, dim=1) for f in (q, t))
+        total += weight * q @ t.T
+    return total
+
+
+@pytest.mark.parametrize("normalize", [None, "cosine"])
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1e-3]])
+def test_scores_are_the_weighted_sum_over_checkpoints(normalize, weights):
+    query, train = features(7, 1), features(31, 2)
+    expected = brute_force(query, train, weights or [1, 1, 1], normalize)
+    found = tm.influence_scores(query, train, weights, normalize)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    top = tm.top_influences(query, train, k=5, weights=weights, normalize=normalize)
+    torch.testing.assert_close(top.scores.double(), expected.topk(5).values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        top.opponent_scores.double(), -(-expected).topk(5).values, rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(top.indices.cpu(), expected.topk(5).indices)
+    assert top.group_sums is None
+
+
+def test_one_tensor_is_one_checkpoint():
+    query, train = features(3, 1, 1)[0], features(9, 2, 1)[0]
+    torch.testing.assert_close(tm.influence_scores(query, train), query @ train.T)
+
+
+@pytest.mark.parametrize("normalize", [None, "cosine"])
+@pytest.mark.parametrize(
+    ("convert_query", "convert_train"),
+    [
+        (torch.Tensor.double, torch.Tensor.double),
+        (torch.Tensor.half, torch.Tensor.half),
+        (torch.Tensor.bfloat16, torch.Tensor.bfloat16),
+        (torch.Tensor.bfloat16, torch.Tensor.float),
+        (torch.Tensor.float, torch.Tensor.half),
+        (lambda one: one.repeat(1, 2)[:, ::2], lambda one: one.T.contiguous().T),
+        (torch.Tensor.numpy, lambda one: one.double().numpy()),
+    ],
+)
+def test_both_take_features_of_any_kind(convert_query, convert_train, normalize):
+    query, train = features(4, 1, dim=32), features(9, 2, dim=32)
+    query, train = [convert_query(one) for one in query], [convert_train(one) for one in train]
+    tensors = [[torch.as_tensor(one) for one in each] for each in (query, train)]
+    expected = brute_force(*tensors, [1, 1, 1], normalize)
+    found = tm.influence_scores(query, train, normalize=normalize)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    top = tm.top_influences(query, train, 9, normalize=normalize)
+    torch.testing.assert_close(top.scores, found.gather(1, top.indices), rtol=1e-5, atol=1e-5)
+    one = tm.top_influences(query[0], train[0], 9, normalize=normalize)
+    found = tm.influence_scores(query[0], train[0], normalize=normalize)
+    torch.testing.assert_close(one.scores, found.gather(1, one.indices), rtol=1e-5, atol=1e-5)
+
+
+def test_positive_scores_lower_the_loss():
+    """One small step of gradient descent on a proponent lowers the query's loss."""
+    from encoders import ragged_examples, tiny_encoder
+
+    from tracmod.models.inputs import collate, per_example_loss
+
+    examples = ragged_examples(12)
+    model = tiny_encoder()
+
+    def loss(model, example):
+        batch = collate([example], 1)
+        return per_example_loss(model(**{**batch, "labels": None}).logits, batch["labels"]).sum()
+
+    scores = tm.exact_influence(model, examples, examples[:1], "all")[0]
+    for row in (int(scores[1:].argmax()) + 1, int(scores[1:].argmin()) + 1):
+        model = tiny_encoder()
+        before = loss(model, examples[0])
+        loss(model, examples[row]).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 1e-4 * parameter.grad
+        change = float(loss(model, examples[0]).detach() - before.detach())
+        assert change * float(scores[row]) < 0
+        assert change == pytest.approx(-1e-4 * float(scores[row]), rel=0.2)
+
+
+def test_groups_are_named_summed_and_shared_out():
+    query, train = features(4, 1), features(40, 2)
+    groups = [["de", "en", "zh"][row % 3] for row in range(40)]
+    top = tm.top_influences(query, train, k=10, groups=groups)
+    scores = brute_force(query, train, [1, 1, 1], None)
+    assert top.group_names == ["de", "en", "zh"]
+    for column, name in enumerate(top.group_names):
+        rows = [row for row, group in enumerate(groups) if group == name]
+        torch.testing.assert_close(
+            top.group_sums[:, column], scores[:, rows].sum(1), rtol=1e-5, atol=1e-4
+        )
+        for shares, indices in (
+            (top.group_shares, top.indices),
+            (top.opponent_group_shares, top.opponent_indices),
+        ):
+            expected = [sum(groups[i] == name for i in row) / 10 for row in indices.tolist()]
+            assert shares[:, column].tolist() == pytest.approx(expected)
+    torch.testing.assert_close(top.group_shares.sum(1), torch.ones(4).double())
+
+
+def test_integer_groups_may_be_a_tensor():
+    top = tm.top_influences(features(2, 1), features(8, 2), 3, torch.tensor([7, 7, 2, 2] * 2))
+    assert top.group_names == [2, 7]
+
+
+def test_top_of_scores_is_top_influences():
+    query, train = features(5, 1, 1), features(30, 2, 1)
+    groups = [row % 4 for row in range(30)]
+    one = tm.top_influences(query, train, 6, groups)
+    other = top_of_scores(tm.influence_scores(query, train), 6, groups)
+    for name in ("indices", "opponent_indices"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    for name in ("scores", "opponent_scores", "group_sums", "group_shares"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-5)
+
+
+def test_ties_go_to_the_lower_index():
+    train = torch.ones(9, 4)
+    top = tm.top_influences(torch.ones(2, 4), train, 3)
+    assert top.indices.tolist() == [[0, 1, 2]] * 2
+    assert top.opponent_indices.tolist() == [[0, 1, 2]] * 2
+    assert top_of_scores(torch.ones(2, 9), 3).indices.tolist() == [[0, 1, 2]] * 2
+
+
+def test_k_is_lowered_to_the_number_of_training_examples():
+    top = tm.top_influences(features(2, 1), features(3, 2), k=100)
+    assert top.indices.shape == (2, 3)
+    assert sorted(top.indices[0].tolist()) == [0, 1, 2]
+
+
+def test_a_zero_gradient_has_cosine_zero():
+    query, train = torch.zeros(1, 4), torch.randn(3, 4)
+    assert tm.influence_scores(query, train, normalize="cosine").tolist() == [[0, 0, 0]]
+    assert tm.top_influences(query, train, 1, normalize="cosine").scores.tolist() == [[0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_features": features(5, 2, 2)}, "as many checkpoints .* got 3 and 2"),
+        ({"weights": [1.0]}, "weights: expected 3, one per checkpoint, got 1"),
+        ({"normalize": "l2"}, "normalize: expected None or 'cosine'"),
+        ({"train_features": features(5, 2, 3, dim=8)}, r"expected shape \(5, 33\), got \(5, 8\)"),
+        ({"k": 0}, "k: expected at least 1, got 0"),
+        ({"groups": ["a"]}, "groups: expected 5, one per training example, got 1"),
+        ({"train_features": features(0, 2)}, "at least one training example"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message):
+    good = {"query_features": features(2, 1), "train_features": features(5, 2)}
+    with pytest.raises(ValueError, match=message):
+        tm.top_influences(**(good | arguments))
+
+
+@pytest.mark.parametrize("normalize", [None, "cosine"])
+def test_without_examples_is_what_is_found_where_they_never_were(normalize):
+    query, train = features(5, 1), features(20, 2)
+    groups = [["de", "en", "zh"][row % 3] for row in range(20)]
+    weights = [0.5, 2.0, 1e-3]
+    left_out = [[], [3], [0, 19, 7], [3], [5, 6]]
+    top = tm.top_influences(query, train, 4 + 3, groups, weights, normalize)
+    found = without_examples(top, left_out, query, train, 4, groups, weights, normalize)
+    for row, rows in enumerate(left_out):
+        kept = [n for n in range(20) if n not in rows]
+        expected = tm.top_influences(
+            [one[row : row + 1] for one in query],
+            [one[kept] for one in train],
+            4,
+            [groups[n] for n in kept],
+            weights,
+            normalize,
+        )
+        for name in ("indices", "opponent_indices"):
+            original = [kept[n] for n in getattr(expected, name)[0].tolist()]
+            assert getattr(found, name)[row].tolist() == original
+        for name in ("scores", "opponent_scores", "group_sums", "group_shares"):
+            one, other = getattr(found, name)[row], getattr(expected, name)[0]
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_without_examples_lowers_k_to_what_is_left_and_refuses_short_rankings():
+    query, train = features(2, 1), features(5, 2)
+    top = tm.top_influences(query, train, 100)
+    found = without_examples(top, [[0, 1], []], query, train, 100)
+    assert sorted(found.indices[0].tolist()) == [2, 3, 4]
+    assert found.indices.shape == (2, 3)
+    assert found.group_sums is None
+    with pytest.raises(ValueError, match="expected at least 4 places a query, got 3"):
+        without_examples(tm.top_influences(query, train, 3), [[0], []], query, train, 3)
+    with pytest.raises(ValueError, match="left_out: expected 2 lists, got 1"):
+        without_examples(top, [[0]], query, train, 3)
+    with pytest.raises(ValueError, match="at least one training example, got none"):
+        without_examples(top, [list(range(5)), []], query, train, 3)

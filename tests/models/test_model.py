@@ -1,0 +1,570 @@
+"""Models: made, loaded, encoded, batched, identified."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, SENTENCES, table, tiny_examples, tiny_model, tiny_tokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config
+from transformers import GPT2ForSequenceClassification as GPT2Classifier
+
+from tracmod.models.architecture import attention_layers, embeddings_module
+from tracmod.models.checkpoints import load_checkpoints
+from tracmod.models.digests import model_digest, tokenizer_digest
+from tracmod.models.inputs import accuracy, collate, encode, per_example_loss, plan_batches, predict
+from tracmod.models.loading import create_model, load_classifier, load_model, max_tokens
+from tracmod.models.modes import resolve_device
+from tracmod.models.tokenizer import read_sentencepiece, train_tokenizer
+
+REAL_VOCABULARY = Path(
+    os.environ.get(
+        "TRACMOD_XLMR_SENTENCEPIECE",
+        Path(__file__).resolve().parents[3]
+        / "shared/data/xlmr_tokenizer/sentencepiece.bpe.model.rebuilt.gz",
+    )
+)
+LABELS = ["entailment", "neutral", "contradiction"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    """A folder with a small XLM-R classifier and its tokenizer."""
+    model = create_model(tokenizer, LABELS, layers=2, hidden=16, heads=2, max_length=32)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# --- tokenizers -----------------------------------------------------------------------------
+
+
+def test_trained_tokenizer_has_the_numbering_of_xlmr(tokenizer):
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    assert tokenizer.convert_tokens_to_ids(special) == [0, 1, 2, 3, len(tokenizer) - 1]
+    single = tokenizer("the cat")["input_ids"]
+    first, second = single[1:-1], tokenizer("el gato")["input_ids"][1:-1]
+    assert single == [0, *first, 2]
+    assert tokenizer("the cat", "el gato")["input_ids"] == [0, *first, 2, 2, *second, 2]
+    assert tokenizer.decode(first) == "the cat"
+    assert 3 not in tokenizer(list(SENTENCES))["input_ids"][-1]
+
+
+def test_trained_tokenizer_is_the_same_in_another_process(tokenizer):
+    code = (
+        "from tiny_models import tiny_tokenizer;"
+        "from tracmod.models.digests import tokenizer_digest;"
+        "print(tokenizer_digest(tiny_tokenizer()))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == tokenizer_digest(tokenizer)
+
+
+def test_vocabulary_counts_the_special_tokens():
+    draw = random.Random(0)
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(2000)]
+    texts = [" ".join(draw.choices(words, k=8)) for _ in range(1000)]
+    assert len(train_tokenizer(texts, 500, 32)) == 500
+
+
+def test_tokenizer_survives_saving(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer_digest(loaded) == tokenizer_digest(tokenizer)
+    odd = ["  \uff21\uff22\uff23  \ufb01ne ", "", "猫 и gato", "�", "the\tcat\nsits"]
+    assert loaded(odd)["input_ids"] == tokenizer(odd)["input_ids"]
+
+
+def test_tokenizer_digest_forgets_truncation_but_not_content(tokenizer):
+    before = tokenizer_digest(tokenizer)
+    tokenizer("the cat", truncation=True, max_length=3, padding="max_length")
+    assert tokenizer_digest(tokenizer) == before
+    assert tokenizer_digest(train_tokenizer(SENTENCES[:3] * 10, 300, 32)) != before
+
+
+def test_sentencepiece_files_are_read(tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 10),
+        model_prefix=str(tmp_path / "own"),
+        vocab_size=300,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    plain = tmp_path / "own.model"
+    packed = tmp_path / "own.model.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    ours = read_sentencepiece(plain, 32)
+    assert tokenizer_digest(ours) == tokenizer_digest(read_sentencepiece(packed, 32))
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(plain))
+    for text in [*SENTENCES, "unseen ☃ words"]:
+        expected = [piece + 1 if piece else 3 for piece in theirs.encode(text)]
+        assert ours(text)["input_ids"] == [0, *expected, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("gone.model", None, "no such file"),
+        ("text.model", b"not a model at all", "SentencePiece"),
+        ("text.gz", b"not packed", "cannot be read"),
+    ],
+)
+def test_bad_sentencepiece_files_are_named(tmp_path, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}.*{says}"):
+        read_sentencepiece(tmp_path / name, 32)
+
+
+def test_other_sentencepiece_types_are_refused(tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 10),
+        model_prefix=str(tmp_path / "bpe"),
+        model_type="bpe",
+        vocab_size=120,
+        minloglevel=2,
+    )
+    with pytest.raises(ValueError, match="unigram"):
+        read_sentencepiece(tmp_path / "bpe.model", 32)
+
+
+def test_training_a_tokenizer_needs_texts():
+    with pytest.raises(ValueError, match="got none"):
+        train_tokenizer(["", "  "], 300, 32)
+
+
+def test_a_trained_tokenizer_knows_every_character_and_whole_words():
+    tokenizer = train_tokenizer(SENTENCES * 10, 10, 128)
+    for sentence in SENTENCES:
+        assert tokenizer.unk_token_id not in tokenizer(sentence)["input_ids"]
+    tokenizer = train_tokenizer(SENTENCES * 10, 1000, 32)
+    assert tokenizer.tokenize("the green park") == ["▁the", "▁green", "▁park"]
+    assert tokenizer.tokenize("猫坐在") == ["▁", "猫", "坐", "在"]
+
+
+@pytest.mark.skipif(not REAL_VOCABULARY.is_file(), reason="XLM-R's vocabulary is not here")
+def test_real_vocabulary_gives_published_ids():
+    tokenizer = read_sentencepiece(REAL_VOCABULARY, 512)
+    assert len(tokenizer) == 250002
+    assert tokenizer.mask_token_id == 250001
+    # fairseq's README of XLM-R
+    assert tokenizer("Hello world!")["input_ids"] == [0, 35378, 8999, 38, 2]
+    assert tokenizer("你好\uff0c世界")["input_ids"] == [0, 6, 124084, 4, 3221, 2]
+
+
+# --- making and loading ---------------------------------------------------------------------
+
+
+def test_created_model_depends_on_the_seed_alone(tokenizer):
+    def make(seed):
+        return create_model(tokenizer, LABELS, layers=2, hidden=16, heads=2, seed=seed)
+
+    torch.manual_seed(123)
+    before = torch.random.get_rng_state()
+    first = make(5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(999)
+    assert model_digest(first) == model_digest(make(5))
+    assert model_digest(first) != model_digest(make(6))
+    assert not first.training
+    assert first.config.id2label == dict(enumerate(LABELS))
+    assert {parameter.dtype for parameter in first.parameters()} == {torch.float32}
+
+
+def test_created_model_takes_max_length_tokens(tokenizer):
+    model = create_model(tokenizer, LABELS, layers=1, hidden=16, heads=2, max_length=9)
+    example = {"input_ids": [0] + [5] * 7 + [2], "attention_mask": [1] * 9, "labels": 0}
+    assert predict(model, [example]).shape == (1, 3)
+    assert model.config.max_position_embeddings == 11
+
+
+def test_created_model_needs_heads_that_divide(tokenizer):
+    with pytest.raises(ValueError, match="multiple of heads"):
+        create_model(tokenizer, LABELS, hidden=30, heads=4)
+
+
+def test_loaded_model_is_the_saved_one(saved, tokenizer):
+    model, loaded = load_model(saved)
+    own = create_model(tokenizer, LABELS, layers=2, hidden=16, heads=2, max_length=32)
+    assert model_digest(model) == model_digest(own)
+    assert tokenizer_digest(loaded) == tokenizer_digest(tokenizer)
+    assert not model.training
+    assert load_model(saved, ["Entailment", "neutral", "contradiction"])[0].num_labels == 3
+
+
+def test_a_model_without_classifier_gets_one_from_the_seed(tmp_path, tokenizer):
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not a sequence classifier"):
+        load_model(tmp_path)
+    first, _ = load_model(tmp_path, LABELS, seed=1)
+    torch.manual_seed(7)
+    second, _ = load_model(tmp_path, LABELS, seed=1)
+    third, _ = load_model(tmp_path, LABELS, seed=2)
+    assert first.config.id2label == dict(enumerate(LABELS))
+    assert model_digest(first) == model_digest(second) != model_digest(third)
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (["yes", "no"], "expected the classes"),
+        (["neutral", "entailment", "contradiction"], "expected the classes"),
+    ],
+)
+def test_other_classes_are_refused(saved, labels, says):
+    with pytest.raises(ValueError, match=says):
+        load_model(saved, labels)
+
+
+def test_what_is_no_model_is_named(saved, tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"gone: no such folder"):
+        load_model(tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_model(tmp_path / "empty")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (saved / name).unlink()
+    with pytest.raises(ValueError, match="no tokenizer in the folder"):
+        load_model(saved)
+    tokenizer.save_pretrained(saved)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be had in the folder"):
+        load_model(saved)
+
+
+def test_another_number_of_classes_is_refused(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["id2label"] = {"0": "LABEL_0", "1": "LABEL_1"}
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"classifier\.out_proj\.(weight|bias) of shape"):
+        load_model(saved, ["yes", "no"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_longest_input_is_what_the_positions_allow(family, tokenizer):
+    model = tiny_model(family)
+    tokenizer = tiny_tokenizer(10**9)
+    longest = max_tokens(model, tokenizer)
+    assert longest < model.config.max_position_embeddings + 1
+    example = {"attention_mask": [1] * longest, "input_ids": [5] * longest, "labels": 0}
+    assert predict(model, [example]).isfinite().all()
+    longer = {name: [1] * (longest + 1) for name in ("attention_mask", "input_ids")}
+    longer["input_ids"] = [5] * (longest + 1)
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        predict(model, [{**longer, "labels": 0}])
+    tokenizer.model_max_length = 7
+    assert max_tokens(model, tokenizer) == 7
+
+
+def test_a_loaded_tokenizer_knows_the_models_positions(saved, tokenizer):
+    unlimited = tiny_tokenizer(10**9)
+    unlimited.save_pretrained(saved)
+    _, loaded = load_model(saved)
+    assert loaded.model_max_length == 32
+    with pytest.raises(ValueError, match="max_length 33 is more"):
+        encode(loaded, table([("a", "the cat", None, 0)]), 33)
+
+
+def test_a_name_that_is_nowhere_is_refused_at_once(monkeypatch):
+    def no_network(url):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("tracmod.models.loading.get_hf_file_metadata", no_network)
+    monkeypatch.setattr("tracmod.models.loading.AutoConfig", None)  # which would go on trying
+    with pytest.raises(ValueError, match=r"model nosuch: no such folder, .* Hub: Name or service"):
+        load_model("nosuch")
+
+
+@pytest.mark.parametrize("name", ["foo", "mps", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(ValueError, match=rf"device: .*got {name}"):
+        resolve_device(name)
+
+
+def test_devices(monkeypatch):
+    assert resolve_device("cpu") == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [resolve_device(text) for text in (None, "auto", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    with pytest.raises(ValueError, match="torch finds 2 GPUs"):
+        resolve_device("cuda:2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert resolve_device(None) == resolve_device("auto") == "cpu"
+    with pytest.raises(ValueError, match="torch finds no GPUs"):
+        resolve_device("cuda")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(saved):
+    larger, _ = load_model(saved)
+    larger.resize_token_embeddings(20)
+    larger.save_pretrained(saved)
+    with pytest.raises(ValueError, match="only 20 rows"):
+        load_model(saved)
+
+
+def test_other_architectures_are_refused(tmp_path, tokenizer):
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, num_labels=3, pad_token_id=1
+    )
+    GPT2Classifier(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="BERT family"):
+        load_model(tmp_path)
+
+
+# --- checkpoints ----------------------------------------------------------------------------
+
+
+def folder(path, name, tree):
+    path.mkdir()
+    (path / name).write_text(json.dumps(tree))
+    return path
+
+
+def test_checkpoints_of_ours(tmp_path):
+    tree = {"epoch": 2, "step": 40, "learning_rate": 1e-5}
+    path = folder(tmp_path / "a", "tracmod.json", tree)
+    (checkpoint,) = load_checkpoints([path])
+    assert (checkpoint.path, checkpoint.epoch, checkpoint.step) == (path, 2, 40)
+    assert checkpoint.learning_rate == 1e-5
+
+
+def test_checkpoints_of_the_trainer(tmp_path):
+    log = [{"step": step, "learning_rate": step / 10} for step in (10, 20, 30, 40)]
+    log.insert(2, {"step": 20, "eval_loss": 1.0})
+    paths = []
+    for epoch, step in ((1, 20), (2, 40), (3, 45)):
+        tree = {"epoch": float(epoch), "global_step": step}
+        tree["log_history"] = [row for row in log if row["step"] <= step]
+        paths.append(folder(tmp_path / f"checkpoint-{step}", "trainer_state.json", tree))
+    checkpoints = load_checkpoints(paths)
+    assert [c.epoch for c in checkpoints] == [1, 2, 3]
+    assert [c.step for c in checkpoints] == [20, 40, 45]
+    # Means of steps 10, 20 and 30, 40; none logged after 40, so the last.
+    assert [c.learning_rate for c in checkpoints] == pytest.approx([1.5, 3.5, 4.0])
+    assert load_checkpoints(paths[1:2])[0].learning_rate == pytest.approx(2.5)
+
+
+def test_checkpoints_without_a_word_and_bad_ones(tmp_path):
+    (tmp_path / "plain").mkdir()
+    (checkpoint,) = load_checkpoints([tmp_path / "plain"])
+    assert (checkpoint.epoch, checkpoint.step, checkpoint.learning_rate) == (1, 0, None)
+    with pytest.raises(ValueError, match="no such folder"):
+        load_checkpoints([tmp_path / "gone"])
+    with pytest.raises(ValueError, match="learning_rate"):
+        load_checkpoints([folder(tmp_path / "half", "tracmod.json", {"epoch": 1})])
+
+
+@pytest.mark.parametrize(
+    ("name", "tree", "says"),
+    [
+        ("tracmod.json", {"epoch": 1, "step": 2, "learning_rate": "high"}, "learning_rate"),
+        ("tracmod.json", {"epoch": [], "step": 2, "learning_rate": 0.1}, "epoch"),
+        ("tracmod.json", {"epoch": 1, "step": 2, "learning_rate": float("nan")}, "learning_rate"),
+        ("trainer_state.json", {"log_history": [{"learning_rate": 0.1}]}, "step"),
+        ("trainer_state.json", {"log_history": [{"step": 1, "learning_rate": {}}]}, "learning"),
+        ("trainer_state.json", {"log_history": [3]}, "log_history"),
+        ("trainer_state.json", {"log_history": None}, "log_history"),
+    ],
+)  # fmt: skip
+def test_bad_records_of_training_are_named(tmp_path, name, tree, says):
+    with pytest.raises(ValueError, match=rf"{name}: expected {says}.* to be a"):
+        load_checkpoints([folder(tmp_path / "bad", name, tree)])
+
+
+# --- parts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_layers_are_found(family):
+    model = tiny_model(family, layers=3, hidden=24, heads=4)
+    layers = attention_layers(model)
+    assert [(layer.num_heads, layer.head_dim) for layer in layers] == [(4, 6)] * 3
+    assert len({id(linear) for layer in layers for linear in layer[:4]}) == 12
+    inside = {id(module) for module in embeddings_module(model).modules()}
+    assert id(model.get_input_embeddings()) in inside
+    assert not inside & {id(linear) for layer in layers for linear in layer[:4]}
+
+
+def test_what_has_no_attention_is_refused():
+    with pytest.raises(ValueError, match=r"Linear.*BERT family"):
+        attention_layers(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="embeddings"):
+        embeddings_module(torch.nn.Linear(2, 2))
+
+
+# --- examples, batches, loss ----------------------------------------------------------------
+
+
+def test_encode_keeps_the_order_and_cuts_the_longest(tokenizer):
+    rows = [
+        ("a", "the cat", "el gato", 0),
+        ("b", "the cat", None, 2),
+        ("c", " ".join(["the cat sits on the mat"] * 5), "el gato", 1),
+        ("d", "el gato", "", 1),
+    ]
+    examples = encode(tokenizer, table(rows), 20, num_labels=3)
+    assert [example["labels"] for example in examples] == [0, 2, 1, 1]
+    assert examples[0]["input_ids"] == tokenizer("the cat", "el gato")["input_ids"]
+    assert examples[1]["input_ids"] == tokenizer("the cat")["input_ids"]
+    # An empty second text is a pair, a missing one is not.
+    assert examples[3]["input_ids"] == [*tokenizer("el gato")["input_ids"], 2, 2]
+    assert len(examples[2]["input_ids"]) == 20
+    gato = tokenizer("el gato")["input_ids"][1:-1]
+    assert examples[2]["input_ids"][-1 - len(gato) :] == [*gato, 2]
+    for example in examples:
+        assert set(example) == {"input_ids", "attention_mask", "labels"}
+        assert example["attention_mask"] == [1] * len(example["input_ids"])
+
+
+def test_encode_names_what_does_not_fit(tokenizer):
+    rows = [("first", "the cat", None, 2), ("second", "the cat", None, 3)]
+    with pytest.raises(ValueError, match=r"example second: expected a label from 0 to 2, got 3"):
+        encode(tokenizer, table(rows), 12, num_labels=3)
+    with pytest.raises(ValueError, match="max_length 64 is more"):
+        encode(tokenizer, table(rows), 64)
+    assert len(encode(tokenizer, table(rows), 12, num_labels=1)) == 2
+    for too_short in (-1, 0, 1, 4):
+        with pytest.raises(ValueError, match="more than the 4 special tokens"):
+            encode(tokenizer, table(rows), too_short)
+    assert len(encode(tokenizer, table([("a", "the cat", "el gato", 0)]), 5)[0]["input_ids"]) == 5
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 200])
+@pytest.mark.parametrize("batch_tokens", [1, 16, 100, 10_000])
+def test_batches_hold_every_example_once_within_the_bound(count, batch_tokens):
+    draw = random.Random(count)
+    lengths = [draw.randint(1, 40) for _ in range(count)]
+    batches = plan_batches(lengths, batch_tokens)
+    assert sorted(position for batch in batches for position in batch) == list(range(count))
+    for batch in batches:
+        longest = max(lengths[position] for position in batch)
+        assert len(batch) == 1 or longest * len(batch) <= batch_tokens
+        assert longest * len(batch) - sum(lengths[position] for position in batch) <= 512
+    assert batches == plan_batches(list(lengths), batch_tokens)
+
+
+def test_batches_need_room():
+    with pytest.raises(ValueError, match="batch_tokens"):
+        plan_batches([3], 0)
+
+
+def test_collate_pads_on_the_right():
+    examples = [
+        {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": 2},
+        {"input_ids": [8], "attention_mask": [1], "labels": 0},
+    ]
+    batch = collate(examples, pad_id=1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [2, 0]
+    assert "token_type_ids" not in batch
+    typed = [{**example, "token_type_ids": [1] * len(example["input_ids"])} for example in examples]
+    assert collate(typed, pad_id=1)["token_type_ids"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_per_example_loss():
+    logits = torch.randn(5, 3, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    loss = per_example_loss(logits, labels)
+    expected = -torch.log(torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True))
+    torch.testing.assert_close(loss, expected[torch.arange(5), labels])
+    assert loss.dtype == torch.float64
+    assert per_example_loss(logits.bfloat16(), labels).dtype == torch.float32
+    squared = per_example_loss(logits[:, :1], torch.arange(5))
+    torch.testing.assert_close(squared, (logits[:, 0] - torch.arange(5)) ** 2)
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
+@pytest.mark.parametrize("batch_tokens", [1, 30, 8192])
+def test_predictions_do_not_depend_on_batches(family, batch_tokens):
+    model = tiny_model(family, dropout=0.3).train()
+    examples = tiny_examples(9)
+    logits = predict(model, examples, batch_tokens=batch_tokens)
+    assert model.training
+    model.eval()
+    for example, row in zip(examples, logits, strict=True):
+        ids = torch.tensor([example["input_ids"]])
+        torch.testing.assert_close(model(input_ids=ids).logits[0], row)
+
+
+def test_accuracy():
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 2.0]])
+    assert accuracy(logits, [0, 1, 1]) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="accuracy"):
+        accuracy(torch.zeros(0, 2), [])
+
+
+# --- identity -------------------------------------------------------------------------------
+
+
+def test_model_digest_sees_every_bit_of_the_weights():
+    model = tiny_model("bert", dtype=torch.float32)
+    before = model_digest(model)
+    assert model_digest(model.train()) == before
+    weight = model.classifier.bias
+    with torch.no_grad():
+        weight[0] = torch.nextafter(weight[0], torch.tensor(10.0))
+    assert model_digest(model) != before
+    assert model_digest(tiny_model("bert", dtype=torch.float64)) != before
+    other = {"a": torch.zeros(2, 3), "b": torch.zeros(0)}
+    module = torch.nn.Module()
+    for name, tensor in other.items():
+        module.register_buffer(name, tensor)
+    module.register_buffer("scalar", torch.tensor(3))
+    assert len(model_digest(module)) == 64
+
+
+def test_model_digest_sees_the_config():
+    few, many = tiny_model("bert", hidden=24, heads=3), tiny_model("bert", hidden=24, heads=4)
+    many.load_state_dict(few.state_dict())
+    assert model_digest(few) != model_digest(many)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_digest_outlives_saving_and_use(family, tmp_path):
+    model = tiny_model(family, dtype=torch.float32)
+    model.config.id2label = {label: f"class {label}" for label in range(3)}
+    before = model_digest(model)
+    model(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([1]))  # notes a problem_type
+    assert model_digest(model) == before
+    model.save_pretrained(tmp_path / "once")
+    loaded = load_classifier(tmp_path / "once")
+    assert model_digest(loaded) == before
+    loaded.save_pretrained(tmp_path / "twice")
+    assert model_digest(load_classifier(tmp_path / "twice")) == before
+
+
+def test_model_digest_of_eleven_classes_outlives_saving(tokenizer, tmp_path):
+    """In a file the labels are strings, and as strings 10 comes before 2."""
+    names = [f"class {label}" for label in range(11)]
+    model = create_model(tokenizer, names, layers=1, hidden=16, heads=2)
+    model.save_pretrained(tmp_path)
+    assert model_digest(load_classifier(tmp_path)) == model_digest(model)

@@ -1,0 +1,95 @@
+"""The sections `finetune` and `sparse_finetune`: what is inherited, overridden and refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_study import tiny_config
+
+from tracmod.config import FinetuneConfig, RunConfig, load_config, override_config, parse_config
+from tracmod.study.run_folder import RunFolder
+
+
+def stored(config: RunConfig) -> RunConfig:
+    """The config as it is read back from run.json."""
+    return parse_config(json.loads(config.model_dump_json()), "run.json")
+
+
+def test_without_the_section_sparse_is_the_same_as_full():
+    config = tiny_config(finetune={"epochs": 7, "sampling": "uniform"})
+    assert config.sparse_finetune is None
+    assert config.sparse.model_dump() == config.finetune.model_dump() | {
+        "masks": "static", "reestimate_every": None, "shared": "trained",
+    }  # fmt: skip
+
+
+def test_what_the_section_does_not_give_is_that_of_finetune():
+    config = tiny_config(
+        finetune={"epochs": 7, "batch_size": 4}, sparse_finetune={"learning_rate": 0.5}
+    )
+    sparse = config.sparse
+    assert (sparse.epochs, sparse.batch_size, sparse.learning_rate) == (7, 4, 0.5)
+    assert config.finetune.learning_rate == 1e-3
+    assert sparse.warmup == FinetuneConfig().warmup
+    assert stored(config) == config
+
+
+def test_sections_may_be_models():
+    config = tiny_config()
+    sparse = type(config.sparse)(weight_decay=0.5)
+    again = RunConfig(task=config.task, finetune=FinetuneConfig(epochs=9), sparse_finetune=sparse)
+    assert (again.sparse.epochs, again.sparse.weight_decay) == (9, 0.5)
+
+
+@pytest.mark.parametrize("read_back", [False, True])
+def test_an_override_of_finetune_reaches_sparse_where_it_is_inherited(read_back):
+    config = tiny_config(sparse_finetune={"batch_size": 4, "masks": "dynamic"})
+    config = stored(config) if read_back else config
+    new = override_config(config, ("finetune.epochs=5", "finetune.batch_size=16"))
+    assert (new.finetune.epochs, new.finetune.batch_size) == (5, 16)
+    assert (new.sparse.epochs, new.sparse.batch_size) == (5, 4)
+    assert (new.sparse.masks, new.sparse.reestimate_every) == ("dynamic", 1)
+    own = override_config(new, ("sparse_finetune.epochs=6", "finetune.epochs=8"))
+    assert (own.finetune.epochs, own.sparse.epochs) == (8, 6)
+
+
+def test_an_override_begins_the_section(tmp_path):
+    config = override_config(tiny_config(), ("sparse_finetune.shared=frozen",))
+    assert (config.sparse.shared, config.sparse.epochs) == ("frozen", 2)
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "task: {languages: [en], train_per_language: 3, dev_per_language: 3, "
+        "test_per_language: 3}\nfinetune: {epochs: 4}\nsparse_finetune:\n"
+    )
+    assert load_config(file).sparse_finetune is None
+    config = load_config(file, ("sparse_finetune.masks=dynamic", "finetune.epochs=6"))
+    assert (config.sparse.epochs, config.sparse.reestimate_every) == (6, 1)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "message"),
+    [
+        ({"reestimate_every": 2}, "reestimate_every is for masks: dynamic, got 2 with masks: stat"),
+        ({"masks": "dynamic", "reestimate_every": 0}, "sparse_finetune.reestimate_every: .* got 0"),
+        ({"masks": "dynamic", "reestimate_every": 2}, "start of epoch 3 first.* got 2 and 2"),
+        ({"masks": "dynamic", "epochs": 1}, "more epochs than reestimate_every, got 1 and 1"),
+        ({"shared": "half"}, "sparse_finetune.shared: .* 'classifier' or 'frozen', got 'half'"),
+        ({"sampling": "all"}, "sparse_finetune.sampling: .*got 'all'"),
+        ({"epoch": 3}, "sparse_finetune.epoch: Extra inputs"),
+        (3, "sparse_finetune: .* got 3"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(sparse, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        tiny_config(sparse_finetune=sparse)
+    assert "; " not in str(caught.value)
+
+
+def test_a_change_of_the_section_is_refused_once_the_stage_has_begun(tmp_path):
+    run = RunFolder(tmp_path, tiny_config(sparse_finetune={"masks": "dynamic"}))
+    with run.stage("sparse-finetune"):
+        pass
+    assert RunFolder(tmp_path).is_done("sparse-finetune")
+    with pytest.raises(ValueError, match=r"sparse_finetune\.shared=trained, now .*=frozen"):
+        RunFolder(tmp_path, tiny_config(sparse_finetune={"masks": "dynamic", "shared": "frozen"}))

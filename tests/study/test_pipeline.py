@@ -1,0 +1,527 @@
+"""The whole study, small: the contract's run folder, resuming, running twice, refusing changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_study import LANGUAGES, RESULTS, files_of, run_killing, tiny_config
+
+import tracmod as tm
+from tracmod import kernels
+from tracmod.analysis.results import RunResults
+from tracmod.analysis.summary import analyze
+from tracmod.attribution.query import Attributor
+from tracmod.config import CollectConfig, RunConfig
+from tracmod.features import store
+from tracmod.features.store import FeatureStore, verify_store
+from tracmod.influence.scores import top_influences
+from tracmod.models.checkpoints import load_checkpoints
+from tracmod.models.inputs import encode
+from tracmod.models.loading import load_model
+from tracmod.study.pipeline import Study, feature_digests, run_stages
+from tracmod.study.run_folder import RunFolder
+from tracmod.subnetworks.importance import head_importance
+from tracmod.training.fine_tune import accuracy_by_language
+from tracmod.training.folder import epoch_masks
+from tracmod.validation.integrity import verify
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("study") / "run"
+    run = RunFolder(folder, tiny_config())
+    with run.locked():
+        run_stages(run)
+    return folder
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    """The finished run, to change."""
+    shutil.copytree(done, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adam", "ekfac"])
+def test_a_run_in_another_metric_is_that_of_its_preconditioned_gradients(tmp_path, kind):
+    run = RunFolder(tmp_path / "run", tiny_config(collect={"preconditioner": kind}))
+    with run.locked():
+        run_stages(run)
+    study, out = Study(run), tmp_path / "run"
+    (checkpoint, *_) = study.checkpoints("sparse")
+    model, tokenizer = load_model(checkpoint.path)
+    train, test = (encode(tokenizer, pq.read_table(run.data(one)), 48) for one in ("train", "test"))
+    if kind == "adam":
+        metric = tm.adam_preconditioner(model, checkpoint.path)
+    else:
+        file = out / "preconditioners" / "sparse" / f"checkpoint-{checkpoint.epoch}.safetensors"
+        assert file.is_file()
+        assert verify(out) == []
+        whole = file.read_bytes()
+        file.write_bytes(whole + b" ")
+        assert [str(file) in problem for problem in verify(out)] == [True]
+        file.write_bytes(whole)
+        metric = tm.fit_ekfac(model, train, batch_tokens=8192)
+    stored = [
+        FeatureStore.open(run.features("sparse", "full", None, 1, one)).read()
+        for one in ("test", "train")
+    ]
+    found = tm.influence_scores(*stored, normalize="cosine")
+    exact = tm.exact_influence(model, train, test, normalize="cosine", preconditioner=metric)
+    assert (found - exact).square().mean().sqrt() < 0.1
+    assert torch.corrcoef(torch.stack([found.flatten(), exact.flatten()]))[0, 1] > 0.95
+    answer = tm.Attributor(out).query("The king sleeps.", "The king is asleep.", k=3)
+    assert len(answer["proponents"]) == 3
+    page = (out / "report" / "index.html").read_text(encoding="utf-8")
+    assert f"TracIn in the metric of {'EK-FAC' if kind == 'ekfac' else 'Adam'}" in page
+
+
+def test_the_run_folder_is_as_the_contract_says(done):
+    record = json.loads((done / "run.json").read_text())
+    assert record["config"]["task"]["languages"] == LANGUAGES
+    assert {"torch", "transformers", "python"} <= record["versions"].keys()
+    assert record["device"] == "cpu"
+    assert record["seeds"] == {"run": 0, "task": 0, "projection": 0}
+    assert list(record["stages"]) == list(RunFolder(done).stages)
+    assert all(stage["state"] == "done" for stage in record["stages"].values())
+    for split, count in (("train", 12), ("dev", 9), ("test", 6)):
+        table = pq.read_table(done / "data" / f"{split}.parquet")
+        assert table.column_names == ["id", "language", "text_a", "text_b", "label", "group"]
+        languages = table.column("language").to_pylist()
+        assert {name: languages.count(name) for name in LANGUAGES} == dict.fromkeys(
+            LANGUAGES, count
+        )
+    for model in ("full", "sparse"):
+        for epoch in (1, 2):
+            folder = done / "models" / model / f"checkpoint-{epoch}"
+            state = json.loads((folder / "tracmod.json").read_text())
+            assert state["epoch"] == epoch
+            assert state["learning_rate"] > 0
+            load_model(folder)
+    for language in LANGUAGES:
+        tree = json.loads((done / "subnetworks" / f"{language}.json").read_text())
+        assert tree["language"] == language
+        assert tree["score"] >= 0.95 * tree["full_score"] - 1e-9
+        assert np.array(tree["mask"]).shape == (tree["num_layers"], tree["num_heads"]) == (2, 3)
+    assert (done / "report" / "index.html").is_file()
+    assert (done / "analysis" / "summary.json").is_file()
+
+
+def test_features_lie_where_the_contract_says_and_are_sound(done):
+    stores = {str(path.parent.relative_to(done)) for path in done.glob("features/**/manifest.json")}
+    expected = {f"features/{m}/{v}/checkpoint-{e}/{s}"
+                for m in ("full", "sparse") for v in ("full", "other-de")
+                for e in (1, 2) for s in ("train", "test")}  # fmt: skip
+    expected |= {f"features/{m}/{v}/{language}/checkpoint-{e}/{s}"
+                 for m in ("full", "sparse") for v in ("subnetwork", "random-0")
+                 for language in LANGUAGES for e in (1, 2) for s in ("train", "test")}  # fmt: skip
+    assert stores == expected
+    assert [problem for store in stores for problem in verify_store(done / store)] == []
+    own = tm.FeatureStore.open(done / "features/full/subnetwork/de/checkpoint-1/test")
+    test = pq.read_table(done / "data/test.parquet")
+    rows = [row for row in test.to_pylist() if row["language"] == "de"]
+    assert own.ids == [row["id"] for row in rows]
+
+
+@pytest.mark.parametrize("model", ["full", "sparse"])
+@pytest.mark.parametrize("view", ["full", "subnetwork", "random-0", "other-de"])
+def test_tables_have_the_contracts_columns_and_rows_sum_to_one(done, model, view):
+    folder = done / "influence" / model / view
+    top = pq.read_table(folder / "top.parquet").to_pandas()
+    assert list(top.columns) == [
+        "test_id", "test_language", "sign", "rank", "train_id", "train_language", "score",
+    ]  # fmt: skip
+    assert len(top) == 18 * 2 * 5
+    best = top[top.sign == 1].pivot(index="test_id", columns="rank", values="score").to_numpy()
+    worst = top[top.sign == -1].pivot(index="test_id", columns="rank", values="score").to_numpy()
+    assert (np.diff(best) <= 0).all()
+    assert (np.diff(worst) >= 0).all()
+    for name in ("languages", "epochs"):
+        table = pq.read_table(folder / f"{name}.parquet").to_pandas()
+        key = ["test_language"] + (["epoch"] if name == "epochs" else [])
+        for share in ("share_positive", "share_negative"):
+            assert np.allclose(table.groupby(key)[share].sum(), 1)
+            if name == "languages":
+                assert (table[f"{share}_low"] <= table[share] + 1e-9).all()
+                assert (table[share] <= table[f"{share}_high"] + 1e-9).all()
+        assert len(table) == 9 * (2 if name == "epochs" else 1)
+
+
+def test_the_full_models_influence_is_that_of_the_python_functions(done):
+    """Recomputed from the checkpoints and the data alone."""
+    config = tiny_config()
+    checkpoints = load_checkpoints(done / "models/full" / f"checkpoint-{e}" for e in (1, 2))
+    projection = tm.Projection(256)
+    features = {"train": [], "test": []}
+    tables = {split: pq.read_table(done / "data" / f"{split}.parquet") for split in features}
+    for checkpoint in checkpoints:
+        model, tokenizer = load_model(checkpoint.path)
+        for split, table in tables.items():
+            examples = encode(tokenizer, table, config.model.max_length)
+            features[split].append(tm.collect_features(model, examples, projection))
+    weights = [checkpoint.learning_rate for checkpoint in checkpoints]
+    scores = tm.influence_scores(features["test"], features["train"], weights, "cosine")
+    written = pq.read_table(done / "influence/full/full/top.parquet").to_pandas()
+    train_ids = tables["train"].column("id").to_pylist()
+    for row, test_id in enumerate(tables["test"].column("id").to_pylist()):
+        mine = written[(written.test_id == test_id) & (written.sign == 1)].sort_values("rank")
+        found = scores[row, [train_ids.index(one) for one in mine.train_id]]
+        np.testing.assert_allclose(mine.score, found, rtol=1e-4, atol=1e-8)
+        np.testing.assert_allclose(mine.score, scores[row].topk(5).values, rtol=1e-4, atol=1e-8)
+
+
+def test_the_subnetworks_influence_is_under_the_languages_mask(done):
+    checkpoint = load_checkpoints([done / "models/full/checkpoint-2"])[0]
+    model, tokenizer = load_model(checkpoint.path)
+    mask = tm.HeadMask.load(done / "subnetworks/es.json")
+    table = pq.read_table(done / "data/train.parquet")
+    expected = tm.collect_features(
+        model, encode(tokenizer, table, 48), tm.Projection(256), head_mask=mask
+    )
+    store = tm.FeatureStore.open(done / "features/full/subnetwork/es/checkpoint-2/train")
+    torch.testing.assert_close(store.read(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_everything_again_does_nothing(done):
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
+    run = RunFolder(done, tiny_config())
+    with run.locked():
+        run_stages(run)
+    after = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
+    changed = {p.name for p in after if before.get(p) != after[p]}
+    assert changed <= {".lock"}
+
+
+def test_a_second_run_gives_the_same_files(done, tmp_path):
+    run = RunFolder(tmp_path / "again", tiny_config())
+    run_stages(run)
+    assert files_of(tmp_path / "again", *RESULTS) == files_of(done, *RESULTS)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_it_gives_the_same_files(done, tmp_path):
+    """kill -9 again and again, until the run gets through."""
+    out = tmp_path / "run"
+    assert run_killing(tiny_config(), out) >= 1
+    assert files_of(out, *RESULTS) == files_of(done, *RESULTS)
+
+
+def test_stages_one_by_one_need_those_before_them(tmp_path):
+    run = RunFolder(tmp_path / "run", tiny_config())
+    with pytest.raises(ValueError, match="prune needs data, which is not done"):
+        run_stages(run, ["prune"])
+    run_stages(run, ["data"])
+    with pytest.raises(ValueError, match="collect needs finetune"):
+        run_stages(run, ["collect"])
+
+
+def test_a_changed_config_is_refused_where_work_would_be_lost(done):
+    with pytest.raises(ValueError, match=r"begun with finetune\.epochs=2, now .*=3; use another"):
+        RunFolder(done, tiny_config(finetune={"epochs": 3}))
+    with pytest.raises(ValueError, match=r"task\.seed=0, now asked for task\.seed=1"):
+        RunFolder(done, tiny_config(task={"seed": 1}))
+
+
+def test_another_memory_undoes_no_stage_and_changes_no_result(copy):
+    config = tiny_config(influence={"memory": "34MB"})
+    run = RunFolder(copy, config)
+    assert all(run.is_done(stage) for stage in run.stages)
+    before = files_of(copy, "influence/**/*.parquet")
+    run_stages(run, ["influence"], again="influence")
+    assert files_of(copy, "influence/**/*") == before
+    with pytest.raises(ValueError, match="memory: expected at least"):
+        run_stages(RunFolder(copy, tiny_config(influence={"memory": "1MB"})), again="influence")
+
+
+def test_influence_verifies_no_shard_for_every_ranking(copy, monkeypatch):
+    """Once where rankings are made, once where tables are."""
+    verified, real = Counter(), store.shard_problem
+
+    def count(file, *rest):
+        verified[file] += 1
+        return real(file, *rest)
+
+    monkeypatch.setattr(store, "_shard_problem", count)
+    run_stages(RunFolder(copy), ["influence"], again="influence")
+    assert len(verified) == len(list(copy.glob("features/**/shard-*")))
+    assert max(verified.values()) <= 2
+
+
+def test_a_changed_k_remakes_influence_and_what_follows_only(done, copy):
+    run = RunFolder(copy, tiny_config(influence={"k": 3}))
+    stages = [stage for stage in run.stages if not run.is_done(stage)]
+    assert stages == ["influence", "analyze", "report"]
+    run_stages(run)
+    assert len(pq.read_table(copy / "influence/full/full/top.parquet")) == 18 * 2 * 3
+    assert files_of(copy, "models/**/*") == files_of(done, "models/**/*")
+
+
+def test_a_view_taken_out_of_the_config_is_gone_from_the_results(copy):
+    run = RunFolder(copy, tiny_config(views={"random": 0}))
+    run_stages(run)
+    assert not (copy / "influence/full/random-0").exists()
+    assert "random" not in (copy / "analysis/summary.json").read_text()
+    assert verify(copy) == []
+
+
+def test_two_processes_do_not_work_in_one_folder(done):
+    run = RunFolder(done)
+    holder = subprocess.Popen(
+        [sys.executable, "-c",
+         "import fcntl,sys,time; f=open(sys.argv[1],'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+         "print('held', flush=True); time.sleep(60)", str(done / ".lock")],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another tracmod process"), run.locked():
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    time.sleep(0.05)
+    with run.locked():
+        pass
+
+
+def test_features_of_another_projection_are_refused_before_anything_is_written(copy):
+    before = (copy / "run.json").read_bytes()
+    for key, old, new in (("projection_dim", 256, 128), ("every", 1, 2)):
+        with pytest.raises(ValueError, match=rf"begun with collect\.{key}={old}, .*={new}; use"):
+            RunFolder(copy, tiny_config(collect={key: new}))
+    assert (copy / "run.json").read_bytes() == before
+    run = RunFolder(copy)
+    assert all(run.is_done(stage) for stage in run.stages)
+
+
+def test_collect_can_be_set_until_it_has_begun(tmp_path):
+    run_stages(RunFolder(tmp_path / "run", tiny_config()), ["data"])
+    RunFolder(tmp_path / "run", tiny_config(collect={"projection_dim": 128}))
+
+
+def test_a_default_added_to_the_config_undoes_no_stage(done):
+    class NewerCollect(CollectConfig):
+        fresh: int = 7
+
+    class NewerConfig(RunConfig):
+        collect: NewerCollect = NewerCollect()
+        fresh: int = 7
+
+    run = RunFolder(done)
+    run.config = NewerConfig.model_validate(run.config.model_dump())
+    assert all(run.is_done(stage) for stage in run.stages)
+    run.config = run.config.model_copy(update={"collect": NewerCollect(fresh=8)})
+    assert not run.is_done("collect")
+
+
+def test_what_another_process_did_before_the_lock_counts(tmp_path):
+    waiting = RunFolder(tmp_path / "run", tiny_config())
+    other = RunFolder(tmp_path / "run", tiny_config(task={"seed": 3}))
+    same = RunFolder(tmp_path / "run", tiny_config(task={"seed": 3}))
+    with other.locked():
+        run_stages(other, ["data"])
+    with pytest.raises(ValueError, match=r"task\.seed=3, now asked for task\.seed=0"), (
+        waiting.locked()
+    ):  # fmt: skip
+        pass
+    with same.locked():
+        assert same.is_done("data")
+        assert same.record["label_names"] == other.record["label_names"]
+
+
+def test_a_run_may_keep_its_features_as_int8(done, tmp_path):
+    run = RunFolder(tmp_path / "run", tiny_config(collect={"store_dtype": "int8"}))
+    run_stages(run)
+    place = "features/full/subnetwork/de/checkpoint-2/train"
+    int8, float32 = (tm.FeatureStore.open(folder / place) for folder in (run.path, done))
+    assert (int8.dtype, float32.dtype) == (torch.int8, torch.float32)
+    step = float32.read().abs().amax(dim=1, keepdim=True) / 127
+    assert torch.all((int8.read() - float32.read()).abs() <= 0.51 * step)
+    with pytest.raises(ValueError, match=r"begun with collect\.store_dtype=int8, .*=float32; use"):
+        RunFolder(run.path, tiny_config())
+
+
+def test_features_of_another_model_are_not_scored(copy):
+    path = copy / "models/full/checkpoint-2/model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("output.dense.weight"))
+    weights[name] = -weights[name]
+    save_file(weights, path, {"format": "pt"})
+    what = r"features/full/full/checkpoint-2/\w+ was built with something else: model: expected"
+    with pytest.raises(ValueError, match=what):
+        run_stages(RunFolder(copy), ["influence"], again="influence")
+    with pytest.raises(ValueError, match=what):
+        Attributor(copy).query("The dog sleeps.", "An animal sleeps.")
+
+
+def test_features_under_another_mask_are_not_scored(copy):
+    tree = json.loads((copy / "subnetworks/de.json").read_text())
+    tree["mask"][0] = [1 - head for head in tree["mask"][0]]
+    (copy / "subnetworks/de.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"subnetwork/de/.* something else: head_mask: expected"):
+        run_stages(RunFolder(copy), ["influence"], again="influence")
+
+
+def test_features_are_scored_on_the_studys_device(copy, monkeypatch):
+    """Told without a GPU by the device that has no data."""
+    devices = set()
+
+    def record(queries, trains, k, groups=None, *rest, **named):
+        if "device" in named:
+            devices.add(named["device"])
+        else:
+            devices.update(one.device.type for one in [*queries, *trains])
+        sides = [one if isinstance(one, list) else [one] for one in (queries, trains)]
+        on_cpu = [[torch.ones(one.shape) for one in side] for side in sides]
+        return top_influences(*on_cpu, k, groups)
+
+    monkeypatch.setattr("tracmod.study.pipeline.top_influences", record)
+    study = Study(RunFolder(copy))
+    digests = [feature_digests(*load_model(one.path), None) for one in study.checkpoints("full")]
+    study.device = "meta"
+    study._influence_of_view("full", study.views[0], digests, [0] * 18)
+    assert devices == {"meta"}
+
+
+@pytest.mark.cuda
+def test_a_run_on_a_gpu_is_scored_there(tmp_path):
+    if not torch.cuda.is_available() or kernels.build_info()["cuda"] is None:
+        pytest.skip("no GPU, or built without CUDA")
+    config = tiny_config(device="cuda", task={"languages": ["en"]}, views={"other": []})
+    run_stages(RunFolder(tmp_path / "run", config))
+    answer = Attributor(tmp_path / "run").query("The dog sleeps.", "An animal sleeps.", k=2)
+    assert len(answer["proponents"]) == 2
+
+
+def test_a_broken_subnetwork_is_pruned_anew(copy):
+    path = copy / "subnetworks/de.json"
+    right = path.read_bytes()
+    path.write_bytes(right[:40])
+    run_stages(RunFolder(copy), ["prune"], again="prune")
+    assert path.read_bytes() == right
+
+
+def test_results_are_written_whole_or_not_at_all(copy, monkeypatch):
+    before = files_of(copy, "analysis/*")
+
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        analyze(copy, bootstrap=60, permutations=60)
+    assert files_of(copy, "analysis/*.parquet", "analysis/*.json") == before
+
+
+def test_a_broken_file_of_results_is_named(copy):
+    (copy / "models/full/metrics.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"models/full/metrics\.json: not valid JSON"):
+        RunResults(copy).metrics("full")
+
+
+def test_a_checkpoint_without_learning_rate_is_refused_unless_weights_are_uniform(copy):
+    folder = copy / "models/full/checkpoint-1"
+    (folder / "tracmod.json").unlink()
+    (folder / "trainer_state.json").write_text('{"epoch": 1, "global_step": 5, "log_history": []}')
+    with pytest.raises(ValueError, match="checkpoint-1: expected a learning rate"):
+        Study(RunFolder(copy)).checkpoints("full")
+    uniform = Study(RunFolder(copy, tiny_config(influence={"weights": "uniform"})))
+    assert uniform.weights(uniform.checkpoints("full")) is None
+
+
+@pytest.mark.parametrize("shape", ["paraphrase", "reviews"])
+def test_the_other_shapes_of_the_embedded_task_run_through(tmp_path, shape):
+    config = tiny_config(
+        task={"shape": shape, "languages": ["en", "fr"], "train_per_language": 10},
+        finetune={"epochs": 1},
+        views={"random": 0, "other": []},
+        influence={"normalize": "none", "weights": "uniform"},
+    )
+    run = RunFolder(tmp_path / "run", config)
+    run_stages(run)
+    assert (tmp_path / "run/report/index.html").is_file()
+
+
+def test_sparse_fine_tuning_with_dynamic_masks(tmp_path):
+    """The stage: its settings are the config's, its masks on disk, its scores under them."""
+    config = tiny_config(
+        sparse_finetune={"masks": "dynamic", "shared": "classifier", "sampling": "uniform"}
+    )
+    run = RunFolder(tmp_path / "run", config)
+    run_stages(run, ["data", "finetune", "prune", "sparse-finetune"])
+    folder, study = run.model("sparse"), Study(run)
+    identity = json.loads((folder / "training.json").read_text())
+    assert (identity["shared"], identity["sampling"]) == ("classifier", "uniform")
+    (first, tokenizer), (last, _) = (load_model(folder / f"checkpoint-{e}") for e in (1, 2))
+    embeddings = [model.get_input_embeddings().weight for model in (first, last)]
+    assert torch.equal(*embeddings)
+    assert not torch.equal(first.classifier.dense.weight, last.classifier.dense.weight)
+
+    static = study.subnetworks
+    assert epoch_masks(folder, 1, static) == static
+    masks = epoch_masks(folder, 2, static)
+    dev, test = (encode(tokenizer, study.table(split), 48) for split in ("dev", "test"))
+    for language, mask in masks.items():
+        own = study.table("dev").column("language").to_pylist()
+        own = [example for example, of in zip(dev, own, strict=True) if of == language]
+        importance = head_importance(first, own)
+        assert mask.size == static[language].size
+        assert importance[mask.array == 0].max(initial=0) <= importance[mask.array == 1].min()
+    languages = study.table("test").column("language").to_pylist()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics[1]["accuracy"] == accuracy_by_language(last, test, languages, masks)
+
+    assert verify(run.path) == []
+    (folder / "masks/epoch-2/de.json").write_text("{}")
+    assert any("epoch-2/de.json is damaged" in problem for problem in verify(run.path))
+
+
+def test_every_second_checkpoint_counts_for_the_steps_since_the_one_before(tmp_path):
+    config = tiny_config(
+        task={"languages": ["en"]},
+        finetune={"epochs": 3},
+        collect={"every": 2},
+        views={"other": []},
+    )
+    run = RunFolder(tmp_path / "run", config)
+    run_stages(run, ["data", "finetune"])
+    rates = [
+        one.learning_rate
+        for one in load_checkpoints(run.model("full") / f"checkpoint-{e}" for e in (1, 2, 3))
+    ]
+    counted = Study(run).checkpoints("full")
+    assert [one.epoch for one in counted] == [2, 3]
+    assert [one.learning_rate for one in counted] == pytest.approx([sum(rates[:2]) / 2, rates[2]])
+
+
+@pytest.mark.parametrize("k", [0, [], [5, 5], [5, 0], "many"])
+def test_k_is_a_number_or_several_each_once(k):
+    with pytest.raises(ValueError, match=r"tiny: influence\.k"):
+        tiny_config(influence={"k": k})
+    assert tiny_config(influence={"k": [5, 2, 9]}).influence.ks == [5, 2, 9]
+    assert tiny_config().influence.ks == [5]
+
+
+def test_distances_that_cannot_be_used_are_refused_before_the_first_stage(tmp_path):
+    table = tmp_path / "distances.tsv"
+    for text, message in (("", "no such file"), ("a\tb\tkm\nxx\tyy\t1\n", "no distance between")):
+        if text:
+            table.write_text(text)
+        run = RunFolder(tmp_path / "run", tiny_config(analyze={"distances": str(table)}))
+        with pytest.raises(ValueError, match=message):
+            run_stages(run)
+    assert not (tmp_path / "run" / "data").exists()

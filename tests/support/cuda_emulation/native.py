@@ -1,0 +1,195 @@
+"""Builds csrc/cuda for the CPU and stands in for `tracmod.kernels.native`: same functions, but the
+emulated CUDA kernels answer. `backwards` changes the order in which threads are taken up."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import POINTER, Structure, byref, c_bool, c_double, c_int, c_int64, c_uint64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[2] / "csrc"
+LAUNCH = re.compile(r"([\w:]+(?:<[^<>;=]*>)?)\s*<<<(.*?)>>>\((.*?)\);", re.DOTALL)
+LAYERS = ["linear", "elementwise", "embedding"]
+KINDS = ["rademacher", "sjlt", "identity"]
+# Scratch is cut small, so that small tests take many waves and parts; and no finite score may need
+# to be said plainly, which would hide that a copy was not waited for.
+PLAIN = "score = plain_score(wave, q + row, n + column) + 0.0f;"
+CHANGES = {
+    "top_k_dot": {
+        "kWaveBytes = int64_t{1} << 28": "kWaveBytes = 1 << 16",
+        PLAIN: PLAIN + 'if (score - score == 0.0f) emu::fail("a finite score was NaN");',
+    },
+    "gradient_dot": {
+        "kFormedBytes = int64_t{1} << 25": "kFormedBytes = 1 << 19",
+        "kBlocks = 264": "kBlocks = 5",
+    },
+    "project_gradients": {"kBlocksWanted = 264": "kBlocksWanted = 7"},
+    "quantize_rows": {"kMostBlocks = int64_t{1} << 20": "kMostBlocks = 5"},
+}
+
+backwards = False
+_library: ctypes.CDLL | None = None
+
+
+class Gradients(Structure):
+    _fields_ = [
+        *[(name, c_void_p) for name in ("x", "g", "lengths")],
+        *[(name, c_int64) for name in ("batch", "tokens", "in_", "out")],
+        ("dtype", c_int),
+    ]
+
+
+class Output(Structure):
+    _fields_ = [("g", c_void_p), ("size", c_int64), ("key", c_uint64), ("columns", c_void_p)]
+
+
+class Projection(Structure):
+    _fields_ = [
+        ("layer", c_int),
+        ("kind", c_int),
+        ("bias", c_bool),
+        *[(name, c_int64) for name in ("k_out", "k_in")],
+        *[(name, c_uint64) for name in ("seed", "input_key")],
+        ("input_columns", c_void_p),
+        ("outputs", c_int),
+        ("output", Output * 4),
+    ]
+
+
+class TopK(Structure):
+    _fields_ = [
+        *[(name, c_int64) for name in ("queries", "trains", "width", "checkpoints")],
+        *[(name, POINTER(c_void_p)) for name in ("query_rows", "train_rows")],
+        ("weights", POINTER(c_double)),
+        ("dtype", c_int),
+        ("cosine", c_bool),
+        *[(name, c_int64) for name in ("k", "index_offset")],
+        ("groups", c_void_p),
+        ("num_groups", c_int64),
+        *[(name, c_void_p) for name in ("scores", "indices")],
+        *[(name, c_void_p) for name in ("opponent_scores", "opponent_indices", "group_sums")],
+    ]
+
+
+class Quantization(Structure):
+    _fields_ = [
+        ("rows", c_void_p),
+        *[(name, c_int64) for name in ("count", "width")],
+        ("dtype", c_int),
+        *[(name, c_void_p) for name in ("codes", "scales")],
+    ]
+
+
+def build(folder: Path, compiler: str) -> None:
+    """Compiles every csrc/cuda/*.cu, a launch turned into a call, and loads the result."""
+    global _library
+    flags = ["-std=c++17", "-O2", "-w", "-fPIC", "-ffp-contract=fast", "-DTRACMOD_EMULATE"]
+    flags += [f"-I{HERE}", f"-I{CSRC}"]
+
+    def compile_one(source: Path) -> Path:
+        text = LAUNCH.sub(r"emu::launch(\1, [&] { \1(\3); }, \2);", source.read_text())
+        for line, changed in CHANGES.get(source.stem, {}).items():
+            assert line in text
+            text = text.replace(line, changed)
+        assert "<<<" not in text, f"{source.name}: a launch that is not understood"
+        copy, target = folder / f"{source.stem}.cpp", folder / f"{source.stem}.o"
+        copy.write_text(text)
+        subprocess.run([compiler, *flags, "-c", str(copy), "-o", str(target)], check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "bindings.cpp"]
+        objects = [str(path) for path in pool.map(compile_one, sources)]
+    library = folder / "libemulated.so"
+    subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
+    _library = ctypes.CDLL(str(library))
+
+
+def _call(name: str, *arguments: object) -> None:
+    assert _library is not None
+    code = getattr(_library, f"emulated_{name}")(*arguments, int(backwards))
+    assert code == 0, f"{name}: " + ("an error" if code == 1 else "wrote behind its scratch")
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def _dtype(tensor: Tensor) -> int:
+    return [torch.float32, torch.bfloat16].index(tensor.dtype)
+
+
+def _gradients(x: Tensor, g: Tensor, lengths: Tensor | None, layer: str) -> Gradients:
+    tokens, size_in = g.shape[1] if g.dim() == 3 else 1, 1 if layer == "embedding" else x.shape[-1]
+    return Gradients(
+        _address(x), _address(g), _address(lengths), len(g), tokens, size_in, g.shape[-1], _dtype(g)
+    )  # fmt: skip
+
+
+def project_gradients(
+    x: Tensor, g: Sequence[Tensor], out: Tensor, lengths: Tensor | None, offset: int, layer: str,
+    kind: str, k_out: int, k_in: int, seed: int, input_key: int, output_keys: Sequence[int],
+    bias: bool, input_columns: Tensor | None, output_columns: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    mask = (1 << 64) - 1
+    outputs = (Output * 4)(*(
+        Output(_address(part), part.shape[-1], key & mask, _address(columns))
+        for part, key, columns in zip(g, output_keys, output_columns, strict=True)
+    ))  # fmt: skip
+    projection = Projection(
+        LAYERS.index(layer), KINDS.index(kind), bias, k_out, k_in, seed & mask, input_key & mask,
+        _address(input_columns), len(g), outputs,
+    )  # fmt: skip
+    if len(x):
+        _call(
+            "project_gradients", byref(_gradients(x, g[0], lengths, layer)), byref(projection),
+            c_void_p(out.data_ptr() + 4 * offset), c_int64(out.shape[1]),
+        )  # fmt: skip
+
+
+def gradient_dot(
+    x1: Tensor, g1: Tensor, x2: Tensor, g2: Tensor, out: Tensor, lengths1: Tensor | None,
+    lengths2: Tensor | None, layer: str, bias: bool,
+) -> None:  # fmt: skip
+    first, second = _gradients(x1, g1, lengths1, layer), _gradients(x2, g2, lengths2, layer)
+    if len(g1) and len(g2):
+        _call(
+            "gradient_dot", byref(first), byref(second), LAYERS.index(layer), int(bias),
+            c_void_p(_address(out)),
+        )  # fmt: skip
+
+
+def top_k_dot(
+    queries: Sequence[Tensor], trains: Sequence[Tensor], weights: Sequence[float], cosine: bool,
+    k: int, index_offset: int, groups: Tensor | None, result: tuple[Tensor, ...],
+    group_sums: Tensor | None,
+) -> None:  # fmt: skip
+    count = len(queries)
+    pointers = [(c_void_p * count)(*map(_address, rows)) for rows in (queries, trains)]
+    job = TopK(
+        len(queries[0]), len(trains[0]), queries[0].shape[1], count, *pointers,
+        (c_double * count)(*weights), _dtype(queries[0]), cosine, k, index_offset, _address(groups),
+        0 if group_sums is None else group_sums.shape[1], *map(_address, result),
+        _address(group_sums),
+    )  # fmt: skip
+    if job.queries and job.trains:
+        _call("top_k_dot", byref(job))
+
+
+def quantize_rows(rows: Tensor, codes: Tensor, scales: Tensor) -> None:
+    job = Quantization(
+        _address(rows), *rows.shape, _dtype(rows), _address(codes), _address(scales)
+    )  # fmt: skip
+    if job.count:
+        _call("quantize_rows", byref(job))

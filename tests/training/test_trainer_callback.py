@@ -1,0 +1,486 @@
+"""The Trainer's checkpoints: their rates, whatever happens in training, and influence over them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner
+from own_model import LABELS, own_model, own_tokenizer, write_examples
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import tracmod as tm
+from tracmod.attribution.attribute import given_checkpoints
+from tracmod.cli import main
+from tracmod.models.checkpoints import checkpoint_folders, load_checkpoints
+from tracmod.models.inputs import collate, encode, pad_token_id
+from tracmod.models.loading import load_classifier, load_model
+from tracmod.tasks.files import read_model_files
+
+TRAIN, QUERY, BATCH, PEAK = 28, 6, 4, 0.01
+STEPS = TRAIN // BATCH  # per epoch
+# Most trainings here have none; the test of this warning sees it all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:the checkpoints have no tokenizer")
+
+
+def examples_of(name, count):
+    """Encoded, the examples that `write_examples` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_examples(Path(folder) / f"{name}.tsv", count)
+        (table,) = read_model_files([path], LABELS)
+    return encode(own_tokenizer(), table, 40)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The --train and --query of what the Trainer is trained on."""
+    train = write_examples(tmp_path / "train.tsv", TRAIN)
+    return "--train", train, "--query", write_examples(tmp_path / "query.tsv", QUERY)
+
+
+def made_trainer(out, *callbacks, **arguments):
+    """A Trainer of two epochs of seven steps, its rate falling linearly from PEAK to 0."""
+    model = own_model()
+    settings = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": PEAK,
+        "save_strategy": "epoch",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": [],
+    } | arguments
+    return Trainer(
+        model,
+        TrainingArguments(str(out), **settings),
+        train_dataset=examples_of("train", TRAIN),
+        eval_dataset=examples_of("query", QUERY),
+        data_collator=lambda rows: collate(rows, pad_token_id(model), torch.device("cpu")),
+        callbacks=list(callbacks),
+    )
+
+
+def linear(first, end, total=2 * STEPS):
+    """The mean rate of steps `first` to before `end`."""
+    return sum(PEAK * (1 - step / total) for step in range(first, end)) / (end - first)
+
+
+def recorded(out):
+    """Step -> learning rate of every checkpoint's tracmod.json."""
+    trees = [json.loads(path.read_text()) for path in Path(out).glob("checkpoint-*/tracmod.json")]
+    return {tree["step"]: tree["learning_rate"] for tree in sorted(trees, key=lambda t: t["step"])}
+
+
+def invoke(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def by_hand(folders, rates):
+    """(Q, N): the sum over checkpoints of rate x <gradient, gradient>, by autograd alone."""
+    scores_QN = torch.zeros(QUERY, TRAIN, dtype=torch.float64)
+    for folder, rate in zip(folders, rates, strict=True):
+        model = AutoModelForSequenceClassification.from_pretrained(folder).double().eval()
+        weights = [w for name, w in model.named_parameters() if ".embeddings." not in name]
+
+        def gradient(example, model=model, weights=weights):
+            row = {name: torch.tensor([example[name]]) for name in ("input_ids", "attention_mask")}
+            loss = nn.functional.cross_entropy(
+                model(**row).logits, torch.tensor([example["labels"]])
+            )
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+
+        queries = torch.stack([gradient(one) for one in examples_of("query", QUERY)])
+        trains = torch.stack([gradient(one) for one in examples_of("train", TRAIN)])
+        scores_QN += rate * (queries @ trains.T)
+    return scores_QN
+
+
+def scores_of(out):
+    """(Q, N) from the proponents of a top.parquet that holds all training examples."""
+    top = pq.read_table(out / "top.parquet").to_pylist()
+    scores_QN = torch.full((QUERY, TRAIN), torch.nan, dtype=torch.float64)
+    for row in top:
+        if row["sign"] == 1:
+            query, train = (int(row[name].split("-")[1]) for name in ("test_id", "train_id"))
+            scores_QN[query, train] = row["score"]
+    return scores_QN
+
+
+def assert_close(scores_QN, expected_QN):
+    floor = 1e-5 * expected_QN.abs().max()
+    torch.testing.assert_close(scores_QN, expected_QN, rtol=1e-4, atol=floor)
+
+
+# --- the whole way --------------------------------------------------------------------------
+
+
+def test_a_trainer_with_the_callback_gives_influence_as_by_hand(files, tmp_path):
+    training, out = tmp_path / "training", tmp_path / "out"
+    callback = tm.TracInCallback(own_tokenizer(), every="epoch")
+    made_trainer(training, callback, save_strategy="no").train()
+    invoke("attribute", "--checkpoints", training, *files, "--out", out,
+           "--exact", "--normalize", "none", "-k", TRAIN)  # fmt: skip
+    rates = [linear(0, STEPS), linear(STEPS, 2 * STEPS)]
+    record = json.loads((out / "run.json").read_text())
+    assert record["weights"] == pytest.approx(rates)
+    assert record["arguments"]["model"] == str(training / f"checkpoint-{2 * STEPS}")
+    expected = by_hand(
+        [training / f"checkpoint-{STEPS}", training / f"checkpoint-{2 * STEPS}"], rates
+    )
+    torch.testing.assert_close(
+        scores_of(out), expected, rtol=1e-3, atol=1e-4 * expected.abs().max()
+    )
+
+
+def test_a_trainer_without_the_callback_gives_the_rates_it_logged(files, tmp_path):
+    training, out = tmp_path / "training", tmp_path / "out"
+    trainer = made_trainer(training, logging_steps=1, save_strategy="steps", save_steps=5)
+    trainer.train()
+    command = ["attribute", "--checkpoints", training, *files, "--out", out,
+               "--exact", "--normalize", "none", "-k", TRAIN]  # fmt: skip
+    says = invoke(*command, code=2)
+    assert "checkpoint-14: expected a tokenizer in the last checkpoint, found none" in says
+    trainer.save_model(tmp_path / "model")
+    own_tokenizer().save_pretrained(tmp_path / "model")
+    invoke(*command, "--model", tmp_path / "model")
+    rates = [linear(0, 5), linear(5, 10), linear(10, 14)]
+    assert json.loads((out / "run.json").read_text())["weights"] == pytest.approx(rates)
+    expected = by_hand([training / f"checkpoint-{step}" for step in (5, 10, 14)], rates)
+    torch.testing.assert_close(
+        scores_of(out), expected, rtol=1e-3, atol=1e-4 * expected.abs().max()
+    )
+
+
+# --- learning rates -------------------------------------------------------------------------
+
+
+def test_a_checkpoint_has_the_mean_rate_since_the_one_before(tmp_path):
+    made_trainer(tmp_path, tm.TracInCallback(), save_strategy="steps", save_steps=3).train()
+    spans = [(0, 3), (3, 6), (6, 9), (9, 12), (12, 14)]
+    assert recorded(tmp_path) == pytest.approx({end: linear(first, end) for first, end in spans})
+    last = json.loads((tmp_path / "checkpoint-14/tracmod.json").read_text())
+    assert (last["epoch"], last["step"]) == (2, 14)
+
+
+def test_steps_are_the_optimizers_with_gradient_accumulation(tmp_path):
+    made_trainer(tmp_path, tm.TracInCallback(), gradient_accumulation_steps=3).train()
+    # Seven batches an epoch make three steps: of three, three and one batch.
+    assert recorded(tmp_path) == pytest.approx({3: linear(0, 3, 6), 6: linear(3, 6, 6)})
+
+
+class Saves(TrainerCallback):
+    """The steps after which the Trainer saved."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_save(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
+def test_the_end_of_an_epoch_that_is_saved_already_is_not_saved_again(tmp_path):
+    callback, saves = tm.TracInCallback(every="epoch"), Saves()
+    made_trainer(tmp_path, callback, saves, save_strategy="steps", save_steps=STEPS).train()
+    assert recorded(tmp_path) == pytest.approx({7: linear(0, 7), 14: linear(7, 14)})
+    assert saves.steps == [7, 14]
+
+
+class SaveAgain(TrainerCallback):
+    """Saves at the end of an epoch, when the same step has been saved before."""
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save = True
+
+
+def test_a_checkpoint_saved_twice_after_one_step_keeps_its_rate(tmp_path):
+    made_trainer(
+        tmp_path, tm.TracInCallback(), SaveAgain(), save_strategy="steps", save_steps=STEPS
+    ).train()
+    assert recorded(tmp_path) == pytest.approx({7: linear(0, 7), 14: linear(7, 14)})
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAt(TrainerCallback):
+    """Ends a training in the middle, as an error would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Stopped
+
+
+@pytest.mark.parametrize("same_trainer", [True, False])
+@pytest.mark.parametrize("restore", [True, False])
+def test_a_resumed_training_has_the_rates_and_weights_of_an_undisturbed_one(
+    tmp_path, same_trainer, restore
+):
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "restore_callback_states_from_checkpoint": restore,
+    }
+    made_trainer(tmp_path / "whole", tm.TracInCallback(), **settings).train()
+    stop = StopAt(8)
+    trainer = made_trainer(tmp_path / "resumed", tm.TracInCallback(), stop, **settings)
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert list(recorded(tmp_path / "resumed")) == [3, 6]
+    if same_trainer:
+        trainer.remove_callback(stop)
+    else:
+        trainer = made_trainer(tmp_path / "resumed", tm.TracInCallback(), **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert recorded(tmp_path / "resumed") == recorded(tmp_path / "whole")
+    assert len(recorded(tmp_path / "whole")) == 5
+    for folder in checkpoint_folders(tmp_path / "whole"):
+        again = tmp_path / "resumed" / folder.name
+        for name in ("model.safetensors", "tracmod.json"):
+            assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_parameter_groups_of_different_rates_take_the_firsts_and_say_so(tmp_path):
+    trainer = made_trainer(tmp_path, tm.TracInCallback(), logging_steps=1)
+    body, head = [], []
+    for name, weight in trainer.model.named_parameters():
+        (head if name.startswith("classifier") else body).append(weight)
+    groups = [{"params": body, "lr": PEAK}, {"params": head, "lr": 10 * PEAK}]
+    trainer.optimizer = torch.optim.SGD(groups)
+    with pytest.warns(UserWarning, match="different learning rates; influence weighs .* first"):
+        trainer.train()
+    assert recorded(tmp_path) == pytest.approx({7: linear(0, 7), 14: linear(7, 14)})
+    for folder in checkpoint_folders(tmp_path):
+        (folder / "tracmod.json").unlink()
+    logged = load_checkpoints(checkpoint_folders(tmp_path))
+    assert [one.learning_rate for one in logged] == pytest.approx([linear(0, 7), linear(7, 14)])
+
+
+def test_the_second_moment_of_two_parameter_groups_has_the_right_names(files, tmp_path):
+    """The Trainer's optimizer counts through its groups, with decay and without."""
+    callback = tm.TracInCallback(own_tokenizer(), second_moment=True)
+    training, out = tmp_path / "training", tmp_path / "out"
+    trainer = made_trainer(training, callback, weight_decay=0.1, max_grad_norm=0.0)
+    moments, steps = {}, [0]
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            steps[0] += 1
+            for name, parameter in kwargs["model"].named_parameters():
+                before = moments.get(name, 0)
+                moments[name] = 0.999 * before + 0.001 * parameter.grad.square()
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert [len(group["params"]) > 1 for group in trainer.optimizer.param_groups] == [True, True]
+    last = checkpoint_folders(training)[-1]
+    found = load_file(last / "second_moment.safetensors")
+    assert found.keys() == moments.keys()
+    for name, moment in moments.items():
+        expected = moment / (1 - 0.999 ** steps[0])
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-12, msg=name)
+    command = ["attribute", "--checkpoints", training, *files, "--exact", "-k", TRAIN]
+    invoke(*command, "--out", out, "--preconditioner", "adam", "--normalize", "none")
+    model = load_classifier(last)
+    metric = tm.adam_preconditioner(model, found)
+    train, query = examples_of("train", TRAIN), examples_of("query", QUERY)
+    expected = tm.exact_influence(model, train, query, preconditioner=metric)
+    alone = tmp_path / "alone"
+    given = ["attribute", "--model", last, *files, "--exact", "-k", TRAIN, "--out", alone]
+    invoke(*given, "--preconditioner", "adam", "--normalize", "none")
+    assert_close(scores_of(alone), expected.double())
+    assert not torch.allclose(scores_of(out), scores_of(alone))
+
+
+def test_an_optimizer_without_a_second_moment_is_named(tmp_path):
+    trainer = made_trainer(tmp_path, tm.TracInCallback(second_moment=True))
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), momentum=0.9)
+    with pytest.raises(ValueError, match=r"expected an Adam optimizer, got .*momentum_buffer"):
+        trainer.train()
+
+
+def test_checkpoints_without_a_second_moment_are_refused_before_the_work(training, files, tmp_path):
+    output = invoke("attribute", "--checkpoints", training, *files, "--out", tmp_path / "out",
+                    "--preconditioner", "adam", code=2)  # fmt: skip
+    assert "second_moment.safetensors" in output
+    assert "TracInCallback(second_moment=True)" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_with_the_best_model_loaded_at_the_end_every_checkpoint_is_there(tmp_path):
+    made_trainer(
+        tmp_path, tm.TracInCallback(), load_best_model_at_end=True, eval_strategy="epoch"
+    ).train()
+    assert recorded(tmp_path) == pytest.approx({7: linear(0, 7), 14: linear(7, 14)})
+
+
+# --- what is said, what is refused ----------------------------------------------------------
+
+
+def test_removed_checkpoints_are_warned_of(tmp_path):
+    trainer = made_trainer(tmp_path, tm.TracInCallback(), save_total_limit=1)
+    with pytest.warns(UserWarning, match="save_total_limit=1: .* influence needs them all"):
+        trainer.train()
+    assert recorded(tmp_path) == pytest.approx({14: linear(7, 14)})
+
+
+def test_a_tokenizer_is_saved_where_the_trainer_saves_none(tmp_path):
+    trainer = made_trainer(tmp_path / "none", tm.TracInCallback())
+    with pytest.warns(UserWarning, match="the checkpoints have no tokenizer; pass TracInCallback"):
+        trainer.train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*tokenizer")
+        made_trainer(tmp_path / "ours", tm.TracInCallback(own_tokenizer())).train()
+    source, given = given_checkpoints(None, (), tmp_path / "ours")
+    assert [path.name for path in given] == ["checkpoint-7", "checkpoint-14"]
+    assert source == str(given[-1])
+    assert load_model(source)[1].get_vocab() == own_tokenizer().get_vocab()
+
+
+def test_the_trainers_own_tokenizer_is_left_as_it_is(tmp_path):
+    trainer = made_trainer(tmp_path, tm.TracInCallback(own_tokenizer(["other words"])))
+    trainer.processing_class = own_tokenizer()
+    trainer.train()
+    own_tokenizer().save_pretrained(tmp_path / "expected")
+    for folder in checkpoint_folders(tmp_path):
+        found = (folder / "tokenizer.json").read_bytes()
+        assert found == (tmp_path / "expected/tokenizer.json").read_bytes()
+
+
+def test_what_influence_cannot_use_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match="every: expected None or 'epoch', got 'day'"):
+        tm.TracInCallback(every="day")
+    trainer = made_trainer(
+        tmp_path, tm.TracInCallback(every="epoch"), save_strategy="best",
+        metric_for_best_model="loss", eval_strategy="epoch",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="expected save_strategy no, steps or epoch, got best"):
+        trainer.train()
+    trainer = made_trainer(tmp_path, tm.TracInCallback())
+    trainer.model.roberta.encoder = nn.Identity()
+    with pytest.raises(ValueError, match="expected an encoder of the BERT family"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_checkpoint_without_whole_weights_stops_the_training(tmp_path):
+    class Lose(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}/model.safetensors").unlink()
+
+    with pytest.raises(ValueError, match="checkpoint-7: no weights in the folder"):
+        made_trainer(tmp_path, Lose(), tm.TracInCallback()).train()
+
+
+WORKER = """
+import json, os, sys, warnings
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[2])
+import tracmod as tm
+import tracmod.training.callback as module
+from test_trainer_callback import made_trainer
+write, written = module.write_json, []
+module.write_json = lambda path, tree: (written.append(path.parent.name), write(path, tree))
+with warnings.catch_warnings(record=True) as warned:
+    made_trainer(sys.argv[1], tm.TracInCallback(every="epoch"), save_strategy="no").train()
+warned = [str(one.message) for one in warned if one.category is UserWarning]
+tree = {"written": written, "warned": [text for text in warned if "TracInCallback" in text]}
+Path(sys.argv[1], f"rank-{os.environ['RANK']}.json").write_text(json.dumps(tree))
+torch.distributed.barrier()  # gloo's threads end with both there, or the exit may abort one
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_alone_writes_and_warns(tmp_path, monkeypatch):
+    """DDP over gloo, as torchrun starts it; every process asks for the checkpoint."""
+    worker, out = tmp_path / "worker.py", tmp_path / "out"
+    worker.write_text(WORKER)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(worker), str(out), str(Path(__file__).parent)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["written"] == ["checkpoint-4", "checkpoint-8"]
+    assert len(first["warned"]) == 1
+    assert second == {"written": [], "warned": []}
+    # 28 rows for two processes in batches of four: four steps an epoch.
+    assert recorded(out) == pytest.approx({4: linear(0, 4, 8), 8: linear(4, 8, 8)})
+
+
+# --- the command ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    made_trainer(folder, tm.TracInCallback(own_tokenizer())).train()
+    return folder
+
+
+def test_checkpoints_are_taken_by_number_and_other_folders_are_not(training, files, tmp_path):
+    folder = tmp_path / "many"
+    for name in ("checkpoint-100", "checkpoint-9", "checkpoint-20"):
+        shutil.copytree(training / "checkpoint-7", folder / name)
+    (folder / "checkpoint-3.tmp").mkdir()
+    (folder / "checkpoint-best").mkdir()
+    (folder / "checkpoint-5").write_text("a file")
+    shutil.copy(training / "checkpoint-7/config.json", folder)  # as after trainer.save_model()
+    out = tmp_path / "out"
+    invoke("attribute", "--checkpoints", folder, *files, "--out", out, "--projection-dim", 256)
+    given = json.loads((out / "run.json").read_text())["arguments"]["checkpoints"]
+    assert [Path(path).name for path in given] == [
+        "checkpoint-9", "checkpoint-20", "checkpoint-100",
+    ]  # fmt: skip
+
+
+def test_the_last_checkpoint_given_stands_for_the_model(training, files, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    dim = ("--projection-dim", 256)
+    invoke("attribute", "--checkpoints", training, *files, "--out", one, *dim)
+    each = [("--checkpoint", training / f"checkpoint-{step}") for step in (7, 14)]
+    model = ("--model", training / "checkpoint-14")
+    invoke("attribute", *model, *each[0], *each[1], *files, "--out", two, *dim)
+    invoke("attribute", *each[0], *each[1], *files, "--out", two, *dim)
+    assert (one / "top.parquet").read_bytes() == (two / "top.parquet").read_bytes()
+
+
+def test_too_much_or_too_little_is_one_sentence(training, files, tmp_path):
+    (tmp_path / "empty").mkdir()
+    command = ["attribute", *files, "--out", tmp_path / "out"]
+    both = ["--checkpoints", training, "--checkpoint", training / "checkpoint-7"]
+    for given, says in (
+        (both, "expected --checkpoint or --checkpoints, got both"),
+        ([], "expected --model, --checkpoint or --checkpoints, got none of them"),
+        (["--checkpoints", tmp_path / "empty"], "empty: expected checkpoint-<number> folders"),
+    ):
+        output = invoke(*command, *given, code=2)
+        assert says in output
+        assert len(output.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

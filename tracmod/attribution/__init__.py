@@ -1,0 +1,1 @@
+"""Influence for any model and data, and queries of what was collected."""

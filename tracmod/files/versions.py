@@ -1,0 +1,21 @@
+"""Versions of the packages that results depend on, recorded beside the results."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "faiss-cpu")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {name: package_version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **{k: v for k, v in found.items() if v}}
+
+
+def package_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,1 @@
+"""Per-example gradients: captured activations, the lean pass and preconditioners."""

@@ -1,0 +1,1 @@
+"""Influence scores from features or from whole gradients."""

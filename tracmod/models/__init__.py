@@ -1,0 +1,1 @@
+"""Classifiers, their checkpoints and their inputs."""

@@ -1,0 +1,1 @@
+"""The study of a run folder, stage by stage."""

@@ -1,0 +1,1 @@
+"""Attention heads: masks, importance, pruning and smaller models."""

@@ -1,0 +1,1 @@
+"""Fine-tuning, resumable, dense or through subnetworks."""

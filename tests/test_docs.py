@@ -234,10 +234,12 @@ def test_links_lead_to_files_of_the_repository(page):
     assert not missing
 
 
-def test_every_page_says_first_what_one_can_do_after_reading_it():
+def test_every_page_begins_with_a_title_and_one_line_that_says_what_it_is_about():
     for page in PAGES:
         if page.parent.name == "docs":
-            assert "After this page you" in "\n".join(page.read_text().splitlines()[:4]), page
+            title, blank, summary, end = page.read_text(encoding="utf-8").splitlines()[:4]
+            assert title.startswith("# ") and not blank, page
+            assert summary.endswith(".") and not end, page
 
 
 def test_the_python_reference_names_everything_public():

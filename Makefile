@@ -1,5 +1,5 @@
-# Set-up, demo, tests and benchmarks; every target works from a bare checkout.
-# Needs: Python >= 3.11, a C++ compiler, make, and a package index that pip reaches.
+# Set-up, demo, tests and benchmarks. Every target works from a bare checkout.
+# Requirements: Python >= 3.11, a C++ compiler, make, and a package index that pip can reach.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python >= 3.11 needed, {sys.executable} is {v[0]}.{v[1]}; set PYTHON=")'
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"expected Python >= 3.11, got {v[0]}.{v[1]} ({sys.executable}); set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --editable '.[test,dev,docs]'
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --no-deps kronfluence
@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 demo: install
 	$(BIN)/tracmod run demo --out $(DEMO)
 
-# One process per core, each with one thread; a file's tests stay together and share what they set up.
+# One process per core, each with one thread. The tests of a file run in one process and share its fixtures.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test: install
@@ -30,28 +30,30 @@ test: install
 test-fast: install
 	$(PYTEST) -m 'not slow'
 
-# Of the fast tests; lines that only worker processes run do not count.
+# Coverage of the fast tests. Lines that only run in worker processes are not counted.
 coverage: install
 	$(PYTEST) -m 'not slow' --cov --cov-report=term --cov-report=html
 
-# The site, into site/: no network, warnings are errors.
+# Build the documentation in site/, without a network. Warnings are errors.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# dist/*.whl, which installs without a compiler. TRACMOD_CUDA=OFF leaves the CUDA kernels out, ON insists on them.
+# Build dist/*.whl, which installs without a compiler. TRACMOD_CUDA=OFF leaves the CUDA kernels out, and
+# TRACMOD_CUDA=ON fails without a CUDA compiler.
 wheel: install
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 bench: install
 	$(BIN)/tracmod bench
 
-# Every op at every size, both dtypes; then the pass, the whole job and fidelity. JSON and tables in bench/.
+# Benchmark every op at every size in both dtypes. `make bench-report` makes the tables of bench/RESULTS.md.
 bench-kernels: install
 	$(BIN)/tracmod bench --full --json bench/results/kernels-cpu-float32.json
 	$(BIN)/tracmod bench --full --dtype bfloat16 --json bench/results/kernels-cpu-bfloat16.json
 
 TRACIN := $(BIN)/python bench/bench_tracin.py
 
+# Benchmark gradient collection, fidelity, the whole job, indexes, and preconditioners.
 bench-tracin: install
 	$(TRACIN) collect
 	$(TRACIN) train
@@ -60,7 +62,7 @@ bench-tracin: install
 	$(BIN)/python bench/bench_index.py
 	$(BIN)/python bench/bench_preconditioner.py
 
-# A million examples on disk (7 GB in runs/scale), the store's costs, and the engines.
+# Benchmark a search over a million examples on disk (7 GB in runs/scale), the feature store, and the engines.
 bench-scale: install
 	$(BIN)/python bench/bench_scale.py search
 	$(BIN)/python bench/bench_scale.py store

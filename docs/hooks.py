@@ -1,4 +1,4 @@
-"""For `mkdocs build`: pages from outside docs/, and links between files as links of the site."""
+"""Hooks of `mkdocs build`: add pages from outside docs/, and translate links between files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 INDEX = "README.md"  # the site's first page
-# What pages link to outside docs/; a link to anything else is an error of the build.
+# Files outside docs/ that pages may link to. The build fails on a link to any other file.
 BESIDES = (
     "CHANGELOG.md",
     "CITATION.cff",
@@ -33,7 +33,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Make links that are right between the repository's files right between the site's."""
+    """Translate links between files of the repository to links between pages of the site."""
     here = repository_path(page.file.src_uri)
 
     def moved(link: re.Match[str]) -> str:
@@ -45,23 +45,23 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """Set the lines of a command's help that are not to be wrapped, and leave no default empty."""
+    """Show examples in command help as preformatted text, and remove placeholder defaults."""
     if page.file.src_uri != "cli.md":
         return html
     html = re.sub(r"<p>(Examples?:)\n(.*?)</p>", r"<p>\1</p>\n<pre>\2</pre>", html, flags=re.DOTALL)
     html = re.sub(r"<p>([^<]*\w   [^<]*)</p>", r"<pre>\1</pre>", html)
-    return html.replace("<code>Sentinel.UNSET</code>", "")  # what click calls no default
+    return html.replace("<code>Sentinel.UNSET</code>", "")  # click's placeholder for no default
 
 
 def site_path(path: str) -> str:
-    """Where a file of the repository lies in the site."""
+    """Return the path in the site of a file of the repository."""
     if path == INDEX:
         return "index.md"
     return path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}"
 
 
 def repository_path(uri: str) -> str:
-    """The inverse of `site_path`."""
+    """Return the path in the repository of a file of the site: the inverse of `site_path`."""
     if uri == "index.md":
         return INDEX
     return uri.removeprefix("repository/") if uri.startswith("repository/") else f"docs/{uri}"

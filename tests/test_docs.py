@@ -234,10 +234,9 @@ def test_links_lead_to_files_of_the_repository(page):
     assert not missing
 
 
-def test_every_page_says_first_what_one_can_do_after_reading_it():
-    for page in PAGES:
-        if page.parent.name == "docs":
-            assert "After this page you" in "\n".join(page.read_text().splitlines()[:4]), page
+def test_every_page_begins_with_a_title_and_one_line_that_says_what_it_is_about():
+    for page in (page for page in PAGES if page.parent == ROOT / "docs"):
+        assert re.match(r"# .+\n\n.+\.\n\n", page.read_text(encoding="utf-8")), page
 
 
 def test_the_python_reference_names_everything_public():
@@ -259,7 +258,7 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     )
     assert built.returncode == 0, built.stderr
     pages = {path.relative_to(site).as_posix(): path.read_text() for path in site.rglob("*.html")}
-    assert {f"{page.stem}.html" for page in PAGES if page.parent.name == "docs"} <= set(pages)
+    assert {f"{page.stem}.html" for page in PAGES if page.parent == ROOT / "docs"} <= set(pages)
     for name in main.commands:
         assert f'id="{name}"' in pages["cli.html"], name
     assert "Sentinel" not in pages["cli.html"]

@@ -27,7 +27,8 @@ from tracmod.engine import Engine, open_engine
 from tracmod.engine.local import LocalEngine
 from tracmod.files.durable import file_sha256
 from tracmod.study.pipeline import run_stages
-from tracmod.study.run_folder import STAGES, RunFolder
+from tracmod.study.run_folder import RunFolder
+from tracmod.study.stage_table import STAGE_NAMES
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "local": lambda: LocalEngine(),
@@ -56,7 +57,7 @@ def collected(run: Path) -> dict[str, str]:
 
 def measure(run: Path, train: int) -> dict[str, Any]:
     """Seconds of every engine's collection, and the size of the work."""
-    before = STAGES[: STAGES.index("collect")]
+    before = STAGE_NAMES[: STAGE_NAMES.index("collect")]
     folder = RunFolder(run, config_of(train))
     with folder.locked():
         run_stages(folder, before)

@@ -413,7 +413,7 @@ def test_examples_added_to_the_files_are_collected_alone(model_dir, tmp_path, mo
 
 
 def test_growth_that_is_stopped_leaves_nothing_damaged(model_dir, files, tmp_path, monkeypatch):
-    import tracmod.attribution.attribute as module
+    import tracmod.attribution.context as module
 
     def stopped(*_):
         raise KeyboardInterrupt

@@ -23,9 +23,9 @@ from tracmod.models.inputs import encode
 from tracmod.models.loading import load_model
 from tracmod.report import write_report
 from tracmod.report.paper.figures import draw_figures
-from tracmod.study import pipeline
 from tracmod.study.pipeline import run_stages
 from tracmod.study.run_folder import RunFolder
+from tracmod.study.stages import influence_blocks
 from tracmod.validation.integrity import verify
 
 BLOCKS = {"blocks": True, "k": 5}
@@ -126,7 +126,7 @@ def test_stopped_it_goes_on_without_doing_a_part_twice(done, tmp_path, monkeypat
     shutil.copytree(done, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "influence" / "blocks")
     calls = []
-    compute = pipeline.block_influence
+    compute = influence_blocks.block_influence
 
     def stops(*arguments, **named):
         if len(calls) == 3:
@@ -134,7 +134,7 @@ def test_stopped_it_goes_on_without_doing_a_part_twice(done, tmp_path, monkeypat
         calls.append(arguments)
         return compute(*arguments, **named)
 
-    monkeypatch.setattr(pipeline, "block_influence", stops)
+    monkeypatch.setattr(influence_blocks, "block_influence", stops)
     run = RunFolder(tmp_path / "copy")
     with pytest.raises(KeyboardInterrupt), run.locked():
         run_stages(run, ["influence"], again="influence")
@@ -144,7 +144,7 @@ def test_stopped_it_goes_on_without_doing_a_part_twice(done, tmp_path, monkeypat
         calls.append(arguments)
         return compute(*arguments, **named)
 
-    monkeypatch.setattr(pipeline, "block_influence", counts)
+    monkeypatch.setattr(influence_blocks, "block_influence", counts)
     run_with(tmp_path / "copy", influence=BLOCKS)
     assert len(calls) == 2 * 2 * (1 + len(LANGUAGES))  # models, checkpoints, masks
     names = ("influence/**/*.parquet", "analysis/*")

@@ -29,8 +29,11 @@ from tracmod.influence.scores import top_influences
 from tracmod.models.checkpoints import load_checkpoints
 from tracmod.models.inputs import encode
 from tracmod.models.loading import load_model
-from tracmod.study.pipeline import Study, feature_digests, run_stages
+from tracmod.study.context import RunContext
+from tracmod.study.pipeline import run_stages
+from tracmod.study.run_features import load_checkpoint
 from tracmod.study.run_folder import RunFolder
+from tracmod.study.stages.influence import _write_view
 from tracmod.subnetworks.importance import head_importance
 from tracmod.training.fine_tune import accuracy_by_language
 from tracmod.training.folder import epoch_masks
@@ -61,7 +64,7 @@ def test_a_run_in_another_metric_is_that_of_its_preconditioned_gradients(tmp_pat
     run = RunFolder(tmp_path / "run", tiny_config(collect={"preconditioner": kind}))
     with run.locked():
         run_stages(run)
-    study, out = Study(run), tmp_path / "run"
+    study, out = RunContext(run), tmp_path / "run"
     (checkpoint, *_) = study.checkpoints("sparse")
     model, tokenizer = load_model(checkpoint.path)
     train, test = (encode(tokenizer, pq.read_table(run.data(one)), 48) for one in ("train", "test"))
@@ -230,7 +233,7 @@ def test_stages_one_by_one_need_those_before_them(tmp_path):
 
 
 def test_a_changed_config_is_refused_where_work_would_be_lost(done):
-    with pytest.raises(ValueError, match=r"begun with finetune\.epochs=2, now .*=3; use another"):
+    with pytest.raises(ValueError, match=r"finetune\.epochs=2.*finetune\.epochs=3"):
         RunFolder(done, tiny_config(finetune={"epochs": 3}))
     with pytest.raises(ValueError, match=r"task\.seed=0, now asked for task\.seed=1"):
         RunFolder(done, tiny_config(task={"seed": 1}))
@@ -389,11 +392,11 @@ def test_features_are_scored_on_the_studys_device(copy, monkeypatch):
         on_cpu = [[torch.ones(one.shape) for one in side] for side in sides]
         return top_influences(*on_cpu, k, groups)
 
-    monkeypatch.setattr("tracmod.study.pipeline.top_influences", record)
-    study = Study(RunFolder(copy))
-    digests = [feature_digests(*load_model(one.path), None) for one in study.checkpoints("full")]
+    monkeypatch.setattr("tracmod.study.stages.influence.top_influences", record)
+    study = RunContext(RunFolder(copy))
+    digests = [load_checkpoint(study, "full", one).digests for one in study.checkpoints("full")]
     study.device = "meta"
-    study._influence_of_view("full", study.views[0], digests, [0] * 18)
+    _write_view(study, "full", study.views[0], digests, [0] * 18)
     assert devices == {"meta"}
 
 
@@ -438,8 +441,8 @@ def test_a_checkpoint_without_learning_rate_is_refused_unless_weights_are_unifor
     (folder / "tracmod.json").unlink()
     (folder / "trainer_state.json").write_text('{"epoch": 1, "global_step": 5, "log_history": []}')
     with pytest.raises(ValueError, match="checkpoint-1: expected a learning rate"):
-        Study(RunFolder(copy)).checkpoints("full")
-    uniform = Study(RunFolder(copy, tiny_config(influence={"weights": "uniform"})))
+        RunContext(RunFolder(copy)).checkpoints("full")
+    uniform = RunContext(RunFolder(copy, tiny_config(influence={"weights": "uniform"})))
     assert uniform.weights(uniform.checkpoints("full")) is None
 
 
@@ -463,7 +466,7 @@ def test_sparse_fine_tuning_with_dynamic_masks(tmp_path):
     )
     run = RunFolder(tmp_path / "run", config)
     run_stages(run, ["data", "finetune", "prune", "sparse-finetune"])
-    folder, study = run.model("sparse"), Study(run)
+    folder, study = run.model("sparse"), RunContext(run)
     identity = json.loads((folder / "training.json").read_text())
     assert (identity["shared"], identity["sampling"]) == ("classifier", "uniform")
     (first, tokenizer), (last, _) = (load_model(folder / f"checkpoint-{e}") for e in (1, 2))
@@ -503,7 +506,7 @@ def test_every_second_checkpoint_counts_for_the_steps_since_the_one_before(tmp_p
         one.learning_rate
         for one in load_checkpoints(run.model("full") / f"checkpoint-{e}" for e in (1, 2, 3))
     ]
-    counted = Study(run).checkpoints("full")
+    counted = RunContext(run).checkpoints("full")
     assert [one.epoch for one in counted] == [2, 3]
     assert [one.learning_rate for one in counted] == pytest.approx([sum(rates[:2]) / 2, rates[2]])
 

@@ -12,9 +12,11 @@ from tiny_study import tiny_config
 from tracmod.cli import main
 from tracmod.config import load_config
 from tracmod.features.collector import Collector
-from tracmod.study.pipeline import Study, run_stages
+from tracmod.study.context import RunContext
+from tracmod.study.pipeline import run_stages
 from tracmod.study.plan import plan_run
-from tracmod.study.run_folder import STAGES, RunFolder
+from tracmod.study.run_folder import RunFolder
+from tracmod.study.stage_table import STAGE_NAMES
 
 OPTIONS = {
     "prune": {"seeds": 2, "model": "monolingual", "step": 0.2},
@@ -34,8 +36,8 @@ def test_counts_are_those_of_the_run(tmp_path):
     assert works["prune"] == "6 courses of at most 5 rounds, 6 more models fine-tuned"
     # full 1, subnetwork 3, random 3, other 1, union 1; the own view costs no pass.
     assert works["collect"].startswith("9 passes (view, mask) x 4 checkpoints = ")
-    run_stages(run, STAGES[:6])
-    counted = Study(run)._count_passes()
+    run_stages(run, STAGE_NAMES[:6])
+    counted = 4 * RunContext(run).examples_per_checkpoint()
     assert works["collect"].endswith(f"= {counted} forward and backward passes of an example")
     shards = [path.stat().st_size for path in (run.path / "features").rglob("shard*")]
     collect = next(stage for stage in plan.stages if stage.stage == "collect")
@@ -77,7 +79,7 @@ def rates(monkeypatch):
         collector.collect(examples[:2])  # the stand-in does for the real one
         return seconds[collector.preconditioner and collector.preconditioner.kind]
 
-    monkeypatch.setattr("tracmod.study.plan._seconds_each", each)
+    monkeypatch.setattr("tracmod.study.forecast.seconds_per_example", each)
 
 
 def test_features_in_a_metric_cost_its_rate_its_fit_and_its_bytes(tmp_path, rates):
@@ -91,7 +93,7 @@ def test_features_in_a_metric_cost_its_rate_its_fit_and_its_bytes(tmp_path, rate
     passes = int(plain["collect"].work.split(" = ")[1].split()[0])
     assert plain["collect"].seconds == passes
     assert plan["collect"].seconds == 100 * (passes + 4 * 2 * 36)
-    run_stages(run, STAGES[:5])
+    run_stages(run, STAGE_NAMES[:5])
     files = list((run.path / "preconditioners").rglob("*.safetensors"))
     assert len(files) == 4
     assert plan["collect"].bytes - plain["collect"].bytes == bytes_of(files) > 0
@@ -99,7 +101,7 @@ def test_features_in_a_metric_cost_its_rate_its_fit_and_its_bytes(tmp_path, rate
 
 
 def test_a_fit_is_of_so_many_examples_at_most(tmp_path, rates, monkeypatch):
-    monkeypatch.setattr("tracmod.study.plan.FIT_EXAMPLES", 10)
+    monkeypatch.setattr("tracmod.study.forecast.FIT_EXAMPLES", 10)
     work = planned(tmp_path / "run", collect={"preconditioner": "ekfac"})["collect"].work
     assert work.endswith("two passes over 10 examples")
 
@@ -113,7 +115,7 @@ def test_checkpoints_with_adams_second_moment_are_larger_by_it(tmp_path, rates):
     )
     assert plan["collect"].seconds == 10 * plain["collect"].seconds
     assert plan["collect"].bytes == plain["collect"].bytes
-    run_stages(run, STAGES[:4])
+    run_stages(run, STAGE_NAMES[:4])
     for stage, model in (("finetune", "full"), ("sparse-finetune", "sparse")):
         assert plan[stage].work == plain[stage].work + " with Adam's second moment"
         files = list(run.model(model).rglob("second_moment.safetensors"))

@@ -16,8 +16,9 @@ from tracmod.influence.scores import top_influences
 from tracmod.models.checkpoints import load_checkpoints
 from tracmod.models.inputs import encode
 from tracmod.models.loading import load_model
+from tracmod.study.context import RunContext
 from tracmod.study.export import export_subnetwork
-from tracmod.study.pipeline import Study, run_stages
+from tracmod.study.pipeline import run_stages
 from tracmod.study.run_folder import RunFolder
 from tracmod.study.views import views_of
 from tracmod.subnetworks.head_mask import HeadMask
@@ -148,7 +149,7 @@ def test_views_without_features_of_their_own_put_others_together(done, model, vi
 
 def test_pairs_of_languages_have_one_mask_for_all(done):
     en, de, es = (HeadMask.load(done / f"subnetworks/{name}.json").array for name in LANGUAGES)
-    views = {view.name: dict(view.masks) for view in Study(RunFolder(done)).views}
+    views = {view.name: dict(view.masks) for view in RunContext(RunFolder(done)).views}
     assert views["union-en+de"] == {None: HeadMask(en | de)}
     assert views["intersection-de+es"] == {None: HeadMask(de & es)}
     store = tm.FeatureStore.open(done / "features/full/union-en+de/checkpoint-1/test")
@@ -171,7 +172,7 @@ def test_dynamic_masks_are_applied_at_the_checkpoints_they_belong_to(tmp_path):
     )
     run = RunFolder(tmp_path / "run", config)
     run_stages(run)
-    study = Study(run)
+    study = RunContext(run)
     train = pq.read_table(run.data("train"))
     for epoch in (1, 2):
         model, tokenizer = load_model(run.model("sparse") / f"checkpoint-{epoch}")

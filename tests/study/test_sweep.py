@@ -24,6 +24,7 @@ from tracmod.files.durable import link_folder
 from tracmod.report.html.sweeps import write_sweep_page
 from tracmod.study.pipeline import run_stages
 from tracmod.study.run_folder import RunFolder
+from tracmod.study.stages import collect, influence, prune
 from tracmod.study.sweep import load_sweep, run_sweep, sweep_plan
 from tracmod.tasks import load_task
 from tracmod.validation.integrity import verify
@@ -114,9 +115,7 @@ def test_doing_it_again_does_nothing(done, monkeypatch):
     sweep, out, _ = done
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/**/*.*")}
     assert set(sweep_plan(sweep, out)["views"].values()) == {"done"}
-    monkeypatch.setattr(
-        tracmod.study.pipeline, "Study", lambda *arguments: None
-    )  # has no stages to do
+    monkeypatch.setattr(tracmod.study.pipeline, "stage_module", lambda stage: None)  # does nothing
     assert run_sweep(sweep, out, lambda line: None) == {}
     changed = {path for path in before if path.stat().st_mtime_ns != before[path]}
     assert all(path.name == ".lock" for path in changed)
@@ -213,13 +212,13 @@ def test_what_one_run_does_later_does_not_reach_the_other(done, tmp_path):
 
 
 def stopped_at_threshold(stage):
-    """The stage, stopped at the point `threshold`."""
-    real = getattr(tracmod.study.pipeline.Study, stage)
+    """The stage's function `run`, interrupted at the point `threshold`."""
+    real = stage.run
 
-    def stopped(self):
-        if self.run.path.name == "threshold":
+    def stopped(context):
+        if context.run.path.name == "threshold":
             raise KeyboardInterrupt
-        real(self)
+        real(context)
 
     return stopped
 
@@ -230,8 +229,8 @@ def test_stopped_anywhere_it_goes_on_and_ends_the_same(done, tmp_path, monkeypat
     small = type(sweep)(sweep.name, sweep.settings, points)
     link_folder(out / "base", tmp_path / "out" / "base")
     with monkeypatch.context() as patched:
-        for stage in ("prune", "collect", "influence"):
-            patched.setattr(tracmod.study.pipeline.Study, stage, stopped_at_threshold(stage))
+        for stage in (prune, collect, influence):
+            patched.setattr(stage, "run", stopped_at_threshold(stage))
             with pytest.raises(KeyboardInterrupt):
                 run_sweep(small, tmp_path / "out", lambda line: None)
             patched.undo()

@@ -429,7 +429,7 @@ def test_an_attribution_chooses_its_projection_and_keeps_to_it(own, monkeypatch)
 
 
 def test_a_choice_that_was_stopped_is_the_same_when_done_again(own, monkeypatch):
-    import tracmod.attribution.attribute as module
+    import tracmod.attribution.fidelity as module
 
     assert command(own, *AUTO).exit_code == 0
     first = files_of(own / "out", "*.json", "*.parquet")

@@ -26,10 +26,14 @@ from tracmod.models.digests import model_digest
 from tracmod.models.inputs import encode, per_example_loss, predict
 from tracmod.models.loading import load_classifier, load_model
 from tracmod.report.html.retraining import METHOD_NAMES, sentences
-from tracmod.study.pipeline import Study, run_stages
+from tracmod.study.context import RunContext
+from tracmod.study.pipeline import run_stages
 from tracmod.study.plan import plan_run
-from tracmod.study.run_folder import STAGES, RunFolder
-from tracmod.study.stages.retrain import METHODS, counted, method_scores, methods_of
+from tracmod.study.retrain_scores import METHODS, method_scores, methods_of
+from tracmod.study.run_folder import RunFolder
+from tracmod.study.run_training import fine_tune_on
+from tracmod.study.stage_table import STAGE_NAMES
+from tracmod.study.stages.retrain import count_trainings
 from tracmod.study.status import run_status
 from tracmod.validation.integrity import verify
 from tracmod.validation.retraining import ALL, HALF_OF_SEEDS, language_set, subset_set
@@ -107,14 +111,14 @@ def test_trained_on_all_with_the_runs_seed_the_model_is_the_runs_own_bit_for_bit
 def test_a_training_without_examples_is_fine_tuning_on_the_others_from_the_same_start(
     done, tmp_path
 ):
-    study = Study(RunFolder(done))
+    study = RunContext(RunFolder(done))
     train = study.table("train")
     left_out = table(done, "left_out").to_pylist()
     for name, kept in ((subset_set(1), 18), (language_set("de"), 24)):
         out = {row["train_id"] for row in left_out if row["set"] == name}
         rows = [row for row, one in enumerate(train["id"].to_pylist()) if one not in out]
         assert len(rows) == kept
-        study.fine_tuned(train.take(rows), 0, tmp_path / name, name)
+        fine_tune_on(study, train.take(rows), 0, tmp_path / name, name)
         expected = losses_after(tmp_path / name / "checkpoint-2", done)
         assert np.array_equal(losses_of(done, name)[0], expected[0])
         assert not np.array_equal(losses_of(done, name)[0], losses_of(done, ALL)[0])
@@ -139,7 +143,7 @@ def test_the_folder_holds_results_only_and_is_sound(done):
     assert [str(damaged) in problem for problem in verify(done)] == [True]
     damaged.write_bytes(content)
     assert [(name, state) for name, state, _ in run_status(done).stages] == [
-        (stage, "done") for stage in STAGES
+        (stage, "done") for stage in STAGE_NAMES
     ]
 
 
@@ -151,7 +155,7 @@ def test_the_plan_counts_the_trainings(done, tmp_path):
     )
     assert plan.seconds > 0
     train = pq.read_table(done / "data/train.parquet")
-    left_out = sum(number for _, _, number in counted(config(), train))
+    left_out = sum(number for _, _, number in count_trainings(config(), train))
     assert left_out == len(table(done, "left_out"))
 
 
@@ -197,7 +201,7 @@ def test_sets_that_leave_out_the_same_are_trained_once(done, copy):
 
 
 def test_every_method_has_scores_of_every_pair_and_tracin_those_of_the_run(copy):
-    study = Study(RunFolder(copy))
+    study = RunContext(RunFolder(copy))
     scores = {method: method_scores(study, method) for method in METHODS}
     for method, scores_QN in scores.items():
         assert scores_QN.shape == (18, 36), method
@@ -216,7 +220,7 @@ def test_every_method_has_scores_of_every_pair_and_tracin_those_of_the_run(copy)
 
 def test_scores_in_a_metric_are_those_of_its_preconditioned_gradients(copy):
     """Adam's from the same training again, its second moment kept this time; then read."""
-    study = Study(RunFolder(copy))
+    study = RunContext(RunFolder(copy))
     scores = {kind: method_scores(study, kind) for kind in ("adam", "ekfac", "ekfac-last")}
     again, checkpoints = copy / "retraining" / "with-second-moment", study.checkpoints("full")
     exact = dict.fromkeys(scores, 0.0)
@@ -249,12 +253,12 @@ def test_in_a_run_with_a_metric_plain_tracin_stays_plain(copy, tmp_path):
         RunFolder(tmp_path / "run", asked),
         ["data", "finetune", "prune", "sparse-finetune", "collect"],
     )
-    plain, other = Study(RunFolder(copy)), Study(RunFolder(tmp_path / "run"))
+    plain, other = RunContext(RunFolder(copy)), RunContext(RunFolder(tmp_path / "run"))
     for method in ("tracin-dot", "tracin-cosine", "ekfac"):
         scores = [method_scores(study, method) for study in (plain, other)]
         np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-4 * np.abs(scores[0]).max())
     uniform = {"k": 5, "weights": "uniform"}
-    study = Study(RunFolder(copy, config(influence=uniform)))
+    study = RunContext(RunFolder(copy, config(influence=uniform)))
     assert not np.allclose(method_scores(study, "ekfac"), scores[0])  # kept with other weights
     own = method_scores(other, "tracin")
     assert np.corrcoef(own.ravel(), method_scores(plain, "tracin").ravel())[0, 1] < 0.95
@@ -364,7 +368,7 @@ def test_the_words_follow_the_numbers():
 
 def test_a_run_without_the_section_has_no_such_stage(copy):
     run = RunFolder(copy, config(retrain=None))
-    assert run.stages == tuple(stage for stage in STAGES if stage != "retrain")
+    assert run.stages == tuple(stage for stage in STAGE_NAMES if stage != "retrain")
     assert [stage for stage in run.stages if not run.is_done(stage)] == ["report"]
     with pytest.raises(ValueError, match="retrain: the run's config has no section retrain"):
         run_stages(run, ["retrain"])

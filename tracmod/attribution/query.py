@@ -6,29 +6,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tracmod.attribution.attribute import Work, read_attribution
-from tracmod.features.collector import Collector
+from tracmod.attribution.sources import AttributionSource, RunSource, Source
 from tracmod.features.rows import SomeRows, StoreRows
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import read_json
-from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.influence.index import InfluenceIndex, gpu_number
 from tracmod.influence.scores import TopInfluences, top_influences
 from tracmod.models.inputs import as_examples, encode, predict
-from tracmod.models.loading import load_model
-from tracmod.models.modes import frozen, to_device
-from tracmod.study.pipeline import MODELS, Study, feature_digests
-from tracmod.study.run_folder import RunFolder
-from tracmod.subnetworks.head_mask import HeadMask, masked
+from tracmod.models.modes import frozen
+from tracmod.subnetworks.head_mask import masked
 
 # Candidates that an inexact index is asked for, per place and at least; exact scores decide.
 CANDIDATES, LEAST_CANDIDATES = 4, 100
@@ -65,11 +59,11 @@ class Attributor:
         folder = Path(folder)
         file = folder / "run.json"
         record = read_json(file) if file.is_file() else {}
-        self.source: _Source
+        self.source: Source
         if isinstance(record, dict) and "arguments" in record:
-            self.source = _OfAttribution(folder, record["weights"], (model, view, mask))
+            self.source = AttributionSource(folder, record["weights"], (model, view, mask))
         else:
-            self.source = _OfRun(folder, model, view, mask)
+            self.source = RunSource(folder, model, view, mask)
 
     def under(self, view: str, mask: str | None = None) -> Attributor:
         """The same model of the run under another view's masks; the checkpoints are shared.
@@ -306,216 +300,3 @@ class Attributor:
             {"rank": rank, "score": score} | row | {"label": self._label_name(row["label"])}
             for rank, (row, score) in enumerate(zip(rows, scores.tolist(), strict=True), 1)
         ]
-
-
-# --- where features come from ---------------------------------------------------------------
-
-
-class _Source(Protocol):
-    """What an `Attributor` needs of a folder. C checkpoints, in order."""
-
-    index_path: Path
-    model_names: Sequence[str]
-    label_names: list[str]
-    device: str
-    max_length: int
-    weights: list[float] | None
-    normalize: str | None
-
-    @property
-    def train(self) -> pa.Table:
-        """The training examples, in the order of the features."""
-
-    @property
-    def queries(self) -> pa.Table:
-        """Examples like those to be asked about, with their labels."""
-
-    @property
-    def k(self) -> int:
-        """Over how many of the strongest examples the folder's own shares are counted."""
-
-    @property
-    def views(self) -> list[tuple[str, str | None]]:
-        """The views with features, and the language of each of their masks."""
-
-    def under(self, view: str, mask: str | None) -> _Source:
-        """The same model under other masks; what was loaded of it is shared."""
-
-    @property
-    def models(self) -> list[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
-        """(C,) on the device."""
-
-    @property
-    def masks(self) -> list[HeadMask | None]:
-        """(C,) the mask that features are made under."""
-
-    @property
-    def collectors(self) -> list[Collector]:
-        """(C,) what turns examples into features."""
-
-    def train_stores(self) -> list[FeatureStore]:
-        """(C,) refused where made with something else than what is there now."""
-
-    def query_stores(self) -> list[FeatureStore]:
-        """(C,) of examples like those to be asked about, to measure an index with."""
-
-
-class _OfRun:
-    """One model and view of a run folder."""
-
-    model_names: Sequence[str] = MODELS
-
-    def __init__(self, folder: Path, model: str, view: str, mask: str | None) -> None:
-        self.study = Study(RunFolder(folder))
-        self.model = model
-        if not self.study.run.is_done("collect"):
-            raise ValueError(f"{folder}: expected collected features; run `tracmod collect`")
-        views = {one.name: one for one in self.study.views if one.collected}
-        if model not in MODELS or view not in views:
-            raise ValueError(
-                f"{folder}: expected model full or sparse and a view of {', '.join(views)}, "
-                f"got {model} and {view}"
-            )
-        self.view = views[view]
-        names = [language for language, _ in self.view.masks]
-        self.language = None if None in names else mask
-        if self.language not in names:
-            raise ValueError(
-                f"{folder}: the view {view} has a mask per language: expected one of "
-                f"{', '.join(map(str, names))}, got {mask}"
-            )
-        self.index_path = folder / "index" / model / view / (self.language or "")
-        self.label_names: list[str] = self.study.run.record["label_names"]
-        self.device = self.study.device
-        self.max_length = self.study.config.model.max_length
-        self.checkpoints = self.study.checkpoints(model)
-        self.weights = self.study.weights(self.checkpoints)
-        self.normalize = self.study.normalize
-
-    @property
-    def train(self) -> pa.Table:
-        return self.study.table("train")
-
-    @property
-    def queries(self) -> pa.Table:
-        return self.study.table("test")
-
-    @property
-    def k(self) -> int:
-        return self.study.config.influence.ks[0]
-
-    @property
-    def views(self) -> list[tuple[str, str | None]]:
-        collected = (view for view in self.study.views if view.collected)
-        return [(view.name, language) for view in collected for language, _ in view.masks]
-
-    def under(self, view: str, mask: str | None) -> _OfRun:
-        other = _OfRun(self.study.run.path, self.model, view, mask)
-        other.models, other._metrics, other._digests = self.models, self._metrics, self._digests
-        return other
-
-    @cached_property
-    def models(self) -> list[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
-        loaded = (load_model(one.path) for one in self.checkpoints)
-        return [(to_device(model, self.device), tokenizer) for model, tokenizer in loaded]
-
-    @cached_property
-    def masks(self) -> list[HeadMask | None]:
-        epochs = [one.epoch for one in self.checkpoints]
-        return [self.study.mask(self.model, self.view, self.language, epoch) for epoch in epochs]
-
-    @cached_property
-    def collectors(self) -> list[Collector]:
-        parts = zip(self.models, self.masks, self._metrics, strict=True)
-        return [self.study.collector(model, mask, metric) for (model, _), mask, metric in parts]
-
-    def train_stores(self) -> list[FeatureStore]:
-        return self._stores("train")
-
-    def query_stores(self) -> list[FeatureStore]:
-        return self._stores("test")
-
-    def _stores(self, split: str) -> list[FeatureStore]:
-        return self.study.stores(self.model, self.view, self.language, split, self._digests)
-
-    @cached_property
-    def _digests(self) -> list[dict[str, str]]:
-        parts = zip(self.models, self._metrics, strict=True)
-        return [feature_digests(model, tokenizer, metric) for (model, tokenizer), metric in parts]
-
-    @cached_property
-    def _metrics(self) -> list[Preconditioner | None]:
-        parts = zip(self.checkpoints, self.models, strict=True)
-        return [self.study.preconditioner(self.model, one, *loaded) for one, loaded in parts]
-
-
-class _OfAttribution:
-    """A folder of `tracmod attribute`."""
-
-    model_names: Sequence[str] = ("full",)
-
-    def __init__(
-        self, folder: Path, weights: list[float], view: tuple[str, str, str | None]
-    ) -> None:
-        if view != ("full", "full", None):
-            raise ValueError(
-                f"{folder}: an attribution has one model and one mask: model, view and mask are "
-                f"choices of a run folder"
-            )
-        asked = read_attribution(folder)
-        if asked.exact:
-            raise ValueError(
-                f"{folder}: an attribution with --exact keeps scores and no features to compare a "
-                f"new example with: make one without --exact"
-            )
-        self.work = Work(asked)
-        self.index_path = folder / "index"
-        self.label_names = self.work.label_names
-        self.device = self.work.device
-        self.max_length = self.work.max_length
-        # Of the results there: without checkpoints given, the model's own weight was 1.
-        self.weights: list[float] | None = weights
-        self.normalize = asked.normalize
-
-    @property
-    def train(self) -> pa.Table:
-        return self.work.tables["train"]
-
-    @property
-    def queries(self) -> pa.Table:
-        return self.work.tables["query"]
-
-    @property
-    def k(self) -> int:
-        return self.work.asked.k
-
-    @property
-    def views(self) -> list[tuple[str, str | None]]:
-        return [("full", None)]
-
-    def under(self, view: str, mask: str | None) -> _OfAttribution:
-        raise ValueError(
-            "an attribution has one model and one mask: other views are those of a run folder"
-        )
-
-    @cached_property
-    def models(self) -> list[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
-        return [(self.work.load(one), self.work.tokenizer) for one in self.work.checkpoints]
-
-    @cached_property
-    def masks(self) -> list[HeadMask | None]:
-        return [self.work.mask] * len(self.work.checkpoints)
-
-    @cached_property
-    def collectors(self) -> list[Collector]:
-        loaded = zip(self.work.checkpoints, self.models, strict=True)
-        return [self.work.collector(one, model) for one, (model, _) in loaded]
-
-    def train_stores(self) -> list[FeatureStore]:
-        loaded = zip(self.work.checkpoints, self.models, strict=True)
-        return [self.work.open_train_store(one, model) for one, (model, _) in loaded]
-
-    def query_stores(self) -> list[FeatureStore]:
-        # Whatever their file holds now: an index only asks that they were made like the others.
-        paths = [self.work.store_path(one, "query") for one in self.work.checkpoints]
-        return [FeatureStore.open(path) for path in paths]

@@ -1,4 +1,4 @@
-"""How far a run is: its stages, its features, its workers' logs; from what is on disk alone."""
+"""The progress of a run, from what is on disk alone."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tracmod.study.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        working: whether a process works in the folder now.
-        stages: (stage, state, seconds): done, running, interrupted or to do. A stage whose process
-            was killed says running; `working` tells.
-        shards, shards_wanted: files of the feature stores that are begun, and of them all when they
-            are complete (not verified: that is `tracmod verify`).
-        rankings: rankings of the influence stage that are there while it works.
-        logs: worker -> the last line of its log.
+        working: Whether a process works in the folder now.
+        stages: (stage, state, seconds) with state done, running, interrupted or to do. A stage
+            whose process was killed says running; `working` tells the difference.
+        shards: The files of feature stores that are there (not verified: `tracmod verify` does it).
+        shards_wanted: The files of these stores when they are complete.
+        rankings: The parts of rankings that are there while the stage influence runs.
+        logs: Worker -> the last line of its log.
     """
 
     working: bool
@@ -34,35 +34,29 @@ class RunStatus:
 
 
 def run_status(path: Path) -> RunStatus:
-    """How far the run in a folder is.
+    """Return the progress of the run in a folder.
 
     Raises:
-        ValueError: no run there.
+        ValueError: There is no run.
     """
     run = RunFolder(path)
-    records = run.record["stages"]
-    stages = [
-        (
-            stage,
-            "done" if run.is_done(stage) else records.get(stage, {}).get("state", "to do"),
-            float(records.get(stage, {}).get("seconds", 0.0)),
-        )
-        for stage in run.stages
-    ]
+    stages = []
+    for stage in run.stages:
+        entry = run.record["stages"].get(stage, {})
+        state = "done" if run.is_done(stage) else entry.get("state", "to do")
+        stages.append((stage, state, float(entry.get("seconds", 0.0))))
     features: Any = run.features_path
     manifests = list(features.rglob("manifest.json"))
-    stores = [FeatureStore.open(file.parent) for file in manifests]
-    names = [file.name for manifest in manifests for file in entries(manifest.parent)]
+    file_names = [file.name for manifest in manifests for file in entries(manifest.parent)]
+    logs = {}
+    for log in sorted(run.logs.glob("worker-*.log")):
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        logs[log.stem] = lines[-1] if lines else ""
     return RunStatus(
         working=run.is_locked,
         stages=stages,
-        shards=sum(name.startswith("shard-") for name in names),
-        shards_wanted=sum(store.num_shards for store in stores),
-        rankings=len(list((path / "influence" / "progress").glob("*.safetensors"))),
-        logs={file.stem: _last_line(file) for file in sorted((path / "logs").glob("worker-*.log"))},
+        shards=sum(name.startswith("shard-") for name in file_names),
+        shards_wanted=sum(FeatureStore.open(manifest.parent).num_shards for manifest in manifests),
+        rankings=len(list(run.progress.glob("*.safetensors"))),
+        logs=logs,
     )
-
-
-def _last_line(file: Path) -> str:
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return lines[-1] if lines else ""

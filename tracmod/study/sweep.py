@@ -1,4 +1,4 @@
-"""A sweep: runs that differ in a few settings, what they share done once; one table and figure."""
+"""A sweep: runs that differ in a few settings, with one table and figure of them all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tracmod.config import RunConfig, parse_config, parse_overrides, read_tree, set_value
 from tracmod.engine import Engine
 from tracmod.files.durable import write_csv, write_parquet
-from tracmod.study.run_folder import STAGES, RunFolder
+from tracmod.study.run_folder import RunFolder
+from tracmod.study.stage_table import stage_named, stages_through
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,+-]*")
 
@@ -31,11 +32,11 @@ class SweepFile(BaseModel):
 
     name: str = "sweep"
     base: str | dict[str, Any] = Field(
-        description="what every point starts from: a YAML file (seen from this one), the name of "
+        description="what every point starts from: a YAML file (relative to this one), the name of "
         "an embedded configuration, or its sections"
     )
     set: dict[str, Any] = Field(
-        default_factory=dict, description="settings of every point that are not the base's"
+        default_factory=dict, description="settings of every point that differ from the base"
     )
     points: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="name of a point -> its settings"
@@ -49,12 +50,12 @@ class SweepFile(BaseModel):
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `tracmod sweep` does.
+    """The runs of a sweep.
 
     Attributes:
-        name: for the figure's title.
-        settings: the keys that vary (dotted).
-        points: name -> what its run does; the name is its folder's.
+        name: The name in the title of the figure.
+        settings: The dotted keys that vary.
+        points: Name of a point, and of its folder -> its configuration.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Sweep:
     points: dict[str, RunConfig]
 
     def values(self, point: str) -> dict[str, Any]:
-        """The settings that vary, as they are at a point."""
+        """Return the settings that vary, with their values at a point."""
         tree = self.points[point].model_dump(mode="json")
         return {key: _value(tree, key) for key in self.settings}
 
@@ -71,16 +72,16 @@ def load_sweep(path: str | Path, overrides: tuple[str, ...] = ()) -> Sweep:
     """Read a sweep and every point's configuration.
 
     Args:
-        path: a YAML file, or the name of an embedded one (`thresholds`).
+        path: A YAML file, or the name of an embedded one (`thresholds`).
         overrides: `section.key=value`, for every point.
 
     Raises:
-        ValueError: one sentence: which file and point, what was expected, what was found.
+        ValueError: The file is not a sweep, or a point is not a valid configuration.
     """
     try:
         sweep = SweepFile.model_validate(read_tree(path, "sweeps"))
     except ValidationError as error:
-        faults = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise ValueError(f"{path}: {'; '.join(faults)}") from None
     differences = dict(_points(sweep, str(path)))
     settings = list(dict.fromkeys(key for point in differences.values() for key in point))
@@ -108,7 +109,7 @@ def _base(base: str, sweep: Path) -> str | Path:
 
 
 def _points(sweep: SweepFile, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every point's name and settings: each of `points` with each combination of `grid`."""
+    """Yield every point's name and settings: each of `points` with each combination of `grid`."""
     if not sweep.points and not sweep.grid:
         raise ValueError(f"{path}: expected points or grid, found neither")
     seen = set()
@@ -130,7 +131,7 @@ def _points(sweep: SweepFile, path: str) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def _point_name(key: str, value: Any) -> str:
-    """`threshold-0.9` for prune.threshold = 0.9; `languages-en,de` for a list."""
+    """Return `threshold-0.9` for prune.threshold = 0.9, and `languages-en,de` for a list."""
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return f"{key.rpartition('.')[2]}-{re.sub(r'[^A-Za-z0-9._,+-]', '-', text)}"
 
@@ -145,34 +146,34 @@ def _value(tree: Any, key: str) -> Any:
 
 
 def sweep_plan(sweep: Sweep, out: Path) -> dict[str, dict[str, str]]:
-    """What `run_sweep` would do: point -> stage -> `done`, `to do`, or the point it is taken from.
+    """Return what `run_sweep` would do: point -> stage -> `done`, `to do` or the donor point.
 
-    Where `collect` is to do, features of the same identity are taken from other points all the
-    same: which those are, only the masks will tell.
+    Where `collect` is to do, single feature stores are still taken from other points if their
+    identities are equal; which ones is only known when the masks are.
 
     Raises:
-        ValueError: a folder in `out` was begun with another configuration.
+        ValueError: A folder in `out` was begun with another configuration.
     """
-    runs = _runs(sweep, out)
+    runs = _open_runs(sweep, out)
     plan: dict[str, dict[str, str]] = {}
     for name, run in runs.items():
         others = {other: runs[other] for other in runs if other != name}
         plan[name] = {}
         for stage in run.stages:
-            # By this point's turn those before it have everything, others what is on disk now.
+            # When a point's turn comes, those before it have every stage, and those after it what
+            # is on disk now.
             donors = (
                 other
-                for other, theirs in others.items()
-                if run.has_same_inputs(stage, theirs)
-                and (other in plan or all(map(theirs.is_done, _up_to(stage))))
+                for other, its_run in others.items()
+                if run.has_same_inputs(stage, its_run)
+                and (
+                    other in plan
+                    or all(its_run.is_done(earlier.name) for earlier in stages_through(stage))
+                )
             )
-            donor = next(donors, None) if stage != "report" else None
+            donor = next(donors, None) if stage_named(stage).shareable else None
             plan[name][stage] = "done" if run.is_done(stage) else donor or "to do"
     return plan
-
-
-def _up_to(stage: str) -> tuple[str, ...]:
-    return STAGES[: STAGES.index(stage) + 1]
 
 
 def run_sweep(
@@ -180,38 +181,40 @@ def run_sweep(
 ) -> dict[str, str]:
     """Do every point's run in `out/<point>/`, then write `out/sweep.{parquet,csv,html}`.
 
-    A stage that another point has finished with the same settings is taken over, and so are feature
-    stores with the same identity where the stage differs; files are hard links, which nothing
-    writes into. Stopped at any time, the same call goes on. A point that fails does not stop the
-    others; the table is of those that are done.
+    A stage that another point has finished with the same settings is taken over; where a stage
+    differs, feature stores with the same identity are. Their files are hard links, which nothing
+    writes into. An interrupted sweep resumes when it is called again. A point that fails does not
+    stop the others; the table has the points that are done.
 
     Args:
-        sweep: from `load_sweep`.
-        out: folder of the points' run folders.
-        say: is told of progress, a line at a time.
-        engine: where every point's pruning, collecting and scoring run; None: in this process.
+        sweep: The sweep, from `load_sweep`.
+        out: The folder of the points' run folders.
+        say: Called with each line about progress.
+        engine: Where the tasks of every point run; None for this process.
 
     Returns:
-        Point -> why it failed, of those that did.
+        The points that failed -> the reason.
 
     Raises:
-        ValueError: a folder in `out` was begun with another configuration, or there is no such
-            device.
+        ValueError: A folder in `out` was begun with another configuration, or a device is not
+            there.
     """
-    from tracmod.models.modes import (
-        resolve_device,  # here: they load torch, which --check needs not
-    )
+    # Imported here because they load torch, which `--check` does without.
+    from tracmod.models.modes import resolve_device
     from tracmod.study.pipeline import run_stages
 
-    runs = _runs(sweep, out)
+    runs = _open_runs(sweep, out)
     for run in runs.values():
         resolve_device(run.config.device)
     failed = {}
     for number, (name, run) in enumerate(runs.items(), 1):
         say(f"point {number} of {len(runs)}: {name}")
+        # The other points' runs as they are on disk now.
+        others = (out / other for other in sweep.points if other != name)
+        donors = [RunFolder(folder) for folder in others if (folder / "run.json").is_file()]
         try:
             with run.locked():
-                run_stages(run, donors=_begun_runs(sweep, out, name), engine=engine)
+                run_stages(run, donors=donors, engine=engine)
         except Exception as error:
             if os.environ.get("TRACMOD_TRACEBACK"):
                 raise
@@ -227,14 +230,8 @@ def run_sweep(
     return failed
 
 
-def _runs(sweep: Sweep, out: Path) -> dict[str, RunFolder]:
+def _open_runs(sweep: Sweep, out: Path) -> dict[str, RunFolder]:
     return {name: RunFolder(out / name, config) for name, config in sweep.points.items()}
-
-
-def _begun_runs(sweep: Sweep, out: Path, but: str) -> list[RunFolder]:
-    """The other points' runs as they are on disk now."""
-    folders = (out / name for name in sweep.points if name != but)
-    return [RunFolder(folder) for folder in folders if (folder / "run.json").is_file()]
 
 
 # --- results --------------------------------------------------------------------------------
@@ -242,13 +239,14 @@ def _begun_runs(sweep: Sweep, out: Path, but: str) -> list[RunFolder]:
 
 def write_sweep(sweep: Sweep, out: Path, points: list[str]) -> None:
     """Write `out/sweep.{parquet,csv,html}` of finished points."""
-    from tracmod.analysis.sweeps import sweep_rows  # here: --check needs neither
+    # Imported here because `--check` needs neither.
+    from tracmod.analysis.sweeps import sweep_rows
     from tracmod.report.html.sweeps import write_sweep_page
 
     rows: list[dict[str, Any]] = []
     for name in points:
-        found = {"point": name, **sweep.values(name)}
-        rows += [found | row for row in sweep_rows(out / name)]
+        settings = {"point": name, **sweep.values(name)}
+        rows += [settings | row for row in sweep_rows(out / name)]
     table = pa.table({key: _column([row[key] for row in rows]) for key in rows[0]})
     write_parquet(out / "sweep.parquet", table)
     write_csv(out / "sweep.csv", table)
@@ -256,14 +254,14 @@ def write_sweep(sweep: Sweep, out: Path, points: list[str]) -> None:
 
 
 def _column(values: list[Any]) -> pa.Array:
-    """Numbers and text as they are; lists, sections and mixtures as JSON."""
+    """Make a column: numbers and text as they are, lists, sections and mixtures as JSON."""
     if all(value is None for value in values):
         return pa.array(values, pa.float64())
     if not any(isinstance(value, list | dict) for value in values):
         with contextlib.suppress(pa.ArrowInvalid, pa.ArrowTypeError):
             return pa.array(values)
-    return pa.array([None if one is None else _text(one) for one in values], pa.string())
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    texts = [
+        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for value in values
+    ]
+    return pa.array(texts, pa.string())

@@ -1,4 +1,4 @@
-"""Views: under which head masks influence is computed, of one set of subnetworks."""
+"""Views: the head masks under which influence is computed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tracmod.subnetworks.head_mask import HeadMask
 
 @dataclass(frozen=True)
 class View:
-    """Under which head masks influence is computed.
+    """Head masks under which influence is computed.
 
     Attributes:
-        name: `full`, `subnetwork`, `subnetwork-own`, `subnetwork-test`, `random-<i>`,
+        name: One of `full`, `subnetwork`, `subnetwork-own`, `subnetwork-test`, `random-<i>`,
             `random-own-<i>`, `other-<language>`, `union-<a>+<b>` or `intersection-<a>+<b>`.
-        masks: one entry per pass: (language, mask). With a language, only its test examples are
+        masks: One (language, mask) per pass. With a language, only its test examples are
             attributed under the mask; with None, all are.
-        train: training gradients under the same mask (`same`), each under its own language's
-            (`own`), or under none (`full`). Views other than `same` have no features of their own:
-            they put together those of `source` and `full`.
-        source: the view whose masks these are.
+        train: The mask of training gradients: the same (`same`), that of each example's own
+            language (`own`), or none (`full`). Only views with `same` have features of their own;
+            the others combine those of `source` and `full`.
+        source: The view whose masks these are.
     """
 
     name: str
@@ -39,12 +39,12 @@ class View:
 
 
 def views_of(config: ViewsConfig, subnetworks: Mapping[str, HeadMask], seed: int) -> list[View]:
-    """The views that the config asks for, in the order they are computed.
+    """Return the views of a config, in the order in which they are computed.
 
     Args:
-        config: which.
-        subnetworks: each language's mask.
-        seed: of the random masks, which have each subnetwork's size.
+        config: The section `views`.
+        subnetworks: Language -> its mask.
+        seed: The seed of the random masks, each of which has the size of a subnetwork.
     """
     views = [View("full", [(None, None)])]
     if config.subnetwork:
@@ -55,12 +55,13 @@ def views_of(config: ViewsConfig, subnetworks: Mapping[str, HeadMask], seed: int
         views.append(View("subnetwork-test", list(subnetworks.items()), "full"))
     for draw in range(config.random):
         masks = [
-            (language, _random_like(mask, seed, draw, place))
-            for place, (language, mask) in enumerate(subnetworks.items())
+            (language, _random_like(mask, seed, draw, number))
+            for number, (language, mask) in enumerate(subnetworks.items())
         ]
         views.append(View(f"random-{draw}", list(masks)))
         if config.subnetwork_own:
-            # What is due to examples of one language sharing a mask, whatever the mask.
+            # The control for `subnetwork-own`: what examples of a language share because they
+            # share a mask, whatever the mask.
             views.append(View(f"random-own-{draw}", list(masks), "own", f"random-{draw}"))
     views += [View(f"other-{name}", [(None, subnetworks[name])]) for name in config.other]
     for a, b in config.union:
@@ -72,7 +73,7 @@ def views_of(config: ViewsConfig, subnetworks: Mapping[str, HeadMask], seed: int
     return views
 
 
-def _random_like(mask: HeadMask, seed: int, draw: int, place: int) -> HeadMask:
+def _random_like(mask: HeadMask, seed: int, draw: int, number: int) -> HeadMask:
     layers, heads = mask.array.shape
-    entropy = np.random.SeedSequence([seed, draw, place]).generate_state(1)[0]
+    entropy = np.random.SeedSequence([seed, draw, number]).generate_state(1)[0]
     return HeadMask.random(layers, heads, mask.size, seed=int(entropy))

@@ -1,0 +1,97 @@
+"""The recipe of features: all that decides what a feature row is, apart from model and example.
+
+A run, `tracmod attribute` and `tracmod query` each make features of the same kind again and again.
+The recipe gives them the collector that does it and the identity that a feature store carries, so
+that features made in two ways are never compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tracmod.features.collector import Collector
+from tracmod.features.projection import Projection
+from tracmod.gradients.preconditioner import Preconditioner
+from tracmod.models.digests import model_digest
+from tracmod.subnetworks.head_mask import HeadMask
+
+
+@dataclass(frozen=True)
+class FeatureRecipe:
+    """Settings that features depend on.
+
+    Attributes:
+        projection: The kind, size and seed of the random projection.
+        parameters: Whose gradients: `encoder`, `all`, `attention` or `classifier`.
+        dtype: The precision of the forward and backward pass, `float32` or `bfloat16`.
+        batch_tokens: The bound on the tokens of a batch.
+        max_length: The number of tokens at which texts are cut.
+        head_mask: The mask that is applied in both passes, or None for all heads.
+    """
+
+    projection: Projection
+    parameters: str
+    dtype: str
+    batch_tokens: int
+    max_length: int
+    head_mask: HeadMask | None = None
+
+    def under(self, head_mask: HeadMask | None) -> FeatureRecipe:
+        """Return the same recipe under another mask."""
+        return replace(self, head_mask=head_mask)
+
+    def collector(
+        self, model: PreTrainedModel, preconditioner: Preconditioner | None = None
+    ) -> Collector:
+        """Return the collector that turns examples into features of one checkpoint.
+
+        Args:
+            model: The checkpoint's model.
+            preconditioner: The checkpoint's preconditioner, or None for plain gradients.
+        """
+        return Collector(
+            model,
+            self.projection,
+            self.parameters,
+            self.batch_tokens,
+            getattr(torch, self.dtype),
+            self.head_mask,
+            preconditioner,
+        )
+
+    def identity(self, **digests: str) -> dict[str, Any]:
+        """Return what features depend on, as a store's manifest carries it.
+
+        Args:
+            digests: The digests of one checkpoint (see `checkpoint_digests`) and, where a store
+                does not digest its examples itself, of the data.
+        """
+        return {
+            "projection": asdict(self.projection),
+            "parameters": self.parameters,
+            "head_mask": None if self.head_mask is None else self.head_mask.digest(),
+            "pass_dtype": self.dtype,
+            "max_length": str(self.max_length),
+            "batch_tokens": str(self.batch_tokens),
+            **digests,
+        }
+
+
+def checkpoint_digests(
+    model: PreTrainedModel, tokenizer_digest: str, preconditioner: Preconditioner | None
+) -> dict[str, str]:
+    """Return the digests of all that features depend on at one checkpoint.
+
+    Args:
+        model: The checkpoint's model.
+        tokenizer_digest: The digest of its tokenizer.
+        preconditioner: Its preconditioner, if there is one.
+    """
+    digests = {"model": model_digest(model), "tokenizer": tokenizer_digest}
+    if preconditioner is not None:
+        digests["preconditioner"] = preconditioner.digest
+    return digests

@@ -1,0 +1,97 @@
+"""Training in a run: the initial model, and models fine-tuned from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tracmod.config import FinetuneConfig
+from tracmod.models.loading import create_model, load_model
+from tracmod.models.tokenizer import read_sentencepiece, train_tokenizer
+from tracmod.study.context import RunContext
+from tracmod.training.fine_tune import Settings, fine_tune
+
+
+def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model and tokenizer that every fine-tuning of the run begins with.
+
+    The weights are the same each time: those of the pretrained model with a classifier drawn from
+    the run's seed, or all drawn from it. A tokenizer of the run's own is trained on all its
+    training texts.
+    """
+    shape, labels = context.config.model, context.run.record["label_names"]
+    if shape.name is not None:
+        return load_model(shape.name, labels, seed=context.config.seed)
+    tokenizer: PreTrainedTokenizerBase
+    if shape.sentencepiece is not None:
+        tokenizer = read_sentencepiece(shape.sentencepiece, shape.max_length)
+    else:
+        train = context.table("train")
+        texts = train.column("text_a").to_pylist() + train.column("text_b").to_pylist()
+        texts = [text for text in texts if text is not None]
+        tokenizer = train_tokenizer(texts, shape.vocabulary, shape.max_length)
+    model = create_model(
+        tokenizer,
+        labels,
+        layers=shape.layers,
+        hidden=shape.hidden,
+        heads=shape.heads,
+        intermediate=shape.intermediate,
+        dropout=shape.dropout,
+        max_length=shape.max_length,
+        seed=context.config.seed,
+    )
+    return model, tokenizer
+
+
+def training_settings(config: FinetuneConfig, seed: int) -> Settings:
+    """Return the settings of `fine_tune` for a section of the config."""
+    return Settings(seed=seed, **config.model_dump(exclude={"save_seconds", "masks"}))
+
+
+def fine_tune_on(
+    context: RunContext,
+    train: pa.Table,
+    seed: int,
+    folder: Path,
+    description: str,
+    keep: Literal["all", "last"] = "last",
+    second_moment: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Fine-tune as for the run's `full` model, on other examples or with another seed.
+
+    The initial weights and the tokenizer are those of the run. The number of epochs is the same, so
+    fewer examples mean fewer steps.
+
+    Args:
+        context: The run.
+        train: The training examples.
+        seed: The seed of the order of examples and of dropout.
+        folder: Where checkpoints are kept; a training that was interrupted continues from there.
+        description: The label of the progress bar.
+        keep: Which checkpoints are kept.
+        second_moment: Whether checkpoints include Adam's second moment.
+
+    Returns:
+        The model of the last checkpoint, on the device, and the tokenizer.
+    """
+    model, tokenizer = initial_model(context)
+    config = context.config.finetune
+    checkpoints = fine_tune(
+        model,
+        tokenizer,
+        context.encode(tokenizer, train, model),
+        train.column("language").to_pylist(),
+        folder,
+        replace(training_settings(config, seed), keep=keep),
+        device=context.device,
+        save_seconds=config.save_seconds,
+        ids=train.column("id").to_pylist(),
+        description=description,
+        second_moment=second_moment,
+    )
+    return context.load(checkpoints[-1])

@@ -1,0 +1,140 @@
+"""The stage `collect`: features of every model, checkpoint, view and mask, into features/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tracmod.features.collector import collect_to_store
+from tracmod.features.store import FeatureStore
+from tracmod.features.store_format import DTYPES
+from tracmod.influence.streaming import Sizes, check_memory
+from tracmod.models.checkpoints import Checkpoint
+from tracmod.models.modes import frozen
+from tracmod.study.context import MODELS, RunContext
+from tracmod.study.forecast import Estimate, Forecast
+from tracmod.study.run_features import (
+    LoadedCheckpoint,
+    StoreKey,
+    create_store,
+    load_checkpoint,
+    recipe,
+)
+from tracmod.study.stages.influence import num_ranked
+from tracmod.study.worker import Advance, run_tasks
+
+# Shards per task when several workers share a store. One worker alone is given a store at a time.
+SHARDS_PER_TASK = 4
+
+
+def run(context: RunContext) -> None:
+    """Make the stores, then have the engine fill the shards that are missing."""
+    _check_memory(context)
+    checkpoints = sum(len(context.checkpoints(model_name)) for model_name in MODELS)
+    with context.bar("collect", context.examples_per_checkpoint() * checkpoints) as bar:
+        tasks: list[CollectShards] = []
+        for model_name in MODELS:
+            for checkpoint in context.checkpoints(model_name):
+                tasks += _begin_stores(context, model_name, checkpoint, bar.update)
+        run_tasks(context, tasks, bar.update)
+    features = context.run.features_path
+    if isinstance(features, Path):
+        for leftover in features.rglob(".*.tmp"):  # of workers that were killed
+            leftover.unlink(missing_ok=True)
+
+
+def _check_memory(context: RunContext) -> None:
+    """Refuse an `influence.memory` too small for scoring now, not after collecting."""
+    collect, influence = context.config.collect, context.config.influence
+    checkpoints = max(len(context.counted_epochs(model_name)) for model_name in MODELS)
+    train, test = len(context.table("train")), len(context.table("test"))
+    sizes = Sizes.of_stores(
+        test,
+        train,
+        4 * collect.projection_dim * checkpoints,
+        min(train, num_ranked(context, None)),
+        len(context.languages),
+        collect.shard_rows,
+        isinstance(context.run.features_path, Path),
+    )
+    check_memory(sizes, influence.memory)
+
+
+def _begin_stores(
+    context: RunContext, model_name: str, checkpoint: Checkpoint, advance: Advance
+) -> Iterator[CollectShards]:
+    """Make a checkpoint's stores, and yield the tasks that fill them."""
+    digests = load_checkpoint(context, model_name, checkpoint).digests
+    is_alone = context.engine.workers == 1
+    for view, language, mask in context.passes(context.views_at(model_name, checkpoint.epoch)):
+        for split in ("train", "test"):
+            key = StoreKey(model_name, view.name, language, checkpoint.epoch, split)
+            with create_store(context, key, mask, digests) as store:
+                missing = store.missing_shards()
+                num_missing = sum(len(store.shard_range(shard)) for shard in missing)
+                advance(store.num_rows - num_missing)
+            size = max(1, len(missing)) if is_alone else SHARDS_PER_TASK
+            for first in range(0, len(missing), size):
+                yield CollectShards(key, tuple(missing[first : first + size]))
+
+
+@dataclass(frozen=True)
+class CollectShards:
+    """A task: some shards of a feature store that has been made."""
+
+    key: StoreKey
+    shards: tuple[int, ...]
+
+    def run(self, context: RunContext, advance: Advance) -> None:
+        """Compute and write the shards."""
+        model_name, view_name, language, epoch, split = self.key
+        loaded = context.latest(
+            "checkpoint to collect",
+            (model_name, epoch),
+            lambda: _encode_for(context, model_name, epoch),
+        )
+        mask = context.mask(model_name, view_name, language, epoch)
+        examples = [loaded.encoded[split][row] for row in context.rows(split, language)]
+        with frozen(loaded.checkpoint.model):
+            store = FeatureStore.share(context.run.features(*self.key))
+            collector = recipe(context, mask).collector(
+                loaded.checkpoint.model, loaded.checkpoint.preconditioner
+            )
+            collect_to_store(collector, examples, store, advance, self.shards)
+
+
+class _Encoded(NamedTuple):
+    checkpoint: LoadedCheckpoint
+    encoded: dict[str, list[dict[str, Any]]]
+
+
+def _encode_for(context: RunContext, model_name: str, epoch: int) -> _Encoded:
+    """Load a checkpoint, and encode the examples of both splits for it."""
+    loaded = load_checkpoint(context, model_name, context.checkpoint(model_name, epoch))
+    encoded = {
+        split: context.encode(loaded.tokenizer, context.table(split), loaded.model)
+        for split in ("train", "test")
+    }
+    return _Encoded(loaded, encoded)
+
+
+def estimate(forecast: Forecast) -> Estimate:
+    """Count the passes, and the bytes of their features."""
+    collect, passes = forecast.config.collect, forecast.passes()
+    checkpoints = forecast.num_checkpoints()
+    examples = checkpoints * sum(one.num_train + one.num_test for one in passes)
+    work = (
+        f"{len(passes)} passes (view, mask) x {checkpoints} checkpoints = "
+        f"{examples} forward and backward passes of an example"
+    )
+    seconds = examples * forecast.rates.features[forecast.preconditioner]
+    num_bytes = examples * DTYPES[collect.store_dtype].itemsize * collect.projection_dim
+    if forecast.preconditioner == "adam":
+        work += ", preconditioned by Adam's second moment"
+    if forecast.preconditioner == "ekfac":
+        fits = forecast.ekfac_fits(checkpoints)
+        work += f", preconditioned; {fits.work}"
+        seconds, num_bytes = seconds + (fits.seconds or 0), num_bytes + fits.num_bytes
+    return Estimate(work, seconds, num_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up: a package may import those before it.
 LAYERS = [
-    "kernels config files",
+    "kernels choices config files",
     "tasks models engine",
     "subnetworks",
     "training gradients",
@@ -74,6 +75,37 @@ def test_imports_run_one_way():
             if other != own and other in RANK and RANK[other] >= RANK[own]:
                 wrong.append(f"{name} imports {module}")
     assert not wrong
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """Not within functions, and not under TYPE_CHECKING either."""
+    modules = {
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path
+        for path, name in sources()
+        if name.startswith("tracmod/")
+    }
+    graph = {
+        module: {other for other in imported(path) if other in modules and other != module}
+        for module, path in modules.items()
+        if module != "tracmod"  # the front exports everything, lazily
+    }
+    assert len(graph) > 100
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the files
+
+
+def test_the_packages_and_the_tests_have_the_same_folders():
+    packages = {path.parent.name for path in (ROOT / "tracmod").glob("*/__init__.py")}
+    packages = {name for name in packages if not (ROOT / "tracmod" / name).is_symlink()}
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert packages | {"cli", "bench"} == folders
+    modules = {path.name for path in (ROOT / "tracmod").glob("*.py")}
+    assert modules == {"__init__.py", "config.py", "choices.py"}
+
+
+def test_attribution_of_any_model_knows_no_study():
+    for name in ("attribute", "context", "fidelity", "options"):
+        modules = imported(ROOT / "tracmod" / "attribution" / f"{name}.py")
+        assert not [module for module in modules if module.startswith("tracmod.study")]
 
 
 def test_what_is_imported_in_one_place_is_imported_only_there():

@@ -426,7 +426,8 @@ def attribute(
       tracmod attribute --model my-model --checkpoint my-model/checkpoint-500 \\
           --checkpoint my-model/checkpoint-1000 --train train.tsv --query test.tsv --out influence
     """
-    from tracmod.attribution.attribute import Attribution, attribute, given_checkpoints
+    from tracmod.attribution.attribute import attribute, given_checkpoints
+    from tracmod.attribution.options import AttributionOptions
     from tracmod.config import parse_bytes
 
     source, given = given_checkpoints(model, checkpoints, folder)
@@ -434,7 +435,7 @@ def attribute(
         raise ValueError(f"projection-dim: expected a number or auto, got {projection_dim!r}")
     options["projection_dim"] = None if projection_dim == "auto" else int(projection_dim)
     normalized = None if normalize == "none" else normalize
-    asked = Attribution(
+    asked = AttributionOptions(
         source, checkpoints=given, normalize=normalized, memory=parse_bytes(memory), **options
     )
     attribute(asked)

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up: a package may import those before it.
 LAYERS = [
+    "choices",
     "kernels config files",
     "tasks models engine",
     "subnetworks",

@@ -13,7 +13,8 @@ from tiny_models import SENTENCES, table, tiny_examples, tiny_model, tiny_tokeni
 import tracmod as tm
 import tracmod.gradients.ekfac
 import tracmod.influence.exact
-from tracmod.attribution.attribute import Attribution, attribute
+from tracmod.attribution.attribute import attribute
+from tracmod.attribution.options import AttributionOptions
 from tracmod.files.durable import write_parquet
 from tracmod.gradients.capture import select_layers
 from tracmod.models.inputs import collate, encode, pad_token_id
@@ -158,7 +159,7 @@ def test_exact_attribution_over_checkpoints_is_captums(tmp_path):
         tables[split] = table(rows)
         write_parquet(tmp_path / f"{split}.parquet", tables[split])
     attribute(
-        Attribution(
+        AttributionOptions(
             model=str(tmp_path / "one"),
             train=tmp_path / "train.parquet",
             query=tmp_path / "query.parquet",

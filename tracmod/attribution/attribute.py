@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tracmod.analysis.influence_tables import InfluenceTables, self_influence_table
-from tracmod.config import MetricKind
+from tracmod.attribution.options import AttributionOptions
 from tracmod.features.collector import (
     Collector,
     collect_features,
@@ -50,7 +50,7 @@ from tracmod.influence.scores import (
     top_influences,
     top_of_scores,
 )
-from tracmod.influence.streaming import MEMORY, Sizes, check_memory
+from tracmod.influence.streaming import Sizes, check_memory
 from tracmod.models.checkpoints import (
     Checkpoint,
     check_checkpoint,
@@ -85,65 +85,14 @@ SPLITS = ("train", "query")
 PROGRESS = "progress"
 
 
-@dataclass(frozen=True)
-class Attribution:
-    """What `attribute` is asked to do.
-
-    Attributes:
-        model: transformers folder with its tokenizer, or a Hub name (see `given_checkpoints`).
-        train, query: example files (`id, language, text_a, text_b, label, group`).
-        out: folder for the results.
-        checkpoints: folders saved during training, in their order; none: the model itself, with
-            weight 1.
-        k: proponents and opponents kept per query; lowered to the number of training examples.
-        exact: whole gradients instead of projected features.
-        projection_dim: numbers per feature row; None: as few as keep the error in language shares
-            below `share_error`, by a sample (see `choose_dim`).
-        share_error: used without a projection_dim alone.
-        normalize: None or "cosine".
-        head_mask: JSON file of a mask, applied to both gradients.
-        parameters: as in `collect_features`.
-        preconditioner: `none`; `adam`, for checkpoints with Adam's second moment; `ekfac`, fitted
-            on the training examples that are there at first.
-        seed: of the projection and of the bootstrap.
-        max_length: tokens; None for what the model takes, at most 512.
-        batch_tokens: bound on the tokens of a batch.
-        memory: bytes that scoring may take for features, rankings and buffers.
-        device: cpu, cuda, ...; None or "auto": a GPU if there is one.
-        dtype: of the pass, float32 or bfloat16 (faster; scores agree to about three digits).
-        store_dtype: of the features on disk: float32, bfloat16, float16 or int8.
-    """
-
-    model: str
-    train: Path
-    query: Path
-    out: Path
-    checkpoints: Sequence[Path] = ()
-    k: int = 100
-    exact: bool = False
-    projection_dim: int | None = 4096
-    share_error: float = 0.02
-    normalize: str | None = "cosine"
-    head_mask: Path | None = None
-    parameters: str = "encoder"
-    preconditioner: MetricKind = "none"
-    seed: int = 0
-    max_length: int | None = None
-    batch_tokens: int = 8192
-    memory: int = MEMORY
-    device: str | None = None
-    dtype: str = "float32"
-    store_dtype: str = "float32"
-
-
 def given_checkpoints(
     model: str | None, checkpoints: Sequence[Path], folder: Path | None
 ) -> tuple[str, Sequence[Path]]:
     """The model and the checkpoints of an attribution, where one may stand for the other.
 
     Args:
-        model: as in `Attribution`; None: the last checkpoint.
-        checkpoints: as in `Attribution`.
+        model: as in `AttributionOptions`; None: the last checkpoint.
+        checkpoints: as in `AttributionOptions`.
         folder: of a training, in place of `checkpoints`: every checkpoint-<number>/ in it, in order
             of the numbers.
 
@@ -168,7 +117,7 @@ def given_checkpoints(
     return str(last), checkpoints
 
 
-def attribute(asked: Attribution) -> None:
+def attribute(asked: AttributionOptions) -> None:
     """Write top, languages and examples.parquet, run.json and features/ or exact/ into `out`.
 
     Of features, self_influence.parquet and fidelity.json too.
@@ -199,7 +148,7 @@ def attribute(asked: Attribution) -> None:
     write_checksums(asked.out)
 
 
-def read_attribution(out: Path) -> Attribution:
+def read_attribution(out: Path) -> AttributionOptions:
     """What the attribution in a folder was asked to do; of its checkpoints, those it used.
 
     Raises:
@@ -212,7 +161,7 @@ def read_attribution(out: Path) -> Attribution:
     arguments = record["arguments"]
     paths = {name: Path(arguments[name]) for name in ("train", "query")}
     mask = arguments["head_mask"]
-    return Attribution(
+    return AttributionOptions(
         **arguments
         | paths
         | {
@@ -226,7 +175,7 @@ def read_attribution(out: Path) -> Attribution:
 class Work:
     """What `attribute` works with, checked; the examples are read at their first use."""
 
-    def __init__(self, asked: Attribution) -> None:
+    def __init__(self, asked: AttributionOptions) -> None:
         self.asked = asked
         for name, value in (("k", asked.k), ("batch_tokens", asked.batch_tokens)):
             if value < 1:
@@ -650,7 +599,7 @@ def _absolute(path: str | Path) -> str:
     return str(Path(path).absolute() if Path(path).exists() else path)
 
 
-def _checkpoints(asked: Attribution) -> list[Checkpoint]:
+def _checkpoints(asked: AttributionOptions) -> list[Checkpoint]:
     """In the order given, `epoch` the place: a Trainer saves at fractions of epochs too."""
     if not asked.checkpoints:
         return [Checkpoint(Path(asked.model), epoch=1, step=0, learning_rate=1.0)]

@@ -1,0 +1,115 @@
+"""The options of `tracmod attribute`, from which its command line is made; imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tracmod.choices import MetricKind, ParameterSet, PassDtype, StoreDtype
+
+
+@dataclass(frozen=True)
+class AttributionOptions:
+    """Options of `attribute`, a command-line option each.
+
+    The metadata of a field has the help of its command-line option and the bounds of its value.
+    """
+
+    model: str = field(
+        metadata={"help": "Transformers folder with the model and its tokenizer, or a Hub name."}
+    )
+    train: Path = field(metadata={"help": "File of the training examples."})
+    query: Path = field(metadata={"help": "File of the query examples, which are to be explained."})
+    out: Path = field(metadata={"help": "Folder for the results."})
+    checkpoints: Sequence[Path] = field(
+        default=(),
+        metadata={
+            "help": "Folders saved during training, in order. Without any, the model itself is "
+            "used, with weight 1."
+        },
+    )
+    k: int = field(
+        default=100,
+        metadata={
+            "help": "Number of proponents and of opponents per query; at most as many as there are "
+            "training examples.",
+            "min": 1,
+        },
+    )
+    exact: bool = field(
+        default=False,
+        metadata={
+            "help": "Use whole gradients, without projection; writes exact/ instead of features/."
+        },
+    )
+    projection_dim: int | None = field(
+        default=4096,
+        metadata={
+            "help": "Numbers per feature row. auto: the fewest, from 512 to 16384, whose error on "
+            "an exactly scored sample stays below --share-error.",
+            "min": 1,
+        },
+    )
+    share_error: float = field(
+        default=0.02,
+        metadata={
+            "help": "With --projection-dim auto: upper bound on the mean error in language shares, "
+            "at 95% confidence.",
+            "min": 0,
+            "min_open": True,
+        },
+    )
+    normalize: str | None = field(
+        default="cosine",
+        metadata={
+            "help": "cosine: cosine of the gradients at each checkpoint; none: inner product."
+        },
+    )
+    head_mask: Path | None = field(
+        default=None,
+        metadata={"help": "JSON file of a head mask, applied to the gradients of both files."},
+    )
+    parameters: ParameterSet = field(
+        default="encoder",
+        metadata={
+            "help": "Parameters whose gradients are used: all but the embeddings, all, those of "
+            "the attention heads, or those of the classifier."
+        },
+    )
+    preconditioner: MetricKind = field(
+        default="none",
+        metadata={
+            "help": "Metric of the inner products. adam: that of Adam's steps, for checkpoints "
+            "with its second moment (see tracmod.TracInCallback). ekfac: the curvature of the "
+            "model, fitted on --train."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the projection.", "min": 0})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens per example. Default: the limit of the model, at most 512."},
+    )
+    batch_tokens: int = field(default=8192, metadata={"help": "Tokens per batch.", "min": 1})
+    memory: int = field(
+        default=4 * 10**9,
+        metadata={"help": "Memory for features, rankings and buffers while scoring."},
+    )
+    device: str | None = field(
+        default=None,
+        metadata={"help": "cpu, cuda, cuda:1, ... Default: a GPU if there is one."},
+    )
+    dtype: PassDtype = field(
+        default="float32",
+        metadata={
+            "help": "Precision of the forward and backward pass. bfloat16 is faster; scores agree "
+            "to about three digits."
+        },
+    )
+    store_dtype: StoreDtype = field(
+        default="float32",
+        metadata={
+            "help": "Precision of the features on disk. int8 takes a quarter of the space, with a "
+            "scale per example."
+        },
+    )

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up: a package may import those before it.
 LAYERS = [
-    "kernels choices config files",
+    "choices",
+    "kernels config files",
     "tasks models engine",
     "subnetworks",
     "training gradients",

@@ -18,8 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-Parameters = Literal["encoder", "all", "attention", "classifier"]
-MetricKind = Literal["none", "adam", "ekfac"]
+from tracmod.choices import MetricKind, ParameterSet, PassDtype, StoreDtype
+
 Combine = Literal["first", "union", "majority", "intersection"]
 Method = Literal[
     "tracin",
@@ -300,13 +300,13 @@ class CollectConfig(_Section):
     every: int = Field(
         1, ge=1, description="every how many epochs a checkpoint counts; the last always does"
     )
-    parameters: Parameters = "encoder"
+    parameters: ParameterSet = "encoder"
     projection_dim: int = Field(4096, ge=1)
     projection_kind: Literal["rademacher", "sjlt"] = "rademacher"
     projection_layers: Literal["accumulate", "concatenate"] = "accumulate"
     projection_seed: int = Field(0, ge=0)
     batch_tokens: int = Field(8192, ge=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: PassDtype = "float32"
     shard_rows: int = Field(1024, ge=1, description="examples per file of a feature store")
     preconditioner: MetricKind = Field(
         "none",
@@ -317,7 +317,7 @@ class CollectConfig(_Section):
     damping: float = Field(
         0.1, gt=0, description="ekfac only: share of a layer's mean eigenvalue added to all"
     )
-    store_dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
+    store_dtype: StoreDtype = Field(
         "float32", description="of the features on disk; int8 with a scale per example"
     )
     features: str | None = Field(

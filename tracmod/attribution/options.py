@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from tracmod.choices import MetricKind, ParameterSet, PassDtype, StoreDtype
 
@@ -61,7 +60,7 @@ class AttributionOptions:
             "min_open": True,
         },
     )
-    normalize: Literal["cosine"] | None = field(
+    normalize: str | None = field(
         default="cosine",
         metadata={
             "help": "cosine: cosine of the gradients at each checkpoint; none: inner product."

@@ -7,6 +7,9 @@ commands are parsed all the same. Whatever else there is fails.
 
 from __future__ import annotations
 
+import doctest
+import inspect
+import io
 import os
 import re
 import shlex
@@ -21,6 +24,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from markdown_it import MarkdownIt
@@ -225,6 +229,42 @@ def test_every_block_of_the_page_runs(page, reader, tmp_path, monkeypatch):
             for words in block.commands:
                 done = CliRunner().invoke(main, words[1:])
                 assert done.exit_code == 0, (block.where, words, done.output, done.exception)
+
+
+def public_objects() -> Iterator[tuple[str, Any]]:
+    """Everything public that has a docstring, methods included."""
+    for name in (*tm.__all__, *(f"kernels.{op}" for op in kernels.__all__)):
+        found = kernels if "." in name else tm
+        public = getattr(found, name.rpartition(".")[2])
+        if not callable(public) or not hasattr(public, "__module__"):
+            continue
+        yield name, public
+        if isinstance(public, type):
+            methods = inspect.getmembers(public, lambda member: callable(member))
+            yield from ((f"{name}.{own}", it) for own, it in methods if own[0] != "_")
+
+
+OBJECTS = dict(public_objects())
+WITH_EXAMPLES = [name for name, public in OBJECTS.items() if ">>>" in (public.__doc__ or "")]
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_the_example_in_the_docstring_runs(name, reader, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(reader, tmp_path / "reader", dirs_exist_ok=True))
+    names = names_of_the_page(reader) | {"tm": tm, "torch": torch}
+    finder = doctest.DocTestFinder(recurse=False)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    output = io.StringIO()
+    for example in finder.find(OBJECTS[name], name, globs=names):
+        runner.run(example, out=output.write)
+    assert runner.tries > 0
+    assert runner.failures == 0, output.getvalue()
+
+
+def test_every_public_function_and_class_has_an_example():
+    own = {name for name in OBJECTS if name.count(".") == name.startswith("kernels.")}
+    without = own - set(WITH_EXAMPLES) - {"kernels.Kind", "kernels.Layer"}
+    assert not without
 
 
 @by_page

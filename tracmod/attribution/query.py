@@ -1,4 +1,4 @@
-"""Influence on a new example, from feature stores that are there and, if built, their index."""
+"""Influence on a new example, from stored training features and, if built, their index."""
 
 from __future__ import annotations
 
@@ -24,21 +24,26 @@ from tracmod.models.inputs import as_examples, encode, predict
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import masked
 
-# Candidates that an inexact index is asked for, per place and at least; exact scores decide.
+# An inexact index returns this many candidates per example wanted, and at least so many in all;
+# exact scores decide among them.
 CANDIDATES, LEAST_CANDIDATES = 4, 100
 
 
 class Attributor:
-    """One folder's models and training features, kept open to answer repeatedly.
+    """The models and training features of one folder, kept open to explain many examples.
 
-    The checkpoints stay in memory, the features on disk: they are read in blocks, or an index
-    (`tracmod index`) says which rows to read. Scores are those of the folder's own results: same
-    projection, mask, weights and normalisation; an inexact index only chooses the candidates.
+    The checkpoints stay in memory. The features stay on disk: they are read in blocks, or an index
+    (`tracmod index`) selects the rows to read. Scores are made as the folder's own results are,
+    with the same projection, mask, weights and normalization; an inexact index only selects
+    candidates.
 
     Examples:
         >>> attributor = tm.Attributor("runs/demo")
-        >>> answer = attributor.query("The king is waiting.", "The king is not waiting.")
-        >>> answer["label"], answer["proponents"][0]["text_a"], answer["proponents"][0]["score"]
+        >>> answer = attributor.query("The king is waiting.", "The king is not waiting.", k=3)
+        >>> answer["label"] == answer["prediction"]
+        True
+        >>> len(answer["proponents"])
+        3
     """
 
     def __init__(
@@ -47,14 +52,15 @@ class Attributor:
         """Open a run folder or a folder of `tracmod attribute`.
 
         Args:
-            folder: a run with the stage `collect` done, or a finished attribution without --exact,
-                whose model, checkpoints and example files are still where they were.
-            model: of a run: `full` or `sparse`.
-            view: of a run: `full`, `subnetwork`, `random-<i>` or `other-<language>`.
-            mask: the language whose mask is applied, for views with one mask per language.
+            folder: A run folder with the stage `collect` done, or a finished attribution without
+                --exact whose model, checkpoints and example files are still where they were.
+            model: For a run, `full` or `sparse`.
+            view: For a run, a view with features of its own, such as `full`, `subnetwork`,
+                `random-<i>` or `other-<language>`.
+            mask: The language whose mask is applied, for views with one mask per language.
 
         Raises:
-            ValueError: no such folder, view or mask, or no features in it.
+            ValueError: There is no such folder, view or mask, or it has no features.
         """
         folder = Path(folder)
         file = folder / "run.json"
@@ -66,13 +72,13 @@ class Attributor:
             self.source = RunSource(folder, model, view, mask)
 
     def under(self, view: str, mask: str | None = None) -> Attributor:
-        """The same model of the run under another view's masks; the checkpoints are shared.
+        """Return an attributor for the same model under another view; checkpoints are shared.
 
         Args:
-            view, mask: as in `__init__`.
+            view, mask: As for the class.
 
         Raises:
-            ValueError: as there.
+            ValueError: As for the class.
         """
         other = object.__new__(Attributor)
         other.source = self.source.under(view, mask)
@@ -80,12 +86,12 @@ class Attributor:
 
     @property
     def views(self) -> list[tuple[str, str | None]]:
-        """Every view that can be asked, and the language of its mask if it has several."""
+        """Every view that can be queried, and the language of its mask if it has several."""
         return self.source.views
 
     @property
     def index_path(self) -> Path:
-        """Where the FAISS index of these features lies."""
+        """The folder of the FAISS index of these features."""
         return self.source.index_path
 
     def build_index(
@@ -99,10 +105,11 @@ class Attributor:
         """Build and save a FAISS index over the training examples' features.
 
         Args:
-            kind, recall, memory, device: as in `InfluenceIndex.build`.
+            kind, recall, memory, device: As in `InfluenceIndex.build`.
 
         Raises:
-            ValueError: as there; features made with something else than what is there now.
+            ValueError: As there, or the features were made with another model, mask, data or
+                projection than there is now.
         """
         gpu_number(device, kind)  # refused before the models are read
         index = InfluenceIndex.build(
@@ -127,42 +134,41 @@ class Attributor:
         k: int = 10,
         languages: Sequence[str] | None = None,
     ) -> dict[str, Any]:
-        """Strongest proponents and opponents of one example.
+        """Find the strongest proponents and opponents of one example.
 
         Args:
-            text_a, text_b: the texts.
-            label: its label's name (of a model with one output, a whole number); None: the last
-                checkpoint's prediction, so that the answer is about why the model says what it
-                says.
-            k: how many of each sign.
-            languages: only training examples of these; None: of all.
+            text_a, text_b: The texts.
+            label: The name of its label (for a model with one output, a whole number). None stands
+                for the prediction of the last checkpoint: the answer then explains it.
+            k: The number of proponents, and of opponents.
+            languages: The languages whose training examples are considered; None for all.
 
         Returns:
-            `label`, `prediction`, `probabilities` (by label; None for a model with one output),
-            `languages`, `index` (the kind of the index that chose the candidates, or None), and
-            `proponents` and `opponents`: lists of dicts with rank, score, id, language, label,
-            text_a, text_b, group. Positive scores: the training example lowered the loss of the
-            label.
+            A dict with `label`, `prediction`, `probabilities` (by label; None for a model with one
+            output), `languages`, `index` (the kind of the index that selected candidates, or None),
+            and `proponents` and `opponents`: lists of dicts with rank, score, id, language, label,
+            text_a, text_b and group. A positive score means that the training example lowered the
+            loss of the label.
 
         Raises:
-            ValueError: a label or language that is not there; features or an index made with
-                something else than what is there now.
+            ValueError: There is no such label or language, or the features or the index were made
+                with another model, mask, data or projection than there is now.
         """
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}")
-        given = None if label is None else self._label_number(label)
+        label_number = None if label is None else self._label_number(label)
         rows = self._rows_of(languages)
         table = pa.table(
             {"id": ["query"], "text_a": [text_a], "text_b": pa.array([text_b], pa.string()),
-             "label": [0 if given is None else given]}
+             "label": [0 if label_number is None else label_number]}
         )  # fmt: skip
         prediction, probabilities = self._predict(table)
-        if given is None:
-            given = prediction
+        if label_number is None:
+            label_number = prediction
             table = table.set_column(3, "label", [[prediction]])
         top, kind = self._nearest(self._features(table), k, rows, languages)
         return {
-            "label": self._label_name(given),
+            "label": self._label_name(label_number),
             "prediction": self._label_name(prediction),
             "probabilities": probabilities,
             "languages": None if languages is None else list(languages),
@@ -173,7 +179,7 @@ class Attributor:
 
     @cached_property
     def train_stores(self) -> list[FeatureStore]:
-        """One feature store per checkpoint, made with what is there now."""
+        """(C,) feature stores, one per checkpoint, checked against what is there now."""
         return self.source.train_stores()
 
     @cached_property
@@ -181,14 +187,14 @@ class Attributor:
         return np.array(self.source.train.column("language").to_pylist())
 
     def _rows_of(self, languages: Sequence[str] | None) -> Tensor:
-        """The numbers of the training examples of some languages, ascending."""
+        """Return the rows of the training examples of some languages, ascending."""
         if languages is None:
             return torch.arange(len(self._languages))
-        there = np.unique(self._languages).tolist()
-        unknown = sorted(set(languages) - set(there))
+        known = np.unique(self._languages).tolist()
+        unknown = sorted(set(languages) - set(known))
         if unknown or not languages:
             raise ValueError(
-                f"language: expected some of {', '.join(there)}, got {', '.join(unknown) or 'none'}"
+                f"language: expected some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
             )
         return torch.from_numpy(np.flatnonzero(np.isin(self._languages, list(languages))))
 
@@ -209,7 +215,7 @@ class Attributor:
         return str(label) if len(names) == 1 else names[label]
 
     def _predict(self, table: pa.Table) -> tuple[int, dict[str, float] | None]:
-        """The last checkpoint's label, and its probability of every label."""
+        """Return the last checkpoint's label, and its probability of every label."""
         model, tokenizer = self.source.models[-1]
         with masked(model, self.source.masks[-1]):
             logits_C = predict(model, encode(tokenizer, table, self.source.max_length))[0]
@@ -220,14 +226,14 @@ class Attributor:
         return int(logits_C.argmax()), named
 
     def _features(self, table: pa.Table) -> list[Tensor]:
-        """(C,) the example's features (1, K)."""
-        found = []
+        """Return (C,) features (1, K) of the example."""
+        features = []
         source = self.source
         for (model, tokenizer), collector in zip(source.models, source.collectors, strict=True):
             examples = as_examples(encode(tokenizer, table, source.max_length))
             with frozen(model):
-                found.append(collector.collect(examples))
-        return found
+                features.append(collector.collect(examples))
+        return features
 
     # --- the training examples --------------------------------------------------------------
 
@@ -238,7 +244,7 @@ class Attributor:
         rows: Tensor,
         languages: Sequence[str] | None,
     ) -> tuple[TopInfluences, str | None]:
-        """The strongest of `rows`, and the kind of the index that was used, if one was."""
+        """Return the strongest of `rows`, and the kind of the index that was used, if any."""
         index = self._index
         if index is not None:
             chosen = self._candidates(index, features, min(k, len(rows)), languages)
@@ -253,37 +259,42 @@ class Attributor:
         k: int,
         languages: Sequence[str] | None,
     ) -> Tensor | None:
-        """Rows among which an index finds the strongest of both signs; None: it finds too few.
+        """Return the rows that an index finds for both signs, or None if it finds fewer than k.
 
-        Too few: lists or a part of a graph that hold next to none of a filter's languages.
+        It may find too few for a filter by language, where the lists or the part of the graph that
+        it visits hold next to none of these languages.
         """
-        asked = k if index.kind == "flat" else max(CANDIDATES * k, LEAST_CANDIDATES)
-        asked = min(asked, len(index.ids))
-        on_cpu = [one.cpu() for one in features]
-        found = []
+        wanted = k if index.kind == "flat" else max(CANDIDATES * k, LEAST_CANDIDATES)
+        wanted = min(wanted, len(index.ids))
+        on_cpu = [row.cpu() for row in features]
+        candidates = []
         for opponents in (False, True):
-            near = index.search(on_cpu, asked, opponents=opponents, languages=languages).indices[0]
-            found.append(near[near >= 0])
-        if min(map(len, found)) < k:
+            result = index.search(on_cpu, wanted, opponents=opponents, languages=languages)
+            rows = result.indices[0]
+            candidates.append(rows[rows >= 0])
+        if min(map(len, candidates)) < k:
             return None
-        return torch.cat(found).unique()
+        return torch.cat(candidates).unique()
 
     def _rank(self, features: list[Tensor], k: int, rows: Tensor) -> TopInfluences:
-        """The k strongest of both signs among `rows`, by their stored features."""
+        """Rank `rows` by their stored features; return the k strongest of both signs."""
         stores = [StoreRows(store) for store in self.train_stores]
-        every = len(rows) == stores[0].shape[0]
+        all_rows = len(rows) == stores[0].shape[0]
         with tqdm(total=len(rows), desc="query", unit="example", disable=None) as bar:
             top = top_influences(
                 features,
-                stores if every else [SomeRows(store, rows) for store in stores],
+                stores if all_rows else [SomeRows(store, rows) for store in stores],
                 k,
                 weights=self.source.weights,
                 normalize=self.source.normalize,
                 device=self.source.device,
                 advance=bar.update,
             )
-        found, against = rows[top.indices.cpu()], rows[top.opponent_indices.cpu()]
-        return replace(top, indices=found, opponent_indices=against)
+        return replace(
+            top,
+            indices=rows[top.indices.cpu()],
+            opponent_indices=rows[top.opponent_indices.cpu()],
+        )
 
     @cached_property
     def _index(self) -> InfluenceIndex | None:
@@ -294,7 +305,7 @@ class Attributor:
         return index
 
     def _examples(self, indices: Tensor, scores: Tensor) -> list[dict[str, Any]]:
-        """Examples as the answer shows them."""
+        """Return training examples as the answer shows them."""
         rows = self.source.train.take(indices.numpy()).to_pylist()
         return [
             {"rank": rank, "score": score} | row | {"label": self._label_name(row["label"])}

@@ -32,7 +32,7 @@ CHANGES = {
         "kBlocks = 264": "kBlocks = 5",
     },
     "project_gradients": {"kBlocksWanted = 264": "kBlocksWanted = 7"},
-    "quantize_rows": {"kMostBlocks = int64_t{1} << 20": "kMostBlocks = 5"},
+    "quantize_rows": {"kMaxBlocks = int64_t{1} << 20": "kMaxBlocks = 5"},
 }
 
 backwards = False

@@ -24,10 +24,12 @@
 // No hash depends on the number of rows or columns of the projection, so the first rows of a large
 // dense projection are a smaller one.
 //
-// Why sparse columns may share a hash. It turns 16 columns into one vector load, one sign flip and
+// Why sparse columns may share a hash: it turns 16 columns into one vector load, one sign flip and
 // one vector addition (cpu/signs.cpp), and it does not increase the error. With one entry per
 // column,
+//
 //   <R x, R y> - <x, y> = sum over i < j in the same row of s_i s_j (x_i y_j + x_j y_i).
+//
 // The signs of all columns are fair, independent of each other and of the rows, so the mean is 0
 // and the variance is sum_{i < j} P(i and j share a row) (x_i y_j + x_j y_i)^2. That probability is
 // 1 / rows for columns with different hashes, and 0 for two columns of a group, whose rows differ

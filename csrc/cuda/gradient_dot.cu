@@ -9,8 +9,8 @@
 //                A block owns a tile of 128 x 128 tokens: several whole examples of each batch if
 //                they are that short, else one pair of examples, tile by tile. The Gram tile of g
 //                is kept in shared memory and multiplied by that of x. Then a thread adds up one
-//                example's part of a row, and a thread the rows of one pair. Operations per pair: 2
-//                S S' (I + O). Bytes through L2: S S' (I + O) (4 or 2) / 64.
+//                example's part of a row, and a thread the rows of one pair.
+//                Operations per pair: 2 S S' (I + O). Bytes through L2: S S' (I + O) (4 or 2) / 64.
 //   formed       Parts of 128 x 128 numbers of all gradients are formed in scratch, as many at a
 //                time as stay in L2 (form_tiles: a block owns one part of one example). Their inner
 //                products are added up over the parts (dot_shares: a block owns 128 x 128 pairs of

@@ -2,8 +2,8 @@
 // later), each executed by a whole warp. With TRACMOD_EMULATE defined, the same functions run on
 // the host (tests/cuda_emulation).
 //
-// The tables show which element each register of lane l holds, with r = l / 4 and t = l % 4. A is m
-// x k, B is k x n, C and D are m x n. A register of bfloat16 holds two neighbours along k, the
+// The tables show which element each register of lane l holds, with r = l / 4 and t = l % 4; A has
+// m x k elements, B k x n, C and D m x n. A register of bfloat16 holds two neighbours along k, the
 // first in its lower half.
 //
 //             multiply_bf16  m16 n8 k16      multiply_tf32  m16 n8 k8     both

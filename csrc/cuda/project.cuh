@@ -1,7 +1,7 @@
 // The fused kernel of project_gradients for linear layers. For a tile of at most 128 tokens,
 //
-//   P (tokens, 64) = [x, 1] R_in^T,   Q (tokens, 64) = sum_j g_j R_out_j^T,   out[b] += scale Q_b^T
-//                                     P_b
+//   P = [x, 1] R_in^T (tokens, 64),   Q = sum_j g_j R_out_j^T (tokens, 64),
+//   out[b] += scale Q_b^T P_b.
 //
 // project_gradients.cu says what a block owns, counts bytes and operations and states the limit.
 //
@@ -158,10 +158,10 @@ size_t shared_bytes(int warps) {
   return sizeof(Signs<kind>[2]) + warps * kWarpTokens * (rows + std::max(rows, slices));
 }
 
-// Computes the signs of the 256 columns from `begin` on; a thread computes a column at a time.
-// Columns past the end get signs too, but their values are zeros. The byte that lane group g needs
-// of a column goes into the word of lane 4 g + t, at the byte of the number that the lane
-// multiplies.
+// Computes the signs of the 256 columns from `begin` on, one column per thread at a time. Columns
+// past the end get entries as well, but the values there are zeros. The byte that lane group g
+// needs of a column goes into the word of lane 4 g + t, where t is the lane that multiplies this
+// column.
 template <class T, Kind kind>
 __device__ void make_signs(const Source& source, int begin, int first, int k, Signs<kind>& words) {
 #pragma unroll 1

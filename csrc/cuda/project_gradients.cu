@@ -4,9 +4,9 @@
 //
 // summed over the layers j that read the same x.
 //
-// Linear layers take one launch of project_tiles (project.cuh), which never forms G: P = [x, 1]
-// R_in^T and Q = sum_j g_j R_out_j^T, each (tokens, 64) in float32, stay on the chip, then out[b]
-// += Q_b^T P_b.
+// Linear layers take one launch of project_tiles (project.cuh), which never forms G:
+// P = [x, 1] R_in^T and Q = sum_j g_j R_out_j^T, each (tokens, 64) in float32, stay on the chip,
+// then out[b] += Q_b^T P_b.
 //
 //   Block: 64 x 64 features of as many examples as fit into 128 tokens, or of one longer example,
 //   128 tokens at a time. Each feature has one writer, so there are no atomics. Sums run over 16,
@@ -19,11 +19,12 @@
 //   read and written, 8 k_out k_in per example, which dominates for short examples.
 //   Operations: 2 B S (k (I + sum O) + k_out k_in) on the tensor cores. +-1 is exact in bfloat16,
 //   so a bfloat16 value takes one product; a float32 takes three, its 24 bits in three parts. Q^T P
-//   takes three products in tf32. Limit on an H200 (4.8 TB/s, 989 TFLOP/s): the read of x and g. At
-//   k = 64 a byte of bfloat16 takes 64 operations, 0.3 of what the tensor cores can do in the time
-//   of its read, or 0.6 if mma.sync reaches half their rate. Issuing the instructions takes nearly
-//   as long as the read (about 300 per warp for 2 KB, of which 128 unpack signs); for float32 the
-//   three products do. These figures are counted in the SASS; this file has not run on a GPU yet.
+//   takes three products in tf32.
+//   Limit on an H200 (4.8 TB/s, 989 TFLOP/s): the read of x and g. At k = 64 a byte of bfloat16
+//   takes 64 operations, 0.3 of what the tensor cores can do in the time of its read, or 0.6 if
+//   mma.sync reaches half their rate. Issuing the instructions takes nearly as long as the read
+//   (about 300 per warp for 2 KB, of which 128 unpack signs); for float32 the three products do.
+//   These figures are counted in the SASS; this file has not run on a GPU yet.
 //
 // identity: add_exact forms the gradient directly from g and [x, 1]; a block owns 64 x 64 of it.
 //

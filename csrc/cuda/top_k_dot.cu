@@ -396,10 +396,10 @@ struct List {
   // Inserts `count` new entries in place. Each belongs to one of the first threads: `entry` and its
   // rank among the new ones; `sorted` holds all of them in order. Called by the whole block.
   //
-  // A new entry goes behind the old ones that rank before it and the new ones that do; an old entry
-  // moves down by the number of new entries that rank before it. Old entries are moved 256 at a
-  // time, from the end: each lands at or behind its position, among entries that have been read
-  // already.
+  // The position of a new entry is the number of old entries that rank before it plus its rank
+  // among the new ones; an old entry moves down by the number of new entries that rank before it.
+  // Old entries are moved 256 at a time, from the end of the list: each lands at or behind its old
+  // position, where everything has been read already.
   __device__ void insert(const Entry& entry, int rank, int count, const Entry* sorted) const {
     const bool has_entry = static_cast<int>(threadIdx.x) < count;
     const int64_t before =

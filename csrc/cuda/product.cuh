@@ -8,6 +8,10 @@
 // memory in stages; three stages are in flight, so that the copies of the next two overlap with the
 // products of one. A stage of rows is 128 bytes of each row: 64 bfloat16 or 32 float32.
 //
+// Bytes: a value of an operand is read from L2 once per tile, so one multiply-add costs 2 / 128
+// values in a tile of 128 x 128 and 3 / 256 in one of 128 x 256. The .cu files derive their limits
+// from that. Larger tiles would read less, but their sums would not fit into registers.
+//
 // Swizzle: row r of a stage is stored at byte 128 r, and its 16-byte part p in slot p ^ (r % 8) of
 // that row. 128 bytes are all 32 banks of shared memory, so without the swizzle the eight rows that
 // load_matrices reads at once would start in the same bank and be read one after the other.

@@ -1,4 +1,4 @@
-"""Builds `tracmod._C` with CMake; everything that is not the build is in pyproject.toml."""
+"""Build `tracmod._C` with CMake. Everything else about the package is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeExtension(Extension):
-    """An extension whose sources only CMakeLists.txt knows."""
+    """An extension whose sources are listed in CMakeLists.txt only."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, sources=[])
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds CMakeLists.txt into the place where setuptools expects the module.
+    """Configure and build CMakeLists.txt, writing the module where setuptools expects it.
 
-    Environment: TRACMOD_CUDA = AUTO (default) | ON | OFF; CMAKE_ARGS = more arguments for CMake.
+    Reads the environment variables TRACMOD_CUDA (AUTO, the default, ON or OFF) and CMAKE_ARGS
+    (additional arguments for CMake).
     """
 
     def build_extension(self, ext: Extension) -> None:
         if not isinstance(ext, CMakeExtension):
             super().build_extension(ext)
             return
-        import pybind11  # a build requirement: absent while setuptools only reads metadata
+        import pybind11  # a build requirement, which is absent while setuptools reads metadata
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # kept: rebuilds are quick
+        # Not a temporary folder, so that a rebuild compiles only what has changed.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
@@ -47,9 +49,9 @@ class CMakeBuild(build_ext):
             f"-DTRACMOD_CUDA={os.environ.get('TRACMOD_CUDA', 'AUTO')}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
-        # A build folder remembers where cmake and ninja were; in an isolated build they move.
+        # The cache stores the paths of cmake and ninja, which change with every isolated build.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
-        # The cmake and ninja that came as Python packages lie beside this Python, or on the path.
+        # cmake and ninja from Python packages are beside this interpreter, others on the path.
         search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
         environment = {**os.environ, "PATH": search}
         cmake = shutil.which("cmake", path=search) or "cmake"

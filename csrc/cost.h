@@ -1,11 +1,13 @@
-// Which of gradient_dot's two forms of a linear layer takes less time, in multiply-adds.
+// Cost model that chooses how gradient_dot computes a linear layer, counted in multiply-adds.
 //
-//   token pairs         sum_{s,t} <g_s, g'_t> <x_s, x'_t>      n n' (I + O) / p
-//   gradients formed    <G_i, G'_j>                            ((n + n') / p + 6 (B + B') + B B') I O
+//   token pairs        sum_{s,t} <g_s, g'_t> <x_s, x'_t>    n n' (I + O) / p
+//   formed gradients   <G_i, G'_j>                          ((n + n') / p + 6 (B + B') + B B') I O
 //
-// n, n' are the tokens that are read in the two batches, so padding does not move the choice; p is
-// 2 where bfloat16 are multiplied in pairs (formed numbers are float32), else 1; to start and store
-// a formed number takes as long as 6 multiply-adds. The two forms differ by rounding alone.
+// n and n' are the numbers of tokens read in the two batches, so padding does not change the
+// choice. p is 2 where bfloat16 numbers are multiplied in pairs and 1 elsewhere; formed gradients
+// are float32, so their B B' inner products do not profit from p. The 6 is a measured cost:
+// starting and storing one number of a formed gradient takes as long as 6 multiply-adds. The two
+// forms give results that differ by rounding only.
 #pragma once
 
 #include <cstdint>

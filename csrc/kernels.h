@@ -1,8 +1,11 @@
-// Every op, declared once for the CPU and once for CUDA. Pointers are borrowed, row-major and
-// contiguous; sizes are checked by module.cpp; the caller owns outputs and scratch.
+// Declarations of every op, once for the CPU and once for CUDA, and the arguments they share.
 //
-// Sizes: B examples, S tokens, I in, O out, K features per row, N train, Q query, C checkpoints,
-// G groups.
+// All pointers are borrowed and point at row-major contiguous memory. module.cpp checks sizes,
+// dtypes and devices before a function declared here is called, so the kernels check nothing twice.
+// The caller allocates the outputs and the scratch memory.
+//
+// Sizes: B examples, S tokens, I input features, O output features, D features of LayerNorm or an
+// embedding, K features per row, N training rows, Q query rows, C checkpoints, G groups.
 #pragma once
 
 #include <cstddef>
@@ -14,20 +17,25 @@ enum class DType { float32, bfloat16, int64, float64 };
 enum class Layer { linear, elementwise, embedding };
 enum class Kind { rademacher, sjlt, identity };
 
-// What one backward pass shows of a layer. linear: x (B,S,I), g (B,S,O). elementwise: x and g
-// (B,S,D) with I = O = D. embedding: x (B,S) int64 ids, g (B,S,D) with I = 1, O = D.
+// The per-example gradients of one layer in factored form: its inputs x and the gradients g of the
+// loss at its outputs. For a linear layer the gradient of example b is G_b = sum_s g_bs x_bs^T.
+//
+//   linear       x (B, S, I), g (B, S, O)
+//   elementwise  x and g (B, S, D), I = O = D (LayerNorm)
+//   embedding    x (B, S) int64 token ids, g (B, S, D), I = 1 and O = D
 struct Gradients {
   const void* x;
   const void* g;
-  const int64_t* lengths;  // (B,) tokens to read of each example; null: all S
+  const int64_t* lengths;  // (B,) number of tokens to read of each example, or null for all S
   int64_t batch, tokens, in, out;
-  DType dtype;  // of g, and of x unless embedding
+  DType dtype;  // of g, and of x unless the layer is an embedding
 };
 
 constexpr int kMaxOutputs = 4;
 
-// One of the layers that read the same x. Column i of g has the signs of column columns[i] of R_out
-// (null: of i itself).
+// One of several layers that read the same x (query, key and value, for example). Column i of g is
+// multiplied by column columns[i] of R_out, or by column i where columns is null; so a layer whose
+// columns were partly removed keeps the projection of the columns that remain.
 struct Output {
   const void* g;  // (B, S, size)
   int64_t size;
@@ -35,19 +43,21 @@ struct Output {
   const int64_t* columns;  // (size,) or null
 };
 
-// Output 0 is g and out of Gradients; only linear has more.
+// How a gradient becomes k_out * k_in features. output[0] repeats g and out of Gradients; only
+// linear layers have more than one output.
 struct Projection {
   Layer layer;
   Kind kind;
   bool bias;
   int64_t k_out, k_in;
   uint64_t seed, input_key;
-  const int64_t* input_columns;  // (in + bias,) or null, as an output's
+  const int64_t* input_columns;  // (in + bias,) or null; columns of R_in, as Output::columns
   int outputs;
   Output output[kMaxOutputs];
 };
 
-// The k largest (or smallest) of each of Q rows so far, best first; index -1: not filled yet.
+// The k largest (or smallest) scores so far of each of Q queries, best first. Index -1 marks an
+// entry that is not filled yet.
 struct Ranking {
   float* scores;     // (Q, k)
   int64_t* indices;  // (Q, k)
@@ -61,22 +71,22 @@ struct TopK {
   DType dtype;
   bool cosine;
   int64_t k;
-  int64_t index_offset;   // added to a train row's number
+  int64_t index_offset;   // added to the row number of a training row
   const int64_t* groups;  // (N,) in [0, num_groups), or null
   int64_t num_groups;     // G
   Ranking proponents, opponents;
-  double* group_sums;  // (Q, G) added to, or null
+  double* group_sums;  // (Q, G), added to; or null
 };
 
-// A linear layer's product: x (rows, depth) by a weight (columns, depth), or (depth, columns) if
-// transposed.
+// The product of a linear layer: x (rows, depth) times weight (columns, depth), or times weight
+// (depth, columns) if transposed.
 struct Linear {
   const float *x, *weight, *bias;  // bias (columns,) or null
   int64_t rows, depth, columns;
   bool transposed;
 };
 
-// Rows to 8-bit codes with a scale each, written.
+// Rows and the 8-bit codes and scales that replace them.
 struct Quantization {
   const void* rows;      // (count, width)
   int64_t count, width;  // N, K
@@ -87,37 +97,42 @@ struct Quantization {
 
 namespace cpu {
 
-// Fills matrix (rows, size) with a projection's entries, without the scale 1 / sqrt(rows).
+// Each op comes with a function that returns the bytes of scratch memory it needs; the op itself
+// expects at least as many, aligned to 64 bytes. Results do not depend on the number of threads.
+
+// Fills matrix (rows, size) with the entries of a projection, without the scale 1 / sqrt(rows).
 void projection_matrix(Kind kind, int64_t rows, int64_t size, uint64_t seed, uint64_t key,
                        float* matrix);
 
-// out[b, offset ...] += features of example b, summed over the outputs; `out` points at column `offset`, rows are `stride`
-// apart. The scratch is at least project_gradients_scratch(...) bytes, 64-byte aligned.
+// out[b, 0 : k_out k_in] += features of example b, summed over the outputs. `out` points at the
+// first feature of this layer in row 0; `stride` is the distance between rows.
 size_t project_gradients_scratch(const Gradients& gradients, const Projection& projection,
                                  int threads);
 void project_gradients(const Gradients& gradients, const Projection& projection, float* out,
                        int64_t stride, void* scratch, int threads);
 
-// out (B1, B2) += <gradient i, gradient j>.
+// out (B1, B2) += inner products of the gradients of example i and example j.
 size_t gradient_dot_scratch(const Gradients& first, const Gradients& second, Layer layer, bool bias,
                             int threads);
 void gradient_dot(const Gradients& first, const Gradients& second, Layer layer, bool bias,
                   float* out, void* scratch, int threads);
 
+// Updates both rankings and the group sums of `job`.
 size_t top_k_dot_scratch(const TopK& job, int threads);
 void top_k_dot(const TopK& job, void* scratch, int threads);
 
-// out (rows, columns), written.
+// out (rows, columns) = x weight^T + bias, or x weight if transposed; CPU and float32 only.
 size_t linear_scratch(const Linear& linear, int threads);
 void linear(const Linear& linear, float* out, void* scratch, int threads);
 
+// Writes the codes and scales of `job`.
 void quantize_rows(const Quantization& job, int threads);
 
 }  // namespace cpu
 
 namespace cuda {
 
-// Makes a device current for as long as it lives.
+// Makes a device current and restores the previous one when destroyed.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);
@@ -126,10 +141,11 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int before_ = 0;
+  int previous_ = 0;
 };
 
-// As above; every launch goes to `stream` (a cudaStream_t), nothing is synchronised.
+// As above, on the current device. Every launch goes to `stream` (a cudaStream_t); nothing is
+// allocated or synchronized.
 size_t project_gradients_scratch(const Gradients& gradients, const Projection& projection);
 void project_gradients(const Gradients& gradients, const Projection& projection, float* out,
                        int64_t stride, void* scratch, void* stream);

@@ -1,4 +1,10 @@
-// The only file that knows Python: names, checks, choice of device, release of the GIL.
+// Python bindings of the native engine, and the only file that knows Python.
+//
+// Each op here does the same five things: it reads the DLPack capsules, checks every argument
+// before any memory is touched, asks Python for scratch memory, releases the GIL, and calls the
+// CPU or the CUDA implementation depending on where the tensors are. Scratch memory comes from the
+// caller's framework (`allocate`), so the engine allocates nothing and the framework's caching
+// allocator and memory limits apply to it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,7 +22,7 @@ namespace tracmod {
 namespace {
 
 TensorView view(const Capsule& capsule, const std::string& op, const std::string& argument) {
-  // A DLManagedTensor begins with its DLTensor.
+  // The capsule holds a DLManagedTensor, whose first member is the DLTensor.
   void* tensor = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
   if (tensor == nullptr) throw py::error_already_set();
   return TensorView(*static_cast<dlpack::Tensor*>(tensor), op, argument);
@@ -56,8 +62,8 @@ Kind kind_named(const std::string& name, const std::string& op) {
       {{"rademacher", Kind::rademacher}, {"sjlt", Kind::sjlt}, {"identity", Kind::identity}});
 }
 
-// Lengths on a GPU cannot be read without waiting for it: there, the kernels write NaN for an
-// example whose length is not in [0, S].
+// Checks that lengths are in [0, S]. Lengths on a GPU are not read here, because that would make
+// the host wait for the GPU; instead the kernels write NaN for an example with an invalid length.
 const int64_t* checked_lengths(const TensorView& lengths, int64_t batch, int64_t tokens,
                                const std::string& op, const std::string& argument) {
   lengths.check_dtype("int64").check_shape({batch}, "(B,)").check_contiguous();
@@ -72,7 +78,8 @@ const int64_t* checked_lengths(const TensorView& lengths, int64_t batch, int64_t
   return values;
 }
 
-// The numbers of R's columns; on a GPU they are not read here.
+// Checks that column numbers of R are not negative. Numbers on a GPU are not read here; the kernels
+// only hash them, so a negative one cannot touch memory outside of a tensor.
 const int64_t* checked_columns(const TensorView& columns, int64_t size, const std::string& legend,
                                const std::string& op, const std::string& argument) {
   columns.check_dtype("int64").check_shape({size}, legend).check_contiguous();
@@ -98,7 +105,8 @@ void check_lengths(const Capsule& lengths, int64_t batch, int64_t tokens, const 
   checked_lengths(view(lengths, op, argument), batch, tokens, op, argument);
 }
 
-// `suffix` tells the first batch's arguments from the second's: "", "1", "2".
+// Checks x, g and lengths of one batch. `suffix` is appended to argument names in error messages:
+// "" where there is one batch, "1" and "2" where there are two.
 Gradients gradients_of(const TensorView& x, const TensorView& g,
                        const std::optional<Capsule>& lengths, Layer layer, const std::string& op,
                        const std::string& suffix) {
@@ -114,9 +122,9 @@ Gradients gradients_of(const TensorView& x, const TensorView& g,
   } else {
     x.check_ndim({2, 3}, layer == Layer::linear ? "(B, S, I) or (B, I)" : "(B, S, D) or (B, D)");
   }
-  g.check_ndim({rank}, layer == Layer::linear ? (rank == 3 ? "(B, S, O), as x has three sizes"
-                                                           : "(B, O), as x has two sizes")
-                                              : "of x" + std::string(ids ? " and D" : ""));
+  g.check_ndim({rank}, layer == Layer::linear ? (rank == 3 ? "(B, S, O), as x has three dimensions"
+                                                           : "(B, O), as x has two dimensions")
+                                              : "of x" + std::string(ids ? " followed by D" : ""));
   result.batch = x.size(0);
   result.tokens = rank == 3 ? x.size(1) : 1;
   result.in = ids ? 1 : x.size(rank - 1);
@@ -137,17 +145,20 @@ Gradients gradients_of(const TensorView& x, const TensorView& g,
   return result;
 }
 
-// Equal signs on two sides, or on two layers of one grid, would bias the inner products.
+// Keys select the random signs. If both sides of a layer, or two layers that are summed into the
+// same features, had the same signs, inner products of features would be biased.
 void check_keys(const Projection& projection, const std::string& op) {
   for (int j = 0; j < projection.outputs; ++j) {
     const uint64_t key = projection.output[j].key;
     if (key == projection.input_key) {
-      reject(op, "output_key", "another key than input_key (equal signs on both sides are biased)",
+      reject(op, "output_key",
+             "a key other than input_key (the same signs on both sides bias inner products)",
              std::to_string(key));
     }
     for (int i = 0; i < j; ++i) {
       if (key == projection.output[i].key) {
-        reject(op, "output_key", "distinct keys (equal signs of two outputs are biased)",
+        reject(op, "output_key",
+               "distinct keys (the same signs for two outputs bias inner products)",
                std::to_string(key) + " twice");
       }
     }
@@ -189,7 +200,7 @@ void check_projection(const Gradients& gradients, const Projection& projection, 
   }
 }
 
-// Memory that `allocate(bytes)` makes on the caller's side, kept while `owner` lives.
+// Scratch memory allocated by the caller's framework; it is valid as long as `owner` lives.
 struct Memory {
   Capsule owner;
   void* data;
@@ -201,7 +212,8 @@ Memory allocate_on(const py::function& allocate, size_t bytes, const std::string
   return {std::move(owner), data};
 }
 
-// The layers' side of project_gradients: a list for each of g, their keys and their columns.
+// The per-output arguments of project_gradients: the gradients of each layer that reads x, their
+// keys and the numbers of their columns of R_out, as lists of equal length.
 struct Outputs {
   const std::vector<Capsule>& g;
   const std::vector<uint64_t>& keys;
@@ -211,13 +223,13 @@ struct Outputs {
     if (g.empty() || g.size() > kMaxOutputs) {
       reject(op, "g", "1 to " + std::to_string(kMaxOutputs) + " tensors", std::to_string(g.size()));
     }
-    const std::string as_many = "as many as g, " + std::to_string(g.size());
-    if (keys.size() != g.size()) reject(op, "output_key", as_many, std::to_string(keys.size()));
+    const std::string same_count = "as many entries as g, " + std::to_string(g.size());
+    if (keys.size() != g.size()) reject(op, "output_key", same_count, std::to_string(keys.size()));
     if (columns.size() != g.size()) {
-      reject(op, "output_columns", as_many, std::to_string(columns.size()));
+      reject(op, "output_columns", same_count, std::to_string(columns.size()));
     }
     if (g.size() > 1 && projection.layer != Layer::linear) {
-      reject(op, "g", "one tensor for every layer but linear", std::to_string(g.size()));
+      reject(op, "g", "one tensor unless layer is linear", std::to_string(g.size()));
     }
     if (g.size() > 1 && projection.kind == Kind::identity) {
       reject(op, "g", "one tensor for kind identity", std::to_string(g.size()));
@@ -229,7 +241,7 @@ struct Outputs {
   }
 };
 
-// Fills the outputs of `projection` and returns the first one's Gradients.
+// Checks and fills the outputs of `projection`; returns the Gradients of x and the first output.
 Gradients read_outputs(const TensorView& x, const Outputs& outputs,
                        const std::optional<Capsule>& lengths, const std::string& op,
                        Projection& projection) {
@@ -240,8 +252,8 @@ Gradients read_outputs(const TensorView& x, const Outputs& outputs,
   for (size_t j = 0; j < outputs.g.size(); ++j) {
     const TensorView g = view(outputs.g[j], op, outputs.name("g", j));
     g.check_device(x).check_dtype(first.dtype_name());
-    const Gradients own = gradients_of(x, g, std::nullopt, projection.layer, op, "");
-    projection.output[j] = {own.g, own.out, outputs.keys[j], nullptr};
+    const Gradients checked = gradients_of(x, g, std::nullopt, projection.layer, op, "");
+    projection.output[j] = {checked.g, checked.out, outputs.keys[j], nullptr};
   }
   return result;
 }
@@ -254,7 +266,7 @@ void read_columns(const TensorView& x, const Gradients& gradients, const Outputs
     if (projection.layer != Layer::linear || projection.kind == Kind::identity) {
       reject(op, argument,
              projection.kind == Kind::identity ? "None for kind identity"
-                                               : "None for every layer but linear",
+                                               : "None unless layer is linear",
              "a tensor");
     }
     const TensorView tensor = view(columns, op, argument);
@@ -356,10 +368,10 @@ void gradient_dot(const Capsule& x1_capsule, const Capsule& g1_capsule, const Ca
   const Gradients second = gradients_of(x2, g2, lengths2, layer, op, "2");
   g2.check_dtype(g1.dtype_name());
   if (second.in != first.in) {
-    reject(op, "x2", "the last size of x1, " + std::to_string(first.in), join(x2.shape()));
+    reject(op, "x2", "the last dimension of x1, " + std::to_string(first.in), join(x2.shape()));
   }
   if (second.out != first.out) {
-    reject(op, "g2", "the last size of g1, " + std::to_string(first.out), join(g2.shape()));
+    reject(op, "g2", "the last dimension of g1, " + std::to_string(first.out), join(g2.shape()));
   }
   if (layer == Layer::embedding && bias) reject(op, "bias", "False for layer embedding", "True");
   out.check_device(x1).check_dtype("float32");
@@ -382,7 +394,8 @@ void gradient_dot(const Capsule& x1_capsule, const Capsule& g1_capsule, const Ca
   cpu::gradient_dot(first, second, layer, bias, out.as<float>(), scratch.data, threads);
 }
 
-// The C tensors (rows, K) of one side of top_k_dot; all as the first in dtype, device and shape.
+// Checks one of top_k_dot's two lists, the rows of every checkpoint: C tensors (rows, K) that agree
+// with `first` in dtype, device and K, and with each other in shape.
 std::vector<const void*> checked_rows(const std::vector<Capsule>& capsules, const TensorView& first,
                                       const std::string& op, const std::string& argument) {
   std::vector<const void*> pointers;
@@ -397,7 +410,8 @@ std::vector<const void*> checked_rows(const std::vector<Capsule>& capsules, cons
   return pointers;
 }
 
-// Groups on a GPU are not read here: there, a number outside [0, G) turns the sums into NaN.
+// Checks that group numbers are in [0, G). Numbers on a GPU are not read here; there, an invalid
+// one turns the group sums into NaN.
 const int64_t* checked_groups(const TensorView& groups, int64_t trains, int64_t num_groups,
                               const std::string& op) {
   groups.check_dtype("int64").check_shape({trains}, "(N,)").check_contiguous();
@@ -432,7 +446,7 @@ void top_k_dot(const std::vector<Capsule>& queries, const std::vector<Capsule>& 
                [[maybe_unused]] uintptr_t stream) {
   const std::string op = "top_k_dot";
   const size_t checkpoints = queries.size();
-  if (checkpoints == 0) reject(op, "queries", "one tensor or more", "an empty list");
+  if (checkpoints == 0) reject(op, "queries", "at least one tensor", "an empty list");
   if (trains.size() != checkpoints || weights.size() != checkpoints) {
     reject(op, trains.size() != checkpoints ? "trains" : "weights",
            "as many as queries, " + std::to_string(checkpoints),
@@ -540,8 +554,9 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   using namespace tracmod;
-  m.doc() = "tracmod's native engine; tracmod.kernels is its public face.";
-  cpu::tiles();  // chosen now, so that a wrong TRACMOD_INSTRUCTIONS is told at once
+  m.doc() = "Native engine of tracmod; its public interface is tracmod.kernels.";
+  cpu::tiles();  // selects the instruction set now, so that importing reports a wrong
+                 // TRACMOD_INSTRUCTIONS
   m.def("build_info", &build_info);
   m.def("check_lengths", &check_lengths);
   m.def("check_columns", &check_columns);

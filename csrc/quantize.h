@@ -1,4 +1,5 @@
-// A row's scale and factor from its largest magnitude, the same on the CPU and on every GPU.
+// The scale of a quantized row from its largest magnitude, the same bits on the CPU and on every
+// GPU.
 #pragma once
 
 #include <cfloat>
@@ -7,14 +8,18 @@
 
 namespace tracmod {
 
-// A code of 1 stands for `scale`; code = x * factor, rounded. Factor 0: the row's codes are 0.
+// A code c stands for the number c * scale; the code of x is x * factor, rounded to an integer. If
+// factor is 0, all codes of the row are 0.
 struct RowScale {
   float scale, factor;
 };
 
-// Both are one correctly rounded division. From 2^-118 on they are normal numbers and denormal x
-// have code 0: so it does not matter whether a processor takes denormals as zeros. NaN and infinity
-// are told by the scale.
+// scale = largest / 127 and factor = 127 / largest, each a single correctly rounded division.
+//
+// Rows whose largest magnitude is below 2^-118 are treated as zeros. At and above that bound scale
+// and factor are normal numbers and a denormal x has code 0, so the result does not depend on
+// whether the processor flushes denormals to zero. A row with NaN or infinity gets factor 0 and a
+// scale that is NaN or infinite, which makes it visible.
 TRACMOD_HOST_DEVICE inline RowScale row_scale(float largest) {
   constexpr float kSmallest = 0x1p-118f;
   const bool coded = largest >= kSmallest && largest <= FLT_MAX;

@@ -1,29 +1,41 @@
-// The entries of every projection: a stateless function of (seed, key, column, row), the same
-// integers on the CPU and on every GPU.
+// The entries of every random projection as a stateless function of (seed, key, column, row). The
+// CPU and every GPU evaluate the same integer operations, so all devices use exactly the same
+// matrices, and no matrix needs to be stored or sent.
 //
-//   mix(z)            64-bit finaliser, variant 13 of Stafford's mixers (as in splitmix64, public
-//                     domain): every output bit depends on every input bit
-//   step(h, n)        mix(h + GOLDEN * (n + 1)): n-th output of the generator splitmix64 started
-//                     at h; distinct n give distinct results
-//   stream            step(mix(seed), key)
-//   dense signs       word (column, block) = step(step(stream, column), block); bit r of it is the
-//                     sign of row 64 * block + r: set is -1, clear is +1
-//   position          of a hash h in [0, size): ((h >> 32) * size) >> 32
-//   sparse column     16 neighbours share h = step(stream, column / 16); with l = column % 16: row =
-//                     (position of h in [0, rows) + l) mod rows, sign = bit l of h (set is -1).
-//                     Fewer than 16 rows: h = step(stream, column), row = position, sign = bit 0
-//   sketched element  h = step(step(stream, row), d): position, and bit 0 as the sign
+//   mix(z)           64-bit finalizer: variant 13 of Stafford's mixers, as in splitmix64 (public
+//                    domain). Every output bit depends on every input bit, and mix is a bijection.
+//   step(h, n)       mix(h + GOLDEN * (n + 1)), the n-th output of a splitmix64 generator started
+//                    at h. GOLDEN = 2^64 / golden ratio is odd, so distinct n give distinct
+//                    results.
+//   stream           step(mix(seed), key)
+//   dense signs      word (column, block) = step(step(stream, column), block). Bit r of the word is
+//                    the sign of row 64 * block + r: a set bit is -1, a clear bit +1. One hash thus
+//                    gives the signs of 64 rows.
+//   position         maps a hash h to [0, size) without a division: ((h >> 32) * size) >> 32
+//   sparse column    16 neighbouring columns share h = step(stream, column / 16). With lane
+//                    l = column % 16, the column's only non-zero entry is in row
+//                    (position of h in [0, rows) + l) mod rows; bit l of h is its sign. The
+//                    position uses the upper 32 bits, the signs the lower ones, so they are
+//                    independent. If there are fewer than 16 rows, every column has its own hash,
+//                    h = step(stream, column): row = position, sign = bit 0.
+//   count sketch     element (row, d) has h = step(step(stream, row), d); its bucket is the
+//                    position of h, its sign bit 0
 //
-// No hash depends on how many rows or columns a projection has, so a larger dense projection has a
-// smaller one as its first rows.
+// No hash depends on the number of rows or columns of the projection, so the first rows of a large
+// dense projection are a smaller one.
 //
-// Sparse columns that share a hash are as good as independent ones. With one entry a column,
-//   <R x, R y> - <x, y> = sum over i < j in one row of s_i s_j (x_i y_j + x_j y_i),
-// and as the signs of all columns are independent, fair and independent of the rows, its mean is 0
-// and its variance sum_{i < j} P(i and j in one row) (x_i y_j + x_j y_i)^2. That probability is
-// 1 / rows for columns with hashes of their own and 0 for two of a group (rows >= 16: their rows
-// differ), so the variance is at most that of independent columns. With fewer rows two of a group
-// might always meet, so there every column has its own hash.
+// Why sparse columns may share a hash: it turns 16 columns into one vector load, one sign flip and
+// one vector addition (cpu/signs.cpp), and it does not increase the error. With one entry per
+// column,
+//
+//   <R x, R y> - <x, y> = sum over i < j in the same row of s_i s_j (x_i y_j + x_j y_i).
+//
+// The signs of all columns are fair, independent of each other and of the rows, so the mean is 0
+// and the variance is sum_{i < j} P(i and j share a row) (x_i y_j + x_j y_i)^2. That probability is
+// 1 / rows for columns with different hashes, and 0 for two columns of a group, whose rows differ
+// if there are at least 16 rows. The variance is therefore at most that of independent columns.
+// With fewer than 16 rows two columns of a group could always share a row, so there each column has
+// its own hash.
 #pragma once
 
 #include <cstdint>
@@ -59,27 +71,27 @@ TRACMOD_HOST_DEVICE inline float sign_of_bit(uint64_t word, int bit) {
   return (word >> bit) & 1 ? -1.0f : 1.0f;
 }
 
-// The hash of which a sketched element's position and sign are taken.
+// The hash that gives the bucket and the sign of element (row, d) in a count sketch.
 TRACMOD_HOST_DEVICE inline uint64_t element_hash(uint64_t stream, int64_t row, int64_t d) {
   return step(step(stream, row), d);
 }
 
-// Position in [0, size) and sign taken from one hash; size < 2^31.
+// Maps the upper half of a hash to [0, size); size < 2^31.
 TRACMOD_HOST_DEVICE inline int64_t position_of(uint64_t hash, int64_t size) {
   return static_cast<int64_t>(((hash >> 32) * static_cast<uint64_t>(size)) >> 32);
 }
 
 TRACMOD_HOST_DEVICE inline float sign_of(uint64_t hash) { return sign_of_bit(hash, 0); }
 
-// Columns of a sparse projection that share a hash, if it has as many rows.
+// Number of neighbouring columns of a sparse projection that share a hash.
 constexpr int64_t kSparseGroup = 16;
 
-// Hash of the sparse columns 16 * group ... 16 * group + 15.
+// Hash shared by the sparse columns 16 * group ... 16 * group + 15.
 TRACMOD_HOST_DEVICE inline uint64_t group_hash(uint64_t stream, int64_t group) {
   return step(stream, group);
 }
 
-// The one entry of a sparse column that is not zero.
+// The only non-zero entry of a sparse column.
 struct SparseEntry {
   int64_t row;
   float sign;

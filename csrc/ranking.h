@@ -1,5 +1,7 @@
-// The order of top_k_dot: better scores first, a lower index first among equals, NaN before all
-// (in both directions, so that it is seen), a place not yet filled (index -1) after all.
+// The total order of top_k_dot's rankings: better scores first, the lower index first among equal
+// scores, NaN before every number (in both directions, so that it cannot be overlooked), entries
+// that are not filled yet (index -1) last. Because the order is total, a ranking does not depend on
+// the order in which scores arrive.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
-// Cuts one block of the caller's memory into aligned arrays; without a block it only counts bytes,
-// so that one function lays the scratch out and tells its size.
+// Divides one block of memory, allocated by the caller, into aligned arrays. Without a block it
+// only counts bytes, so the same function computes the size of the scratch memory and its layout,
+// and the two cannot disagree.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,9 @@
-// A borrowed view of a framework's tensor, read from a DLPack capsule, and the checks that turn a
-// wrong one into one sentence: op, argument, what was expected, what came.
+// A borrowed view of a tensor that another framework owns, read from a DLPack capsule, and the
+// checks of its dtype, shape, device and strides. A failed check throws one sentence of the form
+// "op: argument: expected ..., got ...".
 //
-// The capsule stays the caller's: it is not renamed, so its owner's destructor still frees it.
+// The view does not take ownership: it does not rename the capsule to "used_dltensor", so the
+// capsule's own destructor still frees the tensor.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +16,8 @@
 
 namespace tracmod {
 
-// The parts of DLPack's ABI (version 0.8, the unversioned capsule) that are read here.
+// The part of DLPack's ABI (version 0.8, the unversioned capsule) that is read here. It is declared
+// here so that the build needs no DLPack headers.
 namespace dlpack {
 struct Device {
   int32_t type, id;
@@ -70,7 +73,7 @@ class TensorView {
                        : dtype.code == dlpack::kUInt   ? "uint"
                        : dtype.code == dlpack::kFloat  ? "float"
                        : dtype.code == dlpack::kBFloat ? "bfloat"
-                                                       : "another type of ";
+                                                       : "an unknown type of ";
     return kind + std::to_string(dtype.bits) + (dtype.code > 4 ? " bits" : "");
   }
 
@@ -92,7 +95,7 @@ class TensorView {
     return *this;
   }
 
-  // `legend` names the sizes, as in "(B, S, I)".
+  // `legend` names the sizes for the error message, for example "(B, S, I)".
   const TensorView& check_shape(const std::vector<int64_t>& expected,
                                 const std::string& legend) const {
     if (shape() != expected) {
@@ -117,7 +120,8 @@ class TensorView {
     return *this;
   }
 
-  // Row-major without gaps; strides of sizes 0 and 1 mean nothing.
+  // Row-major without gaps. The stride of a dimension of size 1 is arbitrary and is not checked,
+  // nor are the strides of a tensor without elements.
   const TensorView& check_contiguous() const {
     if (tensor_.strides == nullptr) return *this;
     int64_t stride = 1;

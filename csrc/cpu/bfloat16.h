@@ -1,4 +1,5 @@
-// bfloat16 on the CPU: the upper half of a float32.
+// bfloat16 on the CPU. A bfloat16 is the upper half of a float32: the same sign and exponent, and 7
+// instead of 23 bits of the significand, so widening is a shift by 16 bits and is exact.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,8 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// Two neighbours, as the processor's bfloat16 dot products take them.
+// Two neighbouring numbers in 32 bits, the operand of the processor's bfloat16 dot product
+// (vdpbf16ps).
 struct bfloat16_pair {
   bfloat16 first, second;
 };

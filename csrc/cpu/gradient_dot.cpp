@@ -1,20 +1,35 @@
-// out[i, j] += <G_i, G'_j>, the gradients of examples i and j of two batches for one layer.
+// out (B1, B2) += inner products of the gradients of two batches for one layer:
+// out[i, j] += <G_i, G'_j>.
 //
-// linear, G = sum_s g_s [x_s, 1]^T, in the cheaper of two forms (cost.h):
-//   token pairs   sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + 1): the second batch's tokens in panels of
-//                 64, whatever example they belong to; a panel and whole examples of the first an
-//                 item: both Gram matrices as `outer` tiles of 96 tokens x 64, multiplied and
-//                 summed over s while in cache; last the sums over t of each pair.
-//   formed        48 rows x 64 columns of every G as `form` tiles, then all `inner` products of them:
-//                 one of 16 fixed shares of these pieces an item, the shares' sums added up in
-//                 order. A gradient is never whole in memory. bfloat16 tokens are paired for
-//                 forming; the formed numbers stay float32.
-// elementwise (LayerNorm): G = [sum_s g_s x_s, sum_s g_s] is short: formed, then inner products.
-// embedding: sum over pairs of tokens with the same id of <g_s, g'_t>.
+// linear: G_i (O, I + bias) = sum_s g_is [x_is, 1]^T. Two forms give the same result; the cheaper
+// one is taken (cost.h counts both).
 //
-// Bytes: token pairs, x and g of the first batch once per 64 tokens of the second; formed, x and g
-// O / 48 and I / 64 times, from the last cache or memory. Operations as in cost.h, tens to hundreds
-// a byte: the multiply-add units are the limit, for formed gradients of long examples memory too.
+//   token pairs   <G_i, G'_j> = sum_{s,t} <g_is, g'_jt> (<x_is, x'_jt> + 1)
+//                 The tokens of the second batch are packed into panels of 64, regardless of where
+//                 its examples begin. An item is one panel and a few whole examples of the first
+//                 batch: both Gram matrices are computed as `outer` tiles of 96 x 64 tokens, and
+//                 while these are in the cache they are multiplied and summed over s. The sums over
+//                 t for each pair of examples come last. Gradients are never formed, so this is
+//                 cheap for short examples and wide layers.
+//   formed        48 rows x 64 columns of the gradients of all examples are formed as `form` tiles,
+//                 and all `inner` products of these pieces are added to the result before the next
+//                 pieces are formed; a gradient is never in memory as a whole. An item is one of 16
+//                 fixed shares of the pieces. Each share has its own float64 sums, and these are
+//                 added in a fixed order, so the result does not depend on the number of threads.
+//                 bfloat16 tokens are multiplied in pairs; formed numbers stay float32, because
+//                 rounding them would cost accuracy.
+//
+// elementwise (LayerNorm): G_i (1 + bias, D) = [sum_s g_is x_is, sum_s g_is] is as small as one
+// token. It is formed (an item is one example), then inner products are taken (an item is one
+// pair).
+//
+// embedding: <G_i, G'_j> = sum of <g_is, g'_jt> over the tokens s, t with the same id; an item is
+// one pair of examples.
+//
+// Bytes: token pairs read x and g of the first batch once per 64 tokens of the second; the formed
+// path reads g I / 64 times and x O / 48 times, from the last-level cache or memory. Operations are
+// counted in cost.h. That is tens to hundreds of operations per byte, so the multiply-add units are
+// the limit, and for formed gradients of long examples memory as well.
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -29,13 +44,13 @@
 namespace tracmod::cpu {
 namespace {
 
-constexpr int64_t kRowTokens = 96;
-constexpr int64_t kFormedRows = 48;
-constexpr int64_t kShares = 16;
+constexpr int64_t kRowTokens = 96;   // tokens of the first batch per tile of a Gram matrix
+constexpr int64_t kFormedRows = 48;  // rows of a piece of a formed gradient; columns are kPanel
+constexpr int64_t kShares = 16;      // fixed, so that sums do not depend on the number of threads
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A pointer to each read token's row of x or g (width numbers), for tokens [begin, begin + count).
+// rows[n] = pointer to the row of x or g (width numbers) of read token begin + n, for n < count.
 template <class T>
 void find_rows(const Gradients& gradients, const int64_t* starts, const void* data, int64_t width,
                int64_t begin, int64_t count, const T** rows) {
@@ -44,11 +59,12 @@ void find_rows(const Gradients& gradients, const int64_t* starts, const void* da
       [&](int64_t n, int64_t row) { rows[n - begin] = static_cast<const T*>(data) + row * width; });
 }
 
+// Scratch of the token-pairs form.
 struct PairsPlan {
   int64_t *starts1, *starts2;
-  float *x, *g;  // the second batch's tokens: (panels, steps, kPanel)
-  double* sums;  // (B1, panels, kPanel): of one example's tokens with one token
-  double* gram;  // (threads, 2, kRowTokens, kPanel)
+  float *x, *g;  // packed tokens of the second batch: (panels, steps, kPanel)
+  double* sums;  // (B1, panels, kPanel): example i with token t, summed over the tokens of i
+  double* gram;  // (threads, 2, kRowTokens, kPanel): the Gram matrices of g and of x
 };
 
 template <class T>
@@ -65,7 +81,9 @@ PairsPlan plan_pairs(Scratch& scratch, const Gradients& first, const Gradients& 
   return plan;
 }
 
-// sums[i, t] of a panel's tokens t for examples [begin, end) of the first batch.
+// Computes sums[i, t] for the tokens t of one panel and the examples i in [begin, end) of the first
+// batch. The rows of the Gram matrices are read tokens of all these examples in a row; each is
+// added to the sums of its own example.
 template <class T>
 void sum_panel(const Gradients& first, const PairsPlan& plan, int64_t begin, int64_t end,
                int64_t panel, int64_t tokens2, double bias, double* gram) {
@@ -109,7 +127,7 @@ void dot_pairs(const Gradients& first, const Gradients& second, bool bias, const
     find_rows(second, plan.starts2, second.g, second.out, begin, count, rows);
     pack(rows, count, second.out, plan.g + begin * steps_of<T>(second.out));
   });
-  // Whole examples an item, about four blocks of rows.
+  // An item has whole examples, so that it owns their sums; about four tiles of rows.
   const int64_t group = ceil_div(4 * kRowTokens, std::max<int64_t>(1, first.tokens));
   const int64_t groups = ceil_div(first.batch, group);
   parallel_for(threads, groups * panels, [&](int64_t item, int slot) {
@@ -127,17 +145,19 @@ void dot_pairs(const Gradients& first, const Gradients& second, bool bias, const
   });
 }
 
-// A batch's read tokens in steps, each example's on its own, laid out as `form` reads them.
+// The read tokens of a batch in steps, laid out as `form` reads them. Each example starts a new
+// step, so that a pair of bfloat16 never mixes two examples.
 struct Packed {
-  int64_t* starts;  // in steps
-  float* x;         // of each example (panels, steps, kPanel), a column of ones behind the last
-  float* g;         // of each example (groups of rows, steps, kFormedRows)
+  int64_t* starts;  // (B + 1,) first step of each example
+  float* x;         // per example (panels, steps, kPanel); the bias adds a column of ones
+  float* g;         // per example (groups of rows, steps, kFormedRows)
 };
 
+// Scratch of the formed path.
 struct FormedPlan {
   Packed first, second;
-  int64_t columns;           // of G
-  int64_t x_width, g_width;  // the same in whole panels, and its rows in whole groups
+  int64_t columns;           // of a gradient: I + bias
+  int64_t x_width, g_width;  // columns in whole panels; rows O in whole groups of kFormedRows
   float* formed;             // (threads, B1 + B2, kFormedRows, kPanel)
   double* products;          // (kShares, B1, B2)
 };
@@ -177,17 +197,18 @@ void pack_columns(const bfloat16* from, int64_t tokens, int64_t size, int64_t co
   tiles().pack_tokens(from, tokens, size, count, width, to);
 }
 
-const float* one_of(const float*) {
+// Address of the number 1 in the type of the argument.
+const float* address_of_one(const float*) {
   static constexpr float kOne = 1.0f;
   return &kOne;
 }
-const bfloat16* one_of(const bfloat16*) {
+const bfloat16* address_of_one(const bfloat16*) {
   static constexpr bfloat16 kOne = {0x3f80};
   return &kOne;
 }
 
-// to (ceil(size / width), steps, width) = an example's tokens of x or g, with a column of ones behind
-// the last if `ones`; then zeros.
+// to (ceil(size / width), steps, width) = the tokens of x or g of one example; behind the last
+// column a column of ones if `ones`, then zeros.
 template <class T>
 void pack_tokens(const T* from, int64_t length, int64_t size, bool ones, int64_t width, float* to) {
   const int64_t steps = steps_of<T>(length);
@@ -198,11 +219,13 @@ void pack_tokens(const T* from, int64_t length, int64_t size, bool ones, int64_t
     for (int64_t s = 0; s < steps; ++s) {
       std::fill(to + s * width + count, to + (s + 1) * width, 0.0f);
     }
-    if (ones) pack_columns(one_of(from), length, 0, 1, width, to + count);  // the same for all
+    // A row size of 0 makes every token read the same number 1.
+    if (ones) pack_columns(address_of_one(from), length, 0, 1, width, to + count);
   }
 }
 
-// Rows [o, o + rows) of a panel of every example's gradient: formed (B, rows, columns).
+// formed (B, rows, columns) = rows [o, o + rows) of one panel of columns of every example's
+// gradient.
 template <class T>
 void form_chunk(const FormedPlan& plan, const Packed& packed, int64_t batch, int64_t o,
                 int64_t rows, int64_t panel, int64_t columns, float* formed) {
@@ -214,7 +237,7 @@ void form_chunk(const FormedPlan& plan, const Packed& packed, int64_t batch, int
   }
 }
 
-// products (B1, B2) += inner products of rows of `depth` numbers.
+// products (B1, B2) += inner products of the rows of first (B1, depth) and second (B2, depth).
 void add_inner_products(const float* first, int64_t batch1, const float* second, int64_t batch2,
                         int64_t depth, double* products) {
   const float *a[kRowTokens], *b[kPanel];
@@ -302,7 +325,7 @@ void dot_embedding(const Gradients& first, const Gradients& second, float* out, 
   });
 }
 
-// sums (B, rows, D): weight gradients, and bias gradients behind them.
+// sums (B, rows, D) = the weight gradients and, with a bias, the bias gradients behind them.
 template <class T>
 void form_elementwise(const Gradients& gradients, bool bias, float* sums, int threads) {
   const int64_t size = gradients.in, rows = bias ? 2 : 1;
@@ -344,12 +367,13 @@ void dot_elementwise(const Gradients& first, const Gradients& second, bool bias,
 }
 
 template <class T>
-bool by_token_pairs(const Gradients& first, const Gradients& second) {
+bool uses_token_pairs(const Gradients& first, const Gradients& second) {
   return token_pairs_are_cheaper(total_tokens(first), total_tokens(second), first.batch,
                                  second.batch, first.in, first.out, numbers_per_step<T>());
 }
 
-// Without memory it only lays the scratch out and tells its size.
+// Computes the result and returns the size of the scratch memory. With out = nullptr and without
+// memory it only computes the size.
 template <class T>
 size_t dispatch(const Gradients& first, const Gradients& second, Layer layer, bool bias, float* out,
                 void* memory, int threads) {
@@ -359,7 +383,7 @@ size_t dispatch(const Gradients& first, const Gradients& second, Layer layer, bo
     if (out != nullptr) dot_elementwise<T>(first, second, bias, sums, out, threads);
   } else if (layer == Layer::embedding) {
     if (out != nullptr) dot_embedding<T>(first, second, out, threads);
-  } else if (by_token_pairs<T>(first, second)) {
+  } else if (uses_token_pairs<T>(first, second)) {
     const PairsPlan plan = plan_pairs<T>(scratch, first, second, threads);
     if (out != nullptr) dot_pairs<T>(first, second, bias, plan, out, threads);
   } else {

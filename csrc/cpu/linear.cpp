@@ -1,12 +1,19 @@
-// out (T, O) = x (T, I) W^T + bias, or out (T, I) = x (T, O) W: a linear layer's forward pass and the
-// gradient at its input, float32.
+// The product of a linear layer in float32, for its forward pass and for the gradient at its input:
 //
-// The matrix goes into panels of 64 columns of the result, (depth, 64), once per call; then a block
-// of 96 rows of x by one panel an item, as an `outer` tile: x as it lies, the panel from the second
-// cache, sums in float32 blocks, float64 across.
+//   forward     out (T, O) = x (T, I) W (O, I)^T + bias (O,)
+//   transposed  out (T, I) = x (T, O) W (O, I)
 //
-// Bytes: x once per panel from cache, the panels once per 96 rows; operations 2 T I O: at 96 rows 48 a
-// byte of panel, so the multiply-add units are the limit.
+// Work: first the weight is packed into panels of 64 columns of the result, (depth, 64), once per
+// call; one panel is one item. Then an item is a block of 96 rows of x times one panel, computed by
+// `outer` (tiles.h): rows of x are read where they are, the panel comes from the second-level
+// cache. Sums are float32 within 256 steps of depth and float64 across them.
+//
+// Bytes: x is read once per panel, from cache; the panels once per 96 rows. Operations: 2 T I O,
+// which is 48 per byte of a panel at 96 rows, so the multiply-add units are the limit.
+//
+// Why this exists although matrix products belong to a library: collection multiplies by the same
+// few weights all the time, and this product is faster than torch's float32 product on the CPU
+// (measured in bench/RESULTS.md); tracmod uses it only where that holds.
 #include <algorithm>
 
 #include "cpu/parallel.h"
@@ -35,7 +42,8 @@ Plan make_plan(Scratch& scratch, const Linear& linear, int threads) {
   return plan;
 }
 
-// Columns [n, n + count) of the result.
+// Packs the part of the weight that gives columns [n, n + count) of the result. A transposed weight
+// already has the layout of a panel, only its rows are longer.
 void pack_panel(const Linear& linear, int64_t n, int64_t count, float* panel) {
   if (!linear.transposed) {
     const float* rows[kPanel];
@@ -50,11 +58,14 @@ void pack_panel(const Linear& linear, int64_t n, int64_t count, float* panel) {
   }
 }
 
+// out[row : row + rows, n : n + 64] = x times one panel, plus the bias.
 void multiply(const Linear& linear, int64_t row, int64_t rows, int64_t n, const float* panel,
               double* sums, float* out) {
   const int64_t count = std::min(kPanel, linear.columns - n);
   const float* a[kRows];
   for (int64_t m = 0; m < rows; ++m) a[m] = linear.x + (row + m) * linear.depth;
+  // The result is only written, but a cache line must be in the cache to be written. Fetching the
+  // lines now hides that behind the product.
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t i = 0; i < count; i += 16) {
       __builtin_prefetch(out + (row + m) * linear.columns + n + i, 1);

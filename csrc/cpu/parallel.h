@@ -1,5 +1,6 @@
-// Work items spread over threads. Which thread takes which item is left to chance; so an op must
-// give every item its own output and leave nothing to the order of items.
+// Distributes work items over threads. Threads take the next item from a shared counter, so which
+// thread runs which item varies from run to run. For results that repeat bit by bit, every item
+// must own its output, and nothing may depend on the order of items.
 #pragma once
 
 #include <atomic>
@@ -7,12 +8,12 @@
 
 namespace tracmod::cpu {
 
-// Runs body(context) on up to `threads` threads at once, this one included; returns when all have
-// returned.
+// Runs body(context) on `threads` threads, including the calling one, and returns when all of them
+// have finished. (OpenMP may grant fewer threads; body must then do all the work with those.)
 void run_on_threads(int threads, void (*body)(void*), void* context);
 
-// work(item, slot) for every item in [0, items). No two items run under one slot at the same time,
-// and slot < threads: scratch per slot is safe.
+// Calls work(item, slot) for every item in [0, items). slot is in [0, threads) and is used by one
+// thread only, so an array of one scratch buffer per slot is safe.
 template <class Work>
 void parallel_for(int threads, int64_t items, const Work& work) {
   struct Context {

@@ -1,23 +1,31 @@
-// out[b] += sum_j vec(R_out_j G_bj R_in^T),  G_bj = sum_s g_js [x_s, 1]^T over the layers j that read
-// the same x; the gradients are never formed:
+// Projected per-example gradients of a layer, added to the feature rows out (B, stride):
 //
-//   P = x R_in^T (S,k_in)    Q = sum_j g_j R_out_j^T (S,k_out)    out[b] += Q^T P
+//   out[b] += sum_j vec(R_out_j G_bj R_in^T),   G_bj = sum_s g_bjs [x_bs, 1]^T  (O_j, I + bias),
 //
-// Work: as many examples at a time as leave P and Q in the second cache, in two phases over threads.
-// First a block of 48 tokens of P or Q an item. Dense R: with AVX-512 by tables of sums (see
-// signs.cpp), else the signs are written out once per call as floats (rows of R are few) and
-// multiplied as `outer` tiles. Sparse R: 16 columns at a time, those that are in no whole group one
-// by one. Then a band of 48 rows of one example's Q^T P an item, added to its feature row by the
-// item that owns it.
+// summed over the layers j that read the same x. A gradient G is never formed. Because
+// R_out (g x^T) R_in^T = (R_out g) (R_in x)^T, both sides are projected first:
 //
-// Bytes: x and g once, B S (I + O) times 4 or 2. Operations: 2 B S (I k_in + O k_out + k_in k_out);
-// tables take three instructions where four multiply-adds would stand, or five where four products
-// of bfloat16 pairs would (k = 64), on more units than those, and the vector units are the limit;
-// sparse: 2 B S (I + O + k_in k_out), the limit is the read of x and g and, for narrow layers, the
-// last term.
+//   P = [x, 1] R_in^T (S, k_in),   Q = sum_j g_j R_out_j^T (S, k_out),   out[b] += Q_b^T P_b
 //
-// LayerNorm (elementwise) and embedding gradients are few sums or sparse: each example's go into
-// the grid as a count sketch, in float64, one example an item; one read of x and g is the limit.
+// Work: examples are taken in waves, as many at a time as keep P and Q in the second-level cache.
+// Each wave has two phases over the threads:
+//   1. An item is a block of 48 tokens of P or of Q.
+//      Dense R (rademacher): with AVX-512 by tables of sums (signs.cpp); else the signs are written
+//      out as floats once per call, which is cheap because R has few rows, and multiplied as
+//      `outer` tiles.
+//      Sparse R (sjlt): whole groups of 16 neighbouring columns at a time, other columns singly.
+//   2. An item is a band of 48 rows of one example's Q^T P, which the item adds to the feature row.
+//      It owns these numbers, so there are no atomics and results repeat bit by bit.
+//
+// Bytes: x and g once, B S (I + O) times 4 or 2. Operations, dense: 2 B S (I k_in + O k_out + k_in
+// k_out), and the vector units are the limit. At k = 64 tables take three instructions in place of
+// four multiply-adds (five in place of four products of bfloat16 pairs), but spread over more
+// units. Operations, sparse: 2 B S (I + O + k_in k_out); the limit is the read of x and g and, for
+// narrow layers, the last term.
+//
+// LayerNorm (elementwise) gradients are short and embedding gradients are sparse, so a two-sided
+// projection gains nothing: each element is added to the grid of k_out k_in features as a count
+// sketch (random.h), in float64. An item is one example; one read of x and g is the limit.
 #include <algorithm>
 #include <cmath>
 
@@ -33,28 +41,30 @@
 namespace tracmod::cpu {
 namespace {
 
-constexpr int64_t kTokenBlock = 48;
-constexpr int64_t kWaveTokens = 768;  // of each thread
-constexpr int64_t kColumnBlock = 64;
-constexpr int64_t kRowBlock = 48;
-constexpr int64_t kWidenDepth = 256;
+constexpr int64_t kTokenBlock = 48;   // tokens of an item of the first phase
+constexpr int64_t kWaveTokens = 768;  // tokens of a wave, per thread
+constexpr int64_t kColumnBlock = 64;  // columns of P or Q that project_dense computes together
+constexpr int64_t kRowBlock = 48;     // rows of Q^T P of an item of the second phase
+constexpr int64_t kWidenDepth = 256;  // columns of bfloat16 rows that are widened at a time
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The entry of a sparse column that is not part of a whole group.
 struct SparseSingle {
   int32_t column, row;
   float sign;
 };
 
-// Rows of `size` values each, and a 1 for the bias, that are multiplied by an R^T of their own.
+// One matrix of tokens (x, or the g of one layer) and the random matrix R that multiplies it.
+// `ones` is 1 where a column of ones for the bias follows the `size` columns.
 struct Part {
   const void* rows;
   int64_t size, ones;
-  const int64_t* columns;  // the numbers of R's columns; null: 0, 1, ...
+  const int64_t* columns;  // numbers of R's columns, or null for 0, 1, ...
   uint64_t stream;
-  float* dense = nullptr;      // (size + ones, width) signs, or
-  int32_t* indices = nullptr;  // tables' indices: for each 64 rows of R, all columns'
-  // Sparse: whole groups of 16 columns, and the entries of the columns that are in none.
+  float* dense = nullptr;      // dense R as floats, (size + ones, width); or
+  int32_t* indices = nullptr;  // dense R as table indices: per 64 rows of R, those of all columns
+  // Sparse R: the whole groups of 16 columns, and the entries of all other columns.
   SparseGroup* groups = nullptr;
   SparseSingle* singles = nullptr;
   int64_t group_count = 0, single_count = 0;
@@ -63,24 +73,26 @@ struct Part {
   int64_t tables() const { return (size + ones + kTableColumns - 1) / kTableColumns; }
 };
 
-// One side of the product, P or Q: the sum of its parts' products.
+// One projected side, P or Q: the sum of the products of its parts.
 struct Side {
-  int64_t k, width;  // width: k padded
+  int64_t k, width;  // columns of P or Q, and the same padded to whole vectors
   int parts;
   Part part[kMaxOutputs];
   float* projected;  // (tokens, width)
 };
 
+// Scratch memory. Linear layers use the first group of members, LayerNorm and embedding the second.
 struct Plan {
-  int64_t* starts;
-  int64_t wave;  // tokens whose P and Q are there at a time
-  Side in, out;
-  float* sums;  // (threads, sums_size): sjlt
+  int64_t* starts;  // (B + 1,) see rows.h
+  int64_t wave;     // tokens of a wave
+  Side in, out;     // P and Q
+  float* sums;      // (threads, sums_size) for sjlt
   int64_t sums_size;
-  double* grids;  // (threads, grid + rows): elementwise and embedding
-  int64_t grid, rows;
-  float* parts;         // (threads, rows): elementwise
-  SparseEntry* places;  // (rows,): of each element in the grid
+
+  double* grids;         // (threads, grid + rows)
+  int64_t grid, rows;    // buckets of the count sketch; elements of a LayerNorm gradient
+  float* parts;          // (threads, rows) float32 sums of a LayerNorm gradient
+  SparseEntry* buckets;  // (rows,) bucket and sign of each element of a LayerNorm gradient
 };
 
 void plan_side(Scratch& scratch, Kind kind, int64_t tokens, Side& side) {
@@ -126,23 +138,23 @@ Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& p
     }
   } else {
     plan.grid = projection.k_out * projection.k_in;
-    // LayerNorm's sums are made before they are sketched: two more rows behind the grid.
+    // LayerNorm's gradient [v, u] is summed before it is sketched, behind the grid.
     plan.rows = projection.layer == Layer::elementwise ? 2 * gradients.in : 0;
     plan.grids = scratch.take<double>((plan.grid + plan.rows) * threads);
     plan.parts = scratch.take<float>(plan.rows * threads);
-    plan.places = scratch.take<SparseEntry>(plan.rows);
+    plan.buckets = scratch.take<SparseEntry>(plan.rows);
   }
   return plan;
 }
 
-// The four signs that four bits stand for.
+// The four signs that four bits encode.
 constexpr float kSigns[16][4] = {
     {1, 1, 1, 1},   {-1, 1, 1, 1},   {1, -1, 1, 1},   {-1, -1, 1, 1},
     {1, 1, -1, 1},  {-1, 1, -1, 1},  {1, -1, -1, 1},  {-1, -1, -1, 1},
     {1, 1, 1, -1},  {-1, 1, 1, -1},  {1, -1, 1, -1},  {-1, -1, 1, -1},
     {1, 1, -1, -1}, {-1, 1, -1, -1}, {1, -1, -1, -1}, {-1, -1, -1, -1}};
 
-// Column i of R as a row of floats, zero beyond k; width is a multiple of 4.
+// Writes column i of R as a row of floats, zero beyond k; width is a multiple of 4.
 void write_column(const Side& side, const Part& part, int64_t i) {
   float* row = part.dense + i * side.width;
   for (int64_t r = 0; r < side.width; r += 64) {
@@ -155,12 +167,13 @@ void write_column(const Side& side, const Part& part, int64_t i) {
   std::fill(row + side.k, row + side.width, 0.0f);
 }
 
-// The indices of 64 rows of R from `row` on, from column i on.
+// The table indices of the 64 rows of R from `row` on, starting at column i.
 int32_t* indices_at(const Side& side, const Part& part, int64_t row, int64_t i) {
   const int64_t rows = std::min(kBlockRows, side.width - row);
   return part.indices + row * part.tables() + i / kTableColumns * rows;
 }
 
+// Writes a dense R, as floats or as table indices; 256 columns are an item.
 void write_signs(const Side& side, const Part& part, int threads) {
   constexpr int64_t kColumns = 256;
   const int64_t columns = part.size + part.ones;
@@ -177,7 +190,8 @@ void write_signs(const Side& side, const Part& part, int threads) {
   });
 }
 
-// Whether columns i ... i + 15 are one group of R's.
+// Whether columns i ... i + 15 have the numbers of one whole group of R. Columns that were left out
+// break up groups.
 bool whole_group(const Part& part, int64_t i) {
   if (i + kSparseGroup > part.size || part.number(i) % kSparseGroup != 0) return false;
   for (int64_t l = 1; l < kSparseGroup; ++l) {
@@ -186,6 +200,7 @@ bool whole_group(const Part& part, int64_t i) {
   return true;
 }
 
+// Lists the groups and single columns of a sparse R.
 void write_sparse(Part& part, int64_t k) {
   for (int64_t i = 0; i < part.size;) {
     if (k >= kSparseGroup && whole_group(part, i)) {
@@ -213,7 +228,8 @@ void write_projections(Side& side, Kind kind, int threads) {
   }
 }
 
-// a[m]: the rows of a block of tokens from column `begin` on, as float32.
+// a[m] = pointer to columns [begin, begin + depth) of row m as float32. bfloat16 rows are widened
+// into the buffer.
 void block_rows(const float* const* rows, int64_t count, int64_t begin, int64_t, float*,
                 const float** a) {
   for (int64_t m = 0; m < count; ++m) a[m] = rows[m] + begin;
@@ -227,12 +243,13 @@ void block_rows(const bfloat16* const* rows, int64_t count, int64_t begin, int64
   }
 }
 
-// Pointers to the rows of a block of tokens, of each part.
+// Pointers to the rows of a block of tokens, for each part.
 template <class T>
 struct Rows {
-  const T* of[kMaxOutputs][kTokenBlock];
+  const T* part[kMaxOutputs][kTokenBlock];
 };
 
+// P or Q of a block of tokens for a dense R written out as floats.
 template <class T>
 void project_dense(const Side& side, const Rows<T>& rows, int64_t count, float* projected) {
   float buffer[kTokenBlock * kWidenDepth];
@@ -245,12 +262,12 @@ void project_dense(const Side& side, const Rows<T>& rows, int64_t count, float* 
       const Part& part = side.part[p];
       for (int64_t d = 0; d < part.size; d += kWidenDepth) {
         const int64_t depth = std::min(kWidenDepth, part.size - d);
-        block_rows(rows.of[p], count, d, depth, buffer, a);
+        block_rows(rows.part[p], count, d, depth, buffer, a);
         tiles().outer(a, 1, count, part.dense + d * side.width + n, side.width, columns, depth,
                       sums, kColumnBlock);
       }
     }
-    const Part& first = side.part[0];  // the one that may have a bias
+    const Part& first = side.part[0];  // only the first part may have a bias
     for (int64_t m = 0; m < count; ++m) {
       for (int64_t j = 0; j < columns; ++j) {
         double sum = sums[m * kColumnBlock + j];
@@ -261,6 +278,7 @@ void project_dense(const Side& side, const Rows<T>& rows, int64_t count, float* 
   }
 }
 
+// P or Q of a block of tokens for a dense R written out as table indices.
 template <class T>
 void project_tables(const Side& side, const Rows<T>& rows, int64_t count, float* projected) {
   std::fill(projected, projected + count * side.width, 0.0f);
@@ -270,7 +288,7 @@ void project_tables(const Side& side, const Rows<T>& rows, int64_t count, float*
     for (int64_t d = 0; d < part.size + part.ones; d += kDenseColumns) {
       const int64_t columns = std::min(kDenseColumns, part.size - d);
       const int64_t ones = std::min(part.ones, kDenseColumns - columns);
-      for (int64_t m = 0; m < count; ++m) a[m] = rows.of[p][m] + d;
+      for (int64_t m = 0; m < count; ++m) a[m] = rows.part[p][m] + d;
       for (int64_t r = 0; r < side.width; r += kBlockRows) {
         const int64_t vectors = std::min(kBlockRows, side.width - r) / kColumnUnit;
         add_dense(a, count, columns, ones, indices_at(side, part, r, d), vectors, projected + r,
@@ -280,18 +298,22 @@ void project_tables(const Side& side, const Rows<T>& rows, int64_t count, float*
   }
 }
 
-// projected[0, k) += sums, of which what went beyond the last row belongs to the first ones.
+// projected[0, k) += sums, and clears sums (k + 16,). A group of 16 rows may run over the last row
+// of R; the rows behind it are the first rows again. That way add_sparse needs no case for it.
 void fold(float* sums, int64_t k, float* projected) {
   for (int64_t r = 0; r < k; ++r) projected[r] += sums[r];
   for (int64_t r = 0; r < kSparseGroup && r < k; ++r) projected[r] += sums[k + r];
   std::fill(sums, sums + k + kSparseGroup, 0.0f);
 }
 
-// At most kSparseTokens tokens, after which those from `next` on come; `sums` (kSparseTokens, k + 16) zeros, and so they are left.
+// projected += `count` tokens (at most kSparseTokens) times a sparse R. The tokens of the next call
+// begin `next` rows later, for prefetching. `sums` (kSparseTokens, k + 16) must be zeros and is
+// left as zeros: it collects at most 256 groups or 64 single entries before it is added to the
+// result, which keeps chains of float32 additions short.
 template <class T>
 void project_sparse(const Side& side, const Rows<T>& rows, int64_t next, int64_t count, float* sums,
                     float* projected) {
-  constexpr int64_t kGroups = 256, kSingles = 64;  // additions in a row
+  constexpr int64_t kGroups = 256, kSingles = 64;
   const int64_t ld = side.k + kSparseGroup;
   for (int p = 0; p < side.parts; ++p) {
     const Part& part = side.part[p];
@@ -301,13 +323,13 @@ void project_sparse(const Side& side, const Rows<T>& rows, int64_t next, int64_t
       const int64_t groups = std::min(kGroups, part.group_count - i * kGroups);
       const int64_t singles = std::min((i + 1) * kSingles, part.single_count);
       if (groups > 0) {
-        add_sparse(rows.of[p], rows.of[p] + next, count, part.groups + i * kGroups, groups, sums,
-                   ld);
+        add_sparse(rows.part[p], rows.part[p] + next, count, part.groups + i * kGroups, groups,
+                   sums, ld);
       }
       for (int64_t m = 0; m < count; ++m) {
         for (int64_t j = i * kSingles; j < singles; ++j) {
           const SparseSingle& single = part.singles[j];
-          sums[m * ld + single.row] += single.sign * to_float(rows.of[p][m][single.column]);
+          sums[m * ld + single.row] += single.sign * to_float(rows.part[p][m][single.column]);
         }
         fold(sums + m * ld, side.k, projected + m * side.width);
       }
@@ -322,27 +344,28 @@ void project_sparse_block(const Side& side, const Rows<T>& rows, int64_t count, 
   std::fill(projected, projected + count * side.width, 0.0f);
   std::fill(sums, sums + kSparseTokens * (side.k + kSparseGroup), 0.0f);
   for (int64_t begin = 0; begin < count; begin += kSparseTokens) {
-    Rows<T> some;
+    Rows<T> rest;
     for (int p = 0; p < side.parts; ++p) {
-      std::copy(rows.of[p] + begin, rows.of[p] + count, some.of[p]);
+      std::copy(rows.part[p] + begin, rows.part[p] + count, rest.part[p]);
     }
     const int64_t next = begin + 2 * kSparseTokens <= count ? kSparseTokens : 0;
-    project_sparse(side, some, next, std::min(kSparseTokens, count - begin), sums,
+    project_sparse(side, rest, next, std::min(kSparseTokens, count - begin), sums,
                    projected + begin * side.width);
   }
-  const Part& first = side.part[0];  // the one that may have a bias
+  const Part& first = side.part[0];  // only the first part may have a bias
   if (first.ones == 0) return;
   const SparseEntry bias = sparse_entry(first.stream, first.number(first.size), side.k);
   for (int64_t m = 0; m < count; ++m) projected[m * side.width + bias.row] += bias.sign;
 }
 
+// P or Q of the read tokens [begin, end). For kind identity that is a copy as float32.
 template <class T>
 void project_block(const Side& side, Kind kind, const Gradients& gradients, const int64_t* starts,
                    int64_t begin, int64_t end, float* sums, float* projected) {
   Rows<T> rows;
   for_tokens(starts, gradients.batch, gradients.tokens, begin, end, [&](int64_t n, int64_t row) {
     for (int p = 0; p < side.parts; ++p) {
-      rows.of[p][n - begin] = static_cast<const T*>(side.part[p].rows) + row * side.part[p].size;
+      rows.part[p][n - begin] = static_cast<const T*>(side.part[p].rows) + row * side.part[p].size;
     }
   });
   if (kind == Kind::rademacher) {
@@ -352,11 +375,11 @@ void project_block(const Side& side, Kind kind, const Gradients& gradients, cons
   if (kind == Kind::sjlt) return project_sparse_block(side, rows, end - begin, sums, projected);
   const Part& first = side.part[0];
   for (int64_t m = 0; m < end - begin; ++m) {
-    widen(rows.of[0][m], first.size, first.ones, side.width, projected + m * side.width);
+    widen(rows.part[0][m], first.size, first.ones, side.width, projected + m * side.width);
   }
 }
 
-// P and Q of tokens [first, end).
+// First phase: P and Q of the read tokens [first, end).
 template <class T>
 void project_tokens(const Gradients& gradients, Kind kind, const Plan& plan, int64_t first,
                     int64_t end, int threads) {
@@ -370,22 +393,24 @@ void project_tokens(const Gradients& gradients, Kind kind, const Plan& plan, int
   });
 }
 
-// out[b] += scale * Q_b^T P_b of examples [first, end), whose P and Q begin the scratch.
+// Second phase: out[b] += scale * Q_b^T P_b for the examples [first, end) of a wave, whose tokens
+// are the first rows of P and Q. The scale 1 / sqrt(k_in k_out) of dense signs is applied here,
+// once.
 void add_products(const Plan& plan, Kind kind, int64_t first, int64_t end, float* out,
                   int64_t stride, int threads) {
-  const Side &in = plan.in, &of = plan.out;
+  const Side &p = plan.in, &q = plan.out;
   double scale = 1.0;
   if (kind == Kind::rademacher) {
-    scale = 1.0 / std::sqrt(static_cast<double>(in.k) * static_cast<double>(of.k));
+    scale = 1.0 / std::sqrt(static_cast<double>(p.k) * static_cast<double>(q.k));
   }
-  const int64_t bands = ceil_div(of.k, kRowBlock);
+  const int64_t bands = ceil_div(q.k, kRowBlock);
   parallel_for(threads, (end - first) * bands, [&](int64_t item, int) {
     const int64_t b = first + item / bands, m = item % bands * kRowBlock;
     const int64_t begin = plan.starts[b] - plan.starts[first];
-    signs().add_product(of.projected + begin * of.width + m, of.width,
-                        std::min(kRowBlock, of.k - m), in.projected + begin * in.width, in.width,
-                        in.k, plan.starts[b + 1] - plan.starts[b], static_cast<float>(scale),
-                        out + b * stride + m * in.k, in.k);
+    signs().add_product(q.projected + begin * q.width + m, q.width, std::min(kRowBlock, q.k - m),
+                        p.projected + begin * p.width, p.width, p.k,
+                        plan.starts[b + 1] - plan.starts[b], static_cast<float>(scale),
+                        out + b * stride + m * p.k, p.k);
   });
 }
 
@@ -405,8 +430,9 @@ void project_linear(const Gradients& gradients, const Projection& projection, Pl
   }
 }
 
-// One example's LayerNorm gradient: sums = [v, u], v_d = sum_s g_sd x_sd, u_d = sum_s g_sd, float32
-// in blocks of tokens (`part`, as large as sums), float64 across.
+// The LayerNorm gradient of example b: sums = [v, u] with v_d = sum_s g_sd x_sd and u_d = sum_s
+// g_sd. Sums are float32 within blocks of 128 tokens (in `part`, as large as sums), float64 across
+// blocks.
 template <class T>
 void sum_elementwise(const Gradients& gradients, int64_t b, float* part, double* sums) {
   constexpr int64_t kTokens = 128;
@@ -426,6 +452,7 @@ void add_grid(const double* grid, int64_t size, float* out) {
   for (int64_t i = 0; i < size; ++i) out[i] += static_cast<float>(grid[i]);
 }
 
+// All examples have the same buckets, so these are computed once per call.
 template <class T>
 void project_elementwise(const Gradients& gradients, const Projection& projection, const Plan& plan,
                          float* out, int64_t stride, int threads) {
@@ -433,7 +460,7 @@ void project_elementwise(const Gradients& gradients, const Projection& projectio
   const uint64_t stream = stream_of(projection.seed, projection.output[0].key);
   for (int64_t i = 0; projection.kind != Kind::identity && i < rows * size; ++i) {
     const uint64_t hash = element_hash(stream, i / size, i % size);
-    plan.places[i] = {position_of(hash, plan.grid), sign_of(hash)};
+    plan.buckets[i] = {position_of(hash, plan.grid), sign_of(hash)};
   }
   parallel_for(threads, gradients.batch, [&](int64_t b, int slot) {
     if (length_of(gradients, b) == 0) return;
@@ -446,12 +473,13 @@ void project_elementwise(const Gradients& gradients, const Projection& projectio
     }
     std::fill(grid, grid + plan.grid, 0.0);
     for (int64_t i = 0; i < rows * size; ++i) {
-      grid[plan.places[i].row] += static_cast<double>(plan.places[i].sign) * sums[i];
+      grid[plan.buckets[i].row] += static_cast<double>(plan.buckets[i].sign) * sums[i];
     }
     add_grid(grid, plan.grid, out + b * stride);
   });
 }
 
+// Here the buckets depend on the token ids, so each token hashes its own elements, 256 at a time.
 template <class T>
 void project_embedding(const Gradients& gradients, const Projection& projection, const Plan& plan,
                        float* out, int64_t stride, int threads) {
@@ -461,7 +489,7 @@ void project_embedding(const Gradients& gradients, const Projection& projection,
     if (length_of(gradients, b) == 0) return;
     double* grid = plan.grids + slot * plan.grid;
     constexpr float kSign[2] = {1.0f, -1.0f};
-    uint32_t places[kSketchColumns];
+    uint32_t buckets[kSketchColumns];
     std::fill(grid, grid + plan.grid, 0.0);
     for (int64_t s = 0; s < length_of(gradients, b); ++s) {
       const int64_t token = b * gradients.tokens + s;
@@ -470,10 +498,11 @@ void project_embedding(const Gradients& gradients, const Projection& projection,
       const uint64_t row = step(stream, id);
       for (int64_t first = 0; first < size; first += kSketchColumns) {
         const int64_t columns = std::min(kSketchColumns, size - first);
-        sketch_places(row, first, columns, plan.grid, places);
+        sketch_buckets(row, first, columns, plan.grid, buckets);
         for (int64_t d = 0; d < columns; ++d) {
-          const float sign = kSign[places[d] & 1];  // a branch would be wrong every other time
-          grid[places[d] >> 1] += static_cast<double>(sign * to_float(g[first + d]));
+          // A table, because a branch on a random sign is mispredicted every other time.
+          const float sign = kSign[buckets[d] & 1];
+          grid[buckets[d] >> 1] += static_cast<double>(sign * to_float(g[first + d]));
         }
       }
     }

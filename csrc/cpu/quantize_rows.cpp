@@ -1,11 +1,20 @@
-// scale[n] = max_k |x[n, k]| / 127,  code[n, k] = x[n, k] * (127 / max_k |x[n, k]|) rounded to an
-// integer, ties to even.
+// Quantizes every row to 8-bit codes and one scale:
 //
-// A row at a time: its largest magnitude as the largest of its bits without the sign, an integer
-// maximum in which infinity is above all numbers and NaN above infinity; then its codes, while the
-// row is still in the cache. The sum x * factor + 1.5 * 2^23 has the code as its lowest byte: the
-// addition rounds to an integer. A product contracted with that sum would not be rounded by itself
-// and so have other ties: CMakeLists.txt has this file compiled without contraction.
+//   scale (N,)    scale[n] = max_k |x[n, k]| / 127
+//   codes (N, K)  code[n, k] = round(x[n, k] * (127 / max_k |x[n, k]|)), ties to even
+//
+// Work: an item is a few rows (about 16,384 numbers). A row is read twice, the second time from the
+// cache: once for its largest magnitude, once for the codes.
+//
+// The largest magnitude is the integer maximum of the bits without the sign bit: positive floats
+// order like their bits, infinity is above every number and NaN above infinity, so that neither is
+// lost. (A floating-point maximum may ignore NaN.)
+//
+// Rounding: the sum x * factor + 1.5 * 2^23 is a float whose spacing is 1, so the addition itself
+// rounds to an integer, and the lowest byte of the sum is the code in two's complement. The product
+// must be rounded before it is added: fused into one multiply-add it would break some ties
+// differently than the reference, which is why CMakeLists.txt compiles this file without
+// contraction.
 //
 // Bytes: the rows once, N K (4 or 2), and N K of codes. Operations: 4 N K, so memory is the limit.
 #include <algorithm>
@@ -43,18 +52,18 @@ TRACMOD_INLINE float largest_magnitude(const T* row, int64_t width) {
 template <class T>
 TRACMOD_INLINE void quantize_row(const T* __restrict row, int64_t width, int8_t* __restrict codes,
                                  float* scale) {
-  const RowScale found = row_scale(largest_magnitude(row, width));
-  *scale = found.scale;
-  if (found.factor == 0.0f) {
+  const RowScale scaling = row_scale(largest_magnitude(row, width));
+  *scale = scaling.scale;
+  if (scaling.factor == 0.0f) {
     std::memset(codes, 0, static_cast<size_t>(width));
     return;
   }
   for (int64_t k = 0; k < width; ++k) {
-    codes[k] = static_cast<int8_t>(bits_of(to_float(row[k]) * found.factor + 0x1.8p23f));
+    codes[k] = static_cast<int8_t>(bits_of(to_float(row[k]) * scaling.factor + 0x1.8p23f));
   }
 }
 
-// One instruction set, for which the compiler turns the loops above into vectors.
+// The two functions for one instruction set, for which the compiler vectorizes the loops above.
 struct Quantizer {
   void (*row)(const float* row, int64_t width, int8_t* codes, float* scale);
   void (*row_bfloat16)(const bfloat16* row, int64_t width, int8_t* codes, float* scale);
@@ -78,7 +87,7 @@ TRACMOD_QUANTIZER(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx51
 
 const Quantizer& quantizer() {
 #if defined(__x86_64__)
-  if (std::strncmp(tiles().name, "avx512", 6) == 0) return k_avx512;  // avx512_bf16 too
+  if (std::strncmp(tiles().name, "avx512", 6) == 0) return k_avx512;  // or avx512_bf16
   if (std::strcmp(tiles().name, "avx2") == 0) return k_avx2;
 #endif
   return k_baseline;

@@ -1,5 +1,6 @@
-// The tokens of a batch that are read (position below the example's length), counted through all
-// examples, and their rows as padded float32.
+// Numbering of the tokens that are read. A token is read if its position is below the length of its
+// example; read tokens are numbered 0, 1, ... through all examples of a batch, without padding, so
+// that blocks of tokens can be cut regardless of where examples begin.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,8 @@ inline int64_t length_of(const Gradients& gradients, int64_t example) {
   return gradients.lengths == nullptr ? gradients.tokens : gradients.lengths[example];
 }
 
-// starts (B+1,): the number of tokens read before each example.
+// Fills starts (B + 1,): starts[b] is the number of the first read token of example b, and
+// starts[B] the total.
 inline void count_tokens(const Gradients& gradients, int64_t* starts) {
   starts[0] = 0;
   for (int64_t b = 0; b < gradients.batch; ++b) {
@@ -28,7 +30,8 @@ inline int64_t total_tokens(const Gradients& gradients) {
   return total;
 }
 
-// Calls use(n, row) for read tokens n in [begin, end); `row` is the token's place in (B*S, .).
+// Calls use(n, row) for the read tokens n in [begin, end); `row` is the row of the token in the
+// padded array (B * S, size).
 template <class Use>
 void for_tokens(const int64_t* starts, int64_t batch, int64_t tokens, int64_t begin, int64_t end,
                 const Use& use) {
@@ -39,7 +42,7 @@ void for_tokens(const int64_t* starts, int64_t batch, int64_t tokens, int64_t be
   }
 }
 
-// to[0, width) = [from, ones..., zeros...]; `ones` is 1 where a bias has its column.
+// to[0, width) = [from (count), 1 if `ones` is 1, zeros]. The 1 is the input of the bias.
 template <class T>
 void widen(const T* from, int64_t count, int64_t ones, int64_t width, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);

@@ -1,20 +1,34 @@
-// The products of a projection.
+// The inner loops of project_gradients (declared in signs.h). Each call works on one item of the
+// calling thread; project_gradients.cpp says which.
 //
-//   add_dense    sums += a R^T for signs R, with AVX-512. The 16 sums +-a0 +-a1 +-a2 +-a3 of four
-//                columns fill one register; the share of 16 rows of R is then one permutation of it
-//                by 16 indices (four bits: the rows' signs at these columns) and one addition. For
-//                64 rows: 4 multiply-adds (bfloat16: 2 products of pairs), 4 permutations and 4
-//                additions instead of 16 multiply-adds (8 products of pairs); they go to units of
-//                their own, and the limit is how many start in a cycle: pairs take 3.4 cycles, where
-//                products alone would take 4. An addition in a row of at most 64, then one for each
-//                256 columns.
-//   add_sparse   16 neighbouring columns go to 16 neighbouring rows: one load, a flip of signs, an
-//                addition in place. The tokens of a batch take turns, so that an addition finds the
-//                one before it written; the read of a is the limit.
-//   add_product  a tile of 6 rows x V vectors in registers, as `outer`, but written straight to
-//                the feature row, in float32 blocks of 256 tokens.
+//   add_dense    sums (rows, 64) += a (rows, 256) R^T (256, 64) for random signs R, with AVX-512.
 //
-// Every element is summed in an order that its own depth alone decides.
+//                A row a times four columns of signs has only 16 possible results, +-a0 +-a1 +-a2
+//                +-a3. They fill one register: the table. The contributions of four columns to 16
+//                rows of R are then one permutation of the table by 16 indices (bit j of an index
+//                is the sign of the row in column j) and one addition. For 64 rows of R and four
+//                columns this takes 4 multiply-adds for the table (bfloat16: 2 products of pairs),
+//                4 permutations and 4 additions, instead of 16 multiply-adds (8 products of pairs).
+//                Permutations run on another unit than multiply-adds, so the limit is the number of
+//                instructions that start per cycle: bfloat16 pairs take 3.4 cycles where products
+//                alone would take 4.
+//
+//                Rounding: at most 64 additions follow each other in a register, then one per 256
+//                columns in memory.
+//
+//   add_sparse   16 neighbouring columns go to 16 neighbouring rows: one load, one flip of sign
+//                bits and one addition in place. Two groups may go to the same rows; therefore 16
+//                tokens take turns, so that an addition does not have to wait for the preceding one
+//                to reach the cache. The read of a is the limit.
+//
+//   add_product  out (rows, columns) += scale * q^T p over the tokens of one example: tiles of 6
+//                rows x V vectors in registers, as `outer` in tiles.cpp, but added directly to the
+//                feature row, in float32 blocks of 256 tokens.
+//
+//   add_elementwise  the sums of LayerNorm's gradient; one read of x and g is the limit.
+//
+// The order in which an element is summed depends on nothing but its own depth, so results do not
+// change with the batch around an example or the number of threads.
 #include "cpu/signs.h"
 
 #include <algorithm>
@@ -34,9 +48,10 @@ namespace {
 
 constexpr int64_t kProductDepth = 256;
 constexpr int kProductRows = 6;
-constexpr int64_t kSparseAhead = 8;  // groups between asking for values and their use
+constexpr int64_t kSparseAhead = 8;  // groups between the prefetch of values and their use
 
-// What comes kSparseAhead groups later, at the end the next rows' first groups, is asked for here.
+// The read of `a` is the limit and jumps between 16 rows, so it starts early: the values of the
+// group kSparseAhead later are prefetched, and near the end the first groups of the next rows.
 template <int W, class T>
 TRACMOD_INLINE void sparse(const T* const* a, const T* const* next, int64_t rows,
                            const SparseGroup* groups, int64_t count, float* sums, int64_t ld) {
@@ -45,12 +60,12 @@ TRACMOD_INLINE void sparse(const T* const* a, const T* const* next, int64_t rows
   for (int64_t g = 0; g < count; ++g) {
     const SparseGroup& group = groups[g];
     const bool wraps = g + ahead >= count;
-    const T* const* later = wraps ? next : a;
+    const T* const* later_rows = wraps ? next : a;
     const int64_t later_column = groups[wraps ? g + ahead - count : g + ahead].column;
     typename Vector<W>::Bits flip[16 / W];
     std::memcpy(flip, group.flip, sizeof group.flip);
     for (int64_t m = 0; m < rows; ++m) {
-      __builtin_prefetch(later[m] + later_column);
+      __builtin_prefetch(later_rows[m] + later_column);
       for (int v = 0; v < 16 / W; ++v) {
         float* to = sums + m * ld + group.position + v * W;
         *reinterpret_cast<typename Vector<W>::Loose*>(to) +=
@@ -60,6 +75,7 @@ TRACMOD_INLINE void sparse(const T* const* a, const T* const* next, int64_t rows
   }
 }
 
+// weight and shift += the sums over M tokens.
 template <int M, class T>
 TRACMOD_INLINE void elementwise_rows(const T* x, const T* g, int64_t size, float* __restrict weight,
                                      float* __restrict shift) {
@@ -75,7 +91,7 @@ TRACMOD_INLINE void elementwise_rows(const T* x, const T* g, int64_t size, float
   }
 }
 
-// Four tokens at a time: the sums are read and written once for them.
+// Four tokens at a time, so that the sums are read and written once for four tokens.
 template <class T>
 TRACMOD_INLINE void elementwise(const T* x, const T* g, int64_t tokens, int64_t size, float* weight,
                                 float* shift) {
@@ -86,6 +102,8 @@ TRACMOD_INLINE void elementwise(const T* x, const T* g, int64_t tokens, int64_t 
   for (; s < tokens; ++s) elementwise_rows<1>(x + s * size, g + s * size, size, weight, shift);
 }
 
+// M rows x V vectors of columns of out += scale * q^T p. The last vector may be cut off by
+// `columns`.
 template <int W, int M, int V>
 TRACMOD_INLINE void product_tile(const float* q, int64_t ldq, const float* p, int64_t ldp,
                                  int64_t columns, int64_t tokens, float scale, float* out,
@@ -115,6 +133,7 @@ TRACMOD_INLINE void product_tile(const float* q, int64_t ldq, const float* p, in
   }
 }
 
+// Makes the number of vectors a constant, so that the sums of a tile are registers.
 template <int W, int M>
 TRACMOD_INLINE void product_columns(int64_t vectors, const float* q, int64_t ldq, const float* p,
                                     int64_t ldp, int64_t columns, int64_t tokens, float scale,
@@ -131,7 +150,7 @@ TRACMOD_INLINE void product_columns(int64_t vectors, const float* q, int64_t ldq
   }
 }
 
-// At most V vectors of columns a tile.
+// A tile has at most V vectors of columns, and 6 rows or 1.
 template <int W, int V>
 TRACMOD_INLINE void product(const float* q, int64_t ldq, int64_t rows, const float* p, int64_t ldp,
                             int64_t columns, int64_t tokens, float scale, float* out, int64_t ldo) {
@@ -231,13 +250,15 @@ TRACMOD_AVX512 void write_indices(uint64_t stream, const int64_t* numbers, int64
   }
 }
 
-// The lanes whose number has this bit set.
+// The lanes (0 to 15) whose number has this bit set: the entries of a table in which column `bit`
+// has sign -1.
 TRACMOD_AVX512 TRACMOD_INLINE __mmask16 lanes_with(int bit) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   return _mm512_test_epi32_mask(lane, _mm512_set1_epi32(1 << bit));
 }
 
-// A table's sums are made from four columns of a row of Numbers.
+// Computes the table of four columns of a row: lane i is the sum of +-x[j], where bit j of i set
+// means minus.
 struct FloatTable {
   using Number = float;
   __m512 signs[kTableColumns];
@@ -257,14 +278,15 @@ struct FloatTable {
   }
 };
 
-// The same from bfloat16 as they lie, in two products of pairs.
+// The same directly from bfloat16, by two products of pairs. A pair of signs is two bfloat16 +-1 in
+// 32 bits, the first in the lower half.
 struct PairTable {
   using Number = bfloat16;
   __m512 signs[kTableColumns / 2];
 
   TRACMOD_AVX512 TRACMOD_INLINE PairTable() {
     for (int j = 0; j < kTableColumns; j += 2) {
-      const __m512i ones = _mm512_set1_epi32(0x3f803f80);
+      const __m512i ones = _mm512_set1_epi32(0x3f803f80);  // bfloat16 1 is 0x3f80
       const __m512i first = _mm512_maskz_set1_epi32(lanes_with(j), 0x8000);
       const __m512i second = _mm512_maskz_set1_epi32(lanes_with(j + 1), INT32_MIN);
       signs[j / 2] = _mm512_castsi512_ps(_mm512_xor_si512(ones, _mm512_or_si512(first, second)));
@@ -282,10 +304,13 @@ struct PairTable {
   }
 };
 
-// The same as without a mask, of which GCC 12 warns.
+// Masked intrinsics with this mask do the same as those without a mask, about which GCC 12 warns
+// wrongly.
 constexpr __mmask16 kAll = 0xffff;
 
-// `next`: the rows that come after these, of which a table has `bytes`; they are asked for here.
+// sums (M, 16 V) += M rows a times 4 * tables columns of signs. `next` points at the rows that come
+// after these; they are prefetched one cache line at a time. `bytes` is the size of four numbers of
+// them.
 template <int M, int V, class Table>
 TRACMOD_AVX512 TRACMOD_INLINE void dense_tile(const typename Table::Number* const* a,
                                               const char* const* next, int64_t bytes,
@@ -315,7 +340,7 @@ TRACMOD_AVX512 TRACMOD_INLINE void dense_tile(const typename Table::Number* cons
   }
 }
 
-// to[i] = from[i] in 16 lanes, 0 where `lanes` has none.
+// to[i] = from[i] in the lanes of the mask, 0 in the others; 16 lanes.
 TRACMOD_AVX512 TRACMOD_INLINE void copy_part(const float* from, __mmask16 lanes, float* to) {
   _mm512_storeu_ps(to, _mm512_maskz_loadu_ps(lanes, from));
 }
@@ -333,7 +358,8 @@ TRACMOD_AVX512 TRACMOD_INLINE void copy_part(const bfloat16* from, __mmask16 lan
 inline void set_one(float* to) { *to = 1.0f; }
 inline void set_one(bfloat16* to) { to->bits = 0x3f80; }
 
-// to = [from, ones, zeros up to a whole table].
+// to = [from, ones, zeros up to a whole table]. The first store clears the vector behind the last
+// whole one, so that the last table does not read uninitialized numbers.
 template <class T, class N>
 TRACMOD_AVX512 TRACMOD_INLINE void copy_row(const T* from, int64_t columns, int64_t ones, N* to) {
   copy_part(from, 0, to + columns / 16 * 16);
@@ -344,6 +370,8 @@ TRACMOD_AVX512 TRACMOD_INLINE void copy_row(const T* from, int64_t columns, int6
   if (ones != 0) set_one(to + columns);
 }
 
+// M rows of T times up to 256 columns. Rows are copied to a buffer if they need widening, a one for
+// the bias, or zeros up to a whole table; else they are read where they are.
 template <int M, int V, class Table, class T>
 TRACMOD_AVX512 TRACMOD_INLINE void dense_rows(const T* const* a, const T* const* next,
                                               int64_t columns, int64_t ones, const int32_t* indices,
@@ -351,17 +379,19 @@ TRACMOD_AVX512 TRACMOD_INLINE void dense_rows(const T* const* a, const T* const*
   using Number = typename Table::Number;
   Number buffer[M][kDenseColumns + 16];
   const Number* rows[M];
-  const char* ahead[M];
-  const bool whole = std::is_same_v<T, Number> && ones == 0 && columns % kTableColumns == 0;
+  const char* next_rows[M];
+  const bool in_place = std::is_same_v<T, Number> && ones == 0 && columns % kTableColumns == 0;
   for (int m = 0; m < M; ++m) {
-    if (!whole) copy_row(a[m], columns, ones, buffer[m]);
-    rows[m] = whole ? reinterpret_cast<const Number*>(a[m]) : buffer[m];
-    ahead[m] = reinterpret_cast<const char*>(next[m]);
+    if (!in_place) copy_row(a[m], columns, ones, buffer[m]);
+    rows[m] = in_place ? reinterpret_cast<const Number*>(a[m]) : buffer[m];
+    next_rows[m] = reinterpret_cast<const char*>(next[m]);
   }
   const int64_t tables = (columns + ones + kTableColumns - 1) / kTableColumns;
-  dense_tile<M, V, Table>(rows, ahead, kTableColumns * sizeof(T), indices, tables, sums, ld);
+  dense_tile<M, V, Table>(rows, next_rows, kTableColumns * sizeof(T), indices, tables, sums, ld);
 }
 
+// Four rows at a time share the indices that were loaded: at most 4 x 4 sums, 4 vectors of indices
+// and 4 of signs are 24 of the 32 registers.
 template <int V, class Table, class T>
 TRACMOD_AVX512 TRACMOD_INLINE void dense_vectors(const T* const* a, int64_t rows, int64_t columns,
                                                  int64_t ones, const int32_t* indices, float* sums,
@@ -376,6 +406,7 @@ TRACMOD_AVX512 TRACMOD_INLINE void dense_vectors(const T* const* a, int64_t rows
   }
 }
 
+// Makes the number of vectors a constant, so that the sums are registers.
 template <class Table, class T>
 TRACMOD_AVX512 TRACMOD_INLINE void dense(const T* const* a, int64_t rows, int64_t columns,
                                          int64_t ones, const int32_t* indices, int64_t vectors,

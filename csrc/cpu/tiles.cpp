@@ -1,21 +1,26 @@
-// C (M,N) += A (M,D) B (D,N), and what prepares its operands.
+// C (M, N) += A (M, D) B (D, N) in registers, and the functions that prepare its operands. A call
+// runs in the calling thread; the ops decide which rows and columns are one work item.
 //
-//   outer  a tile is 6 rows x 2 or 4 vectors of columns: per step of D it loads the columns of b
-//          once and each a as a broadcast operand; 12 or 24 multiply-adds for 8 or 10 loads, so the
-//          multiply-add units are the limit. D goes in blocks of 256 steps: a block of b (64 KiB)
-//          stays in the second cache while the tiles of rows pass over it. A step of bfloat16 pairs
-//          is the same with twice the products an instruction.
-//   form   the same tiles over the tokens of one example, few steps: sums go straight to float32.
-//   pack   rows along D turned into a panel for `outer`: about 5 cycles for 16 numbers, once for
-//          all rows of a that meet it.
-//   inner  rows of both sides as they lie, summed in vectors along D: a tile of 6 x 2 or 4 inner
-//          products is 12 or 24 multiply-adds for 8 or 10 loads and the lanes' sums, once for 64
-//          vectors; for few rows, to which `pack` would cost more.
-//   dot    one inner product: two loads a multiply-add, memory's limit.
+//   outer  A tile is 6 rows x 2 or 4 vectors of columns. Per step of D it loads the vectors of b
+//          once and each number of a as a broadcast: 12 or 24 multiply-adds for 8 or 10 loads, so
+//          the multiply-add units are the limit. D is cut into blocks of 256 steps, so that a block
+//          of a panel of b (64 KiB) stays in the second-level cache while all tiles of rows pass
+//          over it. A step of bfloat16 pairs is the same with two products per lane and
+//          instruction.
+//   form   The same tiles, summed over the few tokens of one example: the sums go directly to
+//          float32 unless there is more than one block of steps.
+//   pack   Transposes rows into a panel for `outer`: about 5 cycles for 16 numbers, paid once for
+//          all rows of a that are multiplied by the panel.
+//   inner  Inner products of rows of both sides where they are, summed in vectors along D. A tile
+//          of 6 x 2 or 6 x 4 inner products is 12 or 24 multiply-adds for 8 or 10 loads, plus
+//          adding up the lanes once per 64 vectors. Used for few rows, for which `pack` would cost
+//          more than it saves.
+//   dot    One inner product: two loads per multiply-add, so memory is the limit.
 //
-// Written once with the compiler's vector types and instantiated per instruction set by functions
-// with a `target` attribute into which everything is inlined; no build flags, and one line of
-// assembly for the pairs. vdpbf16ps takes denormals as zero and rounds once per product.
+// Everything is written once with the compiler's vector types and instantiated for each instruction
+// set by functions with a `target` attribute, into which all of it is inlined (vector.h says why).
+// That needs no build flags, and inline assembly only for products of bfloat16 pairs. The
+// instruction for those, vdpbf16ps, treats denormals as zero and rounds once per product.
 #include "cpu/tiles.h"
 
 #include <algorithm>
@@ -32,14 +37,16 @@
 namespace tracmod::cpu {
 namespace {
 
-constexpr int64_t kInnerSteps = 64;
+constexpr int64_t kInnerSteps = 64;  // vectors of depth that `inner` and `dot` sum in float32
+// Rows of a tile. With 4 vectors of columns: 24 sums, 4 vectors of b and a broadcast number are 29
+// of the 32 registers of AVX-512; with 2 vectors, 15 of the 16 of AVX2.
 constexpr int kOuterRows = 6;
 
-// What a packed step holds: a float32, or PAIR = 2 bfloat16.
+// The type of a packed step: one float32, or PAIR = 2 bfloat16.
 template <int PAIR>
 using packed_t = std::conditional_t<PAIR == 2, bfloat16_pair, float>;
 
-// The number (or pair) at this address in every lane.
+// Loads the number (or pair) at this address into every lane.
 template <int W, class A>
 TRACMOD_INLINE typename Vector<W>::Type broadcast(const A* from) {
   uint32_t bits;
@@ -51,7 +58,7 @@ TRACMOD_INLINE typename Vector<W>::Type broadcast(const A* from) {
   return (typename Vector<W>::Type)(typename Vector<W>::Bits{} + bits);
 }
 
-// sum += a * b in every lane; of pairs both products.
+// sum += a * b in every lane; for pairs, both products.
 template <class A, class V>
 TRACMOD_INLINE void multiply_add(V& sum, const V& a, const V& b) {
   if constexpr (std::is_same_v<A, bfloat16_pair>) {
@@ -66,7 +73,8 @@ struct Sums {
   typename Vector<W>::Type at[M][V] = {};
 };
 
-// One step: M broadcast numbers of a times V vectors of b.
+// One step of depth: M broadcast numbers of a times V vectors of b. `a_at(m)` is the address of row
+// m's number.
 template <int W, int M, int V, class A, class At>
 TRACMOD_INLINE void outer_step(Sums<W, M, V>& sums, const At& a_at, const float* b) {
   typename Vector<W>::Type row[V];
@@ -86,6 +94,7 @@ TRACMOD_INLINE void outer_steps(Sums<W, M, V>& sums, const A* const* a, int64_t 
   }
 }
 
+// Ends a block: adds its float32 sums to the float64 result.
 template <int W, int M, int V>
 TRACMOD_INLINE void add_to(const Sums<W, M, V>& sums, double* c, int64_t ldc) {
   for (int m = 0; m < M; ++m) {
@@ -97,14 +106,15 @@ TRACMOD_INLINE void add_to(const Sums<W, M, V>& sums, double* c, int64_t ldc) {
   }
 }
 
-// Rows of the first of the tiles that so many rows are cut into, about equal: in a tile of few sums
-// an addition waits for the one before it.
+// Number of rows of the next tile when `rows` rows remain. Tiles get about equal heights (8 rows
+// are 4 + 4, not 6 + 2), because in a tile of few sums each addition has to wait for the one before
+// it.
 inline int64_t tile_rows(int64_t rows) {
   const int64_t count = (rows + kOuterRows - 1) / kOuterRows;
   return (rows + count - 1) / count;
 }
 
-// run(number of rows as a constant)
+// Calls run with the number of rows, at most 6, as a compile-time constant.
 template <class Run>
 TRACMOD_INLINE void with_rows(int64_t rows, const Run& run) {
   switch (rows) {
@@ -123,7 +133,8 @@ TRACMOD_INLINE void with_rows(int64_t rows, const Run& run) {
   }
 }
 
-// run(first column, vectors of columns as a constant): V where as many are left, else 2, else 1.
+// Calls run(first column, number of vectors as a compile-time constant) for all columns: V vectors
+// while as many remain, then 2, then 1.
 template <int W, int V, class Run>
 TRACMOD_INLINE void for_columns(int64_t columns, const Run& run) {
   int64_t n = 0;
@@ -134,7 +145,7 @@ TRACMOD_INLINE void for_columns(int64_t columns, const Run& run) {
   for (; n < columns; n += W) run(n, std::integral_constant<int, 1>());
 }
 
-// A is float, bfloat16 that are widened, or pairs.
+// A is float, bfloat16 (widened to float32), or bfloat16_pair.
 template <int W, int V, class A>
 TRACMOD_INLINE void outer_product(const A* const* a, int64_t a_step, int64_t rows, const float* b,
                                   int64_t ldb, int64_t columns, int64_t steps, double* c,
@@ -153,7 +164,8 @@ TRACMOD_INLINE void outer_product(const A* const* a, int64_t a_step, int64_t row
   }
 }
 
-// The last number of an odd depth, half a pair.
+// Adds the products of the last number of an odd depth. Reading it as a pair would read past the
+// end of the row, and a case for it inside the tiles would force their sums out of the registers.
 TRACMOD_INLINE void add_last(const bfloat16* const* a, int64_t rows, const float* pairs,
                              int64_t columns, int64_t last, double* c, int64_t ldc) {
   for (int64_t n = 0; n < columns; ++n) {
@@ -164,7 +176,8 @@ TRACMOD_INLINE void add_last(const bfloat16* const* a, int64_t rows, const float
   }
 }
 
-// Sums of one block are stored as they are, those of several blocks added up in float64 first.
+// The sums of a single block are stored directly; those of several blocks are added up in float64
+// first.
 template <int W, int V, class A>
 TRACMOD_INLINE void form_product(const float* a, int64_t a_step, int64_t rows, const float* panel,
                                  int64_t columns, int64_t steps, float* c, int64_t ldc) {
@@ -173,7 +186,7 @@ TRACMOD_INLINE void form_product(const float* a, int64_t a_step, int64_t rows, c
       size = tile_rows(rows - first);
       with_rows(size, [&](auto count) TRACMOD_LAMBDA {
         constexpr int kWidth = vectors * W;
-        const A* from[count];
+        const A* from[count];  // row m of a^T starts m numbers later
         for (int m = 0; m < count; ++m) from[m] = reinterpret_cast<const A*>(a + first + m);
         float* to = c + first * ldc + n;
         if (steps <= kBlockSteps) {
@@ -219,6 +232,7 @@ TRACMOD_INLINE void sum_squares(const float* panel, int64_t columns, int64_t ste
   }
 }
 
+// c[n] += factor * a[n] * (b[n] + shift) in float64, half as many lanes per vector.
 template <int W>
 TRACMOD_INLINE void sum_products(int64_t count, double factor, const double* a, const double* b,
                                  double shift, double* c) {
@@ -230,7 +244,7 @@ TRACMOD_INLINE void sum_products(int64_t count, double factor, const double* a, 
   }
 }
 
-// L steps of a row as 32-bit numbers.
+// L steps of a row as 32-bit integers, for moving numbers without interpreting them.
 template <int L>
 struct Lanes {
   typedef uint32_t Type __attribute__((vector_size(L * 4)));
@@ -260,7 +274,8 @@ TRACMOD_INLINE uint32_t bits_of(const A& value) {
 #define TRACMOD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, std::decay_t<decltype(a)>{__VA_ARGS__})
 #endif
 
-// Rows a, b, c, d of 4 x 4 numbers in each 128 bits turned into columns.
+// Transposes 4 x 4 numbers in each 128 bits of four rows a, b, c, d: first pairs of rows are
+// interleaved (a0 b0 a1 b1), then pairs of pairs (a0 b0 c0 d0).
 TRACMOD_INLINE void transpose_fours(Lanes<4>::Type* rows) {
   const auto a = rows[0], b = rows[1], c = rows[2], d = rows[3];
   const auto ab0 = TRACMOD_SHUFFLE(a, b, 0, 4, 1, 5), ab1 = TRACMOD_SHUFFLE(a, b, 2, 6, 3, 7);
@@ -271,7 +286,8 @@ TRACMOD_INLINE void transpose_fours(Lanes<4>::Type* rows) {
   rows[3] = TRACMOD_SHUFFLE(ab1, cd1, 2, 3, 6, 7);
 }
 
-// The even (0) or odd (1) halves of 64 bits of both: as 64-bit numbers it is one fast instruction.
+// The even (HALF = 0) or odd (1) 64-bit elements of both vectors, alternating. Written on 64-bit
+// numbers, because then the compiler makes one fast instruction of it.
 template <int HALF>
 TRACMOD_INLINE Lanes<8>::Type interleave(Lanes<8>::Type a, Lanes<8>::Type b) {
   typedef uint64_t Long __attribute__((vector_size(32)));
@@ -291,7 +307,9 @@ TRACMOD_INLINE void transpose_fours(Lanes<8>::Type* rows) {
   rows[3] = interleave<1>(ab1, cd1);
 }
 
+// Transposes L x L numbers in registers.
 TRACMOD_INLINE void transpose(Lanes<4>::Type* rows) { transpose_fours(rows); }
+// 8 x 8: the 4 x 4 blocks within 128 bits, then the halves of 128 bits are exchanged.
 TRACMOD_INLINE void transpose(Lanes<8>::Type* rows) {
   transpose_fours(rows);
   transpose_fours(rows + 4);
@@ -302,7 +320,7 @@ TRACMOD_INLINE void transpose(Lanes<8>::Type* rows) {
   }
 }
 
-// W steps of a row, or the last ones and then zeros.
+// W steps of a row; if only `numbers` numbers remain, those and then zeros.
 template <int W, class A, class T>
 TRACMOD_INLINE typename Vector<W>::Type load_row(const T* from, int64_t numbers) {
   constexpr int64_t kNumbers = W * static_cast<int64_t>(sizeof(A) / sizeof(T));
@@ -314,7 +332,7 @@ TRACMOD_INLINE typename Vector<W>::Type load_row(const T* from, int64_t numbers)
   return (typename Vector<W>::Type)load_steps<W>(reinterpret_cast<const A*>(part));
 }
 
-// Halves are added to each other down to four lanes.
+// Adds the halves of a vector to each other until four lanes remain.
 template <int W>
 TRACMOD_INLINE Vector<4>::Type fold(typename Vector<W>::Type sums) {
   if constexpr (W == 4) {
@@ -326,7 +344,8 @@ TRACMOD_INLINE Vector<4>::Type fold(typename Vector<W>::Type sums) {
   }
 }
 
-// c[v] += the sum of the lanes of sums[v]
+// c[v] += the sum of the lanes of sums[v]. The four-lane remainders of up to four vectors are
+// transposed, so that three vector additions finish all of them.
 template <int W, int V>
 TRACMOD_INLINE void add_lanes(const typename Vector<W>::Type* sums, double* c) {
   Lanes<4>::Type square[4] = {};
@@ -338,6 +357,7 @@ TRACMOD_INLINE void add_lanes(const typename Vector<W>::Type* sums, double* c) {
   for (int v = 0; v < V; ++v) c[v] += static_cast<double>(total[v]);
 }
 
+// One vector of depth of M x V inner products.
 template <int W, int M, int V, class A, class T>
 TRACMOD_INLINE void inner_step(Sums<W, M, V>& sums, const T* const* a, const T* const* b, int64_t d,
                                int64_t numbers) {
@@ -349,7 +369,7 @@ TRACMOD_INLINE void inner_step(Sums<W, M, V>& sums, const T* const* a, const T* 
   }
 }
 
-// A is float, bfloat16 that are widened, or pairs.
+// A is float, bfloat16 (widened to float32), or bfloat16_pair; T is the type in memory.
 template <int W, int V, class A, class T>
 TRACMOD_INLINE void inner_products(const T* const* a, int64_t rows, const T* const* b,
                                    int64_t columns, int64_t depth, double* c, int64_t ldc) {
@@ -375,7 +395,7 @@ TRACMOD_INLINE void inner_products(const T* const* a, int64_t rows, const T* con
   }
 }
 
-// One inner product: four vectors of sums, so that the additions of one do not wait for each other.
+// One inner product with four vectors of sums, so that four additions can be under way at once.
 template <int W, class A, class T>
 TRACMOD_INLINE double dot_product(const T* a, const T* b, int64_t depth) {
   constexpr int64_t kNumbers = W * static_cast<int64_t>(sizeof(A) / sizeof(T));
@@ -402,8 +422,9 @@ TRACMOD_INLINE double dot_product(const T* a, const T* b, int64_t depth) {
   return total;
 }
 
-// panel[s * columns + n] = rows[n][s] in squares of L x L that are turned in registers; 16 rows at a
-// time, whole cache lines of them, so that the memory's prefetchers follow.
+// panel[s * columns + n] = rows[n][s], in squares of L x L steps that are transposed in registers.
+// 16 rows are read at a time, a whole cache line of each, so that the hardware prefetchers can
+// follow.
 template <int L, class A>
 TRACMOD_INLINE void pack_steps(const A* const* rows, int64_t count, int64_t steps, float* panel) {
   uint32_t* to = reinterpret_cast<uint32_t*>(panel);
@@ -435,6 +456,7 @@ TRACMOD_INLINE void pack_rows(const float* const* rows, int64_t count, int64_t d
   pack_steps<L>(rows, count, depth, panel);
 }
 
+// Of an odd depth, the last number makes a pair with zero.
 template <int L, int PAIR>
 TRACMOD_INLINE void pack_rows(const bfloat16* const* rows, int64_t count, int64_t depth,
                               float* panel) {
@@ -445,7 +467,8 @@ TRACMOD_INLINE void pack_rows(const bfloat16* const* rows, int64_t count, int64_
   for (int64_t n = 0; n < padded(count); ++n) to[n] = n < count ? rows[n][depth - 1].bits : 0;
 }
 
-// to[s * width + n] = step s of column n: a token, or two of them as pairs.
+// to[s * width + n] = step s of column n: the value of one token, or the values of two tokens as a
+// pair, the first in the lower half.
 template <int W, int PAIR>
 TRACMOD_INLINE void pack_columns(const bfloat16* from, int64_t tokens, int64_t size, int64_t count,
                                  int64_t width, float* to) {
@@ -467,8 +490,8 @@ TRACMOD_INLINE void pack_columns(const bfloat16* from, int64_t tokens, int64_t s
   }
 }
 
-// One instruction set: W floats a vector, V vectors of columns a tile, L x L numbers turned at
-// a time, PAIR bfloat16 a step.
+// All functions of Tiles for one instruction set: W floats per vector, V vectors of columns per
+// tile, L x L numbers transposed at a time, PAIR bfloat16 per step.
 #define TRACMOD_TILES(NAME, TARGET, W, V, L, PAIR, PAIR_TYPE)                                     \
   TARGET void outer_##NAME(const float* const* a, int64_t a_step, int64_t rows, const float* b,   \
                            int64_t ldb, int64_t columns, int64_t depth, double* c, int64_t ldc) { \
@@ -566,8 +589,8 @@ bool supported(const Tiles& tiles) {
   return &tiles == &k_baseline;
 }
 
-// The best that the processor has; TRACMOD_INSTRUCTIONS names another, to test it or to repeat the
-// bits of an older processor.
+// The best instruction set that the processor has, or the one that TRACMOD_INSTRUCTIONS names: to
+// test it, or to reproduce the bits of a processor without the better ones.
 const Tiles& choose() {
   constexpr const Tiles* kAll[] = {
 #if defined(__x86_64__)
@@ -581,8 +604,8 @@ const Tiles& choose() {
     }
   }
   throw std::invalid_argument(
-      std::string("TRACMOD_INSTRUCTIONS: expected baseline, avx2, avx512 or avx512_bf16, and this "
-                  "processor to have it, got ") +
+      std::string("TRACMOD_INSTRUCTIONS: expected one of baseline, avx2, avx512, avx512_bf16 that "
+                  "this processor supports, got ") +
       wanted);
 }
 

@@ -1,9 +1,14 @@
-// The register-blocked products that all CPU ops are made of, for the instruction set that the
-// processor has: chosen at run time, never at build time.
+// The register-blocked products that all CPU ops are made of, for the best instruction set that the
+// processor has. It is chosen at run time, so one build runs everywhere.
 //
-// A panel is up to 64 rows of numbers turned for `outer`: (steps of depth, padded rows), 32 bits
-// each. A step is one float32; or one pair of bfloat16, where the processor multiplies pairs (`pair`
-// is 2); elsewhere bfloat16 are widened to float32 as they are packed.
+// Vocabulary:
+//   depth  the dimension that a product sums over
+//   step   32 bits of depth: one float32, or a pair of neighbouring bfloat16 where the processor
+//          has instructions that multiply pairs (`pair` is 2). Elsewhere `pair` is 1 and bfloat16
+//          numbers are widened to float32 when they are packed.
+//   panel  up to 64 rows, transposed for `outer`: (steps of depth, rows padded to a multiple of
+//          16). All rows' numbers of one step lie side by side, so that they load as vectors.
+//   tile   the part of a result whose sums are kept in registers at one time
 #pragma once
 
 #include <cstdint>
@@ -16,41 +21,41 @@ namespace tracmod::cpu {
 // Columns of `outer`'s b are padded to a multiple of this.
 constexpr int64_t kColumnUnit = 16;
 
-// Columns of a panel, and the steps of one block of float32 sums.
-constexpr int64_t kPanel = 64;
-constexpr int64_t kBlockSteps = 256;
+constexpr int64_t kPanel = 64;        // rows of a panel, which are columns of the result
+constexpr int64_t kBlockSteps = 256;  // steps that are summed in float32 before float64 takes over
 
 inline int64_t padded(int64_t columns) {
   return (columns + kColumnUnit - 1) / kColumnUnit * kColumnUnit;
 }
 
-// Every element of a result is summed in an order that its own depth alone decides: float32 blocks
-// (256 steps; `inner` and `dot`: 64 vectors), float64 across blocks. Where in a tile it lies, and
-// with which neighbours, changes nothing.
+// Sums are float32 within blocks of depth (256 steps; 64 vectors in `inner` and `dot`) and float64
+// across blocks, which bounds the rounding error of long sums. The order of a sum depends on its
+// depth alone: where in a tile an element lies, and which neighbours it has, does not change a bit.
 struct Tiles {
   const char* name;
-  int64_t pair;  // bfloat16 numbers in a step
+  int64_t pair;  // bfloat16 numbers per step
 
-  // c[m * ldc + n] += sum_d a[m][d * a_step] * b[d * ldb + n], n < columns (a multiple of 16)
+  // c[m * ldc + n] += sum_d a[m][d * a_step] * b[d * ldb + n] for n < columns, a multiple of 16
   void (*outer)(const float* const* a, int64_t a_step, int64_t rows, const float* b, int64_t ldb,
                 int64_t columns, int64_t depth, double* c, int64_t ldc);
 
-  // The same for rows of bfloat16 and a panel of them; `depth` counts numbers.
+  // The same for rows of bfloat16 and a panel packed from bfloat16; `depth` counts numbers, not
+  // steps.
   void (*outer_bfloat16)(const bfloat16* const* a, int64_t rows, const float* panel,
                          int64_t columns, int64_t depth, double* c, int64_t ldc);
 
-  // panel[s * padded(count) + n] = step s of rows[n]: a missing row is zeros, and so is the second
-  // half of a pair of which there is but one.
+  // panel[s * padded(count) + n] = step s of rows[n]. Rows that pad the panel are zeros, and so is
+  // the second number of a pair if depth is odd.
   void (*pack)(const float* const* rows, int64_t count, int64_t depth, float* panel);
   void (*pack_bfloat16)(const bfloat16* const* rows, int64_t count, int64_t depth, float* panel);
 
-  // to[s * width + n] = step s of from[., n], n < count, from (tokens, size): a token or, in pairs,
-  // two tokens, of which the last may be missing
+  // to[s * width + n] = step s of column n < count of from (tokens, size). Here the depth is the
+  // tokens: a step is one token or, in pairs, two, of which the second may be missing at the end.
   void (*pack_tokens)(const bfloat16* from, int64_t tokens, int64_t size, int64_t count,
                       int64_t width, float* to);
 
-  // c[m * ldc + n] = sum_s a[s * a_step + m] * panel[s * kPanel + n], in steps of float32 or (form_
-  // pairs) of packed bfloat16
+  // c[m * ldc + n] = sum_s a[s * a_step + m] * panel[s * kPanel + n] over steps of float32 or, for
+  // form_pairs, of packed bfloat16. Overwrites c.
   void (*form)(const float* a, int64_t a_step, int64_t rows, const float* panel, int64_t columns,
                int64_t steps, float* c, int64_t ldc);
   void (*form_pairs)(const float* a, int64_t a_step, int64_t rows, const float* panel,
@@ -70,20 +75,22 @@ struct Tiles {
   void (*squares)(const float* panel, int64_t columns, int64_t steps, double* c);
   void (*squares_pairs)(const float* panel, int64_t columns, int64_t steps, double* c);
 
-  // c[n] += factor * a[n] * (b[n] + shift), n < count (a multiple of 16)
+  // c[n] += factor * a[n] * (b[n] + shift) for n < count, a multiple of 16
   void (*add_products)(int64_t count, double factor, const double* a, const double* b, double shift,
                        double* c);
 };
 
+// The functions for this processor, or for the instruction set that the environment variable
+// TRACMOD_INSTRUCTIONS names.
 const Tiles& tiles();
 
-// The same by the type of number.
+// The same functions, chosen by the type of number.
 template <class T>
 int64_t numbers_per_step() {
   return std::is_same_v<T, bfloat16> ? tiles().pair : 1;
 }
 
-// Steps that hold this many numbers.
+// Number of steps that hold this many numbers.
 template <class T>
 int64_t steps_of(int64_t numbers) {
   return (numbers + numbers_per_step<T>() - 1) / numbers_per_step<T>();

@@ -1,17 +1,26 @@
-// score[q, n] = sum_c w_c <q_c, n_c>  (cosine: each term over |q_c| |n_c|); per query the k largest
-// and the k smallest, and the sums per group. The score matrix is never whole in memory.
+// Scores of Q queries and N training rows over C checkpoints,
 //
-// Blocks of 256 queries x 2048 training rows, one after the other. First 64 training rows an item
-// (16 beside 9 to 31 queries): packed 256 steps of depth at a time and multiplied with all queries as
-// `outer` tiles; float64 across blocks of depth and checkpoints, written as float32 scores. Up to 8
-// queries take `inner` products of the rows as they lie: a query asked in such a call and the same
-// query among many may differ by rounding; otherwise it does not matter which are asked together.
-// Then a query an item: the few scores that may enter a ranking are selected, sorted and merged into
-// it; and its group sums, in the order of the training rows; so blocks streamed in several calls give
-// the bits of one call.
+//   score[q, n] = sum_c w_c <q_c, n_c>,   cosine: w_c <q_c, n_c> / (|q_c| |n_c|)
 //
-// Bytes: the training rows once per 256 queries, C N K (4 or 2). Operations: 2 C Q N K, and 2 N for
-// the rankings: memory is the limit below some 30 queries, the multiply-add units above.
+// and from them, per query, the k largest and the k smallest scores and the sum per group. The
+// score matrix (Q, N) is never in memory as a whole.
+//
+// Work: blocks of 256 queries x 2048 training rows, one after the other. For each block:
+//   1. An item is 64 training rows (16 if there are 9 to 31 queries). They are packed 256 steps of
+//      depth at a time and multiplied with all queries of the block as `outer` tiles. Sums are
+//      float64 across blocks of depth and across checkpoints; the finished scores are float32.
+//   2. An item is one query. The few scores that may enter its rankings are selected, sorted and
+//      merged in; the group sums are added in the order of the training rows. This order makes
+//      training rows streamed in several calls give the bits of one call.
+//
+// Up to 8 queries take `inner` products of the rows where they are, because packing rows for so few
+// would cost more than it saves. Those sums have another order: a query in such a call and the same
+// query in a larger call may differ by rounding. Apart from that, the result of a query does not
+// depend on which other queries are in the call.
+//
+// Bytes: the training rows once per 256 queries, C N K (4 or 2). Operations: 2 C Q N K, plus 2 Q N
+// comparisons for the rankings. Memory is the limit below about 30 queries, the multiply-add units
+// above.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -26,27 +35,29 @@
 namespace tracmod::cpu {
 namespace {
 
-constexpr int64_t kQueries = 256;
-constexpr int64_t kTrains = 2048;
-constexpr int64_t kScan = 16;
-constexpr int64_t kFew = 8;  // tracmod/streaming.py cuts no block so small
+constexpr int64_t kQueries = 256;  // queries of a block
+constexpr int64_t kTrains = 2048;  // training rows of a block
+constexpr int64_t kScan = 16;      // scores that are compared with the worst ranked one at a time
+// Up to this many queries take `inner` products. The streaming search of the Python package makes
+// its blocks of queries larger than this, so that its results have one order of summation.
+constexpr int64_t kFewQueries = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a thread works in.
+// Scratch memory of one thread.
 struct Slot {
   float* panel;      // (kBlockSteps, kPanel) of training rows
-  double* dots;      // (kQueries, kPanel) of one checkpoint
-  double* total;     // (kQueries, kPanel) of all checkpoints
-  uint64_t* keys;    // (kTrains,)
-  float* scores;     // (k,)
+  double* dots;      // (kQueries, kPanel) inner products of one checkpoint
+  double* total;     // (kQueries, kPanel) scores, summed over checkpoints
+  uint64_t* keys;    // (kTrains + kScan,) candidates: key of the score << 32 | position
+  float* scores;     // (k,) copy of a ranking while it is merged
   int64_t* indices;  // (k,)
 };
 
 struct Plan {
   float* scores;           // (kQueries, kTrains)
-  double* query_inverses;  // (C, Q) 1 / |q_c| if cosine
-  std::byte* slots;        // (threads,) of slot_bytes
+  double* query_inverses;  // (C, Q) 1 / |q_c|, for cosine only
+  std::byte* slots;        // (threads, slot_bytes)
   size_t slot_bytes;
 };
 
@@ -72,23 +83,24 @@ Plan make_plan(Scratch& scratch, const TopK& job, int threads) {
   plan.scores =
       scratch.take<float>(std::min(kQueries, job.queries) * std::min(kTrains, job.trains));
   plan.query_inverses = scratch.take<double>(job.cosine ? job.checkpoints * job.queries : 0);
-  Scratch one;
-  make_slot(one, job);
-  plan.slot_bytes = (one.bytes() + 255) / 256 * 256;
+  Scratch slot_size;
+  make_slot(slot_size, job);
+  plan.slot_bytes = (slot_size.bytes() + 255) / 256 * 256;  // keeps every slot aligned
   plan.slots = scratch.take<std::byte>(threads * static_cast<int64_t>(plan.slot_bytes));
   return plan;
 }
 
-// 1 / norm, and 0 for a row of zeros: its cosine with everything is 0.
+// 1 / norm from the squared norm. A row of zeros gets 0, so its cosine with everything is 0.
 double inverse_norm(double square) { return square == 0.0 ? 0.0 : 1.0 / std::sqrt(square); }
 
+// Queries [query, query + queries) and training rows [train, train + trains).
 struct Block {
   int64_t query, queries, train, trains;
 };
 
-// dots (queries, kPanel) = inner products of one checkpoint's `count` training rows from `train` on
-// with the block's queries; squares (kPanel) = those rows' with themselves. A few queries read the
-// rows as they lie; more share a panel of them.
+// dots (queries, kPanel) = inner products, for checkpoint c, of the block's queries with the
+// `count` training rows from `train` on; squares (kPanel) = squared norms of these rows (cosine
+// only).
 template <class T>
 void dot_panel(const TopK& job, int64_t c, const Block& block, int64_t train, int64_t count,
                float* panel, double* dots, double* squares) {
@@ -97,7 +109,7 @@ void dot_panel(const TopK& job, int64_t c, const Block& block, int64_t train, in
   const T* train_rows = static_cast<const T*>(job.train_rows[c]) + train * job.width;
   std::fill(dots, dots + block.queries * kPanel, 0.0);
   std::fill(squares, squares + kPanel, 0.0);
-  if (job.queries <= kFew) {
+  if (job.queries <= kFewQueries) {
     for (int64_t i = 0; i < count; ++i) trains[i] = train_rows + i * job.width;
     for (int64_t q = 0; q < block.queries; ++q) queries[q] = query_rows + q * job.width;
     inner(queries, block.queries, trains, count, job.width, dots, kPanel);
@@ -117,7 +129,7 @@ void dot_panel(const TopK& job, int64_t c, const Block& block, int64_t train, in
   }
 }
 
-// Scores of training rows [n, n + count) of the block with its queries.
+// Writes the scores of the block's queries with the training rows [n, n + count) of the block.
 template <class T>
 void score_panel(const TopK& job, const Plan& plan, const Block& block, int64_t n, int64_t count,
                  const Slot& slot) {
@@ -134,14 +146,18 @@ void score_panel(const TopK& job, const Plan& plan, const Block& block, int64_t 
   }
   for (int64_t q = 0; q < block.queries; ++q) {
     float* scores = plan.scores + q * block.trains + n;
-    // + 0.0f turns -0 into +0, its equal, so that a score's bits do not depend on the path to it.
+    // + 0.0f turns -0 into +0. The two compare equal, but ranking keys are made from the bits, and
+    // the bits of a score must not depend on how it was computed.
     for (int64_t i = 0; i < count; ++i) {
       scores[i] = static_cast<float>(slot.total[q * kPanel + i]) + 0.0f;
     }
   }
 }
 
-// Smaller for a better score: an integer in the order of ranks_before.
+// An integer that is smaller for a better score, in the order of ranks_before; NaN has key 0. Bits
+// of positive floats order like the floats; flipping the sign bit of positive and all bits of
+// negative ones extends that to all numbers. With the position in the lower half of a 64-bit key,
+// sorting integers breaks ties by the lower index.
 uint32_t key_of(bool largest, float score) {
   uint32_t bits;
   std::memcpy(&bits, &score, sizeof bits);
@@ -149,31 +165,34 @@ uint32_t key_of(bool largest, float score) {
   return score != score ? 0 : largest ? ~ascending : ascending;
 }
 
-// The positions of the scores that may rank before `worst`, behind their keys; how many. Most
-// groups of kScan scores hold none.
+// Writes the keys of the scores that are not worse than `worst`, the last score of a full ranking,
+// and returns their number. Most groups of kScan scores hold none, which one vector comparison
+// shows. Comparisons are negated so that NaN passes. Inside a group every key is written and the
+// count advances by 0 or 1: a branch would be mispredicted often.
 int64_t find_candidates(bool largest, float worst, const float* scores, int64_t count,
                         uint64_t* keys) {
-  int64_t found = 0;
+  int64_t candidates = 0;
   for (int64_t begin = 0; begin < count; begin += kScan) {
     const int64_t end = std::min(count, begin + kScan);
     int any = 0;
     for (int64_t i = begin; i < end; ++i) any |= !(largest ? scores[i] < worst : scores[i] > worst);
     if (any == 0) continue;
     for (int64_t i = begin; i < end; ++i) {
-      keys[found] = static_cast<uint64_t>(key_of(largest, scores[i])) << 32 | i;
-      found += !(largest ? scores[i] < worst : scores[i] > worst);
+      keys[candidates] = static_cast<uint64_t>(key_of(largest, scores[i])) << 32 | i;
+      candidates += !(largest ? scores[i] < worst : scores[i] > worst);
     }
   }
-  return found;
+  return candidates;
 }
 
-// The same for a ranking that is not full and so has no worst score yet: k groups have a score as good
-// as the k-th best of the groups' best, so what is worse than that cannot rank.
+// The same for a ranking that is not full, which has no worst score to compare with yet. Take the
+// best score of each group of kScan and of those the k-th best: k groups have a score at least as
+// good, so a worse score cannot be among the k best.
 int64_t find_first_candidates(bool largest, int64_t k, const float* scores, int64_t count,
                               uint64_t* keys) {
   constexpr uint64_t kNone = ~uint64_t{0};
   uint64_t best[kTrains / kScan + 1];
-  int64_t groups = 0, found = 0;
+  int64_t groups = 0, candidates = 0;
   for (int64_t begin = 0; begin < count; begin += kScan, ++groups) {
     best[groups] = kNone;
     for (int64_t i = begin; i < std::min(count, begin + kScan); ++i) {
@@ -184,40 +203,41 @@ int64_t find_first_candidates(bool largest, int64_t k, const float* scores, int6
   if (groups > k) std::nth_element(best, best + k - 1, best + groups);
   const uint64_t bound = groups > k ? best[k - 1] : kNone;
   for (int64_t i = 0; i < count; ++i) {
-    keys[found] = keys[i];
-    found += keys[i] <= bound;
+    keys[candidates] = keys[i];
+    candidates += keys[i] <= bound;
   }
-  return found;
+  return candidates;
 }
 
-// Puts the block's scores of a query into its ranking, which is sorted before and after.
+// Merges the block's scores of one query into its ranking, which is sorted before and after.
 void rank_scores(const Ranking& ranking, int64_t query, int64_t k, bool largest,
                  const float* scores, int64_t count, int64_t first_index, const Slot& slot) {
   float* best = ranking.scores + query * k;
   int64_t* indices = ranking.indices + query * k;
-  int64_t found = indices[k - 1] < 0
-                      ? find_first_candidates(largest, k, scores, count, slot.keys)
-                      : find_candidates(largest, best[k - 1], scores, count, slot.keys);
-  if (found > k) {
-    std::nth_element(slot.keys, slot.keys + k, slot.keys + found);
-    found = k;
+  int64_t candidates = indices[k - 1] < 0
+                           ? find_first_candidates(largest, k, scores, count, slot.keys)
+                           : find_candidates(largest, best[k - 1], scores, count, slot.keys);
+  if (candidates > k) {
+    std::nth_element(slot.keys, slot.keys + k, slot.keys + candidates);
+    candidates = k;
   }
-  if (found == 0) return;
-  std::sort(slot.keys, slot.keys + found);
+  if (candidates == 0) return;
+  std::sort(slot.keys, slot.keys + candidates);
   std::copy(best, best + k, slot.scores);
   std::copy(indices, indices + k, slot.indices);
-  for (int64_t at = 0, old = 0, next = 0; at < k; ++at) {
+  for (int64_t rank = 0, old = 0, next = 0; rank < k; ++rank) {
     const int64_t position =
-        static_cast<int64_t>(slot.keys[std::min(next, found - 1)] & 0xffffffff);
+        static_cast<int64_t>(slot.keys[std::min(next, candidates - 1)] & 0xffffffff);
     const bool take_new =
-        next < found && ranks_before(largest, scores[position], first_index + position,
-                                     slot.scores[old], slot.indices[old]);
-    best[at] = take_new ? scores[position] : slot.scores[old];
-    indices[at] = take_new ? first_index + position : slot.indices[old];
+        next < candidates && ranks_before(largest, scores[position], first_index + position,
+                                          slot.scores[old], slot.indices[old]);
+    best[rank] = take_new ? scores[position] : slot.scores[old];
+    indices[rank] = take_new ? first_index + position : slot.indices[old];
     ++(take_new ? next : old);
   }
 }
 
+// Updates both rankings and the group sums of one query.
 void reduce_query(const TopK& job, const float* scores, const Block& block, int64_t query,
                   const Slot& slot) {
   const int64_t first_index = job.index_offset + block.train;
@@ -243,8 +263,9 @@ void run(const TopK& job, const Plan& plan, int threads) {
     for (int64_t train = 0; train < job.trains; train += kTrains) {
       const Block block{query, std::min(kQueries, job.queries - query), train,
                         std::min(kTrains, job.trains - train)};
-      // To pack beside few queries, memory is the limit: fewer rows at once, so that each is read on.
-      const bool few_packed = job.queries > kFew && job.queries < kPanel / 2;
+      // With few queries memory is the limit. Then fewer rows are packed at a time, so that reading
+      // returns to each row sooner.
+      const bool few_packed = job.queries > kFewQueries && job.queries < kPanel / 2;
       const int64_t rows = few_packed ? kColumnUnit : kPanel;
       parallel_for(threads, ceil_div(block.trains, rows), [&](int64_t item, int number) {
         const int64_t n = item * rows;

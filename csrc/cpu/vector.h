@@ -1,5 +1,8 @@
-// Vectors of W floats in the compiler's own types, for functions that a `target` attribute compiles
-// for one instruction set: everything here is inlined into them, so nothing of it crosses over.
+// Vectors of W floats, written with the vector types of GCC and Clang.
+//
+// The kernels are compiled several times in one file, once per instruction set, by functions with a
+// `target` attribute. Every function here must be inlined into those: a copy that is not inlined
+// would be compiled for one instruction set and might be called from code for another.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +13,8 @@
 
 namespace tracmod::cpu {
 
-// W floats; the loose types may lie at any address.
+// Type and Bits are values in registers; the Loose types and Half are for memory access at any
+// address (aligned to a number, not to a vector) that may alias other types.
 template <int W>
 struct Vector {
   typedef float Type __attribute__((vector_size(W * 4)));
@@ -20,7 +24,7 @@ struct Vector {
   typedef uint16_t Half __attribute__((vector_size(W * 2), aligned(2), may_alias));
 };
 
-// W floats as their bits.
+// The bits of W floats, or of W bfloat16 widened to float32.
 template <int W>
 TRACMOD_INLINE typename Vector<W>::Bits load_bits(const float* from) {
   return *reinterpret_cast<const typename Vector<W>::LooseBits*>(from);
@@ -37,12 +41,13 @@ TRACMOD_INLINE typename Vector<W>::Type load(const T* from) {
   return (typename Vector<W>::Type)load_bits<W>(from);
 }
 
-// sum += both products of a pair of bfloat16 in every lane, for processors that have it. The
-// compiler has no vector type for pairs.
+// sum += a.first * b.first + a.second * b.second for the pair of bfloat16 in every lane, on
+// processors with AVX512-BF16. This is inline assembly because the compiler's vector types cannot
+// express a product of pairs.
 template <class V>
 TRACMOD_INLINE void add_pairs(V& sum, const V& a, const V& b) {
 #if defined(__x86_64__)
-  V in_register = sum;  // the address of `sum` is never taken: sums stay in registers
+  V in_register = sum;  // without this copy the address of `sum` is taken and sums go to memory
   asm("vdpbf16ps %2, %1, %0" : "+v"(in_register) : "v"(a), "v"(b));
   sum = in_register;
 #endif

@@ -1,4 +1,5 @@
-// What every CUDA kernel here shares: reading a value as float32, a batch's lengths, launch checks.
+// Shared by all CUDA kernels: conversion to float32, lengths of the examples of a batch, and checks
+// of launches.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -25,21 +26,22 @@ inline void check_call(const char* op, cudaError_t error) {
   }
 }
 
-// A launch that failed (a sticky error of earlier work included) becomes an exception.
+// Throws if the last launch failed. A sticky error of earlier work is reported here as well.
 inline void check_launch(const char* op) { check_call(op, cudaGetLastError()); }
 
-// Tokens of an example. Lengths on the GPU are not known on the host: a wrong one reads no token
-// and is told by `bad`, which the last kernel turns into NaN.
+// Number of tokens to read of each example. The host cannot check lengths on the GPU without
+// waiting for it, so kernels do: an example with an invalid length has 0 tokens, and the last
+// kernel of an op writes NaN where `invalid` is true.
 struct Lengths {
   const int64_t* values;
   int64_t tokens;
 
-  __device__ bool bad(int64_t example) const {
+  __device__ bool invalid(int64_t example) const {
     return values != nullptr && (values[example] < 0 || values[example] > tokens);
   }
   __device__ int64_t of(int64_t example) const {
     if (values == nullptr) return tokens;
-    return bad(example) ? 0 : values[example];
+    return invalid(example) ? 0 : values[example];
   }
 };
 

@@ -1,17 +1,17 @@
-// The device that launches go to.
+// Selects the device that launches go to.
 #include "cuda/common.cuh"
 
 namespace tracmod::cuda {
 
 DeviceGuard::DeviceGuard(int device) {
-  const cudaError_t got = cudaGetDevice(&before_);
-  const cudaError_t set = got == cudaSuccess ? cudaSetDevice(device) : got;
-  if (set != cudaSuccess) {
+  cudaError_t error = cudaGetDevice(&previous_);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error != cudaSuccess) {
     throw std::runtime_error("cuda:" + std::to_string(device) +
-                             " cannot be used: " + cudaGetErrorString(set));
+                             " cannot be used: " + cudaGetErrorString(error));
   }
 }
 
-DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }
+DeviceGuard::~DeviceGuard() { cudaSetDevice(previous_); }
 
 }  // namespace tracmod::cuda

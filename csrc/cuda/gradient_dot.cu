@@ -1,27 +1,33 @@
-// out[i, j] += <G_i, G'_j>, the gradients of examples i and j of two batches for one layer.
+// out (B1, B2) += inner products of the gradients of two batches for one layer:
+// out[i, j] += <G_i, G'_j>.
 //
-// linear, G = sum_s g_s [x_s, 1]^T, in the cheaper of two forms (cost.h; lengths on the GPU are not
-// known on the host, so padded tokens count):
+// linear: G_i (O, I + bias) = sum_s g_is [x_is, 1]^T. Two forms give the same result; the cheaper
+// one is taken (cost.h). The host does not know lengths on the GPU, so the choice counts padded
+// tokens.
 //
-//   token pairs  sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + 1). sum_token_pairs: a block owns 128 x 128
-//                tokens, which are whole examples if they are shorter, else one pair of examples
-//                tile by tile. The Gram tile of g waits in shared memory for that of x; then a
-//                thread sums an example's part of a row, and a thread a pair's rows. Operations
-//                2 S S' (I + O) a pair, bytes through L2 S S' (I + O) (4 or 2) / 64.
-//   formed       128 x 128 parts of all gradients into scratch, as many as stay in L2 (form_tiles:
-//                a block owns a part of one example), then their inner products (dot_shares: a
-//                block owns 128 x 128 pairs and a share of the numbers), added up over the parts;
-//                add_shares sums the shares in order. Operations 2 (n + n') I O, and 2 B B' I O of
-//                float32, as formed gradients are; bytes through L2 8 (B + B') I O.
+//   token pairs  <G_i, G'_j> = sum_{s,t} <g_is, g'_jt> (<x_is, x'_jt> + 1), by sum_token_pairs.
+//                A block owns a tile of 128 x 128 tokens: several whole examples of each batch if
+//                they are that short, else one pair of examples, tile by tile. The Gram tile of g
+//                is kept in shared memory and multiplied by that of x. Then a thread adds up one
+//                example's part of a row, and a thread the rows of one pair.
+//                Operations per pair: 2 S S' (I + O). Bytes through L2: S S' (I + O) (4 or 2) / 64.
+//   formed       Parts of 128 x 128 numbers of all gradients are formed in scratch, as many at a
+//                time as stay in L2 (form_tiles: a block owns one part of one example). Their inner
+//                products are added up over the parts (dot_shares: a block owns 128 x 128 pairs of
+//                examples and a share of the numbers), and add_shares adds the shares in order.
+//                Operations: 2 (n + n') I O, and 2 B B' I O in float32, because formed gradients
+//                are float32. Bytes through L2: 8 (B + B') I O.
 //
-//   elementwise  G = [sum_s g_s x_s, sum_s g_s] formed into scratch, a thread per feature; then a
-//                block per pair; one read of x and g.
-//   embedding    a block per pair; a warp per token of the first takes the second's tokens with the
-//                same id.
+// elementwise (LayerNorm): G_i (1 + bias, D) = [sum_s g_is x_is, sum_s g_is] is formed in scratch
+// (form_elementwise: a thread owns one feature), then dot_rows takes the inner products (a block
+// owns one pair). Memory is the limit: one read of x and g.
 //
-// On an H200 (4.8 TB/s, 989 TFLOP/s of bfloat16, a sixth of that for float32 in three tf32
-// products) the tensor cores and L2 are the limit of token pairs; L2 and the float32 products
-// that of formed gradients. No GPU has run this file yet. Infinite float32 values make NaN.
+// embedding: sum_equal_ids adds <g_is, g'_jt> over tokens s, t with the same id. A block owns one
+// pair; each of its warps takes a token of the first example and looks through the second.
+//
+// Limits on an H200 (4.8 TB/s, 989 TFLOP/s of bfloat16, a sixth of that for float32 in three tf32
+// products): the tensor cores and L2 for token pairs, L2 and the float32 products for formed
+// gradients. This file has not run on a GPU yet. Infinite float32 values give NaN (mma.cuh).
 #include <algorithm>
 
 #include "cost.h"
@@ -33,14 +39,15 @@ namespace {
 
 constexpr char kOp[] = "gradient_dot";
 constexpr int kThreads = kProductThreads;
-constexpr int kPadded = kSide + 1;  // a column of a Gram tile lies in different banks
-// Every element of a Gram tile or of a gradient drifts the same way, so the sum of their products
-// does: shorter chains than for a single product.
+constexpr int kPadded = kSide + 1;  // puts a column of a Gram tile into different banks
+// The tensor cores round towards zero, so all elements of a Gram tile or of a gradient are slightly
+// too small, and the errors of a sum of their products add up instead of cancelling. Hence chains
+// are shorter here than for a product that is a result by itself.
 constexpr int kShortChain = 64;
 constexpr int kPairBytes = kProductBytes + kSide * kPadded * static_cast<int>(sizeof(float));
 constexpr int64_t kPart128 = int64_t{kSide} * kSide;  // numbers of a formed part
-constexpr int64_t kFormedBytes = int64_t{1} << 25;    // of all examples' parts
-constexpr int64_t kBlocks = 264;                      // that fill a GPU
+constexpr int64_t kFormedBytes = int64_t{1} << 25;    // scratch for the parts of all examples
+constexpr int64_t kBlocks = 264;                      // enough blocks to fill a GPU
 
 struct Batches {
   const void *x1, *g1, *x2, *g2;
@@ -48,7 +55,8 @@ struct Batches {
   int64_t batch1, batch2, in, out;
 };
 
-// The sum over the block's threads, by a tree of fixed shape; valid in thread 0.
+// The sum of `value` over the threads of the block, valid in thread 0. The tree of additions has a
+// fixed shape, so the sum repeats bit by bit.
 __device__ double block_sum(double value) {
   __shared__ double values[kThreads];
   values[threadIdx.x] = value;
@@ -59,13 +67,14 @@ __device__ double block_sum(double value) {
   return values[0];
 }
 
-__device__ void add_pair(double value, bool bad, float* out) {
+// Adds the block's sum to the result of its pair.
+__device__ void add_pair(double value, bool invalid, float* out) {
   const double total = block_sum(value);
-  if (threadIdx.x == 0) *out += bad ? not_a_number() : static_cast<float>(total);
+  if (threadIdx.x == 0) *out += invalid ? not_a_number() : static_cast<float>(total);
 }
 
-// How a batch's tokens lie in tiles of 128: `examples` whole ones of `span` tokens, or one example
-// that takes more than one tile.
+// How the tokens of a batch fill tiles of 128 rows: `examples` whole examples of `span` tokens
+// each; or, if an example has more than 128 tokens, one example that takes several tiles.
 struct Layout {
   int span, examples;
   int64_t tiles;
@@ -77,12 +86,13 @@ Layout layout_of(const Gradients& gradients) {
   return {span, examples, ceil_div(gradients.batch, examples)};
 }
 
-// The rows of a tile: -1 past an example's end.
+// An operand of multiply_rows (product.cuh) whose rows are the tokens of a tile. A row without a
+// token reads as zeros.
 template <class T>
 struct TokenSide {
   const T* first;
   int64_t stride;
-  const int64_t* tokens;  // (128,), in shared memory
+  const int64_t* tokens;  // (128,) token of each row, or -1; in shared memory
   int count;
 
   __device__ const T* base() const { return first; }
@@ -92,17 +102,18 @@ struct TokenSide {
   }
 };
 
-// tokens[row] of the tile with token `begin` of example `example` in its first row.
+// Sets tokens[row] of the tile whose first row is token `begin` of example `first_example`.
 __device__ void find_tokens(const Lengths& lengths, int64_t batch, const Layout& layout,
-                            int64_t example, int64_t begin, int row, int64_t* tokens) {
+                            int64_t first_example, int64_t begin, int row, int64_t* tokens) {
   tokens[row] = -1;
   const int64_t token = begin + (layout.span == 0 ? 0 : row % layout.span);
-  const int64_t mine = example + (layout.span == 0 ? row : row / layout.span);
-  if (row >= layout.examples * layout.span || mine >= batch) return;
-  if (token < lengths.of(mine)) tokens[row] = mine * lengths.tokens + token;
+  const int64_t example = first_example + (layout.span == 0 ? row : row / layout.span);
+  if (row >= layout.examples * layout.span || example >= batch) return;
+  if (token < lengths.of(example)) tokens[row] = example * lengths.tokens + token;
 }
 
-// gram[row][column] *= product + bias; the first time it is written.
+// Computes the products a b^T of a tile of tokens. The first call (for g) stores them in `gram`;
+// the second (for x) multiplies gram[row][column] by product + bias.
 template <class T>
 __device__ void gram_tile(const TokenSide<T>& a, const TokenSide<T>& b, int unit, char* memory,
                           bool first, float bias, float* gram) {
@@ -116,7 +127,7 @@ __device__ void gram_tile(const TokenSide<T>& a, const TokenSide<T>& b, int unit
   });
 }
 
-// The sum of each row over each example's tokens, left in the first column of the example.
+// Sums each row over the columns of each example; the sum replaces the example's first column.
 __device__ void sum_rows(const Layout& layout1, const Layout& layout2, float* gram) {
   for (int at = static_cast<int>(threadIdx.x); at < kSide * layout2.examples; at += kThreads) {
     if (at % kSide >= layout1.examples * layout1.span) continue;
@@ -127,6 +138,8 @@ __device__ void sum_rows(const Layout& layout1, const Layout& layout2, float* gr
   }
 }
 
+// out[i, j] += sum_{s,t} <g_is, g'_jt> (<x_is, x'_jt> + bias); a block owns one tile or, for long
+// examples, all tiles of one pair.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     sum_token_pairs(Batches batches, Layout layout1, Layout layout2, int g_unit, int x_unit,
@@ -143,11 +156,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto side2 = [&](const void* values, int64_t size) {
     return TokenSide<T>{static_cast<const T*>(values), size, tokens2, columns};
   };
-  // Sums of more than one tile are of at most 128 pairs, a thread for each.
-  const bool many1 = batches.lengths1.tokens > kSide, many2 = batches.lengths2.tokens > kSide;
-  const int64_t end1 = many1 ? batches.lengths1.of(i) : layout1.span;
-  const int64_t end2 = many2 ? batches.lengths2.of(j) : layout2.span;
-  const int pairs = layout1.examples * layout2.examples, mine = static_cast<int>(threadIdx.x);
+  // If either batch has long examples, a block has several tiles and at most 128 pairs, so that one
+  // thread per pair can keep its sum in a register.
+  const bool long1 = batches.lengths1.tokens > kSide, long2 = batches.lengths2.tokens > kSide;
+  const int64_t end1 = long1 ? batches.lengths1.of(i) : layout1.span;
+  const int64_t end2 = long2 ? batches.lengths2.of(j) : layout2.span;
+  const int pairs = layout1.examples * layout2.examples, thread = static_cast<int>(threadIdx.x);
   const auto pair_sum = [&](int pair) {
     const int row = pair / layout2.examples * layout1.span;
     const int column = pair % layout2.examples * layout2.span;
@@ -160,10 +174,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   double total = 0.0;
   for (int64_t s = 0; s < end1; s += kSide) {
     for (int64_t t = 0; t < end2; t += kSide) {
-      if (mine < kSide) {
-        find_tokens(batches.lengths1, batches.batch1, layout1, i, s, mine, tokens1);
+      if (thread < kSide) {
+        find_tokens(batches.lengths1, batches.batch1, layout1, i, s, thread, tokens1);
       } else {
-        find_tokens(batches.lengths2, batches.batch2, layout2, j, t, mine - kSide, tokens2);
+        find_tokens(batches.lengths2, batches.batch2, layout2, j, t, thread - kSide, tokens2);
       }
       __syncthreads();
       gram_tile(side1(batches.g1, batches.out), side2(batches.g2, batches.out), g_unit, memory,
@@ -173,24 +187,25 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncthreads();
       sum_rows(layout1, layout2, gram);
       __syncthreads();
-      if (many1 || many2) {
-        if (mine < pairs) total += pair_sum(mine);
-        __syncthreads();  // the tile has been read
+      if (long1 || long2) {
+        if (thread < pairs) total += pair_sum(thread);
+        __syncthreads();  // the next tile overwrites `gram`
       }
     }
   }
-  for (int pair = mine; pair < pairs; pair += kThreads) {
+  for (int pair = thread; pair < pairs; pair += kThreads) {
     const int64_t row = i + pair / layout2.examples, column = j + pair % layout2.examples;
     if (row >= batches.batch1 || column >= batches.batch2) continue;
-    const bool some = end1 > 0 && end2 > 0;
-    const double sum = many1 || many2 ? total : some ? pair_sum(pair) : 0.0;
-    const bool bad = batches.lengths1.bad(row) || batches.lengths2.bad(column);
-    out[row * batches.batch2 + column] += bad ? not_a_number() : static_cast<float>(sum);
+    const bool has_tokens = end1 > 0 && end2 > 0;  // else `gram` was never written
+    const double sum = long1 || long2 ? total : has_tokens ? pair_sum(pair) : 0.0;
+    const bool invalid = batches.lengths1.invalid(row) || batches.lengths2.invalid(column);
+    out[row * batches.batch2 + column] += invalid ? not_a_number() : static_cast<float>(sum);
   }
 }
 
-// Parts [part, part + parts) of each example's gradient: formed (B, parts, 128, 128), zeros past O
-// and I. Part p is rows 128 (p / columns) and columns 128 (p % columns).
+// formed (B, parts, 128, 128) = parts [part, part + parts) of each example's gradient, zeros past O
+// and I. Part p has rows from 128 (p / columns) and columns from 128 (p % columns); a block owns
+// one part of one example.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     form_tiles(const T* x, const T* g, Lengths lengths, int64_t in, int64_t out, int unit,
@@ -212,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
-// The gradient of the bias, (B, O).
+// sums (B, O) = the gradients of the bias; a thread owns one number.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sum_tokens(const T* g, Lengths lengths, int64_t out, float* sums) {
@@ -224,16 +239,18 @@ __global__ void __launch_bounds__(kThreads)
   sums[b * out + o] = sum;
 }
 
-// Inner products of rows of `depth` numbers, a share of them a block: products (shares, B1, B2).
+// Inner products of the rows of first (B1, depth) and second (B2, depth). The depth is divided into
+// shares, so that few pairs can still fill the GPU.
 struct Products {
   const float *first, *second;
   int64_t batch1, batch2, depth;
   int unit;
   int64_t shares;
-  bool fresh;  // the products are written, not added to
-  double* to;
+  bool overwrite;  // write the products instead of adding to them
+  double* to;      // (shares, B1, B2)
 };
 
+// A block owns a tile of 128 x 128 pairs and one share of the depth.
 __global__ void __launch_bounds__(kThreads, 1) dot_shares(Products job) {
   char* memory = dynamic_shared();
   const int64_t tiles2 = ceil_div(job.batch2, kSide), share = blockIdx.y;
@@ -251,10 +268,11 @@ __global__ void __launch_bounds__(kThreads, 1) dot_shares(Products job) {
     const int64_t row = i + tile_row_of(m, k), column = j + tile_column_of(n, k);
     if (row >= job.batch1 || column >= job.batch2) return;
     double& to = job.to[(share * job.batch1 + row) * job.batch2 + column];
-    to = (job.fresh ? 0.0 : to) + static_cast<double>(total[m][n][k]);
+    to = (job.overwrite ? 0.0 : to) + static_cast<double>(total[m][n][k]);
   });
 }
 
+// out += the sum of the shares, in order; a thread owns one pair.
 __global__ void __launch_bounds__(kThreads)
     add_shares(Batches batches, const double* products, int64_t shares, float* out) {
   const int64_t pairs = batches.batch1 * batches.batch2;
@@ -262,12 +280,13 @@ __global__ void __launch_bounds__(kThreads)
   if (pair >= pairs) return;
   double sum = 0.0;
   for (int64_t share = 0; share < shares; ++share) sum += products[share * pairs + pair];
-  const bool bad =
-      batches.lengths1.bad(pair / batches.batch2) || batches.lengths2.bad(pair % batches.batch2);
-  out[pair] += bad ? not_a_number() : static_cast<float>(sum);
+  const bool invalid = batches.lengths1.invalid(pair / batches.batch2) ||
+                       batches.lengths2.invalid(pair % batches.batch2);
+  out[pair] += invalid ? not_a_number() : static_cast<float>(sum);
 }
 
-// sums (B, rows, D): weight gradients, and bias gradients behind them.
+// sums (B, rows, D) = the weight gradients and, with a bias, the bias gradients behind them; a
+// thread owns one feature of one example.
 template <class T>
 __global__ void form_elementwise(const T* x, const T* g, Lengths lengths, int64_t size, int rows,
                                  float* sums) {
@@ -284,6 +303,7 @@ __global__ void form_elementwise(const T* x, const T* g, Lengths lengths, int64_
   if (rows == 2) sums[(b * rows + 1) * size + d] = shift;
 }
 
+// out[i, j] += <sums1[i], sums2[j]>; a block owns one pair.
 __global__ void __launch_bounds__(kThreads)
     dot_rows(Batches batches, const float* sums1, const float* sums2, int64_t width, float* out) {
   const int64_t i = blockIdx.x / batches.batch2, j = blockIdx.x % batches.batch2;
@@ -291,9 +311,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t d = threadIdx.x; d < width; d += kThreads) {
     total += static_cast<double>(sums1[i * width + d]) * static_cast<double>(sums2[j * width + d]);
   }
-  add_pair(total, batches.lengths1.bad(i) || batches.lengths2.bad(j), out + blockIdx.x);
+  add_pair(total, batches.lengths1.invalid(i) || batches.lengths2.invalid(j), out + blockIdx.x);
 }
 
+// out[i, j] += sum of <g_is, g'_jt> over tokens with the same id; a block owns one pair, a warp
+// every eighth token of the first example.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_equal_ids(Batches batches, float* out) {
   constexpr int kWarp = 32;
@@ -314,8 +336,10 @@ __global__ void __launch_bounds__(kThreads) sum_equal_ids(Batches batches, float
       total += static_cast<double>(sum);
     }
   }
-  add_pair(total, batches.lengths1.bad(i) || batches.lengths2.bad(j), out + blockIdx.x);
+  add_pair(total, batches.lengths1.invalid(i) || batches.lengths2.invalid(j), out + blockIdx.x);
 }
+
+// Launchers.
 
 template <class T>
 void form(const Gradients& gradients, int rows, float* sums, cudaStream_t stream) {
@@ -340,9 +364,9 @@ void run_token_pairs(const Gradients& first, const Gradients& second, const Batc
   check_launch(kOp);
 }
 
-// Scratch of the formed gradients.
+// Scratch of the formed path.
 struct Formed {
-  int64_t parts, all_parts;  // at a time, and of a gradient
+  int64_t parts, all_parts;  // parts that are in scratch at a time, and parts of a gradient
   int64_t shares;
   float *first, *second;            // (B, parts, 128, 128)
   float *bias_first, *bias_second;  // (B, O)
@@ -388,12 +412,12 @@ void form_bias(const Gradients& gradients, float* sums, cudaStream_t stream) {
 }
 
 void add_products(const Formed& plan, const Batches& batches, const float* first,
-                  const float* second, int64_t depth, bool fresh, cudaStream_t stream) {
+                  const float* second, int64_t depth, bool overwrite, cudaStream_t stream) {
   const int64_t tiles = ceil_div(batches.batch1, kSide) * ceil_div(batches.batch2, kSide);
   const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(plan.shares));
-  const Products job{first,          second, batches.batch1,
-                     batches.batch2, depth,  copy_unit<float>(depth, {first, second}),
-                     plan.shares,    fresh,  plan.products};
+  const Products job{first,          second,    batches.batch1,
+                     batches.batch2, depth,     copy_unit<float>(depth, {first, second}),
+                     plan.shares,    overwrite, plan.products};
   dot_shares<<<blocks, kThreads, kProductBytes, stream>>>(job);
   check_launch(kOp);
 }
@@ -421,7 +445,7 @@ void run_formed(const Gradients& first, const Gradients& second, const Batches& 
   check_launch(kOp);
 }
 
-bool by_token_pairs(const Gradients& first, const Gradients& second) {
+bool uses_token_pairs(const Gradients& first, const Gradients& second) {
   return token_pairs_are_cheaper(first.batch * first.tokens, second.batch * second.tokens,
                                  first.batch, second.batch, first.in, first.out, 1);
 }
@@ -450,7 +474,7 @@ void dispatch(const Gradients& first, const Gradients& second, Layer layer, bool
     const auto pairs = static_cast<unsigned>(first.batch * second.batch);
     sum_equal_ids<T><<<pairs, kThreads, 0, stream>>>(batches, out);
     check_launch(kOp);
-  } else if (by_token_pairs(first, second)) {
+  } else if (uses_token_pairs(first, second)) {
     run_token_pairs<T>(first, second, batches, bias, out, stream);
   } else {
     Scratch scratch(memory);
@@ -466,7 +490,7 @@ size_t gradient_dot_scratch(const Gradients& first, const Gradients& second, Lay
   Scratch scratch;
   if (layer == Layer::elementwise) {
     scratch.take<float>((first.batch + second.batch) * first.in * (bias ? 2 : 1));
-  } else if (layer == Layer::linear && !by_token_pairs(first, second)) {
+  } else if (layer == Layer::linear && !uses_token_pairs(first, second)) {
     plan_formed(scratch, first, second, bias);
   }
   return scratch.bytes();

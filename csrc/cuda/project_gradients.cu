@@ -1,29 +1,39 @@
-// out[b] += sum_j vec(R_out_j G_bj R_in^T),  G_bj = sum_s g_js [x_s, 1]^T, over the layers j that
-// read the same x. Linear layers take one launch of project_tiles (project.cuh): P = x R_in^T and
-// Q = sum_j g_j R_out_j^T, tokens x 64, float32, stay on the chip; then out[b] += Q_b^T P_b.
+// Projected per-example gradients of a layer, added to the feature rows out (B, stride):
 //
-// A block owns 64 x 64 numbers of the grids of as many examples as have room in 128 tokens, or of
-// one longer example, 128 tokens after the other: one writer for each number, no atomics. Sums run
-// over 16, 64, then all tokens of an example alone: no other token, tile or padding changes a bit.
-// Few long examples would leave multiprocessors idle: there a block owns one tile, stores its sums
-// of 64 tokens, and add_sums_in_order adds them in the same order. Padding is not read, and not
-// multiplied where 16 rows have no token.
+//   out[b] += sum_j vec(R_out_j G_bj R_in^T),   G_bj = sum_s g_bjs [x_bs, 1]^T  (O_j, I + bias),
 //
-// Bytes: x and every g once per 64 x 64 of the grid, B S (I + sum O) times 2 or 4, and the grid
-// twice, 8 k_out k_in an example (what short examples cost). Operations: 2 B S (k (I + sum O) +
-// k_out k_in) on the tensor cores: +-1 is exact in bfloat16, so a bfloat16 value takes one product
-// and a float32 three, its 24 bits in three parts; Q^T P is three products of tf32.
-// Limit, H200 (4.8 TB/s, 989 TFLOP/s): at k = 64 a byte of bfloat16 takes 64 operations, 0.3 of
-// what the tensor cores do meanwhile, 0.6 if mma.sync runs at half their rate: the read of x and g.
-// The instructions (some 300 a warp for 2 KB, of which 128 make signs) need nearly as long; in
-// float32 the three products do. Counted in the SASS: no GPU has run it yet.
+// summed over the layers j that read the same x.
 //
-// identity: add_exact, straight from g and [x, 1]; a block owns 64 x 64 of the gradient.
+// Linear layers take one launch of project_tiles (project.cuh), which never forms G:
+// P = [x, 1] R_in^T and Q = sum_j g_j R_out_j^T, each (tokens, 64) in float32, stay on the chip,
+// then out[b] += Q_b^T P_b.
 //
-// LayerNorm (elementwise): sum_elementwise makes v and u into scratch, a thread per feature; sketch
-// adds them into the grid. Embedding: sketch reads the tokens. A block of sketch owns one example's
-// grid, a thread the positions that equal its number modulo 256: it looks at every element and adds
-// its own, in order. Operations 256 per element: the integer units are the limit.
+//   Block: 64 x 64 features of as many examples as fit into 128 tokens, or of one longer example,
+//   128 tokens at a time. Each feature has one writer, so there are no atomics. Sums run over 16,
+//   then 64, then all tokens of one example; no other example, tile boundary or padding changes a
+//   bit. If few long examples would leave multiprocessors idle, a block owns only one tile and
+//   stores its sums of 64 tokens, and add_sums_in_order adds them in the same order. Padding is not
+//   read, and not multiplied where 16 rows have no token.
+//
+//   Bytes: x and every g once per 64 x 64 features, B S (I + sum O) (2 or 4), and the features are
+//   read and written, 8 k_out k_in per example, which dominates for short examples.
+//   Operations: 2 B S (k (I + sum O) + k_out k_in) on the tensor cores. +-1 is exact in bfloat16,
+//   so a bfloat16 value takes one product; a float32 takes three, its 24 bits in three parts. Q^T P
+//   takes three products in tf32.
+//   Limit on an H200 (4.8 TB/s, 989 TFLOP/s): the read of x and g. At k = 64 a byte of bfloat16
+//   takes 64 operations, 0.3 of what the tensor cores can do in the time of its read, or 0.6 if
+//   mma.sync reaches half their rate. Issuing the instructions takes nearly as long as the read
+//   (about 300 per warp for 2 KB, of which 128 unpack signs); for float32 the three products do.
+//   These figures are counted in the SASS; this file has not run on a GPU yet.
+//
+// identity: add_exact forms the gradient directly from g and [x, 1]; a block owns 64 x 64 of it.
+//
+// LayerNorm (elementwise): sum_elementwise forms v = sum_s g_s x_s and u = sum_s g_s in scratch (a
+// thread owns one feature), and sketch adds them to the features as a count sketch (random.h).
+// Embedding: sketch reads the tokens directly. A block of sketch owns the buckets of one example; a
+// thread owns the buckets that equal its number modulo 256, looks at every element and adds its
+// own, in order. That costs 256 comparisons per element, so the integer units are the limit; it is
+// the price of sums that repeat bit by bit without float atomics.
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -41,14 +51,15 @@ using namespace fused;
 constexpr char kOp[] = "project_gradients";
 constexpr int kThreads = 256;
 
-// The two factors of a feature row: (B, S, m_width) and (B, S, n_width); columns from n_width to
-// n_count are ones.
+// The two factors of a gradient: m (B, S, m_width) and n (B, S, n_width). Column n_width of n, if
+// below n_count, is a column of ones.
 template <class T>
 struct Factors {
   const T *m, *n;
   int64_t m_width, n_width, n_count;
 };
 
+// out[b] += the gradient of example b itself; a block owns 64 x 64 numbers of it.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads)
     add_exact(Factors<T> factors, Lengths lengths, float* out, int64_t stride) {
@@ -56,8 +67,8 @@ __global__ void __launch_bounds__(kTileThreads)
   const int64_t b = blockIdx.x, tokens = lengths.of(b);
   const int64_t n = static_cast<int64_t>(blockIdx.y) * kTile;
   const int64_t m = static_cast<int64_t>(blockIdx.z) * kTile;
-  const bool bad = lengths.bad(b);
-  if (tokens == 0 && !bad) return;
+  const bool invalid = lengths.invalid(b);
+  if (tokens == 0 && !invalid) return;
   const MatrixColumns<T> rows{factors.m + b * lengths.tokens * factors.m_width, factors.m_width, m,
                               factors.m_width};
   const MatrixColumns<T> columns{factors.n + b * lengths.tokens * factors.n_width, factors.n_width,
@@ -68,13 +79,13 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int j = 0; j < kPerThread; ++j) {
       const int64_t row = m + tile_row(i), column = n + tile_column(j);
       if (row >= factors.m_width || column >= factors.n_count) continue;
-      const float value = bad ? not_a_number() : sum[i][j];
+      const float value = invalid ? not_a_number() : sum[i][j];
       out[b * stride + row * factors.n_count + column] += value;
     }
   }
 }
 
-// sums (B, 2, D) = [v, u].
+// sums (B, 2, D) = [v, u]; a thread owns one feature of one example.
 template <class T>
 __global__ void sum_elementwise(const T* x, const T* g, int64_t size, Lengths lengths,
                                 float* sums) {
@@ -87,26 +98,30 @@ __global__ void sum_elementwise(const T* x, const T* g, int64_t size, Lengths le
     weight += value * to_float(x[at]);
     shift += value;
   }
-  const float bad = lengths.bad(b) ? not_a_number() : 0.0f;
-  sums[2 * b * size + d] = weight + bad;
-  sums[(2 * b + 1) * size + d] = shift + bad;
+  const float invalid = lengths.invalid(b) ? not_a_number() : 0.0f;
+  sums[2 * b * size + d] = weight + invalid;
+  sums[(2 * b + 1) * size + d] = shift + invalid;
 }
 
+// out[b] += sums[b] (kind identity); a thread owns one number.
 __global__ void add_sums(const float* sums, int64_t sums_stride, int64_t count, float* out,
                          int64_t stride) {
   const int64_t b = blockIdx.x, at = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
   if (at < count) out[b * stride + at] += sums[b * sums_stride + at];
 }
 
-// The elements of an example's gradient: `rows` rows of `size` values; row r is hashed as id[r], or
-// as r itself.
+// The elements of an example's gradient: `rows` rows of `size` values. Row r is hashed as ids[r],
+// or as r if ids is null; the rows of the next example start rows_stride rows later.
 template <class T>
 struct Elements {
   const T* values;
   const int64_t* ids;
-  int64_t rows_stride, rows, size;  // rows_stride: rows of an example that are stored
+  int64_t rows_stride, rows, size;
 };
 
+// out[b] += count sketch of the elements of example b; a block owns one example. 256 elements at a
+// time, each thread hashes one element; then each thread goes through all 256 in order and adds
+// those whose bucket it owns.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sketch(Elements<T> elements, Lengths lengths, uint64_t stream, int64_t grid, float* out,
@@ -114,97 +129,36 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ int64_t positions[kThreads];
   __shared__ float values[kThreads];
   const int64_t b = blockIdx.x;
-  const int mine = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x);
   float* row = out + b * stride;
-  if (lengths.bad(b)) {
-    for (int64_t at = mine; at < grid; at += kThreads) row[at] = not_a_number();
+  if (lengths.invalid(b)) {
+    for (int64_t at = thread; at < grid; at += kThreads) row[at] = not_a_number();
     return;
   }
   const int64_t rows = elements.ids == nullptr ? elements.rows : lengths.of(b);
   const int64_t count = lengths.of(b) == 0 ? 0 : rows * elements.size;
   for (int64_t begin = 0; begin < count; begin += kThreads) {
-    const int64_t at = begin + mine;
+    const int64_t at = begin + thread;
     if (at < count) {
       const int64_t r = b * elements.rows_stride + at / elements.size, d = at % elements.size;
       const int64_t id = elements.ids == nullptr ? at / elements.size : elements.ids[r];
       const uint64_t hash = element_hash(stream, id, d);
-      positions[mine] = position_of(hash, grid);
-      values[mine] = sign_of(hash) * to_float(elements.values[r * elements.size + d]);
+      positions[thread] = position_of(hash, grid);
+      values[thread] = sign_of(hash) * to_float(elements.values[r * elements.size + d]);
     } else {
-      positions[mine] = -1;  // no thread's
+      positions[thread] = -1;  // owned by no thread
     }
     __syncthreads();
     for (int i = 0; i < kThreads; ++i) {
       const int64_t position = positions[i];
-      if (position >= 0 && position % kThreads == mine) row[position] += values[i];
+      if (position >= 0 && position % kThreads == thread) row[position] += values[i];
     }
     __syncthreads();
   }
 }
 
-constexpr int kBlocksWanted = 264;  // two for every multiprocessor of an H200
-
-constexpr int64_t kMostSums = int64_t{1} << 24;
-
-// Blocks that leave multiprocessors idle, each with several tiles to do, become a block a tile:
-// numbers of scratch for their sums, 0 where they do not.
-int64_t sums_wanted(const Gradients& gradients, const Projection& projection) {
-  if (projection.layer != Layer::linear || projection.kind == Kind::identity) return 0;
-  const int64_t parts = ceil_div(projection.k_out, kRows) * ceil_div(projection.k_in, kRows);
-  if (gradients.tokens <= kTileTokens || gradients.batch * parts >= kBlocksWanted) return 0;
-  const int64_t sums =
-      gradients.batch * ceil_div(gradients.tokens, kSumTokens) * projection.k_out * projection.k_in;
-  return sums <= kMostSums ? sums : 0;
-}
-
-int small(int64_t size, const char* of) {
-  if (size > INT_MAX) {
-    throw std::invalid_argument(std::string(kOp) + ": " + of + ": expected a size of at most " +
-                                std::to_string(INT_MAX) + ", got " + std::to_string(size));
-  }
-  return static_cast<int>(size);
-}
-
-Source source_of(const void* rows, int64_t size, const int64_t* columns, uint64_t stream,
-                 DType dtype) {
-  const int64_t bytes = size * (dtype == DType::bfloat16 ? 2 : 4);
-  const bool aligned = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && bytes % 16 == 0;
-  return {rows, small(size, "x and g"), columns, stream, aligned};
-}
-
-// Whole examples share a tile when they fit: as many as leave enough blocks for the GPU.
-Job job_of(const Gradients& gradients, const Projection& projection, float* sums, float* out,
-           int64_t stride) {
-  const int tokens = std::max(1, small(gradients.tokens, "x"));
-  Job job{};
-  job.sources[0] = source_of(gradients.x, gradients.in, projection.input_columns,
-                             stream_of(projection.seed, projection.input_key), gradients.dtype);
-  for (int j = 0; j < projection.outputs; ++j) {
-    const Output& output = projection.output[j];
-    job.sources[1 + j] = source_of(output.g, output.size, output.columns,
-                                   stream_of(projection.seed, output.key), gradients.dtype);
-  }
-  job.count = 1 + projection.outputs;
-  job.bias = projection.bias;
-  job.lengths = lengths_of(gradients);
-  job.batch = small(gradients.batch, "x");
-  job.span = std::min(tokens, kTileTokens);
-  const int wanted = static_cast<int>(ceil_div(job.batch, kBlocksWanted));
-  job.examples = std::max(1, std::min(kTileTokens / tokens, wanted));
-  job.tiles = sums == nullptr ? 1 : static_cast<int>(ceil_div(tokens, job.span));
-  job.k_out = small(projection.k_out, "k_out");
-  job.k_in = small(projection.k_in, "k_in");
-  job.out_blocks = static_cast<int>(ceil_div(job.k_out, kRows));
-  job.in_blocks = static_cast<int>(ceil_div(job.k_in, kRows));
-  const double rows = static_cast<double>(job.k_out) * static_cast<double>(job.k_in);
-  job.scale = projection.kind == Kind::rademacher ? static_cast<float>(1 / std::sqrt(rows)) : 0.25f;
-  job.out = out;
-  job.stride = stride;
-  job.sums = sums;
-  return job;
-}
-
-// What project_tiles does itself where one block has all tiles of an example, in the same order.
+// Adds the sums of 64 tokens of each example in the order in which project_tiles adds them if one
+// block owns all tiles of an example. A thread owns one feature.
 __global__ void add_sums_in_order(const __grid_constant__ Job job) {
   const int64_t b = blockIdx.x, size = static_cast<int64_t>(job.k_out) * job.k_in;
   const int64_t at = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
@@ -217,12 +171,81 @@ __global__ void add_sums_in_order(const __grid_constant__ Job job) {
   job.out[b * job.stride + at] = value;
 }
 
+// Launchers.
+
+constexpr int kBlocksWanted = 264;  // two for every multiprocessor of an H200
+
+constexpr int64_t kMaxSums = int64_t{1} << 24;  // numbers of scratch
+
+// If there are fewer blocks than multiprocessors want, and each has several tiles to do, every tile
+// becomes a block. Returns the numbers of scratch for the sums of 64 tokens, or 0 if that is not
+// so.
+int64_t sums_wanted(const Gradients& gradients, const Projection& projection) {
+  if (projection.layer != Layer::linear || projection.kind == Kind::identity) return 0;
+  const int64_t parts = ceil_div(projection.k_out, kRows) * ceil_div(projection.k_in, kRows);
+  if (gradients.tokens <= kTileTokens || gradients.batch * parts >= kBlocksWanted) return 0;
+  const int64_t sums =
+      gradients.batch * ceil_div(gradients.tokens, kSumTokens) * projection.k_out * projection.k_in;
+  return sums <= kMaxSums ? sums : 0;
+}
+
+// The kernels use 32-bit sizes, which keeps their registers within 128 per thread.
+int checked_int(int64_t size, const char* argument) {
+  if (size > INT_MAX) {
+    throw std::invalid_argument(std::string(kOp) + ": " + argument +
+                                ": expected a size of at most " + std::to_string(INT_MAX) +
+                                ", got " + std::to_string(size));
+  }
+  return static_cast<int>(size);
+}
+
+Source source_of(const void* rows, int64_t size, const int64_t* columns, uint64_t stream,
+                 DType dtype) {
+  const int64_t bytes = size * (dtype == DType::bfloat16 ? 2 : 4);
+  const bool aligned = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && bytes % 16 == 0;
+  return {rows, checked_int(size, "x and g"), columns, stream, aligned};
+}
+
+// Several whole examples share a tile if they fit, but only as many as leave enough blocks to fill
+// the GPU.
+Job job_of(const Gradients& gradients, const Projection& projection, float* sums, float* out,
+           int64_t stride) {
+  const int tokens = std::max(1, checked_int(gradients.tokens, "x"));
+  Job job{};
+  job.sources[0] = source_of(gradients.x, gradients.in, projection.input_columns,
+                             stream_of(projection.seed, projection.input_key), gradients.dtype);
+  for (int j = 0; j < projection.outputs; ++j) {
+    const Output& output = projection.output[j];
+    job.sources[1 + j] = source_of(output.g, output.size, output.columns,
+                                   stream_of(projection.seed, output.key), gradients.dtype);
+  }
+  job.count = 1 + projection.outputs;
+  job.bias = projection.bias;
+  job.lengths = lengths_of(gradients);
+  job.batch = checked_int(gradients.batch, "x");
+  job.span = std::min(tokens, kTileTokens);
+  const int wanted = static_cast<int>(ceil_div(job.batch, kBlocksWanted));
+  job.examples = std::max(1, std::min(kTileTokens / tokens, wanted));
+  job.tiles = sums == nullptr ? 1 : static_cast<int>(ceil_div(tokens, job.span));
+  job.k_out = checked_int(projection.k_out, "k_out");
+  job.k_in = checked_int(projection.k_in, "k_in");
+  job.out_blocks = static_cast<int>(ceil_div(job.k_out, kRows));
+  job.in_blocks = static_cast<int>(ceil_div(job.k_in, kRows));
+  const double rows = static_cast<double>(job.k_out) * static_cast<double>(job.k_in);
+  // 0.25 makes up for the entries +-2 of sjlt (kUnit) on both sides.
+  job.scale = projection.kind == Kind::rademacher ? static_cast<float>(1 / std::sqrt(rows)) : 0.25f;
+  job.out = out;
+  job.stride = stride;
+  job.sums = sums;
+  return job;
+}
+
 template <class T, Kind kind>
 void launch_tiles(const Job& job, cudaStream_t stream) {
   const int warps = static_cast<int>(ceil_div(job.examples * job.span, kWarpTokens));
   const size_t bytes = shared_bytes<kind>(warps);
   const int64_t tiles = ceil_div(job.batch, job.examples) * job.tiles;
-  const int blocks = small(tiles * job.out_blocks * job.in_blocks, "the number of blocks");
+  const int blocks = checked_int(tiles * job.out_blocks * job.in_blocks, "the number of blocks");
   cudaFuncSetAttribute(project_tiles<T, kind>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        static_cast<int>(bytes));
   project_tiles<T, kind><<<blocks, 32 * warps, bytes, stream>>>(job);
@@ -304,7 +327,7 @@ void project(const Gradients& gradients, const Projection& projection, float* su
   }
 }
 
-// (B, 2, D), what LayerNorm's gradients are summed into, or a linear layer's sums of 64 tokens.
+// Scratch: (B, 2, D) for the gradients of LayerNorm, or the sums of 64 tokens of a linear layer.
 float* take_sums(Scratch& scratch, const Gradients& gradients, const Projection& projection) {
   const int64_t count = projection.layer == Layer::elementwise ? 2 * gradients.batch * gradients.in
                                                                : sums_wanted(gradients, projection);

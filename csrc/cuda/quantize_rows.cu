@@ -1,13 +1,18 @@
-// scale[n] = max_k |x[n, k]| / 127,  code[n, k] = x[n, k] * (127 / max_k |x[n, k]|) rounded to an
-// integer, ties to even: the bits of the CPU's.
+// Quantizes every row to 8-bit codes and one scale, with the same bits as the CPU:
 //
-// A block owns a row at a time: as many threads as the row has vectors of 16 bytes, 256 at most. It
-// reads the row twice, the second time from the caches: 2048 threads of an SM have 128 KiB of rows
-// in hand if those are 4096 float32. Rows that do not begin at 16 bytes go a number at a time.
+//   scale (N,)    scale[n] = max_k |x[n, k]| / 127
+//   codes (N, K)  code[n, k] = round(x[n, k] * (127 / max_k |x[n, k]|)), ties to even
+//
+// A block owns one row at a time. It has as many threads as the row has vectors of 16 bytes, at
+// most 256, and reads the row twice, the second time from the caches: the 2048 threads of a
+// multiprocessor work on 128 KiB of rows if a row has 4096 float32. Rows that are not aligned to 16
+// bytes are read one number at a time.
 //
 // Bytes: the rows once, N K (4 or 2), and N K of codes. Operations: 4 N K, so memory is the limit.
-// Divisions are correctly rounded and denormals kept, as nvcc has it unless told otherwise; there
-// is no sum that a product could be contracted with. No GPU has run this yet.
+//
+// Same bits as the CPU: without options nvcc rounds divisions correctly and keeps denormals, and
+// there is no sum here into which a product could be contracted. This file has not run on a GPU
+// yet.
 #include <algorithm>
 
 #include "cuda/common.cuh"
@@ -17,28 +22,29 @@ namespace tracmod::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int64_t kMostThreads = 256;
-constexpr int64_t kMostBlocks = int64_t{1} << 20;
+constexpr int64_t kMaxThreads = 256;
+constexpr int64_t kMaxBlocks = int64_t{1} << 20;
 
-// V numbers that are read or written at once.
+// V numbers that are read or written by one instruction.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T at[V];
 };
 
-// The largest of all threads' values.
+// The largest value of all threads of the block, in every thread.
 __device__ unsigned block_max(unsigned value) {
-  __shared__ unsigned of_warp[kMostThreads / kWarp];
+  __shared__ unsigned warp_max[kMaxThreads / kWarp];
   const auto take = [&](unsigned other) { value = other > value ? other : value; };
   for (int lane = kWarp / 2; lane > 0; lane /= 2) take(__shfl_xor_sync(0xffffffffu, value, lane));
-  __syncthreads();  // the row before has been read
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+  __syncthreads();  // all threads have read warp_max of the previous row
+  if (threadIdx.x % kWarp == 0) warp_max[threadIdx.x / kWarp] = value;
   __syncthreads();
-  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) take(of_warp[warp]);
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) take(warp_max[warp]);
   return value;
 }
 
-// Bits without the sign: their largest is the largest magnitude, with NaN above infinity.
+// The largest magnitude of a row as bits. Bits without the sign order like magnitudes, with NaN
+// above infinity, so that neither is lost.
 template <class T, int V>
 __device__ unsigned largest_bits(const Pack<T, V>* row, int64_t packs) {
   unsigned largest = 0;
@@ -52,19 +58,21 @@ __device__ unsigned largest_bits(const Pack<T, V>* row, int64_t packs) {
   return block_max(largest);
 }
 
+// A row has `packs` packs of V numbers; a block owns every gridDim.x-th row.
 template <class T, int V>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMaxThreads)
     quantize(const Pack<T, V>* rows, int64_t count, int64_t packs, Pack<int8_t, V>* codes,
              float* scales) {
   for (int64_t n = blockIdx.x; n < count; n += gridDim.x) {
     const Pack<T, V>* row = rows + n * packs;
-    const RowScale found = row_scale(__uint_as_float(largest_bits(row, packs)));
-    if (threadIdx.x == 0) scales[n] = found.scale;
+    const RowScale scaling = row_scale(__uint_as_float(largest_bits(row, packs)));
+    if (threadIdx.x == 0) scales[n] = scaling.scale;
     for (int64_t i = threadIdx.x; i < packs; i += blockDim.x) {
       const Pack<T, V> numbers = row[i];
       Pack<int8_t, V> result{};
-      for (int v = 0; v < V && found.factor != 0.0f; ++v) {
-        result.at[v] = static_cast<int8_t>(__float2int_rn(to_float(numbers.at[v]) * found.factor));
+      for (int v = 0; v < V && scaling.factor != 0.0f; ++v) {
+        const float code = to_float(numbers.at[v]) * scaling.factor;
+        result.at[v] = static_cast<int8_t>(__float2int_rn(code));
       }
       codes[n * packs + i] = result;
     }
@@ -74,8 +82,8 @@ __global__ void __launch_bounds__(kMostThreads)
 template <class T, int V>
 void launch(const Quantization& job, cudaStream_t stream) {
   const int64_t packs = job.width / V, warps = std::max<int64_t>(1, ceil_div(packs, kWarp));
-  const auto threads = static_cast<unsigned>(std::min(kMostThreads, kWarp * warps));
-  const auto blocks = static_cast<unsigned>(std::min(job.count, kMostBlocks));
+  const auto threads = static_cast<unsigned>(std::min(kMaxThreads, kWarp * warps));
+  const auto blocks = static_cast<unsigned>(std::min(job.count, kMaxBlocks));
   quantize<T, V>
       <<<blocks, threads, 0, stream>>>(static_cast<const Pack<T, V>*>(job.rows), job.count, packs,
                                        reinterpret_cast<Pack<int8_t, V>*>(job.codes), job.scales);

@@ -1,9 +1,18 @@
-// A 64 x 64 tile of a product, C[m][n] = sum_d a(m, d) b(n, d), by one block of 256 threads: each
-// thread owns 4 x 4 elements, the operands pass through shared memory 16 steps of d at a time.
+// A 64 x 64 tile of a product in plain float32,
 //
-// Operands are functions of (row, d), so that a kernel says what it reads (memory, a projection's
-// entries, a column of ones) and nothing else; they return 0 outside their bounds. Float32 sums of
-// 256 steps, added up in float32: the order depends on the depth alone.
+//   C[m][n] = sum_d a(m, d) b(n, d),   m, n < 64,
+//
+// computed by one block of 256 threads without tensor cores. A thread owns 4 x 4 elements; the
+// operands go through shared memory, 16 values of d at a time. Only the exact gradients of kind
+// identity use it (project_gradients.cu).
+//
+// Bytes and operations: a thread reads 8 floats from shared memory for 16 multiply-adds, and a
+// multiprocessor can start fewer reads than multiply-adds, so shared memory is the limit. Device
+// memory is read once per tile.
+//
+// Operands are functions of (row, d) that return 0 outside of their bounds, so that a kernel only
+// states where its values come from. Sums are float32 in blocks of 256 values of d, which are added
+// up in float32; the order depends on the depth alone.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -15,16 +24,19 @@ constexpr int kDepth = 16;
 constexpr int kTileThreads = 256;
 constexpr int kPerThread = 4;
 
+// The extra column puts the elements of a column into different banks of shared memory.
 struct TileMemory {
   float a[kDepth][kTile + 1];
   float b[kDepth][kTile + 1];
 };
 
-// The element of a tile that this thread owns at (i, j), both below 4.
+// Row and column, in the tile, of this thread's element (i, j), i and j below 4. Neighbouring
+// threads own neighbouring columns.
 __device__ inline int tile_row(int i) { return static_cast<int>(threadIdx.x) / 16 + 16 * i; }
 __device__ inline int tile_column(int j) { return static_cast<int>(threadIdx.x) % 16 + 16 * j; }
 
-// Neighbouring threads read neighbouring addresses: along d, or along rows.
+// Copies 64 rows x 16 values of d of an operand to shared memory. Neighbouring threads read
+// neighbouring addresses, which for some operands lie along d and for others along the rows.
 template <class Operand>
 __device__ void load_tile(const Operand& operand, int64_t begin, int64_t depth,
                           float (&to)[kDepth][kTile + 1]) {
@@ -35,6 +47,7 @@ __device__ void load_tile(const Operand& operand, int64_t begin, int64_t depth,
   }
 }
 
+// total = this thread's elements of the tile.
 template <class A, class B>
 __device__ void multiply_tile(const A& a, const B& b, int64_t depth, TileMemory& memory,
                               float (&total)[kPerThread][kPerThread]) {
@@ -45,7 +58,7 @@ __device__ void multiply_tile(const A& a, const B& b, int64_t depth, TileMemory&
   for (int64_t block = 0; block < depth; block += kSteps) {
     float sum[kPerThread][kPerThread] = {};
     for (int64_t begin = block; begin < block + kSteps && begin < depth; begin += kDepth) {
-      __syncthreads();  // the tiles of the step before have been read
+      __syncthreads();  // all threads have read the values of the previous step
       load_tile(a, begin, depth, memory.a);
       load_tile(b, begin, depth, memory.b);
       __syncthreads();
@@ -64,8 +77,9 @@ __device__ void multiply_tile(const A& a, const B& b, int64_t depth, TileMemory&
   }
 }
 
-// Columns of a row-major matrix with `width` values a row: element (row, d) is matrix[d][row]. The
-// column at `width` itself is one (a bias's input) where count > width.
+// An operand made of columns of a row-major matrix with `width` values per row, from column `first`
+// on: element (row, d) is matrix[d][first + row]. If count > width, column `width` is a column of
+// ones, the input of a bias.
 template <class T>
 struct MatrixColumns {
   static constexpr bool kAlongDepth = false;

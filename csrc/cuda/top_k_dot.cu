@@ -1,30 +1,39 @@
-// score[q, n] = sum_c w_c <q_c, n_c>  (cosine: each term over |q_c| |n_c|); per query the k largest
-// and the k smallest, and the sums per group. Training rows go by in waves; a wave is
+// Scores of Q queries and N training rows over C checkpoints,
 //
-//   row_scales    cosine only: 1 / |n_c|, a warp per row.
-//   score_tiles   a block owns 128 queries x 256 training rows (128 if float32) and adds up all
-//                 checkpoints' terms in registers. The tile then passes through shared memory: a
-//                 thread per query adds it up by group into `partials`, another notes the scores
-//                 that are not worse than the last of the query's lists as candidates. No score
-//                 goes to device memory otherwise.
-//   merge         a block owns one query's list in one direction, which is kept sorted: the
-//                 candidates that pass go in, up to 256 at a time, each to the place its rank says.
-//   add_partials  a thread owns one query's sum of one group; tiles in order.
+//   score[q, n] = sum_c w_c <q_c, n_c>,   cosine: w_c <q_c, n_c> / (|q_c| |n_c|)
 //
-// Candidates come in any order, but the order of the ranking is total, so results repeat bitwise. A
-// wave is as wide as a query's candidates have places: no score is ever lost. Float32 scores are
-// added in float64: exact, and so the same for any cut of the training rows into calls, unless a
-// query's scores span more than 2^(29 - log2 N).
+// and from them, per query, the k largest and the k smallest scores and the sum per group. The
+// score matrix (Q, N) is never in device memory. Training rows are taken in waves; for each wave
+// run
 //
-// Exactness: float32 rows in three tf32 products, float32 sums. bfloat16 rows in one product whose
-// sums stay in the tensor cores and round towards zero there: a score is low by up to about
-// 2^-25 K / 16 of itself, far below the rounding of the rows.
+//   row_scales    (cosine only) 1 / |n_c|; a warp owns one row.
+//   score_tiles   A block owns 128 queries x 256 training rows (128 for float32) and sums the terms
+//                 of all checkpoints in registers. Then the tile goes through shared memory: one
+//                 thread per query sums it by group into `partials`, another one appends the scores
+//                 that are not worse than the last entry of the query's rankings to the query's
+//                 candidates. Nothing else is written to device memory.
+//   merge         A block owns one ranking of one query. The ranking is always sorted; candidates
+//                 that pass are inserted, up to 256 at a time, each at the position given by its
+//                 rank.
+//   add_partials  A thread owns the sum of one query and group, and adds the tiles in order.
 //
-// Bytes: training rows C N K (4 or 2) once per 24 x 128 queries; candidates about 16 Q k ln(N /
-// wave); through L2 C Q N K / 64 times 4, or 3/4 of that times 2. Operations 2 C Q N K, three times
-// as many in tf32. Limits on an H200 (4.8 TB/s, 989 TFLOP/s of bfloat16, half of it in tf32): the
-// tensor cores, of which mma.sync reaches some 60%, and L2, which 128 x 256 tiles ask for a byte in
-// 85 operations. wgmma with copies shared by a cluster would lift both. No GPU has run this yet.
+// Repeatability: candidates arrive in any order, but the order of the ranking is total (ranking.h),
+// so its result does not depend on theirs. A wave has as many training rows as a query's candidate
+// list has entries, so no candidate can be lost. Group sums add float32 scores in float64. A
+// float64 has 29 more bits than a float32, so the additions are exact unless the magnitudes of a
+// query's scores span more than 2^(29 - log2 N); exact sums are the same however the training rows
+// are cut into calls.
+//
+// Accuracy: float32 rows take three tf32 products with float32 sums. bfloat16 rows take one product
+// whose sums stay in the tensor cores and round towards zero there: a score is too small by up to
+// about 2^-25 K / 16 of itself, far below the rounding of the rows.
+//
+// Bytes: the training rows, C N K (4 or 2), once per 24 x 128 queries; candidates, about
+// 16 Q k ln(N / wave); through L2 C Q N K / 64 times 4 for float32, 3/4 of that times 2 for
+// bfloat16. Operations: 2 C Q N K, in tf32 three times as many. Limits on an H200 (4.8 TB/s, 989
+// TFLOP/s of bfloat16, half of that in tf32): the tensor cores, of which mma.sync reaches about
+// 60%, and L2, from which tiles of 128 x 256 read a byte per 85 operations. wgmma with copies
+// shared by a cluster would raise both limits. This file has not run on a GPU yet.
 #include <algorithm>
 
 #include "cuda/product.cuh"
@@ -37,13 +46,14 @@ namespace {
 constexpr char kOp[] = "top_k_dot";
 constexpr int kThreads = kProductThreads;
 constexpr int kWarp = 32;
-constexpr int64_t kWaveBytes = int64_t{1} << 28;  // of candidates and partials
-constexpr int64_t kWaveTrains = int64_t{1} << 17;
-constexpr int64_t kBand = 24;
-constexpr int kMostColumns = 256;
+constexpr int64_t kWaveBytes = int64_t{1} << 28;   // scratch for candidates and partials
+constexpr int64_t kWaveTrains = int64_t{1} << 17;  // most training rows of a wave
+constexpr int64_t kBand = 24;                      // most tiles of queries in a band
+constexpr int kMaxColumns = 256;                   // most columns (training rows) of a tile
 constexpr int kTermsPerLaunch = 32;
 
-// A tile's training rows: 32 kN. Sums of bfloat16 leave room for more of them.
+// A tile has 32 kN training rows. Products of bfloat16 need fewer registers than split float32, so
+// their tiles can be wider.
 template <class T>
 constexpr int kN = sizeof(T) == 2 ? 8 : 4;
 template <class T>
@@ -51,8 +61,9 @@ constexpr int kColumns = 32 * kN<T>;
 template <class T>
 constexpr int kTileBytes = kStages * (kSide + kColumns<T>)*kRowBytes;
 template <class T>
-constexpr int kPadded = kColumns<T> + 1;  // a column of scores lies in different banks
+constexpr int kPadded = kColumns<T> + 1;  // puts a column of scores into different banks
 
+// The rows and the weight of one checkpoint.
 struct Term {
   const void *queries, *trains;
   float weight;
@@ -65,33 +76,35 @@ struct Terms {
 
 struct alignas(8) Candidate {
   float score;
-  int row;  // of the wave
+  int row;  // in the wave
 };
 
-// What a wave's kernels read and write.
+// Everything that the kernels of a wave read and write.
 struct Wave {
-  int64_t queries, trains, width, checkpoints;  // trains: of this wave
-  int64_t first;                                // training row of the call that is the wave's row 0
-  int unit;
-  unsigned query_tiles, band;                // 128 queries; tiles a band
-  const Term* terms;                         // (C,)
-  const float *query_scales, *train_scales;  // (C, Q), (C, capacity); null: no cosine
-  int64_t capacity;                          // training rows of the widest wave
-  Candidate* candidates;                     // (Q, capacity)
-  int* counts;                               // (Q,)
-  const int64_t* groups;                     // of the wave's rows, or null
+  int64_t queries, trains, width, checkpoints;  // `trains` counts the rows of this wave
+  int64_t first;                                // number of the wave's first row in this call
+  int unit;                                     // of copies, see copy_unit
+  unsigned query_tiles, band;                   // tiles of 128 queries; of those, tiles per band
+  const Term* terms;                            // (C,)
+  const float *query_scales, *train_scales;     // (C, Q), (C, capacity); null unless cosine
+  int64_t capacity;                             // most training rows of a wave
+  Candidate* candidates;                        // (Q, capacity)
+  int* counts;                                  // (Q,) number of candidates
+  const int64_t* groups;                        // of the wave's rows, or null
   int64_t num_groups;
   int tile_columns;
-  double* partials;  // (tiles, G, Q)
+  double* partials;  // (tiles, G, Q) group sums of one tile
   int64_t k;
   Ranking proponents, opponents;
 };
 
-// The pointers of all checkpoints go to the device as arguments, which needs no copy from the host.
+// Stores the pointers and weights of the checkpoints on the device. They travel as kernel
+// arguments, so no copy from host memory has to be kept alive or waited for.
 __global__ void store_terms(Terms terms, Term* to) {
   if (static_cast<int>(threadIdx.x) < terms.count) to[threadIdx.x] = terms.terms[threadIdx.x];
 }
 
+// scales[row] = 1 / norm, the factor of the row for cosine; a warp owns one row.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     row_scales(const T* rows, int64_t count, int64_t width, float* scales) {
@@ -107,19 +120,22 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (threadIdx.x % kWarp != 0) return;
   constexpr double kLargest = 3.4028234663852886e38;
-  const double scale = square == 0.0 ? 1.0 : 1.0 / sqrt(square);  // its products are 0 as they are
+  // The products of a row of zeros are 0 already, so any finite factor will do.
+  const double scale = square == 0.0 ? 1.0 : 1.0 / sqrt(square);
   scales[row] = static_cast<float>(scale > kLargest ? kLargest : scale);
 }
 
-// A block's tile: its first query and row of the wave, and how many rows there are.
-struct Place {
+// The tile of a block: its first query, its first row of the wave, and the number of rows.
+struct TilePosition {
   int64_t q;
   int n, columns;
 };
 
-// Bands of query tiles; in a band the queries first, so that blocks at work share their rows.
+// Order of the tiles: query tiles are grouped into bands, and in a band all query tiles of the same
+// training rows follow each other. Blocks that run at the same time thus share their training rows
+// in L2.
 template <class T>
-__device__ Place place_of(const Wave& wave) {
+__device__ TilePosition tile_position(const Wave& wave) {
   const auto tiles = static_cast<unsigned>(ceil_div(wave.trains, kColumns<T>));
   const unsigned band = blockIdx.x / (wave.band * tiles), at = blockIdx.x % (wave.band * tiles);
   const unsigned left = wave.query_tiles - band * wave.band;
@@ -130,14 +146,16 @@ __device__ Place place_of(const Wave& wave) {
           static_cast<int>(rest < kColumns<T> ? rest : kColumns<T>)};
 }
 
-// The factors of checkpoint c's products: this thread's row and column of the tile.
+// Factors of a checkpoint's products: that of a row (query) and that of a column (training row,
+// times the weight of the checkpoint) of the tile.
 struct Scales {
   float row, column;
 };
 
-__device__ Scales scales_of(const Wave& wave, int64_t c, const Place& place) {
-  const int64_t query = place.q + threadIdx.x;
-  const int train = place.n + static_cast<int>(threadIdx.x);
+// Those of checkpoint c for the row and the column with the number of this thread.
+__device__ Scales scales_of(const Wave& wave, int64_t c, const TilePosition& tile) {
+  const int64_t query = tile.q + threadIdx.x;
+  const int train = tile.n + static_cast<int>(threadIdx.x);
   const bool row = wave.query_scales != nullptr && threadIdx.x < kSide && query < wave.queries;
   const bool column = wave.train_scales != nullptr && train < wave.trains;
   const float scale = column ? wave.train_scales[c * wave.capacity + train] : 1.0f;
@@ -156,23 +174,25 @@ __device__ MatrixSide<T> train_side(const Wave& wave, int64_t c, int64_t n) {
   return {trains + (wave.first + n) * wave.width, wave.width, wave.trains - n};
 }
 
-// Scales in shared memory; a product ends with a barrier, so the ones before it have been read.
+// The factors of all rows and columns of the tile, in shared memory. No barrier is needed before
+// they are overwritten, because the product in between ends with one.
 struct TileScales {
-  float row[kSide], column[kMostColumns];
+  float row[kSide], column[kMaxColumns];
 
-  __device__ void set(const Scales& mine) {
-    if (threadIdx.x < kSide) row[threadIdx.x] = mine.row;
-    column[threadIdx.x] = mine.column;
+  __device__ void set(const Scales& scales) {
+    if (threadIdx.x < kSide) row[threadIdx.x] = scales.row;
+    column[threadIdx.x] = scales.column;
     __syncthreads();
   }
 };
 
-// Scores of this block's tile. Float32: chain by chain onto the sum.
-__device__ void add_terms(const Wave& wave, const Place& place, char* memory, TileScales& scales,
-                          TileSums<4>& scores, float) {
+// Computes the scores of the block's tile for float32 rows: each chain of products (product.cuh) is
+// scaled and added to the scores.
+__device__ void add_terms(const Wave& wave, const TilePosition& tile, char* memory,
+                          TileScales& scales, TileSums<4>& scores, float) {
   for (int64_t c = 0; c < wave.checkpoints; ++c) {
-    scales.set(scales_of(wave, c, place));
-    multiply_rows<float>(query_side<float>(wave, c, place.q), train_side<float>(wave, c, place.n),
+    scales.set(scales_of(wave, c, tile));
+    multiply_rows<float>(query_side<float>(wave, c, tile.q), train_side<float>(wave, c, tile.n),
                          wave.width, wave.unit, memory, [&](const TileSums<>& sums) {
                            for_tile([&](int m, int n, int i) {
                              scores[m][n][i] += sums[m][n][i] * scales.row[tile_row_of(m, i)] *
@@ -182,37 +202,40 @@ __device__ void add_terms(const Wave& wave, const Place& place, char* memory, Ti
   }
 }
 
-// bfloat16: registers hold one tile, so the sum is kept in the scale of the checkpoint that is
-// being added. A checkpoint of weight 0 is left out.
-__device__ void add_terms(const Wave& wave, const Place& place, char* memory, TileScales& scales,
-                          TileSums<8>& scores, __nv_bfloat16) {
+// The same for bfloat16 rows. The registers hold a single tile of sums, so products of the next
+// checkpoint must be added directly to the scores. Therefore the scores are kept divided by the
+// factors of the checkpoint that is being added: before each checkpoint they are multiplied by the
+// quotient of the previous and the new factors, and at the end by the last ones. A checkpoint of
+// weight 0, whose factors cannot be divided by, is skipped.
+__device__ void add_terms(const Wave& wave, const TilePosition& tile, char* memory,
+                          TileScales& scales, TileSums<8>& scores, __nv_bfloat16) {
   const auto scale = [&] {
     for_tile<8>([&](int m, int n, int i) {
       scores[m][n][i] *= scales.row[tile_row_of(m, i)];
       scores[m][n][i] *= scales.column[tile_column_of<8>(n, i)];
     });
   };
-  bool some = false;
-  Scales before{1.0f, 1.0f};
+  bool has_scores = false;
+  Scales previous{1.0f, 1.0f};
   for (int64_t c = 0; c < wave.checkpoints; ++c) {
     if (wave.terms[c].weight == 0.0f) continue;
-    const Scales now = scales_of(wave, c, place);
-    if (some) {
-      scales.set({before.row / now.row, before.column / now.column});
+    const Scales current = scales_of(wave, c, tile);
+    if (has_scores) {
+      scales.set({previous.row / current.row, previous.column / current.column});
       scale();
     }
-    some = true;
-    before = now;
-    add_rows<__nv_bfloat16>(query_side<__nv_bfloat16>(wave, c, place.q),
-                            train_side<__nv_bfloat16>(wave, c, place.n), wave.width, wave.unit,
+    has_scores = true;
+    previous = current;
+    add_rows<__nv_bfloat16>(query_side<__nv_bfloat16>(wave, c, tile.q),
+                            train_side<__nv_bfloat16>(wave, c, tile.n), wave.width, wave.unit,
                             memory, scores);
   }
-  scales.set(before);
+  scales.set(previous);
   scale();
 }
 
-// Float32 operands of the tensor cores are split, which makes NaN of infinite ones: then the plain
-// sum says what the score is.
+// The score computed without tensor cores. Splitting an infinite float32 for the tensor cores gives
+// NaN, so a score that came out as NaN is computed again this way: it may be infinite.
 __device__ float plain_score(const Wave& wave, int64_t q, int64_t n) {
   float score = 0.0f;
   for (int64_t c = 0; c < wave.checkpoints; ++c) {
@@ -229,7 +252,9 @@ __device__ float plain_score(const Wave& wave, int64_t q, int64_t n) {
   return score;
 }
 
-__device__ void say_plainly(const Wave& wave, int64_t q, int64_t n, int columns, float* table) {
+// Replaces the scores of the tile that are NaN by plain_score.
+__device__ void recompute_nan_scores(const Wave& wave, int64_t q, int64_t n, int columns,
+                                     float* table) {
   __syncthreads();
   for (int at = static_cast<int>(threadIdx.x); at < kSide * columns; at += kThreads) {
     const int row = at / columns, column = at % columns;
@@ -240,37 +265,40 @@ __device__ void say_plainly(const Wave& wave, int64_t q, int64_t n, int columns,
   }
 }
 
-// The tile's columns, sorted by group.
+// The columns of a tile, sorted by group.
 struct GroupOrder {
-  int column[kMostColumns];
-  int64_t group[kMostColumns];
+  int column[kMaxColumns];
+  int64_t group[kMaxColumns];
 };
 
-// True if a group is outside [0, G). Called by the whole block.
+// Sorts the columns by group: a thread counts the columns that come before its own, which is its
+// rank. Returns true if any group is outside [0, G). Called by the whole block.
 __device__ bool sort_by_group(const Wave& wave, int64_t n, int columns, GroupOrder& order) {
-  __shared__ int64_t groups[kMostColumns];
-  const int mine = static_cast<int>(threadIdx.x);
-  if (mine < columns) groups[mine] = wave.groups[n + mine];
+  __shared__ int64_t groups[kMaxColumns];
+  const int column = static_cast<int>(threadIdx.x);
+  if (column < columns) groups[column] = wave.groups[n + column];
   __syncthreads();
-  bool bad = false;
-  if (mine < columns) {
-    const int64_t group = groups[mine];
-    bad = group < 0 || group >= wave.num_groups;
+  bool invalid = false;
+  if (column < columns) {
+    const int64_t group = groups[column];
+    invalid = group < 0 || group >= wave.num_groups;
     int rank = 0;
     for (int i = 0; i < columns; ++i) {
-      rank += groups[i] < group || (groups[i] == group && i < mine);
+      rank += groups[i] < group || (groups[i] == group && i < column);
     }
-    order.column[rank] = mine;
+    order.column[rank] = column;
     order.group[rank] = group;
   }
-  return __syncthreads_or(bad) != 0;
+  return __syncthreads_or(invalid) != 0;
 }
 
+// Sums one row of the tile by group, in the order of the columns. Because the columns are sorted by
+// group, each is visited once, however many groups there are.
 __device__ void sum_groups(const Wave& wave, int64_t q, int64_t tile, const float* row, int columns,
-                           bool bad, const GroupOrder& order) {
+                           bool invalid, const GroupOrder& order) {
   int at = 0;
   for (int64_t group = 0; group < wave.num_groups; ++group) {
-    double sum = bad ? static_cast<double>(not_a_number()) : 0.0;
+    double sum = invalid ? static_cast<double>(not_a_number()) : 0.0;
     for (; at < columns && order.group[at] <= group; ++at) {
       sum += static_cast<double>(row[order.column[at]]);
     }
@@ -278,9 +306,11 @@ __device__ void sum_groups(const Wave& wave, int64_t q, int64_t tile, const floa
   }
 }
 
-// Notes what may belong into a list of query q: equal scores too, `merge` looks at the index.
-__device__ void note_candidates(const Wave& wave, int64_t q, int64_t n, const float* row,
-                                int columns) {
+// Appends the scores that may enter one of the rankings of query q to its candidates. Scores equal
+// to the last entry pass too, since `merge` compares indices; comparisons are negated so that NaN
+// passes. The thread counts first, so that one atomic addition reserves room for all of them.
+__device__ void append_candidates(const Wave& wave, int64_t q, int64_t n, const float* row,
+                                  int columns) {
   const int64_t last = q * wave.k + wave.k - 1;
   const float infinity = __int_as_float(0x7f800000);
   const float low = wave.proponents.indices[last] < 0 ? -infinity : wave.proponents.scores[last];
@@ -295,33 +325,35 @@ __device__ void note_candidates(const Wave& wave, int64_t q, int64_t n, const fl
   }
 }
 
+// A block owns one tile of scores. In the second half, the first 128 threads sum the groups of one
+// query each, and the other 128 look for candidates of one query each.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) score_tiles(Wave wave) {
-  __shared__ Place place;  // not in registers, which the scores fill
+  __shared__ TilePosition tile;  // in shared memory, because the scores fill the registers
   __shared__ TileScales scales;
   __shared__ GroupOrder order;
   char* memory = dynamic_shared();
-  if (threadIdx.x == 0) place = place_of<T>(wave);
+  if (threadIdx.x == 0) tile = tile_position<T>(wave);
   __syncthreads();
   TileSums<kN<T>> scores = {};
-  add_terms(wave, place, memory, scales, scores, T{});
+  add_terms(wave, tile, memory, scales, scores, T{});
   float* table = reinterpret_cast<float*>(memory);
   for_tile<kN<T>>([&](int m, int k, int i) {
-    // + 0.0f turns -0 into +0, its equal, so that a score's bits do not depend on the path to it.
+    // + 0.0f turns -0 into +0: the bits of a score must not depend on how it was computed.
     table[tile_row_of(m, i) * kPadded<T> + tile_column_of<kN<T>>(k, i)] = scores[m][k][i] + 0.0f;
   });
-  const int64_t q = place.q;
-  const int n = place.n, columns = place.columns;
-  if constexpr (sizeof(T) == 4) say_plainly(wave, q, n, columns, table);
+  const int64_t q = tile.q;
+  const int n = tile.n, columns = tile.columns;
+  if constexpr (sizeof(T) == 4) recompute_nan_scores(wave, q, n, columns, table);
   const bool sums = wave.groups != nullptr;
-  const bool bad = sums && sort_by_group(wave, n, columns, order);
+  const bool invalid = sums && sort_by_group(wave, n, columns, order);
   __syncthreads();
   const int row = static_cast<int>(threadIdx.x) % kSide;
   if (q + row >= wave.queries) return;
   if (threadIdx.x >= kSide) {
-    note_candidates(wave, q + row, n, table + row * kPadded<T>, columns);
+    append_candidates(wave, q + row, n, table + row * kPadded<T>, columns);
   } else if (sums) {
-    sum_groups(wave, q + row, n / kColumns<T>, table + row * kPadded<T>, columns, bad, order);
+    sum_groups(wave, q + row, n / kColumns<T>, table + row * kPadded<T>, columns, invalid, order);
   }
 }
 
@@ -330,7 +362,8 @@ struct Entry {
   int64_t index;
 };
 
-// How many of `count` sorted entries rank before `entry`; `at(i)` gives the i-th.
+// The number of entries that rank before `entry` among `count` sorted ones; `at(i)` is the i-th.
+// Binary search.
 template <class At>
 __device__ int64_t rank_among(bool largest, const Entry& entry, int64_t count, At at) {
   int64_t begin = 0, end = count;
@@ -346,41 +379,50 @@ __device__ int64_t rank_among(bool largest, const Entry& entry, int64_t count, A
   return begin;
 }
 
-// One query's list in one direction, sorted best first; every method is called by the whole block.
+// One ranking of one query, sorted best first.
 struct List {
   float* scores;
   int64_t* indices;
   int64_t k;
   bool largest;
 
-  __device__ Entry at(int64_t place) const { return {scores[place], indices[place]}; }
-  __device__ void set(int64_t place, const Entry& entry) const {
-    if (place >= k) return;
-    scores[place] = entry.score;
-    indices[place] = entry.index;
+  __device__ Entry at(int64_t position) const { return {scores[position], indices[position]}; }
+  __device__ void set(int64_t position, const Entry& entry) const {
+    if (position >= k) return;
+    scores[position] = entry.score;
+    indices[position] = entry.index;
   }
 
-  // Each entry has a thread; `mine` is this thread's if it has one. `sorted` holds them in order.
-  __device__ void insert(const Entry& mine, int rank, int count, const Entry* sorted) const {
-    const bool has = static_cast<int>(threadIdx.x) < count;
-    const int64_t before = has ? rank_among(largest, mine, k, [&](int64_t i) { return at(i); }) : 0;
-    // What is in the list moves towards its end, the last first; the best stay where they are.
+  // Inserts `count` new entries in place. Each belongs to one of the first threads: `entry` and its
+  // rank among the new ones; `sorted` holds all of them in order. Called by the whole block.
+  //
+  // The position of a new entry is the number of old entries that rank before it plus its rank
+  // among the new ones; an old entry moves down by the number of new entries that rank before it.
+  // Old entries are moved 256 at a time, from the end of the list: each lands at or behind its old
+  // position, where everything has been read already.
+  __device__ void insert(const Entry& entry, int rank, int count, const Entry* sorted) const {
+    const bool has_entry = static_cast<int>(threadIdx.x) < count;
+    const int64_t before =
+        has_entry ? rank_among(largest, entry, k, [&](int64_t i) { return at(i); }) : 0;
     for (int64_t end = k; end > 0; end -= kThreads) {
-      const int64_t place = end - 1 - threadIdx.x;
+      const int64_t position = end - 1 - threadIdx.x;
       Entry moved{};
       int64_t shift = 0;
-      if (place >= 0) {
-        moved = at(place);
+      if (position >= 0) {
+        moved = at(position);
         shift = rank_among(largest, moved, count, [&](int64_t i) { return sorted[i]; });
       }
       __syncthreads();
-      if (place >= 0 && shift > 0) set(place + shift, moved);
+      if (position >= 0 && shift > 0) set(position + shift, moved);
       __syncthreads();
     }
-    if (has) set(before + rank, mine);
+    if (has_entry) set(before + rank, entry);
   }
 };
 
+// Inserts the candidates of one query into one of its rankings; blockIdx.y chooses which. 256
+// candidates at a time: those that still rank before the last entry are compacted (in any order),
+// ranked by counting, and inserted.
 __global__ void __launch_bounds__(kThreads) merge(Wave wave, int64_t first_index) {
   __shared__ Entry passed[kThreads], sorted[kThreads];
   __shared__ int count;
@@ -390,14 +432,14 @@ __global__ void __launch_bounds__(kThreads) merge(Wave wave, int64_t first_index
   const List list{ranking.scores + query * wave.k, ranking.indices + query * wave.k, wave.k,
                   largest};
   const Candidate* candidates = wave.candidates + query * wave.capacity;
-  const int candidate_count = wave.counts[query], mine = static_cast<int>(threadIdx.x);
+  const int candidate_count = wave.counts[query], thread = static_cast<int>(threadIdx.x);
   for (int begin = 0; begin < candidate_count; begin += kThreads) {
-    __syncthreads();  // the list and `count` are as the round before left them, for all
-    if (mine == 0) count = 0;
+    __syncthreads();  // the list of the previous round is complete, and its `count` has been read
+    if (thread == 0) count = 0;
     const Entry last = list.at(wave.k - 1);
     __syncthreads();
-    if (begin + mine < candidate_count) {
-      const Candidate candidate = candidates[begin + mine];
+    if (begin + thread < candidate_count) {
+      const Candidate candidate = candidates[begin + thread];
       const Entry entry{candidate.score, first_index + candidate.row};
       if (ranks_before(largest, entry.score, entry.index, last.score, last.index)) {
         passed[atomicAdd(&count, 1)] = entry;
@@ -406,18 +448,19 @@ __global__ void __launch_bounds__(kThreads) merge(Wave wave, int64_t first_index
     __syncthreads();
     if (count == 0) continue;
     int rank = 0;
-    if (mine < count) {
+    if (thread < count) {
       for (int i = 0; i < count; ++i) {
-        rank += ranks_before(largest, passed[i].score, passed[i].index, passed[mine].score,
-                             passed[mine].index);
+        rank += ranks_before(largest, passed[i].score, passed[i].index, passed[thread].score,
+                             passed[thread].index);
       }
-      sorted[rank] = passed[mine];
+      sorted[rank] = passed[thread];
     }
     __syncthreads();
-    list.insert(passed[mine], rank, count, sorted);
+    list.insert(passed[thread], rank, count, sorted);
   }
 }
 
+// group_sums += partials, the tiles of the wave in order; a thread owns one query and group.
 __global__ void add_partials(Wave wave, double* group_sums) {
   const int64_t query = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (query >= wave.queries) return;
@@ -430,7 +473,10 @@ __global__ void add_partials(Wave wave, double* group_sums) {
   }
 }
 
-// Training rows a wave: whole tiles, at least one.
+// Launchers.
+
+// Training rows per wave: as many whole tiles as fit into kWaveBytes, at least one. A query needs 8
+// bytes per training row for its candidates and 8 per tile and group for its partials.
 int64_t wave_trains(const TopK& job, int64_t columns) {
   const int64_t groups = job.group_sums == nullptr ? 0 : job.num_groups;
   const int64_t tile_bytes = std::max<int64_t>(job.queries, 1) * 8 * (columns + groups);
@@ -438,7 +484,7 @@ int64_t wave_trains(const TopK& job, int64_t columns) {
   return std::min(std::max(fit, columns), ceil_div(job.trains, columns) * columns);
 }
 
-// The scratch, and a wave that reads and writes it.
+// The scratch memory, and a wave that uses it.
 struct Plan {
   Wave wave;
   Term* terms;

@@ -146,8 +146,8 @@ def test_bits_do_not_depend_on_order_padding_or_threads(
 
 X, G = torch.zeros(2, 4, 3), torch.zeros(2, 4, 5)
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"x2": torch.zeros(2, 4, 4)}, r"x2: expected the last size of x1, 3, got \(2, 4, 4\)"),
-    ({"g2": torch.zeros(2, 4, 6)}, r"g2: expected the last size of g1, 5, got \(2, 4, 6\)"),
+    ({"x2": torch.zeros(2, 4, 4)}, r"x2: expected .* x1, 3, got \(2, 4, 4\)"),
+    ({"g2": torch.zeros(2, 4, 6)}, r"g2: expected .* g1, 5, got \(2, 4, 6\)"),
     ({"x2": X.bfloat16(), "g2": G.bfloat16()}, r"g2: expected float32, got bfloat16"),
     ({"out": torch.zeros(2, 3)}, r"out: expected shape \(B1, B2\) = \(2, 2\), got \(2, 3\)"),
     ({"out": torch.zeros(2, 2).double()}, r"out: expected float32, got float64"),

@@ -315,7 +315,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"x": X.double()}, r"x: expected float32, got float64"),
     ({"g": G.half()}, r"g: expected float32 or bfloat16, got float16"),
     ({"g": G.bfloat16()}, r"x: expected bfloat16, got float32"),
-    ({"x": torch.zeros(4, 3)}, r"g: expected shape \(B, O\), as x has two sizes, got \(2, 4, 5\)"),
+    ({"x": torch.zeros(4, 3)}, r"g: expected shape \(B, O\).*, got \(2, 4, 5\)"),
     ({"x": torch.zeros(3)}, r"x: expected shape \(B, S, I\) or \(B, I\), got \(3,\)"),
     ({"g": torch.zeros(2, 3, 5)}, r"g: expected shape .* = \(2, 4, 5\), got \(2, 3, 5\)"),
     ({"x": torch.zeros(2, 3, 4).transpose(1, 2)}, r"x: expected a contiguous tensor, got strides"),
@@ -335,26 +335,26 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"layer": "conv"}, r"layer: expected one of linear, elementwise, embedding, got 'conv'"),
     ({"layer": "elementwise"}, r"g: expected shape of x = \(2, 4, 3\), got \(2, 4, 5\)"),
     ({"layer": "embedding"}, r"x: expected int64, got float32"),
-    ({"output_key": 2}, r"output_key: expected another key than input_key"),
+    ({"output_key": 2}, r"output_key: expected .*input_key.*, got 2"),
     (
         {"layer": "embedding", "x": torch.zeros(2, 4, dtype=torch.int64), "bias": True},
         r"bias: expected False for layer embedding, got True",
     ),
     ({"g": []}, r"g: expected 1 to 4 tensors, got 0"),
     ({"g": [G] * 5, "output_key": [3, 4, 5, 6, 7]}, r"g: expected 1 to 4 tensors, got 5"),
-    ({"g": [G, G]}, r"output_key: expected as many as g, 2, got 1"),
-    ({"g": [G, G], "output_key": [3, 2]}, r"output_key: expected another key than input_key"),
+    ({"g": [G, G]}, r"output_key: expected .* g, 2, got 1"),
+    ({"g": [G, G], "output_key": [3, 2]}, r"output_key: expected .*input_key.*, got 2"),
     ({"g": [G, G], "output_key": [3, 3]}, r"output_key: expected distinct keys .* got 3 twice"),
     ({**TWO, "g": [G, G.bfloat16()]}, r"g\[1\]: expected float32, got bfloat16"),
     ({**TWO, "g": [G, torch.zeros(2, 3, 5)]}, r"g\[1\]: expected shape .* got \(2, 3, 5\)"),
     (
         {**TWO, "layer": "elementwise", "g": [X, X]},
-        r"g: expected one tensor for every layer but li",
+        r"g: expected .*linear, got 2",
     ),
     ({**TWO, "kind": "identity"}, r"g: expected one tensor for kind identity, got 2"),
     (
         {**TWO, "output_columns": torch.arange(5)},
-        r"output_columns: expected as many as g, 2, got 1",
+        r"output_columns: expected .* g, 2, got 1",
     ),
     (
         {**TWO, "output_columns": [None, torch.arange(4)]},
@@ -372,7 +372,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"layer": "elementwise", "g": X, "input_columns": torch.arange(3)},
-        r"input_columns: expected None for every layer but linear, got a tensor",
+        r"input_columns: expected None .*linear, got a tensor",
     ),
     (
         {"kind": "identity", "k_out": 5, "k_in": 3, "out": torch.zeros(2, 15)}

@@ -1,6 +1,11 @@
-// Stands in for CUDA's header, so that g++ compiles the kernels and the CPU runs them: a block
-// after the other, every thread of a block as a fiber that runs until it has to wait for others. So
-// one warp is as far ahead of the others as barriers let it be, which shows a missing one.
+// Replaces CUDA's runtime header, so that a C++ compiler compiles the kernels and the CPU runs
+// them.
+//
+// Blocks run one after the other. Every thread of a block is a fiber that runs until it has to wait
+// for others at a barrier, and a warp runs as far as it can before the next warp starts. Each warp
+// is thus as far ahead of the others as the barriers allow, which reveals a missing barrier. Shared
+// memory starts as NaN, which reveals reads before writes. `backwards` reverses the order in which
+// warps and threads run. Races that need another interleaving are not found.
 #pragma once
 
 #include <setjmp.h>
@@ -62,24 +67,29 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 namespace emu {
 
 constexpr int kWarp = 32, kThreads = 1024;
-constexpr size_t kStack = 128 << 10, kShared = 227 << 10, kSharedUnasked = 48 << 10;
-constexpr size_t kSharedEverywhere = 163 << 10;  // compute capability 8.0
+constexpr size_t kStack = 128 << 10;          // bytes of a fiber's stack
+constexpr size_t kShared = 227 << 10;         // most shared memory of a block on any GPU
+constexpr size_t kSharedDefault = 48 << 10;   // without cudaFuncSetAttribute
+constexpr size_t kSharedMaximum = 163 << 10;  // with it, on compute capability 8.0
 
+// An asynchronous copy to shared memory that has been started.
 struct Copy {
   char* to;
   const char* from;
   int bytes, size;
 };
 
+// One thread of a block. It is started with ucontext, and later switched with setjmp and longjmp,
+// which make no system call.
 struct Fiber {
   ucontext_t start;
   jmp_buf context;
   char* stack = nullptr;
   bool started, done;
-  const int* waits_for;  // runs on when this is no longer `seen`
+  const int* waits_for;  // the round of a barrier; the fiber continues when it is no longer `seen`
   int seen;
-  std::vector<Copy> copies;              // not yet in a group
-  std::deque<std::vector<Copy>> groups;  // under way
+  std::vector<Copy> copies;              // copies that belong to no group yet
+  std::deque<std::vector<Copy>> groups;  // committed groups that have not been waited for
 };
 
 struct Barrier {
@@ -93,8 +103,8 @@ inline jmp_buf scheduler;
 inline std::function<void()>* kernel;
 inline Barrier whole, warps[kThreads / kWarp];
 inline char slots[kThreads][64];
-inline bool backwards = false;                        // the order in which threads are taken up
-inline std::map<const void*, size_t> shared_granted;  // to each kernel that asked for more
+inline bool backwards = false;                        // run warps and threads in reverse order
+inline std::map<const void*, size_t> shared_granted;  // per kernel, by cudaFuncSetAttribute
 alignas(1024) inline char shared_memory[kShared];
 
 [[noreturn]] inline void fail(const char* what) {
@@ -103,12 +113,14 @@ alignas(1024) inline char shared_memory[kShared];
   abort();
 }
 
+// Starts the next round of a barrier once all of its members have arrived.
 inline void release(Barrier& barrier) {
   if (barrier.members == 0 || barrier.arrived < barrier.members) return;
   barrier.arrived = 0;
   ++barrier.round;
 }
 
+// Waits at a barrier: control returns to the scheduler until the round is over.
 inline void wait(Barrier& barrier) {
   Fiber& fiber = fibers[current];
   fiber.waits_for = &barrier.round;
@@ -120,6 +132,8 @@ inline void wait(Barrier& barrier) {
 
 inline Barrier& warp() { return warps[current / kWarp]; }
 
+// Entry point of a fiber. A thread that returns leaves its barriers, so the others do not wait for
+// it.
 inline void enter() {
   (*kernel)();
   fibers[current].done = true;
@@ -141,6 +155,7 @@ inline void prepare(Fiber& fiber) {
   fiber.waits_for = nullptr;
 }
 
+// Runs a thread until it waits or returns.
 inline void resume(int index) {
   Fiber& fiber = fibers[index];
   current = index;
@@ -151,21 +166,22 @@ inline void resume(int index) {
   setcontext(&fiber.start);
 }
 
-// Lets every thread of a warp that need not wait run on; false if there is none.
+// Runs every thread of a warp that does not have to wait; returns false if there is none. Local
+// variables are volatile because resume, whose setjmp would not preserve them, may be inlined.
 inline bool run_warp(int begin, int end) {
-  volatile bool some = false;
+  volatile bool progress = false;
   for (volatile int i = begin; i < end; i = i + 1) {
     const int index = backwards ? begin + end - 1 - i : i;
     const Fiber& fiber = fibers[index];
     if (fiber.done) continue;
     if (fiber.waits_for != nullptr && *fiber.waits_for == fiber.seen) continue;
-    some = true;
+    progress = true;
     resume(index);
   }
-  return some;
+  return progress;
 }
 
-// A warp runs as far as it can before the next one: so what one warp does too early, shows.
+// Runs one block; each warp runs as far as it can before the next one does.
 inline void run_block(int threads, size_t shared) {
   memset(shared_memory, 0xff, shared);  // NaN
   whole = {0, 0, threads};
@@ -173,14 +189,14 @@ inline void run_block(int threads, size_t shared) {
   for (int w = 0; w * kWarp < threads; ++w) {
     warps[w] = {0, 0, threads - w * kWarp < kWarp ? threads - w * kWarp : kWarp};
   }
-  for (volatile bool some = true; some;) {
-    some = false;
+  for (volatile bool progress = true; progress;) {
+    progress = false;
     for (volatile int i = 0; i < threads; i = i + kWarp) {
       const int first = backwards ? (threads - 1) / kWarp * kWarp - i : i;
-      while (run_warp(first, first + kWarp < threads ? first + kWarp : threads)) some = true;
+      while (run_warp(first, first + kWarp < threads ? first + kWarp : threads)) progress = true;
     }
   }
-  if (whole.members > 0) fail("threads wait for each other for ever");
+  if (whole.members > 0) fail("deadlock: all remaining threads wait at barriers");
 }
 
 template <class Kernel, class F>
@@ -191,8 +207,8 @@ void launch(Kernel* function, F body, dim3 grid, dim3 size, size_t shared = 0,
   block_size = size;
   grid_size = grid;
   const auto granted = shared_granted.find(reinterpret_cast<const void*>(function));
-  if (shared > (granted == shared_granted.end() ? kSharedUnasked : granted->second)) {
-    fail("more shared memory than was asked for");
+  if (shared > (granted == shared_granted.end() ? kSharedDefault : granted->second)) {
+    fail("the launch uses more dynamic shared memory than was requested for the kernel");
   }
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
@@ -204,7 +220,7 @@ void launch(Kernel* function, F body, dim3 grid, dim3 size, size_t shared = 0,
   }
 }
 
-// What lane `lane` of this warp gave.
+// The value that lane `lane` of this warp passed; called by all lanes of the warp.
 template <class T>
 T from_lane(T value, int lane) {
   static_assert(sizeof(T) <= sizeof slots[0]);
@@ -229,7 +245,7 @@ inline int count_block(bool value) {
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (static_cast<size_t>(bytes) > emu::kSharedEverywhere) return cudaErrorInvalidValue;
+  if (static_cast<size_t>(bytes) > emu::kSharedMaximum) return cudaErrorInvalidValue;
   emu::shared_granted[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
 }
@@ -258,7 +274,7 @@ T __shfl_down_sync(unsigned, T value, int delta) {
 }
 template <class T>
 T atomicAdd(T* to, T value) {
-  static_assert(std::is_integral_v<T>, "sums of float32 in any order do not repeat");
+  static_assert(std::is_integral_v<T>, "floating-point atomics add in any order: no repeatability");
   const T before = *to;
   *to += value;
   return before;

@@ -1,5 +1,6 @@
-// csrc/cuda/mma.cuh's instructions on the CPU. Sums round towards zero, as on the hardware. A copy
-// leaves NaN at its place until it is waited for.
+// The instructions of csrc/cuda/mma.cuh on the CPU. Sums round towards zero, as on the hardware. An
+// asynchronous copy first fills its destination with NaN and takes effect when it is waited for, so
+// that reading too early shows.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,11 +23,14 @@ inline float bf16(uint32_t word, int half) {
 }
 inline float tf32(uint32_t word) { return __uint_as_float(word & 0xffffe000u); }
 
+// The operand registers of one lane.
 struct Operands {
   const uint32_t *a, *b;
 };
 
-// `a(operands of a lane, register, value)` says what a register holds; `values` of them in each.
+// d += a b for one lane. Each register holds `values` numbers; value(register, i) is the i-th. The
+// lanes exchange pointers to their registers; the table in mma.cuh shows which lane holds an
+// element.
 template <int values, class Value>
 void multiply(float (&d)[4], const uint32_t* a, const uint32_t* b, Value value) {
   const int lane = emu::current % 32, first = emu::current - lane;
@@ -38,11 +42,12 @@ void multiply(float (&d)[4], const uint32_t* a, const uint32_t* b, Value value) 
     double sum = d[i];
     for (int half = 0; half < 2; ++half) {
       for (int t = 0; t < 4; ++t) {
-        Operands of_a, of_b;
-        memcpy(&of_a, emu::slots[first + row * 4 + t], sizeof of_a);
-        memcpy(&of_b, emu::slots[first + column * 4 + t], sizeof of_b);
+        Operands lane_a, lane_b;
+        memcpy(&lane_a, emu::slots[first + row * 4 + t], sizeof lane_a);
+        memcpy(&lane_b, emu::slots[first + column * 4 + t], sizeof lane_b);
         for (int v = 0; v < values; ++v) {
-          sum += static_cast<double>(value(of_a.a[i / 2 + 2 * half], v)) * value(of_b.b[half], v);
+          const double left = value(lane_a.a[i / 2 + 2 * half], v);
+          sum += left * value(lane_b.b[half], v);
         }
       }
     }
@@ -53,8 +58,8 @@ void multiply(float (&d)[4], const uint32_t* a, const uint32_t* b, Value value) 
 
 inline void copy_later(void* to, const void* from, int bytes, int size) {
   const auto bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
-  if (bits % size != 0) emu::fail("a copy is not aligned");
-  if (bytes < 0 || bytes > size) emu::fail("a copy of more bytes than its size");
+  if (bits % size != 0) emu::fail("the addresses of an asynchronous copy are not aligned");
+  if (bytes < 0 || bytes > size) emu::fail("an asynchronous copy of more bytes than its size");
   memset(to, 0xff, size);
   emu::fibers[emu::current].copies.push_back(
       {static_cast<char*>(to), static_cast<const char*>(from), bytes, size});

@@ -1,5 +1,8 @@
-"""Builds csrc/cuda for the CPU and stands in for `tracmod.kernels.native`: same functions, but the
-emulated CUDA kernels answer. `backwards` changes the order in which threads are taken up."""
+"""A replacement for `tracmod.kernels.native` that runs the CUDA kernels emulated on the CPU.
+
+`build` compiles csrc/cuda with the headers of this folder; the other functions have the signatures
+of `tracmod.kernels.native`. `backwards` reverses the order in which warps and threads run.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +22,21 @@ CSRC = HERE.parents[2] / "csrc"
 LAUNCH = re.compile(r"([\w:]+(?:<[^<>;=]*>)?)\s*<<<(.*?)>>>\((.*?)\);", re.DOTALL)
 LAYERS = ["linear", "elementwise", "embedding"]
 KINDS = ["rademacher", "sjlt", "identity"]
-# Scratch is cut small, so that small tests take many waves and parts; and no finite score may need
-# to be said plainly, which would hide that a copy was not waited for.
+# Changes to the sources. Smaller limits make small tests run through many waves and parts. And only
+# a score that is not finite may be computed again without tensor cores (top_k_dot.cu): that path
+# would otherwise repair the NaN of a copy that was not waited for.
 PLAIN = "score = plain_score(wave, q + row, n + column) + 0.0f;"
 CHANGES = {
     "top_k_dot": {
         "kWaveBytes = int64_t{1} << 28": "kWaveBytes = 1 << 16",
-        PLAIN: PLAIN + 'if (score - score == 0.0f) emu::fail("a finite score was NaN");',
+        PLAIN: PLAIN + 'if (score - score == 0.0f) emu::fail("a finite score came out as NaN");',
     },
     "gradient_dot": {
         "kFormedBytes = int64_t{1} << 25": "kFormedBytes = 1 << 19",
         "kBlocks = 264": "kBlocks = 5",
     },
     "project_gradients": {"kBlocksWanted = 264": "kBlocksWanted = 7"},
-    "quantize_rows": {"kMostBlocks = int64_t{1} << 20": "kMostBlocks = 5"},
+    "quantize_rows": {"kMaxBlocks = int64_t{1} << 20": "kMaxBlocks = 5"},
 }
 
 backwards = False
@@ -89,17 +93,17 @@ class Quantization(Structure):
 
 
 def build(folder: Path, compiler: str) -> None:
-    """Compiles every csrc/cuda/*.cu, a launch turned into a call, and loads the result."""
+    """Compile all csrc/cuda/*.cu with launches replaced by calls, and load the result."""
     global _library
     flags = ["-std=c++17", "-O2", "-w", "-fPIC", "-ffp-contract=fast", "-DTRACMOD_EMULATE"]
     flags += [f"-I{HERE}", f"-I{CSRC}"]
 
-    def compile_one(source: Path) -> Path:
+    def compile_source(source: Path) -> Path:
         text = LAUNCH.sub(r"emu::launch(\1, [&] { \1(\3); }, \2);", source.read_text())
         for line, changed in CHANGES.get(source.stem, {}).items():
             assert line in text
             text = text.replace(line, changed)
-        assert "<<<" not in text, f"{source.name}: a launch that is not understood"
+        assert "<<<" not in text, f"{source.name}: a launch that the pattern does not match"
         copy, target = folder / f"{source.stem}.cpp", folder / f"{source.stem}.o"
         copy.write_text(text)
         subprocess.run([compiler, *flags, "-c", str(copy), "-o", str(target)], check=True)
@@ -107,7 +111,7 @@ def build(folder: Path, compiler: str) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "bindings.cpp"]
-        objects = [str(path) for path in pool.map(compile_one, sources)]
+        objects = [str(path) for path in pool.map(compile_source, sources)]
     library = folder / "libemulated.so"
     subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
     _library = ctypes.CDLL(str(library))
@@ -116,7 +120,7 @@ def build(folder: Path, compiler: str) -> None:
 def _call(name: str, *arguments: object) -> None:
     assert _library is not None
     code = getattr(_library, f"emulated_{name}")(*arguments, int(backwards))
-    assert code == 0, f"{name}: " + ("an error" if code == 1 else "wrote behind its scratch")
+    assert code == 0, f"{name}: " + ("threw" if code == 1 else "wrote behind its scratch memory")
 
 
 def _address(tensor: Tensor | None) -> int | None:

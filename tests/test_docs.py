@@ -1,9 +1,9 @@
 """The documentation: code runs or is validated, links and names resolve, and the site builds.
 
-The language of a block of code says how it is tested. `python` and `sh` blocks run in order, page by
-page, in a folder with the files that the page says the reader has. A `yaml` block is validated as a
-configuration. A `text` block must not contain code. `<!-- not run: REASON -->` before a block exempts
-it from running, but its commands are still parsed. Other languages fail.
+The language of a block of code says how it is tested. `python` and `sh` blocks run in order, page
+by page, in a folder with the files that the page says the reader has. A `yaml` block is validated as
+a configuration. A `text` block must not contain code. `<!-- not run: REASON -->` before a block
+exempts it from running, but its commands are still parsed. Other languages fail.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def test_commands_in_inline_code_exist_and_have_the_options(page):
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """A folder with the files of a reader: my-model, train.tsv, test.tsv, and a run in runs/demo."""
+    """A folder with the files of a reader: my-model, train.tsv, test.tsv, a run in runs/demo."""
     from tracmod.study.pipeline import run_stages
     from tracmod.study.run_folder import RunFolder
 

@@ -73,6 +73,7 @@ setup(
     },
     package_data={
         "tracmod": ["py.typed", "_C.pyi"],
+        "tracmod.attribution": ["*.css", "*.j2"],
         "tracmod.configs": ["*.yaml", "sweeps/*.yaml"],
         "tracmod.report.html": ["*.css", "*.js", "*.j2"],
     },

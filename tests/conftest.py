@@ -12,7 +12,7 @@ from tracmod import kernels
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device that the kernels run on; cuda skips without a GPU or in a build without CUDA."""
+    """Each device of the kernels; "cuda" is skipped without a GPU or in a build without CUDA."""
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
@@ -23,7 +23,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Lets a test change torch's threads."""
+    """Restore the number of PyTorch's threads after a test that changes it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -1,9 +1,10 @@
-"""The documentation holds: every block of code runs, or parses and says why it does not run; links lead somewhere; the site builds.
+"""The documentation: code runs or is validated, links and names resolve, and the site builds.
 
-A block is told by its language. `python` and `sh` run, page by page, in order, where what the page says the reader has is there;
-`yaml` is a configuration and is validated; `text` is no code. `<!-- not run: WHY -->` before a block excuses it from running: its
-commands are parsed all the same. Whatever else there is fails.
-"""  # noqa: E501
+The language of a block of code says how it is tested. `python` and `sh` blocks run in order, page
+by page, in a folder with the files that the page says the reader has. A `yaml` block is validated as
+a configuration. A `text` block must not contain code. `<!-- not run: REASON -->` before a block
+exempts it from running, but its commands are still parsed. Other languages fail.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +44,20 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 EMBEDDED = {path.stem for path in Path(configs).parent.glob("*.yaml")}
 LABELS = ("negative", "neutral", "positive")
 EXCUSE = re.compile(r"<!-- not run: (\S.*) -->\s*")
-# A small run stands for what these would leave in runs/demo; elsewhere it is there from the start.
+# Commands that write runs/demo. Pages without them have it from the start; it is a small run.
 MAKES_THE_DEMO = ("make demo", "tracmod run demo --out runs/demo")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code: where it is, its language, its text, and why it is not run, if so."""
+    """A block of code of a page.
+
+    Attributes:
+        where: The page and the line.
+        language: The language after the opening fence.
+        text: The code.
+        excuse: The reason why it is not run; None if it is run.
+    """
 
     where: str
     language: str
@@ -58,14 +66,15 @@ class Block:
 
     @property
     def commands(self) -> list[list[str]]:
-        """The words of each command of an `sh` block; continued lines are one, comments none."""
+        """The words of each command of an `sh` block, without comments."""
         lines = self.text.replace("\\\n", " ").splitlines()
         return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def blocks_of(page: Path) -> list[Block]:
+    """Return the blocks of code of a page."""
     tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
-    found = []
+    blocks = []
     for before, token in zip([None, *tokens], tokens, strict=False):
         if token.type not in ("fence", "code_block"):
             continue
@@ -73,11 +82,12 @@ def blocks_of(page: Path) -> list[Block]:
             EXCUSE.fullmatch(before.content) if before and before.type == "html_block" else None
         )
         where = f"{page.relative_to(ROOT)}:{token.map[0] + 1}"
-        found.append(Block(where, token.info, token.content, excuse and excuse[1]))
-    return found
+        blocks.append(Block(where, token.info, token.content, excuse and excuse[1]))
+    return blocks
 
 
 def code_spans(page: Path) -> Iterator[str]:
+    """Yield the inline code of a page."""
     tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
     for token in tokens:
         yield from (child.content for child in token.children or () if child.type == "code_inline")
@@ -88,23 +98,27 @@ by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
 def parse(words: list[str]) -> None:
-    """Parse a `tracmod` command as click does, files not looked at; check what it says of configs.
+    """Parse a `tracmod` command without looking for its files; check its configuration.
 
     Raises:
-        click.UsageError, ValueError: it would be refused.
+        click.UsageError, ValueError: The command would be refused.
     """
     command = main.commands[words[1]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(click.Path, "convert", lambda self, value, param, ctx: Path(value))
-        given = command.make_context(words[1], words[2:]).params
+        values = command.make_context(words[1], words[2:]).params
     if words[1] == "sweep":
-        load_sweep(given["config"], given["overrides"])
-    elif words[1] == "run":  # a file of the reader's: what is set must at least be a setting
-        load_config(given["config"] if given["config"] in EMBEDDED else "demo", given["overrides"])
+        load_sweep(values["config"], values["overrides"])
+    elif words[1] == "run":  # for a file of the reader, check that the overrides are settings
+        config = values["config"] if values["config"] in EMBEDDED else "demo"
+        load_config(config, values["overrides"])
 
 
 def check_command(words: list[str]) -> None:
-    """A command that is not run: `tracmod` is parsed, `make` has the target, `pip` the extras."""
+    """Check a command without running it.
+
+    The arguments of `tracmod` are parsed; targets of `make` and extras of `pip install` exist.
+    """
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words = words[1:]
     if words[0] == "tracmod":
@@ -118,11 +132,11 @@ def check_command(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("block", ALL, ids=lambda block: block.where)
-def test_every_block_is_run_or_validated_or_excused_with_its_commands_parsed(block, tmp_path):
-    assert block.language in ("python", "sh", "yaml", "text"), "what is it?"
+def test_every_block_has_valid_code(block, tmp_path):
+    assert block.language in ("python", "sh", "yaml", "text")
     if block.language == "text":
         code = re.search(r"^\s*(tracmod|make|pip|import|from|\$) ", block.text, re.MULTILINE)
-        assert not code, f"code in a block that is called text: {code}"
+        assert not code, f"code in a text block: {code}"
     elif block.language == "yaml" and block.excuse is None:
         path = tmp_path / "config.yaml"
         path.write_text(block.text, encoding="utf-8")
@@ -136,12 +150,14 @@ def test_every_block_is_run_or_validated_or_excused_with_its_commands_parsed(blo
         subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
         assert block.commands
         for words in block.commands:
-            assert block.excuse or words[0] == "tracmod", f"{words[0]}: run it, or say why not"
+            assert block.excuse or words[0] == "tracmod", (
+                f"{words[0]} needs a reason why it is not run"
+            )
             check_command(words)
 
 
 @by_page
-def test_commands_in_the_text_are_commands_with_these_options(page):
+def test_commands_in_inline_code_exist_and_have_the_options(page):
     for span in code_spans(page):
         words = span.split()
         if words[:1] == ["make"] and len(words) > 1:
@@ -149,16 +165,16 @@ def test_commands_in_the_text_are_commands_with_these_options(page):
         if words[:1] != ["tracmod"] or len(words) == 1 or words[1] in ("COMMAND", "--help"):
             continue
         assert words[1] in main.commands, span
-        options = {one for param in main.commands[words[1]].params for one in param.opts}
-        given = {
+        options = {name for param in main.commands[words[1]].params for name in param.opts}
+        used = {
             word.partition("=")[0].strip("[]") for word in words if re.match(r"\[?--?[a-z]", word)
         }
-        assert given <= options | {"--help"}, span
+        assert used <= options | {"--help"}, span
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """A folder with what a reader has: my-model, train.tsv, test.tsv, runs/demo (a small run)."""
+    """A folder with the files of a reader: my-model, train.tsv, test.tsv, a run in runs/demo."""
     from tracmod.study.pipeline import run_stages
     from tracmod.study.run_folder import RunFolder
 
@@ -175,7 +191,7 @@ def reader(tmp_path_factory):
 
 
 def names_of_the_page(folder: Path) -> dict[str, Any]:
-    """What pages say that the reader's Python has: a model, its tokenizer, data sets, ..."""
+    """Return the Python variables that pages say the reader has: model, tokenizer, datasets, ..."""
     from transformers import AutoModelForSequenceClassification, TrainingArguments
 
     def examples(name: str) -> list[dict[str, Any]]:
@@ -205,7 +221,7 @@ def names_of_the_page(folder: Path) -> dict[str, Any]:
 
 
 def has_blocks_that_run(page: Path) -> bool:
-    return any(one.language in ("python", "sh") and not one.excuse for one in blocks_of(page))
+    return any(block.language in ("python", "sh") and not block.excuse for block in blocks_of(page))
 
 
 RUN = [page for page in PAGES if has_blocks_that_run(page)]
@@ -216,7 +232,9 @@ RUN = [page for page in PAGES if has_blocks_that_run(page)]
 def test_every_block_of_the_page_runs(page, reader, tmp_path, monkeypatch):
     monkeypatch.chdir(shutil.copytree(reader, tmp_path / "reader", dirs_exist_ok=True))
     blocks = blocks_of(page)
-    makes_the_demo = [one for one in blocks if one.excuse and one.text.startswith(MAKES_THE_DEMO)]
+    makes_the_demo = [
+        block for block in blocks if block.excuse and block.text.startswith(MAKES_THE_DEMO)
+    ]
     if makes_the_demo:
         shutil.move("runs", "later")
     names = names_of_the_page(reader)
@@ -227,21 +245,23 @@ def test_every_block_of_the_page_runs(page, reader, tmp_path, monkeypatch):
             exec(compile(block.text, block.where, "exec"), names)
         elif block.language == "sh" and not block.excuse:
             for words in block.commands:
-                done = CliRunner().invoke(main, words[1:])
-                assert done.exit_code == 0, (block.where, words, done.output, done.exception)
+                result = CliRunner().invoke(main, words[1:])
+                assert result.exit_code == 0, (block.where, words, result.output, result.exception)
 
 
 def public_objects() -> Iterator[tuple[str, Any]]:
-    """Everything public that has a docstring, methods included."""
+    """Yield every public function, class and method with a docstring, by name."""
     for name in (*tm.__all__, *(f"kernels.{op}" for op in kernels.__all__)):
-        found = kernels if "." in name else tm
-        public = getattr(found, name.rpartition(".")[2])
+        module = kernels if "." in name else tm
+        public = getattr(module, name.rpartition(".")[2])
         if not callable(public) or not hasattr(public, "__module__"):
             continue
         yield name, public
         if isinstance(public, type):
             methods = inspect.getmembers(public, lambda member: callable(member))
-            yield from ((f"{name}.{own}", it) for own, it in methods if own[0] != "_")
+            for method_name, method in methods:
+                if not method_name.startswith("_"):
+                    yield f"{name}.{method_name}", method
 
 
 OBJECTS = dict(public_objects())
@@ -262,33 +282,35 @@ def test_the_example_in_the_docstring_runs(name, reader, tmp_path, monkeypatch):
 
 
 def test_every_public_function_and_class_has_an_example():
-    own = {name for name in OBJECTS if name.count(".") == name.startswith("kernels.")}
-    without = own - set(WITH_EXAMPLES) - {"kernels.Kind", "kernels.Layer"}
+    names = {name for name in OBJECTS if name.count(".") == name.startswith("kernels.")}
+    without = names - set(WITH_EXAMPLES) - {"kernels.Kind", "kernels.Layer"}
     assert not without
 
 
 @by_page
-def test_links_lead_to_files_of_the_repository(page):
+def test_links_point_to_files_of_the_repository(page):
     links = re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
 
 
-def test_every_page_begins_with_a_title_and_one_line_that_says_what_it_is_about():
+def test_every_page_begins_with_a_title_and_a_line_about_its_content():
     for page in (page for page in PAGES if page.parent == ROOT / "docs"):
         assert re.match(r"# .+\n\n.+\.\n\n", page.read_text(encoding="utf-8")), page
 
 
 def test_the_python_reference_names_everything_public():
-    named = set(re.findall(r"^::: tracmod\.(\S+)", (ROOT / "docs/python.md").read_text(), re.M))
+    documented = set(
+        re.findall(r"^::: tracmod\.(\S+)", (ROOT / "docs/python.md").read_text(), re.M)
+    )
     public = {name for name in tm.__all__ if name not in ("__version__", "kernels")}
     ops = {f"kernels.{name}" for name in kernels.__all__ if name not in ("Kind", "Layer")}
-    assert named == public | ops
+    assert documented == public | ops
 
 
-def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
+def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_path):
     site = tmp_path / "site"
-    built = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "NO_MKDOCS_2_WARNING": "1"},
@@ -296,7 +318,7 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
         text=True,
         check=False,
     )
-    assert built.returncode == 0, built.stderr
+    assert process.returncode == 0, process.stderr
     pages = {path.relative_to(site).as_posix(): path.read_text() for path in site.rglob("*.html")}
     assert {f"{page.stem}.html" for page in PAGES if page.parent == ROOT / "docs"} <= set(pages)
     for name in main.commands:
@@ -304,7 +326,7 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     assert "Sentinel" not in pages["cli.html"]
     assert "tracmod.kernels.quantize_rows" in pages["python.html"]
     for name, text in pages.items():
-        fetched = re.findall(
+        loaded = re.findall(
             r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?:https?:)?//[^"]*"', text
         )
-        assert not fetched, name
+        assert not loaded, name

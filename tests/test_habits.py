@@ -1,4 +1,4 @@
-"""What helps those who work on tracmod: the hooks before a commit, and how to cite it."""
+"""Files for contributors and citations: pre-commit hooks, constraints.txt and CITATION.cff."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ ROOT = Path(__file__).parent.parent
 HOOKS = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
 
 
-def test_the_hooks_before_a_commit_are_valid_and_call_tools_that_make_install_brings():
+def test_the_pre_commit_hooks_are_valid_and_call_tools_of_the_extra_dev():
     clientlib = pytest.importorskip("pre_commit.clientlib")
-    assert clientlib.load_config(str(ROOT / ".pre-commit-config.yaml"))  # or it says what is wrong
+    assert clientlib.load_config(str(ROOT / ".pre-commit-config.yaml"))  # raises if it is invalid
     [local] = HOOKS["repos"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    brought = {name.partition(">")[0] for name in project["optional-dependencies"]["dev"]}
+    tools = {name.partition(">")[0] for name in project["optional-dependencies"]["dev"]}
     assert {hook["id"] for hook in local["hooks"]} == {"ruff", "ruff-format", "clang-format"}
     for hook in local["hooks"]:
         assert hook["language"] == "system"  # fetches nothing
-        assert hook["entry"].split()[0].removeprefix(".venv/bin/") in brought
+        assert hook["entry"].split()[0].removeprefix(".venv/bin/") in tools
 
 
-def test_the_hooks_are_what_make_lint_runs():
+def test_the_hooks_run_the_commands_of_make_lint():
     lint = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
     for hook in HOOKS["repos"][0]["hooks"]:
         command = hook["entry"].removeprefix(".venv/bin/").replace(" --force-exclude", "")
         assert f"$(BIN)/{command}" in lint
 
 
-def test_the_citation_is_of_this_version_and_of_the_paper():
+def test_the_citation_names_this_version_and_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what CFF 1.2 requires
     assert citation["cff-version"] == "1.2.0"
@@ -44,14 +44,14 @@ def test_the_citation_is_of_this_version_and_of_the_paper():
     assert paper["url"].endswith("2311.08273")
 
 
-def test_what_is_pinned_covers_every_extra_that_make_install_takes():
+def test_constraints_pin_every_dependency_that_make_install_installs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = {
+    dependencies = {
         name.partition(">")[0].partition("[")[0].lower().replace("_", "-")
         for names in (project["dependencies"], extras["test"], extras["dev"], extras["docs"])
         for name in names
     }
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in pins}
-    assert wanted <= pinned
+    assert dependencies <= pinned

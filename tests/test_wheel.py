@@ -1,4 +1,4 @@
-"""The wheel, made from the source distribution, holds what it needs and runs with no compiler."""
+"""The wheel built from the source distribution is complete and runs without a compiler."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ NOT_COPIED = shutil.ignore_patterns(
     *(".git", ".venv", "build", "dist", "runs", "site", "htmlcov", ".*_cache", "__pycache__"),
     *("*.so", "*.egg-info"),
 )
-# What is read at run time beside Python: in the checkout, and where it lies in the package.
+# Files of the package that may be read at run time, by their paths in the wheel.
 DATA = [
     *(path.relative_to(ROOT) for path in (ROOT / "tracmod").rglob("*.*")),
     *("tracmod" / path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")),
 ]
-OP = """
+# Runs a kernel, compares it with its reference, loads an embedded config, and prints its own path.
+KERNEL = """
 import torch
 import tracmod.kernels as kernels
 from tracmod.config import load_config
 from tracmod.kernels import reference
 
 x, g = torch.randn(3, 5, 7), torch.randn(3, 5, 4)
-given = dict(k_out=2, k_in=3, seed=1, input_key=2, output_key=3, bias=True)
-found, expected = torch.zeros(3, 6), torch.zeros(3, 6, dtype=torch.float64)
-kernels.project_gradients(x, g, found, **given)
-reference.project_gradients(x.double(), g.double(), expected, **given)
-torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+arguments = dict(k_out=2, k_in=3, seed=1, input_key=2, output_key=3, bias=True)
+features, expected = torch.zeros(3, 6), torch.zeros(3, 6, dtype=torch.float64)
+kernels.project_gradients(x, g, features, **arguments)
+reference.project_gradients(x.double(), g.double(), expected, **arguments)
+torch.testing.assert_close(features.double(), expected, rtol=1e-5, atol=1e-5)
 load_config("demo")
 print(kernels.__file__)
 """
@@ -46,16 +47,17 @@ pytestmark = pytest.mark.slow
 
 
 def run(*command: str | Path, **options: object) -> str:
-    done = subprocess.run(
+    """Run a command that must succeed; return its output."""
+    process = subprocess.run(
         [*map(str, command)], capture_output=True, text=True, check=False, **options
     )  # type: ignore[call-overload]
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return str(done.stdout)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return str(process.stdout)
 
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """The source distribution, made in a copy of the checkout (links of a worktree left out)."""
+    """The source distribution, built in a copy of the checkout without symbolic links."""
     pytest.importorskip("pybind11")
     source = tmp_path_factory.mktemp("source") / "tracmod"
     shutil.copytree(ROOT, source, ignore=NOT_COPIED, symlinks=True)
@@ -69,20 +71,20 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """Built without a network, from the source distribution alone, without CUDA code."""
+    """The wheel, built from the source distribution without network and without CUDA code."""
     folder = tmp_path_factory.mktemp("wheel")
     run(
         *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
         *("--wheel-dir", folder, sdist),
         env=os.environ | {"TRACMOD_CUDA": "OFF"},
     )
-    [built] = folder.glob("*.whl")
-    return built
+    [path] = folder.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="module")
 def clean(wheel, tmp_path_factory):
-    """The binaries of an environment with the wheel and its requirements; no compiler beside."""
+    """The folder bin/ of an environment with the wheel and its dependencies, without a compiler."""
     folder = tmp_path_factory.mktemp("clean")
     venv.create(folder, with_pip=False)
     python = folder / "bin/python"
@@ -91,13 +93,14 @@ def clean(wheel, tmp_path_factory):
         *("install", "--no-deps", "--no-index", wheel),
     )
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    # The requirements' files; .pth files among them, such as an editable tracmod's, are not read.
-    (site / "requirements.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # The dependencies are those of this environment. Its .pth files, such as that of an editable
+    # tracmod, are not read.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "bin"
 
 
 def in_clean(clean, *command, **variables):
-    """Run where PATH has this environment alone, so that there is no compiler."""
+    """Run a command with only the clean environment in PATH, so that there is no compiler."""
     assert shutil.which("g++", path=str(clean)) is None
     assert shutil.which("nvcc", path=str(clean)) is None
     environment = {
@@ -109,7 +112,7 @@ def in_clean(clean, *command, **variables):
     return run(*command, env=environment, cwd=clean.parent)
 
 
-def test_the_source_distribution_holds_what_the_build_needs(sdist):
+def test_the_source_distribution_contains_the_files_of_the_build(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for path in (ROOT / "csrc").rglob("*.*"):
@@ -117,7 +120,7 @@ def test_the_source_distribution_holds_what_the_build_needs(sdist):
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+def test_the_wheel_contains_the_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in DATA:
         if path.suffix in (".py", ".pyi", ".yaml", ".html", ".css", ".js", ".j2", ".typed"):
@@ -130,24 +133,24 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert len([name for name in names if name.endswith(".so")]) == 1
 
 
-def test_it_imports_and_computes_without_a_compiler(clean):
-    found = in_clean(clean, clean / "python", "-c", OP)
-    assert Path(found.strip()).is_relative_to(clean.parent)
+def test_the_wheel_imports_and_computes_without_a_compiler(clean):
+    path = in_clean(clean, clean / "python", "-c", KERNEL)
+    assert Path(path.strip()).is_relative_to(clean.parent)
 
 
-def test_its_doctor_says_what_was_built(clean):
-    found = json.loads(in_clean(clean, clean / "tracmod", "doctor", "--json"))
-    assert found["native cuda"] is None
-    assert found["native version"] == found["tracmod"]
+def test_doctor_reports_the_build_of_the_wheel(clean):
+    report = json.loads(in_clean(clean, clean / "tracmod", "doctor", "--json"))
+    assert report["native cuda"] is None
+    assert report["native version"] == report["tracmod"]
 
 
 @pytest.mark.parametrize("instructions", ["baseline", "avx2", "avx512", "avx512_bf16"])
-def test_it_holds_the_code_of_every_processor_and_needs_none_of_them(clean, instructions):
+def test_the_wheel_has_code_for_every_instruction_set_and_requires_none(clean, instructions):
     try:
-        in_clean(clean, clean / "python", "-c", OP, TRACMOD_INSTRUCTIONS=instructions)
+        in_clean(clean, clean / "python", "-c", KERNEL, TRACMOD_INSTRUCTIONS=instructions)
     except AssertionError as error:
-        # A processor that lacks them is told so; baseline every one has.
-        if instructions == "baseline" or "this processor to have it" not in str(error):
+        # A processor without these instructions raises an error; every processor has the baseline.
+        if instructions == "baseline" or f"got {instructions}" not in str(error):
             raise
-    asked = (ROOT / "CMakeLists.txt").read_text() + (ROOT / "setup.py").read_text()
-    assert not re.search(r"-march|-mtune|-mavx|-mfma", asked)
+    build_files = (ROOT / "CMakeLists.txt").read_text() + (ROOT / "setup.py").read_text()
+    assert not re.search(r"-march|-mtune|-mavx|-mfma", build_files)

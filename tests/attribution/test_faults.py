@@ -1,6 +1,6 @@
-"""`tracmod attribute` and the stages after it, when things go wrong: nothing lost, nothing wrong.
+"""Faults while `tracmod attribute` or a stage runs: results are correct or refused, never lost.
 
-Kills, full disks, damaged files, other inputs than before, and numbers that are not finite.
+The faults are kills, full disks, changed inputs, damaged files, and numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from tracmod.features.store_format import VERSION
 from tracmod.files.durable import seal
 from tracmod.study.pipeline import run_stages
 from tracmod.study.run_folder import RunFolder
+from tracmod.validation.integrity import verify
 
-# Everything an attribution writes but the time it took.
+# All results of an attribution; run.json also has the time that it took.
 WRITTEN = ("features/**/*.safetensors", "features/**/*.json", "*.parquet", "checksums.json")
 DIM = 256
 
 
 def invoke(*arguments: object, code: int = 0) -> str:
-    """The command in this process; an error is one line and no stack."""
+    """Run a command in this process and return its output; an error must be one line."""
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == code, (result.output, result.exception)
     if code:
@@ -54,12 +55,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of four rows: of 30 training examples eight, of 7 queries two."""
+    """Shards of four rows: 8 for 30 training examples, 2 for 7 queries."""
     monkeypatch.setattr(FeatureStore, "grow", partial(FeatureStore.grow, shard_rows=4))
 
 
 def command_of(folder: Path, model: Path, train: int = 30, query: int = 7) -> list[object]:
-    """The command, its input files in `folder`, to write into `folder`/out."""
+    """Write the input files into a folder; return the command that writes `folder`/out."""
     folder.mkdir(exist_ok=True)
     return [
         "attribute", "--model", model, "--out", folder / "out", "--projection-dim", DIM, "-k", 5,
@@ -69,26 +70,27 @@ def command_of(folder: Path, model: Path, train: int = 30, query: int = 7) -> li
 
 
 def written(folder: Path) -> dict[str, bytes]:
+    """Return the results in `folder`/out."""
     files = files_of(folder / "out", *WRITTEN)
     assert any(name.endswith(".parquet") for name in files)
     return files
 
 
 def in_process(*arguments: object) -> tuple[int, str]:
-    """Exit code and stderr of Python in a process of its own.
+    """Return exit code and stderr of Python in another process.
 
-    With one thread: what is compared bit by bit must be of as many threads on both sides.
+    It has one thread, because bits of results depend on the number of threads.
     """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return done.returncode, done.stderr
+    return process.returncode, process.stderr
 
 
-# --- kills ----------------------------------------------------------------------------------
+# Kills
 
-# The command in children of one process that has imported everything: a start takes 0.1 s.
+# Runs the command in forks of a process that has imported everything: a start takes 0.1 s.
 KILLER = """
 import os, random, signal, sys, time
 from functools import partial
@@ -119,27 +121,27 @@ def kill(child):
 
 for number in range(int(kills)):
     child, new = start(), shards() + draw.randint(1, 6)
-    # Every fourth at any time since its start, but before it has got far.
+    # Every fourth process is killed soon after its start, the others once they wrote shards.
     longest = draw.uniform(0, 0.4) if number % 4 == 0 else 100
     end = time.monotonic() + longest
     while shards() < new and time.monotonic() < end:
-        assert not ended(child), "it ended before it could be killed"
+        assert not ended(child), "the command ended before it was killed"
         time.sleep(0.0005)
     time.sleep(draw.uniform(0, 0.01) if longest == 100 else 0)
-    assert kill(child), "it ended before it could be killed"
+    assert kill(child), "the command ended before it was killed"
 tables = ("examples.parquet", "top.parquet", "languages.parquet", "run.json")
 for name in tables if int(kills) else ():
     Path(out, name).unlink(missing_ok=True)
     child = start()
     while not Path(out, name).exists():
-        assert not ended(child), "it ended without " + name
+        assert not ended(child), "the command ended without " + name
     kill(child)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1]))
 """
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_in_the_collection_it_writes_the_same_files(
+def test_a_command_killed_twenty_times_writes_the_same_files(
     tmp_path: Path, model_dir: Path
 ) -> None:
     second = save_model(tmp_path / "second", seed=1)
@@ -149,15 +151,15 @@ def test_killed_twenty_times_in_the_collection_it_writes_the_same_files(
         code, error = in_process("-c", KILLER, tmp_path / name / "out", kills, *command)
         assert code == 0, error
     assert written(tmp_path / "killed") == written(tmp_path / "undisturbed")
-    assert "sound" in invoke("verify", tmp_path / "killed/out")
+    invoke("verify", tmp_path / "killed/out")
 
 
-# --- full disks -----------------------------------------------------------------------------
+# Full disks
 
 
 @contextmanager
 def small_disk(path: Path, size: str) -> Iterator[Callable[[str], None]]:
-    """A file system of `size` bytes at `path`; what it gives makes it larger."""
+    """Mount a file system of `size` bytes at `path`; yield a function that resizes it."""
     path.mkdir()
 
     def mount(*options: str) -> bool:
@@ -176,16 +178,17 @@ def small_disk(path: Path, size: str) -> Iterator[Callable[[str], None]]:
 
 
 def assert_store_is_valid(store: Path) -> None:
-    """Shards may be missing; none is damaged, and nothing is left half written."""
-    for problem in verify_store(store):
-        assert "is missing" in problem or "no manifest.json" in problem
+    """Shards may be missing, but none is damaged, and no temporary file is left."""
+    problems = verify_store(store)
+    for file in store.iterdir():
+        assert not [problem for problem in problems if f"/{file.name}" in problem]
     assert not list(store.glob(".*.tmp"))
 
 
-def test_a_full_disk_is_one_sentence_and_with_space_the_same_command_goes_on(
+def test_a_full_disk_is_an_error_of_one_line_and_the_command_resumes_when_it_has_space(
     tmp_path: Path, model_dir: Path
 ) -> None:
-    """The command as a process of its own, on a file system that is really full."""
+    """The command runs in another process, on a small file system."""
     run = ("-m", "tracmod.cli")
     assert in_process(*run, *command_of(tmp_path / "undisturbed", model_dir, 90)) == (0, "")
     with small_disk(tmp_path / "small", "64k") as enlarge:
@@ -193,20 +196,20 @@ def test_a_full_disk_is_one_sentence_and_with_space_the_same_command_goes_on(
         code, error = in_process(*run, *command)
         store = tmp_path / "small/out/features/checkpoint-1/train"
         assert code == 1
-        assert f"cannot write {store}/shard-00000.safetensors (92," in error
-        assert "No space left on device; what was written before is kept" in error
+        assert re.search(re.escape(f"{store}/shard-00000.safetensors") + r" \(92,\d{3} ", error)
+        assert "No space left on device" in error
         assert "Traceback" not in error
         assert len(error.strip().splitlines()) == 1
         assert_store_is_valid(store)
         enlarge("8m")
         assert in_process(*run, *command) == (0, "")
         assert written(tmp_path / "small") == written(tmp_path / "undisturbed")
-        assert "sound" in invoke("verify", tmp_path / "small/out")
+        invoke("verify", tmp_path / "small/out")
 
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """No file can be made larger (RLIMIT_FSIZE): a full disk where none can be mounted."""
+    """Limit the size of files (RLIMIT_FSIZE), as a full disk does; needs no mount."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -215,7 +218,7 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# Largest file allowed -> the first that is larger. A shard of 4 rows has 4.4 kB.
+# Largest file size allowed -> the first file that is larger. A shard of 4 rows has 4.4 kB.
 TOO_LARGE = {
     300: "features/checkpoint-1/train/ids.json",
     600: "features/checkpoint-1/train/manifest.json",
@@ -224,7 +227,7 @@ TOO_LARGE = {
 
 
 @pytest.mark.parametrize("size", TOO_LARGE)
-def test_whatever_file_cannot_be_written_is_named_and_written_later(
+def test_a_file_that_cannot_be_written_is_named_and_written_later(
     tmp_path: Path, model_dir: Path, small_shards: None, size: int
 ) -> None:
     invoke(*command_of(tmp_path / "undisturbed", model_dir))
@@ -232,7 +235,7 @@ def test_whatever_file_cannot_be_written_is_named_and_written_later(
     with file_size_limit(size):
         error = invoke(*command, code=1)
     out = tmp_path / "limited/out"
-    assert f"cannot write {out / TOO_LARGE[size]} (" in error
+    assert str(out / TOO_LARGE[size]) in error
     for manifest in out.glob("features/*/*/manifest.json"):
         assert_store_is_valid(manifest.parent)
     assert not list(out.glob(".*.tmp"))
@@ -240,12 +243,12 @@ def test_whatever_file_cannot_be_written_is_named_and_written_later(
     assert written(tmp_path / "limited") == written(tmp_path / "undisturbed")
 
 
-# --- other inputs, other files --------------------------------------------------------------
+# Changed inputs and files
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    """A finished attribution of shards of four rows, and its inputs: model, train and query."""
+    """A finished attribution with shards of four rows, and its inputs: model, train and query."""
     folder = tmp_path_factory.mktemp("done")
     shutil.copytree(model_dir, folder / "model")
     with pytest.MonkeyPatch.context() as patch:
@@ -256,12 +259,12 @@ def done(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
 
 @pytest.fixture
 def copy(done: Path, tmp_path: Path, small_shards: None) -> Path:
-    """A copy to damage."""
+    """A copy of the finished attribution, for tests that change it."""
     return shutil.copytree(done, tmp_path / "copy")
 
 
 def again(folder: Path, *changes: object, code: int = 0) -> str:
-    """The same command over the folder as it is now, with options added."""
+    """Run the same command again, with options added."""
     return invoke(
         "attribute", "--model", folder / "model", "--out", folder / "out",
         "--projection-dim", DIM, "-k", 5,
@@ -270,7 +273,7 @@ def again(folder: Path, *changes: object, code: int = 0) -> str:
 
 
 def another_weight(folder: Path) -> list[object]:
-    """One number of 10,000, in its last bit."""
+    """Flip the last bit of one weight."""
     file = folder / "model/model.safetensors"
     weights = load_file(file)
     number = weights["roberta.encoder.layer.0.output.dense.weight"].view(torch.int32)
@@ -280,7 +283,7 @@ def another_weight(folder: Path) -> list[object]:
 
 
 def another_tokenizer(folder: Path) -> list[object]:
-    """Two of its pieces have changed places."""
+    """Exchange the ids of two pieces."""
     file = folder / "model/tokenizer.json"
     tree = json.loads(file.read_text())
     ids = tree["model"]["vocab"]
@@ -290,18 +293,20 @@ def another_tokenizer(folder: Path) -> list[object]:
 
 
 def another_text(split: str, folder: Path) -> list[object]:
+    """Change one text of a file."""
     file = folder / f"{split}.tsv"
     file.write_text(file.read_text().replace("the cat", "the car", 1))
     return []
 
 
 def one_example_less(folder: Path) -> list[object]:
-    """One more would be collected and no fault."""
+    """Remove the last training example; adding examples would be allowed."""
     write_examples(folder / "train.tsv", 29)
     return []
 
 
 def newer_store(folder: Path) -> list[object]:
+    """Raise the format version of a store."""
     file = folder / "out/features/checkpoint-1/train/manifest.json"
     content = json.loads(file.read_text()) | {"version": VERSION + 1}
     del content["sha256"]
@@ -310,6 +315,7 @@ def newer_store(folder: Path) -> list[object]:
 
 
 def foreign_folder(folder: Path) -> list[object]:
+    """Replace a store with a folder that holds another file."""
     store = folder / "out/features/checkpoint-1/query"
     shutil.rmtree(store)
     store.mkdir()
@@ -318,61 +324,63 @@ def foreign_folder(folder: Path) -> list[object]:
 
 
 def damaged_manifest(folder: Path) -> list[object]:
+    """Change a value in a manifest but not its checksum."""
     file = folder / "out/features/checkpoint-1/query/manifest.json"
     file.write_text(file.read_text().replace('"dim": 256', '"dim": 255'))
     return []
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
-        (another_weight, r"train holds other features than these: identity\.model: expected"),
-        (another_tokenizer, r"train holds other features .* identity\.tokenizer: expected"),
-        (lambda _: ["--seed", 1], r"identity\.projection\.seed: expected 1, got 0; take another"),
+        (another_weight, r"/train .*identity\.model: expected"),
+        (another_tokenizer, r"/train .*identity\.tokenizer: expected"),
+        (lambda _: ["--seed", 1], r"identity\.projection\.seed: expected 1, got 0\b"),
         (
             lambda _: ["--projection-dim", 128],
-            r"dim: expected 128, got 256; .*identity\.projection\.dim: expected 128, got 256",
+            r"dim: expected 128, got 256\b.*identity\.projection\.dim: expected 128, got 256\b",
         ),
         (lambda _: ["--parameters", "all"], r'identity\.parameters: expected "all", got "encoder"'),
         (lambda _: ["--max-length", 9], r'identity\.max_length: expected "9", got "'),
         (lambda _: ["--dtype", "bfloat16"], r"identity\.pass_dtype: expected"),
-        (partial(another_text, "train"), r"/train holds other .*: identity\.data: expected"),
-        (partial(another_text, "query"), r"/query holds other .*: identity\.data: expected"),
-        (one_example_less, r"/train holds other features .* num_rows: expected 29, got 30"),
-        (newer_store, rf"version {VERSION + 1}, this tracmod reads versions up to {VERSION}"),
-        (foreign_folder, r"query is not empty \(thesis\.txt is there\) and has no manifest"),
-        (damaged_manifest, r"query/manifest\.json is damaged: its checksum does not match"),
+        (partial(another_text, "train"), r"/train .*identity\.data: expected"),
+        (partial(another_text, "query"), r"/query .*identity\.data: expected"),
+        (one_example_less, r"/train .*num_rows: expected 29, got 30"),
+        (newer_store, rf"version {VERSION + 1}\b.*\b{VERSION}\b"),
+        (foreign_folder, r"/query .*thesis\.txt"),
+        (damaged_manifest, r"query/manifest\.json .*checksum"),
     ],
 )  # fmt: skip
-def test_what_differs_is_named_and_nothing_is_overwritten(
-    copy: Path, change: Callable[[Path], list[object]], says: str
+def test_a_changed_input_is_named_and_nothing_is_overwritten(
+    copy: Path, change: Callable[[Path], list[object]], message: str
 ) -> None:
     options = change(copy)
     before = files_of(copy, "out/**/*")
     error = again(copy, *options, code=2)
-    assert re.search(says, error), error
+    assert re.search(message, error), error
     assert files_of(copy, "out/**/*") == before
 
 
-def test_a_checkpoint_in_anothers_place_is_refused(copy: Path) -> None:
+def test_checkpoints_in_another_order_are_refused(copy: Path) -> None:
     before = files_of(copy, "out/**/*")
     other = save_model(copy / "other", seed=5)
-    given = ["--checkpoint", other, "--checkpoint", copy / "model"]
-    assert "checkpoint-1/train holds other features" in again(copy, *given, code=2)
+    checkpoints = ["--checkpoint", other, "--checkpoint", copy / "model"]
+    error = again(copy, *checkpoints, code=2)
+    assert re.search(r"checkpoint-1/train .*identity\.model: expected", error)
     assert files_of(copy, "out/**/*") == before
 
 
 def test_a_table_that_cannot_be_written_is_named_and_written_later(copy: Path) -> None:
-    sound, table = written(copy), copy / "out/examples.parquet"
+    expected, table = written(copy), copy / "out/examples.parquet"
     table.unlink()
     with file_size_limit(2000):
-        assert f"cannot write {table} (" in again(copy, code=1)
+        assert str(table) in again(copy, code=1)
     assert not list((copy / "out").glob("*examples.parquet*"))
     again(copy)
-    assert written(copy) == sound
+    assert written(copy) == expected
 
 
-# --- damage ---------------------------------------------------------------------------------
+# Damage
 
 TRAIN_SHARD = "features/checkpoint-1/train/shard-00003.safetensors"
 
@@ -384,7 +392,7 @@ def flip(file: Path, byte: int, bit: int = 2) -> None:
 
 
 def flip_anywhere(number: int, out: Path) -> None:
-    """In the header, the digest, the features or the norms, as it comes."""
+    """Flip a random bit of a shard: in its header, digest, features or norms."""
     draw = random.Random(number)
     file = out / draw.choice([TRAIN_SHARD, TRAIN_SHARD.replace("train", "query").replace("3", "1")])
     flip(file, draw.randrange(file.stat().st_size), draw.randrange(8))
@@ -395,12 +403,12 @@ def cut(size: int, out: Path) -> None:
 
 
 def exchange(out: Path) -> None:
-    """A sound shard in another's place."""
+    """Replace a shard with another valid one."""
     shutil.copy((out / TRAIN_SHARD).with_name("shard-00002.safetensors"), out / TRAIN_SHARD)
 
 
 def foreign(out: Path) -> None:
-    """A sound safetensors file of the right shape, of numbers that nobody computed."""
+    """Replace a shard with a valid safetensors file of the right shape and other numbers."""
     tensors = {"features": torch.ones(4, DIM), "norms": torch.full((4,), DIM**0.5)}
     save_file(tensors, out / TRAIN_SHARD)
 
@@ -414,40 +422,42 @@ def foreign(out: Path) -> None:
         foreign,
     ],
 )
-def test_a_damaged_shard_is_made_anew_and_the_result_is_that_of_the_sound_one(
+def test_a_damaged_shard_is_computed_again_and_the_results_are_the_same(
     copy: Path, damage: Callable[[Path], None]
 ) -> None:
-    sound = written(copy)
+    expected = written(copy)
     damage(copy / "out")
-    assert written(copy) != sound
-    assert "1 problems" in invoke_verify(copy / "out")
+    assert written(copy) != expected
+    assert len(verify(copy / "out")) == 1
+    problems_of(copy / "out")
     (copy / "out/top.parquet").unlink()
     again(copy)
-    assert written(copy) == sound
+    assert written(copy) == expected
 
 
-def invoke_verify(path: Path) -> str:
+def problems_of(path: Path) -> str:
+    """Return the output of `tracmod verify` for a folder with problems."""
     result = CliRunner().invoke(main, ["verify", str(path)])
     assert result.exit_code == 1
     return result.output
 
 
-def test_foreign_files_in_a_store_are_left_alone_and_named_by_verify(copy: Path) -> None:
+def test_foreign_files_in_a_store_are_not_changed_and_named_by_verify(copy: Path) -> None:
     store = copy / "out/features/checkpoint-1/train"
     (store / "notes.txt").write_text("mine")
     (store / "shard-00099.safetensors").write_text("mine too")
-    sound = written(copy)
+    expected = written(copy)
     again(copy)
-    assert written(copy) == sound
+    assert written(copy) == expected
     assert (store / "notes.txt").read_text() == "mine"
-    output = invoke_verify(copy / "out")
-    assert "notes.txt does not belong to this store" in output
-    assert "shard-00099.safetensors does not belong to this store" in output
+    output = problems_of(copy / "out")
+    assert "notes.txt" in output
+    assert "shard-00099.safetensors" in output
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study up to its influence."""
+    """A run up to the stage influence."""
     config = tiny_config(
         task={"languages": ["en", "de"]}, finetune={"epochs": 1}, views={"random": 0, "other": []}
     )
@@ -458,50 +468,49 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_study_refuses_a_damaged_shard_until_it_is_collected_anew(
+def test_a_run_refuses_a_damaged_shard_until_it_is_collected_again(
     run: Path, tmp_path: Path, split: str
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
-    sound = files_of(run, "features/**/shard*", "influence/**/*.parquet")
+    expected = files_of(run, "features/**/shard*", "influence/**/*.parquet")
     shard = tmp_path / f"run/features/full/full/checkpoint-1/{split}/shard-00000.safetensors"
     flip(shard, shard.stat().st_size - 900)
     error = invoke("influence", tmp_path / "run", code=2)
-    assert f"{shard} is damaged: its checksum does not match what it holds" in error
-    assert "run what wrote the store again" in error
+    assert re.search(re.escape(str(shard)) + ".*checksum", error)
     influence = files_of(tmp_path / "run", "influence/**/*.parquet")
-    assert influence.items() <= sound.items()
+    assert influence.items() <= expected.items()
     invoke("collect", tmp_path / "run")
     invoke("influence", tmp_path / "run")
-    assert files_of(tmp_path / "run", "features/**/shard*", "influence/**/*.parquet") == sound
+    assert files_of(tmp_path / "run", "features/**/shard*", "influence/**/*.parquet") == expected
 
 
-# --- numbers that are not finite ------------------------------------------------------------
+# Numbers that are not finite
 
 
-@pytest.mark.parametrize("way", [[], ["--exact"]], ids=["projected", "exact"])
+@pytest.mark.parametrize("options", [[], ["--exact"]], ids=["projected", "exact"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_model_with_a_broken_weight_is_stopped_at_the_first_example(
-    tmp_path: Path, way: list[object], value: float
+def test_a_model_with_a_non_finite_weight_fails_at_the_first_example(
+    tmp_path: Path, options: list[object], value: float
 ) -> None:
     model = own_model()
     with torch.no_grad():
         model.roberta.encoder.layer[0].output.dense.weight[3, 4] = value
     model.save_pretrained(tmp_path / "model")
     own_tokenizer().save_pretrained(tmp_path / "model")
-    error = invoke(*command_of(tmp_path, tmp_path / "model"), *way, code=2)
-    assert "example 'train-0'" in error or "example 'query-0'" in error
+    error = invoke(*command_of(tmp_path, tmp_path / "model"), *options, code=2)
+    assert "'train-0'" in error or "'query-0'" in error
     assert not list(tmp_path.glob("out/**/*.safetensors"))
     assert not (tmp_path / "out/top.parquet").exists()
 
 
-@pytest.mark.parametrize("way", [[], ["--exact"]], ids=["projected", "exact"])
+@pytest.mark.parametrize("options", [[], ["--exact"]], ids=["projected", "exact"])
 @pytest.mark.parametrize("split", ["train", "query"])
-def test_one_example_whose_gradient_is_not_finite_is_named(
-    tmp_path: Path, way: list[object], split: str
+def test_an_example_whose_gradient_is_not_finite_is_named(
+    tmp_path: Path, options: list[object], split: str
 ) -> None:
-    """The embedding of a piece that only this example has is NaN."""
+    """The embedding of a piece that occurs in this example only is NaN."""
     tokenizer, model = own_tokenizer(), own_model()
-    piece = tokenizer.convert_tokens_to_ids("z")  # in "Katze" it is part of a longer one
+    piece = tokenizer.convert_tokens_to_ids("z")  # in "Katze" it is part of a longer piece
     with torch.no_grad():
         model.roberta.embeddings.word_embeddings.weight[piece] = float("nan")
     model.save_pretrained(tmp_path / "model")
@@ -511,5 +520,5 @@ def test_one_example_whose_gradient_is_not_finite_is_named(
     lines = file.read_text().splitlines()
     lines[6] = "the bad one\tde\tz\tyes"
     file.write_text("\n".join(lines) + "\n")
-    assert "example 'the bad one'" in invoke(*command, *way, code=2)
+    assert "'the bad one'" in invoke(*command, *options, code=2)
     assert not (tmp_path / "out/top.parquet").exists()

@@ -1,4 +1,4 @@
-"""Influence by head and layer in a run: exact, resumable, analysed, drawn; only where asked for."""
+"""Influence by head and layer in a run (`influence.blocks`): exact, resumable, analysed, drawn."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ BLOCKS = {"blocks": True, "k": 5}
 
 
 def run_with(folder, stages=None, **sections):
+    """Do a run, or some of its stages, with some settings; return its folder."""
     run = RunFolder(folder, tiny_config(views={"random": 0, "other": []}, **sections))
     with run.locked():
         run_stages(run, **({} if stages is None else {"stages": stages}))
@@ -47,17 +48,18 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(plain, tmp_path_factory):
-    """The same run, asked for blocks afterwards."""
+    """A copy of the run, with blocks computed afterwards."""
     folder = tmp_path_factory.mktemp("blocks") / "run"
     shutil.copytree(plain, folder)
     return run_with(folder, influence=BLOCKS)
 
 
 def blocks_of(folder, model, view):
+    """Return the table of influence by head and layer."""
     return pq.read_table(folder / "influence" / model / view / "blocks.parquet").to_pandas()
 
 
-def test_asked_for_afterwards_only_influence_is_done_again(plain, done):
+def test_blocks_computed_afterwards_change_no_earlier_file(plain, done):
     earlier = ("data/*", "models/**/*", "subnetworks/*", "features/**/*")
     assert files_of(plain, *earlier) == files_of(done, *earlier)
     for name, content in files_of(plain, "influence/*/*/*").items():
@@ -96,16 +98,16 @@ def test_blocks_add_up_to_exact_influence_over_the_checkpoints(done, model, view
             )
             mean = float(scores_QN.double().mean())
             expected[test, train] += checkpoint.learning_rate * mean
-    found = blocks_of(done, model, view).groupby(["test_language", "train_language"])["influence"]
-    unit = sum(checkpoint.learning_rate for checkpoint in checkpoints)  # of a cosine of 1
-    for pair, total in found.sum().items():
-        assert total == pytest.approx(expected[pair], abs=1e-6 * unit)
-    # 2 layers of 3 heads and a rest, and what is outside
-    assert (found.size() == 2 * (3 + 1) + 1).all()
-    assert len(found) == len(expected)
+    blocks = blocks_of(done, model, view).groupby(["test_language", "train_language"])["influence"]
+    largest = sum(checkpoint.learning_rate for checkpoint in checkpoints)  # if all cosines are 1
+    for pair, total in blocks.sum().items():
+        assert total == pytest.approx(expected[pair], abs=1e-6 * largest)
+    # 3 heads and the rest of each of 2 layers, and the parameters outside the layers
+    assert (blocks.size() == 2 * (3 + 1) + 1).all()
+    assert len(blocks) == len(expected)
 
 
-def test_the_runs_mean_influence_estimates_the_sum_of_the_blocks(done):
+def test_mean_influence_from_features_estimates_the_sum_of_the_blocks(done):
     pair = ["test_language", "train_language"]
     for view in ("full", "subnetwork"):
         exact = blocks_of(done, "full", view).groupby(pair)["influence"].sum()
@@ -114,7 +116,7 @@ def test_the_runs_mean_influence_estimates_the_sum_of_the_blocks(done):
         assert np.abs(estimate - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_masked_heads_have_no_influence_in_their_subnetworks_view(done):
+def test_masked_heads_have_no_influence_in_the_view_subnetwork(done):
     for language in LANGUAGES:
         mask = tm.HeadMask.load(done / "subnetworks" / f"{language}.json").array
         rows = blocks_of(done, "full", "subnetwork").query("test_language == @language")
@@ -122,36 +124,34 @@ def test_masked_heads_have_no_influence_in_their_subnetworks_view(done):
             assert (row.influence == 0) == (mask[int(row.layer), int(row.head)] == 0)
 
 
-def test_stopped_it_goes_on_without_doing_a_part_twice(done, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_without_computing_a_part_twice(done, tmp_path, monkeypatch):
     shutil.copytree(done, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "influence" / "blocks")
     calls = []
-    compute = influence_blocks.block_influence
+    block_influence = influence_blocks.block_influence
 
-    def stops(*arguments, **named):
+    def interrupt_fourth(*arguments, **named):
         if len(calls) == 3:
             raise KeyboardInterrupt
-        calls.append(arguments)
-        return compute(*arguments, **named)
+        return count(*arguments, **named)
 
-    monkeypatch.setattr(influence_blocks, "block_influence", stops)
+    def count(*arguments, **named):
+        calls.append(arguments)
+        return block_influence(*arguments, **named)
+
+    monkeypatch.setattr(influence_blocks, "block_influence", interrupt_fourth)
     run = RunFolder(tmp_path / "copy")
     with pytest.raises(KeyboardInterrupt), run.locked():
         run_stages(run, ["influence"], again="influence")
     assert len(list((tmp_path / "copy" / "influence" / "blocks").glob("*.parquet"))) == 3
-
-    def counts(*arguments, **named):
-        calls.append(arguments)
-        return compute(*arguments, **named)
-
-    monkeypatch.setattr(influence_blocks, "block_influence", counts)
+    monkeypatch.setattr(influence_blocks, "block_influence", count)
     run_with(tmp_path / "copy", influence=BLOCKS)
     assert len(calls) == 2 * 2 * (1 + len(LANGUAGES))  # models, checkpoints, masks
-    names = ("influence/**/*.parquet", "analysis/*")
-    assert files_of(tmp_path / "copy", *names) == files_of(done, *names)
+    results = ("influence/**/*.parquet", "analysis/*")
+    assert files_of(tmp_path / "copy", *results) == files_of(done, *results)
 
 
-def test_parts_of_other_scores_are_made_anew_and_the_old_are_gone(done, tmp_path):
+def test_parts_of_other_scores_are_replaced(done, tmp_path):
     shutil.copytree(done, tmp_path / "copy")
     before = set((tmp_path / "copy" / "influence" / "blocks").iterdir())
     run_with(tmp_path / "copy", ["influence"], influence=BLOCKS | {"normalize": "none"})
@@ -164,7 +164,7 @@ def test_parts_of_other_scores_are_made_anew_and_the_old_are_gone(done, tmp_path
     assert not list((tmp_path / "copy" / "influence").glob("**/*blocks*"))
 
 
-def test_the_page_shows_heads_and_layers_only_where_they_were_asked_for(plain, done):
+def test_the_report_has_a_section_of_blocks_only_if_they_were_computed(plain, done):
     pages = [(folder / "report" / "index.html").read_text() for folder in (plain, done)]
     assert ['<section id="blocks">' in page for page in pages] == [False, True]
     summaries = [json.loads((f / "analysis" / "summary.json").read_text()) for f in (plain, done)]
@@ -177,11 +177,11 @@ def test_the_page_shows_heads_and_layers_only_where_they_were_asked_for(plain, d
     }
 
 
-# --- analysis and figures of planted blocks -------------------------------------------------
+# Analysis and figures of made blocks
 
 
-def planted(path, blocks):
-    """A made run whose full model's blocks are (layer, head, in-language, cross-language)."""
+def run_with_blocks(path, blocks):
+    """Make a run with blocks (layer, head, in-language, cross-language) of its full model."""
     make_run(path, num_test=3, models=("full",), views=("full",))
     rows = [
         {"test_language": a, "train_language": b, "layer": layer, "head": head,
@@ -190,8 +190,8 @@ def planted(path, blocks):
     ]  # fmt: skip
     table = pa.Table.from_pylist(rows)
     for name in ("layer", "head"):
-        place = table.column_names.index(name)
-        table = table.set_column(place, name, table[name].cast(pa.int32()))
+        column = table.column_names.index(name)
+        table = table.set_column(column, name, table[name].cast(pa.int32()))
     pq.write_table(table, path / "influence" / "full" / "full" / "blocks.parquet")
     return path
 
@@ -200,11 +200,11 @@ BLOCK_VALUES = [(0, 0, 4.0, 1.0), (0, 1, -1.0, 1.0), (0, None, 2.0, 3.0), (1, 0,
                 (1, 1, 1.0, 1.0), (1, None, 2.0, 1.0), (None, None, 1.0, 2.0)]  # fmt: skip
 
 
-def test_means_and_shares_are_those_planted(tmp_path):
-    run = RunResults(planted(tmp_path / "run", BLOCK_VALUES))
+def test_means_and_shares_are_those_of_the_made_blocks(tmp_path):
+    run = RunResults(run_with_blocks(tmp_path / "run", BLOCK_VALUES))
     table = block_table(run)
-    found = [tuple(row.values()) for row in table.to_pylist()]
-    assert found == [("full", "full", *row) for row in BLOCK_VALUES]
+    rows = [tuple(row.values()) for row in table.to_pylist()]
+    assert rows == [("full", "full", *row) for row in BLOCK_VALUES]
     own, cross = block_shares(table)
     assert own["total"] == pytest.approx(10)
     assert [own[part] for part in ("heads", "layers", "outside")] == pytest.approx([0.5, 0.4, 0.1])
@@ -212,8 +212,8 @@ def test_means_and_shares_are_those_planted(tmp_path):
     assert cross["heads"] == pytest.approx(0.4)
 
 
-def test_figures_are_the_planted_blocks(tmp_path):
-    path = planted(tmp_path / "run", BLOCK_VALUES)
+def test_figures_show_the_made_blocks(tmp_path):
+    path = run_with_blocks(tmp_path / "run", BLOCK_VALUES)
     analyze(path, bootstrap=10, permutations=10)
     figures = Page(write_report(path).read_text()).json("figure-data")
     maps = [f["data"][0] for f in figures if f["layout"]["yaxis"]["title"]["text"] == "layer"]
@@ -224,10 +224,10 @@ def test_figures_are_the_planted_blocks(tmp_path):
     }  # fmt: skip
 
 
-def test_shares_by_layer_keep_their_signs_where_the_total_is_negative(tmp_path):
+def test_shares_by_layer_have_the_sign_of_their_influence_if_the_total_is_negative(tmp_path):
     blocks = [(0, 0, 3.0, 0.0), (0, 1, -1.0, 0.0), (0, None, -5.0, 0.0), (1, 0, -2.0, 0.0),
               (None, None, 1.0, 0.0)]  # fmt: skip
-    path = planted(tmp_path / "run", blocks)
+    path = run_with_blocks(tmp_path / "run", blocks)
     analyze(path, bootstrap=10, permutations=10)
     expected = {"heads": [20, -20, 0], "rest of the layer": [-50, 0, 0],
                 "outside the layers": [0, 0, 10]}  # fmt: skip
@@ -236,9 +236,9 @@ def test_shares_by_layer_keep_their_signs_where_the_total_is_negative(tmp_path):
     assert {trace["name"]: trace["y"] for trace in bars["data"]} == expected
     [panel] = dict(draw_figures(path))["blocks-layers-full"].axes
     names = [label.get_text() for label in panel.get_xticklabels()]
-    drawn = {one.get_label(): [bar.get_height() for bar in one]
-             for one in panel.containers if one.get_label() in expected}  # fmt: skip
-    assert (names, drawn) == (["0", "1", "outside"], expected)
+    heights = {bars.get_label(): [bar.get_height() for bar in bars]
+               for bars in panel.containers if bars.get_label() in expected}  # fmt: skip
+    assert (names, heights) == (["0", "1", "outside"], expected)
 
 
 @pytest.mark.parametrize(
@@ -247,9 +247,9 @@ def test_shares_by_layer_keep_their_signs_where_the_total_is_negative(tmp_path):
      [(0, 0, 1.0, 0.5), (0, 1, -1.0, 0.5)]],
     ids=["classifier alone", "all zero", "attention alone", "heads that cancel"],
 )  # fmt: skip
-def test_pages_of_few_or_empty_blocks_can_be_drawn(tmp_path, blocks):
-    path = planted(tmp_path / "run", blocks)
+def test_reports_of_few_or_zero_blocks_can_be_drawn(tmp_path, blocks):
+    path = run_with_blocks(tmp_path / "run", blocks)
     analyze(path, bootstrap=10, permutations=10)
     assert "</html>" in write_report(path).read_text()
-    drawn = sum(own for *_, own, _ in blocks) != 0
-    assert ("blocks-layers-full" in dict(draw_figures(path))) == drawn
+    has_total = sum(in_language for *_, in_language, _ in blocks) != 0
+    assert ("blocks-layers-full" in dict(draw_figures(path))) == has_total

@@ -1,4 +1,4 @@
-"""The sections `finetune` and `sparse_finetune`: what is inherited, overridden and refused."""
+"""The sections `finetune` and `sparse_finetune`: inheritance, overrides and errors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tracmod.study.run_folder import RunFolder
 
 
 def stored(config: RunConfig) -> RunConfig:
-    """The config as it is read back from run.json."""
+    """Return the config as it is read back from run.json."""
     return parse_config(json.loads(config.model_dump_json()), "run.json")
 
 
-def test_without_the_section_sparse_is_the_same_as_full():
+def test_without_the_section_sparse_fine_tuning_has_the_settings_of_finetune():
     config = tiny_config(finetune={"epochs": 7, "sampling": "uniform"})
     assert config.sparse_finetune is None
     assert config.sparse.model_dump() == config.finetune.model_dump() | {
@@ -24,7 +24,7 @@ def test_without_the_section_sparse_is_the_same_as_full():
     }  # fmt: skip
 
 
-def test_what_the_section_does_not_give_is_that_of_finetune():
+def test_a_setting_that_the_section_omits_is_inherited_from_finetune():
     config = tiny_config(
         finetune={"epochs": 7, "batch_size": 4}, sparse_finetune={"learning_rate": 0.5}
     )
@@ -35,26 +35,26 @@ def test_what_the_section_does_not_give_is_that_of_finetune():
     assert stored(config) == config
 
 
-def test_sections_may_be_models():
+def test_sections_can_be_given_as_models():
     config = tiny_config()
     sparse = type(config.sparse)(weight_decay=0.5)
-    again = RunConfig(task=config.task, finetune=FinetuneConfig(epochs=9), sparse_finetune=sparse)
-    assert (again.sparse.epochs, again.sparse.weight_decay) == (9, 0.5)
+    config = RunConfig(task=config.task, finetune=FinetuneConfig(epochs=9), sparse_finetune=sparse)
+    assert (config.sparse.epochs, config.sparse.weight_decay) == (9, 0.5)
 
 
 @pytest.mark.parametrize("read_back", [False, True])
-def test_an_override_of_finetune_reaches_sparse_where_it_is_inherited(read_back):
+def test_an_override_of_finetune_changes_inherited_settings_only(read_back):
     config = tiny_config(sparse_finetune={"batch_size": 4, "masks": "dynamic"})
     config = stored(config) if read_back else config
     new = override_config(config, ("finetune.epochs=5", "finetune.batch_size=16"))
     assert (new.finetune.epochs, new.finetune.batch_size) == (5, 16)
     assert (new.sparse.epochs, new.sparse.batch_size) == (5, 4)
     assert (new.sparse.masks, new.sparse.reestimate_every) == ("dynamic", 1)
-    own = override_config(new, ("sparse_finetune.epochs=6", "finetune.epochs=8"))
-    assert (own.finetune.epochs, own.sparse.epochs) == (8, 6)
+    both = override_config(new, ("sparse_finetune.epochs=6", "finetune.epochs=8"))
+    assert (both.finetune.epochs, both.sparse.epochs) == (8, 6)
 
 
-def test_an_override_begins_the_section(tmp_path):
+def test_an_override_creates_the_section(tmp_path):
     config = override_config(tiny_config(), ("sparse_finetune.shared=frozen",))
     assert (config.sparse.shared, config.sparse.epochs) == ("frozen", 2)
     file = tmp_path / "c.yaml"
@@ -70,20 +70,23 @@ def test_an_override_begins_the_section(tmp_path):
 @pytest.mark.parametrize(
     ("sparse", "message"),
     [
-        ({"reestimate_every": 2}, "reestimate_every is for masks: dynamic, got 2 with masks: stat"),
-        ({"masks": "dynamic", "reestimate_every": 0}, "sparse_finetune.reestimate_every: .* got 0"),
-        ({"masks": "dynamic", "reestimate_every": 2}, "start of epoch 3 first.* got 2 and 2"),
-        ({"masks": "dynamic", "epochs": 1}, "more epochs than reestimate_every, got 1 and 1"),
-        ({"shared": "half"}, "sparse_finetune.shared: .* 'classifier' or 'frozen', got 'half'"),
-        ({"sampling": "all"}, "sparse_finetune.sampling: .*got 'all'"),
-        ({"epoch": 3}, "sparse_finetune.epoch: Extra inputs"),
-        (3, "sparse_finetune: .* got 3"),
+        ({"reestimate_every": 2}, r"reestimate_every.*dynamic.* got 2 .*static"),
+        (
+            {"masks": "dynamic", "reestimate_every": 0},
+            r"sparse_finetune\.reestimate_every: .* got 0",
+        ),
+        ({"masks": "dynamic", "reestimate_every": 2}, r"reestimate_every.* got 2 and 2"),
+        ({"masks": "dynamic", "epochs": 1}, r"epochs.*reestimate_every.* got 1 and 1"),
+        ({"shared": "half"}, r"sparse_finetune\.shared: .*'classifier'.*'frozen'.* got 'half'"),
+        ({"sampling": "all"}, r"sparse_finetune\.sampling: .*got 'all'"),
+        ({"epoch": 3}, r"sparse_finetune\.epoch: .* got 3"),
+        (3, r"sparse_finetune: .* got 3"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(sparse, message):
-    with pytest.raises(ValueError, match=message) as caught:
+def test_an_invalid_section_has_one_error(sparse, message):
+    with pytest.raises(ValueError, match=message) as error:
         tiny_config(sparse_finetune=sparse)
-    assert "; " not in str(caught.value)
+    assert "; " not in str(error.value)
 
 
 def test_a_change_of_the_section_is_refused_once_the_stage_has_begun(tmp_path):
@@ -91,5 +94,5 @@ def test_a_change_of_the_section_is_refused_once_the_stage_has_begun(tmp_path):
     with run.stage("sparse-finetune"):
         pass
     assert RunFolder(tmp_path).is_done("sparse-finetune")
-    with pytest.raises(ValueError, match=r"sparse_finetune\.shared=trained, now .*=frozen"):
+    with pytest.raises(ValueError, match=r"sparse_finetune\.shared=trained.*\.shared=frozen"):
         RunFolder(tmp_path, tiny_config(sparse_finetune={"masks": "dynamic", "shared": "frozen"}))

@@ -1,9 +1,10 @@
-"""The whole study, small: the contract's run folder, resuming, running twice, refusing changes."""
+"""A whole small study: its run folder, resuming, running twice, and changes that are refused."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,47 +54,49 @@ def done(tmp_path_factory):
 
 @pytest.fixture
 def copy(done, tmp_path):
-    """The finished run, to change."""
+    """A copy of the finished run, for tests that change it."""
     shutil.copytree(done, tmp_path / "copy")
     return tmp_path / "copy"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adam", "ekfac"])
-def test_a_run_in_another_metric_is_that_of_its_preconditioned_gradients(tmp_path, kind):
+def test_scores_of_a_preconditioned_run_are_those_of_preconditioned_gradients(tmp_path, kind):
     run = RunFolder(tmp_path / "run", tiny_config(collect={"preconditioner": kind}))
     with run.locked():
         run_stages(run)
-    study, out = RunContext(run), tmp_path / "run"
-    (checkpoint, *_) = study.checkpoints("sparse")
+    out = run.path
+    (checkpoint, *_) = RunContext(run).checkpoints("sparse")
     model, tokenizer = load_model(checkpoint.path)
-    train, test = (encode(tokenizer, pq.read_table(run.data(one)), 48) for one in ("train", "test"))
+    train, test = (
+        encode(tokenizer, pq.read_table(run.data(split)), 48) for split in ("train", "test")
+    )
     if kind == "adam":
         metric = tm.adam_preconditioner(model, checkpoint.path)
     else:
         file = out / "preconditioners" / "sparse" / f"checkpoint-{checkpoint.epoch}.safetensors"
         assert file.is_file()
         assert verify(out) == []
-        whole = file.read_bytes()
-        file.write_bytes(whole + b" ")
+        content = file.read_bytes()
+        file.write_bytes(content + b" ")
         assert [str(file) in problem for problem in verify(out)] == [True]
-        file.write_bytes(whole)
+        file.write_bytes(content)
         metric = tm.fit_ekfac(model, train, batch_tokens=8192)
     stored = [
-        FeatureStore.open(run.features("sparse", "full", None, 1, one)).read()
-        for one in ("test", "train")
+        FeatureStore.open(run.features("sparse", "full", None, 1, split)).read()
+        for split in ("test", "train")
     ]
-    found = tm.influence_scores(*stored, normalize="cosine")
+    scores = tm.influence_scores(*stored, normalize="cosine")
     exact = tm.exact_influence(model, train, test, normalize="cosine", preconditioner=metric)
-    assert (found - exact).square().mean().sqrt() < 0.1
-    assert torch.corrcoef(torch.stack([found.flatten(), exact.flatten()]))[0, 1] > 0.95
+    assert (scores - exact).square().mean().sqrt() < 0.1
+    assert torch.corrcoef(torch.stack([scores.flatten(), exact.flatten()]))[0, 1] > 0.95
     answer = tm.Attributor(out).query("The king sleeps.", "The king is asleep.", k=3)
     assert len(answer["proponents"]) == 3
     page = (out / "report" / "index.html").read_text(encoding="utf-8")
-    assert f"TracIn in the metric of {'EK-FAC' if kind == 'ekfac' else 'Adam'}" in page
+    assert ("EK-FAC" if kind == "ekfac" else "Adam") in page
 
 
-def test_the_run_folder_is_as_the_contract_says(done):
+def test_the_run_folder_has_the_documented_files(done):
     record = json.loads((done / "run.json").read_text())
     assert record["config"]["task"]["languages"] == LANGUAGES
     assert {"torch", "transformers", "python"} <= record["versions"].keys()
@@ -124,7 +127,7 @@ def test_the_run_folder_is_as_the_contract_says(done):
     assert (done / "analysis" / "summary.json").is_file()
 
 
-def test_features_lie_where_the_contract_says_and_are_sound(done):
+def test_feature_stores_have_the_documented_paths_and_are_valid(done):
     stores = {str(path.parent.relative_to(done)) for path in done.glob("features/**/manifest.json")}
     expected = {f"features/{m}/{v}/checkpoint-{e}/{s}"
                 for m in ("full", "sparse") for v in ("full", "other-de")
@@ -134,25 +137,25 @@ def test_features_lie_where_the_contract_says_and_are_sound(done):
                  for language in LANGUAGES for e in (1, 2) for s in ("train", "test")}  # fmt: skip
     assert stores == expected
     assert [problem for store in stores for problem in verify_store(done / store)] == []
-    own = tm.FeatureStore.open(done / "features/full/subnetwork/de/checkpoint-1/test")
+    store = tm.FeatureStore.open(done / "features/full/subnetwork/de/checkpoint-1/test")
     test = pq.read_table(done / "data/test.parquet")
     rows = [row for row in test.to_pylist() if row["language"] == "de"]
-    assert own.ids == [row["id"] for row in rows]
+    assert store.ids == [row["id"] for row in rows]
 
 
 @pytest.mark.parametrize("model", ["full", "sparse"])
 @pytest.mark.parametrize("view", ["full", "subnetwork", "random-0", "other-de"])
-def test_tables_have_the_contracts_columns_and_rows_sum_to_one(done, model, view):
+def test_tables_have_the_documented_columns_and_shares_sum_to_one(done, model, view):
     folder = done / "influence" / model / view
     top = pq.read_table(folder / "top.parquet").to_pandas()
     assert list(top.columns) == [
         "test_id", "test_language", "sign", "rank", "train_id", "train_language", "score",
     ]  # fmt: skip
     assert len(top) == 18 * 2 * 5
-    best = top[top.sign == 1].pivot(index="test_id", columns="rank", values="score").to_numpy()
-    worst = top[top.sign == -1].pivot(index="test_id", columns="rank", values="score").to_numpy()
-    assert (np.diff(best) <= 0).all()
-    assert (np.diff(worst) >= 0).all()
+    for sign in (1, -1):
+        rows = top[top.sign == sign]
+        scores = rows.pivot(index="test_id", columns="rank", values="score").to_numpy()
+        assert (sign * np.diff(scores) <= 0).all()
     for name in ("languages", "epochs"):
         table = pq.read_table(folder / f"{name}.parquet").to_pandas()
         key = ["test_language"] + (["epoch"] if name == "epochs" else [])
@@ -164,8 +167,8 @@ def test_tables_have_the_contracts_columns_and_rows_sum_to_one(done, model, view
         assert len(table) == 9 * (2 if name == "epochs" else 1)
 
 
-def test_the_full_models_influence_is_that_of_the_python_functions(done):
-    """Recomputed from the checkpoints and the data alone."""
+def test_influence_of_the_full_model_is_that_of_the_python_functions(done):
+    """The scores are computed again from the checkpoints and the data alone."""
     config = tiny_config()
     checkpoints = load_checkpoints(done / "models/full" / f"checkpoint-{e}" for e in (1, 2))
     projection = tm.Projection(256)
@@ -181,13 +184,13 @@ def test_the_full_models_influence_is_that_of_the_python_functions(done):
     written = pq.read_table(done / "influence/full/full/top.parquet").to_pandas()
     train_ids = tables["train"].column("id").to_pylist()
     for row, test_id in enumerate(tables["test"].column("id").to_pylist()):
-        mine = written[(written.test_id == test_id) & (written.sign == 1)].sort_values("rank")
-        found = scores[row, [train_ids.index(one) for one in mine.train_id]]
-        np.testing.assert_allclose(mine.score, found, rtol=1e-4, atol=1e-8)
-        np.testing.assert_allclose(mine.score, scores[row].topk(5).values, rtol=1e-4, atol=1e-8)
+        top = written[(written.test_id == test_id) & (written.sign == 1)].sort_values("rank")
+        expected = scores[row, [train_ids.index(train_id) for train_id in top.train_id]]
+        np.testing.assert_allclose(top.score, expected, rtol=1e-4, atol=1e-8)
+        np.testing.assert_allclose(top.score, scores[row].topk(5).values, rtol=1e-4, atol=1e-8)
 
 
-def test_the_subnetworks_influence_is_under_the_languages_mask(done):
+def test_features_of_the_view_subnetwork_are_under_the_mask_of_the_language(done):
     checkpoint = load_checkpoints([done / "models/full/checkpoint-2"])[0]
     model, tokenizer = load_model(checkpoint.path)
     mask = tm.HeadMask.load(done / "subnetworks/es.json")
@@ -199,72 +202,71 @@ def test_the_subnetworks_influence_is_under_the_languages_mask(done):
     torch.testing.assert_close(store.read(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_everything_again_does_nothing(done):
+def test_a_finished_run_run_again_changes_no_file(done):
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
     run = RunFolder(done, tiny_config())
     with run.locked():
         run_stages(run)
     after = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
-    changed = {p.name for p in after if before.get(p) != after[p]}
+    changed = {path.name for path in after if before.get(path) != after[path]}
     assert changed <= {".lock"}
 
 
-def test_a_second_run_gives_the_same_files(done, tmp_path):
+def test_a_second_run_writes_the_same_files(done, tmp_path):
     run = RunFolder(tmp_path / "again", tiny_config())
     run_stages(run)
     assert files_of(tmp_path / "again", *RESULTS) == files_of(done, *RESULTS)
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_it_gives_the_same_files(done, tmp_path):
-    """kill -9 again and again, until the run gets through."""
+def test_a_run_killed_at_many_moments_and_resumed_writes_the_same_files(done, tmp_path):
     out = tmp_path / "run"
     assert run_killing(tiny_config(), out) >= 1
     assert files_of(out, *RESULTS) == files_of(done, *RESULTS)
 
 
-def test_stages_one_by_one_need_those_before_them(tmp_path):
+def test_a_stage_needs_the_stages_before_it(tmp_path):
     run = RunFolder(tmp_path / "run", tiny_config())
-    with pytest.raises(ValueError, match="prune needs data, which is not done"):
+    with pytest.raises(ValueError, match=r"prune\b.*\bdata\b"):
         run_stages(run, ["prune"])
     run_stages(run, ["data"])
-    with pytest.raises(ValueError, match="collect needs finetune"):
+    with pytest.raises(ValueError, match=r"collect\b.*\bfinetune\b"):
         run_stages(run, ["collect"])
 
 
 def test_a_changed_config_is_refused_where_work_would_be_lost(done):
     with pytest.raises(ValueError, match=r"finetune\.epochs=2.*finetune\.epochs=3"):
         RunFolder(done, tiny_config(finetune={"epochs": 3}))
-    with pytest.raises(ValueError, match=r"task\.seed=0, now asked for task\.seed=1"):
+    with pytest.raises(ValueError, match=r"task\.seed=0.*task\.seed=1"):
         RunFolder(done, tiny_config(task={"seed": 1}))
 
 
-def test_another_memory_undoes_no_stage_and_changes_no_result(copy):
+def test_a_changed_memory_undoes_no_stage_and_changes_no_result(copy):
     config = tiny_config(influence={"memory": "34MB"})
     run = RunFolder(copy, config)
     assert all(run.is_done(stage) for stage in run.stages)
     before = files_of(copy, "influence/**/*.parquet")
     run_stages(run, ["influence"], again="influence")
     assert files_of(copy, "influence/**/*") == before
-    with pytest.raises(ValueError, match="memory: expected at least"):
+    with pytest.raises(ValueError, match=r"memory: .*\b1,000,000\b"):
         run_stages(RunFolder(copy, tiny_config(influence={"memory": "1MB"})), again="influence")
 
 
-def test_influence_verifies_no_shard_for_every_ranking(copy, monkeypatch):
-    """Once where rankings are made, once where tables are."""
-    verified, real = Counter(), store.shard_problem
+def test_influence_verifies_each_shard_at_most_twice(copy, monkeypatch):
+    """It is verified once for the rankings and once for the tables, not for every ranking."""
+    verified, shard_problem = Counter(), store.shard_problem
 
     def count(file, *rest):
         verified[file] += 1
-        return real(file, *rest)
+        return shard_problem(file, *rest)
 
-    monkeypatch.setattr(store, "_shard_problem", count)
+    monkeypatch.setattr(store, "shard_problem", count)
     run_stages(RunFolder(copy), ["influence"], again="influence")
     assert len(verified) == len(list(copy.glob("features/**/shard-*")))
     assert max(verified.values()) <= 2
 
 
-def test_a_changed_k_remakes_influence_and_what_follows_only(done, copy):
+def test_a_changed_k_undoes_influence_and_the_stages_after_it_only(done, copy):
     run = RunFolder(copy, tiny_config(influence={"k": 3}))
     stages = [stage for stage in run.stages if not run.is_done(stage)]
     assert stages == ["influence", "analyze", "report"]
@@ -273,7 +275,7 @@ def test_a_changed_k_remakes_influence_and_what_follows_only(done, copy):
     assert files_of(copy, "models/**/*") == files_of(done, "models/**/*")
 
 
-def test_a_view_taken_out_of_the_config_is_gone_from_the_results(copy):
+def test_a_view_removed_from_the_config_is_removed_from_the_results(copy):
     run = RunFolder(copy, tiny_config(views={"random": 0}))
     run_stages(run)
     assert not (copy / "influence/full/random-0").exists()
@@ -281,7 +283,7 @@ def test_a_view_taken_out_of_the_config_is_gone_from_the_results(copy):
     assert verify(copy) == []
 
 
-def test_two_processes_do_not_work_in_one_folder(done):
+def test_two_processes_cannot_work_in_one_folder(done):
     run = RunFolder(done)
     holder = subprocess.Popen(
         [sys.executable, "-c",
@@ -291,7 +293,7 @@ def test_two_processes_do_not_work_in_one_folder(done):
     )  # fmt: skip
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="another tracmod process"), run.locked():
+        with pytest.raises(ValueError, match=r"another .*process"), run.locked():
             pass
     finally:
         holder.kill()
@@ -301,43 +303,43 @@ def test_two_processes_do_not_work_in_one_folder(done):
         pass
 
 
-def test_features_of_another_projection_are_refused_before_anything_is_written(copy):
+def test_a_changed_projection_is_refused_before_anything_is_written(copy):
     before = (copy / "run.json").read_bytes()
     for key, old, new in (("projection_dim", 256, 128), ("every", 1, 2)):
-        with pytest.raises(ValueError, match=rf"begun with collect\.{key}={old}, .*={new}; use"):
+        with pytest.raises(ValueError, match=rf"collect\.{key}={old}\b.*collect\.{key}={new}\b"):
             RunFolder(copy, tiny_config(collect={key: new}))
     assert (copy / "run.json").read_bytes() == before
     run = RunFolder(copy)
     assert all(run.is_done(stage) for stage in run.stages)
 
 
-def test_collect_can_be_set_until_it_has_begun(tmp_path):
+def test_the_section_collect_can_be_changed_until_the_stage_has_begun(tmp_path):
     run_stages(RunFolder(tmp_path / "run", tiny_config()), ["data"])
     RunFolder(tmp_path / "run", tiny_config(collect={"projection_dim": 128}))
 
 
-def test_a_default_added_to_the_config_undoes_no_stage(done):
+def test_a_setting_added_with_a_default_undoes_no_stage(done):
     class NewerCollect(CollectConfig):
-        fresh: int = 7
+        new_setting: int = 7
 
     class NewerConfig(RunConfig):
         collect: NewerCollect = NewerCollect()
-        fresh: int = 7
+        new_setting: int = 7
 
     run = RunFolder(done)
     run.config = NewerConfig.model_validate(run.config.model_dump())
     assert all(run.is_done(stage) for stage in run.stages)
-    run.config = run.config.model_copy(update={"collect": NewerCollect(fresh=8)})
+    run.config = run.config.model_copy(update={"collect": NewerCollect(new_setting=8)})
     assert not run.is_done("collect")
 
 
-def test_what_another_process_did_before_the_lock_counts(tmp_path):
+def test_locking_reads_what_another_process_has_done(tmp_path):
     waiting = RunFolder(tmp_path / "run", tiny_config())
     other = RunFolder(tmp_path / "run", tiny_config(task={"seed": 3}))
     same = RunFolder(tmp_path / "run", tiny_config(task={"seed": 3}))
     with other.locked():
         run_stages(other, ["data"])
-    with pytest.raises(ValueError, match=r"task\.seed=3, now asked for task\.seed=0"), (
+    with pytest.raises(ValueError, match=r"task\.seed=3.*task\.seed=0"), (
         waiting.locked()
     ):  # fmt: skip
         pass
@@ -346,62 +348,65 @@ def test_what_another_process_did_before_the_lock_counts(tmp_path):
         assert same.record["label_names"] == other.record["label_names"]
 
 
-def test_a_run_may_keep_its_features_as_int8(done, tmp_path):
+def test_a_run_can_store_its_features_as_int8(done, tmp_path):
     run = RunFolder(tmp_path / "run", tiny_config(collect={"store_dtype": "int8"}))
     run_stages(run)
-    place = "features/full/subnetwork/de/checkpoint-2/train"
-    int8, float32 = (tm.FeatureStore.open(folder / place) for folder in (run.path, done))
+    name = "features/full/subnetwork/de/checkpoint-2/train"
+    int8, float32 = (tm.FeatureStore.open(folder / name) for folder in (run.path, done))
     assert (int8.dtype, float32.dtype) == (torch.int8, torch.float32)
     step = float32.read().abs().amax(dim=1, keepdim=True) / 127
     assert torch.all((int8.read() - float32.read()).abs() <= 0.51 * step)
-    with pytest.raises(ValueError, match=r"begun with collect\.store_dtype=int8, .*=float32; use"):
+    with pytest.raises(
+        ValueError, match=r"collect\.store_dtype=int8.*collect\.store_dtype=float32"
+    ):
         RunFolder(run.path, tiny_config())
 
 
-def test_features_of_another_model_are_not_scored(copy):
+def test_features_of_another_model_are_refused(copy):
     path = copy / "models/full/checkpoint-2/model.safetensors"
     weights = load_file(path)
     name = next(name for name in weights if name.endswith("output.dense.weight"))
     weights[name] = -weights[name]
     save_file(weights, path, {"format": "pt"})
-    what = r"features/full/full/checkpoint-2/\w+ was built with something else: model: expected"
-    with pytest.raises(ValueError, match=what):
+    message = r"features/full/full/checkpoint-2/\w+ .*\bmodel: expected"
+    with pytest.raises(ValueError, match=message):
         run_stages(RunFolder(copy), ["influence"], again="influence")
-    with pytest.raises(ValueError, match=what):
+    with pytest.raises(ValueError, match=message):
         Attributor(copy).query("The dog sleeps.", "An animal sleeps.")
 
 
-def test_features_under_another_mask_are_not_scored(copy):
+def test_features_under_another_mask_are_refused(copy):
     tree = json.loads((copy / "subnetworks/de.json").read_text())
     tree["mask"][0] = [1 - head for head in tree["mask"][0]]
     (copy / "subnetworks/de.json").write_text(json.dumps(tree))
-    with pytest.raises(ValueError, match=r"subnetwork/de/.* something else: head_mask: expected"):
+    with pytest.raises(ValueError, match=r"subnetwork/de/.*\bhead_mask: expected"):
         run_stages(RunFolder(copy), ["influence"], again="influence")
 
 
-def test_features_are_scored_on_the_studys_device(copy, monkeypatch):
-    """Told without a GPU by the device that has no data."""
+def test_features_are_scored_on_the_device_of_the_run(copy, monkeypatch):
+    """The device "meta", whose tensors have no data, stands for a GPU."""
     devices = set()
 
     def record(queries, trains, k, groups=None, *rest, **named):
         if "device" in named:
             devices.add(named["device"])
         else:
-            devices.update(one.device.type for one in [*queries, *trains])
-        sides = [one if isinstance(one, list) else [one] for one in (queries, trains)]
-        on_cpu = [[torch.ones(one.shape) for one in side] for side in sides]
+            devices.update(features.device.type for features in [*queries, *trains])
+        sides = [side if isinstance(side, list) else [side] for side in (queries, trains)]
+        on_cpu = [[torch.ones(features.shape) for features in side] for side in sides]
         return top_influences(*on_cpu, k, groups)
 
     monkeypatch.setattr("tracmod.study.stages.influence.top_influences", record)
-    study = RunContext(RunFolder(copy))
-    digests = [load_checkpoint(study, "full", one).digests for one in study.checkpoints("full")]
-    study.device = "meta"
-    _write_view(study, "full", study.views[0], digests, [0] * 18)
+    context = RunContext(RunFolder(copy))
+    checkpoints = context.checkpoints("full")
+    digests = [load_checkpoint(context, "full", checkpoint).digests for checkpoint in checkpoints]
+    context.device = "meta"
+    _write_view(context, "full", context.views[0], digests, [0] * 18)
     assert devices == {"meta"}
 
 
 @pytest.mark.cuda
-def test_a_run_on_a_gpu_is_scored_there(tmp_path):
+def test_a_run_on_a_gpu_can_be_queried(tmp_path):
     if not torch.cuda.is_available() or kernels.build_info()["cuda"] is None:
         pytest.skip("no GPU, or built without CUDA")
     config = tiny_config(device="cuda", task={"languages": ["en"]}, views={"other": []})
@@ -410,15 +415,15 @@ def test_a_run_on_a_gpu_is_scored_there(tmp_path):
     assert len(answer["proponents"]) == 2
 
 
-def test_a_broken_subnetwork_is_pruned_anew(copy):
+def test_a_broken_subnetwork_file_is_written_again(copy):
     path = copy / "subnetworks/de.json"
-    right = path.read_bytes()
-    path.write_bytes(right[:40])
+    content = path.read_bytes()
+    path.write_bytes(content[:40])
     run_stages(RunFolder(copy), ["prune"], again="prune")
-    assert path.read_bytes() == right
+    assert path.read_bytes() == content
 
 
-def test_results_are_written_whole_or_not_at_all(copy, monkeypatch):
+def test_a_full_disk_leaves_the_results_unchanged(copy, monkeypatch):
     before = files_of(copy, "analysis/*")
 
     def full_disk(_):
@@ -430,9 +435,9 @@ def test_results_are_written_whole_or_not_at_all(copy, monkeypatch):
     assert files_of(copy, "analysis/*.parquet", "analysis/*.json") == before
 
 
-def test_a_broken_file_of_results_is_named(copy):
+def test_a_broken_file_of_results_is_named_in_the_error(copy):
     (copy / "models/full/metrics.json").write_text("[{")
-    with pytest.raises(ValueError, match=r"models/full/metrics\.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"models/full/metrics\.json"):
         RunResults(copy).metrics("full")
 
 
@@ -440,14 +445,14 @@ def test_a_checkpoint_without_learning_rate_is_refused_unless_weights_are_unifor
     folder = copy / "models/full/checkpoint-1"
     (folder / "tracmod.json").unlink()
     (folder / "trainer_state.json").write_text('{"epoch": 1, "global_step": 5, "log_history": []}')
-    with pytest.raises(ValueError, match="checkpoint-1: expected a learning rate"):
+    with pytest.raises(ValueError, match=r"checkpoint-1: .*learning rate"):
         RunContext(RunFolder(copy)).checkpoints("full")
     uniform = RunContext(RunFolder(copy, tiny_config(influence={"weights": "uniform"})))
     assert uniform.weights(uniform.checkpoints("full")) is None
 
 
 @pytest.mark.parametrize("shape", ["paraphrase", "reviews"])
-def test_the_other_shapes_of_the_embedded_task_run_through(tmp_path, shape):
+def test_the_other_shapes_of_the_embedded_task_can_be_run(tmp_path, shape):
     config = tiny_config(
         task={"shape": shape, "languages": ["en", "fr"], "train_per_language": 10},
         finetune={"epochs": 1},
@@ -460,13 +465,13 @@ def test_the_other_shapes_of_the_embedded_task_run_through(tmp_path, shape):
 
 
 def test_sparse_fine_tuning_with_dynamic_masks(tmp_path):
-    """The stage: its settings are the config's, its masks on disk, its scores under them."""
+    """The stage takes its settings from the config, and writes and applies its masks."""
     config = tiny_config(
         sparse_finetune={"masks": "dynamic", "shared": "classifier", "sampling": "uniform"}
     )
     run = RunFolder(tmp_path / "run", config)
     run_stages(run, ["data", "finetune", "prune", "sparse-finetune"])
-    folder, study = run.model("sparse"), RunContext(run)
+    folder, context = run.model("sparse"), RunContext(run)
     identity = json.loads((folder / "training.json").read_text())
     assert (identity["shared"], identity["sampling"]) == ("classifier", "uniform")
     (first, tokenizer), (last, _) = (load_model(folder / f"checkpoint-{e}") for e in (1, 2))
@@ -474,26 +479,30 @@ def test_sparse_fine_tuning_with_dynamic_masks(tmp_path):
     assert torch.equal(*embeddings)
     assert not torch.equal(first.classifier.dense.weight, last.classifier.dense.weight)
 
-    static = study.subnetworks
+    static = context.subnetworks
     assert epoch_masks(folder, 1, static) == static
     masks = epoch_masks(folder, 2, static)
-    dev, test = (encode(tokenizer, study.table(split), 48) for split in ("dev", "test"))
+    dev, test = (encode(tokenizer, context.table(split), 48) for split in ("dev", "test"))
     for language, mask in masks.items():
-        own = study.table("dev").column("language").to_pylist()
-        own = [example for example, of in zip(dev, own, strict=True) if of == language]
-        importance = head_importance(first, own)
+        dev_languages = context.table("dev").column("language").to_pylist()
+        examples = [
+            example
+            for example, dev_language in zip(dev, dev_languages, strict=True)
+            if dev_language == language
+        ]
+        importance = head_importance(first, examples)
         assert mask.size == static[language].size
         assert importance[mask.array == 0].max(initial=0) <= importance[mask.array == 1].min()
-    languages = study.table("test").column("language").to_pylist()
+    languages = context.table("test").column("language").to_pylist()
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics[1]["accuracy"] == accuracy_by_language(last, test, languages, masks)
 
     assert verify(run.path) == []
     (folder / "masks/epoch-2/de.json").write_text("{}")
-    assert any("epoch-2/de.json is damaged" in problem for problem in verify(run.path))
+    assert any("epoch-2/de.json" in problem for problem in verify(run.path))
 
 
-def test_every_second_checkpoint_counts_for_the_steps_since_the_one_before(tmp_path):
+def test_a_checkpoint_that_counts_has_the_mean_learning_rate_since_the_previous(tmp_path):
     config = tiny_config(
         task={"languages": ["en"]},
         finetune={"epochs": 3},
@@ -502,17 +511,16 @@ def test_every_second_checkpoint_counts_for_the_steps_since_the_one_before(tmp_p
     )
     run = RunFolder(tmp_path / "run", config)
     run_stages(run, ["data", "finetune"])
-    rates = [
-        one.learning_rate
-        for one in load_checkpoints(run.model("full") / f"checkpoint-{e}" for e in (1, 2, 3))
-    ]
+    folders = (run.model("full") / f"checkpoint-{epoch}" for epoch in (1, 2, 3))
+    rates = [checkpoint.learning_rate for checkpoint in load_checkpoints(folders)]
     counted = RunContext(run).checkpoints("full")
-    assert [one.epoch for one in counted] == [2, 3]
-    assert [one.learning_rate for one in counted] == pytest.approx([sum(rates[:2]) / 2, rates[2]])
+    assert [checkpoint.epoch for checkpoint in counted] == [2, 3]
+    counted_rates = [checkpoint.learning_rate for checkpoint in counted]
+    assert counted_rates == pytest.approx([sum(rates[:2]) / 2, rates[2]])
 
 
 @pytest.mark.parametrize("k", [0, [], [5, 5], [5, 0], "many"])
-def test_k_is_a_number_or_several_each_once(k):
+def test_k_is_one_or_more_distinct_positive_numbers(k):
     with pytest.raises(ValueError, match=r"tiny: influence\.k"):
         tiny_config(influence={"k": k})
     assert tiny_config(influence={"k": [5, 2, 9]}).influence.ks == [5, 2, 9]
@@ -521,10 +529,10 @@ def test_k_is_a_number_or_several_each_once(k):
 
 def test_distances_that_cannot_be_used_are_refused_before_the_first_stage(tmp_path):
     table = tmp_path / "distances.tsv"
-    for text, message in (("", "no such file"), ("a\tb\tkm\nxx\tyy\t1\n", "no distance between")):
-        if text:
+    for text, named in ((None, ""), ("a\tb\tkm\nxx\tyy\t1\n", ".*de, en, es")):
+        if text is not None:
             table.write_text(text)
         run = RunFolder(tmp_path / "run", tiny_config(analyze={"distances": str(table)}))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=re.escape(str(table)) + named):
             run_stages(run)
     assert not (tmp_path / "run" / "data").exists()

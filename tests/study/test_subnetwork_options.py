@@ -1,4 +1,4 @@
-"""How a run's subnetworks are found and where they are applied: seeds, thresholds, views."""
+"""Options of a run's subnetworks: seeds, thresholds, monolingual models and views."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from html_page import Page
 from tiny_study import LANGUAGES, RESULTS, files_of, run_killing, tiny_config
 
 import tracmod as tm
@@ -50,12 +51,13 @@ def done(tmp_path_factory):
 
 
 def dev_examples(folder, tokenizer, language):
+    """Return the encoded dev examples of one language of a run."""
     table = pq.read_table(folder / "data/dev.parquet", filters=[("language", "==", language)])
     return encode(tokenizer, table, 48, num_labels=3)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_seeds_masks_are_kept_and_combined(done, language):
+def test_the_masks_of_all_seeds_are_written_and_combined(done, language):
     seeds = [HeadMask.load(done / f"subnetworks/seeds/{s}/{language}.json") for s in (0, 1, 2)]
     tree = json.loads((done / f"subnetworks/{language}.json").read_text())
     mask = HeadMask(tree["mask"])
@@ -66,7 +68,7 @@ def test_the_seeds_masks_are_kept_and_combined(done, language):
     assert tree["score"] == masked_accuracy(model, dev_examples(done, tokenizer, language), mask)
 
 
-def test_each_seed_is_a_training_of_its_own_from_one_start(done):
+def test_each_seed_is_a_training_with_the_settings_of_the_full_model(done):
     states = {}
     for seed in (1, 2):
         folder = done / f"subnetworks/models/all/seed-{seed}"
@@ -76,15 +78,15 @@ def test_each_seed_is_a_training_of_its_own_from_one_start(done):
     full = json.loads((done / "models/full/training.json").read_text())
     for seed, state in states.items():
         assert state == full | {"seed": seed, "keep": "last"}
-        kept = (done / f"subnetworks/models/all/seed-{seed}").glob("checkpoint-*")
-        assert [folder.name for folder in kept] == ["checkpoint-2"]
+        checkpoints = (done / f"subnetworks/models/all/seed-{seed}").glob("checkpoint-*")
+        assert [checkpoint.name for checkpoint in checkpoints] == ["checkpoint-2"]
 
 
-def test_other_thresholds_are_of_the_same_course(done):
+def test_a_higher_threshold_keeps_at_least_as_many_heads(done):
     for language in LANGUAGES:
         sizes = [
-            HeadMask.load(done / f"subnetworks/{place}/{language}.json").size
-            for place in ("thresholds/1.0", ".", "thresholds/0.5")
+            HeadMask.load(done / f"subnetworks/{folder}/{language}.json").size
+            for folder in ("thresholds/1.0", ".", "thresholds/0.5")
         ]
         assert sizes == sorted(sizes, reverse=True)
     tree = json.loads((done / "subnetworks/thresholds/0.5/de.json").read_text())
@@ -107,23 +109,26 @@ def test_monolingual_models_are_fine_tuned_on_their_language_alone(tmp_path):
         assert tree["model"] == "monolingual"
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*.json")}
     run_stages(run, ["prune"], again="prune")
-    kept = [path for path in before if "subnetworks" in path.parts]
-    assert all(path.stat().st_mtime_ns == before[path] for path in kept)
+    unchanged = [path for path in before if "subnetworks" in path.parts]
+    assert all(path.stat().st_mtime_ns == before[path] for path in unchanged)
 
 
 def read(done, model, view, language, split):
+    """Return the features of both checkpoints."""
     folder = done / "features" / model / view / (language or "")
     return [tm.FeatureStore.open(folder / f"checkpoint-{epoch}" / split).read() for epoch in (1, 2)]
 
 
 @pytest.mark.parametrize("model", ["full", "sparse"])
 @pytest.mark.parametrize("view", ["subnetwork-own", "random-own-0", "subnetwork-test"])
-def test_views_without_features_of_their_own_put_others_together(done, model, view):
+def test_views_without_features_combine_the_features_of_other_views(done, model, view):
     train = pq.read_table(done / "data/train.parquet")
     test = pq.read_table(done / "data/test.parquet")
     weights = [
-        one.learning_rate
-        for one in load_checkpoints(done / "models" / model / f"checkpoint-{e}" for e in (1, 2))
+        checkpoint.learning_rate
+        for checkpoint in load_checkpoints(
+            done / "models" / model / f"checkpoint-{epoch}" for epoch in (1, 2)
+        )
     ]
     written = pq.read_table(done / "influence" / model / view / "top.parquet").to_pandas()
     ids, languages = train["id"].to_pylist(), np.array(train["language"].to_pylist())
@@ -133,21 +138,20 @@ def test_views_without_features_of_their_own_put_others_together(done, model, vi
         if view != "subnetwork-test":
             for other in LANGUAGES:
                 own = torch.from_numpy(languages == other)
-                for into, one in zip(
-                    trains, read(done, model, source, other, "train"), strict=True
-                ):
-                    into[own] = one[own]
+                masked = read(done, model, source, other, "train")
+                for features, masked_features in zip(trains, masked, strict=True):
+                    features[own] = masked_features[own]
         queries = read(done, model, source, language, "test")
         top = top_influences(queries, trains, 5, weights=weights, normalize="cosine")
         rows = [row for row in test.to_pylist() if row["language"] == language]
-        for place, row in enumerate(rows):
-            mine = written[(written.test_id == row["id"]) & (written.sign == 1)]
-            assert mine.train_id.tolist() == [ids[i] for i in top.indices[place].tolist()]
-            np.testing.assert_allclose(mine.score, top.scores[place], rtol=1e-6)
+        for row, indices, scores in zip(rows, top.indices.tolist(), top.scores, strict=True):
+            proponents = written[(written.test_id == row["id"]) & (written.sign == 1)]
+            assert proponents.train_id.tolist() == [ids[index] for index in indices]
+            np.testing.assert_allclose(proponents.score, scores, rtol=1e-6)
     assert not (done / "features" / model / view).exists()
 
 
-def test_pairs_of_languages_have_one_mask_for_all(done):
+def test_views_of_two_languages_have_a_single_mask(done):
     en, de, es = (HeadMask.load(done / f"subnetworks/{name}.json").array for name in LANGUAGES)
     views = {view.name: dict(view.masks) for view in RunContext(RunFolder(done)).views}
     assert views["union-en+de"] == {None: HeadMask(en | de)}
@@ -157,75 +161,77 @@ def test_pairs_of_languages_have_one_mask_for_all(done):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_it_gives_the_same_files(done, tmp_path):
+def test_a_run_killed_at_many_moments_and_resumed_writes_the_same_files(done, tmp_path):
     out = tmp_path / "run"
     assert run_killing(tiny_config(**OPTIONS), out) >= 1
     assert files_of(out, *RESULTS) == files_of(done, *RESULTS)
 
 
-def test_dynamic_masks_are_applied_at_the_checkpoints_they_belong_to(tmp_path):
+def test_dynamic_masks_are_applied_at_their_checkpoints(tmp_path):
     config = tiny_config(
         prune={"step": 0.5},
-        finetune={"learning_rate": 5e-3},  # so much that every mask changes
+        finetune={"learning_rate": 5e-3},  # large enough to change every mask
         sparse_finetune={"masks": "dynamic"},
         views={"other": ["de"], "random": 1},
     )
     run = RunFolder(tmp_path / "run", config)
     run_stages(run)
-    study = RunContext(run)
+    context = RunContext(run)
     train = pq.read_table(run.data("train"))
     for epoch in (1, 2):
         model, tokenizer = load_model(run.model("sparse") / f"checkpoint-{epoch}")
         examples = encode(tokenizer, train, 48)
         for language in LANGUAGES:
             mask = HeadMask.load(run.model("sparse") / f"masks/epoch-{epoch}/{language}.json")
-            found = tm.FeatureStore.open(
+            features = tm.FeatureStore.open(
                 run.path / f"features/sparse/subnetwork/{language}/checkpoint-{epoch}/train"
             ).read()
             expected = tm.collect_features(model, examples, tm.Projection(256), head_mask=mask)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-            assert (mask == study.subnetworks[language]) == (epoch == 1)
-            views = {view.name: dict(view.masks) for view in study.views_at("sparse", epoch)}
+            torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+            assert (mask == context.subnetworks[language]) == (epoch == 1)
+            views = {view.name: dict(view.masks) for view in context.views_at("sparse", epoch)}
             assert views["subnetwork"][language] == mask
-        other = HeadMask.load(run.model("sparse") / f"masks/epoch-{epoch}/de.json")
-        assert views["other-de"] == {None: other}
-    assert study.views_at("full", 2) == study.views
+        german = HeadMask.load(run.model("sparse") / f"masks/epoch-{epoch}/de.json")
+        assert views["other-de"] == {None: german}
+    assert context.views_at("full", 2) == context.views
     exported = export_subnetwork(run.path, tmp_path / "de", language="de", model="sparse")
-    assert exported.mask == other  # epoch 2's
+    assert exported.mask == german  # that of epoch 2
     exported = export_subnetwork(run.path, tmp_path / "full-de", language="de")
-    assert exported.mask == study.subnetworks["de"]
+    assert exported.mask == context.subnetworks["de"]
     assert Attributor(run.path, "sparse", "subnetwork", "de").query("Der Hund schläft.", "x", k=1)
     assert verify(run.path) == []
 
 
-def test_the_run_is_sound_and_reported(done):
+def test_the_run_is_valid_and_its_report_shows_the_thresholds(done):
     assert verify(done) == []
-    page = (done / "report/index.html").read_text(encoding="utf-8")
-    assert "How they were found" in page
-    assert "Heads kept at threshold" in page
-    with pytest.raises(ValueError, match="got full and subnetwork-own"):
+    page = Page((done / "report/index.html").read_text(encoding="utf-8"))
+    assert ("section", {"id": "subnetworks"}) in page.tags
+    layouts = [json.dumps(figure["layout"]) for figure in page.json("figure-data")]
+    assert any("95%" in layout for layout in layouts)  # the threshold in a figure of pruning
+    headings = " ".join(text for tag, text in page.texts if tag == "th")
+    assert all(threshold in headings for threshold in ("95%", "50%", "100%"))
+    with pytest.raises(ValueError, match=r"\bfull\b.*\bsubnetwork-own\b"):
         Attributor(done, "full", "subnetwork-own", "de")
 
 
-def test_views_that_cannot_be_are_refused():
-    for views, what in (
-        ({"subnetwork": False, "subnetwork_own": True}, "set subnetwork to true"),
-        ({"union": [["en", "en"]]}, "union needs two different languages, got en twice"),
-        ({"intersection": [["en", "fr"]]}, "views: fr not in task.languages"),
-        ({"other": ["ja"]}, "views: ja not in task.languages"),
-    ):
-        with pytest.raises(ValueError, match=what):
-            tiny_config(views=views)
-    for prune_, what in (
-        ({"seeds": 0}, "prune.seeds"),
-        ({"combine": "all"}, "prune.combine"),
-        ({"other_thresholds": [0.9, 1.5]}, r"prune\.other_thresholds\.1"),
-    ):
-        with pytest.raises(ValueError, match=what):
-            tiny_config(prune=prune_)
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("views", {"subnetwork": False, "subnetwork_own": True}, r"views: subnetwork_own"),
+        ("views", {"union": [["en", "en"]]}, r"views: union .* got en\b"),
+        ("views", {"intersection": [["en", "fr"]]}, r"views: .*fr\b.*task\.languages"),
+        ("views", {"other": ["ja"]}, r"views: .*ja\b.*task\.languages"),
+        ("prune", {"seeds": 0}, r"prune\.seeds: .* got 0"),
+        ("prune", {"combine": "all"}, r"prune\.combine: .* got 'all'"),
+        ("prune", {"other_thresholds": [0.9, 1.5]}, r"prune\.other_thresholds\.1: .* got 1\.5"),
+    ],
+)
+def test_invalid_views_and_pruning_options_are_refused(section, values, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**{section: values})
 
 
-def test_random_masks_have_each_subnetworks_size_and_do_not_depend_on_other_views():
+def test_random_masks_have_the_sizes_of_the_subnetworks_whatever_the_other_views():
     masks = {"en": HeadMask([[1, 0, 1, 1]]), "de": HeadMask([[0, 0, 1, 0]])}
     config = tiny_config(task={"languages": ["en", "de"]}, views={"random": 2, "other": []})
     views = {view.name: view for view in views_of(config.views, masks, seed=0)}

@@ -1,4 +1,4 @@
-"""An HTML page as tests read it: its tags, scripts and text."""
+"""A parser of HTML pages for tests: their tags, scripts and text."""
 
 import base64
 import gzip
@@ -9,13 +9,21 @@ VOID = {"meta", "br", "input", "link", "img", "hr"}
 
 
 class Page(HTMLParser):
-    """Collects what a test asks about; raises where tags do not match."""
+    """An HTML page or part of one, parsed; tags that do not match raise AssertionError.
+
+    Attributes:
+        tags: Every tag with its attributes, in order.
+        scripts: The attributes and the content of every script element.
+        texts: (innermost tag, stripped text) of every text outside scripts, in order.
+        text: All text outside scripts.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
         self.open: list[str] = []
         self.tags: list[tuple[str, dict]] = []
         self.scripts: list[tuple[dict, str]] = []
+        self.texts: list[tuple[str, str]] = []
         self.text = ""
         self.feed(text)
         self.close()
@@ -35,10 +43,12 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] == "script":
             self.scripts.append((self.tags[-1][1], data))
-        else:
-            self.text += data
+            return
+        self.text += data
+        if self.open and data.strip():
+            self.texts.append((self.open[-1], data.strip()))
 
     def json(self, name: str) -> list | dict:
-        """Content of a script element, unpacked."""
+        """Return the unpacked content of a script element."""
         data = next(data for attrs, data in self.scripts if attrs.get("id") == name)
         return json.loads(gzip.decompress(base64.b64decode(data)))

@@ -1,4 +1,4 @@
-"""A study small enough for tests: three languages, a tiny model, two epochs."""
+"""A small study for tests: three languages, a tiny model, two epochs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from tracmod.config import RunConfig, parse_config
 
 LANGUAGES = ["en", "de", "es"]
-# Everything of a run that must not depend on how often it was interrupted, or what was taken over.
+# The files of a run that must not depend on interruptions, or on stages taken over from other runs.
 RESULTS = (
     "data/*",
     "models/*/checkpoint-*/*",
@@ -29,7 +29,11 @@ RESULTS = (
 
 
 def tiny_config(**overrides: Any) -> RunConfig:
-    """A config whose whole run takes a few seconds."""
+    """Return a config whose whole run takes a few seconds.
+
+    Args:
+        overrides: Values by section (added to those of the section) or a top-level value.
+    """
     tree: dict[str, Any] = {
         "name": "tiny",
         "device": "cpu",
@@ -54,7 +58,7 @@ def tiny_config(**overrides: Any) -> RunConfig:
 
 
 def files_of(folder: Path, *patterns: str) -> dict[str, bytes]:
-    """Contents by relative path."""
+    """Return the contents of the files that match glob patterns, by path within the folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for pattern in patterns
@@ -64,10 +68,10 @@ def files_of(folder: Path, *patterns: str) -> dict[str, bytes]:
 
 
 def run_killing(config: RunConfig, out: Path) -> int:
-    """Do a run in a process that is killed (-9) again and again until it gets through.
+    """Do a run in processes that are killed (SIGKILL) after ever longer times, until one finishes.
 
     Returns:
-        How often it was killed.
+        The number of processes that were killed.
     """
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
@@ -77,7 +81,7 @@ def run_killing(config: RunConfig, out: Path) -> int:
     while True:
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         try:
-            if kills == 0:  # certain on any machine: the data are there, all the rest is to come
+            if kills == 0:  # kill the first as soon as the data are written, on any machine
                 while not (out / "data/train.parquet").exists() and process.poll() is None:
                     time.sleep(0.01)
             _, errors = process.communicate(timeout=seconds if kills else 0)

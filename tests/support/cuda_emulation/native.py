@@ -1,31 +1,36 @@
-"""Builds csrc/cuda for the CPU and stands in for `tracmod.kernels.native`: same functions, but the
-emulated CUDA kernels answer. `backwards` changes the order in which threads are taken up."""
+"""A replacement for `tracmod._C` that runs the CUDA kernels emulated on the CPU.
+
+`build` compiles csrc/cuda with the headers of this folder; the ops have the signatures of
+`tracmod._C`, but check no argument. `backwards` reverses the order in which warps and threads run.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import re
 import subprocess
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_bool, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 LAUNCH = re.compile(r"([\w:]+(?:<[^<>;=]*>)?)\s*<<<(.*?)>>>\((.*?)\);", re.DOTALL)
 LAYERS = ["linear", "elementwise", "embedding"]
 KINDS = ["rademacher", "sjlt", "identity"]
-# Scratch is cut small, so that small tests take many waves and parts; and no finite score may need
-# to be said plainly, which would hide that a copy was not waited for.
+# Changes to the sources. Smaller limits make small tests run through many waves and parts. And only
+# a score that is not finite may be computed again without tensor cores (top_k_dot.cu): that path
+# would otherwise repair the NaN of a copy that was not waited for.
 PLAIN = "score = plain_score(wave, q + row, n + column) + 0.0f;"
 CHANGES = {
     "top_k_dot": {
         "kWaveBytes = int64_t{1} << 28": "kWaveBytes = 1 << 16",
-        PLAIN: PLAIN + 'if (score - score == 0.0f) emu::fail("a finite score was NaN");',
+        PLAIN: PLAIN + 'if (score - score == 0.0f) emu::fail("a finite score came out as NaN");',
     },
     "gradient_dot": {
         "kFormedBytes = int64_t{1} << 25": "kFormedBytes = 1 << 19",
@@ -89,17 +94,17 @@ class Quantization(Structure):
 
 
 def build(folder: Path, compiler: str) -> None:
-    """Compiles every csrc/cuda/*.cu, a launch turned into a call, and loads the result."""
+    """Compile all csrc/cuda/*.cu with launches replaced by calls, and load the result."""
     global _library
     flags = ["-std=c++17", "-O2", "-w", "-fPIC", "-ffp-contract=fast", "-DTRACMOD_EMULATE"]
     flags += [f"-I{HERE}", f"-I{CSRC}"]
 
-    def compile_one(source: Path) -> Path:
+    def compile_source(source: Path) -> Path:
         text = LAUNCH.sub(r"emu::launch(\1, [&] { \1(\3); }, \2);", source.read_text())
         for line, changed in CHANGES.get(source.stem, {}).items():
             assert line in text
             text = text.replace(line, changed)
-        assert "<<<" not in text, f"{source.name}: a launch that is not understood"
+        assert "<<<" not in text, f"{source.name}: a launch that the pattern does not match"
         copy, target = folder / f"{source.stem}.cpp", folder / f"{source.stem}.o"
         copy.write_text(text)
         subprocess.run([compiler, *flags, "-c", str(copy), "-o", str(target)], check=True)
@@ -107,7 +112,7 @@ def build(folder: Path, compiler: str) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "bindings.cpp"]
-        objects = [str(path) for path in pool.map(compile_one, sources)]
+        objects = [str(path) for path in pool.map(compile_source, sources)]
     library = folder / "libemulated.so"
     subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
     _library = ctypes.CDLL(str(library))
@@ -116,7 +121,12 @@ def build(folder: Path, compiler: str) -> None:
 def _call(name: str, *arguments: object) -> None:
     assert _library is not None
     code = getattr(_library, f"emulated_{name}")(*arguments, int(backwards))
-    assert code == 0, f"{name}: " + ("an error" if code == 1 else "wrote behind its scratch")
+    assert code == 0, f"{name}: " + ("threw" if code == 1 else "wrote behind its scratch memory")
+
+
+def _tensors(capsules: Any) -> list[Tensor | None]:
+    """Return the tensors behind DLPack capsules; None stays None."""
+    return [None if capsule is None else from_dlpack(capsule) for capsule in capsules]
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -138,17 +148,18 @@ def _gradients(x: Tensor, g: Tensor, lengths: Tensor | None, layer: str) -> Grad
 
 
 def project_gradients(
-    x: Tensor, g: Sequence[Tensor], out: Tensor, lengths: Tensor | None, offset: int, layer: str,
-    kind: str, k_out: int, k_in: int, seed: int, input_key: int, output_keys: Sequence[int],
-    bias: bool, input_columns: Tensor | None, output_columns: Sequence[Tensor | None],
+    x: Any, g: Any, out: Any, lengths: Any, offset: int, layer: str, kind: str, k_out: int,
+    k_in: int, seed: int, input_key: int, output_keys: Any, bias: bool, input_columns: Any,
+    output_columns: Any, allocate: Any, threads: int, stream: int,
 ) -> None:  # fmt: skip
-    mask = (1 << 64) - 1
+    x, out, lengths, input_columns = _tensors([x, out, lengths, input_columns])
+    g, output_columns = _tensors(g), _tensors(output_columns)
     outputs = (Output * 4)(*(
-        Output(_address(part), part.shape[-1], key & mask, _address(columns))
+        Output(_address(part), part.shape[-1], key, _address(columns))
         for part, key, columns in zip(g, output_keys, output_columns, strict=True)
     ))  # fmt: skip
     projection = Projection(
-        LAYERS.index(layer), KINDS.index(kind), bias, k_out, k_in, seed & mask, input_key & mask,
+        LAYERS.index(layer), KINDS.index(kind), bias, k_out, k_in, seed, input_key,
         _address(input_columns), len(g), outputs,
     )  # fmt: skip
     if len(x):
@@ -159,9 +170,11 @@ def project_gradients(
 
 
 def gradient_dot(
-    x1: Tensor, g1: Tensor, x2: Tensor, g2: Tensor, out: Tensor, lengths1: Tensor | None,
-    lengths2: Tensor | None, layer: str, bias: bool,
+    x1: Any, g1: Any, x2: Any, g2: Any, out: Any, lengths1: Any, lengths2: Any, layer: str,
+    bias: bool, allocate: Any, threads: int, stream: int,
 ) -> None:  # fmt: skip
+    x1, g1, x2, g2, out = _tensors([x1, g1, x2, g2, out])
+    lengths1, lengths2 = _tensors([lengths1, lengths2])
     first, second = _gradients(x1, g1, lengths1, layer), _gradients(x2, g2, lengths2, layer)
     if len(g1) and len(g2):
         _call(
@@ -171,23 +184,26 @@ def gradient_dot(
 
 
 def top_k_dot(
-    queries: Sequence[Tensor], trains: Sequence[Tensor], weights: Sequence[float], cosine: bool,
-    k: int, index_offset: int, groups: Tensor | None, result: tuple[Tensor, ...],
-    group_sums: Tensor | None,
+    queries: Any, trains: Any, weights: list[float], cosine: bool, k: int, index_offset: int,
+    groups: Any, scores: Any, indices: Any, opponent_scores: Any, opponent_indices: Any,
+    group_sums: Any, allocate: Any, threads: int, stream: int,
 ) -> None:  # fmt: skip
-    count = len(queries)
+    queries, trains, count = _tensors(queries), _tensors(trains), len(queries)
+    groups, group_sums = _tensors([groups, group_sums])
+    rankings = _tensors([scores, indices, opponent_scores, opponent_indices])
     pointers = [(c_void_p * count)(*map(_address, rows)) for rows in (queries, trains)]
     job = TopK(
         len(queries[0]), len(trains[0]), queries[0].shape[1], count, *pointers,
         (c_double * count)(*weights), _dtype(queries[0]), cosine, k, index_offset, _address(groups),
-        0 if group_sums is None else group_sums.shape[1], *map(_address, result),
+        0 if group_sums is None else group_sums.shape[1], *map(_address, rankings),
         _address(group_sums),
     )  # fmt: skip
     if job.queries and job.trains:
         _call("top_k_dot", byref(job))
 
 
-def quantize_rows(rows: Tensor, codes: Tensor, scales: Tensor) -> None:
+def quantize_rows(rows: Any, codes: Any, scales: Any, threads: int, stream: int) -> None:
+    rows, codes, scales = _tensors([rows, codes, scales])
     job = Quantization(
         _address(rows), *rows.shape, _dtype(rows), _address(codes), _address(scales)
     )  # fmt: skip

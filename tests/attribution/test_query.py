@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -337,9 +338,9 @@ def test_paths_given_from_one_folder_are_found_from_another(own, tmp_path, monke
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ("train.tsv", "train was built with something else: data: expected"),
-        ("checkpoint-2", "checkpoint-2/train was built with something else: model: expected"),
-        ("tokenizer", "train was built with something else: tokenizer: expected"),
+        ("train.tsv", r"/train .*: data: expected"),
+        ("checkpoint-2", r"checkpoint-2/train .*: model: expected"),
+        ("tokenizer", r"/train .*: tokenizer: expected"),
     ],
 )
 def test_what_was_changed_since_is_named_and_refused(own, changed, message):
@@ -357,7 +358,7 @@ def test_what_was_changed_since_is_named_and_refused(own, changed, message):
         save_file(weights, own / changed / "model.safetensors", {"format": "pt"})
     for command in (["query", own / "out", TEXT], ["index", own / "out"]):
         output = invoke(*command, code=2)
-        assert message in output
+        assert re.search(message, output), output
         assert len(output.strip().splitlines()) == 1
 
 

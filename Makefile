@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: install demo test test-fast bench bench-kernels bench-tracin bench-scale bench-report lint format coverage docs wheel clean
+.PHONY: install demo test test-fast bench bench-kernels bench-tracin bench-scale bench-report lint format stubs coverage docs wheel clean
 
 install: $(VENV)/.installed
 
@@ -81,6 +81,12 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
+
+# Generate the types of the native module from the built module.
+stubs: install
+	$(BIN)/stubgen -q -m tracmod._C -o .
+	$(BIN)/ruff check -q --fix tracmod/_C.pyi
+	$(BIN)/ruff format -q tracmod/_C.pyi
 
 clean:
 	rm -rf build dist site htmlcov .coverage *.egg-info tracmod/_C*.so .pytest_cache .mypy_cache .ruff_cache

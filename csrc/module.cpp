@@ -16,6 +16,7 @@
 #include "tensor.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 using Capsule = py::capsule;
 
 namespace tracmod {
@@ -558,12 +559,19 @@ PYBIND11_MODULE(_C, m) {
   cpu::tiles();  // selects the instruction set now, so that importing reports a wrong
                  // TRACMOD_INSTRUCTIONS
   m.def("build_info", &build_info);
-  m.def("check_lengths", &check_lengths);
-  m.def("check_columns", &check_columns);
-  m.def("project_gradients", &project_gradients);
-  m.def("linear", &linear);
-  m.def("gradient_dot", &gradient_dot);
-  m.def("top_k_dot", &top_k_dot);
-  m.def("quantize_rows", &quantize_rows);
-  m.def("projection_matrix", &projection_matrix);
+  m.def("check_lengths", &check_lengths, "lengths"_a, "batch"_a, "tokens"_a, "op"_a, "argument"_a);
+  m.def("check_columns", &check_columns, "columns"_a, "op"_a, "argument"_a);
+  // `make stubs` generates tracmod/_C.pyi from these names.
+  m.def("project_gradients", &project_gradients, "x"_a, "g"_a, "out"_a, "lengths"_a, "offset"_a,
+        "layer"_a, "kind"_a, "k_out"_a, "k_in"_a, "seed"_a, "input_key"_a, "output_keys"_a,
+        "bias"_a, "input_columns"_a, "output_columns"_a, "allocate"_a, "threads"_a, "stream"_a);
+  m.def("linear", &linear, "x"_a, "weight"_a, "out"_a, "bias"_a, "transposed"_a, "allocate"_a,
+        "threads"_a);
+  m.def("gradient_dot", &gradient_dot, "x1"_a, "g1"_a, "x2"_a, "g2"_a, "out"_a, "lengths1"_a,
+        "lengths2"_a, "layer"_a, "bias"_a, "allocate"_a, "threads"_a, "stream"_a);
+  m.def("top_k_dot", &top_k_dot, "queries"_a, "trains"_a, "weights"_a, "cosine"_a, "k"_a,
+        "index_offset"_a, "groups"_a, "scores"_a, "indices"_a, "opponent_scores"_a,
+        "opponent_indices"_a, "group_sums"_a, "allocate"_a, "threads"_a, "stream"_a);
+  m.def("quantize_rows", &quantize_rows, "rows"_a, "codes"_a, "scales"_a, "threads"_a, "stream"_a);
+  m.def("projection_matrix", &projection_matrix, "out"_a, "kind"_a, "seed"_a, "key"_a);
 }

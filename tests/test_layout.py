@@ -29,7 +29,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 ONLY_IN = {
-    "tracmod._C": {"tracmod/kernels/native.py"},
+    "tracmod._C": {"tracmod/kernels/__init__.py"},
     "faiss": {"tracmod/influence/index.py"},
     "ray": {"tracmod/engine/ray.py"},
     "bm25s": {"tracmod/validation/baselines.py"},

@@ -1,76 +1,87 @@
-"""Types of the native module; tensors are DLPack capsules. Sizes and meaning: csrc/module.cpp."""
+import collections.abc
+import typing
 
-from collections.abc import Callable
-from typing import Any
+import typing_extensions
 
-_Allocate = Callable[[int], Any]
-
-def build_info() -> dict[str, Any]: ...
-def check_lengths(lengths: Any, batch: int, tokens: int, op: str, argument: str, /) -> None: ...
-def check_columns(columns: Any, op: str, argument: str, /) -> None: ...
-def project_gradients(
-    x: Any,
-    g: list[Any],
-    out: Any,
-    lengths: Any | None,
-    offset: int,
-    layer: str,
-    kind: str,
-    k_out: int,
-    k_in: int,
-    seed: int,
-    input_key: int,
-    output_keys: list[int],
-    bias: bool,
-    input_columns: Any | None,
-    output_columns: list[Any | None],
-    allocate: _Allocate,
-    threads: int,
-    stream: int,
-    /,
-) -> None: ...
-def linear(
-    x: Any,
-    weight: Any,
-    out: Any,
-    bias: Any | None,
-    transposed: bool,
-    allocate: _Allocate,
-    threads: int,
-    /,
+def build_info() -> dict: ...
+def check_columns(columns: typing_extensions.CapsuleType, op: str, argument: str) -> None: ...
+def check_lengths(
+    lengths: typing_extensions.CapsuleType,
+    batch: typing.SupportsInt | typing.SupportsIndex,
+    tokens: typing.SupportsInt | typing.SupportsIndex,
+    op: str,
+    argument: str,
 ) -> None: ...
 def gradient_dot(
-    x1: Any,
-    g1: Any,
-    x2: Any,
-    g2: Any,
-    out: Any,
-    lengths1: Any | None,
-    lengths2: Any | None,
+    x1: typing_extensions.CapsuleType,
+    g1: typing_extensions.CapsuleType,
+    x2: typing_extensions.CapsuleType,
+    g2: typing_extensions.CapsuleType,
+    out: typing_extensions.CapsuleType,
+    lengths1: typing_extensions.CapsuleType | None,
+    lengths2: typing_extensions.CapsuleType | None,
     layer: str,
     bias: bool,
-    allocate: _Allocate,
-    threads: int,
-    stream: int,
-    /,
+    allocate: collections.abc.Callable,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    stream: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def linear(
+    x: typing_extensions.CapsuleType,
+    weight: typing_extensions.CapsuleType,
+    out: typing_extensions.CapsuleType,
+    bias: typing_extensions.CapsuleType | None,
+    transposed: bool,
+    allocate: collections.abc.Callable,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def project_gradients(
+    x: typing_extensions.CapsuleType,
+    g: collections.abc.Sequence[typing_extensions.CapsuleType],
+    out: typing_extensions.CapsuleType,
+    lengths: typing_extensions.CapsuleType | None,
+    offset: typing.SupportsInt | typing.SupportsIndex,
+    layer: str,
+    kind: str,
+    k_out: typing.SupportsInt | typing.SupportsIndex,
+    k_in: typing.SupportsInt | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    input_key: typing.SupportsInt | typing.SupportsIndex,
+    output_keys: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    bias: bool,
+    input_columns: typing_extensions.CapsuleType | None,
+    output_columns: collections.abc.Sequence[typing_extensions.CapsuleType | None],
+    allocate: collections.abc.Callable,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    stream: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def projection_matrix(
+    out: typing_extensions.CapsuleType,
+    kind: str,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    key: typing.SupportsInt | typing.SupportsIndex,
+) -> None: ...
+def quantize_rows(
+    rows: typing_extensions.CapsuleType,
+    codes: typing_extensions.CapsuleType,
+    scales: typing_extensions.CapsuleType,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    stream: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
 def top_k_dot(
-    queries: list[Any],
-    trains: list[Any],
-    weights: list[float],
+    queries: collections.abc.Sequence[typing_extensions.CapsuleType],
+    trains: collections.abc.Sequence[typing_extensions.CapsuleType],
+    weights: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
     cosine: bool,
-    k: int,
-    index_offset: int,
-    groups: Any | None,
-    scores: Any,
-    indices: Any,
-    opponent_scores: Any,
-    opponent_indices: Any,
-    group_sums: Any | None,
-    allocate: _Allocate,
-    threads: int,
-    stream: int,
-    /,
+    k: typing.SupportsInt | typing.SupportsIndex,
+    index_offset: typing.SupportsInt | typing.SupportsIndex,
+    groups: typing_extensions.CapsuleType | None,
+    scores: typing_extensions.CapsuleType,
+    indices: typing_extensions.CapsuleType,
+    opponent_scores: typing_extensions.CapsuleType,
+    opponent_indices: typing_extensions.CapsuleType,
+    group_sums: typing_extensions.CapsuleType | None,
+    allocate: collections.abc.Callable,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+    stream: typing.SupportsInt | typing.SupportsIndex,
 ) -> None: ...
-def quantize_rows(rows: Any, codes: Any, scales: Any, threads: int, stream: int, /) -> None: ...
-def projection_matrix(out: Any, kind: str, seed: int, key: int, /) -> None: ...

@@ -35,6 +35,7 @@ from made_stores import (
 )
 from safetensors import safe_open
 
+from tracmod.features.shards import Shards
 from tracmod.features.store import FeatureStore, verify_store
 from tracmod.files import durable
 from tracmod.files.durable import canonical_json, identity_differences, seal
@@ -113,8 +114,8 @@ def test_take_gives_rows_by_number(place: Location, dtype: str) -> None:
     for rows in [[], [0], [22, 0, 10, 9, 11, 9, 22], list(range(23))]:
         assert torch.equal(store.take(rows), store.read()[rows])
         assert torch.equal(store.take(torch.tensor(rows, dtype=torch.int32)), store.read()[rows])
-    for wrong, message in [([0, 23], "row 23 of"), ([-1], "row -1 of"), ([0.5], "whole numbers"),
-                           ([True], "whole numbers"), (3, "a list of")]:  # fmt: skip
+    for wrong, message in [([0, 23], "row 23 of"), ([-1], "row -1 of"), ([0.5], "float"),
+                           ([True], "bool"), (3, "int64")]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             store.take(wrong)
 
@@ -330,7 +331,7 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
     fill(first)
     assert FeatureStore.open(tmp_path / "s").complete  # readers need no lock
     first.close()
-    with pytest.raises(ValueError, match="open for reading"):
+    with pytest.raises(ValueError, match="/s is open for reading"):
         first.write_shard(0, rows_of(10)[:4])
     create(tmp_path / "s").close()
 
@@ -417,8 +418,8 @@ def test_shards_of_another_store_or_place_are_refused(place: Location) -> None:
     shard = path / "shard-00001.safetensors"
     for wrong in [path / "shard-00000.safetensors", other / "shard-00001.safetensors"]:
         shard.write_bytes(wrong.read_bytes())
-        assert "shard of another store or place" in verify_store(path)[0]
-        with pytest.raises(ValueError, match="another store or place"):
+        assert "another store" in verify_store(path)[0]
+        with pytest.raises(ValueError, match="another store"):
             FeatureStore.open(path).read()
 
 
@@ -446,12 +447,12 @@ def test_foreign_files_are_named(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_something_else_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match=r"not empty \(thesis\.tex"):
+    with pytest.raises(ValueError, match=r"thesis\.tex"):
         create(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]
     path = made(tmp_path / "s")
     (path / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"shard-00000.safetensors is there\) and has no manifest"):
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors.*manifest"):
         create(path)
 
 
@@ -460,13 +461,13 @@ def test_newer_version_and_no_store(place: Location) -> None:
     manifest = json.loads((path / "manifest.json").read_bytes()) | {"version": 3}
     (path / "manifest.json").write_bytes(canonical_json(manifest))
     for attempt in [lambda: FeatureStore.open(path), lambda: create(path)]:
-        with pytest.raises(ValueError, match="version 3, this tracmod reads versions up to 2"):
+        with pytest.raises(ValueError, match=r"manifest\.json: .*version 2 .*version 3"):
             attempt()
-    assert "format version 3" in verify_store(path)[0]
+    assert "version 3" in verify_store(path)[0]
     with pytest.raises(ValueError, match="no feature store at"):
         FeatureStore.open(place)
     (path / "manifest.json").write_bytes(seal({"format": "something"}))
-    with pytest.raises(ValueError, match="not the manifest of a feature store"):
+    with pytest.raises(ValueError, match=r"manifest\.json"):
         FeatureStore.open(path)
 
 
@@ -548,13 +549,13 @@ def test_wrong_shard(tmp_path: Path, features: torch.Tensor, message: str) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ids": ["a", "b", "a"]}, "each once, 'a' is there again, row 2"),
-        ({"ids": ["a", 7]}, "expected strings, row 1 is 7"),
-        ({"dim": 0}, "at least 1, got 0"),
-        ({"shard_rows": 0}, "at least 1, got 5 and 0"),
-        ({"dtype": "int4"}, "expected float32, bfloat16, float16, int8, got 'int4'"),
-        ({"identity": {"x": float("nan")}}, "JSON cannot hold it"),
-        ({"identity": {"x": torch.float32}}, "JSON cannot hold it"),
+        ({"ids": ["a", "b", "a"]}, "ids .*row 2: 'a'"),
+        ({"ids": ["a", 7]}, "ids .*row 1: .*string.*, got 7"),
+        ({"dim": 0}, "dim .*1, got 0"),
+        ({"shard_rows": 0}, "shard_rows .*1, got 0"),
+        ({"dtype": "int4"}, "dtype .*float32, bfloat16, float16, int8, got 'int4'"),
+        ({"identity": {"x": float("nan")}}, "identity .*JSON"),
+        ({"identity": {"x": torch.float32}}, "identity .*JSON"),
     ],
 )
 def test_wrong_arguments_leave_no_folder(tmp_path: Path, changes: dict, message: str) -> None:
@@ -637,11 +638,11 @@ def test_appended_rows_are_missing_until_they_are_written(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("ids", "data", "message"),
     [
-        (["x", "zh-é-3\n"], None, r"holds 'zh-é-3\\n' already"),
-        (["x", "x"], None, "each once, 'x' is there again"),
-        (["x", 3], None, "expected strings, row 1 is 3"),
-        ([], None, "expected at least one, got none"),
-        (["x"], float("nan"), "JSON cannot hold it"),
+        (["x", "zh-é-3\n"], None, r"/s .*'zh-é-3\\n'"),
+        (["x", "x"], None, "ids .*row 1: 'x'"),
+        (["x", 3], None, "ids .*row 1: .*string.*, got 3"),
+        ([], None, "rows to append .*got none"),
+        (["x"], float("nan"), "identity .*JSON"),
     ],
 )
 def test_a_wrong_append_leaves_the_store_as_it_was(
@@ -654,7 +655,7 @@ def test_a_wrong_append_leaves_the_store_as_it_was(
             store.append(ids, data)
         assert len(store) == 10
     assert contents(path) == before
-    with pytest.raises(ValueError, match="open for reading"):
+    with pytest.raises(ValueError, match="/s is open for reading"):
         FeatureStore.open(path).append(["x"])
 
 
@@ -733,7 +734,7 @@ def test_shards_of_another_growth_of_the_same_rows_are_refused(tmp_path: Path) -
             store.append([name])
             store.write_shard(3, torch.ones(1, DIM))
     (one / "shard-00003.safetensors").write_bytes((other / "shard-00003.safetensors").read_bytes())
-    assert "shard of another store or place" in verify_store(one)[0]
+    assert "another store" in verify_store(one)[0]
 
 
 def test_linking_takes_the_segments_that_are_the_same(place: Location) -> None:
@@ -776,13 +777,13 @@ def test_merging_goes_on_and_holds_one_shard_at_a_time(
     for shard in (1, 4):
         (path / f"shard-{shard:05d}.safetensors").unlink()
     read: list[int] = []
-    gather = FeatureStore._gather
+    rows_of_shards = Shards.rows
 
-    def counted(self: FeatureStore, name: str, start: int, stop: int) -> torch.Tensor:
+    def counted(self: Shards, name: str, start: int, stop: int) -> torch.Tensor:
         read.append(stop - start)
-        return gather(self, name, start, stop)
+        return rows_of_shards(self, name, start, stop)
 
-    monkeypatch.setattr(FeatureStore, "_gather", counted)
+    monkeypatch.setattr(Shards, "rows", counted)
     FeatureStore.merge(path, sources)
     assert contents(path) == undisturbed
     assert sum(read) == 2 * (4 + 1)  # features and norms of the two shards
@@ -793,21 +794,21 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(place: Loca
     sources = parts(place)
     int8 = part(place / "int8", 0, 3, 5, dtype="int8")
     other = part(place / "other", 0, 3, 5, identity=IDENTITY | {"model": "e"})
-    with pytest.raises(ValueError, match=r'int8 is not like .*dtype: expected "float32"'):
+    with pytest.raises(ValueError, match=r'/int8 .*: dtype: expected "float32"'):
         FeatureStore.merge(place / "s", [*sources, int8])
-    with pytest.raises(ValueError, match=r'is not like .*model: expected "a'):
+    with pytest.raises(ValueError, match=r'/other .*: model: expected "a'):
         FeatureStore.merge(place / "s", [*sources, other])
-    with pytest.raises(ValueError, match=r"part-0 and .*part-0 both hold example 'zh-é-0"):
+    with pytest.raises(ValueError, match=r"part-0 and .*part-0 .*'zh-é-0"):
         FeatureStore.merge(place / "s", [*sources, sources[0]])
-    with pytest.raises(ValueError, match="expected at least one, got none"):
+    with pytest.raises(ValueError, match=r"stores .*got none"):
         FeatureStore.merge(place / "s", [])
     with pytest.raises(ValueError, match="no feature store at"):
         FeatureStore.merge(place / "s", [*sources, place])
     (sources[2] / "shard-00001.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing: merge takes"):
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing"):
         FeatureStore.merge(place / "s", sources)
     assert not (place / "s").exists()
-    with pytest.raises(ValueError, match="holds other features than these"):
+    with pytest.raises(ValueError, match=r"/other .*identity"):
         FeatureStore.merge(other, sources[:2])
 
 

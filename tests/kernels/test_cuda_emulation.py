@@ -1,8 +1,8 @@
-"""The CUDA kernels on the CPU: compiled by g++ against stand-ins for CUDA's header and the tensor
-cores' instructions, a thread as a fiber, and held to the same tests as on a GPU.
+"""The CUDA kernels, emulated on the CPU, in the tests that they have to pass on a GPU.
 
-Shows wrong indices, races between barriers, missing waits and writes behind the scratch; not speed,
-nor what the real instructions do with bits.
+g++ compiles them with replacements of CUDA's header and of the tensor cores' instructions, and
+every thread runs as a fiber. This finds wrong indices, races between barriers, missing waits and
+writes behind the scratch memory. It does not show speed or the rounding of the real instructions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import test_kernels_quantize as quantized
 import test_kernels_top_k as top_k
 import torch
 from cuda_emulation import native
-from kernel_cases import DTYPES, LAYERS, make_batch
+from kernel_cases import DTYPES, LAYERS, SIZES, make_batch
 
 from tracmod import kernels
 
@@ -38,10 +38,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def emulated(request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every op of `kernels` is answered by the emulation. bfloat16 takes the threads backwards, so
-    that either order sees every kernel."""
-    for op in ("project_gradients", "gradient_dot", "top_k_dot", "quantize_rows"):
-        monkeypatch.setattr(kernels.native, op, getattr(native, op))
+    """Replace the native module; tests in bfloat16 run the threads in reverse order."""
+    monkeypatch.setattr(kernels, "_C", native)
     monkeypatch.setattr(native, "backwards", "bfloat16" in request.node.name)
 
 
@@ -58,7 +56,7 @@ def emulated(request: pytest.FixtureRequest, built: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_top_k_dot(sizes: tuple[int, ...], normalize: Any, dtype: torch.dtype) -> None:
-    top_k.test_equals_the_reference(*sizes, normalize, dtype, CPU)
+    top_k.test_matches_the_reference(*sizes, normalize, dtype, CPU)
 
 
 @pytest.mark.parametrize("block", [37, 1100])
@@ -81,7 +79,7 @@ def test_top_k_dot_rankings() -> None:
     top_k.test_ties_go_to_the_lower_index(CPU)
     for k in (20, 900):
         top_k.test_many_ties(k, CPU)
-    top_k.test_fewer_rows_than_places(CPU)
+    top_k.test_fewer_rows_than_k(CPU)
     top_k.test_no_rows_or_no_queries(CPU)
     top_k.test_cosine_of_a_zero_row_is_zero(CPU)
     for dtype in DTYPES:
@@ -99,7 +97,7 @@ def test_top_k_dot_of_wide_rows() -> None:
     top_k.assert_close(top.scores, best(truth, 40)[0], best(plain, 40)[0])
 
 
-def test_a_wrong_group_makes_nan() -> None:
+def test_an_invalid_group_gives_nan() -> None:
     top = kernels.top_k_dot(
         [torch.ones(2, 3)], [torch.ones(4, 3)], k=1, groups=torch.tensor([0, 1, 2, 0]), num_groups=2
     )
@@ -108,14 +106,14 @@ def test_a_wrong_group_makes_nan() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", dots.SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES["gradient_dot"], ids=str)
 @pytest.mark.parametrize(("layer", "bias"), dots.KINDS)
 def test_gradient_dot(layer: str, bias: bool, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    dots.test_equals_the_reference(layer, bias, sizes, dtype, CPU)
+    dots.test_matches_the_reference(layer, bias, sizes, dtype, CPU)
 
 
-# More than one tile: long examples and short ones, as token pairs and formed.
-MANY = [
+# More than one tile: long and short examples, as pairs of tokens and as formed gradients.
+MANY_TILES = [
     ((2, 130, 2, 200, 320, 320), torch.float32),
     ((2, 130, 2, 200, 320, 320), torch.bfloat16),
     ((3, 60, 2, 260, 270, 270), torch.bfloat16),
@@ -126,15 +124,15 @@ MANY = [
 ]
 
 
-@pytest.mark.parametrize(("sizes", "dtype"), MANY, ids=str)
+@pytest.mark.parametrize(("sizes", "dtype"), MANY_TILES, ids=str)
 def test_gradient_dot_of_many_tiles(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    dots.test_equals_the_reference("linear", True, sizes, dtype, CPU)
+    dots.test_matches_the_reference("linear", True, sizes, dtype, CPU)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_gradient_dot_adds_and_takes_one_token(layer: str) -> None:
-    dots.test_two_sizes_mean_one_token(layer, CPU)
-    dots.test_adds(CPU)
+def test_gradient_dot_adds_and_takes_inputs_without_a_token_dimension(layer: str) -> None:
+    dots.test_inputs_without_a_token_dimension_have_one_token(layer, CPU)
+    dots.test_adds_to_out(CPU)
     dots.test_empty_batches(CPU)
 
 
@@ -150,12 +148,12 @@ def test_gradient_dot_repeats_its_bits(tokens: int, size: int) -> None:
 
 @pytest.mark.parametrize(("tokens", "size"), [(9, 50), (40, 9)], ids=["pairs", "formed"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_wrong_lengths_make_nan_of_their_pairs_alone(layer: str, tokens: int, size: int) -> None:
+def test_invalid_lengths_give_nan_for_their_pairs_only(layer: str, tokens: int, size: int) -> None:
     batch = make_batch(layer, 3, tokens, size, size, ragged=False)
-    out, wrong = torch.zeros(3, 3), torch.tensor([tokens, tokens + 1, -1])
-    kernels.native.gradient_dot(
-        batch.x, batch.g, batch.x, batch.g, out, wrong, torch.tensor([tokens, 0, 10**9]), layer,
-        False,
+    out = torch.zeros(3, 3)
+    kernels.gradient_dot(
+        batch.x, batch.g, batch.x, batch.g, out, lengths1=torch.tensor([tokens, tokens + 1, -1]),
+        lengths2=torch.tensor([tokens, 0, 10**9]), layer=layer,  # type: ignore[arg-type]
     )  # fmt: skip
     assert out.isnan().tolist() == [[False, False, True], [True] * 3, [True] * 3]
     assert not out[0, 1]
@@ -164,31 +162,29 @@ def test_wrong_lengths_make_nan_of_their_pairs_alone(layer: str, tokens: int, si
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["rademacher", "sjlt", "identity"])
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("sizes", projections.SIZES[2:4], ids=str)
+@pytest.mark.parametrize("sizes", SIZES["project_gradients"][2:4], ids=str)
 def test_project_gradients(
     layer: str, kind: str, sizes: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     if (layer, kind) != ("embedding", "identity"):
-        projections.test_equals_the_reference(layer, kind, False, sizes, dtype, CPU)
+        projections.test_matches_the_reference(layer, kind, False, sizes, dtype, CPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", quantized.WIDTHS)
 def test_quantize_rows(width: int, dtype: torch.dtype) -> None:
-    quantized.test_has_the_bits_of_the_reference(width, dtype, CPU)
+    quantized.test_matches_the_reference(width, dtype, CPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_quantize_rows_of_odd_numbers_and_places(dtype: torch.dtype) -> None:
-    quantized.test_zeros_and_rows_below_the_smallest_have_scale_and_codes_zero(dtype, CPU)
+def test_quantize_rows_that_are_special_or_unaligned(dtype: torch.dtype) -> None:
+    quantized.test_zero_and_tiny_rows_have_scale_and_codes_zero(dtype, CPU)
     quantized.test_the_largest_numbers(dtype, CPU)
-    quantized.test_no_rows_or_no_numbers(dtype, CPU)
-    for place in (0, 20, 130):
-        quantized.test_nan_and_infinity_are_in_the_scale_and_touch_no_other_row(place, dtype, CPU)
+    quantized.test_empty_rows(dtype, CPU)
+    for column in (0, 20, 130):
+        quantized.test_nan_and_infinity_appear_in_the_scale_of_their_row_only(column, dtype, CPU)
     for width in (1, 15, 16, 64, 130):
-        quantized.test_outputs_may_begin_anywhere_and_nothing_beside_them_is_written(
-            width, dtype, CPU
-        )
+        quantized.test_unaligned_outputs_are_written_and_nothing_beside_them(width, dtype, CPU)
 
 
 def test_quantize_rows_rounds_each_step() -> None:

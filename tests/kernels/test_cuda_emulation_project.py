@@ -1,5 +1,8 @@
-"""project_gradients' CUDA kernels on the CPU (see test_cuda_emulation.py): ugly sizes, every number
-of tokens a tile can hold, several outputs, columns left out, and bits that stay."""
+"""The emulated CUDA kernels of project_gradients (see test_cuda_emulation.py).
+
+Awkward sizes, many numbers of tokens per tile, several outputs, columns left out, and bitwise
+reproducibility.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,16 @@ import random
 import pytest
 import test_kernels_project as projections
 import torch
-from cuda_emulation import native
 from kernel_cases import DTYPES, Batch, make_batch
 from test_cuda_emulation import built, emulated
+
+from tracmod import kernels
 
 pytestmark = pytest.mark.slow
 __all__ = ["built", "emulated"]  # fixtures
 CPU = torch.device("cpu")
-# Alone in a tile, several examples in one, one in several; widths that the copies can and cannot
-# take 16 bytes at a time; grids of one and of four blocks.
+# One example per tile, several examples per tile, and several tiles per example; widths that can
+# and cannot be copied 16 bytes at a time; grids of one and of four blocks.
 TOKENS = [1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 200, 300]
 WIDTHS = [1, 8, 33, 64, 100, 129, 256]
 GRIDS = [1, 7, 57, 64, 65, 100]
@@ -25,7 +29,7 @@ GRIDS = [1, 7, 57, 64, 65, 100]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_ugly_sizes(tokens: int, kind: str, dtype: torch.dtype) -> None:
+def test_awkward_sizes(tokens: int, kind: str, dtype: torch.dtype) -> None:
     draw = random.Random(f"{tokens} {kind} {dtype}")
     for bias in (False, True):
         sizes = (draw.choice([1, 3, 5]), tokens, draw.choice(WIDTHS), draw.choice(WIDTHS))
@@ -60,8 +64,8 @@ def test_layers_that_read_the_same_x(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
 def test_columns_left_out(kind: str, dtype: torch.dtype) -> None:
-    projections.test_columns_left_out_are_as_zeros(kind, 127, 31, "any", True, dtype, CPU)
-    projections.test_columns_left_out_are_as_zeros(kind, 96, 260, "heads", False, dtype, CPU)
+    projections.test_left_out_columns_count_as_zeros(kind, 127, 31, "any", True, dtype, CPU)
+    projections.test_left_out_columns_count_as_zeros(kind, 96, 260, "heads", False, dtype, CPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,7 +77,7 @@ def test_bits_do_not_depend_on_neighbours_padding_or_repetition(
     assert batch.lengths is not None
     kwargs = projections.arguments("linear", "rademacher", batch, True, (70, 20))
     whole = projections.project(batch, **kwargs)
-    assert whole.isfinite().all()  # padding holds NaN
+    assert whole.isfinite().all()  # although the padding is NaN
     assert torch.equal(projections.project(batch, **kwargs), whole)
     order = [4, 0, 8, 2, 1, 7, 3, 5, 6]
     assert torch.equal(projections.project(batch.rows(order), **kwargs), whole[order])
@@ -83,20 +87,16 @@ def test_bits_do_not_depend_on_neighbours_padding_or_repetition(
         batch.x[:4, :short].contiguous(), batch.g[:4, :short].contiguous(), batch.lengths[:4]
     )
     assert torch.equal(projections.project(cut, **kwargs), whole[:4])
-    # Alone, an example's tiles are blocks of their own; among many, it shares a tile or a block.
+    # The tiles of a single example are separate blocks; among many, it shares a tile or a block.
     many = [3] * 40
     assert torch.equal(projections.project(batch.rows(many), **kwargs), whole[many])
 
 
 @pytest.mark.parametrize("tokens", [0, 4, 150])
-def test_wrong_lengths_are_seen_as_nan(tokens: int) -> None:
+def test_invalid_lengths_give_nan(tokens: int) -> None:
     x, g, _ = make_batch("linear", 3, tokens, 5, 5, ragged=False)
     out = torch.zeros(3, 4)
     lengths = torch.tensor([tokens, tokens + 1, -1])
-    keys = projections.KEYS
-    arguments = ("linear", "rademacher", 2, 2, keys["seed"], keys["input_key"])
-    native.project_gradients(
-        x, [g], out, lengths, 0, *arguments, [keys["output_key"]], False, None, [None]
-    )
+    kernels.project_gradients(x, g, out, lengths=lengths, k_out=2, k_in=2, **projections.KEYS)
     assert out[0].isfinite().all()
     assert out[1:].isnan().all()

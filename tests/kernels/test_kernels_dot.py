@@ -1,4 +1,4 @@
-"""gradient_dot: both forms against the float64 reference, and what must leave its bits alone."""
+"""gradient_dot: both algorithms against the float64 reference, and bitwise reproducibility."""
 
 from __future__ import annotations
 
@@ -6,25 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DTYPES, LAYERS, Batch, assert_close, make_batch
+from kernel_cases import DTYPES, LAYERS, SIZES, Batch, assert_close, make_batch
 from torch import Tensor
 
 from tracmod import kernels
 from tracmod.kernels import reference
 
-# (batch 1, tokens 1, batch 2, tokens 2, in, out): few tokens make token pairs cheaper, many the
-# formed gradients
-SIZES = [
-    (1, 1, 1, 1, 1, 1),
-    (3, 3, 1, 1, 3, 1),
-    (2, 1, 3, 3, 33, 127),
-    (3, 33, 2, 31, 31, 3),
-    (5, 127, 4, 33, 3, 33),
-    (2, 31, 3, 127, 127, 31),
-    (35, 3, 67, 2, 65, 600),
-    (7, 301, 3, 127, 33, 17),
-    (25, 9, 66, 33, 33, 66),
-]
 KINDS = [
     (layer, bias) for layer in LAYERS for bias in (False, True) if layer != "embedding" or not bias
 ]
@@ -56,9 +43,9 @@ def check(first: Batch, second: Batch, device: torch.device, **kwargs: Any) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES["gradient_dot"], ids=str)
 @pytest.mark.parametrize(("layer", "bias"), KINDS)
-def test_equals_the_reference(
+def test_matches_the_reference(
     layer: str, bias: bool, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     batch1, tokens1, batch2, tokens2, size_in, size_out = sizes
@@ -76,7 +63,7 @@ def test_a_real_layer(device: torch.device) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "size"), [(3, 200), (33, 20)], ids=["pairs", "formed"])
-def test_odd_numbers_come_through(
+def test_nan_and_infinity_are_propagated(
     tokens: int, size: int, dtype: torch.dtype, value: float, device: torch.device
 ) -> None:
     first = make_batch("linear", 5, tokens, size, size, dtype, ragged=False)
@@ -84,20 +71,20 @@ def test_odd_numbers_come_through(
     for part in (first.x, first.g):
         clean = part.clone()
         part[2, -1, -1] = value
-        found = products(first.to(device), second.to(device)).isfinite().cpu()
-        assert not found[2].any()
-        assert found[[0, 1, 3, 4]].all()
+        finite = products(first.to(device), second.to(device)).isfinite().cpu()
+        assert not finite[2].any()
+        assert finite[[0, 1, 3, 4]].all()
         part.copy_(clean)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_two_sizes_mean_one_token(layer: str, device: torch.device) -> None:
+def test_inputs_without_a_token_dimension_have_one_token(layer: str, device: torch.device) -> None:
     batch = make_batch(layer, 5, 1, 33, 31, ragged=False).to(device)
     flat = Batch(batch.x.squeeze(1), batch.g.squeeze(1), None)
     assert torch.equal(products(batch, batch, layer=layer), products(flat, flat, layer=layer))
 
 
-def test_adds(device: torch.device) -> None:
+def test_adds_to_out(device: torch.device) -> None:
     batch = make_batch("linear", 3, 5, 7, 6).to(device)
     out = torch.ones(3, 3, device=device)
     kernels.gradient_dot(
@@ -107,9 +94,9 @@ def test_adds(device: torch.device) -> None:
 
 
 def test_empty_batches(device: torch.device) -> None:
-    x, none = torch.zeros(2, 4, 3, device=device), torch.zeros(0, 4, 3, device=device)
-    kernels.gradient_dot(x, x, none, none, torch.zeros(2, 0, device=device))
-    kernels.gradient_dot(none, none, x, x, torch.zeros(0, 2, device=device))
+    x, empty = torch.zeros(2, 4, 3, device=device), torch.zeros(0, 4, 3, device=device)
+    kernels.gradient_dot(x, x, empty, empty, torch.zeros(2, 0, device=device))
+    kernels.gradient_dot(empty, empty, x, x, torch.zeros(0, 2, device=device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -128,7 +115,7 @@ def test_bits_do_not_depend_on_order_padding_or_threads(
     second = make_batch(layer, 5, tokens, size, size, dtype, seed=1).to(device)
     kwargs: dict[str, Any] = {"layer": layer, "bias": bias}
     whole = products(first, second, **kwargs)
-    assert whole.isfinite().all()  # padding holds NaN
+    assert whole.isfinite().all()  # although the padding is NaN
     order = [4, 0, 2, 1, 6, 3, 5]
     assert torch.equal(products(first.rows(order), second, **kwargs), whole[order])
     shape = list(first.x.shape)
@@ -145,7 +132,7 @@ def test_bits_do_not_depend_on_order_padding_or_threads(
 
 
 X, G = torch.zeros(2, 4, 3), torch.zeros(2, 4, 5)
-WRONG: list[tuple[dict[str, Any], str]] = [
+INVALID: list[tuple[dict[str, Any], str]] = [
     ({"x2": torch.zeros(2, 4, 4)}, r"x2: expected .* x1, 3, got \(2, 4, 4\)"),
     ({"g2": torch.zeros(2, 4, 6)}, r"g2: expected .* g1, 5, got \(2, 4, 6\)"),
     ({"x2": X.bfloat16(), "g2": G.bfloat16()}, r"g2: expected float32, got bfloat16"),
@@ -158,14 +145,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_wrong_arguments_are_named(
+@pytest.mark.parametrize(("change", "message"), INVALID, ids=[message for _, message in INVALID])
+def test_errors_name_the_invalid_argument(
     change: dict[str, Any], message: str, device: torch.device
 ) -> None:
-    given = {"x1": X, "g1": G, "x2": X, "g2": G, "out": torch.zeros(2, 2), **change}
+    arguments = {"x1": X, "g1": G, "x2": X, "g2": G, "out": torch.zeros(2, 2), **change}
     on_device = {
         name: value.to(device) if isinstance(value, Tensor) and "lengths" not in name else value
-        for name, value in given.items()
+        for name, value in arguments.items()
     }
     with pytest.raises(ValueError, match=f"gradient_dot: {message}"):
         kernels.gradient_dot(**on_device)

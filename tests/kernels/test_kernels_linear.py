@@ -1,20 +1,19 @@
-"""`kernels.linear` against float64: both directions, ugly sizes, threads, bad input."""
+"""`kernels.linear` against float64: both directions, many sizes, threads, invalid input."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import SIZES
 
 from tracmod import kernels
 from tracmod.kernels import reference
 
-SIZES = [(1, 1, 1), (3, 31, 33), (97, 33, 65), (127, 300, 64), (200, 513, 130)]
-
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_against_float64(size: tuple[int, int, int], biased: bool, transposed: bool) -> None:
+@pytest.mark.parametrize("size", SIZES["linear"], ids=str)
+def test_matches_the_reference(size: tuple[int, int, int], biased: bool, transposed: bool) -> None:
     rows, size_in, size_out = size
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(size_out, size_in, generator=generator)
@@ -24,10 +23,10 @@ def test_against_float64(size: tuple[int, int, int], biased: bool, transposed: b
     expected = reference.linear(
         x.double(), weight.double(), None if bias is None else bias.double(), transposed=transposed
     )
-    found = kernels.linear(x, weight, bias, transposed=transposed)
+    actual = kernels.linear(x, weight, bias, transposed=transposed)
     plain = reference.linear(x, weight, bias, transposed=transposed)
     allowed = max(2 * float((plain - expected).abs().max()), 1e-6 * float(expected.abs().max()))
-    assert float((found - expected).abs().max()) <= allowed
+    assert float((actual - expected).abs().max()) <= allowed
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -40,16 +39,16 @@ def test_a_row_does_not_depend_on_the_others_nor_on_threads(transposed: bool) ->
         assert torch.equal(kernels.linear(x, weight, transposed=transposed), whole)
     finally:
         torch.set_num_threads(before)
-    some = kernels.linear(x[5:7].contiguous(), weight, transposed=transposed)
-    assert torch.equal(some, whole[5:7])
+    part = kernels.linear(x[5:7].contiguous(), weight, transposed=transposed)
+    assert torch.equal(part, whole[5:7])
 
 
-def test_nan_goes_through() -> None:
+def test_nan_is_propagated() -> None:
     x = torch.ones(4, 40)
     x[2, 3] = torch.nan
-    found = kernels.linear(x, torch.ones(20, 40))
-    assert found[2].isnan().all()
-    assert found[[0, 1, 3]].eq(40).all()
+    product = kernels.linear(x, torch.ones(20, 40))
+    assert product[2].isnan().all()
+    assert product[[0, 1, 3]].eq(40).all()
 
 
 def test_no_rows() -> None:
@@ -57,7 +56,7 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ({"x": torch.ones(2, 4)}, r"linear: x: expected .*, got \(2, 4\)"),
         ({"x": torch.ones(2, 5).double()}, "linear: x: expected float32, got float64"),
@@ -66,7 +65,7 @@ def test_no_rows() -> None:
         ({"bias": torch.ones(5)}, r"linear: bias: expected .*, got \(5,\)"),
     ],
 )
-def test_bad_input(changes: dict[str, torch.Tensor], sentence: str) -> None:
+def test_errors_name_the_invalid_argument(changes: dict[str, torch.Tensor], message: str) -> None:
     arguments = {"x": torch.ones(2, 5), "weight": torch.ones(3, 5), "bias": torch.ones(3)} | changes
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         kernels.linear(**arguments)

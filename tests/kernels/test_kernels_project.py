@@ -1,4 +1,4 @@
-"""project_gradients: against its reference in float64, and what must leave its bits alone."""
+"""project_gradients against its reference in float64, and bitwise reproducibility."""
 
 from __future__ import annotations
 
@@ -6,24 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DTYPES, LAYERS, Batch, assert_close, make_batch
+from kernel_cases import DTYPES, LAYERS, SIZES, Batch, assert_close, make_batch
 from torch import Tensor
 
 from tracmod import kernels
 from tracmod.kernels import reference
 
 KEYS = {"seed": 5, "input_key": 2, "output_key": 3}
-# (batch, tokens, in, out, k_out, k_in)
-SIZES = [
-    (1, 1, 1, 1, 1, 1),
-    (3, 3, 3, 1, 1, 3),
-    (2, 31, 33, 3, 3, 31),
-    (3, 33, 127, 31, 31, 33),
-    (2, 127, 31, 127, 33, 1),
-    (4, 1, 127, 33, 127, 70),
-    (2, 9, 257, 600, 130, 65),
-    (1, 3, 5000, 1, 17, 16),
-]
 
 
 def arguments(
@@ -67,9 +56,9 @@ KINDS = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES["project_gradients"], ids=str)
 @pytest.mark.parametrize(("layer", "kind", "bias"), KINDS)
-def test_equals_the_reference(
+def test_matches_the_reference(
     layer: str,
     kind: str,
     bias: bool,
@@ -88,7 +77,7 @@ def test_a_real_layer(kind: str, device: torch.device) -> None:
 
 
 def outputs_of(batch: Batch, sizes: list[int]) -> list[Tensor]:
-    """Other layers' g for the x of a batch, NaN where its own g is."""
+    """Make gradients of other layers that read the x of a batch, NaN in its padding."""
     generator = torch.Generator().manual_seed(1)
     padding = batch.g[..., :1] - batch.g[..., :1]
     return [
@@ -104,7 +93,7 @@ def project_outputs(
     device: torch.device,
     **kwargs: Any,
 ) -> Tensor:
-    """Native (dtype None) or the reference in `dtype`."""
+    """Project with the native op (dtype None) or with the reference in `dtype`."""
     out = torch.zeros(len(batch.g), kwargs["k_out"] * kwargs["k_in"])
     if dtype is None:
         x, _, lengths = batch.to(device)
@@ -138,20 +127,20 @@ def test_layers_that_read_the_same_x_in_one_call(
     )
     together = project_outputs(batch, outputs, None, device, **kwargs)
     assert_close(together, truth, plain)
-    one_by_one = torch.zeros_like(together).to(device)
+    separately = torch.zeros_like(together).to(device)
     for j, g in enumerate(outputs):
-        own = {**kwargs, "output_key": kwargs["output_key"][j]}
+        own_kwargs = {**kwargs, "output_key": kwargs["output_key"][j]}
         if columns:
-            own["output_columns"] = kwargs["output_columns"][j]
+            own_kwargs["output_columns"] = kwargs["output_columns"][j]
         kernels.project_gradients(
-            batch.x.to(device), g.to(device), one_by_one,
-            lengths=None if batch.lengths is None else batch.lengths.to(device), **own,
+            batch.x.to(device), g.to(device), separately,
+            lengths=None if batch.lengths is None else batch.lengths.to(device), **own_kwargs,
         )  # fmt: skip
-    assert_close(together, one_by_one.double().cpu(), plain)
+    assert_close(together, separately.double().cpu(), plain)
 
 
-def left_columns(size: int, kind: str) -> Tensor:
-    """Of `size` columns: heads that are left (runs), or any order."""
+def remaining_columns(size: int, kind: str) -> Tensor:
+    """Return the columns that remain of `size`: those of some heads (runs), or any in any order."""
     if kind == "heads":
         return torch.cat([torch.arange(at, min(size, at + 32)) for at in range(0, size, 64)])
     return torch.randperm(size, generator=torch.Generator().manual_seed(2))[: max(1, size // 2)]
@@ -159,57 +148,65 @@ def left_columns(size: int, kind: str) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("left", ["heads", "any"])
+@pytest.mark.parametrize("remaining", ["heads", "any"])
 @pytest.mark.parametrize(("size_in", "size_out"), [(1, 3), (127, 31), (96, 260)])
 @pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
-def test_columns_left_out_are_as_zeros(
+def test_left_out_columns_count_as_zeros(
     kind: str,
     size_in: int,
     size_out: int,
-    left: str,
+    remaining: str,
     bias: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
     batch = make_batch("linear", 3, 31, size_in, size_out, dtype)
-    of_x, of_g = left_columns(size_in, left), left_columns(size_out, left)
+    x_columns, g_columns = (
+        remaining_columns(size_in, remaining),
+        remaining_columns(size_out, remaining),
+    )
     full = Batch(torch.zeros_like(batch.x), torch.zeros_like(batch.g), batch.lengths)
-    full.x[..., of_x], full.g[..., of_g] = batch.x[..., of_x], batch.g[..., of_g]
-    cut = Batch(batch.x[..., of_x].contiguous(), batch.g[..., of_g].contiguous(), batch.lengths)
+    full.x[..., x_columns], full.g[..., g_columns] = (
+        batch.x[..., x_columns],
+        batch.g[..., g_columns],
+    )
+    cut = Batch(
+        batch.x[..., x_columns].contiguous(), batch.g[..., g_columns].contiguous(), batch.lengths
+    )
     kwargs = arguments("linear", kind, full, bias, (33, 31))
     columns = {
-        "input_columns": torch.cat([of_x, torch.tensor([size_in])]) if bias else of_x,
-        "output_columns": of_g,
+        "input_columns": torch.cat([x_columns, torch.tensor([size_in])]) if bias else x_columns,
+        "output_columns": g_columns,
     }
     truth = reference_of(full, torch.float64, **kwargs)
     stated = reference_of(cut, torch.float64, **kwargs, **columns)
     torch.testing.assert_close(stated, truth, rtol=1e-12, atol=1e-12)
     plain = reference_of(full, torch.float32, **kwargs)
     assert_close(project(cut.to(device), **kwargs, **columns), truth, plain)
-    there = {name: value.to(device) for name, value in columns.items()}
+    on_device = {name: value.to(device) for name, value in columns.items()}
     assert torch.equal(
-        project(cut.to(device), **kwargs, **columns), project(cut.to(device), **kwargs, **there)
+        project(cut.to(device), **kwargs, **columns), project(cut.to(device), **kwargs, **on_device)
     )
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
-def test_what_is_not_finite_goes_through(kind: str, value: float, device: torch.device) -> None:
+def test_nan_and_infinity_are_propagated(kind: str, value: float, device: torch.device) -> None:
     batch = make_batch("linear", 6, 5, 39, 21, ragged=False)
     for b, column in enumerate((0, 3, 17, 31, 38)):
         batch.x[b, 2, column] = value
     kwargs = arguments("linear", kind, batch, True, (18, 34))
-    found = project(batch.to(device), **kwargs).cpu()
-    assert found[5].isfinite().all()
-    if kind == "rademacher":  # sjlt leaves alone the columns of P in which the value is not
-        assert not found[:5, : 18 * 34].isfinite().any()
+    features = project(batch.to(device), **kwargs).cpu()
+    assert features[5].isfinite().all()
+    if kind == "rademacher":  # with sjlt, a column of x reaches one column of the projection only
+        assert not features[:5, : 18 * 34].isfinite().any()
     else:
-        touched = found[:5, : 18 * 34].view(5, 18, 34).isfinite().logical_not()
+        touched = features[:5, : 18 * 34].view(5, 18, 34).isfinite().logical_not()
         assert (touched.any(1).sum(1) == 1).all()
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_two_sizes_mean_one_token(layer: str, device: torch.device) -> None:
+def test_inputs_without_a_token_dimension_have_one_token(layer: str, device: torch.device) -> None:
     batch = make_batch(layer, 5, 1, 33, 31, ragged=False)
     kwargs = arguments(layer, "rademacher", batch, False, (3, 4))
     flat = Batch(batch.x.squeeze(1), batch.g.squeeze(1), None)
@@ -218,7 +215,7 @@ def test_two_sizes_mean_one_token(layer: str, device: torch.device) -> None:
     )
 
 
-def test_adds_and_touches_its_slot_alone(device: torch.device) -> None:
+def test_adds_to_its_slot_and_writes_nowhere_else(device: torch.device) -> None:
     batch = make_batch("linear", 3, 5, 7, 6).to(device)
     kwargs = arguments("linear", "rademacher", batch, True, (2, 3))
     once = project(batch, **kwargs)
@@ -235,7 +232,7 @@ def test_an_empty_batch(device: torch.device) -> None:
     kernels.project_gradients(x, x, out, k_out=2, k_in=2, **KEYS)
 
 
-def test_no_tokens_at_all(device: torch.device) -> None:
+def test_no_tokens(device: torch.device) -> None:
     out = torch.zeros(2, 4, device=device)
     x = torch.zeros(2, 0, 3, device=device)
     kernels.project_gradients(x, x, out, k_out=2, k_in=2, bias=True, **KEYS)
@@ -249,7 +246,7 @@ def test_bits_do_not_depend_on_batch_order_padding_or_threads(
     batch = make_batch(layer, 9, 50, 300, 90).to(device)
     kwargs = arguments(layer, kind, batch, bias, (70, 20))
     whole = project(batch, **kwargs)
-    assert whole.isfinite().all()  # padding holds NaN
+    assert whole.isfinite().all()  # although the padding is NaN
     order = [4, 0, 8, 2, 1, 7, 3, 5, 6]
     assert torch.equal(project(batch.rows(order), **kwargs), whole[order])
     for row in (1, 8):
@@ -285,7 +282,7 @@ def test_inner_products_are_right_on_average(layer: str, kind: str, device: torc
 
 
 def test_cuda_gives_the_entries_of_the_cpu(device: torch.device) -> None:
-    """With one-hot x and g, a feature is a product of two entries: exactly equal everywhere."""
+    """With one-hot x and g, a feature is a product of two entries, so compare exactly."""
     eye = torch.eye(40)
     kwargs = {**KEYS, "k_out": 70, "k_in": 66}
     for kind in ("rademacher", "sjlt"):
@@ -297,7 +294,7 @@ def test_cuda_gives_the_entries_of_the_cpu(device: torch.device) -> None:
         assert torch.equal(signs, r_out.T[:, :, None] * r_in.T[:, None, :])
 
 
-def test_wrong_lengths_on_a_gpu_are_seen_as_nan(device: torch.device) -> None:
+def test_invalid_lengths_on_a_gpu_give_nan(device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("on the CPU they raise")
     for layer in LAYERS:
@@ -311,7 +308,7 @@ def test_wrong_lengths_on_a_gpu_are_seen_as_nan(device: torch.device) -> None:
 
 X, G = torch.zeros(2, 4, 3), torch.zeros(2, 4, 5)
 TWO: dict[str, Any] = {"g": [G, G], "output_key": [3, 4]}
-WRONG: list[tuple[dict[str, Any], str]] = [
+INVALID: list[tuple[dict[str, Any], str]] = [
     ({"x": X.double()}, r"x: expected float32, got float64"),
     ({"g": G.half()}, r"g: expected float32 or bfloat16, got float16"),
     ({"g": G.bfloat16()}, r"x: expected bfloat16, got float32"),
@@ -382,7 +379,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-ON_CPU = ("lengths", "input_columns", "output_columns")
+ARGUMENTS_ON_CPU = ("lengths", "input_columns", "output_columns")
 
 
 def to(value: Any, device: torch.device) -> Any:
@@ -391,19 +388,20 @@ def to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_wrong_arguments_are_named(
+@pytest.mark.parametrize(("change", "message"), INVALID, ids=[message for _, message in INVALID])
+def test_errors_name_the_invalid_argument(
     change: dict[str, Any], message: str, device: torch.device
 ) -> None:
-    given = {"x": X, "g": G, "out": torch.zeros(2, 8), "k_out": 2, "k_in": 4, **KEYS, **change}
+    values = {"x": X, "g": G, "out": torch.zeros(2, 8), "k_out": 2, "k_in": 4, **KEYS, **change}
     on_device = {
-        name: value if name in ON_CPU else to(value, device) for name, value in given.items()
+        name: value if name in ARGUMENTS_ON_CPU else to(value, device)
+        for name, value in values.items()
     }
     with pytest.raises(ValueError, match=f"project_gradients: {message}"):
         kernels.project_gradients(**on_device)
 
 
-def test_tensors_on_two_devices_are_named(device: torch.device) -> None:
+def test_errors_name_a_tensor_on_another_device(device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("needs two devices")
     with pytest.raises(ValueError, match=r"g: expected the device of x, cuda:0, got cpu"):

@@ -1,4 +1,4 @@
-"""quantize_rows: the bits of the reference, its error, and rows tiny, zero or not finite."""
+"""quantize_rows: the bits of the reference, its error, and tiny, zero and non-finite rows."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DTYPES
+from kernel_cases import DTYPES, SIZES
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from tracmod import kernels
 from tracmod.kernels import QuantizedRows, reference
 
-WIDTHS = [1, 3, 7, 8, 15, 16, 17, 31, 33, 64, 127, 1000, 4097]
+WIDTHS = [width for (width,) in SIZES["quantize_rows"]]
 SMALLEST = 2.0**-118
 ON_A_GPU = pytest.mark.parametrize(
     "device", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True
@@ -22,7 +23,7 @@ ON_A_GPU = pytest.mark.parametrize(
 def make_rows(
     count: int, width: int, dtype: torch.dtype = torch.float32, spread: bool = True
 ) -> Tensor:
-    """Random rows; spread: their magnitudes go over all that codes are made of."""
+    """Make random rows; `spread` over all magnitudes that are stored as codes."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(count, width, generator=generator, dtype=torch.float64)
     rows /= rows.abs().amax(dim=1, keepdim=True)
@@ -31,27 +32,31 @@ def make_rows(
     return rows.to(dtype)
 
 
-def assert_same(found: QuantizedRows, expected: tuple[Tensor, Tensor]) -> None:
-    """Equal bits; one NaN is as good as another."""
-    codes, scales = (part.cpu() for part in found)
+def assert_same(actual: QuantizedRows, expected: tuple[Tensor, Tensor]) -> None:
+    """Check that all bits are equal, except that any NaN equals any other."""
+    codes, scales = (part.cpu() for part in actual)
     assert (codes.dtype, scales.dtype) == (torch.int8, torch.float32)
     assert torch.equal(codes, expected[0].cpu())
     torch.testing.assert_close(scales, expected[1].cpu(), rtol=0, atol=0, equal_nan=True)
 
 
 def check(rows: Tensor, device: torch.device) -> QuantizedRows:
-    """Against the reference on the CPU."""
-    found = kernels.quantize_rows(rows.to(device))
-    assert found.codes.device == found.scales.device == rows.to(device).device
-    assert_same(found, reference.quantize_rows(rows))
-    return found
+    """Quantize on the device and compare with the reference on the CPU."""
+    quantized = kernels.quantize_rows(rows.to(device))
+    assert quantized.codes.device == quantized.scales.device == rows.to(device).device
+    assert_same(quantized, reference.quantize_rows(rows))
+    return quantized
+
+
+def quantize_into(rows: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """Call the native op with given outputs, which `kernels.quantize_rows` would allocate."""
+    capsules = map(to_dlpack, (rows, codes, scales))
+    kernels._C.quantize_rows(*capsules, torch.get_num_threads(), kernels._stream(rows.device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_has_the_bits_of_the_reference(
-    width: int, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_matches_the_reference(width: int, dtype: torch.dtype, device: torch.device) -> None:
     for count in (1, 3, 31, 33, 127):
         check(make_rows(count, width, dtype), device)
 
@@ -72,7 +77,7 @@ def test_a_number_is_off_by_half_a_scale_at_most(device: torch.device) -> None:
     error = (back.cpu().double() - rows.double()).abs()
     assert (error <= scales.cpu().double()[:, None] * (0.5 + 2.0**-15)).all()
     assert (error > scales.cpu().double()[:, None] * 0.49).any()
-    assert (codes.cpu().int().abs().amax(dim=1) == 127).all()  # all codes are made use of
+    assert (codes.cpu().int().abs().amax(dim=1) == 127).all()  # the whole range is used
 
 
 def test_ties_go_to_even(device: torch.device) -> None:
@@ -88,19 +93,19 @@ def test_a_product_is_rounded_to_float32_before_it_is_rounded_to_a_code(
     rows = []
     for largest in torch.linspace(1, 2, 40).tolist():
         factor = torch.tensor(127.0) / torch.tensor(largest)
-        ties = torch.arange(126).add(0.5) / factor  # and the numbers beside them
+        ties = torch.arange(126).add(0.5) / factor
         infinite = torch.full_like(ties, torch.inf)
-        near = [ties, torch.nextafter(ties, infinite), torch.nextafter(ties, -infinite)]
-        rows.append(torch.cat([torch.tensor([largest]), *near]))
+        neighbours = [ties, torch.nextafter(ties, infinite), torch.nextafter(ties, -infinite)]
+        rows.append(torch.cat([torch.tensor([largest]), *neighbours]))
     stacked = torch.stack(rows)
     factors = torch.full((40,), 127.0) / stacked[:, 0]
     at_once = (stacked.double() * factors.double()[:, None]).round()
-    assert (at_once != (stacked * factors[:, None]).round()).sum() > 100  # so it can be seen
+    assert (at_once != (stacked * factors[:, None]).round()).sum() > 100  # the order matters
     check(stacked, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_zeros_and_rows_below_the_smallest_have_scale_and_codes_zero(
+def test_zero_and_tiny_rows_have_scale_and_codes_zero(
     dtype: torch.dtype, device: torch.device
 ) -> None:
     below = torch.nextafter(torch.tensor(SMALLEST), torch.tensor(0.0)).item()
@@ -116,19 +121,19 @@ def test_zeros_and_rows_below_the_smallest_have_scale_and_codes_zero(
     assert not codes[:, :5].any()
 
 
-def test_it_does_not_matter_whether_denormals_are_taken_as_zeros() -> None:
+def test_flushing_denormals_to_zero_changes_nothing() -> None:
     rows = make_rows(4, 300)
     rows *= torch.tensor([SMALLEST, 2 * SMALLEST, 2.0**-126, 2.0**-140])[:, None]
     rows[:2, :100] = torch.linspace(-(2.0**-126), 2.0**-126, 102)[1:-1]
     rows[:2, 100] = torch.tensor([SMALLEST, -2 * SMALLEST])
-    kept = check(rows, torch.device("cpu"))
+    expected = check(rows, torch.device("cpu"))
     try:
         assert torch.set_flush_denormal(True)
         flushed = kernels.quantize_rows(rows)
     finally:
         torch.set_flush_denormal(False)
-    assert_same(flushed, kept)
-    assert not kept.codes[:2, :100].any()
+    assert_same(flushed, expected)
+    assert not expected.codes[:2, :100].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -141,17 +146,17 @@ def test_the_largest_numbers(dtype: torch.dtype, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("place", [0, 20, 130])
-def test_nan_and_infinity_are_in_the_scale_and_touch_no_other_row(
-    place: int, dtype: torch.dtype, device: torch.device
+@pytest.mark.parametrize("column", [0, 20, 130])
+def test_nan_and_infinity_appear_in_the_scale_of_their_row_only(
+    column: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     rows = make_rows(7, 131, dtype, spread=False)
-    rows[1, place] = torch.nan
-    rows[2, place] = torch.inf
-    rows[3, place] = -torch.inf
-    rows[4, 60], rows[4, place] = torch.inf, -torch.nan
+    rows[1, column] = torch.nan
+    rows[2, column] = torch.inf
+    rows[3, column] = -torch.inf
+    rows[4, 60], rows[4, column] = torch.inf, -torch.nan
     bits = rows.view(torch.int16 if dtype is torch.bfloat16 else torch.int32)
-    bits[5, place] = bits[2, place] + 1  # the smallest NaN, a signalling one
+    bits[5, column] = bits[2, column] + 1  # the smallest NaN, a signalling one
     codes, scales = check(rows, device)
     assert scales[[1, 4, 5]].isnan().all()
     assert scales[[2, 3]].tolist() == [torch.inf] * 2
@@ -167,25 +172,25 @@ def test_a_row_does_not_depend_on_the_others_nor_on_threads(
     rows = make_rows(700, 65, dtype).to(device)
     whole = kernels.quantize_rows(rows)
     for part in (slice(0, 1), slice(3, 60), slice(699, None)):
-        found = kernels.quantize_rows(rows[part])
-        assert_same(found, (whole.codes[part], whole.scales[part]))
+        quantized = kernels.quantize_rows(rows[part])
+        assert_same(quantized, (whole.codes[part], whole.scales[part]))
     torch.set_num_threads(1 if torch.get_num_threads() > 1 else 3)
     assert_same(kernels.quantize_rows(rows), whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 15, 16, 64, 130])
-def test_outputs_may_begin_anywhere_and_nothing_beside_them_is_written(
+def test_unaligned_outputs_are_written_and_nothing_beside_them(
     width: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     rows = make_rows(5, width, dtype).to(device)
     size = rows.numel()
-    given = torch.cat([rows.flatten()[:1], rows.flatten()])[1:].view(5, width)
+    shifted = torch.cat([rows.flatten()[:1], rows.flatten()])[1:].view(5, width)
     codes = torch.full((size + 2,), 77, dtype=torch.int8, device=device)
     scales = torch.full((7,), 77.0, device=device)
-    kernels.native.quantize_rows(given, codes[1:-1].view(5, width), scales[1:-1])
-    found = QuantizedRows(codes[1:-1].view(5, width), scales[1:-1])
-    assert_same(found, kernels.quantize_rows(rows))
+    quantize_into(shifted, codes[1:-1].view(5, width), scales[1:-1])
+    written = QuantizedRows(codes[1:-1].view(5, width), scales[1:-1])
+    assert_same(written, kernels.quantize_rows(rows))
     assert codes[[0, -1]].tolist() == [77, 77]
     assert scales[[0, -1]].tolist() == [77.0, 77.0]
 
@@ -195,7 +200,7 @@ def test_float16_is_widened(device: torch.device) -> None:
     assert_same(kernels.quantize_rows(rows), kernels.quantize_rows(rows.float()))
 
 
-def test_another_default_dtype_changes_nothing(device: torch.device) -> None:
+def test_the_default_dtype_changes_nothing(device: torch.device) -> None:
     try:
         torch.set_default_dtype(torch.float64)
         check(make_rows(3, 9, torch.float32), device)
@@ -204,7 +209,7 @@ def test_another_default_dtype_changes_nothing(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_rows_or_no_numbers(dtype: torch.dtype, device: torch.device) -> None:
+def test_empty_rows(dtype: torch.dtype, device: torch.device) -> None:
     for count, width in ((0, 5), (4, 0), (0, 0)):
         codes, scales = check(torch.ones(count, width, dtype=dtype), device)
         assert (codes.shape, scales.tolist()) == ((count, width), [0.0] * count)
@@ -215,23 +220,23 @@ def test_a_real_size(device: torch.device) -> None:
 
 
 @ON_A_GPU
-def test_more_numbers_than_32_bits_count(device: torch.device) -> None:
+def test_more_numbers_than_fit_32_bit_indices(device: torch.device) -> None:
     rows = torch.zeros(2**19 + 3, 4096, dtype=torch.bfloat16, device=device)
-    some = make_rows(2, 4096, torch.bfloat16)
-    rows[-2:] = some.to(device)
+    last = make_rows(2, 4096, torch.bfloat16)
+    rows[-2:] = last.to(device)
     codes, scales = kernels.quantize_rows(rows)
-    assert_same(QuantizedRows(codes[-2:], scales[-2:]), reference.quantize_rows(some))
+    assert_same(QuantizedRows(codes[-2:], scales[-2:]), reference.quantize_rows(last))
     assert not scales[:-2].any()
 
 
-def test_part_of_a_row_is_not_a_row(device: torch.device) -> None:
+def test_rows_with_gaps_are_refused(device: torch.device) -> None:
     rows = torch.zeros(3, 4, device=device)[:, :2]
     with pytest.raises(ValueError, match=r"rows: expected a contiguous .*, got strides \(4, 1\)"):
         kernels.quantize_rows(rows)
 
 
 ROWS = torch.zeros(2, 3)
-WRONG: list[tuple[Tensor, str]] = [
+INVALID: list[tuple[Tensor, str]] = [
     (ROWS.double(), "rows: expected float32 or bfloat16, got float64"),
     (ROWS.long(), "rows: expected float32 or bfloat16, got int64"),
     (ROWS[0], r"rows: expected shape \(N, K\), got \(3,\)"),
@@ -241,14 +246,14 @@ WRONG: list[tuple[Tensor, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("rows", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_wrong_rows_are_named(rows: Tensor, message: str, device: torch.device) -> None:
+@pytest.mark.parametrize(("rows", "message"), INVALID, ids=[message for _, message in INVALID])
+def test_errors_name_invalid_rows(rows: Tensor, message: str, device: torch.device) -> None:
     with pytest.raises(ValueError, match=f"quantize_rows: {message}"):
         kernels.quantize_rows(rows.to(device))
 
 
 CODES, SCALES = torch.zeros(2, 3, dtype=torch.int8), torch.zeros(2)
-WRONG_OUTPUTS: list[tuple[dict[str, Any], str]] = [
+INVALID_OUTPUTS: list[tuple[dict[str, Any], str]] = [
     ({"codes": CODES.int()}, "codes: expected int8, got int32"),
     ({"codes": CODES[:1]}, r"codes: expected shape \(N, K\) = \(2, 3\), got \(1, 3\)"),
     ({"codes": torch.zeros(3, 2, dtype=torch.int8).T}, "codes: expected a contiguous tensor"),
@@ -257,14 +262,16 @@ WRONG_OUTPUTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG_OUTPUTS, ids=[m for _, m in WRONG_OUTPUTS])
-def test_wrong_outputs_are_named(change: dict[str, Any], message: str) -> None:
-    given = {"rows": ROWS, "codes": CODES, "scales": SCALES} | change
+@pytest.mark.parametrize(
+    ("change", "message"), INVALID_OUTPUTS, ids=[m for _, m in INVALID_OUTPUTS]
+)
+def test_errors_name_invalid_outputs(change: dict[str, Any], message: str) -> None:
+    arguments = {"rows": ROWS, "codes": CODES, "scales": SCALES} | change
     with pytest.raises(ValueError, match=f"quantize_rows: {message}"):
-        kernels.native.quantize_rows(**given)
+        quantize_into(**arguments)
 
 
 @ON_A_GPU
-def test_outputs_on_another_device_are_named(device: torch.device) -> None:
+def test_errors_name_outputs_on_another_device(device: torch.device) -> None:
     with pytest.raises(ValueError, match="codes: expected the device of rows, cuda:0, got cpu"):
-        kernels.native.quantize_rows(ROWS.to(device), CODES, SCALES)
+        quantize_into(ROWS.to(device), CODES, SCALES)

@@ -1,4 +1,4 @@
-"""The projections' entries: equal in C++ and torch, fair, and unrelated to each other."""
+"""The entries of projections: equal in C++ and torch, balanced, and uncorrelated."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def signs(k: int, size: int, seed: int = 0, key: int = 0) -> Tensor:
     return kernels.projection_matrix("rademacher", k, size, seed, key).sign().double()
 
 
-def assert_unrelated(correlations: Tensor, samples: int) -> None:
-    """Correlations of independent signs are normal with deviation 1/sqrt(samples)."""
+def assert_uncorrelated(correlations: Tensor, samples: int) -> None:
+    """Check for normal correlations with deviation 1/sqrt(samples), as of independent signs."""
     z = correlations.flatten() * math.sqrt(samples)
     bound = math.sqrt(2 * math.log(max(2, z.numel()))) + 3
     assert z.abs().max() < bound
@@ -46,39 +46,39 @@ def off_diagonal(matrix: Tensor) -> Tensor:
     return matrix[~torch.eye(len(matrix), dtype=torch.bool)]
 
 
-def test_dense_signs_are_fair_and_rows_and_columns_unrelated() -> None:
+def test_dense_signs_are_balanced_and_rows_and_columns_uncorrelated() -> None:
     matrix = signs(130, 2048)
-    assert_unrelated(matrix.mean(), matrix.numel())
-    assert_unrelated(matrix.mean(0), 130)
-    assert_unrelated(matrix.mean(1), 2048)
-    assert_unrelated(off_diagonal(matrix @ matrix.T / 2048), 2048)
-    assert_unrelated(off_diagonal(matrix.T @ matrix / 130), 130)
+    assert_uncorrelated(matrix.mean(), matrix.numel())
+    assert_uncorrelated(matrix.mean(0), 130)
+    assert_uncorrelated(matrix.mean(1), 2048)
+    assert_uncorrelated(off_diagonal(matrix @ matrix.T / 2048), 2048)
+    assert_uncorrelated(off_diagonal(matrix.T @ matrix / 130), 130)
 
 
 def test_dense_signs_have_no_parity_structure() -> None:
-    """Products of entries at the corners of rectangles, and at fixed distances, are fair too."""
+    """Products of entries at corners of rectangles, or at fixed distances, are balanced, too."""
     matrix = signs(128, 2048)
     for rows in (1, 2, 7, 64):
         for columns in (1, 2, 16, 1024):
             a, b = matrix[:-rows, :-columns], matrix[rows:, columns:]
             c, d = matrix[rows:, :-columns], matrix[:-rows, columns:]
-            assert_unrelated((a * b).mean(), a.numel())
-            assert_unrelated((a * b * c * d).mean(), a.numel())
+            assert_uncorrelated((a * b).mean(), a.numel())
+            assert_uncorrelated((a * b * c * d).mean(), a.numel())
 
 
-def test_seeds_and_keys_are_unrelated() -> None:
+def test_seeds_and_keys_are_uncorrelated() -> None:
     numbers = [0, 1, 2, 3, 64, 2**32, -1]
     by_seed = torch.stack([signs(64, 256, seed=n).flatten() for n in numbers])
     by_key = torch.stack([signs(64, 256, key=n).flatten() for n in numbers if n != 0])
     both = torch.cat([by_seed, by_key])
-    assert_unrelated(off_diagonal(both @ both.T / both.shape[1]), both.shape[1])
+    assert_uncorrelated(off_diagonal(both @ both.T / both.shape[1]), both.shape[1])
 
 
 def test_a_larger_dense_projection_begins_with_a_smaller_one() -> None:
     assert torch.equal(signs(100, 50)[:40, :30], signs(40, 30))
 
 
-def test_sparse_columns_are_fair() -> None:
+def test_sparse_columns_are_balanced() -> None:
     k, size = 50, 50_000
     matrix = kernels.projection_matrix("sjlt", k, size, 3, 4).double()
     assert torch.equal(matrix.abs().sum(0), torch.ones(size).double())
@@ -86,9 +86,9 @@ def test_sparse_columns_are_fair() -> None:
         expected = size / 16 / k
         chi_square = ((matrix[:, lane::16].abs().sum(1) - expected) ** 2 / expected).sum().item()
         assert abs(chi_square - (k - 1)) < 5 * math.sqrt(2 * (k - 1))
-    assert_unrelated(matrix.sum() / size, size)
+    assert_uncorrelated(matrix.sum() / size, size)
     signs = matrix.sum(0)
-    assert_unrelated(
+    assert_uncorrelated(
         off_diagonal(signs.view(-1, 16).T @ signs.view(-1, 16) / (size // 16)), size // 16
     )
     rows = matrix.abs().argmax(0)
@@ -98,7 +98,7 @@ def test_sparse_columns_are_fair() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 15, 16, 17, 31, 50])
-def test_sparse_columns_meet_no_more_often_than_independent_ones(k: int) -> None:
+def test_sparse_columns_collide_no_more_often_than_independent_ones(k: int) -> None:
     seeds, size = 2000, 48
     rows = torch.stack(
         [
@@ -106,11 +106,11 @@ def test_sparse_columns_meet_no_more_often_than_independent_ones(k: int) -> None
             for seed in range(seeds)
         ]
     )
-    meet = (rows[:, :, None] == rows[:, None]).double().mean(0)
+    collisions = (rows[:, :, None] == rows[:, None]).double().mean(0)
     far = torch.arange(size)[:, None] // 16 != torch.arange(size) // 16
     bound = 5 * math.sqrt((k - 1) / k**2 / seeds)
-    assert ((meet[far] - 1 / k).abs() <= bound).all()
-    near = off_diagonal(meet[:16, :16])
+    assert ((collisions[far] - 1 / k).abs() <= bound).all()
+    near = off_diagonal(collisions[:16, :16])
     assert (near == 0).all() if k >= 16 else ((near - 1 / k).abs() <= bound).all()
 
 
@@ -132,15 +132,15 @@ def test_sparse_inner_products_vary_as_those_of_independent_columns(k: int) -> N
 
 
 def test_every_instruction_set_gives_right_results() -> None:
-    """What this processor has, each in a process of its own: it is chosen once."""
+    """Run every set that this processor has, in a process each: it is selected at import."""
     script = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_kernels_project import *
 from test_kernels_dot import products
 from test_kernels_dot import check as check_dot
-from test_kernels_top_k import test_equals_the_reference as check_top_k
-from test_kernels_quantize import WIDTHS, test_has_the_bits_of_the_reference as check_quantized
+from test_kernels_top_k import test_matches_the_reference as check_top_k
+from test_kernels_quantize import WIDTHS, test_matches_the_reference as check_quantized
 from test_kernels_quantize import (
     test_a_product_is_rounded_to_float32_before_it_is_rounded_to_a_code as check_rounding,
 )
@@ -151,7 +151,7 @@ for dtype in DTYPES:
         check(batch, cpu, **arguments(layer, kind, batch, bias, (21, 85)))
     for kind in ("rademacher", "sjlt"):
         test_layers_that_read_the_same_x_in_one_call(kind, [33, 7, 64], True, dtype, cpu)
-        test_columns_left_out_are_as_zeros(kind, 96, 260, "heads", True, dtype, cpu)
+        test_left_out_columns_count_as_zeros(kind, 96, 260, "heads", True, dtype, cpu)
     for tokens, size in ((3, 90), (70, 19)):
         batch = make_batch("linear", 5, tokens, size, size, dtype)
         check_dot(batch, batch, cpu, bias=True)
@@ -185,7 +185,7 @@ print(info["instructions"])
     assert kernels.build_info()["instructions"] in (*ran, os.environ.get("TRACMOD_INSTRUCTIONS"))
 
 
-def test_build_info_says_what_was_built() -> None:
+def test_build_info_describes_the_build() -> None:
     info = kernels.build_info()
     assert set(info) == {
         "version", "compiler", "cuda", "cuda_architectures", "instructions", "dense_signs",

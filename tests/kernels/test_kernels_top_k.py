@@ -1,4 +1,4 @@
-"""top_k_dot: against sorted scores, streamed and whole, ties, odd sizes and odd numbers."""
+"""top_k_dot against sorted scores: many sizes, streaming, ties, NaN and infinity."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DTYPES, assert_close
+from kernel_cases import DTYPES, SIZES, assert_close
 from torch import Tensor
 
 from tracmod import kernels
@@ -34,20 +34,8 @@ def assert_same(first: TopK, second: TopK) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [None, "cosine"])
-@pytest.mark.parametrize(
-    ("checkpoints", "queries", "trains", "width", "k"),
-    [
-        (1, 1, 1, 1, 1),
-        (2, 3, 31, 33, 3),
-        (3, 33, 127, 31, 127),
-        (1, 257, 700, 127, 5),
-        (2, 5, 65, 1031, 65),
-        (1, 40, 300, 513, 20),
-        (1, 8, 70, 4099, 20),
-        (1, 9, 70, 4099, 20),
-    ],
-)
-def test_equals_the_reference(
+@pytest.mark.parametrize(("checkpoints", "queries", "trains", "width", "k"), SIZES["top_k_dot"])
+def test_matches_the_reference(
     checkpoints: int,
     queries: int,
     trains: int,
@@ -73,11 +61,11 @@ def test_equals_the_reference(
 
     truth, plain = scores(torch.float64), scores(torch.float32)
     rankings = [(top.scores, top.indices, True), (top.opponent_scores, top.opponent_indices, False)]
-    for found, indices, largest in rankings:
+    for actual, indices, largest in rankings:
         best, _ = reference.top_k(truth, k, largest=largest)
-        assert_close(found, best, reference.top_k(plain, k, largest=largest)[0])
-        # Near ties may swap places: what is named must have the score that is given for it.
-        assert_close(found, truth.gather(1, indices.cpu()), plain.gather(1, indices.cpu()))
+        assert_close(actual, best, reference.top_k(plain, k, largest=largest)[0])
+        # Near ties may be swapped, so the row of an index need only have the score that is given.
+        assert_close(actual, truth.gather(1, indices.cpu()), plain.gather(1, indices.cpu()))
         assert all(len(set(row)) == k for row in indices.tolist())
     assert top.group_sums is not None
     assert_close(
@@ -120,7 +108,7 @@ def test_streamed_blocks_give_the_bits_of_one_call(
             **kwargs,
         )  # fmt: skip
         if previous is not None:
-            assert torch.equal(previous.scores, before)  # a state is left as it is
+            assert torch.equal(previous.scores, before)  # the state is not modified
     assert state is not None
     assert_same(state, whole)
 
@@ -155,7 +143,7 @@ def test_ties_go_to_the_lower_index(device: torch.device) -> None:
         assert state is not None
         assert state.indices.tolist() == [[1, 3, 7, 0, 2, 5]]
         assert state.opponent_indices.tolist() == [[4, 6, 0, 2, 5, 1]]
-        assert not state.scores.cpu().signbit().any()  # -0 is given as 0
+        assert not state.scores.cpu().signbit().any()  # -0 is returned as 0
 
 
 @pytest.mark.parametrize("k", [20, 900])
@@ -165,11 +153,11 @@ def test_many_ties(k: int, device: torch.device) -> None:
     queries = torch.tensor([[1.0], [-1.0], [0.0]])
     top = kernels.top_k_dot(on([queries], device), on([rows], device), k=k)
     scores = queries @ rows.T
-    for found, largest in ((top.indices, True), (top.opponent_indices, False)):
-        assert torch.equal(found.cpu(), reference.top_k(scores, k, largest=largest)[1])
+    for indices, largest in ((top.indices, True), (top.opponent_indices, False)):
+        assert torch.equal(indices.cpu(), reference.top_k(scores, k, largest=largest)[1])
 
 
-def test_fewer_rows_than_places(device: torch.device) -> None:
+def test_fewer_rows_than_k(device: torch.device) -> None:
     q, n = make_rows(1, 2, 3, 0), make_rows(1, 3, 3, 1)
     top = kernels.top_k_dot(on(q, device), on(n, device), k=5, index_offset=10)
     scores, indices = reference.top_k(reference.scores(q, n), 5)
@@ -230,17 +218,17 @@ def test_wide_rows(device: torch.device) -> None:
 
 Q, N = torch.zeros(2, 3), torch.zeros(4, 3)
 GROUPS = torch.zeros(4, dtype=torch.int64)
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"k": 0}, r"k: expected 1 or more, got 0"),
+INVALID: list[tuple[dict[str, Any], str]] = [
+    ({"k": 0}, r"k: expected .*1.*, got 0"),
     ({"normalize": "l2"}, r"normalize: expected None or 'cosine', got 'l2'"),
-    ({"queries": []}, r"queries: expected one tensor or more, got none"),
-    ({"trains": [N, N]}, r"trains: expected as many as queries, 1, got 2"),
-    ({"weights": [1.0, 2.0]}, r"weights: expected as many as queries, 1, got 2"),
+    ({"queries": []}, r"queries: expected .* got none"),
+    ({"trains": [N, N]}, r"trains: expected .* 1, got 2"),
+    ({"weights": [1.0, 2.0]}, r"weights: expected .* 1, got 2"),
     ({"trains": [torch.zeros(4, 5)]}, r"trains\[0\]: expected shape \(N, K\) = \(4, 3\), got"),
     ({"trains": [N.double()]}, r"trains\[0\]: expected float32, got float64"),
     ({"queries": [Q.half()], "trains": [N.half()]}, r"queries\[0\]: expected float32 or bfloat16"),
     ({"trains": [torch.zeros(3, 4).T]}, r"trains\[0\]: expected a contiguous tensor"),
-    ({"groups": GROUPS}, r"num_groups: expected 1 or more with groups, got 0"),
+    ({"groups": GROUPS}, r"num_groups: expected .*1.*, got 0"),
     (
         {"groups": GROUPS[:3], "num_groups": 1},
         r"groups: expected shape \(N,\) = \(4,\), got \(3,\)",
@@ -252,13 +240,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"state": kernels.top_k_dot([Q], [N], k=2), "groups": GROUPS, "num_groups": 2},
-        r"state.group_sums: expected 2 groups as in this call, got None",
+        r"state\.group_sums: expected 2 .*, got None",
     ),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_wrong_arguments_are_named(
+@pytest.mark.parametrize(("change", "message"), INVALID, ids=[message for _, message in INVALID])
+def test_errors_name_the_invalid_argument(
     change: dict[str, Any], message: str, device: torch.device
 ) -> None:
     def move(value: Any) -> Any:
@@ -268,12 +256,12 @@ def test_wrong_arguments_are_named(
             return TopK(*(None if part is None else part.to(device) for part in value))  # type: ignore[arg-type]
         return value.to(device) if isinstance(value, Tensor) else value
 
-    given = {"queries": [Q], "trains": [N], "k": 2, **change}
+    arguments = {"queries": [Q], "trains": [N], "k": 2, **change}
     with pytest.raises(ValueError, match=f"top_k_dot: {message}"):
-        kernels.top_k_dot(**{name: move(value) for name, value in given.items()})
+        kernels.top_k_dot(**{name: move(value) for name, value in arguments.items()})
 
 
-def test_a_wrong_group_is_named_on_the_cpu_and_seen_on_a_gpu(device: torch.device) -> None:
+def test_an_invalid_group_raises_on_the_cpu_and_gives_nan_on_a_gpu(device: torch.device) -> None:
     groups = torch.tensor([0, 1, 2, 0]).to(device)
     q, n = on([Q], device), on([N], device)
     if device.type == "cpu":

@@ -1,4 +1,8 @@
-"""Batches for the kernels' tests, and the rule by which a result is near enough to the truth."""
+"""The sizes at which every op is tested, random batches, and the tolerance of the comparison.
+
+A new op is added to `SIZES` and gets a test file that takes its sizes from there;
+`test_kernels_everywhere.py` then says where else it is still missing.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,53 @@ LAYERS = ["linear", "elementwise", "embedding"]
 DTYPES = [torch.float32, torch.bfloat16]
 FLOOR = 4 * torch.finfo(torch.float32).eps
 
+# Sizes around the widths of vectors, tiles and blocks: 1, 3, and a power of two less and more one.
+SIZES: dict[str, list[tuple[int, ...]]] = {
+    # batch, tokens, in, out, k_out, k_in
+    "project_gradients": [
+        (1, 1, 1, 1, 1, 1),
+        (3, 3, 3, 1, 1, 3),
+        (2, 31, 33, 3, 3, 31),
+        (3, 33, 127, 31, 31, 33),
+        (2, 127, 31, 127, 33, 1),
+        (4, 1, 127, 33, 127, 70),
+        (2, 9, 257, 600, 130, 65),
+        (1, 3, 5000, 1, 17, 16),
+    ],
+    # rows, in, out
+    "linear": [(1, 1, 1), (3, 31, 33), (97, 33, 65), (127, 300, 64), (200, 513, 130)],
+    # batch 1, tokens 1, batch 2, tokens 2, in, out: pairs of tokens take fewer operations where
+    # there are few tokens, formed gradients where there are many
+    "gradient_dot": [
+        (1, 1, 1, 1, 1, 1),
+        (3, 3, 1, 1, 3, 1),
+        (2, 1, 3, 3, 33, 127),
+        (3, 33, 2, 31, 31, 3),
+        (5, 127, 4, 33, 3, 33),
+        (2, 31, 3, 127, 127, 31),
+        (35, 3, 67, 2, 65, 600),
+        (7, 301, 3, 127, 33, 17),
+        (25, 9, 66, 33, 33, 66),
+    ],
+    # checkpoints, queries, training rows, width, k
+    "top_k_dot": [
+        (1, 1, 1, 1, 1),
+        (2, 3, 31, 33, 3),
+        (3, 33, 127, 31, 127),
+        (1, 257, 700, 127, 5),
+        (2, 5, 65, 1031, 65),
+        (1, 40, 300, 513, 20),
+        (1, 8, 70, 4099, 20),
+        (1, 9, 70, 4099, 20),
+    ],
+    # width
+    "quantize_rows": [(width,) for width in (1, 3, 7, 8, 15, 16, 17, 31, 33, 64, 127, 1000, 4097)],
+}
+
 
 class Batch(NamedTuple):
+    """Inputs and output gradients of one layer, and the number of tokens of each example."""
+
     x: Tensor
     g: Tensor
     lengths: Tensor | None
@@ -21,7 +70,7 @@ class Batch(NamedTuple):
         return Batch(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
 
     def cast(self, dtype: torch.dtype) -> Batch:
-        """x and g in another float dtype; ids stay."""
+        """Convert x and g to another float dtype; ids stay int64."""
         x = self.x.to(dtype) if self.x.is_floating_point() else self.x
         return Batch(x, self.g.to(dtype), self.lengths)
 
@@ -41,7 +90,11 @@ def make_batch(
     ragged: bool = True,
     seed: int = 0,
 ) -> Batch:
-    """Random x and g; ragged: lengths from 0 to S, both ends among them, and NaN behind them."""
+    """Make random x and g.
+
+    Ragged batches have lengths from 0 to S, both included, and NaN in the padding, so that a result
+    is finite only if the padding is not read.
+    """
     generator = torch.Generator().manual_seed(seed)
     if layer == "elementwise":
         size_out = size_in
@@ -63,12 +116,21 @@ def make_batch(
 
 
 def assert_close(actual: Tensor, truth: Tensor, plain: Tensor) -> None:
-    """Within twice plain float32 torch's own error, plus a floor of 4 roundings of the largest."""
+    """Check a result against the float64 reference.
+
+    Args:
+        actual: the result of the native op.
+        truth: the reference in float64.
+        plain: the reference in float32. Its own error, doubled, is the tolerance, plus 4 roundings
+            of the largest number.
+    """
     truth, actual, plain = truth.cpu(), actual.cpu(), plain.cpu()
     assert actual.shape == truth.shape
     if not truth.numel():
         return
     error = (actual.double() - truth).abs().max().item()
-    own = (plain.double() - truth).abs().max().item()
-    allowed = 2 * own + FLOOR * truth.abs().max().item()
-    assert error <= allowed, f"error {error:.3g}, plain torch's {own:.3g}, allowed {allowed:.3g}"
+    plain_error = (plain.double() - truth).abs().max().item()
+    allowed = 2 * plain_error + FLOOR * truth.abs().max().item()
+    assert error <= allowed, (
+        f"error {error:.3g}, of plain torch {plain_error:.3g}, allowed {allowed:.3g}"
+    )

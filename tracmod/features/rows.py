@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tracmod.features.store import KEPT_SHARDS, FeatureStore
+from tracmod.features.shards import KEPT_SHARDS
+from tracmod.features.store import FeatureStore
 from tracmod.files.durable import canonical_json, sha256
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tracmod import kernels
 from tracmod.features.rows import Rows, TensorRows, block_ranges, read_blocks
-from tracmod.features.store import KEPT_SHARDS, READERS
+from tracmod.features.shards import KEPT_SHARDS, READERS
 from tracmod.files.durable import canonical_json, sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 

@@ -1,26 +1,34 @@
-"""The native engine's ops on torch tensors, CPU or CUDA: what they compute, and what they ask for.
+"""Public ops of the native engine, for torch tensors on the CPU or on CUDA.
 
-Each op is stated in plain torch in `tracmod.kernels.reference`. NaN and infinity go through:
-whether a result is finite is for the caller to check, who knows the examples' names.
+Each op is specified by a few lines of plain torch in `tracmod.kernels.reference`. The functions
+here hand tensors to the native module `_C` as borrowed DLPack views; no data is copied. Outputs
+and scratch memory are allocated here, with torch, so that its caching allocator and its memory
+statistics cover them. `_C` checks shapes, dtypes, devices and layouts, and its errors name the
+argument, what was expected and what was given.
+
+NaN and infinity are propagated. Callers check whether results are finite, because they can name
+the example that is not.
 
 Shape suffixes: B examples, S tokens, I in, O out, D features of LayerNorm or embedding, K features
-per row, N train, Q query, C checkpoints, G groups.
+per row, N train, Q query, C checkpoints, G groups, T rows of a matrix product.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
-from tracmod.kernels import native
+from tracmod import _C
 
 Layer = Literal["linear", "elementwise", "embedding"]
 Kind = Literal["rademacher", "sjlt", "identity"]
+_MASK_64 = (1 << 64) - 1  # seeds and keys are any Python integers, taken modulo 2^64
 
 
 def project_gradients(
@@ -41,98 +49,153 @@ def project_gradients(
     input_columns: Tensor | None = None,
     output_columns: Tensor | Sequence[Tensor | None] | None = None,
 ) -> None:
-    """Adds each example's projected gradient of one layer into its feature row.
+    """Add each example's projected gradient of one layer to its row of features.
 
-    linear: `G_b = sum_s g_bs [x_bs, 1]^T` (O, I + bias; the 1 only with `bias`), and::
+    The gradient of a `linear` layer is `G_b = sum_s g_bs [x_bs, 1]^T`, of shape (O, I + bias); the
+    column of ones is there only with `bias`. It is projected from both sides, without forming it::
 
         out[b, offset : offset + k_out * k_in] += vec(R_out G_b R_in^T)      (row-major)
 
-    so that the expectation of `<f, f'>` over seeds is `<G, G'>`. Layers that read the same x go in
-    one call, `g` and `output_key` a sequence each; they add into the same places, which costs less
-    than a call for each::
+    so that the expectation of `<f, f'>` over seeds is `<G, G'>`. The projections R are
+
+    - `rademacher`: every entry is +-1/sqrt(k_out) in R_out and +-1/sqrt(k_in) in R_in,
+    - `sjlt`: one entry of +-1 in each column,
+    - `identity`: none; G itself is added.
+
+    Signs and positions are a stateless function of (seed, key, row, column): they are the same on
+    every device and for every batch.
+
+    Layers that read the same x can be passed in one call, with sequences for `g` and `output_key`.
+    They share one slot of the features, and x is projected only once::
 
         out[b, ...] += sum_j vec(R_out_j G_bj R_in^T) = vec((sum_j g_bj R_out_j^T)^T (x_b R_in^T))
 
-    A layer of which columns of x or g were left out (heads that are switched off) has the features
-    of the whole layer with zeros there if `input_columns` and `output_columns` tell the numbers of
-    those that are left.
+    An `elementwise` layer (LayerNorm) has the weight gradient `v_d = sum_s g_sd x_sd`, where x is
+    the normalised input, and with `bias` also `u_d = sum_s g_sd`. Both are added by a count sketch
+    into the slot of k_out * k_in numbers. In the gradient of an `embedding`, row `id` is the sum of
+    the g_s with `x_s = id`; it is added by a count sketch, too.
 
-    `rademacher`: entries
-    +-1/sqrt(k_out) and +-1/sqrt(k_in); `sjlt`: one +-1 in each column; `identity`: G itself. Signs
-    are a stateless function of (seed, key, row, column), the same on every device and in every
-    batch.
-
-    elementwise (LayerNorm): weight gradient `v_d = sum_s g_sd x_sd`, x the normalised input, and
-    with `bias` also `u_d = sum_s g_sd`: a count sketch into the grid of k_out * k_in (identity: as
-    they are). embedding: the gradient's row `id` is the sum of g_s where `x_s = id`: a count
-    sketch.
-
-    An example's result depends on its own tokens alone: not on the batch, padding or threads.
+    The result for an example depends on its own tokens only: not on the other examples of the
+    batch, the padding or the number of threads.
 
     Args:
-        x: linear (B, S, I) or (B, I), which means S = 1; elementwise (B, S, D) or (B, D): float32
-            or bfloat16, contiguous. embedding (B, S) or (B,): int64 ids.
-        g: gradient at the layer's output, (B, S, O) or (B, O) or as x with D; float32 or bfloat16,
-            x's dtype and device, contiguous. linear, not identity: or 1 to 4 of them, of layers
-            that read the same x, each with an O of its own.
-        out: (B, K) float32, contiguous, added to.
-        lengths: (B,) int64; tokens at and after the length are skipped. On the CPU they are
-            checked; on a GPU that would mean waiting for it, and a wrong one turns its row into
-            NaN.
-        offset: first column of `out` that is used.
-        layer, kind: see above.
-        k_out: rows of the projected gradient.
-        k_in: its columns. identity: k_out = O, k_in = I + bias (elementwise 1 + bias, D).
-        seed: of the projection.
-        input_key: R_in's key; layers that share an input share it. Only linear reads it.
-        output_key: R_out's key, or the sketch's: another for every layer, and not `input_key`. As
-            many as `g` has tensors.
-        bias: whether the layer has one (never for embedding).
-        input_columns: (I + bias,) int64, 0 or more: column i of [x, 1] has the signs of column
-            `input_columns[i]`. None: of i. Only for linear, not identity. On the CPU they are
-            checked; CPU ones are brought to x's device.
-        output_columns: (O,) int64, the same for g; a sequence of (O_j,) or None where `g` is one.
+        x: Input of the layer, contiguous. linear: (B, S, I) float32 or bfloat16; elementwise: the
+            normalised input (B, S, D); embedding: (B, S) int64 ids. Without S, one token each.
+        g: Loss gradient at the output of the layer, (B, S, O), or (B, S, D) unless linear; dtype
+            and device of a floating-point x, contiguous. For linear layers, unless `kind` is
+            identity, also a sequence of 1 to 4 such tensors; O may differ between them.
+        out: (B, K) float32 features, contiguous; added to in place.
+        lengths: (B,) int64 numbers of tokens; later tokens are padding and are skipped. Lengths on
+            the CPU are checked. Lengths on a GPU are not, since that would have to wait for the
+            GPU; there, an invalid length turns its row of `out` into NaN.
+        offset: First column of the slot in `out`.
+        layer: Type of the layer: `linear`, `elementwise` or `embedding`.
+        kind: Type of the projection: `rademacher`, `sjlt` or `identity` (not for embeddings).
+        k_out: Rows of the projected gradient. For identity O (elementwise: 1 + bias).
+        k_in: Columns of the projected gradient. For identity I + bias (elementwise: D).
+        seed: Seed of the projection.
+        input_key: Key of R_in, the same for all layers that read the same input. Used by linear
+            layers only.
+        output_key: Key of R_out or of the count sketch, different for every layer and different
+            from `input_key`; a sequence if `g` is one.
+        bias: Whether the layer has a bias (never for embeddings).
+        input_columns: (I + bias,) int64 column numbers, for a layer from whose x columns were left
+            out (those of masked heads): column i of [x, 1] is column `input_columns[i]` of the
+            complete layer and gets its signs. None: no column was left out. Only for linear layers
+            with a kind other than identity. Checked on the CPU, then moved to the device of x.
+        output_columns: (O,) int64 column numbers of g in the complete layer; a sequence with
+            one tensor or None per layer if `g` is a sequence.
 
     Raises:
-        ValueError: wrong dtype, shape, device, layout, length, kind, key, column number, number of
-            tensors, or sizes beyond K; the message names argument, expected and got.
+        ValueError: An argument has an invalid dtype, shape, device, layout or value, or the slot
+            exceeds the K columns of `out`. The message names the argument.
 
-    Source: Choe et al. 2024, arXiv 2405.13954 (two-sided projection); Charikar et al. 2002 (count
-        sketch); Kane and Nelson 2014 (sjlt).
+    Examples:
+        >>> import torch
+        >>> from tracmod import kernels
+        >>> x, g = torch.randn(8, 16, 32), torch.randn(8, 16, 64)
+        >>> features = torch.zeros(8, 12 * 10)
+        >>> kernels.project_gradients(
+        ...     x, g, features, k_out=12, k_in=10, seed=0, input_key=0, output_key=1
+        ... )
+        >>> gram = features @ features.T  # estimates the inner products of the gradients
+        >>> gram.shape
+        torch.Size([8, 8])
+
+    Source: Choe et al. 2024, arXiv 2405.13954 (projection from both sides); Charikar et al. 2002
+        (count sketch); Kane and Nelson 2014 (sjlt).
     """
-    parts = [g] if isinstance(g, Tensor) else list(g)
+    op = "project_gradients"
+    gs = [g] if isinstance(g, Tensor) else list(g)
     keys = output_key if isinstance(output_key, Sequence) else [output_key]
-    columns: Sequence[Tensor | None] = [None] * len(parts)
+    columns: Sequence[Tensor | None] = [None] * len(gs)
     if output_columns is not None:
         columns = [output_columns] if isinstance(output_columns, Tensor) else output_columns
-    native.project_gradients(
-        x, parts, out, lengths, operator.index(offset), layer, kind, operator.index(k_out),
-        operator.index(k_in), operator.index(seed), operator.index(input_key),
-        [operator.index(key) for key in keys], bool(bias), input_columns, columns,
-    )  # fmt: skip
+    _C.project_gradients(
+        _capsule(x),
+        [_capsule(part) for part in gs],
+        _capsule(out),
+        _lengths(lengths, x, gs[0] if gs else x, op, "lengths"),
+        operator.index(offset),
+        layer,
+        kind,
+        operator.index(k_out),
+        operator.index(k_in),
+        operator.index(seed) & _MASK_64,
+        operator.index(input_key) & _MASK_64,
+        [operator.index(key) & _MASK_64 for key in keys],
+        bool(bias),
+        _columns(input_columns, x, op, "input_columns"),
+        [_columns(part, x, op, "output_columns") for part in columns],
+        _allocator(x.device),
+        torch.get_num_threads(),
+        _stream(x.device),
+    )
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
 ) -> Tensor:
-    """A linear layer's product on the CPU: `x W^T + bias`; transposed `x W + bias`.
+    """Multiply by the weight of a linear layer, on the CPU.
+
+    `x W^T + bias`, the forward pass of the layer; with `transposed`, `x W + bias`, which turns the
+    gradient at the layer's output into that at its input.
+
+    Sums are float32 within blocks of 256 terms and float64 across blocks. A row of the result does
+    not depend on the other rows or on the number of threads.
 
     Args:
         x: (T, I), or (T, O) if transposed; float32, contiguous.
         weight: (O, I) float32, contiguous.
-        bias: (O,), or (I,) if transposed.
-        transposed: the gradient at the layer's input, of that at its output.
+        bias: (O,), or (I,) if transposed; float32.
+        transposed: Multiply by W instead of W^T.
 
     Returns:
-        (T, O), or (T, I) if transposed. Sums are float32 in blocks of 256, float64 across.
+        (T, O) float32, or (T, I) if transposed.
 
     Raises:
-        ValueError: wrong dtype, shape, device or layout; the message names argument, expected and
-            got.
+        ValueError: An argument has an invalid dtype, shape, device or layout. The message names the
+            argument.
+
+    Examples:
+        >>> import torch
+        >>> from tracmod import kernels
+        >>> layer = torch.nn.Linear(32, 64)
+        >>> x = torch.randn(100, 32)
+        >>> torch.allclose(kernels.linear(x, layer.weight, layer.bias), layer(x), atol=1e-5)
+        True
     """
-    columns = weight.shape[1 if transposed else 0] if weight.dim() == 2 else 0
-    out = torch.empty(len(x), columns, device=x.device)
-    native.linear(x, weight, out, bias, bool(transposed))
+    size = weight.shape[1 if transposed else 0] if weight.dim() == 2 else 0
+    out = torch.empty(len(x), size, device=x.device)
+    _C.linear(
+        _capsule(x),
+        _capsule(weight),
+        _capsule(out),
+        None if bias is None else _capsule(bias),
+        bool(transposed),
+        _allocator(x.device),
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -148,43 +211,80 @@ def gradient_dot(
     layer: Layer = "linear",
     bias: bool = False,
 ) -> None:
-    """Adds the exact inner products of two batches' per-example gradients of one layer.
+    """Add the exact inner products of two batches' per-example gradients of one layer.
 
-    `out[i, j] += <G_i, G'_j>`, with the gradients of `project_gradients`. linear: as
-    `sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + bias)` or by forming the gradients, whichever takes fewer
-    operations; the choice looks at sizes and lengths of the whole call, so another batch around a
-    pair of examples may change its result by rounding. Padding changes nothing.
+    `out[i, j] += <G_i, G'_j>`, where G is the gradient defined in `project_gradients`. For a linear
+    layer there are two ways, and the one with fewer operations for the whole call is taken::
+
+        <G_i, G'_j> = sum_{s,t} <g_is, g'_jt> (<x_is, x'_jt> + bias)      (pairs of tokens)
+        <G_i, G'_j> = sum_{o,i} G_oi G'_oi                                (gradients are formed)
+
+    The choice depends on the sizes and lengths of all examples, so the result for a pair of
+    examples may differ by rounding between batches. It does not depend on padding.
 
     Args:
-        x1, g1: first batch, as `x` and `g` of `project_gradients`.
-        x2, g2: second batch; another B and S, the same I, O (or D), dtype and device.
-        out: (B1, B2) float32, contiguous, added to.
-        lengths1, lengths2: (B1,) and (B2,) int64, as `lengths` of `project_gradients`.
-        layer: linear, elementwise or embedding.
-        bias: whether the layer has one (never for embedding).
+        x1, g1: First batch; as `x` and `g` of `project_gradients`.
+        x2, g2: Second batch; B and S may differ from the first, I and O (or D), dtype and device
+            may not.
+        out: (B1, B2) float32, contiguous; added to in place.
+        lengths1, lengths2: (B1,) and (B2,) int64; as `lengths` of `project_gradients`.
+        layer: Type of the layer: `linear`, `elementwise` or `embedding`.
+        bias: Whether the layer has a bias (never for embeddings).
 
     Raises:
-        ValueError: wrong dtype, shape, device, layout or length; the message names argument,
-            expected and got.
+        ValueError: An argument has an invalid dtype, shape, device, layout or value. The message
+            names the argument.
 
-    Source: the token-pair form is the "ghost" inner product (Li et al. 2022, arXiv 2110.05679;
-        Wang et al. 2024, arXiv 2406.11011).
+    Examples:
+        >>> import torch
+        >>> from tracmod import kernels
+        >>> x, g = torch.randn(4, 16, 32), torch.randn(4, 16, 64)
+        >>> products = torch.zeros(4, 4)
+        >>> kernels.gradient_dot(x, g, x, g, products)
+        >>> gradients = (g.mT @ x).flatten(1)
+        >>> torch.allclose(products, gradients @ gradients.T, rtol=1e-4, atol=0.1)
+        True
+
+    Source: The sum over pairs of tokens is the "ghost" inner product (Li et al. 2022, arXiv
+        2110.05679; Wang et al. 2024, arXiv 2406.11011).
     """
-    native.gradient_dot(x1, g1, x2, g2, out, lengths1, lengths2, layer, bool(bias))
+    op = "gradient_dot"
+    _C.gradient_dot(
+        _capsule(x1),
+        _capsule(g1),
+        _capsule(x2),
+        _capsule(g2),
+        _capsule(out),
+        _lengths(lengths1, g1, g1, op, "lengths1"),
+        _lengths(lengths2, g2, g2, op, "lengths2"),
+        layer,
+        bool(bias),
+        _allocator(x1.device),
+        torch.get_num_threads(),
+        _stream(x1.device),
+    )
 
 
 class TopK(NamedTuple):
-    """The strongest training rows of each query, best first.
+    """The training rows with the largest and the smallest scores of each query, best first.
 
-    Ties: the lower index first. A place for which there was no training row: index -1 and score
-    -inf (opponents +inf). NaN scores come first in both rankings, so that they are seen.
+    Of equal scores, the one with the lower index comes first. NaN scores come first in both
+    rankings, so that they are noticed. If there are fewer than k training rows, the remaining
+    entries have the index -1 and the score -inf (opponents: +inf).
+
+    Attributes:
+        scores: (Q, k) float32, descending.
+        indices: (Q, k) int64, the training rows with these scores.
+        opponent_scores: (Q, k) float32, ascending.
+        opponent_indices: (Q, k) int64.
+        group_sums: (Q, G) float64 sums of the scores of all training rows of each group, or None.
     """
 
-    scores: Tensor  # (Q, k) float32, descending
-    indices: Tensor  # (Q, k) int64
-    opponent_scores: Tensor  # (Q, k) float32, ascending
-    opponent_indices: Tensor  # (Q, k) int64
-    group_sums: Tensor | None  # (Q, G) float64: every training row's score, summed by group
+    scores: Tensor
+    indices: Tensor
+    opponent_scores: Tensor
+    opponent_indices: Tensor
+    group_sums: Tensor | None
 
 
 def top_k_dot(
@@ -199,115 +299,157 @@ def top_k_dot(
     state: TopK | None = None,
     index_offset: int = 0,
 ) -> TopK:
-    """The k largest and k smallest scores of each query, without storing the scores.
+    """Find the k largest and the k smallest scores of each query without storing all scores.
 
-    `score[q, n] = sum_c weights[c] <q_c, n_c>`; with `normalize="cosine"` each term is divided by
-    `|q_c| |n_c|` (0 if a norm is 0).
+    `score[q, n] = sum_c weights[c] <q_c, n_c>`, where c runs over checkpoints. With
+    `normalize="cosine"`, each term is divided by `|q_c| |n_c|` (and is 0 if a norm is 0).
 
-    Training rows can be streamed: pass each block with the state that the last call returned and
-    the number of rows before it as `index_offset`; the result is that of one call.
+    Training rows can be streamed: pass each block of rows together with the result of the previous
+    call as `state` and the number of rows before the block as `index_offset`. The final result has
+    the same bits as that of a single call.
 
     Args:
-        queries: over C checkpoints, (Q, K) float32 or bfloat16, contiguous.
-        trains: over C checkpoints, (N, K), dtype and device of the queries.
-        k: places of each ranking; may exceed N.
-        weights: C numbers; absent: 1.
+        queries: C tensors, one per checkpoint, (Q, K) float32 or bfloat16, contiguous.
+        trains: C tensors (N, K), dtype and device of the queries, contiguous.
+        k: Length of each ranking; may exceed N.
+        weights: C weights; all 1 by default.
         normalize: None or "cosine".
-        groups: (N,) int64 in [0, num_groups), on the rows' device: the group of each training row.
-            On a GPU they are not checked beforehand; a wrong one turns the sums into NaN.
-        num_groups: G.
-        state: result of the calls before; left as it is.
-        index_offset: added to a training row's number in `indices`.
+        groups: (N,) int64 in [0, num_groups), the group of each training row, on the device of the
+            rows. Groups on a GPU are not checked; there, an invalid one turns the sums into NaN.
+        num_groups: G, the number of groups.
+        state: Result of the previous call; not modified.
+        index_offset: Added to the number of a training row to give its entry of `indices`.
 
     Returns:
-        `TopK`; `group_sums` is None without `groups`.
+        `TopK`, on the device of the rows. Its `group_sums` is None without `groups`.
 
     Raises:
-        ValueError: wrong dtype, shape, device, layout, group or k; the message names argument,
-            expected and got.
+        ValueError: An argument has an invalid dtype, shape, device, layout or value. The message
+            names the argument.
+
+    Examples:
+        >>> import torch
+        >>> from tracmod import kernels
+        >>> queries = torch.tensor([[1.0, 0.0]])
+        >>> trains = torch.tensor([[2.0, 5.0], [-1.0, 0.0], [3.0, 1.0], [0.5, 0.5]])
+        >>> groups = torch.tensor([0, 0, 1, 1])
+        >>> top = kernels.top_k_dot([queries], [trains], k=2, groups=groups, num_groups=2)
+        >>> top.indices, top.opponent_indices
+        (tensor([[2, 0]]), tensor([[1, 3]]))
+        >>> top.group_sums
+        tensor([[1.0000, 3.5000]], dtype=torch.float64)
+
+        The same, with the training rows in two blocks:
+
+        >>> top = None
+        >>> for start in (0, 2):
+        ...     block = trains[start : start + 2]
+        ...     top = kernels.top_k_dot([queries], [block], k=2, state=top, index_offset=start)
+        >>> top.indices
+        tensor([[2, 0]])
 
     Source: Pruthi et al. 2020, arXiv 2002.08484 (TracInCP); Hammoudeh and Lowd 2022, arXiv
         2201.10600 (cosine).
     """
     k = operator.index(k)
     if k < 1:
-        raise ValueError(f"top_k_dot: k: expected 1 or more, got {k}")
+        raise ValueError(f"top_k_dot: k: expected at least 1, got {k}")
     if normalize not in (None, "cosine"):
         raise ValueError(f"top_k_dot: normalize: expected None or 'cosine', got {normalize!r}")
     if groups is not None and num_groups < 1:
-        raise ValueError(f"top_k_dot: num_groups: expected 1 or more with groups, got {num_groups}")
+        raise ValueError(
+            f"top_k_dot: num_groups: expected at least 1 with groups, got {num_groups}"
+        )
     if not queries:
-        raise ValueError("top_k_dot: queries: expected one tensor or more, got none")
+        raise ValueError("top_k_dot: queries: expected at least one tensor, got none")
+    expected_groups = None if groups is None else num_groups
     if state is None:
-        result = _empty_ranking(queries[0], k, num_groups if groups is not None else None)
+        result = _empty_ranking(queries[0], k, expected_groups)
     else:
-        _check_state(state, groups, num_groups)
+        state_groups = None if state.group_sums is None else state.group_sums.shape[-1]
+        if state_groups != expected_groups:
+            raise ValueError(
+                f"top_k_dot: state.group_sums: expected {expected_groups} groups as in this call, "
+                f"got {state_groups}"
+            )
         result = TopK(*(None if part is None else part.clone() for part in state))  # type: ignore[arg-type]
-    native.top_k_dot(
-        queries,
-        trains,
+    _C.top_k_dot(
+        [_capsule(rows) for rows in queries],
+        [_capsule(rows) for rows in trains],
         [1.0] * len(queries) if weights is None else [float(weight) for weight in weights],
         normalize == "cosine",
         k,
         operator.index(index_offset),
-        groups,
-        result[:4],
-        result.group_sums,
+        None if groups is None else _capsule(groups),
+        _capsule(result.scores),
+        _capsule(result.indices),
+        _capsule(result.opponent_scores),
+        _capsule(result.opponent_indices),
+        None if result.group_sums is None else _capsule(result.group_sums),
+        _allocator(result.scores.device),
+        torch.get_num_threads(),
+        _stream(result.scores.device),
     )
     return result
 
 
-def _empty_ranking(like: Tensor, k: int, num_groups: int | None) -> TopK:
-    device, queries = like.device, len(like)
+def _empty_ranking(query_QK: Tensor, k: int, num_groups: int | None) -> TopK:
+    """Return the ranking of no training rows, from which `top_k_dot` starts."""
+    device, shape = query_QK.device, (len(query_QK), k)
+    sums = None
+    if num_groups is not None:
+        sums = torch.zeros(len(query_QK), num_groups, dtype=torch.float64, device=device)
     return TopK(
-        torch.full((queries, k), -torch.inf, device=device),
-        torch.full((queries, k), -1, dtype=torch.int64, device=device),
-        torch.full((queries, k), torch.inf, device=device),
-        torch.full((queries, k), -1, dtype=torch.int64, device=device),
-        None
-        if num_groups is None
-        else torch.zeros(queries, num_groups, dtype=torch.float64, device=device),
+        torch.full(shape, -torch.inf, device=device),
+        torch.full(shape, -1, dtype=torch.int64, device=device),
+        torch.full(shape, torch.inf, device=device),
+        torch.full(shape, -1, dtype=torch.int64, device=device),
+        sums,
     )
 
 
-def _check_state(state: TopK, groups: Tensor | None, num_groups: int) -> None:
-    expected = None if groups is None else num_groups
-    got = None if state.group_sums is None else state.group_sums.shape[-1]
-    if got != expected:
-        raise ValueError(
-            f"top_k_dot: state.group_sums: expected {expected} groups as in this call, got {got}"
-        )
-
-
 class QuantizedRows(NamedTuple):
-    """Rows as 8-bit codes; `codes * scales[:, None]` in float32 gives them back."""
+    """Rows as 8-bit codes; `codes * scales[:, None]` in float32 restores them.
 
-    codes: Tensor  # (N, K) int8, from -127 to 127
-    scales: Tensor  # (N,) float32: what a code of 1 stands for
+    Attributes:
+        codes: (N, K) int8, from -127 to 127.
+        scales: (N,) float32, the value of a code of 1 in each row.
+    """
+
+    codes: Tensor
+    scales: Tensor
 
 
 def quantize_rows(rows: Tensor) -> QuantizedRows:
-    """Features as int8 with a scale per row: a quarter of float32's bytes.
+    """Quantize rows to int8 with one scale per row: a quarter of the bytes of float32.
 
-    `scale_n = max_k |x_nk| / 127` and `code_nk = x_nk * (127 / max_k |x_nk|)`, rounded, ties to
-    even; each step is one correctly rounded float32 operation, so that the bits are the same on
-    every device, with any threads and in any batch. Given back, a number is off by at most
-    `scale * (1/2 + 2^-15)`: half a step, and float32's rounding.
+    `scale_n = max_k |x_nk| / 127` and `code_nk = x_nk * (127 / max_k |x_nk|)`, rounded to the
+    nearest integer, ties to even. Each step is one correctly rounded float32 operation, so the bits
+    are the same on every device, with any number of threads and in any batch. A restored number is
+    off by at most `scale * (1/2 + 2^-15)`: half a step, plus the rounding of float32.
 
-    A row whose largest number is below 2^-118 (3e-36) counts as zeros: scale 0, codes 0. Smaller
-    ones would need denormal numbers, of which processors may or may not make zeros. A row with NaN
-    has the scale NaN, else one with an infinite number an infinite scale; its codes are 0.
+    A row whose largest magnitude is below 2^-118 (3e-36) is stored as zeros: scale 0, codes 0.
+    Smaller magnitudes would need denormal numbers, which some processor modes flush to zero. A row
+    that contains NaN has the scale NaN; otherwise, a row that contains an infinity has the scale
+    infinity. The codes of such rows are 0.
 
     Args:
-        rows: (N, K) float32, bfloat16 or float16, contiguous. float16 is widened first, which
-            takes a copy.
+        rows: (N, K) float32, bfloat16 or float16, contiguous. float16 is copied to float32 first.
 
     Returns:
         `QuantizedRows` on the device of the rows.
 
     Raises:
-        ValueError: wrong dtype, shape, device or layout; the message names argument, expected and
-            got.
+        ValueError: `rows` has an invalid dtype, shape, device or layout.
+
+    Examples:
+        >>> import torch
+        >>> from tracmod import kernels
+        >>> codes, scales = kernels.quantize_rows(torch.tensor([[1.27, -0.5, 0.0]]))
+        >>> codes
+        tensor([[127, -50,   0]], dtype=torch.int8)
+        >>> codes * scales[:, None]
+        tensor([[ 1.2700, -0.5000,  0.0000]])
 
     Source: Dettmers et al. 2022, arXiv 2208.07339 (vector-wise absmax quantization).
     """
@@ -317,30 +459,92 @@ def quantize_rows(rows: Tensor) -> QuantizedRows:
         torch.empty_like(rows, dtype=torch.int8),
         torch.empty(rows.shape[:1], dtype=torch.float32, device=rows.device),
     )
-    native.quantize_rows(rows, *result)
+    _C.quantize_rows(
+        _capsule(rows),
+        _capsule(result.codes),
+        _capsule(result.scales),
+        torch.get_num_threads(),
+        _stream(rows.device),
+    )
     return result
 
 
 def projection_matrix(kind: Kind, k: int, size: int, seed: int, key: int) -> Tensor:
-    """R (k, size) float32 of `project_gradients`, kind rademacher or sjlt.
+    """Return the random matrix R that `project_gradients` multiplies by.
+
+    Args:
+        kind: `rademacher` or `sjlt`.
+        k: Rows of R: `k_out` or `k_in`.
+        size: Columns of R: O or I + bias.
+        seed: Seed of the projection.
+        key: `output_key` or `input_key`.
+
+    Returns:
+        (k, size) float32 on the CPU.
 
     Raises:
-        ValueError: another kind.
+        ValueError: `kind` is neither `rademacher` nor `sjlt`.
+
+    Examples:
+        >>> from tracmod import kernels
+        >>> kernels.projection_matrix("rademacher", k=4, size=100, seed=0, key=1).unique()
+        tensor([-0.5000,  0.5000])
     """
     matrix = torch.empty(k, size)
-    native.projection_matrix(kind, matrix, seed, key)
+    _C.projection_matrix(_capsule(matrix), kind, seed & _MASK_64, key & _MASK_64)
     return matrix / math.sqrt(k) if kind == "rademacher" else matrix
 
 
 def build_info() -> dict[str, Any]:
-    """What was built and what is used.
+    """Describe how the native engine was built and what it uses on this machine.
 
     Returns:
-        version, compiler, cuda (toolkit or None), cuda_architectures (or None), instructions (the
-        CPU's set in use: baseline, avx2, avx512 or avx512_bf16), dense_signs (how rademacher
-        projections are multiplied: by tables of sums, or as products), threads.
+        A dictionary with `version`, `compiler`, `cuda` (version of the toolkit, or None),
+        `cuda_architectures` (or None), `instructions` (the CPU instruction set in use: baseline,
+        avx2, avx512 or avx512_bf16), `dense_signs` (how rademacher projections are multiplied: by
+        `tables` of sums or as `products`) and `threads` (torch's number of threads).
+
+    Examples:
+        >>> from tracmod import kernels
+        >>> kernels.build_info()["version"]
+        '0.1.0'
     """
-    return {**native.build_info(), "threads": torch.get_num_threads()}
+    return {**_C.build_info(), "threads": torch.get_num_threads()}
+
+
+def _capsule(tensor: Tensor) -> Any:
+    return to_dlpack(tensor.detach())  # a DLPack capsule keeps the tensor's memory alive
+
+
+def _allocator(device: torch.device) -> Callable[[int], Any]:
+    """Return the function by which a kernel gets scratch memory of a number of bytes."""
+    return lambda size: _capsule(torch.empty(size, dtype=torch.uint8, device=device))
+
+
+def _stream(device: torch.device) -> int:
+    """Return the handle of the current CUDA stream, or 0 on the CPU, where it is not used."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _lengths(lengths: Tensor | None, like: Tensor, g: Tensor, op: str, argument: str) -> Any:
+    """Return the capsule of lengths, checked on the CPU if they are there, on the data's device."""
+    if lengths is None:
+        return None
+    if lengths.device.type == "cpu" and like.device.type != "cpu":
+        tokens = g.shape[1] if g.dim() == 3 else 1
+        _C.check_lengths(_capsule(lengths), len(like), tokens, op, argument)
+        lengths = lengths.to(like.device, non_blocking=True)
+    return _capsule(lengths)
+
+
+def _columns(columns: Tensor | None, like: Tensor, op: str, argument: str) -> Any:
+    """Return the capsule of column numbers, checked and moved as `_lengths` does."""
+    if columns is None:
+        return None
+    if columns.device.type == "cpu" and like.device.type != "cpu":
+        _C.check_columns(_capsule(columns), op, argument)
+        columns = columns.to(like.device, non_blocking=True)
+    return _capsule(columns)
 
 
 __all__ = [

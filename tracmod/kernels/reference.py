@@ -1,7 +1,8 @@
 """Every op in plain torch: the specification that the native engine is tested against.
 
-Any float dtype; run it in float64 for the truth and in float32 for plain torch's own error. Slow
-and memory-hungry on purpose: each function is its formula.
+The functions take any floating-point dtype. Tests compare with the result in float64, and use the
+error of the result in float32 as the tolerance. Each function follows its formula literally, at the
+expense of time and memory. Arguments are those of the functions in `tracmod.kernels`.
 
 Shape suffixes: B examples, S tokens, I in, O out, D features of LayerNorm or embedding, K features
 per row, N train, Q query, C checkpoints, G groups.
@@ -18,23 +19,25 @@ _MASK_64 = (1 << 64) - 1
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same 64 bits."""
+    """Return the int64 that has the same 64 bits."""
     value &= _MASK_64
     return value - (1 << 64) if value >> 63 else value
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 (torch's own copies the sign bit)."""
+    """Shift int64 right logically (torch's own shift copies the sign bit)."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(z: Tensor) -> Tensor:
+    """Apply the finalizer of SplitMix64, which every random number here is made with."""
     z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
     return z ^ _shift_right(z, 31)
 
 
 def _step(state: Tensor, n: Tensor) -> Tensor:
+    """Return the n-th output of the SplitMix64 generator that starts at `state`."""
     return _mix(state + _signed(0x9E3779B97F4A7C15) * (n + 1))
 
 
@@ -59,10 +62,14 @@ def projection_matrix(
     dtype: torch.dtype = torch.float64,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """R (k, size): rademacher +-1/sqrt(k) everywhere, or sjlt one +-1 in each column.
+    """Return R (k, size): +-1/sqrt(k) everywhere (rademacher), or one +-1 per column (sjlt).
 
-    `columns` (size,): the numbers of the columns, 0, 1, ... if None. The integers behind the
-    entries are those of csrc/random.h.
+    The integers from which entries are made are those of csrc/random.h. A word of 64 random bits
+    gives the signs of 64 rows of a rademacher column. An sjlt hash serves 16 columns, which get
+    different rows if there are at least 16 rows.
+
+    Args:
+        columns: (size,) numbers of the columns; 0, 1, ... by default.
     """
     stream = _stream(seed, key)
     columns = torch.arange(size) if columns is None else columns.cpu()
@@ -80,7 +87,7 @@ def projection_matrix(
 
 
 def count_sketch(values_nD: Tensor, rows_n: Tensor, size: int, seed: int, key: int) -> Tensor:
-    """(size,): element (row, d) added with its sign at its position."""
+    """Return (size,): every element (row, d) is added, with its sign, at its position."""
     columns = torch.arange(values_nD.shape[1])
     hashes_nD = _step(_step(_stream(seed, key), rows_n.cpu()[:, None]), columns)
     sketch = values_nD.new_zeros(size)
@@ -91,10 +98,16 @@ def count_sketch(values_nD: Tensor, rows_n: Tensor, size: int, seed: int, key: i
 
 
 def gradient(x: Tensor, g: Tensor, *, layer: str, bias: bool) -> Tensor:
-    """One example's gradient: linear (O, I + bias), elementwise (1 + bias, D), embedding by id.
+    """Return the gradient of one example.
 
-    x (S, I), g (S, O); elementwise both (S, D); embedding x (S,) ids and g (S, D), whose gradient
-    is returned as (largest id + 1, D).
+    Args:
+        x: (S, I), elementwise (S, D), embedding (S,) ids.
+        g: (S, O), or (S, D) unless linear.
+        layer: linear, elementwise or embedding.
+        bias: append the gradient of the bias.
+
+    Returns:
+        linear (O, I + bias); elementwise (1 + bias, D); embedding (largest id + 1, D).
     """
     if layer == "linear":
         ones = x.new_ones(len(x), 1 if bias else 0)
@@ -107,7 +120,7 @@ def gradient(x: Tensor, g: Tensor, *, layer: str, bias: bool) -> Tensor:
 
 
 def _examples(x: Tensor, g: Tensor, lengths: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    """(x, g) of each example's tokens that count; a missing S is 1."""
+    """Return (x, g) of each example without its padding; without S, one token each."""
     if g.dim() == 2:
         x, g = x.unsqueeze(1), g.unsqueeze(1)
     counts = [g.shape[1]] * len(g) if lengths is None else lengths.tolist()
@@ -132,14 +145,11 @@ def project_gradients(
     input_columns: Tensor | None = None,
     output_columns: Tensor | Sequence[Tensor | None] | None = None,
 ) -> None:
-    """out[b, offset : offset + k_out k_in] += vec(R_out G_b R_in^T), or a count sketch of G_b.
-
-    Several `g` (with as many keys and columns): one after the other.
-    """
-    if not isinstance(g, Tensor):
+    """out[b, offset : offset + k_out k_in] += vec(R_out G_b R_in^T), or a count sketch of G_b."""
+    if not isinstance(g, Tensor):  # several layers: one after the other
         assert isinstance(output_key, Sequence)
-        each = [None] * len(g) if output_columns is None else output_columns
-        for g_j, key, columns in zip(g, output_key, each, strict=True):
+        columns_of_g = [None] * len(g) if output_columns is None else output_columns
+        for g_j, key, columns in zip(g, output_key, columns_of_g, strict=True):
             project_gradients(
                 x, g_j, out_BK, lengths=lengths, offset=offset, layer=layer, kind=kind,
                 k_out=k_out, k_in=k_in, seed=seed, input_key=input_key, output_key=key, bias=bias,
@@ -159,11 +169,11 @@ def project_gradients(
                 feature = count_sketch(feature, rows, size, seed, output_key)
             elif kind != "identity":
                 n_out, n_in = feature.shape
-                like = feature.dtype
+                dtype = feature.dtype
                 r_out = projection_matrix(
-                    kind, k_out, n_out, seed, output_key, like, output_columns
+                    kind, k_out, n_out, seed, output_key, dtype, output_columns
                 )
-                r_in = projection_matrix(kind, k_in, n_in, seed, input_key, like, input_columns)
+                r_in = projection_matrix(kind, k_in, n_in, seed, input_key, dtype, input_columns)
                 feature = r_out.to(feature.device) @ feature @ r_in.to(feature.device).T
         row[offset : offset + size] += feature.flatten()
 
@@ -180,12 +190,12 @@ def gradient_dot(
     layer: str = "linear",
     bias: bool = False,
 ) -> None:
-    """out[i, j] += <G_i, G'_j>, both gradients formed."""
+    """out[i, j] += <G_i, G'_j>, with both gradients formed."""
     for i, (x_i, g_i) in enumerate(_examples(x1, g1, lengths1)):
         first = gradient(x_i, g_i, layer=layer, bias=bias)
         for j, (x_j, g_j) in enumerate(_examples(x2, g2, lengths2)):
             second = gradient(x_j, g_j, layer=layer, bias=bias)
-            rows = min(len(first), len(second))  # an embedding's other rows are zero in one of them
+            rows = min(len(first), len(second))  # other rows of an embedding are 0 in one of them
             out[i, j] += (first[:rows] * second[:rows]).sum()
 
 
@@ -195,7 +205,7 @@ def scores(
     weights: Sequence[float] | None = None,
     normalize: str | None = None,
 ) -> Tensor:
-    """(Q, N): sum_c weights[c] <q_c, n_c>; "cosine": each term over |q_c| |n_c| (0 if one is 0)."""
+    """Return (Q, N): sum_c weights[c] <q_c, n_c>, for cosine divided by |q_c| |n_c| (or 0)."""
     total = torch.zeros(len(queries[0]), len(trains[0]), dtype=queries[0].dtype)
     total = total.to(queries[0].device)
     for c, (q_QK, n_NK) in enumerate(zip(queries, trains, strict=True)):
@@ -208,7 +218,7 @@ def scores(
 
 
 def top_k(scores_QN: Tensor, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
-    """(scores, indices) (Q, k), best first; ties: lower index first; missing: -1, -inf or +inf."""
+    """Return (scores, indices), (Q, k) each, as in `tracmod.kernels.TopK`; ties by index."""
     order = torch.sort(scores_QN + 0.0, dim=1, descending=largest, stable=True)
     missing = max(0, k - scores_QN.shape[1])
     worst = -torch.inf if largest else torch.inf
@@ -220,7 +230,7 @@ def top_k(scores_QN: Tensor, k: int, *, largest: bool = True) -> tuple[Tensor, T
 
 
 def group_sums(scores_QN: Tensor, groups_N: Tensor, num_groups: int) -> Tensor:
-    """(Q, G) float64: the scores of each group's training examples summed."""
+    """Return (Q, G) float64, the sums of scores over the training examples of each group."""
     sums = torch.zeros(len(scores_QN), num_groups, dtype=torch.float64, device=scores_QN.device)
     return sums.index_add(1, groups_N, scores_QN.double())
 
@@ -228,22 +238,23 @@ def group_sums(scores_QN: Tensor, groups_N: Tensor, num_groups: int) -> Tensor:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
 ) -> Tensor:
-    """See `tracmod.kernels.linear`."""
+    """Return x W^T + bias, or x W + bias if transposed."""
     product = x @ weight if transposed else x @ weight.T
     return product if bias is None else product + bias
 
 
 def quantize_rows(rows_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes (N, K) int8, scales (N,) float32): each step one correctly rounded float32 operation.
+    """Return (codes (N, K) int8, scales (N,) float32), each step rounded correctly to float32.
 
-    scale = max_k |x_k| / 127; code = x * (127 / max), rounded, ties to even. Scale 0 where the
-    maximum is below 2^-118, NaN or infinite where it is that; the codes of all these are 0.
+    scale = max_k |x_k| / 127; code = x * (127 / max), rounded, ties to even. The scale is 0 where
+    the maximum is below 2^-118, and NaN or infinite where the maximum is; the codes are then 0.
     """
     rows_NK = rows_NK.float()
     zeros_N = rows_NK.new_zeros(len(rows_NK))
     largest_N = rows_NK.abs().amax(dim=1) if rows_NK.shape[1] else zeros_N
     largest_N = torch.where(largest_N < 2.0**-118, 0.0, largest_N)
-    levels_N = torch.full_like(largest_N, 127.0)  # a number would be divided by as its inverse
+    # Not the number 127.0: torch would divide by it by multiplying with its rounded inverse.
+    levels_N = torch.full_like(largest_N, 127.0)
     coded_N = largest_N.isfinite() & (largest_N > 0)
     codes_NK = (rows_NK * (levels_N / largest_N)[:, None]).round()
     return torch.where(coded_N[:, None], codes_NK, 0.0).to(torch.int8), largest_N / levels_N

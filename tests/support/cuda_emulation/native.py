@@ -1,7 +1,7 @@
-"""A replacement for `tracmod.kernels.native` that runs the CUDA kernels emulated on the CPU.
+"""A replacement for `tracmod._C` that runs the CUDA kernels emulated on the CPU.
 
-`build` compiles csrc/cuda with the headers of this folder; the other functions have the signatures
-of `tracmod.kernels.native`. `backwards` reverses the order in which warps and threads run.
+`build` compiles csrc/cuda with the headers of this folder; the ops have the signatures of
+`tracmod._C`, but check no argument. `backwards` reverses the order in which warps and threads run.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_bool, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
@@ -123,6 +124,11 @@ def _call(name: str, *arguments: object) -> None:
     assert code == 0, f"{name}: " + ("threw" if code == 1 else "wrote behind its scratch memory")
 
 
+def _tensors(capsules: Any) -> list[Tensor | None]:
+    """Return the tensors behind DLPack capsules; None stays None."""
+    return [None if capsule is None else from_dlpack(capsule) for capsule in capsules]
+
+
 def _address(tensor: Tensor | None) -> int | None:
     if tensor is None:
         return None
@@ -142,17 +148,18 @@ def _gradients(x: Tensor, g: Tensor, lengths: Tensor | None, layer: str) -> Grad
 
 
 def project_gradients(
-    x: Tensor, g: Sequence[Tensor], out: Tensor, lengths: Tensor | None, offset: int, layer: str,
-    kind: str, k_out: int, k_in: int, seed: int, input_key: int, output_keys: Sequence[int],
-    bias: bool, input_columns: Tensor | None, output_columns: Sequence[Tensor | None],
+    x: Any, g: Any, out: Any, lengths: Any, offset: int, layer: str, kind: str, k_out: int,
+    k_in: int, seed: int, input_key: int, output_keys: Any, bias: bool, input_columns: Any,
+    output_columns: Any, allocate: Any, threads: int, stream: int,
 ) -> None:  # fmt: skip
-    mask = (1 << 64) - 1
+    x, out, lengths, input_columns = _tensors([x, out, lengths, input_columns])
+    g, output_columns = _tensors(g), _tensors(output_columns)
     outputs = (Output * 4)(*(
-        Output(_address(part), part.shape[-1], key & mask, _address(columns))
+        Output(_address(part), part.shape[-1], key, _address(columns))
         for part, key, columns in zip(g, output_keys, output_columns, strict=True)
     ))  # fmt: skip
     projection = Projection(
-        LAYERS.index(layer), KINDS.index(kind), bias, k_out, k_in, seed & mask, input_key & mask,
+        LAYERS.index(layer), KINDS.index(kind), bias, k_out, k_in, seed, input_key,
         _address(input_columns), len(g), outputs,
     )  # fmt: skip
     if len(x):
@@ -163,9 +170,11 @@ def project_gradients(
 
 
 def gradient_dot(
-    x1: Tensor, g1: Tensor, x2: Tensor, g2: Tensor, out: Tensor, lengths1: Tensor | None,
-    lengths2: Tensor | None, layer: str, bias: bool,
+    x1: Any, g1: Any, x2: Any, g2: Any, out: Any, lengths1: Any, lengths2: Any, layer: str,
+    bias: bool, allocate: Any, threads: int, stream: int,
 ) -> None:  # fmt: skip
+    x1, g1, x2, g2, out = _tensors([x1, g1, x2, g2, out])
+    lengths1, lengths2 = _tensors([lengths1, lengths2])
     first, second = _gradients(x1, g1, lengths1, layer), _gradients(x2, g2, lengths2, layer)
     if len(g1) and len(g2):
         _call(
@@ -175,23 +184,26 @@ def gradient_dot(
 
 
 def top_k_dot(
-    queries: Sequence[Tensor], trains: Sequence[Tensor], weights: Sequence[float], cosine: bool,
-    k: int, index_offset: int, groups: Tensor | None, result: tuple[Tensor, ...],
-    group_sums: Tensor | None,
+    queries: Any, trains: Any, weights: list[float], cosine: bool, k: int, index_offset: int,
+    groups: Any, scores: Any, indices: Any, opponent_scores: Any, opponent_indices: Any,
+    group_sums: Any, allocate: Any, threads: int, stream: int,
 ) -> None:  # fmt: skip
-    count = len(queries)
+    queries, trains, count = _tensors(queries), _tensors(trains), len(queries)
+    groups, group_sums = _tensors([groups, group_sums])
+    rankings = _tensors([scores, indices, opponent_scores, opponent_indices])
     pointers = [(c_void_p * count)(*map(_address, rows)) for rows in (queries, trains)]
     job = TopK(
         len(queries[0]), len(trains[0]), queries[0].shape[1], count, *pointers,
         (c_double * count)(*weights), _dtype(queries[0]), cosine, k, index_offset, _address(groups),
-        0 if group_sums is None else group_sums.shape[1], *map(_address, result),
+        0 if group_sums is None else group_sums.shape[1], *map(_address, rankings),
         _address(group_sums),
     )  # fmt: skip
     if job.queries and job.trains:
         _call("top_k_dot", byref(job))
 
 
-def quantize_rows(rows: Tensor, codes: Tensor, scales: Tensor) -> None:
+def quantize_rows(rows: Any, codes: Any, scales: Any, threads: int, stream: int) -> None:
+    rows, codes, scales = _tensors([rows, codes, scales])
     job = Quantization(
         _address(rows), *rows.shape, _dtype(rows), _address(codes), _address(scales)
     )  # fmt: skip

@@ -8,7 +8,24 @@ from __future__ import annotations
 
 from typing import Literal
 
+# Training and features.
+Sampling = Literal["proportional", "uniform"]
+SharedParameters = Literal["trained", "classifier", "frozen"]
 ParameterSet = Literal["encoder", "all", "attention", "classifier"]
+ProjectionKind = Literal["rademacher", "sjlt"]
+ProjectionLayers = Literal["accumulate", "concatenate"]
 MetricKind = Literal["none", "adam", "ekfac"]
 PassDtype = Literal["float32", "bfloat16"]
 StoreDtype = Literal["float32", "bfloat16", "float16", "int8"]
+
+# Scores.
+Normalization = Literal["cosine", "none"]
+IndexKind = Literal["flat", "sq8", "ivf", "ivfpq", "hnsw"]
+
+# The study and its outputs.
+ModelName = Literal["full", "sparse"]
+EngineName = Literal["local", "ray"]
+ExportForm = Literal["masked", "pruned"]
+FigureFormat = Literal["pdf", "svg", "png"]
+FigureWidth = Literal["column", "page"]
+TableFormat = Literal["csv", "latex", "markdown"]

@@ -93,7 +93,10 @@ class AttributionOptions:
     batch_tokens: int = field(default=8192, metadata={"help": "Tokens per batch.", "min": 1})
     memory: int = field(
         default=4 * 10**9,
-        metadata={"help": "Memory for features, rankings and buffers while scoring."},
+        metadata={
+            "help": "Memory for features, rankings and buffers while scoring.",
+            "unit": "bytes",
+        },
     )
     device: str | None = field(
         default=None,

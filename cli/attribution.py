@@ -1,0 +1,293 @@
+"""Commands that attribute predictions to training examples: attribute, index, query, explore."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tracmod.attribution.options import AttributionOptions
+from tracmod.choices import IndexKind, Normalization
+from tracmod.cli.options import (
+    EXISTING,
+    FOLDER,
+    JSON,
+    VIEW_OPTIONS,
+    Bytes,
+    CountOrAuto,
+    choice,
+    field_option,
+    options_of,
+    with_options,
+)
+
+if TYPE_CHECKING:
+    from tracmod.influence.index import InfluenceIndex
+
+_MODEL_AND_CHECKPOINTS = [
+    field_option(
+        AttributionOptions,
+        "model",
+        required=False,
+        help="Transformers folder with the model and its tokenizer. Default: the last checkpoint.",
+    ),
+    click.option(
+        "--checkpoints",
+        "folder",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Output folder of a training; every checkpoint-<number> in it is used, in the order "
+        "of the numbers.",
+    ),
+    click.option(
+        "--checkpoint",
+        "checkpoints",
+        multiple=True,
+        type=EXISTING,
+        help="Folder saved during training, in place of --checkpoints. Can be repeated, in order. "
+        "Default: the model, with weight 1.",
+    ),
+]
+
+
+@click.command()
+@with_options(
+    options_of(
+        AttributionOptions,
+        {
+            "model": _MODEL_AND_CHECKPOINTS,
+            "checkpoints": [],
+            "out": [field_option(AttributionOptions, "out", type=FOLDER)],
+            "projection_dim": [
+                field_option(
+                    AttributionOptions, "projection_dim", type=CountOrAuto(), metavar="K|auto"
+                )
+            ],
+            "normalize": [
+                field_option(AttributionOptions, "normalize", type=choice(Normalization))
+            ],
+        },
+    )
+)
+def attribute(
+    model: str | None,
+    folder: Path | None,
+    checkpoints: tuple[Path, ...],
+    normalize: str,
+    **options: Any,
+) -> None:
+    """Attribute predictions of any model to training examples.
+
+    Finds the training examples that raised or lowered the loss of each query, and sums their
+    influence by language.
+
+    Example files (.tsv, .csv, .jsonl, .parquet, each also .gz) have the columns id, language,
+    text_a, text_b (optional), label and group (optional). Writes to --out: top.parquet,
+    languages.parquet, examples.parquet, self_influence.parquet, fidelity.json (agreement with exact
+    scores on a sample), run.json and features/; with --exact, the scores of each checkpoint in
+    exact/ instead of features. A positive score means that the training example lowered the loss of
+    the query.
+
+    Run the same command again to resume. If examples were added at the end of a file, only they are
+    processed.
+
+    The weight of a checkpoint is the mean learning rate of its steps. It is read from tracmod.json,
+    which tracmod.TracInCallback makes a transformers Trainer write, or else from the log of the
+    Trainer.
+
+    \b
+    Examples:
+      tracmod attribute --checkpoints my-training --train train.tsv --query test.tsv --out influence
+      tracmod attribute --model my-model --checkpoint my-model/checkpoint-500 \\
+          --checkpoint my-model/checkpoint-1000 --train train.tsv --query test.tsv --out influence
+    """
+    from tracmod.attribution.attribute import attribute, given_checkpoints
+
+    model, checkpoint_paths = given_checkpoints(model, checkpoints, folder)
+    attribute(
+        AttributionOptions(
+            model,
+            checkpoints=checkpoint_paths,
+            normalize=None if normalize == "none" else normalize,
+            **options,
+        )
+    )
+    click.echo(f"written: {options['out']}/top.parquet, languages.parquet, run.json")
+
+
+@click.command()
+@click.argument("folder", metavar="RUN", type=EXISTING)
+@with_options(VIEW_OPTIONS)
+@click.option(
+    "--kind",
+    type=choice(IndexKind),
+    default="flat",
+    show_default=True,
+    help="Kind of index. flat is exact; the others are smaller or faster.",
+)
+@click.option(
+    "--recall",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Share of the exact top 100 that a search should find; searches are widened to reach it.",
+)
+@click.option(
+    "--memory",
+    type=Bytes(),
+    default="4GB",
+    show_default=True,
+    help="Memory for training the index, beside the index itself.",
+)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where lists are clustered: cpu, cuda, cuda:1, ... A GPU needs faiss-gpu and the kind ivf "
+    "or ivfpq.",
+)
+def index(
+    folder: Path,
+    model: str,
+    view: str,
+    mask: str | None,
+    kind: str,
+    recall: float,
+    memory: int,
+    device: str,
+) -> None:
+    """Build a FAISS index of the training features.
+
+    `tracmod query` then uses the index. RUN is a run folder or a folder of `tracmod attribute`. The
+    index has one row per training example, with the features of all checkpoints. Its recall is
+    measured with the features of the test or query examples.
+
+    \b
+    Examples:
+      tracmod index runs/demo --kind hnsw
+      tracmod index influence --kind ivfpq --recall 0.9 --memory 16GB
+    """
+    from tracmod.attribution.query import Attributor
+
+    attributor = Attributor(folder, model, view, mask)
+    built = attributor.build_index(kind, recall=recall, memory=memory, device=device)
+    _print_index(built, attributor.index_path)
+
+
+def _print_index(built: InfluenceIndex, path: Path) -> None:
+    count, recall, seconds = len(built.ids), built.recall, built.seconds
+    disk = sum((path / name).stat().st_size for name in ("index.faiss", "index.json"))
+    click.echo(f"{path}: {built.kind}, {count:,} examples")
+    click.echo(
+        f"bytes per example: {disk / count:,.0f} on disk, {built.bytes_per_example:,.0f} in memory "
+        f"and {built.fixed_bytes:,} bytes once"
+    )
+    click.echo(
+        f"recall@{recall['k']} against exact, {recall['queries']} queries: "
+        f"{recall['proponents']:.3f} of proponents, {recall['opponents']:.3f} of opponents"
+    )
+    if built.kind in ("ivf", "ivfpq"):
+        click.echo(f"lists probed by a search: {built.effort:,} of {built.index.nlist:,}")
+    if built.kind == "hnsw":
+        click.echo(f"candidates kept by a search: {built.effort:,}")
+    click.echo(
+        f"seconds: {seconds['train']:.1f} training, {seconds['add']:.1f} adding, "
+        f"{seconds['measure']:.1f} measuring"
+    )
+
+
+@click.command()
+@click.argument("folder", metavar="RUN", type=EXISTING)
+@click.argument("text")
+@click.option("--text-b", help="Second text of a pair.")
+@click.option("--label", help="Label of the example. Default: the model's prediction.")
+@click.option(
+    "--language",
+    "languages",
+    multiple=True,
+    help="Show only training examples of this language. Can be repeated. Default: all languages.",
+)
+@with_options(VIEW_OPTIONS)
+@click.option(
+    "-k", default=5, show_default=True, help="Number of proponents and of opponents to show."
+)
+@JSON
+def query(
+    folder: Path,
+    text: str,
+    text_b: str | None,
+    label: str | None,
+    languages: tuple[str, ...],
+    model: str,
+    view: str,
+    mask: str | None,
+    k: int,
+    as_json: bool,
+) -> None:
+    """Show the proponents and opponents of a new example.
+
+    These are the training examples that speak most strongly for and against its label. RUN is a run
+    folder or a folder of `tracmod attribute`. Scores are computed from the stored features. An
+    index (see `tracmod index`) only selects the candidates that are scored.
+
+    \b
+    Examples:
+      tracmod query runs/demo "The sad king is waiting in the evening." \\
+          --text-b "The king is not waiting in the evening."
+      tracmod query runs/demo "The sad king is not waiting." --text-b "The king is happy." \\
+          --label contradiction --language de --language ru --json
+      tracmod query influence "What a film!"
+    """
+    from tracmod.attribution.query import Attributor
+
+    attributor = Attributor(folder, model, view, mask)
+    answer = attributor.query(text, text_b, label, k, languages or None)
+    if as_json:
+        click.echo(json.dumps(answer, ensure_ascii=False, indent=1))
+        return
+    source = "exact" if answer["index"] is None else f"candidates of the {answer['index']} index"
+    click.echo(f"label {answer['label']}, predicted {answer['prediction']}; {source}")
+    for side, effect in (("proponents", "lowered"), ("opponents", "raised")):
+        click.echo(f"\n{side} (training examples that {effect} the loss)")
+        for row in answer[side]:
+            texts = " | ".join(text for text in (row["text_a"], row["text_b"]) if text)
+            score, label = f"{row['score']:+.3e}", f"{row['language']:>4} {row['label']:14}"
+            click.echo(f"{row['rank']:4} {score}  {label} {texts}")
+
+
+@click.command()
+@click.argument("folder", metavar="RUN", type=EXISTING)
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=7860,
+    show_default=True,
+    help="Port to listen on.",
+)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on. Any address but the default lets other machines send queries.",
+)
+def explore(folder: Path, port: int, host: str) -> None:
+    """Serve a page with the proponents of a typed sentence.
+
+    RUN is a run folder or a folder of `tracmod attribute` (which has no subnetworks). For a typed
+    sentence, the page shows the prediction, the languages of the strongest training examples, and
+    these examples: with all heads and in the subnetwork of each language. The page is served to
+    this machine only and loads nothing from the network. It needs Gradio: pip install
+    'tracmod[explore]'.
+
+    \b
+    Examples:
+      tracmod explore runs/demo
+      tracmod explore influence --port 8000
+    """
+    from tracmod.attribution.explore import serve
+
+    serve(folder, host, port)
+
+
+COMMANDS = [attribute, index, query, explore]

@@ -1,0 +1,171 @@
+"""Commands that check gradients, files, the installation and its speed, and `merge`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tracmod import __version__
+from tracmod.choices import ParameterSet, PassDtype
+from tracmod.cli.errors import fail
+from tracmod.cli.options import EXISTING, JSON, PathOrUrl, choice
+
+
+@click.command()
+@click.option("--model", required=True, help="Transformers folder with the model and tokenizer.")
+@click.option("--data", required=True, type=EXISTING, help="Example file.")
+@click.option(
+    "--parameters",
+    type=choice(ParameterSet),
+    default="all",
+    show_default=True,
+    help="Parameters whose gradients are compared.",
+)
+@click.option("--head-mask", type=EXISTING, help="JSON file of a head mask to apply.")
+@click.option(
+    "--examples",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Number of examples, from the start of the file.",
+)
+@click.option("--max-length", default=128, show_default=True, help="Tokens per example.")
+def check(
+    model: str, data: Path, parameters: str, head_mask: Path | None, examples: int, max_length: int
+) -> None:
+    """Compare the engine's gradients with plain autograd.
+
+    Uses your own model and data. Prints the relative error against float64 for every kind of
+    parameter, beside the error of plain float32 autograd. Exits with code 1 if an error exceeds
+    twice that of autograd and 1e-5.
+
+    \b
+    Example:
+      tracmod check --model my-model --data train.tsv
+    """
+    from tracmod.validation.gradients import check_model
+
+    errors = check_model(model, data, parameters, head_mask, examples, max_length)
+    click.echo(f"{'parameters':44} {'tensors':>7} {'engine':>9} {'autograd':>9}")
+    for error in errors:
+        verdict = "ok" if error.passed else "WRONG"
+        row = f"{error.kind:44} {error.num_parameters:7} {error.engine:9.1e} {error.autograd:9.1e}"
+        click.echo(f"{row}  {verdict}")
+    if not all(error.passed for error in errors):
+        fail("the engine's gradients differ from autograd's")
+
+
+@click.command()
+@click.argument("path", type=PathOrUrl(exists=True))
+def verify(path: Path | str) -> None:
+    """Check that a run, attribution or store is undamaged.
+
+    PATH is a run folder, a folder of `tracmod attribute` or a feature store, which may be the URL
+    of object storage. Prints every file that is missing, damaged or unexpected, and exits with code
+    1 if there is one.
+
+    \b
+    Examples:
+      tracmod verify runs/demo
+      tracmod verify runs/demo/features/full/full/checkpoint-1/train
+      tracmod verify s3://bucket/both
+    """
+    from tracmod.validation.integrity import verify
+
+    problems = verify(path)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        fail(f"{path}: {len(problems)} problems")
+    click.echo(f"{path}: sound")
+
+
+@click.command()
+@click.argument("stores", nargs=-1, required=True, type=PathOrUrl(exists=True))
+@click.option(
+    "--out", required=True, type=PathOrUrl(file_okay=False), help="Folder or URL of the new store."
+)
+def merge(stores: tuple[Path | str, ...], out: Path | str) -> None:
+    """Copy the rows of feature stores into a new store.
+
+    Rows are copied bit by bit, in the order given. The stores must be complete, have different
+    examples, and agree in model, parameters, projection and dtype. Run the same command again to
+    resume.
+
+    \b
+    Examples:
+      tracmod merge a/features/checkpoint-1/train b/features/checkpoint-1/train --out both
+      tracmod merge a b --out s3://bucket/both
+    """
+    from tqdm import tqdm
+
+    from tracmod.features.store import FeatureStore
+
+    rows = sum(len(FeatureStore.open(store)) for store in stores)
+    with tqdm(total=rows, desc="merge", unit="example", disable=None) as bar:
+        merged = FeatureStore.merge(out, stores, bar.update)
+    click.echo(f"{out}: {len(merged)} examples of {len(stores)} stores")
+
+
+@click.command()
+@JSON
+def doctor(as_json: bool) -> None:
+    """Print versions, native build, processor and GPUs.
+
+    \b
+    Example:
+      tracmod doctor --json
+    """
+    import torch
+
+    from tracmod.files.versions import versions
+    from tracmod.kernels import build_info
+
+    facts: dict[str, Any] = {"tracmod": __version__, **versions()}
+    facts |= {f"native {name}": value for name, value in build_info().items()}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts |= {"torch threads": torch.get_num_threads(), "GPUs": gpus or "none"}
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    for name, value in facts.items():
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        click.echo(f"{name:24} {text}")
+
+
+@click.command()
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option(
+    "--dtype",
+    type=choice(PassDtype),
+    default="float32",
+    show_default=True,
+    help="Precision of the inputs.",
+)
+@click.option(
+    "--full", is_flag=True, help="Time all cases (minutes) instead of a few (less than a minute)."
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="File to write the results to."
+)
+def bench(device: str, dtype: str, full: bool, json_path: Path | None) -> None:
+    """Check the native ops against float64, then time them.
+
+    Plain torch is timed beside them.
+
+    \b
+    Examples:
+      tracmod bench
+      tracmod bench --dtype bfloat16 --full --json bench.json
+    """
+    from tracmod.bench.bench_kernels import run_bench
+    from tracmod.models.modes import resolve_device
+
+    if not run_bench(resolve_device(device), dtype, json_path, short=not full):
+        fail("a result is wrong, see above")
+
+
+COMMANDS = [check, verify, merge, doctor, bench]

@@ -1,0 +1,177 @@
+"""Command-line options made from the fields of a dataclass, and those that commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import click
+
+from tracmod.choices import EngineName, ModelName
+
+Option = Callable[[Any], Any]  # a decorator, as `click.option` returns it
+
+EXISTING = click.Path(exists=True, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+class PathOrUrl(click.Path):
+    """A path, or the URL of object storage as text (a Path would lose one of its slashes)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a URL unchanged and anything else as a checked Path."""
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+class Bytes(click.ParamType):
+    """A number of bytes, given as 4GB, 512MiB or 1000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        from tracmod.config import parse_bytes
+
+        return parse_bytes(value)
+
+
+class CountOrAuto(click.ParamType):
+    """A whole number from 1 on, or `auto`, which becomes None."""
+
+    name = "K|auto"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        """Return the number, or None for `auto`."""
+        if value == "auto":
+            return None
+        if not str(value).isdecimal() or int(value) < 1:
+            self.fail(f"expected a whole number from 1 on, or auto, got {value!r}.", param, ctx)
+        return int(value)
+
+
+def choice(literal: Any) -> click.Choice[str]:
+    """Return the click type of a `Literal`."""
+    return click.Choice(get_args(literal))
+
+
+def with_options(options: Sequence[Option]) -> Option:
+    """Combine options into one decorator that lists them in this order in --help."""
+    return lambda command: functools.reduce(lambda inner, add: add(inner), options[::-1], command)
+
+
+def options_of(model: type, replaced: Mapping[str, Sequence[Option]] | None = None) -> list[Option]:
+    """Return the options that fill a dataclass, in the order of its fields.
+
+    Args:
+        model: a dataclass whose fields have the metadata `help` (see `field_option`).
+        replaced: name of a field -> the options that are listed in its place.
+    """
+    options: list[Option] = []
+    for field in dataclasses.fields(model):
+        given = (replaced or {}).get(field.name)
+        options += [field_option(model, field.name)] if given is None else given
+    return options
+
+
+def field_option(model: type, name: str, **overrides: Any) -> Option:
+    """Return the option that fills a field of a dataclass.
+
+    The option is named after the field, its type follows from the annotation (a `Literal` is a
+    choice, a bool a flag, a Path must exist), and its default and help are those of the field. The
+    metadata `min`, `max`, `min_open` and `max_open` bound a number; `unit="bytes"` reads sizes such
+    as 4GB.
+
+    Args:
+        model: the dataclass.
+        name: the field.
+        overrides: arguments of `click.option` that differ.
+    """
+    field = next(field for field in dataclasses.fields(model) if field.name == name)
+    default: Any = field.default
+    bounds = dict(field.metadata)
+    settings: dict[str, Any] = {"help": bounds.pop("help")}
+    unit = bounds.pop("unit", None)
+    annotation = get_type_hints(model)[name]
+    if NoneType in get_args(annotation):
+        annotation = next(part for part in get_args(annotation) if part is not NoneType)
+    if default is dataclasses.MISSING:
+        settings["required"] = True
+    elif annotation is bool:
+        settings["is_flag"] = True
+    elif default is not None:
+        settings |= {"default": default, "show_default": True}
+    if unit == "bytes":
+        settings |= {"type": Bytes(), "default": f"{default / 1e9:g}GB"}
+    elif get_origin(annotation) is Literal:
+        settings["type"] = choice(annotation)
+    elif bounds:
+        number = click.IntRange if annotation is int else click.FloatRange
+        settings["type"] = number(**bounds)
+    else:
+        settings["type"] = EXISTING if annotation is Path else annotation
+    option = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
+    return click.option(option, name, **settings | overrides)
+
+
+RUN_OPTIONS = [
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a value of the configuration, such as --set finetune.epochs=5. Can be "
+        "repeated.",
+    ),
+    click.option(
+        "--engine",
+        type=choice(EngineName),
+        default="local",
+        show_default=True,
+        help="Where pruning, collecting and scoring run: on this machine, or on a Ray cluster.",
+    ),
+    click.option(
+        "--address",
+        help="Address of the Ray cluster; auto: the one begun on this machine with `ray start`. "
+        "Default: Ray on this machine, for this command only.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        help="Number of parallel tasks. Default: locally 1, or one per GPU; on Ray as many as fit.",
+    ),
+    click.option(
+        "--worker-cpus",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Cores and threads of each worker on Ray.",
+    ),
+    click.option(
+        "--memory",
+        help="Memory for features, rankings and buffers while scoring, such as 4GB (the default). "
+        "It suffices for any number of training examples. Short for --set influence.memory=4GB.",
+    ),
+]
+VIEW_OPTIONS = [
+    click.option(
+        "--model",
+        type=choice(ModelName),
+        default="full",
+        show_default=True,
+        help="Model fine-tuned on all languages together, or on each through its subnetwork.",
+    ),
+    click.option(
+        "--view", default="full", show_default=True, help="full, subnetwork, random-0, ..."
+    ),
+    click.option("--mask", help="Language of the mask, for views with a mask per language."),
+]
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

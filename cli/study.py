@@ -1,0 +1,291 @@
+"""Commands of the study: run, sweep, the single stages, status and export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tracmod.choices import ExportForm, ModelName
+from tracmod.cli.errors import fail
+from tracmod.cli.options import EXISTING, FOLDER, JSON, RUN_OPTIONS, choice, with_options
+
+if TYPE_CHECKING:
+    from tracmod.engine import Engine
+    from tracmod.study.run_folder import RunFolder
+
+
+@click.command()
+@click.argument("config")
+@click.option(
+    "--out", required=True, type=FOLDER, help="Run folder; created, or continued if it exists."
+)
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Only print what would be done: the passes, time and disk space of every stage, estimated "
+    "by a short probe.",
+)
+@with_options(RUN_OPTIONS)
+def run(config: str, out: Path, check: bool, **options: Any) -> None:
+    """Run the stages of CONFIG that are not yet done.
+
+    CONFIG is a YAML file or the name of a built-in configuration (demo, planted, xnli, pawsx,
+    marc, ...). Run the same command again to resume.
+
+    \b
+    Examples:
+      tracmod run demo --out runs/demo
+      tracmod run xnli --out runs/xnli --check
+      tracmod run xnli --out runs/xnli --set task.train_per_language=5000
+    """
+    from tracmod.config import load_config
+    from tracmod.study.run_folder import RunFolder
+
+    folder = RunFolder(out, load_config(config, _overrides(**options)))
+    if check:
+        _print_plan(folder)
+        return
+    _run_stages(folder, folder.stages, options)
+    click.echo(f"report: {out / 'report' / 'index.html'}")
+
+
+def _print_plan(folder: RunFolder) -> None:
+    from tracmod.study.plan import plan_run
+
+    plan = plan_run(folder)
+    click.echo(f"{'stage':16} {'state':6} {'time':>8} {'disk':>9}  work")
+    for stage in plan.stages:
+        seconds = "-" if stage.seconds is None else _duration(stage.seconds)
+        state = "done" if stage.done else "to do"
+        click.echo(f"{stage.stage:16} {state:6} {seconds:>8} {_size(stage.bytes):>9}  {stage.work}")
+    total = f"about {_duration(plan.seconds)} and {_size(plan.bytes)}"
+    click.echo(f"\nto do: {total} on this machine under its present load; at most, for pruning")
+    for note in plan.notes:
+        click.echo(f"note: {note}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+@click.command()
+@click.argument("config")
+@click.option(
+    "--out", required=True, type=FOLDER, help="Folder for the run folders and for the results."
+)
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Only print which stages would be done, and which are shared between points.",
+)
+@with_options(RUN_OPTIONS)
+def sweep(config: str, out: Path, check: bool, **options: Any) -> None:
+    """Do runs that differ in some settings and compare them.
+
+    CONFIG is a YAML file or the name of a built-in sweep (sparsity, thresholds, difficulty,
+    typology, leave-one-out, imbalance, zero-shot, ...): a base configuration, and points or a grid
+    of settings. Every point has a run folder in --out; stages that points have in common are done
+    once. Writes a table and figures of all points: sweep.parquet, sweep.csv and sweep.html. Run the
+    same command again to resume.
+
+    \b
+    Examples:
+      tracmod sweep thresholds --out runs/thresholds --check
+      tracmod sweep thresholds --out runs/thresholds --set finetune.epochs=5
+      tracmod sweep my-sweep.yaml --out runs/mine
+    """
+    from tracmod.study.sweep import load_sweep, run_sweep, sweep_plan
+
+    loaded = load_sweep(config, _overrides(**options))
+    if check:
+        for point, stages in sweep_plan(loaded, out).items():
+            states = [f"{stage}: {state}" for stage, state in stages.items()]
+            click.echo(f"{point}\n  {', '.join(states)}")
+        return
+    device = next(iter(loaded.points.values())).device
+    with _engine(device, **options) as engine:
+        failed = run_sweep(loaded, out, click.echo, engine)
+    if failed:
+        fail(f"{len(failed)} of {len(loaded.points)} points failed: {', '.join(failed)}")
+    click.echo(f"table: {out / 'sweep.csv'}, figures: {out / 'sweep.html'}")
+
+
+def _stage_command(stage: str, text: str, example: str = "") -> click.Command:
+    """Return the command that does one stage of a run folder."""
+
+    @click.command(stage, help=f"{text}\n\n\b\nExample:\n  tracmod {stage} runs/demo{example}")
+    @click.argument("run_dir", type=FOLDER)
+    @click.option(
+        "--config",
+        help="YAML file or name of a built-in configuration, needed to create a run folder.",
+    )
+    @with_options(RUN_OPTIONS)
+    def command(run_dir: Path, config: str | None, **options: Any) -> None:
+        from tracmod.config import load_config, override_config
+        from tracmod.study.run_folder import RunFolder
+
+        overrides = _overrides(**options)
+        if config is not None:
+            folder = RunFolder(run_dir, load_config(config, overrides))
+        else:
+            folder = RunFolder(run_dir)
+            if stage == "retrain" and folder.config.retrain is None:
+                overrides = ("retrain={}", *overrides)
+            folder = RunFolder(run_dir, override_config(folder.config, overrides))
+        stages = ["data", stage] if stage == "finetune" else [stage]
+        _run_stages(folder, stages, options, again=stage)
+
+    return command
+
+
+def _overrides(overrides: tuple[str, ...], memory: str | None, **_: Any) -> tuple[str, ...]:
+    """Return the overrides of the configuration that the options of a run stand for."""
+    return overrides if memory is None else (*overrides, f"influence.memory={memory}")
+
+
+def _engine(
+    device: str,
+    engine: str,
+    address: str | None,
+    workers: int | None,
+    worker_cpus: int,
+    **_: Any,
+) -> closing[Engine]:
+    """Open the engine that the options of a run describe.
+
+    Args:
+        device: the device of the configuration; on GPUs the default is one local worker for each.
+        engine, address, workers, worker_cpus: the options.
+    """
+    import torch
+
+    from tracmod.engine import open_engine
+    from tracmod.models.modes import resolve_device
+
+    if engine == "local" and workers is None and resolve_device(device) == "cuda":
+        workers = torch.cuda.device_count()
+    return closing(open_engine(engine, address, workers, worker_cpus))
+
+
+def _run_stages(
+    folder: RunFolder, stages: Sequence[str], options: dict[str, Any], again: str | None = None
+) -> None:
+    """Do stages that are not done yet, and the stage `again` in any case."""
+    from tracmod.models.modes import resolve_device
+    from tracmod.study.pipeline import run_stages
+
+    device = "cpu"
+    to_do = [stage for stage in stages if stage == again or not folder.is_done(stage)]
+    if not {"data", "analyze", "report"}.issuperset(to_do):  # the others compute with the model
+        device = resolve_device(folder.config.device)
+    with folder.locked(), _engine(device, **options) as engine:
+        run_stages(folder, stages, again, engine=engine)
+
+
+@click.command()
+@click.argument("run_dir", type=EXISTING)
+@JSON
+def status(run_dir: Path, as_json: bool) -> None:
+    """Show the progress of a run.
+
+    Prints the state of the stages, the features that are written, and the last message of every
+    worker. Reads only what is on disk, so it works while the run is in progress, on any machine
+    that shares the folder.
+
+    \b
+    Example:
+      tracmod status runs/demo
+    """
+    from tracmod.study.status import run_status
+
+    progress = run_status(run_dir)
+    if as_json:
+        click.echo(json.dumps(asdict(progress), indent=1))
+        return
+    click.echo(f"{run_dir}: {'running' if progress.working else 'not running'}")
+    for stage, state, seconds in progress.stages:
+        click.echo(f"  {stage:16} {state:12} {_duration(seconds) if seconds else ''}")
+    click.echo(f"features: {progress.shards} of {progress.shards_wanted} shards written")
+    if progress.rankings:
+        click.echo(f"influence: {progress.rankings} rankings written")
+    for worker, line in progress.logs.items():
+        click.echo(f"{worker}: {line}")
+
+
+@click.command()
+@click.argument("run_dir", type=EXISTING)
+@click.option("--language", help="Language whose subnetwork is exported.")
+@click.option("--mask", type=EXISTING, help="JSON file of a head mask, in place of --language.")
+@click.option(
+    "--model",
+    type=choice(ModelName),
+    default="full",
+    show_default=True,
+    help="Model whose last checkpoint is exported.",
+)
+@click.option(
+    "--form",
+    type=choice(ExportForm),
+    default="masked",
+    show_default=True,
+    help="masked: weights of masked heads are zero, all shapes are kept; pruned: masked heads are "
+    "removed, which makes the model smaller and faster.",
+)
+@click.option("--out", required=True, type=FOLDER, help="Folder to create.")
+def export(run_dir: Path, out: Path, **options: Any) -> None:
+    """Export a model restricted to a language's subnetwork.
+
+    Both forms give the logits of the masked model. transformers loads the masked form like any
+    other folder. The layers of the pruned form may differ in their number of heads, so it is loaded
+    with tracmod.load_pruned.
+
+    \b
+    Examples:
+      tracmod export runs/demo --language de --out demo-de
+      tracmod export runs/demo --mask my-mask.json --model sparse --form pruned --out demo-mine
+    """
+    from tracmod.study.export import export_subnetwork
+
+    exported = export_subnetwork(run_dir, out, **options)
+    heads, size = exported.mask.size, exported.mask.array.size
+    click.echo(
+        f"{out}: {heads} of {size} heads, {exported.num_bytes:,} bytes of weights; load with "
+        f"{exported.loader}"
+    )
+
+
+COMMANDS = [
+    run,
+    sweep,
+    _stage_command(
+        "finetune", "Draw the examples and fine-tune on all languages.", " --config demo"
+    ),
+    _stage_command("prune", "Prune attention heads to one subnetwork per language."),
+    _stage_command("sparse-finetune", "Fine-tune again, each language through its subnetwork."),
+    _stage_command("collect", "Collect the features of every model, view and checkpoint."),
+    _stage_command("influence", "Compute influence scores and sums by language."),
+    _stage_command("analyze", "Compare views and models, with intervals and tests."),
+    _stage_command(
+        "retrain",
+        "Compare influence scores with actual retraining.\n\n"
+        "Retrains the model without some of the training examples. "
+        "If the run's configuration has no section `retrain`, its defaults are used. `tracmod run` "
+        "with the same --set and --check prints the number of trainings.",
+        " --set retrain.subsets=16",
+    ),
+    _stage_command("report", "Write report/index.html."),
+    status,
+    export,
+]

@@ -24,7 +24,7 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel, probe: Mapping[str, Tensor]) -> Tensor:
+def probe_logits(model: PreTrainedModel, probe: Mapping[str, Tensor]) -> Tensor:
     return model(**probe).logits
 
 
@@ -35,11 +35,11 @@ def same_logits(found: PreTrainedModel, expected: PreTrainedModel) -> bool:
     """
     probe = probe_inputs(expected)
     with suppress(RuntimeError, ValueError):
-        return close_logits(logits_of(found, probe), logits_of(expected, probe))
+        return logits_agree(probe_logits(found, probe), probe_logits(expected, probe))
     return False
 
 
-def close_logits(found: Tensor, expected: Tensor) -> bool:
+def logits_agree(found: Tensor, expected: Tensor) -> bool:
     """Equal up to rounding; never with NaN or infinity in either."""
     if found.shape != expected.shape:
         return False

@@ -65,7 +65,7 @@ from tracmod.subnetworks.head_mask import HeadMask, masked
 from tracmod.subnetworks.importance import masked_accuracy
 from tracmod.subnetworks.pruning import PruneResult, combine_masks, prune
 from tracmod.tasks import load_task
-from tracmod.training.fine_tune import Masks, Settings, accuracy_by_language, fine_tune
+from tracmod.training.fine_tune import Masks, TrainingSettings, accuracy_by_language, fine_tune
 from tracmod.training.folder import epoch_masks
 from tracmod.validation.fidelity import (
     Sample,
@@ -500,8 +500,8 @@ class Study:
         )[-1]
         return self.load(last)
 
-    def _settings(self, config: FinetuneConfig, seed: int) -> Settings:
-        return Settings(seed=seed, **config.model_dump(exclude={"save_seconds", "masks"}))
+    def _settings(self, config: FinetuneConfig, seed: int) -> TrainingSettings:
+        return TrainingSettings(seed=seed, **config.model_dump(exclude={"save_seconds", "masks"}))
 
     def initial_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Where full and sparse fine-tuning both begin: the same weights, by the same seed."""

@@ -262,7 +262,7 @@ def _derived_seed(seed: int, what: str, number: int) -> int:
 
 @contextmanager
 def _trainable(model: PreTrainedModel, shared: str) -> Iterator[None]:
-    """Take what `TrainingSettings.shared` leaves out of training from autograd; put back afterwards."""
+    """Freeze what `TrainingSettings.shared` does not train; thaw it afterwards."""
     heads = {part.name for part in head_slices(model)}  # together they are all of each parameter
     base = set(model.base_model.parameters())
     left_out = [

@@ -25,7 +25,7 @@ from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import model_digest
 from tracmod.models.inputs import collate, pad_token_id, per_example_loss
 from tracmod.subnetworks.head_mask import HeadMask, head_slices, matching_layers
-from tracmod.subnetworks.importance import head_importance, masked_accuracy, without_least
+from tracmod.subnetworks.importance import head_importance, mask_least_important, masked_accuracy
 from tracmod.training.folder import TrainingFolder
 from tracmod.training.optimizer import HeadwiseAdamW
 
@@ -286,7 +286,7 @@ def _most_important(
     """The `size` heads most important on the examples, at the full mask of the model as it is."""
     importance_LH = head_importance(model, examples)
     full = HeadMask.full(*importance_LH.shape)
-    return without_least(full, importance_LH, full.size - size)
+    return mask_least_important(full, importance_LH, full.size - size)
 
 
 # --- the loop -------------------------------------------------------------------------------

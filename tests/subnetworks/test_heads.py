@@ -1,4 +1,4 @@
-"""Head masks and importance, against edited weights and derivatives."""
+"""Head masks and importance, compared with edited weights and numerical derivatives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tracmod.models.architecture import attention_layers
 from tracmod.models.inputs import collate, pad_token_id, per_example_loss, predict
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
-from tracmod.subnetworks.importance import head_importance, without_least
+from tracmod.subnetworks.importance import head_importance, mask_least_important
 
 MASK = HeadMask([[1, 0, 0, 1], [0, 1, 1, 1]])
 
@@ -56,11 +56,11 @@ def test_random_masks_are_uniform():
     total = sum(HeadMask.random(3, 4, 5, seed).array.astype(int) for seed in range(2000))
     # 2000 draws of probability 5/12: standard deviation 22
     assert np.abs(total - 2000 * 5 / 12).max() < 5 * 22
-    with pytest.raises(ValueError, match="from 0 to 12"):
+    with pytest.raises(ValueError, match=r"size from 0 to 12, got 13"):
         HeadMask.random(3, 4, 13, 0)
 
 
-def test_masks_are_saved_as_the_contract_says(tmp_path):
+def test_saved_masks_have_the_documented_fields(tmp_path):
     path = tmp_path / "subnetworks" / "en.json"
     MASK.save(path, language="en", score=0.7, full_score=0.72, threshold=0.95, seeds=[0])
     tree = json.loads(path.read_text())
@@ -96,7 +96,7 @@ def test_similarity():
     assert MASK.similarity(MASK) == 1
     assert nothing.similarity(nothing) == 1
     assert MASK.similarity(nothing) == 0
-    with pytest.raises(ValueError, match="same shape"):
+    with pytest.raises(ValueError, match=r"shape, got \(2, 4\) and \(4, 2\)"):
         MASK.similarity(HeadMask.full(4, 2))
 
 
@@ -104,7 +104,7 @@ def test_similarity():
 
 
 def zero_columns(model: nn.Module, mask: HeadMask) -> nn.Module:
-    """A copy whose output projections ignore masked heads."""
+    """Return a copy whose output projections ignore masked heads."""
     edited = copy.deepcopy(model)
     for layer, kept in zip(attention_layers(edited), mask.array, strict=True):
         for head in np.flatnonzero(kept == 0):
@@ -114,7 +114,7 @@ def zero_columns(model: nn.Module, mask: HeadMask) -> nn.Module:
 
 
 def without_heads(model: nn.Module, mask: HeadMask) -> nn.Module:
-    """A copy of a BERT or XLM-R from which masked heads are taken out, weights and all."""
+    """Return a copy of a BERT or XLM-R without the weights of its masked heads."""
     small = copy.deepcopy(model)
     modules = [m for m in small.modules() if hasattr(m, "self") and hasattr(m, "output")]
     for module, kept in zip(modules, mask.array, strict=True):
@@ -168,7 +168,7 @@ def test_nested_masks_keep_what_both_keep():
 
 def test_a_mask_is_copied_once_to_each_dtype():
     class Copies(TorchDispatchMode):
-        """Notes the dtype of every copy of an int8 tensor: of masks, in these passes."""
+        """Records the dtype of every copy of an int8 tensor; only masks are int8 here."""
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
@@ -226,7 +226,7 @@ def test_a_mask_of_another_shape_is_refused(shape):
     assert not any(layer.output._forward_pre_hooks for layer in attention_layers(model))
 
 
-# --- what belongs to a head -----------------------------------------------------------------
+# --- slices of a head -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -241,7 +241,7 @@ def test_slices_of_all_heads_cover_their_parameters_once(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_masked_slices_are_what_has_no_gradient(family):
+def test_masked_slices_have_no_gradient_and_all_others_have(family):
     model, examples = tiny_model(family), tiny_examples(5)
     batch = collate(examples, pad_token_id(model))
     labels = batch.pop("labels")
@@ -254,7 +254,7 @@ def test_masked_slices_are_what_has_no_gradient(family):
         assert not MASK.array[part.layer, part.head]
         assert (gradients[part.name][part.index] == 0).all()
         gradients[part.name][part.index] = 1
-    # Elsewhere in these parameters there is gradient (not in key biases: softmax cancels them).
+    # All other parts of these parameters have one, except key biases: softmax cancels them.
     for name in {part.name for part in parts}:
         if "key.bias" not in name and "k_lin.bias" not in name:
             assert (gradients[name] != 0).all(), name
@@ -264,7 +264,7 @@ def test_masked_slices_are_what_has_no_gradient(family):
 
 
 def loss_with_gates(model, example, gates_LH) -> torch.Tensor:
-    """Loss of one example with every head's columns scaled by its gate."""
+    """Return the loss of one example with every head's columns scaled by its gate."""
     scaled = copy.deepcopy(model)
     for layer, gates in zip(attention_layers(scaled), gates_LH, strict=True):
         layer.output.weight.data *= torch.as_tensor(gates).repeat_interleave(layer.head_dim)
@@ -316,19 +316,19 @@ def test_importance_works_with_frozen_weights_and_without_gradients():
         np.testing.assert_array_equal(head_importance(model, examples), expected)
 
 
-def test_a_layer_without_influence_stays_zero():
+def test_importance_of_a_layer_without_effect_stays_zero():
     model = tiny_model()
     attention_layers(model)[1].output.weight.data.zero_()
     importance = head_importance(model, tiny_examples(4))
     assert (importance[1] == 0).all()
     assert np.linalg.norm(importance[0]) == pytest.approx(1)
-    with pytest.raises(ValueError, match="got none"):
+    with pytest.raises(ValueError, match=r"examples, got none"):
         head_importance(model, [])
 
 
-def test_ties_go_to_the_lower_layer_and_head():
+def test_of_equal_heads_the_lower_layer_and_head_is_masked_first():
     mask = HeadMask([[1, 0, 1], [1, 1, 1]])
     equal = np.ones((2, 3))
-    assert without_least(mask, equal, 2).array.tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert mask_least_important(mask, equal, 2).array.tolist() == [[0, 0, 0], [1, 1, 1]]
     equal[0, 2] = 2
-    assert without_least(mask, equal, 2).array.tolist() == [[0, 0, 1], [0, 1, 1]]
+    assert mask_least_important(mask, equal, 2).array.tolist() == [[0, 0, 1], [0, 1, 1]]

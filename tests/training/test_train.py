@@ -27,7 +27,7 @@ from tracmod.subnetworks.head_mask import HeadMask, head_slices
 from tracmod.subnetworks.importance import head_importance, masked_accuracy
 from tracmod.training import fine_tune as train_module
 from tracmod.training.fine_tune import (
-    Settings,
+    TrainingSettings,
     _most_important,
     _Plan,
     accuracy_by_language,
@@ -37,7 +37,7 @@ from tracmod.training.fine_tune import (
 from tracmod.training.folder import TrainingFolder, epoch_masks
 from tracmod.training.optimizer import HeadwiseAdamW
 
-SETTINGS = Settings(epochs=2, batch_size=4, learning_rate=1e-2, weight_decay=0.1, seed=5)
+SETTINGS = TrainingSettings(epochs=2, batch_size=4, learning_rate=1e-2, weight_decay=0.1, seed=5)
 MASKS = {"en": HeadMask([[1, 0, 0, 1], [0, 1, 1, 1]]), "de": HeadMask([[1, 1, 0, 0], [1, 1, 1, 0]])}
 DISJOINT = {
     "en": HeadMask([[1, 0, 0, 1], [0, 1, 0, 1]]),
@@ -261,7 +261,7 @@ def test_optimizer_state_can_be_taken_over(split_heads):
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.35, 1.0])
 @pytest.mark.parametrize("total", [1, 7, 20])
 def test_schedule_is_that_of_transformers(warmup, total):
-    settings = Settings(learning_rate=0.5, warmup=warmup)
+    settings = TrainingSettings(learning_rate=0.5, warmup=warmup)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
     schedule = get_linear_schedule_with_warmup(optimizer, int(warmup * total), total)
     for step in range(total):
@@ -273,7 +273,9 @@ def test_schedule_is_that_of_transformers(warmup, total):
 @pytest.mark.parametrize("by_language", [False, True])
 def test_an_epoch_takes_every_example_once(by_language):
     languages = ["en"] * 11 + ["de"] * 5 + ["zh"] * 8
-    plan = _Plan(languages, Settings(batch_size=4, epochs=3, seed=1), by_language=by_language)
+    plan = _Plan(
+        languages, TrainingSettings(batch_size=4, epochs=3, seed=1), by_language=by_language
+    )
     first, second = plan.epoch(1), plan.epoch(2)
     for batches in (first, second):
         assert sorted(row for batch in batches for row in batch) == list(range(24))
@@ -292,7 +294,7 @@ def test_an_epoch_takes_every_example_once(by_language):
 @pytest.mark.parametrize("by_language", [False, True])
 def test_uniform_sampling_takes_as_many_of_every_language(by_language):
     languages = ["en"] * 13 + ["de"] * 3 + ["zh"] * 8
-    settings = Settings(batch_size=4, epochs=3, seed=1, sampling="uniform")
+    settings = TrainingSettings(batch_size=4, epochs=3, seed=1, sampling="uniform")
     plan = _Plan(languages, settings, by_language=by_language)
     epochs = [plan.epoch(epoch) for epoch in (1, 2)]
     for batches in epochs:
@@ -319,7 +321,7 @@ def test_uniform_sampling_takes_as_many_of_every_language(by_language):
 def test_uniform_sampling_of_equal_languages_is_proportional():
     languages = ["en", "de", "zh"] * 7
     plans = [
-        _Plan(languages, Settings(batch_size=4, sampling=sampling), by_language=True)
+        _Plan(languages, TrainingSettings(batch_size=4, sampling=sampling), by_language=True)
         for sampling in ("uniform", "proportional")
     ]
     assert plans[0].epoch(2) == plans[1].epoch(2)
@@ -331,7 +333,9 @@ def test_uniform_sampling_of_equal_languages_is_proportional():
 def test_uniform_sampling_takes_about_as_many_steps(sizes, batch_size):
     languages = [str(place) for place, size in enumerate(sizes) for _ in range(size)]
     uniform, proportional = (
-        _Plan(languages, Settings(batch_size=batch_size, sampling=sampling), by_language=True)
+        _Plan(
+            languages, TrainingSettings(batch_size=batch_size, sampling=sampling), by_language=True
+        )
         for sampling in ("uniform", "proportional")
     )
     assert abs(uniform.steps_per_epoch - proportional.steps_per_epoch) < len(sizes)
@@ -373,7 +377,7 @@ def test_a_training_leaves_what_the_contract_says(tokenizer, tmp_path, masks):
 def test_one_step_by_hand(tokenizer, tmp_path):
     """One batch of everything: mean loss, clipped gradient, AdamW with decay, no dropout."""
     examples, languages = data(6)
-    settings = Settings(
+    settings = TrainingSettings(
         epochs=1, batch_size=6, learning_rate=1e-2, weight_decay=0.1, warmup=0, max_grad_norm=0.1
     )
     model = tiny_model("xlm-roberta", dtype=torch.float64, scale=1.0)
@@ -577,7 +581,7 @@ def test_training_learns(tokenizer, tmp_path):
         example["labels"] = example["input_ids"][1] % 3
     languages = ["en"] * 30 + ["de"] * 30
     model = new_model()
-    settings = Settings(epochs=12, batch_size=10, learning_rate=1e-2)
+    settings = TrainingSettings(epochs=12, batch_size=10, learning_rate=1e-2)
     fine_tune(model, tokenizer, examples, languages, tmp_path, settings)
     assert masked_accuracy(model, examples, None) > 0.9
 
@@ -689,7 +693,7 @@ def test_a_stopped_training_does_not_start_over(tokenizer, tmp_path, monkeypatch
     assert len(steps) == 12 - 8
 
 
-LONG = Settings(epochs=12, batch_size=4, learning_rate=1e-2, reestimate_every=1)
+LONG = TrainingSettings(epochs=12, batch_size=4, learning_rate=1e-2, reestimate_every=1)
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
@@ -730,7 +734,9 @@ def test_another_training_in_the_same_folder_is_refused(tokenizer, tmp_path):
     train(tokenizer, tmp_path)
     with pytest.raises(ValueError, match="another batch_size, seed"):
         train(
-            tokenizer, tmp_path, settings=Settings(**{**vars(SETTINGS), "batch_size": 2, "seed": 1})
+            tokenizer,
+            tmp_path,
+            settings=TrainingSettings(**{**vars(SETTINGS), "batch_size": 2, "seed": 1}),
         )
     with pytest.raises(ValueError, match="another masks"):
         train(tokenizer, tmp_path, masks=MASKS)
@@ -797,7 +803,7 @@ def test_inputs_that_do_not_fit_are_named(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="2 layers of 4 heads"):
         attempt(examples, languages, masks={**MASKS, "de": HeadMask.full(3, 4)})
     with pytest.raises(ValueError, match="0 and 4"):
-        attempt(examples, languages, Settings(epochs=0, batch_size=4))
+        attempt(examples, languages, TrainingSettings(epochs=0, batch_size=4))
     with pytest.raises(ValueError, match=r"without masks: .* got `frozen` and None"):
         attempt(examples, languages, replace(SETTINGS, shared="frozen"))
     with pytest.raises(ValueError, match=r"without masks: .* got `trained` and 1"):

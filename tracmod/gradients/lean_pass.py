@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from tracmod import kernels
 from tracmod.models.architecture import AttentionLayer, attention_layers
-from tracmod.models.probe import close_logits, logits_of, probe_inputs
+from tracmod.models.probe import logits_agree, probe_inputs, probe_logits
 from tracmod.subnetworks.head_mask import HeadMask, kept_columns, matching_layers
 
 
@@ -85,14 +85,14 @@ def _leave_heads_out(
 ) -> dict[nn.Module, Columns]:
     """Take masked heads out, or only mask them where the model cannot go without them."""
     with mask.apply(model):
-        expected = logits_of(model, probe)
+        expected = probe_logits(model, probe)
     attempt = ExitStack()
     kept: dict[nn.Module, Columns] = {}
     for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):
         if not kept_H.all():
             kept |= _narrow(attempt, layer, torch.from_numpy(kept_H.copy()))
     with suppress(RuntimeError, ValueError):  # a model that counts on its number of heads
-        if close_logits(logits_of(model, probe), expected):
+        if logits_agree(probe_logits(model, probe), expected):
             stack.push(attempt)
             return kept
     attempt.close()
@@ -197,14 +197,14 @@ def _reads_first_alone(
         if not isinstance(output, Tensor):
             return None
         with suppress(RuntimeError, TypeError, ValueError, IndexError):
-            same = close_logits(forward(*inputs, **named), output[:, :1])
+            same = logits_agree(forward(*inputs, **named), output[:, :1])
         unread = torch.full_like(output, torch.nan)
         unread[:, 0] = output[:, 0]
         return unread
 
     hook = block.register_forward_hook(compare, with_kwargs=True)
     try:
-        logits = logits_of(model, probe)
+        logits = probe_logits(model, probe)
     finally:
         hook.remove()
     return same and bool(logits.isfinite().all())

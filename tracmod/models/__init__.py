@@ -1,1 +1,1 @@
-"""Classifiers, their checkpoints and their inputs."""
+"""Sequence classifiers: loading them, their checkpoints, inputs and digests."""

@@ -1,4 +1,4 @@
-"""Checkpoints: where a trainer left them, their learning rates and second moments."""
+"""Checkpoints of a training: their folders, epochs, learning rates and second moments."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-)
+from transformers import AutoConfig
 
 from tracmod.files.durable import read_json
-from tracmod.models.loading import WEIGHTS_FILES, check_source, first_line, names_in_order
+from tracmod.models.loading import (
+    WEIGHTS_FILES,
+    check_model_source,
+    config_class_names,
+    first_line_of,
+)
+
+# File of a checkpoint's folder: Adam's second moment after its bias correction, by parameter name.
+SECOND_MOMENT = "second_moment.safetensors"
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,11 @@ class Checkpoint:
     """A model saved during training.
 
     Attributes:
-        path: the transformers folder.
-        epoch: epochs done, from 1.
-        step: optimizer steps done.
-        learning_rate: mean learning rate of the steps since the checkpoint before, or None.
+        path: its transformers folder.
+        epoch: number of epochs finished, from 1.
+        step: number of optimizer steps taken.
+        learning_rate: mean learning rate of the steps since the previous checkpoint, or None if it
+            is unknown.
     """
 
     path: Path
@@ -37,59 +44,33 @@ class Checkpoint:
     learning_rate: float | None
 
 
-def check_checkpoint(path: Path, config: Any) -> None:
-    """Refuse a checkpoint that is not of the model with this config, without reading its weights.
-
-    Raises:
-        ValueError: no config or weights in the folder, other classes, or another shape.
-    """
-    check_source(path)
-    if not any((path / file).is_file() for file in WEIGHTS_FILES):
-        raise ValueError(f"{path}: no weights in the folder, expected {WEIGHTS_FILES[0]}")
-    try:
-        own = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (KeyError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: its config cannot be read: {first_line(error)}") from None
-    expected, got = names_in_order(config), names_in_order(own)
-    if got != expected:
-        raise ValueError(
-            f"{path}: expected the model's classes, {', '.join(expected)}, got {', '.join(got)}"
-        )
-    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
-        if getattr(own, name) != getattr(config, name):
-            raise ValueError(
-                f"{path}: expected the model's {name}, {getattr(config, name)}, "
-                f"got {getattr(own, name)}"
-            )
-
-
 def load_checkpoints(paths: Iterable[str | Path]) -> list[Checkpoint]:
-    """Read epoch (rounded), step and learning rate of checkpoint folders, in the order given.
+    """Read epoch, step and learning rate of checkpoint folders, in the order given.
 
-    They come from `tracmod.json`; else from `trainer_state.json`, where the learning rate is the
-    mean of those logged in the steps after the nearest earlier checkpoint given, or, if none was
-    logged there, the last one logged before. A folder with neither file has learning rate None,
-    its place in the list as epoch, and step 0.
+    A folder that tracmod or `TracInCallback` wrote has them in `tracmod.json`. Otherwise they come
+    from the Trainer's `trainer_state.json`, where the epoch is rounded and the learning rate is the
+    mean of the rates logged after the nearest earlier checkpoint given; if none was logged there,
+    the last rate logged before. A folder with neither file has its position in the list as epoch,
+    step 0 and no learning rate.
 
     Raises:
         ValueError: a folder does not exist, or one of the two files is malformed.
     """
     folders = [Path(path) for path in paths]
-    states = [_training_state(folder) for folder in folders]
-    steps = sorted({int(state["step"]) for state in states})
+    records = [_training_record(folder) for folder in folders]
+    steps = sorted({record.step for record in records})
     checkpoints = []
-    for place, (folder, state) in enumerate(zip(folders, states, strict=True), start=1):
-        step = int(state["step"])
-        before = max((earlier for earlier in steps if earlier < step), default=0)
-        rate = state["learning_rate"]
+    for position, (folder, record) in enumerate(zip(folders, records, strict=True), start=1):
+        rate = record.learning_rate
         if rate is None:
-            rate = _logged_rate(state["log"], before, step)
-        checkpoints.append(Checkpoint(folder, int(state["epoch"] or place), step, rate))
+            previous = max((step for step in steps if step < record.step), default=0)
+            rate = _mean_logged_rate(record.logged_rates, previous, record.step)
+        checkpoints.append(Checkpoint(folder, record.epoch or position, record.step, rate))
     return checkpoints
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Every `checkpoint-<number>/` in the output folder of a training, in order of the numbers.
+    """Return every `checkpoint-<number>/` in the output folder of a training, by number.
 
     Raises:
         ValueError: there is none.
@@ -107,77 +88,38 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
-def _training_state(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ValueError(f"checkpoint {folder}: no such folder")
-    ours, theirs = folder / "tracmod.json", folder / "trainer_state.json"
-    if ours.is_file():
-        return _our_state(ours)
-    if theirs.is_file():
-        return _trainer_state(theirs)
-    return {"epoch": 0, "step": 0, "learning_rate": None, "log": []}
+def check_checkpoint(path: Path, config: Any) -> None:
+    """Check that a checkpoint is of the model with this config, without reading its weights.
 
-
-def _our_state(file: Path) -> dict[str, Any]:
-    tree = _read_object(file)
-    if not {"epoch", "step", "learning_rate"} <= tree.keys():
-        raise ValueError(f"{file}: expected epoch, step and learning_rate, got {sorted(tree)}")
-    rate = tree["learning_rate"]
-    return {
-        "epoch": int(_number(file, tree, "epoch")),
-        "step": int(_number(file, tree, "step")),
-        "learning_rate": None if rate is None else _number(file, tree, "learning_rate"),
-        "log": [],
-    }
-
-
-def _trainer_state(file: Path) -> dict[str, Any]:
-    tree = {"epoch": 0, "global_step": 0, "log_history": []} | _read_object(file)
-    log = tree["log_history"]
-    if not isinstance(log, list) or not all(isinstance(row, dict) for row in log):
-        raise ValueError(f"{file}: expected log_history to be a list of objects")
-    rows = [row for row in log if "learning_rate" in row]
-    return {
-        "epoch": round(_number(file, tree, "epoch")),
-        "step": int(_number(file, tree, "global_step")),
-        "learning_rate": None,
-        "log": [
-            (int(_number(file, row, "step")), _number(file, row, "learning_rate")) for row in rows
-        ],
-    }
-
-
-def _number(file: Path, tree: dict[str, Any], name: str) -> float:
-    value = tree.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{file}: expected {name} to be a number, got {json.dumps(value)}")
-    return float(value)
-
-
-def _logged_rate(log: list[tuple[int, float]], before: int, step: int) -> float | None:
-    since = [rate for at, rate in log if before < at <= step]
-    if since:
-        return sum(since) / len(since)
-    earlier = [rate for at, rate in log if at <= step]
-    return earlier[-1] if earlier else None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    tree = read_json(path)
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(tree).__name__}")
-    return tree
-
-
-# In a checkpoint's folder: Adam's second moment after its bias correction, by parameter name.
-SECOND_MOMENT = "second_moment.safetensors"
+    Raises:
+        ValueError: the folder has no config or no weights, or the checkpoint's model has other
+            classes or another shape.
+    """
+    check_model_source(path)
+    if not any((path / file).is_file() for file in WEIGHTS_FILES):
+        raise ValueError(f"{path}: no weights in the folder, expected {WEIGHTS_FILES[0]}")
+    try:
+        own = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: its config cannot be read: {first_line_of(error)}") from None
+    expected, got = config_class_names(config), config_class_names(own)
+    if got != expected:
+        raise ValueError(
+            f"{path}: expected the model's classes, {', '.join(expected)}, got {', '.join(got)}"
+        )
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        if getattr(own, name) != getattr(config, name):
+            raise ValueError(
+                f"{path}: expected the model's {name}, {getattr(config, name)}, "
+                f"got {getattr(own, name)}"
+            )
 
 
 def load_second_moment(folder: str | Path) -> dict[str, Tensor]:
-    """Adam's second moment by parameter name, as the folder of a checkpoint holds it.
+    """Load Adam's second moment by parameter name from a checkpoint's folder.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: the folder has none, or the file is damaged.
     """
     file = Path(folder) / SECOND_MOMENT
     if not file.is_file():
@@ -189,3 +131,65 @@ def load_second_moment(folder: str | Path) -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: expected a safetensors file, it is damaged: {error}") from None
+
+
+class _TrainingRecord(NamedTuple):
+    """What a checkpoint's folder says about the training until then."""
+
+    epoch: int = 0
+    step: int = 0
+    learning_rate: float | None = None
+    logged_rates: tuple[tuple[int, float], ...] = ()  # (step, rate), in the order logged
+
+
+def _training_record(folder: Path) -> _TrainingRecord:
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {folder}: no such folder")
+    ours, theirs = folder / "tracmod.json", folder / "trainer_state.json"
+    if ours.is_file():
+        tree = _read_object(ours)
+        if not {"epoch", "step", "learning_rate"} <= tree.keys():
+            raise ValueError(f"{ours}: expected epoch, step and learning_rate, got {sorted(tree)}")
+        epoch, step = int(_number(ours, tree, "epoch")), int(_number(ours, tree, "step"))
+        known = tree["learning_rate"] is not None
+        return _TrainingRecord(epoch, step, _number(ours, tree, "learning_rate") if known else None)
+    if theirs.is_file():
+        tree = {"epoch": 0, "global_step": 0, "log_history": []} | _read_object(theirs)
+        log = tree["log_history"]
+        if not isinstance(log, list) or not all(isinstance(row, dict) for row in log):
+            raise ValueError(f"{theirs}: expected log_history to be a list of objects")
+        return _TrainingRecord(
+            round(_number(theirs, tree, "epoch")),
+            int(_number(theirs, tree, "global_step")),
+            logged_rates=tuple(
+                (int(_number(theirs, row, "step")), _number(theirs, row, "learning_rate"))
+                for row in log
+                if "learning_rate" in row
+            ),
+        )
+    return _TrainingRecord()
+
+
+def _mean_logged_rate(
+    logged_rates: Iterable[tuple[int, float]], previous: int, step: int
+) -> float | None:
+    """Return the mean rate logged in steps (previous, step], or the last one logged before."""
+    until_now = [(logged, rate) for logged, rate in logged_rates if logged <= step]
+    since = [rate for logged, rate in until_now if logged > previous]
+    if since:
+        return sum(since) / len(since)
+    return until_now[-1][1] if until_now else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    tree = read_json(path)
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(tree).__name__}")
+    return tree
+
+
+def _number(file: Path, tree: dict[str, Any], name: str) -> float:
+    value = tree.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{file}: expected {name} to be a number, got {json.dumps(value)}")
+    return float(value)

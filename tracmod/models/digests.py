@@ -7,14 +7,11 @@ import json
 
 import torch
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What a config says beside the model it describes: where it was loaded from, by which version, in
-# which dtype (the weights say that), and which loss transformers would take.
-_CONFIG_NOISE = {
+# Config entries that do not change what the model computes: where it was loaded from and by which
+# version, its dtype (the weights carry that), and the loss that transformers would choose.
+_IGNORED_CONFIG_KEYS = {
     "_name_or_path",
     "architectures",
     "dtype",
@@ -25,11 +22,14 @@ _CONFIG_NOISE = {
 
 
 def model_digest(model: nn.Module) -> str:
-    """SHA-256 over a model's weights and config.
+    """Compute the SHA-256 digest of a model's weights and config.
 
-    Hashed are name, dtype, shape and bytes of every entry of the state dict, in name order, and
-    what the config sets apart from the defaults: the same weights divided into other heads are
-    another model.
+    The digest covers name, dtype, shape and bytes of every entry of the state dict, in name order,
+    and every config entry that differs from its default. The config is part of it because the same
+    weights divided into another number of heads are another model.
+
+    Returns:
+        64 hexadecimal digits. Saving and loading the model does not change them.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -37,15 +37,22 @@ def model_digest(model: nn.Module) -> str:
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(flat.numpy()))
     if isinstance(model, PreTrainedModel):
-        # By way of text: integer keys (id2label) are sorted as the strings that a file has.
-        tree = json.loads(model.config.to_json_string(use_diff=True))
-        tree = {name: value for name, value in tree.items() if name not in _CONFIG_NOISE}
-        digest.update(json.dumps(tree, sort_keys=True).encode())
+        # Through text, because a loaded config has the integer keys of id2label as strings, and
+        # strings sort in another order ("10" before "2").
+        config = json.loads(model.config.to_json_string(use_diff=True))
+        config = {key: value for key, value in config.items() if key not in _IGNORED_CONFIG_KEYS}
+        digest.update(json.dumps(config, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over what decides which ids a text becomes; truncation and padding are left out."""
+    """Compute the SHA-256 digest of everything that decides which ids a text becomes.
+
+    Truncation and padding are left out: they are settings of the last call, not of the tokenizer.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         tree = json.loads(backend.to_str())

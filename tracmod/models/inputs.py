@@ -1,4 +1,7 @@
-"""Model inputs: encoding, checking and batching of examples, the loss, predictions."""
+"""Encode, check and batch examples; compute a classifier's loss, predictions and accuracy.
+
+Shape suffixes: B examples of a batch, S tokens, N examples, C classes.
+"""
 
 from __future__ import annotations
 
@@ -9,39 +12,95 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tracmod.models.architecture import embeddings_module
+from tracmod.models.architecture import embeddings_module, max_positions
+
+Example = dict[str, Any]  # input_ids, attention_mask, labels and perhaps token_type_ids
 
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
+# Largest number of padding tokens in a batch. Computing that many costs about as much as starting
+# another batch does on a CPU; without a limit, a few examples of many lengths would make a batch of
+# which a third is padding.
+MAX_PADDING = 512
 
-def example_length(example: Mapping[str, Any]) -> int:
-    """Tokens of an example, trailing padding left out."""
-    mask = example.get("attention_mask")
-    if mask is None:
-        return len(example["input_ids"])
-    length = len(mask)
-    while length > 1 and not mask[length - 1]:
-        length -= 1
-    return length
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    table: Any,
+    max_length: int,
+    *,
+    num_labels: int | None = None,
+) -> list[Example]:
+    """Tokenize a table of examples, in table order and without padding.
+
+    A pair that is too long loses tokens from its longer text first. BERT's kind of tokenizer adds
+    `token_type_ids`.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        table: `pyarrow.Table` with the columns id, text_a, text_b (nullable) and label.
+        max_length: largest number of tokens, special tokens included.
+        num_labels: number of the model's outputs. If given, labels are checked against it (not for
+            1, a regression).
+
+    Returns:
+        Dicts of `input_ids` and `attention_mask` (lists of int) and `labels` (int).
+
+    Raises:
+        ValueError: `max_length` is more than the tokenizer's model takes, or leaves no room for a
+            token of a pair; or a label is outside the model's range (the message has the example's
+            id).
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if max_length <= special:
+        raise ValueError(
+            f"max_length: expected more than the {special} special tokens of a pair, got "
+            f"{max_length}"
+        )
+    if max_length > tokenizer.model_max_length:
+        raise ValueError(
+            f"max_length: expected at most the {tokenizer.model_max_length} tokens that the model "
+            f"takes, got {max_length}"
+        )
+    ids, labels = table.column("id").to_pylist(), table.column("label").to_pylist()
+    if num_labels is not None and num_labels > 1:
+        for example_id, label in zip(ids, labels, strict=True):
+            if not 0 <= label < num_labels:
+                raise ValueError(
+                    f"example {example_id}: expected a label from 0 to {num_labels - 1}, "
+                    f"got {label}"
+                )
+    first, second = table.column("text_a").to_pylist(), table.column("text_b").to_pylist()
+    examples: list[Example] = [{} for _ in ids]
+    # Single texts and pairs are tokenized apart: an empty second text is a pair, a missing one not.
+    for is_pair in (False, True):
+        rows = [row for row, text in enumerate(second) if (text is not None) == is_pair]
+        if not rows:
+            continue
+        pairs = [second[row] for row in rows] if is_pair else None
+        encoded = tokenizer(
+            [first[row] for row in rows], pairs, truncation="longest_first", max_length=max_length
+        )
+        for position, row in enumerate(rows):
+            examples[row] = {name: column[position] for name, column in encoded.items()}
+            examples[row]["labels"] = labels[row]
+    return examples
 
 
 def as_examples(
     dataset: Iterable[Mapping[str, Any]], name: str = "dataset"
 ) -> list[dict[str, Any]]:
-    """Rows of a dataset as plain dicts of lists, without trailing padding.
+    """Convert the rows of a dataset to dicts of plain lists, without trailing padding.
 
     Args:
-        dataset: rows.
-        name: what messages call it.
+        dataset: rows of lists, arrays or tensors.
+        name: name of the dataset in error messages.
 
     Raises:
-        ValueError: a row without input_ids or labels, with no tokens, or with a mask or token types
-            of another length.
+        ValueError: a row has no input_ids, no labels or no tokens, or its mask or token types have
+            another length than its input_ids.
     """
     examples = []
     for row, example in enumerate(dataset):
@@ -50,9 +109,9 @@ def as_examples(
             for column, value in example.items()
             if value is not None
         }
-        wrong = _missing(plain)
-        if wrong:
-            raise ValueError(f"{name}: row {row}: expected {wrong}")
+        problem = _column_problem(plain)
+        if problem:
+            raise ValueError(f"{name}: row {row}: expected {problem}")
         length = example_length(plain)
         tokens = {"attention_mask": [1] * length} | {
             column: plain[column][:length] for column in TOKEN_COLUMNS if column in plain
@@ -61,7 +120,8 @@ def as_examples(
     return examples
 
 
-def _missing(example: Mapping[str, Any]) -> str | None:
+def _column_problem(example: Mapping[str, Any]) -> str | None:
+    """Return what a row lacks, to follow "expected" in a message, or None if it is complete."""
     for column in ("input_ids", "labels"):
         if column not in example:
             return f"{column}, got only {', '.join(example)}"
@@ -74,151 +134,92 @@ def _missing(example: Mapping[str, Any]) -> str | None:
     return None
 
 
+def example_length(example: Mapping[str, Any]) -> int:
+    """Return the number of an example's tokens without trailing padding."""
+    mask = example.get("attention_mask")
+    if mask is None:
+        return len(example["input_ids"])
+    length = len(mask)
+    while length > 1 and not mask[length - 1]:
+        length -= 1
+    return length
+
+
 def check_examples(
     model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], name: str = "dataset"
 ) -> None:
-    """Stop at the first example that the model cannot take.
+    """Raise an error at the first example that the model cannot take.
+
+    An id outside an embedding table would otherwise be an error without an example's name on the
+    CPU, and an assertion that ends the process on a GPU.
 
     Args:
         model: the classifier.
-        examples: from `as_examples`.
-        name: what messages call them.
+        examples: examples from `as_examples`.
+        name: name of the dataset in error messages.
 
     Raises:
-        ValueError: ids outside the vocabulary, more tokens than positions, labels that are no class
-            (finite numbers for a model with one output), token types in some rows only or unknown
-            to the model, or a model with several labels per text.
+        ValueError: an id is outside the vocabulary, an example has more tokens than the model has
+            positions, a label is not a class (not a finite number, for a model with one output),
+            token types are in some rows only or unknown to the model, or the model has several
+            labels per text.
     """
     if model.config.problem_type == "multi_label_classification":
         raise ValueError(
             f"{type(model).__name__}: expected a model with one label per text, "
             f"got problem_type multi_label_classification"
         )
-    sizes, num_positions = _table_sizes(model)
-    num_labels = int(model.config.num_labels or 0)
+    embeddings: Any = embeddings_module(model)
+    table_sizes = {"input_ids": embeddings.word_embeddings.num_embeddings}
+    if getattr(embeddings, "token_type_embeddings", None) is not None:
+        table_sizes["token_type_ids"] = embeddings.token_type_embeddings.num_embeddings
+    longest, num_labels = max_positions(model), int(model.config.num_labels or 0)
     columns = examples[0].keys() if examples else ()
     for row, example in enumerate(examples):
-        wrong = _wrong_label(example["labels"], num_labels)
-        if len(example["input_ids"]) > num_positions:
-            wrong = f"at most {num_positions} tokens, got {len(example['input_ids'])}"
-        for column, size in sizes.items():
-            wrong = wrong or _wrong_id(column, example.get(column, [0]), size)
+        problem = _label_problem(example["labels"], num_labels)
+        if len(example["input_ids"]) > longest:
+            problem = f"at most {longest} tokens, got {len(example['input_ids'])}"
+        for column, size in table_sizes.items():
+            problem = problem or _id_problem(column, example.get(column, [0]), size)
         if example.keys() != columns:
-            wrong = "token_type_ids in all rows or in none, got them in some"
-        if wrong:
-            raise ValueError(f"{name}: row {row}: expected {wrong}")
+            problem = "token_type_ids in all rows or in none, got them in some"
+        if problem:
+            raise ValueError(f"{name}: row {row}: expected {problem}")
 
 
-def _table_sizes(model: PreTrainedModel) -> tuple[dict[str, int], float]:
-    """Rows of the embedding tables by column, and the longest text."""
-    embeddings = embeddings_module(model)
-    words: Any = embeddings.get_submodule("word_embeddings")
-    sizes: dict[str, int] = {"input_ids": words.num_embeddings}
-    types: Any = getattr(embeddings, "token_type_embeddings", None)
-    if types is not None:
-        sizes["token_type_ids"] = types.num_embeddings
-    positions: Any = getattr(embeddings, "position_embeddings", None)
-    if positions is None:
-        return sizes, math.inf
-    # RoBERTa counts positions from padding_idx + 1 on; BERT's table has no padding_idx.
-    taken = 0 if positions.padding_idx is None else positions.padding_idx + 1
-    return sizes, positions.num_embeddings - taken
-
-
-def _wrong_label(label: Any, num_labels: int) -> str | None:
+def _label_problem(label: Any, num_labels: int) -> str | None:
     if num_labels == 1:
-        right = isinstance(label, int | float) and math.isfinite(label)
-        return None if right else f"a number as its label, got {label!r}"
+        valid = isinstance(label, int | float) and math.isfinite(label)
+        return None if valid else f"a number as its label, got {label!r}"
     if type(label) is int and 0 <= label < num_labels:
         return None
     return f"an integer label from 0 to {num_labels - 1}, got {label!r}"
 
 
-def _wrong_id(column: str, ids: Sequence[Any], size: int) -> str | None:
-    for one in ids:
-        if not isinstance(one, Integral) or not 0 <= int(one) < size:
-            return f"{column} from 0 to {size - 1}, got {one!r}"
+def _id_problem(column: str, ids: Sequence[Any], size: int) -> str | None:
+    for token_id in ids:
+        if not isinstance(token_id, Integral) or not 0 <= int(token_id) < size:
+            return f"{column} from 0 to {size - 1}, got {token_id!r}"
     return None
 
 
-Example = dict[str, Any]
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group examples into batches of similar length with a bounded number of tokens.
 
-
-# Tokens of padding in a batch. About what starting another batch costs on a CPU; few examples of
-# many lengths would otherwise be a third padding.
-MAX_PADDING = 512
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase,
-    table: Any,
-    max_length: int,
-    *,
-    num_labels: int | None = None,
-) -> list[Example]:
-    """Tokenize a table of examples, rows in table order, without padding.
-
-    Pairs are cut longest text first. BERT's kind of tokenizer adds `token_type_ids`.
+    Examples are taken longest first (equal lengths in the order given), so that a batch that does
+    not fit in memory fails at once and not after an hour.
 
     Args:
-        tokenizer: the model's.
-        table: `pyarrow.Table` with id, text_a, text_b (nullable), label.
-        max_length: tokens, special ones included.
-        num_labels: the model's; given, labels are checked against it (1: regression, no check).
+        lengths: tokens of each example.
+        batch_tokens: largest `longest * count` of a batch, padding included. A longer example is a
+            batch by itself.
 
     Returns:
-        Dicts of `input_ids`, `attention_mask` (lists of int) and `labels` (int).
+        Lists of positions in `lengths`; each position is in exactly one list. At most `MAX_PADDING`
+        tokens of a batch are padding.
 
     Raises:
-        ValueError: `max_length` is more than the tokenizer's model takes or leaves no token of a
-            pair, or a label is outside the model's range (the example's id is named).
-    """
-    special = tokenizer.num_special_tokens_to_add(pair=True)
-    if max_length <= special:
-        raise ValueError(
-            f"max_length: expected more than the {special} special tokens of a pair, got "
-            f"{max_length}"
-        )
-    if max_length > tokenizer.model_max_length:
-        raise ValueError(
-            f"max_length {max_length} is more than the model takes ({tokenizer.model_max_length})"
-        )
-    ids, labels = table.column("id").to_pylist(), table.column("label").to_pylist()
-    if num_labels is not None and num_labels > 1:
-        _check_labels(ids, labels, num_labels)
-    first, second = table.column("text_a").to_pylist(), table.column("text_b").to_pylist()
-    examples: list[Example] = [{} for _ in ids]
-    for is_pair in (False, True):
-        rows = [row for row, text in enumerate(second) if (text is not None) == is_pair]
-        if not rows:
-            continue
-        pair = [second[row] for row in rows] if is_pair else None
-        encoded = tokenizer(
-            [first[row] for row in rows], pair, truncation="longest_first", max_length=max_length
-        )
-        for place, row in enumerate(rows):
-            examples[row] = {name: column[place] for name, column in encoded.items()}
-            examples[row]["labels"] = labels[row]
-    return examples
-
-
-def _check_labels(ids: list[str], labels: list[int], num_labels: int) -> None:
-    for example_id, label in zip(ids, labels, strict=True):
-        if not 0 <= label < num_labels:
-            raise ValueError(
-                f"example {example_id}: expected a label from 0 to {num_labels - 1}, got {label}"
-            )
-
-
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group examples into batches of like length, bounded in tokens, padding included.
-
-    Examples are taken longest first (equal lengths in the order given), so that a batch that
-    does not fit in memory shows at once. A batch holds `longest * count <= batch_tokens` tokens, at
-    most 512 of them padding, or a single example.
-
-    Returns:
-        Lists of positions in `lengths`; each position is in exactly one.
+        ValueError: `batch_tokens` is less than 1.
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
@@ -238,16 +239,16 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 def collate(
     examples: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Pad examples on the right into one batch.
+    """Pad examples on the right and stack them into one batch.
 
     Args:
-        examples: dicts with `input_ids`, `attention_mask`, `labels`, maybe `token_type_ids`.
-        pad_id: the tokenizer's; `attention_mask` and `token_type_ids` are padded with 0.
-        device: where the tensors go.
+        examples: dicts with `input_ids`, `attention_mask`, `labels` and perhaps `token_type_ids`.
+        pad_id: id that pads `input_ids`; the other columns are padded with 0.
+        device: device of the tensors returned.
 
     Returns:
-        `input_ids`, `attention_mask` (and `token_type_ids`) (B, S) int64; `labels` (B,) int64, or
-        float32 where they are floats.
+        `input_ids`, `attention_mask` and, if the examples have them, `token_type_ids`: (B, S)
+        int64. `labels`: (B,) int64, or float32 if the labels are floats.
     """
     longest = max(len(example["input_ids"]) for example in examples)
     batch: dict[str, Tensor] = {}
@@ -262,26 +263,31 @@ def collate(
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A CPU tensor on `device`; by way of pinned memory, so that no GPU is waited for."""
+    """Copy a CPU tensor to `device`.
+
+    A copy to a GPU goes through pinned memory, so that it runs beside the GPU's work instead of
+    waiting for it.
+    """
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pad_token_id(model: PreTrainedModel) -> int:
-    """The id that `collate` pads with for this model; 0 where its config names none."""
+    """Return the id that `collate` pads with for this model, 0 if its config has none."""
     pad_id = model.config.pad_token_id
     return 0 if pad_id is None else int(pad_id)
 
 
 def per_example_loss(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """Loss of each example on its own, no mean over the batch, in float32 (float64 stays).
+    """Compute the loss of each example, without a mean over the batch.
 
-    `-log softmax(logits)[label]`, or `(logit - label)^2` for a model with one output.
+    `-log softmax(logits)[label]`, or `(logit - label)^2` for a model with one output. Logits of
+    lower precision are widened to float32 first; float64 stays float64.
 
     Args:
         logits_BC: (B, C).
-        labels_B: (B,) class indices, or targets where C is 1.
+        labels_B: (B,) class indices, or targets if C is 1.
 
     Returns:
         (B,).
@@ -297,11 +303,11 @@ def per_example_loss(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
 def predict(
     model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], *, batch_tokens: int = 8192
 ) -> Tensor:
-    """Logits of every example, in the order given, dropout off.
+    """Compute the logits of every example, in the order given and without dropout.
 
     Args:
-        model: on any device; left in the mode it was in.
-        examples: as `encode` returns them.
+        model: classifier on any device; its training mode is restored.
+        examples: examples from `encode`.
         batch_tokens: largest batch, in tokens.
 
     Returns:
@@ -322,10 +328,10 @@ def predict(
 
 
 def accuracy(logits_NC: Tensor, labels_N: Sequence[int]) -> float:
-    """Share of examples whose largest logit is at the label.
+    """Return the share of examples whose largest logit is at the label.
 
     Raises:
-        ValueError: there are no examples, or the model has one output and so no classes.
+        ValueError: there are no examples, or the model has one output and therefore no classes.
     """
     if logits_NC.shape[0] == 0 or logits_NC.shape[1] == 1:
         raise ValueError(

@@ -1,7 +1,4 @@
-"""Sequence classifiers of the BERT family: made, loaded, taken apart, fed and identified.
-
-Shape suffixes: B examples of a batch, S tokens, N examples, C classes.
-"""
+"""Create a classifier, or load one and its tokenizer from a transformers folder or the Hub."""
 
 from __future__ import annotations
 
@@ -24,9 +21,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from tracmod.models.architecture import attention_layers, embeddings_module
+from tracmod.models.architecture import attention_layers, embeddings_module, max_positions
 
-_TOKENIZER_FILES = (
+WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
+TOKENIZER_FILES = (
     "tokenizer.json",
     "sentencepiece.bpe.model",
     "spiece.model",
@@ -34,8 +32,6 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
 )
-WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
-# --- making and loading ---------------------------------------------------------------------
 
 
 def create_model(
@@ -50,22 +46,28 @@ def create_model(
     max_length: int = 128,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Build a new XLM-R classifier (float32, eval mode), its weights a function of `seed` alone.
+    """Create an XLM-R classifier with random weights that depend on `seed` alone.
 
     Args:
-        tokenizer: gives the vocabulary's size and the special ids.
-        label_names: one per class, in the order of the labels 0, 1, ...
-        layers: encoder layers.
-        hidden: width; a multiple of `heads`.
+        tokenizer: gives the size of the vocabulary and the special ids.
+        label_names: names of the classes, in the order of the labels 0, 1, ...
+        layers: number of encoder layers.
+        hidden: width of the hidden states, a multiple of `heads`.
         heads: attention heads per layer.
-        intermediate: width of the feed-forward layer; None is 4 x hidden.
-        dropout: of hidden states and attention.
-        max_length: tokens the model takes.
-        seed: of the weights; the global generator is left as it was.
+        intermediate: width of the feed-forward layers; None is 4 x `hidden`.
+        dropout: dropout rate of hidden states and attention weights.
+        max_length: longest input that the model takes, in tokens.
+        seed: seed of the weights. The global random generator is not moved.
+
+    Returns:
+        The model in float32 and evaluation mode.
+
+    Raises:
+        ValueError: `hidden` is not a multiple of `heads`, or the tokenizer has no padding token.
     """
     if hidden % heads:
         raise ValueError(f"hidden must be a multiple of heads, got hidden {hidden}, heads {heads}")
-    pad_id = _pad_id(tokenizer)
+    pad_id = _tokenizer_pad_id(tokenizer)
     config = XLMRobertaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -94,32 +96,38 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a sequence classifier and its tokenizer from a transformers folder or the Hub.
 
-    Only safetensors weights are read and no code from the folder is run.
+    Only safetensors weights are read, and no code from the folder is run.
 
     Args:
         source: folder or Hub name.
-        label_names: the task's classes. With them a model without a classifier (`xlm-roberta-base`)
-            gets a new one; without them that is an error.
-        seed: of the new classifier's weights.
+        label_names: the task's classes. If given, a model without a classifier
+            (`xlm-roberta-base`) gets a new one; if not, such a model is an error.
+        seed: seed of the new classifier's weights.
 
     Returns:
-        The model (float32, eval mode, CPU) and the tokenizer, whose `model_max_length` is the
-        `max_tokens` of the two.
+        The model (float32, evaluation mode, CPU) and the tokenizer, whose `model_max_length` is set
+        to the `max_tokens` of both.
 
     Raises:
-        ValueError: no such folder or Hub name, no tokenizer, no (or another) classifier, or an
-            architecture whose attention heads `attention_layers` does not find.
+        ValueError: there is no such folder or Hub name, it has no tokenizer, no classifier or one
+            of other classes, or its architecture has no attention heads that `attention_layers`
+            finds.
     """
     name, folder = str(source), Path(source)
-    check_source(source)
+    check_model_source(source)
     if folder.is_dir() and not has_tokenizer(folder):
         raise ValueError(
             f"model {name}: no tokenizer in the folder, expected one of "
-            + ", ".join(_TOKENIZER_FILES)
+            + ", ".join(TOKENIZER_FILES)
         )
     model = load_classifier(source, label_names, seed=seed)
-    with quiet_transformers():
-        tokenizer = _load_tokenizer(name)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything here, from KeyError to ImportError
+        message = first_line_of(error)
+        raise ValueError(f"model {name}: cannot load its tokenizer: {message}") from None
+    _tokenizer_pad_id(tokenizer)
     embeddings: Any = embeddings_module(model)
     rows = embeddings.word_embeddings.num_embeddings
     if len(tokenizer) > rows:
@@ -133,68 +141,113 @@ def load_model(
 def load_classifier(
     source: str | Path, label_names: Sequence[str] | None = None, *, seed: int = 0
 ) -> PreTrainedModel:
-    """The model of `load_model`, from a folder that need not have a tokenizer."""
+    """Load the model of `load_model` from a source that need not have a tokenizer."""
     name = str(source)
-    check_source(source)
+    check_model_source(source)
     with quiet_transformers():
-        model, info = _load_weights(name, label_names, seed)
-    _check_weights(name, model, info, label_names)
+        model, loading_info = _load_weights(name, label_names, seed)
+    for key, got, expected in loading_info["mismatched_keys"]:
+        raise ValueError(
+            f"model {name}: expected {key} of shape {tuple(expected)}, got {tuple(got)}"
+        )
+    missing = sorted(loading_info["missing_keys"])
+    # A pretrained encoder may lack the classifier, and the pooler that is trained with it.
+    in_encoder = f"{model.base_model_prefix}."
+    lost = [key for key in missing if key.startswith(in_encoder) and ".pooler." not in key]
+    if lost:
+        raise ValueError(f"model {name}: weights are missing from the folder, first {lost[0]}")
+    if missing and label_names is None:
+        raise ValueError(f"model {name}: not a sequence classifier, it has no {missing[0]}")
     attention_layers(model)
     return model.float().eval()
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a transformers folder has a tokenizer in it."""
-    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    """Return whether a transformers folder has a tokenizer in it."""
+    return any((folder / file).is_file() for file in TOKENIZER_FILES)
 
 
 def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest input that both take: the tokenizer's limit, if it states one, and the positions.
-
-    RoBERTa and XLM-R count positions from the padding id + 1 on, and so take that many fewer.
-    """
-    positions: Any = getattr(embeddings_module(model), "position_embeddings", None)
-    if positions is None:
-        return int(tokenizer.model_max_length)
-    unused = 0 if positions.padding_idx is None else positions.padding_idx + 1
-    return min(int(tokenizer.model_max_length), positions.num_embeddings - unused)
+    """Return the longest input that both take: the tokenizer's limit or the model's positions."""
+    return int(min(tokenizer.model_max_length, max_positions(model)))
 
 
 def class_names(model: PreTrainedModel) -> list[str]:
-    """The model's classes in the order of the labels 0, 1, ..."""
-    return names_in_order(model.config)
+    """Return the names of the model's classes in the order of the labels 0, 1, ..."""
+    return config_class_names(model.config)
 
 
-def names_in_order(config: Any) -> list[str]:
+def config_class_names(config: Any) -> list[str]:
+    """Return the names of a config's classes in the order of the labels 0, 1, ..."""
     return [config.id2label[label] for label in sorted(config.id2label)]
 
 
-def check_source(source: str | Path) -> None:
+def check_model_source(source: str | Path) -> None:
+    """Check that a source is a transformers folder, or that the Hub can be asked for it.
+
+    Raises:
+        ValueError: the folder does not exist or has no config.json, or the Hub cannot be reached.
+    """
     name, folder = str(source), Path(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"model {name}: expected a transformers folder, found no config.json")
-    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"model {name}: no such folder")
-    else:
-        _check_hub(name)
-
-
-def _check_hub(name: str) -> None:
-    """Ask the Hub for the model once: transformers goes on asking for 20 s without a network."""
+    # Ask the Hub once: without a network, transformers would go on trying for 20 seconds.
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except HfHubHTTPError:
-        pass  # the Hub has answered: transformers says in better words what is wrong
+        pass  # the Hub has answered; transformers explains better what is wrong
     except Exception as error:  # huggingface_hub's own, or any of its HTTP library
         raise ValueError(
-            f"model {name}: no such folder, and it cannot be had from the Hub: {first_line(error)}"
+            f"model {name}: no such folder, and the Hub cannot be asked for it: "
+            f"{first_line_of(error)}"
         ) from None
 
 
+def _load_weights(
+    name: str, label_names: Sequence[str] | None, seed: int
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load the weights; return the model and what transformers reports of missing weights."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        own_names = config_class_names(config)
+        if label_names is not None:
+            for key, value in _label_config(label_names).items():
+                setattr(config, key, value)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # of a new classifier's weights
+            model, loading_info = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # load_classifier reports them, with the shapes
+            )
+    except OSError as error:
+        where = "the folder" if Path(name).is_dir() else "the Hub"
+        raise ValueError(
+            f"model {name}: cannot be loaded from {where}: {first_line_of(error)}"
+        ) from None
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"model {name}: not a sequence classifier of transformers: {first_line_of(error)}"
+        ) from None
+    # transformers names classes LABEL_0, LABEL_1, ... if the config does not name them.
+    unnamed = all(own.startswith("LABEL_") for own in own_names)
+    expected = own_names if label_names is None else list(label_names)
+    if not unnamed and [own.lower() for own in own_names] != [name.lower() for name in expected]:
+        raise ValueError(f"model {name}: expected the classes {expected}, it has {own_names}")
+    return model, loading_info
+
+
 def _label_config(label_names: Sequence[str]) -> dict[str, Any]:
-    # num_labels goes first: setting it resets the names.
+    # num_labels comes first: setting it resets the names.
     return {
         "num_labels": len(label_names),
         "id2label": dict(enumerate(label_names)),
@@ -202,71 +255,7 @@ def _label_config(label_names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _load_weights(
-    name: str, label_names: Sequence[str] | None, seed: int
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        own_names = names_in_order(config)
-        if label_names is not None:
-            for key, value in _label_config(label_names).items():
-                setattr(config, key, value)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported by _check_weights in our words
-            )
-    except OSError as error:
-        where = "in the folder" if Path(name).is_dir() else "from the Hub"
-        raise ValueError(f"model {name}: cannot be had {where}: {first_line(error)}") from None
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"model {name}: not a sequence classifier of transformers: {first_line(error)}"
-        ) from None
-    if label_names is not None:
-        _check_label_names(name, own_names, label_names)
-    return model, info
-
-
-def _check_label_names(name: str, own: list[str], label_names: Sequence[str]) -> None:
-    """A trained classifier's named classes must be the task's; LABEL_0, ... says nothing."""
-    named = not all(label.startswith("LABEL_") for label in own)
-    if named and [label.lower() for label in own] != [label.lower() for label in label_names]:
-        raise ValueError(f"model {name}: expected the classes {list(label_names)}, it has {own}")
-
-
-def _check_weights(
-    name: str, model: PreTrainedModel, info: dict[str, Any], label_names: Sequence[str] | None
-) -> None:
-    for key, got, expected in info["mismatched_keys"]:
-        raise ValueError(
-            f"model {name}: expected {key} of shape {tuple(expected)}, got {tuple(got)}"
-        )
-    missing = sorted(info["missing_keys"])
-    body = f"{model.base_model_prefix}."
-    lost = [key for key in missing if key.startswith(body) and ".pooler." not in key]
-    if lost:
-        raise ValueError(f"model {name}: weights are missing from the folder, first {lost[0]}")
-    if missing and label_names is None:
-        raise ValueError(f"model {name}: not a sequence classifier, it has no {missing[0]}")
-
-
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything here, from KeyError to ImportError
-        raise ValueError(f"model {name}: cannot load its tokenizer: {first_line(error)}") from None
-    _pad_id(tokenizer)
-    return tokenizer
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def _tokenizer_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.pad_token_id is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path}: expected a padding token, got none")
     return int(tokenizer.pad_token_id)
@@ -274,30 +263,19 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' progress bars and its report of what it did not find."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    """Hide transformers' progress bars, and its report of missing weights, within the context."""
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
+        if had_bars:
             logging.enable_progress_bar()
 
 
-def first_line(error: Exception) -> str:
+def first_line_of(error: Exception) -> str:
+    """Return the first non-empty line of an error's message, or the name of its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-# --- checkpoints ----------------------------------------------------------------------------
-
-
-# --- parts of a model -----------------------------------------------------------------------
-
-
-# --- examples, batches, loss ----------------------------------------------------------------
-
-
-# --- identity -------------------------------------------------------------------------------

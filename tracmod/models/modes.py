@@ -1,4 +1,4 @@
-"""Device and evaluation mode of a model, changed for a while and put back."""
+"""Device, evaluation mode and frozen weights of a model, changed for a while and restored."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no weight gradients; both are put back afterwards.
+    """Put the model into evaluation mode without weight gradients; restore both afterwards.
 
-    Within it autograd records, also inside `torch.no_grad()` or `torch.inference_mode()`.
+    Autograd records within the context, also when the caller is inside `torch.no_grad()` or
+    `torch.inference_mode()`: gradients with respect to hidden states are needed.
     """
     training = [(module, module.training) for module in model.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -27,25 +26,36 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training:
             module.training = mode
-        for parameter, require in required:
-            parameter.requires_grad_(require)
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
 
 
 def on_device(model: PreTrainedModel, device: torch.device | str | None) -> ExitStack:
-    """Move the model to a device and, on leaving the context, back."""
+    """Move the model to a device, and back to its own when the returned context is left.
+
+    Args:
+        model: model to move, in place.
+        device: where to; None leaves the model where it is.
+
+    Returns:
+        A context manager. The model is already on `device` when this function returns.
+    """
     stack = ExitStack()
-    before = next(model.parameters()).device
-    if device is not None and torch.device(device) != before:
+    original = next(model.parameters()).device
+    if device is not None and torch.device(device) != original:
         to_device(model, device)
-        stack.callback(to_device, model, before)
+        stack.callback(to_device, model, original)
     return stack
 
 
 def resolve_device(text: str | None) -> str:
-    """The device to compute on; None or "auto" is a GPU if there is one.
+    """Return the name of the device to compute on.
+
+    Args:
+        text: `cpu`, `cuda`, `cuda:1`, ...; None or "auto" is a GPU if there is one.
 
     Raises:
-        ValueError: not a name of a CPU or GPU, or that GPU is not there.
+        ValueError: `text` is not the name of a CPU or GPU, or this machine has no such GPU.
     """
     if text is None or text == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,6 +72,9 @@ def resolve_device(text: str | None) -> str:
 
 
 def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
-    """Move a model in place. (`PreTrainedModel.to` is wrapped in a way that hides its types.)"""
+    """Move a model in place and return it.
+
+    `PreTrainedModel.to` does the same, but is wrapped in a way that hides its types.
+    """
     nn.Module.to(model, torch.device(device))
     return model

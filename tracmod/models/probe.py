@@ -1,4 +1,4 @@
-"""Whether two passes of a model give the same logits."""
+"""Whether two models, or two passes of one model, give the same logits on a small probe."""
 
 from __future__ import annotations
 
@@ -13,10 +13,22 @@ from transformers import PreTrainedModel
 from tracmod.models.inputs import collate, pad_token_id
 
 
+def same_logits(model: PreTrainedModel, reference: PreTrainedModel) -> bool:
+    """Return whether two models with one vocabulary agree on the probe, up to rounding.
+
+    A model that fails on the probe does not agree: an attention layer that cannot work with the
+    heads it has left usually fails on a shape.
+    """
+    probe = probe_inputs(reference)
+    with suppress(RuntimeError, ValueError):
+        return logits_agree(probe_logits(model, probe), probe_logits(reference, probe))
+    return False
+
+
 def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Eight tokens in two examples, one of them padded."""
+    """Build a batch of two examples of four and two tokens, so that one is padded."""
     pad_id, vocabulary = pad_token_id(model), int(model.config.vocab_size)
-    ids = [(pad_id + 1 + place) % vocabulary for place in range(4)]
+    ids = [(pad_id + 1 + offset) % vocabulary for offset in range(4)]
     rows = [{"input_ids": ids[:n], "attention_mask": [1] * n, "labels": 0} for n in (4, 2)]
     batch = collate(rows, pad_id, next(model.parameters()).device)
     batch.pop("labels")
@@ -24,25 +36,19 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel, probe: Mapping[str, Tensor]) -> Tensor:
+def probe_logits(model: PreTrainedModel, probe: Mapping[str, Tensor]) -> Tensor:
+    """Compute the logits of the probe, in the mode the model is in."""
     return model(**probe).logits
 
 
-def same_logits(found: PreTrainedModel, expected: PreTrainedModel) -> bool:
-    """Whether two models of one vocabulary, as they are now, agree on eight tokens up to rounding.
+def logits_agree(logits: Tensor, expected: Tensor) -> bool:
+    """Return whether logits are equal up to rounding.
 
-    A model that fails at them does not agree.
+    The tolerance is the square root of the dtype's machine epsilon, relative to the largest
+    expected logit: far above rounding, far below the effect of a missing head. NaN and infinity
+    never agree.
     """
-    probe = probe_inputs(expected)
-    with suppress(RuntimeError, ValueError):
-        return close_logits(logits_of(found, probe), logits_of(expected, probe))
-    return False
-
-
-def close_logits(found: Tensor, expected: Tensor) -> bool:
-    """Equal up to rounding; never with NaN or infinity in either."""
-    if found.shape != expected.shape:
+    if logits.shape != expected.shape:
         return False
     tolerance = math.sqrt(torch.finfo(expected.dtype).eps)
-    scale = expected.abs().max()
-    return bool((found - expected).abs().max() <= tolerance * scale)
+    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())

@@ -13,7 +13,7 @@ from tracmod.config import FinetuneConfig
 from tracmod.models.loading import create_model, load_model
 from tracmod.models.tokenizer import read_sentencepiece, train_tokenizer
 from tracmod.study.context import RunContext
-from tracmod.training.fine_tune import Settings, fine_tune
+from tracmod.training.fine_tune import TrainingSettings, fine_tune
 
 
 def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -48,9 +48,9 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
     return model, tokenizer
 
 
-def training_settings(config: FinetuneConfig, seed: int) -> Settings:
+def training_settings(config: FinetuneConfig, seed: int) -> TrainingSettings:
     """Return the settings of `fine_tune` for a section of the config."""
-    return Settings(seed=seed, **config.model_dump(exclude={"save_seconds", "masks"}))
+    return TrainingSettings(seed=seed, **config.model_dump(exclude={"save_seconds", "masks"}))
 
 
 def fine_tune_on(

@@ -1,1 +1,1 @@
-"""Attention heads: masks, importance, pruning and smaller models."""
+"""Subnetworks: masks over attention heads, head importance, pruning and smaller models."""

@@ -1,4 +1,17 @@
-"""Attention heads: masks over them, what belongs to one, and how important each is.
+"""Masks over attention heads, and the slices of the parameters that belong to one head.
+
+Self-attention with H heads of width D computes, for a sequence x and head h with the rows
+`h * D : (h + 1) * D` of the query, key and value projections,
+
+    q_h = x W_q[h]^T + b_q[h]    (k_h and v_h likewise)
+    o_h = softmax(q_h k_h^T / sqrt(D)) v_h
+    y   = sum_h o_h W_o[:, h]^T + b_o
+
+A head thus reaches the rest of the model through its own columns of W_o alone. Multiplying o_h by
+0, setting these columns to zero and taking the head out of the model give the same y. The rows
+W_q[h], W_k[h], W_v[h], their biases and the columns W_o[:, h] belong to head h; b_o is added once
+for all heads and belongs to none. While a head is masked, the gradients of all that belongs to it
+are exactly zero, because o_h is multiplied by 0 on its way to the loss.
 
 Shape suffixes: B examples of a batch, S tokens, I inputs of a layer, L layers, H heads.
 """
@@ -8,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +30,26 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tracmod.files.durable import write_file
 from tracmod.models.architecture import AttentionLayer, attention_layers
 
 
 class HeadMask:
-    """Which attention heads take part: 1 kept, 0 masked, for every layer and head.
+    """Which attention heads take part in a forward pass: 1 kept, 0 masked.
 
-    A masked head's output is multiplied by 0 before the attention output projection, which is
-    the same as setting the head's columns of that projection's weight to zero, or as taking the
-    head out of the model.
+    Masks are values: they cannot be changed, and equal masks are `==` and have the same hash.
 
     Attributes:
         array: (L, H) int8 of 0 and 1, read-only.
+
+    Examples:
+        >>> import tracmod as tm
+        >>> mask = tm.HeadMask([[1, 0, 1], [1, 1, 1]])
+        >>> mask
+        HeadMask(5 of 2x3 heads kept)
+        >>> mask == tm.HeadMask.from_array([[True, False, True], [True, True, True]])
+        True
     """
 
     def __init__(self, mask_LH: ArrayLike) -> None:
@@ -45,20 +63,49 @@ class HeadMask:
 
     @classmethod
     def from_array(cls, mask_LH: ArrayLike) -> HeadMask:
-        """Make a mask from (L, H) zeros and ones (or booleans) of any kind."""
+        """Create a mask from an array or nested lists; the same as the constructor.
+
+        Args:
+            mask_LH: (L, H) zeros and ones, or booleans, of any dtype.
+
+        Raises:
+            ValueError: another number of dimensions, no heads, or other values.
+
+        Examples:
+            >>> import tracmod as tm
+            >>> tm.HeadMask.from_array([[1, 0], [0, 1]]).size
+            2
+        """
         return cls(mask_LH)
 
     @classmethod
     def full(cls, num_layers: int, num_heads: int) -> HeadMask:
-        """The mask that keeps every head."""
+        """Create the mask that keeps every head.
+
+        Examples:
+            >>> import tracmod as tm
+            >>> tm.HeadMask.full(12, 12)
+            HeadMask(144 of 12x12 heads kept)
+        """
         return cls(np.ones((num_layers, num_heads), dtype=np.int8))
 
     @classmethod
     def random(cls, num_layers: int, num_heads: int, size: int, seed: int) -> HeadMask:
-        """Keep `size` heads drawn uniformly without replacement; a function of `seed` alone.
+        """Create a mask that keeps `size` heads, drawn uniformly without replacement.
+
+        Args:
+            num_layers, num_heads: shape of the mask.
+            size: number of heads to keep.
+            seed: the mask is a function of the seed; no global generator is used.
 
         Raises:
             ValueError: `size` is not between 0 and the number of heads.
+
+        Examples:
+            >>> import tracmod as tm
+            >>> mask = tm.HeadMask.random(2, 4, size=5, seed=0)
+            >>> mask.size, mask == tm.HeadMask.random(2, 4, size=5, seed=0)
+            (5, True)
         """
         total = num_layers * num_heads
         if not 0 <= size <= total:
@@ -69,10 +116,18 @@ class HeadMask:
 
     @classmethod
     def load(cls, path: str | Path) -> HeadMask:
-        """Read a mask that `save` wrote; what else the file says is left out.
+        """Load a mask from a file that `save` wrote, without the file's other fields.
 
         Raises:
-            ValueError: no such file, or it holds no mask of the size it states.
+            ValueError: the file does not exist, or holds no mask of the shape that it states.
+
+        Examples:
+            >>> import tempfile
+            >>> import tracmod as tm
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     tm.HeadMask([[1, 0], [1, 1]]).save(f"{folder}/en.json", language="en")
+            ...     tm.HeadMask.load(f"{folder}/en.json")
+            HeadMask(3 of 2x2 heads kept)
         """
         path = Path(path)
         if not path.is_file():
@@ -94,11 +149,21 @@ class HeadMask:
         return mask
 
     def save(self, path: str | Path, **fields: Any) -> None:
-        """Write the mask as JSON, atomically.
+        """Write the mask as JSON, atomically: num_layers, num_heads, mask and `fields`.
 
         Args:
-            path: the file; its folder is made.
-            **fields: what else to say: language, score, full_score, threshold, seeds, ...
+            path: file to write; its folder is created.
+            **fields: further entries of the file, such as language, score, full_score, threshold
+                or seeds. `language` is written first.
+
+        Examples:
+            >>> import pathlib, tempfile
+            >>> import tracmod as tm
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = pathlib.Path(folder, "en.json")
+            ...     tm.HeadMask([[1, 0], [1, 1]]).save(path, language="en")
+            ...     print(path.read_text().strip())
+            {"language": "en", "num_layers": 2, "num_heads": 2, "mask": [[1, 0], [1, 1]]}
         """
         path = Path(path)
         num_layers, num_heads = self.array.shape
@@ -114,14 +179,28 @@ class HeadMask:
 
     @property
     def size(self) -> int:
-        """Number of heads kept."""
+        """Number of heads kept.
+
+        Examples:
+            >>> import tracmod as tm
+            >>> tm.HeadMask([[1, 0], [1, 1]]).size
+            3
+        """
         return int(self.array.sum())
 
     def similarity(self, other: HeadMask) -> float:
-        """Jaccard similarity, from 0 to 1: heads kept by both over heads kept by either.
+        """Compute the Jaccard similarity: heads kept by both over heads kept by either.
 
-        1 where neither keeps any. Large masks are alike by chance: `analysis.mask_similarity` has
-        other measures, and what chance gives.
+        From 0 to 1, and 1 if neither mask keeps a head. Masks that keep most heads are similar by
+        chance: `analysis.similarity.mask_similarity` has other measures and what chance gives.
+
+        Raises:
+            ValueError: the masks have different shapes.
+
+        Examples:
+            >>> import tracmod as tm
+            >>> tm.HeadMask([[1, 1, 0, 1]]).similarity(tm.HeadMask([[1, 0, 0, 1]]))
+            0.6666666666666666
         """
         if self.array.shape != other.array.shape:
             raise ValueError(
@@ -132,7 +211,13 @@ class HeadMask:
         return int((self.array & other.array).sum()) / either if either else 1.0
 
     def digest(self) -> str:
-        """SHA-256 over shape and entries."""
+        """Compute the SHA-256 digest of shape and entries, as 64 hexadecimal digits.
+
+        Examples:
+            >>> import tracmod as tm
+            >>> tm.HeadMask([[1, 0]]).digest() == tm.HeadMask([[1], [0]]).digest()
+            False
+        """
         content = f"{self.array.shape}".encode() + self.array.tobytes()
         return hashlib.sha256(content).hexdigest()
 
@@ -150,14 +235,31 @@ class HeadMask:
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[None]:
-        """Mask the model's heads within the context, in every forward pass.
+        """Mask the model's heads in every forward pass within the context.
 
-        The hooks go before any other on the attention output projections, so that whatever else
-        reads a projection's input sees it masked. Nested contexts keep the heads that all of
-        them keep. Layers with no masked head are not touched.
+        Nested contexts keep the heads that all of their masks keep. Layers without a masked head
+        are not touched, so that the full mask changes no bit.
+
+        Args:
+            model: an encoder of the BERT family; its weights are not changed.
 
         Raises:
             ValueError: the mask's shape is not the model's (layers, heads).
+
+        Examples:
+            >>> import torch
+            >>> from transformers import BertConfig, BertForSequenceClassification
+            >>> import tracmod as tm
+            >>> config = BertConfig(
+            ...     vocab_size=50, hidden_size=16, intermediate_size=32,
+            ...     num_hidden_layers=2, num_attention_heads=4,
+            ... )
+            >>> model = BertForSequenceClassification(config).eval()
+            >>> input_ids = torch.tensor([[5, 6, 7]])
+            >>> with tm.HeadMask.random(2, 4, size=5, seed=0).apply(model):
+            ...     masked = model(input_ids).logits
+            >>> torch.equal(masked, model(input_ids).logits)
+            False
         """
         layers = matching_layers(model, self)
         with ExitStack() as hooks:
@@ -168,49 +270,63 @@ class HeadMask:
 
 
 def _scale_heads(layer: AttentionLayer, kept_H: Tensor) -> Callable[[], None]:
+    """Multiply the heads' outputs by 0 or 1 in every forward pass; return what undoes it."""
     kept_I = kept_H.repeat_interleave(layer.head_dim)
-    # Copied once to each device and dtype: a copy in every pass would wait for the GPU.
+    # One copy for each device and dtype: a copy in every pass would make the CPU wait for the GPU.
     copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def scale(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x_BSI = inputs[0]
-        place = (x_BSI.device, x_BSI.dtype)
-        if place not in copies:
-            with torch.inference_mode(False):  # so that a later pass may record it
-                copies[place] = kept_I.to(*place)
-        return (x_BSI * copies[place], *inputs[1:])
+        key = (x_BSI.device, x_BSI.dtype)
+        if key not in copies:
+            # Not an inference tensor, even if this pass is in inference mode: autograd could not
+            # save it in a later pass that is recorded.
+            with torch.inference_mode(False):
+                copies[key] = kept_I.to(*key)
+        return (x_BSI * copies[key], *inputs[1:])
 
+    # Before any other hook, so that whatever else reads the projection's input sees it masked:
+    # gradient capture must see zeros there, or it would give the masked columns a gradient.
     return layer.output.register_forward_pre_hook(scale, prepend=True).remove
 
 
+def masked(model: nn.Module, mask: HeadMask | None) -> AbstractContextManager[None]:
+    """Return the context of `mask.apply(model)`, or one that does nothing for no mask."""
+    return nullcontext() if mask is None else mask.apply(model)
+
+
 def matching_layers(model: nn.Module, mask: HeadMask) -> list[AttentionLayer]:
-    """The model's attention layers, after a check that `mask` has a row and entries for each.
+    """Return the model's attention layers, after checking that the mask has their shape.
 
     Raises:
-        ValueError: the mask's shape is not the model's (layers, heads), or layers of the model have
+        ValueError: the mask's shape is not the model's (layers, heads), or the model's layers have
             lost heads (`tracmod.load_pruned`).
     """
     layers = attention_layers(model)
-    expected = [layer.num_heads for layer in layers]
-    if len(set(expected)) > 1:
+    heads = [layer.num_heads for layer in layers]
+    if len(set(heads)) > 1:
         raise ValueError(
-            f"head mask: expected a model with as many heads in every layer, got {expected}: heads "
+            f"head mask: expected a model with as many heads in every layer, got {heads}: heads "
             f"have been taken out of it; mask the model that still has them"
         )
-    if expected != [mask.array.shape[1]] * mask.array.shape[0]:
+    if heads != [mask.array.shape[1]] * mask.array.shape[0]:
         raise ValueError(
-            f"head mask: expected {len(layers)} layers of {expected[0]} heads, as the model has, "
+            f"head mask: expected {len(layers)} layers of {heads[0]} heads, as the model has, "
             f"got shape {mask.array.shape}"
         )
     return layers
 
 
-# --- what belongs to a head -----------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class HeadSlice:
-    """The part of one parameter that belongs to one head: `parameter[index]`."""
+    """The part of one parameter that belongs to one head.
+
+    Attributes:
+        name: name of the parameter in the model.
+        parameter: the whole parameter.
+        layer, head: position of the head.
+        index: `parameter[index]` is the head's part, a view.
+    """
 
     name: str
     parameter: Tensor
@@ -220,51 +336,54 @@ class HeadSlice:
 
 
 def head_slices(model: nn.Module, mask: HeadMask | None = None) -> list[HeadSlice]:
-    """List what belongs to each masked head of `mask`, or to every head without a mask.
+    """List the slices that belong to heads: rows of query, key and value, columns of the output.
 
-    A head owns its rows of query, key and value (weight and bias) and its columns of the
-    attention output projection's weight; that projection's bias belongs to no head.
+    Args:
+        model: an encoder of the BERT family.
+        mask: if given, list the slices of the heads that it masks; None lists those of all heads.
 
     Returns:
-        By layer, then parameter, then head.
+        Seven slices for each head, ordered by layer, then parameter, then head.
+
+    Raises:
+        ValueError: the mask does not fit the model.
     """
     layers = attention_layers(model) if mask is None else matching_layers(model, mask)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     slices = []
-    for number, layer in enumerate(layers):
+    for layer_index, layer in enumerate(layers):
         for parameter, axis in head_parameters(layer):
             for head in range(layer.num_heads):
-                if mask is not None and mask.array[number, head]:
+                if mask is not None and mask.array[layer_index, head]:
                     continue
                 own = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
                 index = (own,) if axis == 0 else (slice(None), own)
-                slices.append(HeadSlice(names[id(parameter)], parameter, number, head, index))
+                slices.append(HeadSlice(names[id(parameter)], parameter, layer_index, head, index))
     return slices
 
 
 def head_parameters(layer: AttentionLayer) -> list[tuple[Tensor, int]]:
-    """The parameters that heads divide, each with the axis they divide it along."""
+    """List the parameters that the heads divide, each with the axis that they divide it along."""
     linears = (layer.query, layer.key, layer.value)
     parameters = [parameter for linear in linears for parameter in linear.parameters()]
     return [*((parameter, 0) for parameter in parameters), (layer.output.weight, 1)]
 
 
 def kept_columns(layer: AttentionLayer, kept_H: Tensor) -> Tensor:
-    """What is left along these axes without the heads that `kept_H` masks, int64.
+    """Return the positions of the kept heads along the axes of `head_parameters`.
 
-    Attention needs a head: where none is kept, the first one's columns stay, and it is for the
-    caller to see that they count nothing.
+    Attention cannot work without any head: if none is kept, the columns of the first head are
+    returned, and the caller has to make sure that they contribute nothing.
+
+    Args:
+        layer: the attention layer.
+        kept_H: (H,) 1 for heads to keep.
+
+    Returns:
+        int64, on the layer's device.
     """
     heads = kept_H.nonzero().flatten()
     if len(heads) == 0:
         heads = torch.zeros(1, dtype=torch.int64)
     columns = (heads[:, None] * layer.head_dim + torch.arange(layer.head_dim)).flatten()
     return columns.to(layer.query.weight.device)
-
-
-# --- importance -----------------------------------------------------------------------------
-
-
-def masked(model: PreTrainedModel, head_mask: HeadMask | None) -> Any:
-    """The mask's context, or one that does nothing."""
-    return nullcontext() if head_mask is None else head_mask.apply(model)

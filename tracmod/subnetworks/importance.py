@@ -1,9 +1,13 @@
-"""How important each attention head is for a model on some examples."""
+"""How important each attention head is for a model on given examples.
+
+Shape suffixes: B examples of a batch, I inputs of a layer, N examples, C classes, L layers,
+H heads.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -21,7 +25,7 @@ from tracmod.models.inputs import (
     plan_batches,
     predict,
 )
-from tracmod.subnetworks.head_mask import HeadMask, matching_layers
+from tracmod.subnetworks.head_mask import HeadMask, masked, matching_layers
 
 
 def head_importance(
@@ -32,24 +36,27 @@ def head_importance(
     normalize: bool = True,
     batch_tokens: int = 8192,
 ) -> NDArray[np.float64]:
-    """Mean absolute sensitivity of the loss to each head's output.
+    """Compute the mean absolute sensitivity of the loss to each head's output.
 
     `I_h = mean_x |dL(x) / d xi_h|`, where head h's output is multiplied by xi_h and the derivative
-    is taken at xi = mask, one example x at a time, dropout off. Then, as in the authors' code,
-    every layer is divided by its L2 norm, which masked heads are part of.
+    is taken at xi = mask, for each example x by itself and without dropout. The absolute value is
+    taken before the mean: an example that a head helps must not cancel one that it harms. Then, as
+    in the authors' code, every layer is divided by its L2 norm over all heads, masked heads
+    included, because the layers' gradients differ in scale.
 
     Args:
-        model: on any device; left in the mode it was in, its weights' gradients untouched.
-        examples: as `encode` returns them, with labels.
-        mask: where the derivative is taken; None: every head kept.
-        normalize: divide each layer by its L2 norm (a layer of zeros stays zero).
+        model: classifier on any device. Its training mode is restored, and the gradients of its
+            weights are not touched.
+        examples: examples from `encode`, with labels.
+        mask: where the derivative is taken; None keeps every head.
+        normalize: whether to divide each layer by its L2 norm (a layer of zeros stays zero).
         batch_tokens: largest batch, in tokens.
 
     Returns:
-        (L, H), at masked heads too.
+        (L, H), also at masked heads: the derivative there says what switching the head on would do.
 
     Raises:
-        ValueError: no examples, or a mask that does not fit the model.
+        ValueError: there are no examples, or the mask does not fit the model.
 
     Source: Michel, Levy and Neubig 2019 (arXiv 1905.10650), sections 4.1 and 4.2.
     """
@@ -77,28 +84,39 @@ def head_importance(
 def _sensitivity(
     model: PreTrainedModel, layers: list[AttentionLayer], inputs: dict[str, Tensor], mask: HeadMask
 ) -> Tensor:
-    """dL(x)/d xi of every example x of a batch, (B, L, H): each example has a xi of its own."""
+    """Compute dL(x)/d xi for every example x of a batch, (B, L, H).
+
+    Each example gets a xi of its own, all with the same values. The sum of the losses then has the
+    per-example derivatives as its gradient, so that one backward pass gives all of them.
+    """
     labels_B = inputs.pop("labels")
     xi_LH = torch.from_numpy(mask.array.copy()).to(model.device, model.dtype)
     xi_BLH = xi_LH.expand(len(labels_B), -1, -1).clone().requires_grad_()
     with ExitStack() as hooks, torch.enable_grad():
-        for number, layer in enumerate(layers):
-            hooks.callback(_gate_heads(layer, xi_BLH[:, number]))
+        for layer_index, layer in enumerate(layers):
+            hooks.callback(_multiply_heads(layer, xi_BLH[:, layer_index]))
         logits_BC = model(**inputs).logits
         loss = per_example_loss(logits_BC, labels_B).sum()
     return torch.autograd.grad(loss, xi_BLH)[0]
 
 
-def _gate_heads(layer: AttentionLayer, xi_BH: Tensor) -> Callable[[], None]:
-    def gate(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        gate_BI = xi_BH.repeat_interleave(layer.head_dim, dim=1)
-        return (inputs[0] * gate_BI[:, None, :], *inputs[1:])
+def _multiply_heads(layer: AttentionLayer, xi_BH: Tensor) -> Callable[[], None]:
+    """Multiply the heads' outputs by xi, so that autograd records it; return what undoes it."""
 
-    return layer.output.register_forward_pre_hook(gate, prepend=True).remove
+    def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        xi_BI = xi_BH.repeat_interleave(layer.head_dim, dim=1)
+        return (inputs[0] * xi_BI[:, None, :], *inputs[1:])
+
+    return layer.output.register_forward_pre_hook(multiply, prepend=True).remove
 
 
-def without_least(mask: HeadMask, importance_LH: NDArray[np.float64], count: int) -> HeadMask:
-    """Mask the `count` least important heads still kept; ties: lower layer, lower head first."""
+def mask_least_important(
+    mask: HeadMask, importance_LH: NDArray[np.float64], count: int
+) -> HeadMask:
+    """Mask `count` more heads: the least important of those that the mask keeps.
+
+    Of equally important heads, the one in the lower layer goes first, then the lower head.
+    """
     importance = np.where(mask.array == 1, importance_LH, np.inf).reshape(-1)
     flat = mask.array.reshape(-1).copy()
     flat[np.argsort(importance, kind="stable")[:count]] = 0
@@ -111,7 +129,7 @@ def masked_accuracy(
     mask: HeadMask | None,
     batch_tokens: int = 8192,
 ) -> float:
-    """Share of examples that the model, under `mask` if there is one, classifies right."""
-    with nullcontext() if mask is None else mask.apply(model):
+    """Compute the share of examples that the model classifies correctly under the mask, if any."""
+    with masked(model, mask):
         logits_NC = predict(model, examples, batch_tokens=batch_tokens)
     return accuracy(logits_NC, [example["labels"] for example in examples])

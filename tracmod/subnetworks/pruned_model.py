@@ -1,18 +1,17 @@
-"""A subnetwork as a model of its own: with the masked heads zeroed, or taken out of the tensors.
+"""Save a subnetwork as a model of its own: masked heads zeroed, or taken out of the tensors.
 
-Two forms, both with the logits of the masked model:
+Both forms have the logits of the masked model:
 
-- `save_masked`: a plain transformers folder of the same shapes, in which what belongs to a masked
-  head is zero. Anything that loads transformers models loads it. It is no faster, and only smaller
-  once compressed.
-- `save_pruned`: the masked heads' rows of query, key and value and columns of the attention output
-  projection are gone, from the file and from the matrix products. `load_pruned` reads it.
+- `save_masked` writes a plain transformers folder with tensors of the same shapes, in which all
+  that belongs to a masked head is zero. Anything that loads transformers models loads it. It is not
+  faster, and smaller only once compressed.
+- `save_pruned` takes the masked heads' rows of query, key and value and columns of the attention
+  output projection out of the file, and so out of the matrix products. `load_pruned` reads it.
 
-Why the second form is not for `from_pretrained`: a config of transformers 5 has one
-`num_attention_heads` for all layers, from which the width of a head follows as hidden size over
-heads; there is no `prune_heads`, and `pruned_heads` in a config is not read. (A config may have a
-`per_layer_config`, but BERT-family layers do not look into it.) Code within the folder could do it,
-and would ask everyone for `trust_remote_code`.
+`from_pretrained` cannot read the second form. A transformers 5 config has one `num_attention_heads`
+for all layers, and derives the width of a head as hidden size over heads; `prune_heads` and the
+config's `pruned_heads` are gone, and BERT-family layers do not read `per_layer_config`. Code within
+the folder could do it, but then every user would have to set `trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from tracmod.subnetworks.head_mask import (
     matching_layers,
 )
 
-# Not model.safetensors: from_pretrained must not take narrow tensors for a whole model's.
+# Not model.safetensors, so that from_pretrained does not read the narrow tensors as a whole model.
 WEIGHTS_FILE = "pruned.safetensors"
 MASK_FILE = "head_mask.json"
 
@@ -57,29 +56,45 @@ def save_masked(
     tokenizer: PreTrainedTokenizerBase | None = None,
     made_from: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a transformers folder of the same shapes, the masked heads' parameters zero.
+    """Write a transformers folder with the same shapes and the masked heads' parameters zero.
 
-    `AutoModelForSequenceClassification.from_pretrained(folder)` gives, bit for bit, the logits of
-    `model` under `mask.apply`: the same products with zeros in the same places.
+    `AutoModelForSequenceClassification.from_pretrained(folder)` gives the logits of `model` under
+    `mask.apply` bit for bit: the same products, with zeros in the same positions.
 
     Args:
         model: a sequence classifier; not changed.
         mask: heads to keep.
-        folder: made if it is not there.
-        tokenizer: saved beside it.
-        made_from: what else head_mask.json, written beside, is to say: language, ...
+        folder: folder to write, created if it does not exist.
+        tokenizer: saved in the same folder if given.
+        made_from: further entries of head_mask.json, which is written beside the model, such as
+            the language.
 
     Raises:
         ValueError: the mask does not fit the model.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> import tracmod as tm
+        >>> config = BertConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32,
+        ...     num_hidden_layers=1, num_attention_heads=4,
+        ... )
+        >>> model = BertForSequenceClassification(config).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tm.save_masked(model, tm.HeadMask([[0, 1, 1, 1]]), folder)
+        ...     saved = BertForSequenceClassification.from_pretrained(folder)
+        >>> saved.bert.encoder.layer[0].attention.self.query.weight[:4].any().item()
+        False
     """
     folder = Path(folder)
-    state, masked = dict(model.state_dict()), head_slices(model, mask)
-    state |= {name: state[name].clone() for name in {one.name for one in masked}}
-    for one in masked:
-        state[one.name][one.index] = 0
+    state, masked_slices = dict(model.state_dict()), head_slices(model, mask)
+    state |= {name: state[name].clone() for name in {part.name for part in masked_slices}}
+    for part in masked_slices:
+        state[part.name][part.index] = 0
     with quiet_transformers():
         model.save_pretrained(folder, state_dict=state)
-    _save_beside(folder, mask, tokenizer, made_from)
+    _save_mask_and_tokenizer(folder, mask, tokenizer, made_from)
 
 
 def save_pruned(
@@ -89,23 +104,41 @@ def save_pruned(
     tokenizer: PreTrainedTokenizerBase | None = None,
     made_from: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the model without its masked heads: fewer bytes, fewer operations.
+    """Write the model without its masked heads: fewer bytes and fewer operations.
 
-    Written are pruned.safetensors, config.json (the whole model's) and head_mask.json. Of every
-    masked head `4 * hidden * head_dim + 3 * head_dim` numbers are gone, except that a layer with no
-    head left keeps one of zeros, since attention needs a head: its output is the projection's bias.
+    The folder gets pruned.safetensors, config.json (the whole model's) and head_mask.json. Every
+    masked head saves `4 * hidden * head_dim + 3 * head_dim` numbers, except that a layer without
+    any head keeps one of zeros, because attention needs a head: its output is the projection's
+    bias, as under the mask.
 
     Args:
         model, mask, folder, tokenizer, made_from: as in `save_masked`.
 
     Raises:
-        ValueError: the mask does not fit the model, or the model does not compute the same without
-            its heads.
+        ValueError: the mask does not fit the model, or the model without its masked heads does not
+            compute the logits of the masked model.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> import tracmod as tm
+        >>> config = BertConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32,
+        ...     num_hidden_layers=1, num_attention_heads=4,
+        ... )
+        >>> model = BertForSequenceClassification(config).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tm.save_pruned(model, tm.HeadMask([[0, 1, 1, 0]]), folder)
+        ...     pruned = tm.load_pruned(folder)
+        >>> model.num_parameters() - pruned.num_parameters()  # 2 heads of 4 * 16 * 4 + 3 * 4
+        536
     """
     folder = Path(folder)
     state = _without_heads(model, mask)
     pruned = _narrow_model(model.config, mask)
     pruned.load_state_dict(state, assign=True)
+    # An architecture may count on all of its heads in a way that the tensors do not show. It is
+    # better found now, on a few tokens, than by a user of the folder.
     with mask.apply(model):
         same = same_logits(to_device(pruned, model.device).eval(), model)
     if not same:
@@ -118,19 +151,37 @@ def save_pruned(
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     save_file(state, folder / WEIGHTS_FILE, {"format": "pt"})
-    _save_beside(folder, mask, tokenizer, made_from)
+    _save_mask_and_tokenizer(folder, mask, tokenizer, made_from)
 
 
 def load_pruned(folder: str | Path) -> PreTrainedModel:
-    """Load what `save_pruned` wrote.
+    """Load a model that `save_pruned` wrote.
+
+    Args:
+        folder: the folder written.
 
     Returns:
-        The classifier, in eval mode on the CPU, in the dtype it was saved in. Its layers have as
-        many heads as they keep (one of zeros where they keep none); a head mask is no longer for
-        it.
+        The classifier, in evaluation mode on the CPU, in the dtype in which it was saved. Its
+        layers have as many heads as they keep (one of zeros if they keep none), so that a head mask
+        of the whole model no longer fits it.
 
     Raises:
-        ValueError: no such folder, or its files do not go together.
+        ValueError: the folder does not exist, or its files do not match each other.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> import tracmod as tm
+        >>> config = BertConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32,
+        ...     num_hidden_layers=1, num_attention_heads=4,
+        ... )
+        >>> model = BertForSequenceClassification(config).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tm.save_pruned(model, tm.HeadMask([[0, 1, 1, 0]]), folder)
+        ...     pruned = tm.load_pruned(folder)
+        >>> pruned.bert.encoder.layer[0].attention.self.num_attention_heads
+        2
     """
     folder = Path(folder)
     for name in ("config.json", WEIGHTS_FILE, MASK_FILE):
@@ -141,14 +192,14 @@ def load_pruned(folder: str | Path) -> PreTrainedModel:
     try:
         model.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)
     except (RuntimeError, SafetensorError) as error:
-        first = str(error).splitlines()[-1].strip()
+        last_line = str(error).splitlines()[-1].strip()  # torch lists keys after a heading
         raise ValueError(
-            f"{folder / WEIGHTS_FILE}: expected the weights that {MASK_FILE} keeps: {first}"
+            f"{folder / WEIGHTS_FILE}: expected the weights that {MASK_FILE} keeps: {last_line}"
         ) from None
     return model.eval()
 
 
-def _save_beside(
+def _save_mask_and_tokenizer(
     folder: Path,
     mask: HeadMask,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -160,7 +211,7 @@ def _save_beside(
 
 
 def _without_heads(model: PreTrainedModel, mask: HeadMask) -> dict[str, Tensor]:
-    """The state dict of the model, narrowed to the heads that are kept."""
+    """Return the model's state dict, narrowed to the heads that the mask keeps."""
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):
@@ -172,7 +223,7 @@ def _without_heads(model: PreTrainedModel, mask: HeadMask) -> dict[str, Tensor]:
 
 
 def _narrow_model(config: Any, mask: HeadMask) -> PreTrainedModel:
-    """A classifier with the shapes that the mask leaves; its weights are for the caller to load."""
+    """Create a classifier with the shapes that the mask leaves; its weights are still random."""
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):
@@ -181,6 +232,7 @@ def _narrow_model(config: Any, mask: HeadMask) -> PreTrainedModel:
 
 
 def _narrow_layer(model: nn.Module, layer: AttentionLayer, kept_H: Tensor) -> None:
+    """Narrow an attention layer's four linear layers, and its count of heads, in place."""
     columns = kept_columns(layer, kept_H)
     for linear in (layer.query, layer.key, layer.value):
         for name, parameter in list(linear.named_parameters(recurse=False)):
@@ -188,10 +240,15 @@ def _narrow_layer(model: nn.Module, layer: AttentionLayer, kept_H: Tensor) -> No
         linear.out_features = len(columns)
     layer.output.weight = nn.Parameter(layer.output.weight.detach()[:, columns])
     layer.output.in_features = len(columns)
-    attention: Any = next(one for one in model.modules() if layer.query in one.children())
+    # The module above the query projection splits its output into heads; its attributes of counts
+    # are named differently in BERT (num_attention_heads, all_head_size) and DistilBERT (n_heads).
+    attention: Any = next(module for module in model.modules() if layer.query in module.children())
     num_heads = len(columns) // layer.head_dim
-    for name, value in (
-        ("num_attention_heads", num_heads), ("n_heads", num_heads), ("all_head_size", len(columns)),
-    ):  # fmt: skip
+    counts = {
+        "num_attention_heads": num_heads,
+        "n_heads": num_heads,
+        "all_head_size": len(columns),
+    }
+    for name, count in counts.items():
         if hasattr(attention, name):
-            setattr(attention, name, value)
+            setattr(attention, name, count)

@@ -1,4 +1,11 @@
-"""Pruning: from head importance to the subnetwork of a language, over thresholds and seeds.
+"""Prune the attention heads of a model to a language's subnetwork.
+
+A pruning visits smaller and smaller masks, its *course*: the importance of every head is computed,
+the least important heads are masked, the score is measured, and again. Importance is computed
+anew for every mask, because it is a derivative at the current mask: heads that do the same work
+are each unimportant while the other is there, and the last of them is not. A ranking computed once
+at the full model would mask them all. The course depends on the threshold only in where it ends,
+so one course answers for every threshold above its end (`PruneResult.at`).
 
 Shape suffixes: L layers, H heads.
 """
@@ -18,21 +25,25 @@ from transformers import PreTrainedModel
 from tracmod.config import Combine
 from tracmod.models.architecture import attention_layers
 from tracmod.subnetworks.head_mask import HeadMask
-from tracmod.subnetworks.importance import head_importance, masked_accuracy, without_least
+from tracmod.subnetworks.importance import head_importance, mask_least_important, masked_accuracy
+
+# A score of exactly threshold * full_score must not fall below it by the rounding of the product.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A subnetwork and how it was found.
+    """A subnetwork and the course of the pruning that found it.
 
     Attributes:
-        mask: the smallest mask reached whose score is at or above `threshold * full_score`.
+        mask: the last mask of the course before the score fell below `threshold * full_score`.
         score: accuracy under `mask`.
         full_score: accuracy with every head.
         threshold: share of the full score to keep.
-        course: one entry per mask tried, the full one first: `heads` kept, `score`, `mask` (L, H),
-            and `importance` (L, H) under that mask, by which the next was made (None at the last).
-            It goes on to the first mask below the lowest threshold asked for.
+        course: one entry per mask visited, the full mask first: `heads` kept, `score`, `mask`
+            (L, H) and the `importance` (L, H) computed under it, by which the next mask was chosen
+            (None for the last). The course ends with the first mask below the lowest threshold, or
+            with one head.
     """
 
     mask: HeadMask
@@ -42,14 +53,14 @@ class PruneResult:
     course: list[dict[str, Any]]
 
     def at(self, threshold: float) -> PruneResult:
-        """The subnetwork of another threshold, on the same course.
+        """Return the subnetwork of another threshold, from the same course.
 
         Raises:
-            ValueError: a threshold outside (0, 1], or one that the course ended before.
+            ValueError: the threshold is outside (0, 1], or the course ended before reaching it.
         """
         _check_share("threshold", threshold)
-        wanted = threshold * self.full_score - 1e-9  # exactly at it is not lost to rounding
-        below = [row["score"] < wanted for row in self.course]
+        lowest_score = threshold * self.full_score - ROUNDING
+        below = [entry["score"] < lowest_score for entry in self.course]
         if not any(below) and self.course[-1]["heads"] > 1:
             raise ValueError(
                 f"prune: expected a threshold that the course reaches, got {threshold}: it ended "
@@ -62,11 +73,11 @@ class PruneResult:
 
     @property
     def pruned(self) -> bool:
-        """False where the first step already fell below the threshold: every head is kept."""
+        """Whether a head was masked: False if the first step already fell below the threshold."""
         return self.mask.size < self.mask.array.size
 
     def save(self, path: str | Path, language: str, seeds: Sequence[int], **fields: Any) -> None:
-        """Write `subnetworks/<language>.json` of a run folder; `fields` beside the result's own."""
+        """Write `subnetworks/<language>.json` of a run folder, with further `fields`."""
         self.mask.save(
             path,
             language=language,
@@ -80,10 +91,10 @@ class PruneResult:
 
     @classmethod
     def load(cls, path: str | Path) -> PruneResult:
-        """Read what `save` wrote.
+        """Load a result that `save` wrote.
 
         Raises:
-            ValueError: no such file, no mask in it, or no course.
+            ValueError: the file does not exist, or has no mask or no course.
         """
         mask = HeadMask.load(path)
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -108,25 +119,25 @@ def prune(
 
     Each round computes `head_importance` under the current mask, masks the
     `max(1, round(step * L * H))` least important of the heads left (equal importance: the lower
-    layer, then the lower head first) and measures accuracy under the new mask. The first mask
-    below `threshold` times the full score ends it, or a mask of one head; the last mask before it
-    is the result. Importance and score are of the same examples.
+    layer, then the lower head first) and measures accuracy under the new mask. The course ends with
+    the first mask below `threshold` times the full score, or with a mask of one head. The result is
+    the last mask before the score fell. Importance and score are computed on the same examples.
 
     Args:
-        model: on any device; not changed.
-        examples: one language's, as `encode` returns them.
+        model: classifier on any device; not changed.
+        examples: one language's examples from `encode`.
         threshold: share of the full score to keep, in (0, 1].
         step: share of all heads masked per round, in (0, 1].
-        lowest: go on until below this share, so that `PruneResult.at` has every threshold from
-            here up; the result is the same. None: the threshold.
+        lowest: if given, continue the course until below this share, so that `PruneResult.at` knows
+            every threshold from here up. The result is the same. None: the threshold.
         batch_tokens: largest batch, in tokens.
-        description: of the progress bar.
+        description: label of the progress bar.
 
     Raises:
-        ValueError: threshold, lowest or step outside (0, 1], or no examples.
+        ValueError: threshold, lowest or step is outside (0, 1], or there are no examples.
 
     Source: Michel et al. 2019 (arXiv 1905.10650), section 4; Prasanna et al. 2020
-        (arXiv 2005.00561), section 3, for the recomputation in every round.
+        (arXiv 2005.00561), section 3, for computing the importance anew in every round.
     """
     _check_share("threshold", threshold)
     _check_share("step", step)
@@ -136,20 +147,20 @@ def prune(
     mask = HeadMask.full(len(layers), layers[0].num_heads)
     count = max(1, round(step * mask.array.size))
     full_score = masked_accuracy(model, examples, mask, batch_tokens)
-    course = [_tried(mask, full_score)]
+    course = [_course_entry(mask, full_score)]
     with tqdm(total=mask.size, desc=description, unit="head", disable=None) as bar:
-        # A score of exactly the threshold must not be lost to rounding of the product.
-        while mask.size > 1 and course[-1]["score"] >= end * full_score - 1e-9:
+        while mask.size > 1 and course[-1]["score"] >= end * full_score - ROUNDING:
             importance_LH = head_importance(model, examples, mask, batch_tokens=batch_tokens)
             course[-1]["importance"] = importance_LH.tolist()
-            smaller = without_least(mask, importance_LH, min(count, mask.size - 1))
-            course.append(_tried(smaller, masked_accuracy(model, examples, smaller, batch_tokens)))
+            smaller = mask_least_important(mask, importance_LH, min(count, mask.size - 1))
+            score = masked_accuracy(model, examples, smaller, batch_tokens)
+            course.append(_course_entry(smaller, score))
             bar.update(mask.size - smaller.size)
             mask = smaller
     return PruneResult(mask, full_score, full_score, threshold, course).at(threshold)
 
 
-def _tried(mask: HeadMask, score: float) -> dict[str, Any]:
+def _course_entry(mask: HeadMask, score: float) -> dict[str, Any]:
     return {"heads": mask.size, "score": score, "mask": mask.array.tolist(), "importance": None}
 
 
@@ -159,15 +170,16 @@ def _check_share(name: str, value: float) -> None:
 
 
 def combine_masks(masks: Sequence[HeadMask], combine: Combine) -> HeadMask:
-    """One mask of those that several seeds gave.
+    """Combine the masks that several seeds gave into one.
 
     Args:
-        masks: of one shape, at least one.
-        combine: `first`; heads kept by any (`union`), by more than half (`majority`) or by all of
-            them (`intersection`, which may keep none).
+        masks: at least one mask, all of one shape.
+        combine: `first` returns the first mask; the others keep the heads that any mask keeps
+            (`union`), more than half of them (`majority`) or all of them (`intersection`, which may
+            keep no head).
 
     Raises:
-        ValueError: no masks, or of several shapes.
+        ValueError: there are no masks, or they have several shapes.
     """
     shapes = {mask.array.shape for mask in masks}
     if len(shapes) != 1:

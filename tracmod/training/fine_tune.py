@@ -25,7 +25,7 @@ from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import model_digest
 from tracmod.models.inputs import collate, pad_token_id, per_example_loss
 from tracmod.subnetworks.head_mask import HeadMask, head_slices, matching_layers
-from tracmod.subnetworks.importance import head_importance, masked_accuracy, without_least
+from tracmod.subnetworks.importance import head_importance, mask_least_important, masked_accuracy
 from tracmod.training.folder import TrainingFolder
 from tracmod.training.optimizer import HeadwiseAdamW
 
@@ -34,7 +34,7 @@ Evaluate = Callable[[PreTrainedModel, Masks | None], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """What a training depends on, beside model, examples and masks.
 
     Attributes:
@@ -84,7 +84,7 @@ def fine_tune(
     examples: Sequence[Mapping[str, Any]],
     languages: Sequence[str],
     out_dir: str | Path,
-    settings: Settings,
+    settings: TrainingSettings,
     *,
     masks: Masks | None = None,
     dev: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
@@ -144,7 +144,7 @@ def fine_tune(
     _check_inputs(model, examples, languages, settings, masks, dev)
     folder = TrainingFolder(out_dir)
     identity = _identity(model, examples, languages, settings, masks, dev)
-    folder.claim(identity, defaults=asdict(Settings()))
+    folder.claim(identity, defaults=asdict(TrainingSettings()))
     if not folder.is_complete(settings.epochs, settings.kept_epochs):
         module: torch.nn.Module = model
         module.to(model.device if device is None else device)
@@ -188,7 +188,7 @@ def accuracy_by_language(
     return scores
 
 
-def scheduled_rate(step: int, total: int, settings: Settings) -> float:
+def scheduled_rate(step: int, total: int, settings: TrainingSettings) -> float:
     """Learning rate of a step (from 0): linear from 0 over the warm-up, then linear towards 0.
 
     The same as transformers' `get_linear_schedule_with_warmup`, whose first step of a warm-up has
@@ -206,7 +206,9 @@ def scheduled_rate(step: int, total: int, settings: Settings) -> float:
 class _Plan:
     """Which examples each step of each epoch takes; a function of (seed, epoch) alone."""
 
-    def __init__(self, languages: Sequence[str], settings: Settings, *, by_language: bool) -> None:
+    def __init__(
+        self, languages: Sequence[str], settings: TrainingSettings, *, by_language: bool
+    ) -> None:
         uniform = settings.sampling == "uniform"
         pools: dict[str, list[int]] = {}
         for row, language in enumerate(languages):
@@ -260,7 +262,7 @@ def _derived_seed(seed: int, what: str, number: int) -> int:
 
 @contextmanager
 def _trainable(model: PreTrainedModel, shared: str) -> Iterator[None]:
-    """Take what `Settings.shared` leaves out of training from autograd; put back afterwards."""
+    """Freeze what `TrainingSettings.shared` does not train; thaw it afterwards."""
     heads = {part.name for part in head_slices(model)}  # together they are all of each parameter
     base = set(model.base_model.parameters())
     left_out = [
@@ -284,7 +286,7 @@ def _most_important(
     """The `size` heads most important on the examples, at the full mask of the model as it is."""
     importance_LH = head_importance(model, examples)
     full = HeadMask.full(*importance_LH.shape)
-    return without_least(full, importance_LH, full.size - size)
+    return mask_least_important(full, importance_LH, full.size - size)
 
 
 # --- the loop -------------------------------------------------------------------------------
@@ -299,7 +301,7 @@ class _Training:
     examples: Sequence[Mapping[str, Any]]
     languages: Sequence[str]
     ids: Sequence[str]
-    settings: Settings
+    settings: TrainingSettings
     masks: Masks | None
     dev: Mapping[str, Sequence[Mapping[str, Any]]] | None
     folder: TrainingFolder
@@ -412,7 +414,7 @@ def _check_inputs(
     model: PreTrainedModel,
     examples: Sequence[Mapping[str, Any]],
     languages: Sequence[str],
-    settings: Settings,
+    settings: TrainingSettings,
     masks: Masks | None,
     dev: Mapping[str, Sequence[Mapping[str, Any]]] | None,
 ) -> None:
@@ -440,7 +442,7 @@ def _check_inputs(
 def _check_masks(
     model: PreTrainedModel,
     languages: set[str],
-    settings: Settings,
+    settings: TrainingSettings,
     masks: Masks,
     dev: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
@@ -468,7 +470,7 @@ def _identity(
     model: PreTrainedModel,
     examples: Sequence[Mapping[str, Any]],
     languages: Sequence[str],
-    settings: Settings,
+    settings: TrainingSettings,
     masks: Masks | None,
     dev: Mapping[str, Sequence[Mapping[str, Any]]] | None,
 ) -> dict[str, Any]:

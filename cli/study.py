@@ -14,6 +14,7 @@ import click
 from tracmod.choices import ExportForm, ModelName
 from tracmod.cli.errors import fail
 from tracmod.cli.options import EXISTING, FOLDER, JSON, RUN_OPTIONS, choice, with_options
+from tracmod.study.stage_table import STAGES, Stage, stage_named
 
 if TYPE_CHECKING:
     from tracmod.engine import Engine
@@ -122,10 +123,12 @@ def sweep(config: str, out: Path, check: bool, **options: Any) -> None:
     click.echo(f"table: {out / 'sweep.csv'}, figures: {out / 'sweep.html'}")
 
 
-def _stage_command(stage: str, text: str, example: str = "") -> click.Command:
+def _stage_command(stage: Stage) -> click.Command:
     """Return the command that does one stage of a run folder."""
+    paragraphs = [stage.summary, stage.details] if stage.details else [stage.summary]
+    example = f"\b\nExample:\n  tracmod {stage.name} runs/demo {stage.options}".rstrip()
 
-    @click.command(stage, help=f"{text}\n\n\b\nExample:\n  tracmod {stage} runs/demo{example}")
+    @click.command(stage.name, help="\n\n".join([*paragraphs, example]))
     @click.argument("run_dir", type=FOLDER)
     @click.option(
         "--config",
@@ -141,11 +144,11 @@ def _stage_command(stage: str, text: str, example: str = "") -> click.Command:
             folder = RunFolder(run_dir, load_config(config, overrides))
         else:
             folder = RunFolder(run_dir)
-            if stage == "retrain" and folder.config.retrain is None:
-                overrides = ("retrain={}", *overrides)
+            if stage.requires and getattr(folder.config, stage.requires) is None:
+                overrides = (f"{stage.requires}={{}}", *overrides)
             folder = RunFolder(run_dir, override_config(folder.config, overrides))
-        stages = ["data", stage] if stage == "finetune" else [stage]
-        _run_stages(folder, stages, options, again=stage)
+        stages = ["data", stage.name] if stage.name == "finetune" else [stage.name]
+        _run_stages(folder, stages, options, again=stage.name)
 
     return command
 
@@ -188,7 +191,7 @@ def _run_stages(
 
     device = "cpu"
     to_do = [stage for stage in stages if stage == again or not folder.is_done(stage)]
-    if not {"data", "analyze", "report"}.issuperset(to_do):  # the others compute with the model
+    if any(stage_named(stage).uses_model for stage in to_do):
         device = resolve_device(folder.config.device)
     with folder.locked(), _engine(device, **options) as engine:
         run_stages(folder, stages, again, engine=engine)
@@ -269,23 +272,8 @@ def export(run_dir: Path, out: Path, **options: Any) -> None:
 COMMANDS = [
     run,
     sweep,
-    _stage_command(
-        "finetune", "Draw the examples and fine-tune on all languages.", " --config demo"
-    ),
-    _stage_command("prune", "Prune attention heads to one subnetwork per language."),
-    _stage_command("sparse-finetune", "Fine-tune again, each language through its subnetwork."),
-    _stage_command("collect", "Collect the features of every model, view and checkpoint."),
-    _stage_command("influence", "Compute influence scores and sums by language."),
-    _stage_command("analyze", "Compare views and models, with intervals and tests."),
-    _stage_command(
-        "retrain",
-        "Compare influence scores with actual retraining.\n\n"
-        "Retrains the model without some of the training examples. "
-        "If the run's configuration has no section `retrain`, its defaults are used. `tracmod run` "
-        "with the same --set and --check prints the number of trainings.",
-        " --set retrain.subsets=16",
-    ),
-    _stage_command("report", "Write report/index.html."),
+    # `finetune` also draws the examples, so `data` is no command of its own.
+    *(_stage_command(stage) for stage in STAGES if stage.name != "data"),
     status,
     export,
 ]

@@ -1,8 +1,8 @@
 """The documentation: code runs or is validated, links and names resolve, and the site builds.
 
 The language of a block of code says how it is tested. `python` and `sh` blocks run in order, page
-by page, in a folder with the files that the page says the reader has. A `yaml` block is validated as
-a configuration. A `text` block must not contain code. `<!-- not run: REASON -->` before a block
+by page, in a folder with the files that the page says the reader has. A `yaml` block is validated
+as a configuration. A `text` block must not contain code. `<!-- not run: REASON -->` before a block
 exempts it from running, but its commands are still parsed. Other languages fail.
 """
 

@@ -1,4 +1,4 @@
-"""The stages of a run, in order: one record for each, and nothing that loads torch.
+"""The stages of a run, in order: one record for each. Loads neither torch nor pydantic.
 
 A stage is a module `tracmod.study.stages.<name>` with two functions:
 
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tracmod.config import RunConfig
+if TYPE_CHECKING:
+    from tracmod.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ STAGES = (
         "finetune",
         folder="models/full",
         reads=("seed", "model", "finetune"),
-        summary="Fine-tune on all languages; sample the data first if that is not done.",
+        summary="Draw the examples and fine-tune on all languages.",
         options="--config demo",
     ),
     Stage(
@@ -82,7 +84,7 @@ STAGES = (
         "sparse-finetune",
         folder="models/sparse",
         reads=("sparse_finetune",),
-        summary="Fine-tune again; each language's batches update only its subnetwork.",
+        summary="Fine-tune again, each language through its subnetwork.",
     ),
     Stage(
         "collect",
@@ -96,7 +98,7 @@ STAGES = (
         folder="influence",
         reads=("influence", "analyze"),
         redone=("influence", "analyze"),
-        summary="Score influence; write the strongest examples and the shares by language.",
+        summary="Compute influence scores and sums by language.",
     ),
     Stage(
         "analyze",
@@ -111,9 +113,10 @@ STAGES = (
         reads=("retrain",),
         redone=("retrain",),
         requires="retrain",
-        summary="Train the model again without some examples, and compare with the scores.",
-        details="A config without a section retrain gets the defaults of that section. "
-        "`tracmod run` with the same --set and --check says how many trainings that takes.",
+        summary="Compare influence scores with actual retraining.",
+        details="Retrains the model without some of the training examples. If the run's "
+        "configuration has no section `retrain`, its defaults are used. `tracmod run` with the "
+        "same --set and --check prints the number of trainings.",
         options="--set retrain.subsets=16",
     ),
     Stage(

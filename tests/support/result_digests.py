@@ -237,7 +237,7 @@ def _tracmod(out: Path, *arguments: str, output: str | None = None) -> None:
     path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     environment = os.environ | ENVIRONMENT
     environment["PYTHONPATH"] = os.pathsep.join(str(Path(part).absolute()) for part in path if part)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), sum(os.times()[2:4])  # of child processes
     done = subprocess.run(
         [sys.executable, "-m", "tracmod.cli", *arguments],
         cwd=out,
@@ -253,7 +253,9 @@ def _tracmod(out: Path, *arguments: str, output: str | None = None) -> None:
     if output is not None:
         (out / output).parent.mkdir(parents=True, exist_ok=True)
         (out / output).write_text(done.stdout, encoding="utf-8")
-    print(f"{time.perf_counter() - started:6.1f} s  tracmod {words[:80]}", flush=True)
+    used = sum(os.times()[2:4]) - before
+    seconds = f"{time.perf_counter() - started:6.1f} s, {used:6.1f} s of CPU"
+    print(f"{seconds}  tracmod {words[:70]}", flush=True)
 
 
 def _overrides(settings: dict[str, Any]) -> list[str]:
@@ -271,8 +273,9 @@ LABELS = ["no", "maybe", "yes"]
 def _write_model(folder: Path) -> None:
     """Write a training with two checkpoints of a tiny BERT, a head mask and example files."""
     import torch
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, logging
 
+    logging.disable_progress_bar()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = [*special, *(word for words in WORDS.values() for word in words)]
     folder.mkdir()

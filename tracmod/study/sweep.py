@@ -89,7 +89,10 @@ def load_sweep(path: str | Path, overrides: tuple[str, ...] = ()) -> Sweep:
     for key in parse_overrides(overrides):
         if key in settings:
             raise ValueError(f"--set {key}: the sweep itself varies it; edit a copy of {path}")
-    base = sweep.base if isinstance(sweep.base, dict) else read_tree(_base(sweep.base, Path(path)))
+    base = sweep.base
+    if isinstance(base, str):
+        beside = Path(path).parent / base
+        base = read_tree(beside if beside.is_file() else base)
     points = {}
     for name, values in differences.items():
         tree = copy.deepcopy(base)
@@ -101,11 +104,6 @@ def load_sweep(path: str | Path, overrides: tuple[str, ...] = ()) -> Sweep:
             set_value(tree, "collect.features", f"{features.rstrip('/')}/{name}")
         points[name] = parse_config(tree, f"{path}: point {name}")
     return Sweep(sweep.name, settings, points)
-
-
-def _base(base: str, sweep: Path) -> str | Path:
-    beside = sweep.parent / base
-    return beside if beside.is_file() else base
 
 
 def _points(sweep: SweepFile, path: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -563,7 +563,7 @@ def test_a_bad_config_says_where(tmp_path, config, message):
 
 
 def test_unknown_config_and_override():
-    assert "no embedded configuration" in invoke("run", "nowhere", "--out", "x", code=2)
+    assert "nowhere: expected" in invoke("run", "nowhere", "--out", "x", code=2)
     assert "expected key=value" in invoke("run", "demo", "--out", "x", "--set", "k", code=2)
     bad = ["run", "demo", "--out", "x", "--set", "task.languages=[en"]
     assert "--set task.languages=[en: [en is not valid YAML" in invoke(*bad, code=2)

@@ -208,10 +208,10 @@ def test_the_run_is_sound_and_reported(done):
 
 def test_views_that_cannot_be_are_refused():
     for views, what in (
-        ({"subnetwork": False, "subnetwork_own": True}, "set subnetwork to true"),
-        ({"union": [["en", "en"]]}, "union needs two different languages, got en twice"),
-        ({"intersection": [["en", "fr"]]}, "views: fr not in task.languages"),
-        ({"other": ["ja"]}, "views: ja not in task.languages"),
+        ({"subnetwork": False, "subnetwork_own": True}, "subnetwork: .*subnetwork_own.* got false"),
+        ({"union": [["en", "en"]]}, "union: .*got en twice"),
+        ({"intersection": [["en", "fr"]]}, "views: .*got fr"),
+        ({"other": ["ja"]}, "views: .*got ja"),
     ):
         with pytest.raises(ValueError, match=what):
             tiny_config(views=views)

@@ -288,14 +288,14 @@ def test_test_items_from_train_need_a_parallel_task() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_languages": ["fr"]}, "train_languages: expected some of en, de, got fr"),
-        ({"train_languages": ["en", "en"]}, "got en more than once"),
-        ({"train_languages": []}, "at least 1"),
-        ({"train_counts": {"fr": 5}}, "train_counts: expected languages .* en, de, got fr"),
-        ({"train_counts": {"en": 0}}, "greater than or equal to 1"),
+        ({"train_languages": ["fr"]}, "train_languages: .*en, de, got fr"),
+        ({"train_languages": ["en", "en"]}, r"train_languages\n.*got en more than once"),
+        ({"train_languages": []}, "train_languages\n.*at least 1"),
+        ({"train_counts": {"fr": 5}}, "train_counts: .*en, de.*, got fr"),
+        ({"train_counts": {"en": 0}}, r"train_counts\.en\n.* equal to 1"),
         ({"train_languages": ["en"], "train_counts": {"de": 5}}, "got de"),
-        ({"test_from_train": True, "train_counts": {"en": 5}}, "leave out train_counts"),
-        ({"test_from_train": True, "train_languages": ["en"]}, "two languages .* got en"),
+        ({"test_from_train": True, "train_counts": {"en": 5}}, "train_counts: .*got en"),
+        ({"test_from_train": True, "train_languages": ["en"]}, "test_from_train: .*got en"),
     ],
 )
 def test_training_data_of_unknown_languages_is_refused(options: Any, message: str) -> None:
@@ -304,5 +304,5 @@ def test_training_data_of_unknown_languages_is_refused(options: Any, message: st
 
 
 def test_test_items_from_train_must_suffice_for_every_language() -> None:
-    with pytest.raises(ValueError, match="at least 3 languages x 20 test items, 60, got 50"):
+    with pytest.raises(ValueError, match=r"test_from_train: .*3 languages x 20 .*60, got 50"):
         _config(30, 5, 20, "en", "de", "es", test_from_train=True)

@@ -70,10 +70,10 @@ def test_an_override_begins_the_section(tmp_path):
 @pytest.mark.parametrize(
     ("sparse", "message"),
     [
-        ({"reestimate_every": 2}, "reestimate_every is for masks: dynamic, got 2 with masks: stat"),
+        ({"reestimate_every": 2}, "reestimate_every: .*static, got 2"),
         ({"masks": "dynamic", "reestimate_every": 0}, "sparse_finetune.reestimate_every: .* got 0"),
-        ({"masks": "dynamic", "reestimate_every": 2}, "start of epoch 3 first.* got 2 and 2"),
-        ({"masks": "dynamic", "epochs": 1}, "more epochs than reestimate_every, got 1 and 1"),
+        ({"masks": "dynamic", "reestimate_every": 2}, r"reestimate_every: .*epochs \(2\).*got 2"),
+        ({"masks": "dynamic", "epochs": 1}, r"reestimate_every: .*epochs \(1\).*got 1"),
         ({"shared": "half"}, "sparse_finetune.shared: .* 'classifier' or 'frozen', got 'half'"),
         ({"sampling": "all"}, "sparse_finetune.sampling: .*got 'all'"),
         ({"epoch": 3}, "sparse_finetune.epoch: Extra inputs"),

@@ -120,7 +120,7 @@ def test_a_split_group_never_crosses_splits(parallel: bool, seed: int) -> None:
 
 def test_groups_too_large_to_divide_are_an_error() -> None:
     corpus = _corpus({"en": [0, 1] * 10}, 2, per_group=10)
-    with pytest.raises(ValueError, match="groups are too large"):
+    with pytest.raises(ValueError, match=r"split .* short"):
         sample(corpus, _config(5, 5, 5, "en"))
 
 
@@ -142,14 +142,14 @@ def test_parallel_items_missing_or_labelled_otherwise_are_left_out() -> None:
     task = sample(corpus, _config(14, 1, 1))
     used = {group for table in _tables(task).values() for group in table["group"].to_pylist()}
     assert used == {str(number) for number in range(1, 18)} - {"3"}
-    with pytest.raises(ValueError, match=r"in all of en, de: wanted train 15 .*available 16"):
+    with pytest.raises(ValueError, match=r"in all of en, de: .*train 15 .*got 16"):
         sample(corpus, _config(15, 1, 1))
 
 
 def test_a_parallel_task_needs_groups() -> None:
     corpus = _corpus({"en": [0, 1] * 9, "de": [0, 1] * 9}, 2)
     corpus = Corpus(corpus.label_names, True, corpus.pools)
-    with pytest.raises(ValueError, match="needs `group` in every row, got 18 rows without"):
+    with pytest.raises(ValueError, match=r"group: .*got 18 rows"):
         sample(corpus, _config(3, 1, 1))
 
 
@@ -157,10 +157,10 @@ def test_too_few_examples_name_language_split_wanted_and_available() -> None:
     corpus = _corpus({"en": [0, 1] * 50, "de": [0, 1] * 20}, 2)
     with pytest.raises(
         ValueError,
-        match=r"language 'de': wanted train 40 \+ dev 2 \+ test 3 per language, available 40",
+        match=r"language 'de': .*train 40 \+ dev 2 \+ test 3 .*got 40",
     ):
         sample(corpus, _config(40, 2, 3))
-    with pytest.raises(ValueError, match=r"language 'fr': .*available 0"):
+    with pytest.raises(ValueError, match=r"language 'fr': .*got 0"):
         sample(corpus, _config(1, 1, 1, "en", "fr"))
 
 
@@ -230,7 +230,7 @@ def test_a_language_without_training_data_needs_none(parallel: bool) -> None:
         for languages in ({"en": [0, 1] * 20}, {"en": [0, 1] * 9, "sw": [0, 1] * 9})
     ]
     corpus = Corpus(["0", "1"], parallel, [Pool(pools[0], ("train",)), Pool(pools[1], SPLITS[1:])])
-    with pytest.raises(ValueError, match=r"language 'sw': .*available 0"):
+    with pytest.raises(ValueError, match=r"language 'sw': .*got 0"):
         sample(corpus, _config(20, 6, 6, "en", "sw"))
     task = sample(corpus, _config(20, 6, 6, "en", "sw", train_languages=["en"]))
     assert task.train["language"].to_pylist() == ["en"] * 20
@@ -250,7 +250,7 @@ def test_languages_may_have_different_amounts_of_training_data(parallel: bool) -
     if parallel:  # fewer items are part of the same items
         items = {name: set(_groups_of(task.train, name)) for name in ("en", "de", "es")}
         assert items["de"] < items["en"] < items["es"]
-    with pytest.raises(ValueError, match=r"wanted train 106 \+ dev 6 \+ test 9 .*available 120"):
+    with pytest.raises(ValueError, match=r"train 106 \+ dev 6 \+ test 9 .*got 120"):
         sample(corpus, _config(30, 6, 9, "en", "de", "es", train_counts={"de": 106}))
 
 
@@ -281,7 +281,7 @@ def test_test_items_from_train_are_trained_in_all_other_languages_only(splits: A
 
 def test_test_items_from_train_need_a_parallel_task() -> None:
     corpus = _corpus({"en": [0, 1] * 30, "de": [0, 1] * 30}, 2)
-    with pytest.raises(ValueError, match="test_from_train: expected a parallel task"):
+    with pytest.raises(ValueError, match=r"test_from_train: .*grammar"):
         sample(corpus, _config(20, 5, 5, test_from_train=True))
 
 

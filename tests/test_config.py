@@ -1,22 +1,52 @@
-"""The sections `finetune` and `sparse_finetune`: what is inherited, overridden and refused."""
+"""The configuration: its keys and choices, and how `sparse_finetune` inherits from `finetune`."""
 
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
 from tiny_study import tiny_config
 
+from tracmod.choices import FigureWidth, StoreDtype
 from tracmod.config import FinetuneConfig, RunConfig, load_config, override_config, parse_config
+from tracmod.features.store_format import DTYPES
+from tracmod.report.paper.matplotlib_plots import WIDTHS
 from tracmod.study.run_folder import RunFolder
 
 
 def stored(config: RunConfig) -> RunConfig:
-    """The config as it is read back from run.json."""
+    """Return the config as it is read back from run.json."""
     return parse_config(json.loads(config.model_dump_json()), "run.json")
 
 
-def test_without_the_section_sparse_is_the_same_as_full():
+def sections(config):
+    """Yield the model of every section, and those within sections."""
+    yield type(config)
+    for value in dict(config).values():
+        if isinstance(value, BaseModel):
+            yield from sections(value)
+
+
+def test_every_key_has_a_description_of_one_or_more_sentences():
+    config = tiny_config(sparse_finetune={}, retrain={"subsets": 4})
+    models = set(sections(config))
+    assert len(models) == 12
+    for model in models:
+        assert model.__doc__
+        for key, field in model.model_fields.items():
+            if not (model is RunConfig and isinstance(getattr(config, key), BaseModel)):
+                assert field.description, f"{model.__name__}.{key}"
+                assert field.description.endswith("."), f"{model.__name__}.{key}"
+
+
+def test_tables_with_an_entry_per_choice_have_every_choice():
+    for choices, table in ((StoreDtype, DTYPES), (FigureWidth, WIDTHS)):
+        assert set(get_args(choices)) == set(table)
+
+
+def test_without_the_section_sparse_fine_tuning_has_the_values_of_finetune():
     config = tiny_config(finetune={"epochs": 7, "sampling": "uniform"})
     assert config.sparse_finetune is None
     assert config.sparse.model_dump() == config.finetune.model_dump() | {
@@ -24,7 +54,7 @@ def test_without_the_section_sparse_is_the_same_as_full():
     }  # fmt: skip
 
 
-def test_what_the_section_does_not_give_is_that_of_finetune():
+def test_absent_keys_of_the_section_have_the_values_of_finetune():
     config = tiny_config(
         finetune={"epochs": 7, "batch_size": 4}, sparse_finetune={"learning_rate": 0.5}
     )
@@ -43,7 +73,7 @@ def test_sections_may_be_models():
 
 
 @pytest.mark.parametrize("read_back", [False, True])
-def test_an_override_of_finetune_reaches_sparse_where_it_is_inherited(read_back):
+def test_an_override_of_finetune_changes_inherited_values(read_back):
     config = tiny_config(sparse_finetune={"batch_size": 4, "masks": "dynamic"})
     config = stored(config) if read_back else config
     new = override_config(config, ("finetune.epochs=5", "finetune.batch_size=16"))
@@ -54,7 +84,7 @@ def test_an_override_of_finetune_reaches_sparse_where_it_is_inherited(read_back)
     assert (own.finetune.epochs, own.sparse.epochs) == (8, 6)
 
 
-def test_an_override_begins_the_section(tmp_path):
+def test_an_override_creates_the_section(tmp_path):
     config = override_config(tiny_config(), ("sparse_finetune.shared=frozen",))
     assert (config.sparse.shared, config.sparse.epochs) == ("frozen", 2)
     file = tmp_path / "c.yaml"
@@ -80,7 +110,7 @@ def test_an_override_begins_the_section(tmp_path):
         (3, "sparse_finetune: .* got 3"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(sparse, message):
+def test_an_invalid_value_is_one_sentence_that_names_the_key(sparse, message):
     with pytest.raises(ValueError, match=message) as caught:
         tiny_config(sparse_finetune=sparse)
     assert "; " not in str(caught.value)

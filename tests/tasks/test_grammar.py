@@ -1,4 +1,4 @@
-"""The embedded task: right sentences, honest labels, nothing to learn from one text alone."""
+"""The grammar task: sentences are correct, labels follow, one text alone does not tell them."""
 
 from __future__ import annotations
 
@@ -221,15 +221,15 @@ def test_shapes_have_their_labels_and_columns() -> None:
 
 
 def test_labels_follow_from_the_english_text() -> None:
-    """Worked out again from the words, for what negation and opposites decide."""
+    """Derive every label again from the words, by negation and opposites."""
     rows = [row for row in _load("nli", 900, 3, 300).train.to_pylist() if row["language"] == "en"]
     opposites = meaning.OPPOSITE
     for row in rows:
         quality, premise = _split_quality(row["text_a"])
         claim = row["text_b"]
-        told = re.fullmatch(r"The (.*) is (\w+)\.", claim)
-        if told and told[2] in opposites:
-            expected = 0 if told[2] == quality else 2 if told[2] == opposites[quality] else 1
+        about = re.fullmatch(r"The (.*) is (\w+)\.", claim)
+        if about and about[2] in opposites:
+            expected = 0 if about[2] == quality else 2 if about[2] == opposites[quality] else 1
         elif premise.replace(" not ", " ") != claim.replace(" not ", " "):
             expected = 1
         else:
@@ -247,8 +247,8 @@ def test_stars_grow_with_the_verdicts() -> None:
     rows = [row for row in _load("reviews", 500).train.to_pylist() if row["language"] == "en"]
     totals: dict[int, set[int]] = {}
     for row in rows:
-        found = re.findall(r"\bis (very )?(\w+)", row["text_a"])
-        total = sum(2 * grades[word] if very else grades[word] for very, word in found)
+        verdicts = re.findall(r"\bis (very )?(\w+)", row["text_a"])
+        total = sum(2 * grades[word] if very else grades[word] for very, word in verdicts)
         totals.setdefault(row["label"], set()).add(total)
     assert sorted(totals) == [0, 1, 2, 3, 4]
     assert all(max(totals[low]) < min(totals[high]) for low, high in pairwise(sorted(totals)))
@@ -288,7 +288,7 @@ def _linear_accuracy(train: list[tuple[str, int]], test: list[tuple[str, int]]) 
 @pytest.mark.parametrize(
     ("shape", "chance", "bound"), [("nli", 1 / 3, 0.06), ("paraphrase", 0.5, 0.07)]
 )
-def test_one_text_alone_or_single_words_tell_nothing(
+def test_one_text_alone_or_single_words_do_not_tell_the_label(
     shape: str, chance: float, bound: float
 ) -> None:
     """Measured in six languages: 0.31 to 0.36 for nli, 0.50 to 0.56 for paraphrase."""
@@ -306,7 +306,7 @@ def test_one_text_alone_or_single_words_tell_nothing(
             assert _linear_accuracy(*pairs) < chance + bound, (code, columns)
 
 
-def test_thousands_of_items_are_made_quickly() -> None:
+def test_thousands_of_items_are_generated_quickly() -> None:
     start = time.perf_counter()
     task = _load("nli", 3000, 100, 900)
     assert time.perf_counter() - start < 10  # seconds; about 1.5 alone on one core

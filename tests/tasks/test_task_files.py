@@ -1,4 +1,4 @@
-"""Example files of every format: what is read, and how a malformed row is named."""
+"""Example files of every format: what is read, and that errors name the malformed row."""
 
 from __future__ import annotations
 
@@ -186,8 +186,8 @@ def _nli_file(path: Path, languages: tuple[str, ...], premises: int) -> None:
         _write(path, rows)
         return
     for language in languages:
-        ours = [row for row in rows if row["language"] == language]
-        _write(Path(str(path).replace("{language}", language)), ours)
+        own_rows = [row for row in rows if row["language"] == language]
+        _write(Path(str(path).replace("{language}", language)), own_rows)
 
 
 def _config(**values: Any) -> TaskConfig:

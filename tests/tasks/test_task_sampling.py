@@ -44,8 +44,8 @@ def _corpus(
             "group": str(number) if parallel else None,
             "split_group": None if per_group is None else f"g{number // per_group}",
         }
-        for language, ours in labels.items()
-        for number, label in enumerate(ours)
+        for language, own_labels in labels.items()
+        for number, label in enumerate(own_labels)
     ]
     pools = [Pool(pool_from_rows(rows), split) for split in splits]
     return Corpus([str(label) for label in range(num_labels)], parallel, pools)
@@ -80,7 +80,7 @@ def test_counts_are_exact_and_classes_balanced_within_one(
     assert len(set(ids)) == len(ids)
 
 
-def test_a_rare_class_is_shared_out_in_proportion() -> None:
+def test_a_rare_class_is_divided_in_proportion() -> None:
     labels = [0] * 200 + [1] * 20
     task = sample(_corpus({"en": labels}, 2), _config(100, 50, 50, "en"))
     counts = {split: _counts(table, "en", 2) for split, table in _tables(task).items()}
@@ -92,7 +92,7 @@ def test_a_class_that_does_not_occur_leaves_the_others_balanced() -> None:
     assert _counts(task.train, "en", 3) == [10, 0, 10]
 
 
-def test_languages_may_differ_in_what_they_have() -> None:
+def test_languages_may_differ_in_their_examples() -> None:
     corpus = _corpus({"en": [0, 1, 2] * 20, "de": [0] * 50 + [1] * 4 + [2] * 6}, 3)
     task = sample(corpus, _config(30, 6, 6))
     assert _counts(task.train, "en", 3) == [10, 10, 10]
@@ -111,7 +111,7 @@ def test_a_split_group_never_crosses_splits(parallel: bool, seed: int) -> None:
         {int(identifier.split("-")[1]) // 3 for identifier in table["id"].to_pylist()}
         for table in _tables(task).values()
     ]
-    # Also where languages are drawn apart: a group is one thing in all of them.
+    # Also where languages are drawn separately: a group is the same in all of them.
     assert not groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2]
     assert [table.num_rows for table in _tables(task).values()] == [160, 40, 62]
     counts = _counts(task.train, "en", 3)
@@ -174,13 +174,13 @@ def test_published_splits_keep_their_examples_and_mark_their_groups() -> None:
     assert all(group.startswith("test-") for group in task.test["group"].to_pylist())
 
 
-def test_the_seed_alone_decides() -> None:
+def test_the_seed_determines_the_examples() -> None:
     corpus = _corpus({"en": [0, 1] * 100, "de": [0, 1] * 100}, 2)
-    one, again, other = (sample(corpus, _config(20, 5, 5, seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (sample(corpus, _config(20, 5, 5, seed=seed)) for seed in (1, 1, 2))
     assert all(
-        a.equals(b) for a, b in zip(_tables(one).values(), _tables(again).values(), strict=True)
+        a.equals(b) for a, b in zip(_tables(first).values(), _tables(again).values(), strict=True)
     )
-    assert not one.train.equals(other.train)
+    assert not first.train.equals(other.train)
 
 
 def test_against_brute_force_counts_over_many_shapes() -> None:

@@ -83,7 +83,7 @@ class PlantedLanguage:
     order: Callable[[int], list[int]]
     script: str
 
-    def say(self, text: str) -> str:
+    def translate(self, text: str) -> str:
         """Translate a text of base into this language."""
         words = text.split()
         return " ".join(self.forms[words[index]] for index in self.order(len(words)))
@@ -219,7 +219,7 @@ def _language_rows(
             {
                 "id": f"{name}-{split}-{number}",
                 "language": name,
-                "text_a": language.say(text),
+                "text_a": language.translate(text),
                 "label": label,
             }
             for number, (text, label) in enumerate(split_items)

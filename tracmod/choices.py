@@ -18,9 +18,24 @@ MetricKind = Literal["none", "adam", "ekfac"]
 PassDtype = Literal["float32", "bfloat16"]
 StoreDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
+# Subnetworks.
+Combine = Literal["first", "union", "majority", "intersection"]
+
 # Scores.
 Normalization = Literal["cosine", "none"]
 IndexKind = Literal["flat", "sq8", "ivf", "ivfpq", "hnsw"]
+Method = Literal[
+    "tracin",
+    "tracin-dot",
+    "tracin-cosine",
+    "adam",
+    "ekfac",
+    "ekfac-last",
+    "bm25",
+    "embedding",
+    "random",
+]
+DEFAULT_MEMORY = 4 * 10**9  # bytes
 
 # The study and its outputs.
 ModelName = Literal["full", "sparse"]

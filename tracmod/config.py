@@ -1,7 +1,8 @@
-"""The configuration: one validated model per stage, read from YAML, overridden by key=value."""
+"""The configuration of a run: one model per section, read from YAML, overridden by key=value."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,20 +19,20 @@ from pydantic import (
     model_validator,
 )
 
-from tracmod.choices import MetricKind, ParameterSet, PassDtype, StoreDtype
-
-Combine = Literal["first", "union", "majority", "intersection"]
-Method = Literal[
-    "tracin",
-    "tracin-dot",
-    "tracin-cosine",
-    "adam",
-    "ekfac",
-    "ekfac-last",
-    "bm25",
-    "embedding",
-    "random",
-]
+from tracmod.choices import (
+    DEFAULT_MEMORY,
+    Combine,
+    Method,
+    MetricKind,
+    Normalization,
+    ParameterSet,
+    PassDtype,
+    ProjectionKind,
+    ProjectionLayers,
+    Sampling,
+    SharedParameters,
+    StoreDtype,
+)
 
 
 class _Section(BaseModel):
@@ -39,118 +40,137 @@ class _Section(BaseModel):
 
 
 class TaskConfig(_Section):
-    """Which examples: the task, its languages and how many of each split per language."""
+    """The examples: the task, its languages, and the number of examples per language and split."""
 
-    name: Literal["grammar", "planted", "xnli", "pawsx", "marc", "files"] = "grammar"
+    name: Literal["grammar", "planted", "xnli", "pawsx", "marc", "files"] = Field(
+        "grammar",
+        description="Task: built-in (grammar, planted), public (xnli, pawsx, marc), or your own "
+        "files (files).",
+    )
     shape: Literal["nli", "paraphrase", "reviews"] = Field(
-        "nli", description="grammar only: which task the embedded sentences are put in the shape of"
+        "nli", description="grammar only: the kind of task that the sentences make up."
     )
-    languages: list[str] = Field(min_length=1)
+    languages: list[str] = Field(min_length=1, description="Languages, each once.")
     path: Path | None = Field(
-        None, description="xnli, pawsx, marc: folder of the published files; absent: the Hub"
+        None,
+        description="xnli, pawsx, marc only: folder with the published files. Default: the Hub.",
     )
-    hub_name: str | None = Field(None, description="another Hub data set of the same format")
+    hub_name: str | None = Field(
+        None, description="xnli, pawsx, marc only: another Hub data set of the same format."
+    )
     train_file: str | None = Field(
-        None, description="files only: path, may hold {language}; .tsv .csv .jsonl .parquet, .gz"
+        None,
+        description="files only: path of the training examples (.tsv, .csv, .jsonl, .parquet, each "
+        "also .gz). It may contain {language}.",
     )
-    dev_file: str | None = Field(None, description="files only; absent: taken from the train file")
-    test_file: str | None = Field(None, description="files only; absent: taken from the train file")
+    dev_file: str | None = Field(
+        None,
+        description="files only: path of the dev examples. Default: drawn from train_file.",
+    )
+    test_file: str | None = Field(
+        None,
+        description="files only: path of the test examples. Default: drawn from train_file.",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="files only: our column name -> the file's; ours are id, language, text_a, "
-        "text_b, label, group, and split_group: what must stay in one split (absent: group)",
+        description="files only: name of a column here -> its name in the files. The columns are "
+        "id, language, text_a, text_b, label, group, and split_group, which names examples that "
+        "must stay in one split (default: group).",
     )
     parallel: bool = Field(
         False,
-        description="files only: `group` names one item, the same in every language, once in each",
+        description="files only: `group` identifies an item that every language has exactly once.",
     )
-    train_per_language: int = Field(ge=1)
-    dev_per_language: int = Field(ge=1)
-    test_per_language: int = Field(ge=1)
+    train_per_language: int = Field(ge=1, description="Number of training examples per language.")
+    dev_per_language: int = Field(ge=1, description="Number of dev examples per language.")
+    test_per_language: int = Field(ge=1, description="Number of test examples per language.")
     train_languages: list[str] | None = Field(
         None,
         min_length=1,
-        description="which languages are trained on; absent: all. The others are pruned and tested "
-        "without training data of their own (zero-shot, leave-one-out)",
+        description="Languages with training data. Default: all. The others are pruned and tested "
+        "without training data of their own (zero-shot, leave-one-out).",
     )
     train_counts: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict,
-        description="training examples of single languages, in place of train_per_language",
+        description="Language -> number of training examples, in place of train_per_language.",
     )
     test_from_train: bool = Field(
         False,
-        description="parallel tasks only: every test item is among the training items of all other "
-        "languages, and not of its own; each language has test items of its own",
+        description="Parallel tasks only: every test item is a training item of all languages but "
+        "its own. Each language has different test items.",
     )
     shared_words: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default_factory=lambda: {"near": 0.75, "far": 0.4},
-        description="planted only: share of the words of language base that these two have too",
+        description="planted only: share of the words of the language base that the languages near "
+        "and far have in common with it.",
     )
     duplicates: int = Field(
-        6, ge=0, description="planted only: test examples per language that are trained on as well"
+        6, ge=0, description="planted only: test examples per language that are also trained on."
     )
     flipped: float = Field(
-        0.1, ge=0, lt=0.5, description="planted only: share of the training examples mislabelled"
+        0.1,
+        ge=0,
+        lt=0.5,
+        description="planted only: share of training examples with a wrong label.",
     )
-    seed: int = 0
+    seed: int = Field(0, description="Seed of the examples that are drawn.")
 
     def languages_of(self, split: str) -> list[str]:
-        """The languages that a split's examples are drawn from, in the order of `languages`."""
+        """Return the languages that a split is drawn from, in the order of `languages`."""
         if split != "train" or self.test_from_train:
             return self.languages
         return self.trained_languages
 
     @property
     def trained_languages(self) -> list[str]:
-        """The languages that have training data, in the order of `languages`."""
-        chosen = self.languages if self.train_languages is None else self.train_languages
-        return [language for language in self.languages if language in chosen]
+        """The languages with training data, in the order of `languages`."""
+        trained = self.languages if self.train_languages is None else self.train_languages
+        return [language for language in self.languages if language in trained]
 
     def train_count(self, language: str) -> int:
-        """How many training examples are drawn in a language."""
+        """Return the number of training examples of a language."""
         return self.train_counts.get(language, self.train_per_language)
 
     @field_validator("languages", "train_languages")
     @classmethod
-    def _distinct(cls, languages: list[str] | None) -> list[str] | None:
-        if languages is None:
-            return None
-        repeated = sorted({language for language in languages if languages.count(language) > 1})
+    def _check_distinct(cls, languages: list[str] | None) -> list[str] | None:
+        repeated = _repeated(languages or [])
         if repeated:
-            raise ValueError(f"each language once, got {', '.join(repeated)} more than once")
+            raise ValueError(f"expected each language once, got {repeated} more than once")
         return languages
 
     @model_validator(mode="after")
-    def _files_need_a_file(self) -> TaskConfig:
+    def _check_files(self) -> TaskConfig:
         if self.name == "files" and self.train_file is None:
-            raise ValueError("task `files` needs train_file")
+            raise ValueError("train_file: expected a path for the task files, got none")
         return self
 
     @model_validator(mode="after")
-    def _planted_answers_are_known(self) -> TaskConfig:
+    def _check_planted(self) -> TaskConfig:
         if self.name != "planted":
             return self
         if set(self.shared_words) != {"near", "far"}:
             raise ValueError(
-                f"shared_words: expected near and far, got {', '.join(self.shared_words) or 'none'}"
+                "shared_words: expected the keys near and far, got "
+                f"{', '.join(self.shared_words) or 'none'}"
             )
         if self.train_languages is not None or self.test_from_train:
             raise ValueError(
-                "task `planted` has training data in every language and makes its own duplicates: "
-                "leave out train_languages and test_from_train"
+                "train_languages, test_from_train: expected neither for the task planted, which "
+                "has training data in every language and makes its own duplicates"
             )
-        # Two thirds of a language's test examples may be planted otherwise.
+        # Up to two thirds of the test examples of a language are planted loan pairs instead.
         most = self.test_per_language - 2 * (self.test_per_language // 3)
         fewest = min(map(self.train_count, self.languages))
         if self.duplicates > most or self.duplicates >= fewest:
             raise ValueError(
-                f"duplicates: expected at most a third of test_per_language, {most}, and fewer "
-                f"than the training examples of a language, {fewest}, got {self.duplicates}"
+                f"duplicates: expected at most a third of test_per_language ({most}) and fewer "
+                f"than the training examples of each language ({fewest}), got {self.duplicates}"
             )
         return self
 
     @model_validator(mode="after")
-    def _training_data_is_of_known_languages(self) -> TaskConfig:
+    def _check_training_languages(self) -> TaskConfig:
         unknown = sorted(set(self.train_languages or []) - set(self.languages))
         if unknown:
             raise ValueError(
@@ -160,113 +180,137 @@ class TaskConfig(_Section):
         untrained = sorted(set(self.train_counts) - set(self.trained_languages))
         if untrained:
             raise ValueError(
-                f"train_counts: expected languages with training data, "
-                f"{', '.join(self.trained_languages)}, got {', '.join(untrained)}"
+                f"train_counts: expected languages with training data "
+                f"({', '.join(self.trained_languages)}), got {', '.join(untrained)}"
             )
         return self
 
     @model_validator(mode="after")
-    def _items_suffice_to_test_from_train(self) -> TaskConfig:
+    def _check_test_from_train(self) -> TaskConfig:
         if not self.test_from_train:
             return self
         if self.train_counts:
-            raise ValueError("test_from_train needs the same items in all: leave out train_counts")
+            raise ValueError(
+                "train_counts: expected none with test_from_train, which needs the same training "
+                f"items in all languages, got {', '.join(self.train_counts)}"
+            )
         if len(self.trained_languages) < 2:
             raise ValueError(
-                "test_from_train: expected two languages with training data or more, so that each "
-                f"item is trained in another, got {', '.join(self.trained_languages)}"
+                "test_from_train: expected at least two languages with training data, so that each "
+                f"item is trained on in another language, got {', '.join(self.trained_languages)}"
             )
+        # The test items of different languages differ, and all come from these items.
         items = self.train_per_language + self.test_per_language
-        wanted = len(self.languages) * self.test_per_language
-        if wanted > items:
+        needed = len(self.languages) * self.test_per_language
+        if needed > items:
             raise ValueError(
                 "test_from_train: expected train_per_language + test_per_language of at least "
-                f"{len(self.languages)} languages x {self.test_per_language} test items, {wanted}, "
+                f"{len(self.languages)} languages x {self.test_per_language} test items, {needed}, "
                 f"got {items}"
             )
         return self
 
 
 class ModelConfig(_Section):
-    """A pretrained model by name, or the shape of a new XLM-R built from nothing."""
+    """The classifier: a pretrained model, or a new XLM-R trained from scratch."""
 
-    name: str | None = Field(None, description="Hub name or folder; absent: build from the shape")
-    layers: int = Field(4, ge=1)
-    hidden: int = Field(128, ge=1)
-    heads: int = Field(4, ge=1)
-    intermediate: int | None = Field(None, ge=1, description="absent: 4 x hidden")
-    dropout: float = Field(0.1, ge=0, lt=1)
+    name: str | None = Field(
+        None,
+        description="Hub name or folder of a pretrained model. Default: a new model of the shape "
+        "below.",
+    )
+    layers: int = Field(4, ge=1, description="Number of layers of a new model.")
+    hidden: int = Field(
+        128, ge=1, description="Hidden size of a new model, a multiple of its heads."
+    )
+    heads: int = Field(4, ge=1, description="Attention heads per layer of a new model.")
+    intermediate: int | None = Field(
+        None, ge=1, description="Feed-forward size of a new model. Default: 4 x hidden."
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout of a new model.")
     sentencepiece: Path | None = Field(
-        None, description="tokenizer of a new model from this SentencePiece file (.gz too)"
+        None,
+        description="SentencePiece file (also .gz) for the tokenizer of a new model. Default: a "
+        "tokenizer trained on the training texts of the task.",
     )
     vocabulary: int = Field(
-        4000, ge=300, description="size of the tokenizer trained on the task's training text"
+        4000, ge=300, description="Vocabulary size of a tokenizer trained on the task."
     )
-    max_length: int = Field(128, ge=8, description="tokens; longer examples are cut")
+    max_length: int = Field(
+        128, ge=8, description="Tokens per example. Longer examples are truncated."
+    )
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> ModelConfig:
+    def _check_heads(self) -> ModelConfig:
         if self.hidden % self.heads:
             raise ValueError(
-                f"hidden must be a multiple of heads, got hidden {self.hidden}, heads {self.heads}"
+                f"hidden: expected a multiple of heads ({self.heads}), got {self.hidden}"
             )
         return self
 
 
 class FinetuneConfig(_Section):
-    """AdamW with linear warm-up and decay; one checkpoint per epoch."""
+    """Fine-tuning with AdamW, linear warm-up and decay; one checkpoint per epoch."""
 
-    epochs: int = Field(3, ge=1)
-    batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(2e-5, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup: float = Field(0.1, ge=0, le=1, description="share of all steps")
-    max_grad_norm: float = Field(1.0, gt=0)
-    save_seconds: float = Field(
-        300.0, gt=0, description="how often the state to resume from is written within an epoch"
+    epochs: int = Field(3, ge=1, description="Number of epochs.")
+    batch_size: int = Field(32, ge=1, description="Examples per batch.")
+    learning_rate: float = Field(2e-5, gt=0, description="Learning rate at the end of the warm-up.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    warmup: float = Field(0.1, ge=0, le=1, description="Share of the steps that is warm-up.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="Norm to which the gradient of a batch is clipped."
     )
-    sampling: Literal["proportional", "uniform"] = Field(
+    save_seconds: float = Field(
+        300.0, gt=0, description="Seconds between saves of the state to resume from."
+    )
+    sampling: Sampling = Field(
         "proportional",
-        description="proportional: every example once per epoch; uniform: as many examples per "
-        "epoch, and of each language equally many",
+        description="proportional: every example once per epoch; uniform: the same number of "
+        "examples per epoch, equally many of each language.",
     )
 
 
 class SparseFinetuneConfig(FinetuneConfig):
-    """Fine-tuning through each language's head mask; what is not given here is as in `finetune`."""
+    """Fine-tuning through the head mask of each language.
+
+    Keys that are absent have the values of the section `finetune`.
+    """
 
     masks: Literal["static", "dynamic"] = Field(
         "static",
-        description="static: those of the prune stage; dynamic: of the same size, re-estimated "
-        "during training",
+        description="static: the masks of the stage prune; dynamic: masks of the same size, "
+        "estimated again during training.",
     )
     reestimate_every: int | None = Field(
-        None, ge=1, description="dynamic only: in epochs, the first has the static masks; absent: 1"
+        None,
+        ge=1,
+        description="dynamic only: epochs between estimates, beginning with the static masks. "
+        "Default: 1.",
     )
-    shared: Literal["trained", "classifier", "frozen"] = Field(
+    shared: SharedParameters = Field(
         "trained",
-        description="what no head owns (embeddings, feed-forward, LayerNorm, classifier, ...): "
-        "all trained, only the classifier, or nothing of it",
+        description="Parameters that no head owns (embeddings, feed-forward, LayerNorm, "
+        "classifier, ...). trained: all are trained; classifier: only the classifier is; frozen: "
+        "none is.",
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _dynamic_every_epoch(cls, tree: Any) -> Any:
+    def _fill_reestimate_every(cls, tree: Any) -> Any:
+        """Set the default of `reestimate_every`, which only dynamic masks have."""
         if not isinstance(tree, dict) or tree.get("masks") != "dynamic":
             return tree
         return {**tree, "reestimate_every": 1} if tree.get("reestimate_every") is None else tree
 
     @model_validator(mode="after")
-    def _reestimation_happens(self) -> SparseFinetuneConfig:
+    def _check_reestimate_every(self) -> SparseFinetuneConfig:
         every = self.reestimate_every
         if every is not None and self.masks == "static":
-            raise ValueError(
-                f"reestimate_every is for masks: dynamic, got {every} with masks: static"
-            )
+            raise ValueError(f"reestimate_every: expected none with masks: static, got {every}")
         if every is not None and every >= self.epochs:
             raise ValueError(
-                f"masks: dynamic re-estimates at the start of epoch {every + 1} first, expected "
-                f"more epochs than reestimate_every, got {self.epochs} and {every}"
+                f"reestimate_every: expected fewer than epochs ({self.epochs}), so that dynamic "
+                f"masks are estimated again at least once, got {every}"
             )
         return self
 
@@ -274,156 +318,195 @@ class SparseFinetuneConfig(FinetuneConfig):
 class PruneConfig(_Section):
     """Iterative pruning of attention heads (Michel et al. 2019, Prasanna et al. 2020)."""
 
-    threshold: float = Field(0.95, gt=0, le=1, description="share of the full score to keep")
-    step: float = Field(0.10, gt=0, le=1, description="share of all heads pruned at a time")
+    threshold: float = Field(
+        0.95, gt=0, le=1, description="Share of the full model's score that a subnetwork retains."
+    )
+    step: float = Field(0.10, gt=0, le=1, description="Share of all heads that a step prunes.")
     model: Literal["multilingual", "monolingual"] = Field(
         "multilingual",
-        description="what is pruned: the model fine-tuned on all languages, or one per language, "
-        "fine-tuned on its training examples alone",
+        description="Pruned model. multilingual: the model fine-tuned on all languages; "
+        "monolingual: one model per language, fine-tuned on its training examples only.",
     )
     seeds: int = Field(
-        1, ge=1, description="fine-tunings pruned per language: seed, seed + 1, ... of the run"
+        1,
+        ge=1,
+        description="Number of fine-tunings that are pruned per language, with the seeds seed, "
+        "seed + 1, ... of the run.",
     )
     combine: Combine = Field(
-        "first", description="which heads are kept, where seeds differ: the first seed's, ..."
+        "first",
+        description="Heads that are kept where seeds differ: those of the first seed, or their "
+        "union, majority or intersection.",
     )
     other_thresholds: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         default_factory=list,
-        description="further thresholds, whose masks go to subnetworks/thresholds/ and into the "
-        "report; views are under `threshold`'s",
+        description="Further thresholds, whose masks are written to subnetworks/thresholds/ and "
+        "shown in the report. Views use the masks of `threshold`.",
     )
 
 
 class CollectConfig(_Section):
-    """What the features are: parameters, projection, precision, batches."""
+    """The features: checkpoints, parameters, projection, precision and storage."""
 
     every: int = Field(
-        1, ge=1, description="every how many epochs a checkpoint counts; the last always does"
+        1,
+        ge=1,
+        description="Epochs between the checkpoints that are used. The last is always used.",
     )
-    parameters: ParameterSet = "encoder"
-    projection_dim: int = Field(4096, ge=1)
-    projection_kind: Literal["rademacher", "sjlt"] = "rademacher"
-    projection_layers: Literal["accumulate", "concatenate"] = "accumulate"
-    projection_seed: int = Field(0, ge=0)
-    batch_tokens: int = Field(8192, ge=1)
-    dtype: PassDtype = "float32"
-    shard_rows: int = Field(1024, ge=1, description="examples per file of a feature store")
+    parameters: ParameterSet = Field(
+        "encoder",
+        description="Parameters whose gradients are used: all but the embeddings, all, those of "
+        "the attention heads, or those of the classifier.",
+    )
+    projection_dim: int = Field(4096, ge=1, description="Numbers per feature row.")
+    projection_kind: ProjectionKind = Field(
+        "rademacher",
+        description="rademacher: dense random signs; sjlt: one non-zero entry per column.",
+    )
+    projection_layers: ProjectionLayers = Field(
+        "accumulate",
+        description="accumulate: the projections of all layers are added; concatenate: each layer "
+        "has its own part of the row.",
+    )
+    projection_seed: int = Field(0, ge=0, description="Seed of the projection.")
+    batch_tokens: int = Field(8192, ge=1, description="Tokens per batch.")
+    dtype: PassDtype = Field("float32", description="Precision of the forward and backward pass.")
+    shard_rows: int = Field(1024, ge=1, description="Examples per file of a feature store.")
     preconditioner: MetricKind = Field(
         "none",
-        description="the metric of inner products and cosines: plain; adam: of Adam's steps, by "
-        "its second moment at the checkpoint; ekfac: of the model's curvature, as influence "
-        "functions have it",
+        description="Metric of inner products and cosines. none: plain gradients; adam: that of "
+        "Adam's steps, from its second moment at the checkpoint; ekfac: the curvature of the "
+        "model, as in influence functions.",
     )
     damping: float = Field(
-        0.1, gt=0, description="ekfac only: share of a layer's mean eigenvalue added to all"
+        0.1,
+        gt=0,
+        description="ekfac only: share of the mean eigenvalue of a layer that is added to all.",
     )
     store_dtype: StoreDtype = Field(
-        "float32", description="of the features on disk; int8 with a scale per example"
+        "float32",
+        description="Precision of the features on disk. int8 has a scale per example.",
     )
     features: str | None = Field(
         None,
         min_length=1,
-        description="where features lie if not in the run folder: a folder, or a URL of object "
-        "storage that fsspec knows (s3://bucket/folder); of this run alone",
+        description="Where the features are stored: a folder, or the URL of object storage that "
+        "fsspec knows (s3://bucket/folder), used by this run only. Default: in the run folder.",
     )
 
     @field_validator("features")
     @classmethod
-    def _from_anywhere(cls, features: str | None) -> str | None:
-        """A folder as an absolute path: workers, and later commands, may run in another one."""
+    def _make_absolute(cls, features: str | None) -> str | None:
+        """Make a path absolute, because workers and later commands may run in another folder."""
         if features is None or "://" in features:
             return features
         return str(Path(features).absolute())
 
 
 class ViewsConfig(_Section):
-    """Under which head masks influence is computed, beside the full model."""
+    """The head masks under which influence is computed, beside the full model."""
 
     subnetwork: bool = Field(
-        True, description="the test example's language's mask, on its gradient and on all training"
+        True,
+        description="The mask of the test example's language, applied to its gradient and to all "
+        "training gradients.",
     )
     subnetwork_own: bool = Field(
-        False, description="each example's gradient under its own language's mask"
+        False, description="Each gradient under the mask of its example's own language."
     )
     subnetwork_test: bool = Field(
-        False, description="the mask on the test gradient only, training gradients of all heads"
+        False,
+        description="The mask of the test example's language, applied to its gradient only.",
     )
-    random: int = Field(1, ge=0, description="draws of random masks of each subnetwork's size")
+    random: int = Field(
+        1, ge=0, description="Number of draws of random masks, of the size of each subnetwork."
+    )
     other: list[str] = Field(
-        default_factory=list, description="every language's influence under these languages' masks"
+        default_factory=list,
+        description="Languages whose mask is applied to the examples of all languages.",
     )
     union: list[tuple[str, str]] = Field(
-        default_factory=list, description="pairs of languages: heads that either subnetwork keeps"
+        default_factory=list,
+        description="Pairs of languages; the mask keeps the heads of either subnetwork.",
     )
     intersection: list[tuple[str, str]] = Field(
-        default_factory=list, description="pairs of languages: heads that both subnetworks keep"
+        default_factory=list,
+        description="Pairs of languages; the mask keeps the heads of both subnetworks.",
     )
 
     @model_validator(mode="after")
-    def _of_subnetworks(self) -> ViewsConfig:
+    def _check_views(self) -> ViewsConfig:
         if not self.subnetwork and (self.subnetwork_own or self.subnetwork_test):
             raise ValueError(
-                "subnetwork_own and subnetwork_test are computed from the features of the view "
-                "subnetwork: set subnetwork to true"
+                "subnetwork: expected true with subnetwork_own or subnetwork_test, which are "
+                "computed from its features, got false"
             )
         for name in ("union", "intersection"):
             same = [a for a, b in getattr(self, name) if a == b]
             if same:
-                raise ValueError(f"{name} needs two different languages, got {same[0]} twice")
+                raise ValueError(f"{name}: expected two different languages, got {same[0]} twice")
         return self
 
     @property
     def named_languages(self) -> set[str]:
-        """The languages that views are asked for by name."""
+        """The languages that `other`, `union` and `intersection` name."""
         pairs = [*self.union, *self.intersection]
         return {*self.other, *(language for pair in pairs for language in pair)}
 
 
 class CertifyConfig(_Section):
-    """The fidelity certificate: a random sample of pairs of examples is scored exactly too."""
+    """The fidelity certificate: exact scores of a random sample of pairs of examples."""
 
-    queries: int = Field(20, ge=1, description="test examples at most; fewer in a small run")
-    train: int = Field(200, ge=2, description="training examples at most; fewer in a small run")
+    queries: int = Field(
+        20, ge=1, description="Test examples in the sample, at most; fewer in a small run."
+    )
+    train: int = Field(
+        200, ge=2, description="Training examples in the sample, at most; fewer in a small run."
+    )
     least_spearman: float = Field(
         0.95,
         ge=-1,
         le=1,
-        description="mean rank correlation with exact scores below which the report and the run "
-        "say loudly that rankings are not to be relied on",
+        description="Mean rank correlation with exact scores below which the run and the report "
+        "warn that rankings are unreliable.",
     )
 
 
 class InfluenceConfig(_Section):
-    """How gradients become scores and language shares."""
+    """How gradients become scores and shares of languages."""
 
     k: int | list[int] = Field(
         100,
-        description="proponents and opponents kept per test example; of several, every table and "
-        "figure is of the first, and shares are given for each",
+        description="Number of proponents and of opponents per test example. With a list, tables "
+        "and figures use the first number, and shares are given for each.",
     )
-    normalize: Literal["cosine", "none"] = "cosine"
+    normalize: Normalization = Field(
+        "cosine",
+        description="cosine: cosine of the gradients at each checkpoint; none: inner product.",
+    )
     weights: Literal["learning_rate", "uniform"] = Field(
-        "learning_rate", description="what each checkpoint counts"
+        "learning_rate",
+        description="Weight of a checkpoint: its mean learning rate, or the same for all.",
     )
     blocks: bool = Field(
         False,
-        description="also mean influence by head and layer, of the views full and subnetwork; "
-        "costs about 1.5 times what collecting these views does",
+        description="Also compute mean influence by head and layer, for the views full and "
+        "subnetwork. Costs about 1.5 times as much as collecting these views.",
     )
-    certify: CertifyConfig = CertifyConfig()
+    certify: CertifyConfig = Field(CertifyConfig(), description="The fidelity certificate.")
     memory: ByteSize = Field(
-        ByteSize(4 * 10**9),
+        ByteSize(DEFAULT_MEMORY),
         gt=0,
-        description="bytes that scoring may take for features, rankings and buffers, such as 4GB; "
-        "changes no result",
+        description="Memory for features, rankings and buffers while scoring, such as 4GB. It does "
+        "not change results.",
     )
 
     @field_validator("k")
     @classmethod
-    def _distinct_and_positive(cls, k: int | list[int]) -> int | list[int]:
+    def _check_k(cls, k: int | list[int]) -> int | list[int]:
         values = k if isinstance(k, list) else [k]
         if not values or min(values) < 1 or len(set(values)) < len(values):
-            raise ValueError("expected a number from 1 on, or several of them, each once")
+            raise ValueError("expected a number from 1 on, or several different ones")
         return k
 
     @property
@@ -435,152 +518,168 @@ class InfluenceConfig(_Section):
 class AnalyzeConfig(_Section):
     """Intervals and tests."""
 
-    bootstrap: int = Field(1000, ge=10, description="resamples of the test examples")
-    permutations: int = Field(1000, ge=10, description="draws of the permutation tests")
-    confidence: float = Field(0.95, gt=0, lt=1)
+    bootstrap: int = Field(1000, ge=10, description="Bootstrap resamples of the test examples.")
+    permutations: int = Field(1000, ge=10, description="Draws of each permutation test.")
+    confidence: float = Field(0.95, gt=0, lt=1, description="Confidence level of the intervals.")
     distances: Path | None = Field(
         None,
-        description="distances between languages to set beside influence: .tsv .csv .parquet, .gz; "
-        "columns language_a, language_b and one or more of numbers",
+        description="Table of distances between languages to compare with influence (.tsv, .csv, "
+        ".parquet, each also .gz): columns language_a, language_b and at least one of numbers.",
     )
     distance_names: dict[str, str] = Field(
-        default_factory=dict, description="our language -> the distance table's name for it"
+        default_factory=dict, description="Language of the run -> its name in that table."
     )
 
 
 class RetrainConfig(_Section):
-    """The full model trained again without some of its training examples, to check influence."""
+    """Retraining of the full model without some training examples, to test influence scores."""
 
     subsets: int = Field(
-        32, ge=2, description="random subsets of the training examples, a model trained on each"
+        32, ge=2, description="Number of random subsets of the training examples to train on."
     )
-    fraction: float = Field(0.5, gt=0, lt=1, description="of the training examples in a subset")
+    fraction: float = Field(
+        0.5, gt=0, lt=1, description="Share of the training examples in a subset."
+    )
     seeds: int = Field(
         2,
         ge=1,
-        description="trainings on the same examples, whose losses are averaged: seed, seed + 1, "
-        "... of the run, for order and dropout; all begin with the run's own initial weights",
+        description="Number of trainings on the same examples, whose losses are averaged. Their "
+        "seeds (seed, seed + 1, ... of the run) determine order and dropout; all begin with the "
+        "same initial weights.",
     )
     removed: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="share of the training examples left out as those that a method calls the "
-        "strongest proponents, or opponents, of a test language; 0: no removals",
+        description="Share of the training examples that is removed, as those that a method calls "
+        "the strongest proponents, or opponents, of a test language. 0: no removals.",
     )
-    random_removals: int = Field(3, ge=1, description="draws of as many examples left out")
-    leave_one_out: bool = Field(True, description="also train without each training language")
+    random_removals: int = Field(
+        3, ge=1, description="Number of removals of equally many random examples."
+    )
+    leave_one_out: bool = Field(
+        True, description="Also train without each of the training languages."
+    )
     methods: list[Method] | None = Field(
         None,
         min_length=1,
-        description="whose scores are checked; absent: all, but for tracin by another name",
+        description="Methods whose scores are tested. Default: all, except one that equals tracin "
+        "under another name.",
     )
 
     @field_validator("methods")
     @classmethod
-    def _each_once(cls, methods: list[Method] | None) -> list[Method] | None:
-        repeated = sorted({name for name in methods or [] if (methods or []).count(name) > 1})
+    def _check_distinct(cls, methods: list[Method] | None) -> list[Method] | None:
+        repeated = _repeated(methods or [])
         if repeated:
-            raise ValueError(f"each method once, got {', '.join(repeated)} more than once")
+            raise ValueError(f"expected each method once, got {repeated} more than once")
         return methods
 
 
 class RunConfig(_Section):
-    """Everything `tracmod run` needs to know; one section per stage."""
+    """Everything that `tracmod run` needs to know; one section per stage."""
 
-    name: str = "run"
-    seed: int = 0
-    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
+    name: str = Field("run", description="Name of the run, shown in the report.")
+    seed: int = Field(
+        0, description="Seed of initial weights, training, random masks and statistics."
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")
     task: TaskConfig
     model: ModelConfig = ModelConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     sparse_finetune: SparseFinetuneConfig | None = Field(
-        None, description="absent: the same as finetune"
+        None, description="Default: the same as finetune."
     )
     prune: PruneConfig = PruneConfig()
     views: ViewsConfig = ViewsConfig()
     collect: CollectConfig = CollectConfig()
     influence: InfluenceConfig = InfluenceConfig()
     analyze: AnalyzeConfig = AnalyzeConfig()
-    retrain: RetrainConfig | None = Field(None, description="absent: nothing is trained again")
+    retrain: RetrainConfig | None = Field(None, description="Default: no retraining.")
 
     @property
     def sparse(self) -> SparseFinetuneConfig:
-        """`sparse_finetune`, or where it is absent the values of `finetune`."""
+        """`sparse_finetune`, or the values of `finetune` if the section is absent."""
         return self.sparse_finetune or SparseFinetuneConfig(**self.finetune.model_dump())
 
     @model_validator(mode="before")
     @classmethod
     def _inherit_finetune(cls, tree: Any) -> Any:
-        """Values that `sparse_finetune` does not give are those of `finetune`, not the defaults."""
+        """Fill keys that are absent in `sparse_finetune` with the values of `finetune`."""
         if not isinstance(tree, dict) or tree.get("sparse_finetune") is None:
             return tree
-        full, sparse = (_given(tree.get(key, {})) for key in ("finetune", "sparse_finetune"))
+        full, sparse = (
+            section.model_dump(exclude_unset=True) if isinstance(section, BaseModel) else section
+            for section in (tree.get("finetune", {}), tree["sparse_finetune"])
+        )
         if not isinstance(full, dict) or not isinstance(sparse, dict):
-            return tree  # and let each section's own validation say so
+            return tree  # the validation of that section reports it
         return {**tree, "sparse_finetune": {**full, **sparse}}
 
     @model_validator(mode="after")
-    def _monolingual_models_have_training_data(self) -> RunConfig:
+    def _check_monolingual(self) -> RunConfig:
         untrained = sorted(set(self.task.languages) - set(self.task.trained_languages))
         if self.prune.model == "monolingual" and untrained:
             raise ValueError(
-                "prune.model: a monolingual model needs training data in every language, there is "
-                f"none in {', '.join(untrained)}"
+                "prune.model: expected multilingual where languages have no training data "
+                f"({', '.join(untrained)}), got monolingual"
             )
         return self
 
     @model_validator(mode="after")
-    def _blocks_are_of_plain_gradients(self) -> RunConfig:
+    def _check_blocks(self) -> RunConfig:
         if self.influence.blocks and self.collect.preconditioner != "none":
             raise ValueError(
-                "influence.blocks is of plain gradients: expected collect.preconditioner none, got "
-                f"{self.collect.preconditioner}"
+                "collect.preconditioner: expected none with influence.blocks, which uses plain "
+                f"gradients, got {self.collect.preconditioner}"
             )
         return self
 
     @model_validator(mode="after")
-    def _something_is_left_out_and_left(self) -> RunConfig:
-        asked, languages = self.retrain, self.task.trained_languages
-        if asked is None:
+    def _check_retrain(self) -> RunConfig:
+        retrain, languages = self.retrain, self.task.trained_languages
+        if retrain is None:
             return self
         total = sum(map(self.task.train_count, languages))
-        shares = {"fraction": asked.fraction, "removed": asked.removed}
-        for name, share in shares.items():
+        for name, share in (("fraction", retrain.fraction), ("removed", retrain.removed)):
             if share and not 0 < round(share * total) < total:
                 raise ValueError(
-                    f"retrain.{name}: expected a share of the {total} training examples that is "
-                    f"one of them at least and not all, got {share}"
+                    f"retrain.{name}: expected a share that amounts to at least one, and not all, "
+                    f"of the {total} training examples, got {share}"
                 )
-        if asked.leave_one_out and len(languages) < 2:
+        if retrain.leave_one_out and len(languages) < 2:
             raise ValueError(
-                "retrain.leave_one_out: expected two languages with training data or more, got "
-                f"{', '.join(languages)}; set it to false"
+                "retrain.leave_one_out: expected false with fewer than two languages with training "
+                f"data, got true with {', '.join(languages)}"
             )
         return self
 
     @model_validator(mode="after")
-    def _languages_of_views_exist(self) -> RunConfig:
+    def _check_view_languages(self) -> RunConfig:
         unknown = sorted(self.views.named_languages - set(self.task.languages))
         if unknown:
-            raise ValueError(f"views: {', '.join(unknown)} not in task.languages")
+            raise ValueError(
+                f"views: expected languages among {', '.join(self.task.languages)}, "
+                f"got {', '.join(unknown)}"
+            )
         return self
 
 
-def _given(section: Any) -> Any:
-    """What a section's tree, or the model made of one, states."""
-    return section.model_dump(exclude_unset=True) if isinstance(section, BaseModel) else section
+def _repeated(names: Sequence[str]) -> str:
+    """Return the names that occur more than once, joined by commas."""
+    return ", ".join(sorted({name for name in names if names.count(name) > 1}))
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Read a YAML file into a `RunConfig`, with `section.key=value` overrides applied.
 
     Args:
-        path: a YAML file, or the name of an embedded one (`demo`).
+        path: a YAML file, or the name of a built-in configuration such as `demo`.
         overrides: `section.key=value`; the value is read as YAML, so `[en, de]` is a list.
 
     Raises:
-        ValueError: one line per fault: where, what was expected, what was found.
+        ValueError: the file is missing or invalid. The message names each key at fault, with the
+            expected and the given value.
     """
     tree = read_tree(path)
     for key, value in parse_overrides(overrides).items():
@@ -589,10 +688,14 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 
 
 def override_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
-    """The config with `section.key=value` overrides applied; errors as in `load_config`.
+    """Return the configuration with `section.key=value` overrides applied.
 
-    A config read back from run.json does not tell what was inherited: a value of `sparse_finetune`
-    that equals the one of `finetune` counts as inherited, and follows an override of it.
+    A configuration read from run.json does not record which values were inherited. A value of
+    `sparse_finetune` that equals that of `finetune` counts as inherited, so it follows an override
+    of `finetune`.
+
+    Raises:
+        ValueError: as in `load_config`.
     """
     tree = config.model_dump(mode="json")
     if tree["sparse_finetune"] is not None:
@@ -607,17 +710,27 @@ def override_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
 
 
 def read_tree(path: str | Path, embedded: str = "") -> dict[str, Any]:
-    """Read a YAML file, or the embedded one of that name, that has sections.
+    """Read the sections of a YAML file or of a built-in configuration.
 
     Args:
         path: a file or a name.
-        embedded: the folder of embedded configurations to look into: `sweeps`, or the uppermost.
+        embedded: the folder of built-in configurations that a name is looked up in: `sweeps`, or
+            empty for those of runs.
 
     Raises:
-        ValueError: no such file, not YAML, or no sections in it.
+        ValueError: there is no such file, it is not YAML, or it has no sections.
     """
+    built_in = resources.files("tracmod.configs").joinpath(embedded, f"{path}.yaml")
+    if Path(path).is_file():
+        text = Path(path).read_text(encoding="utf-8")
+    elif built_in.is_file():
+        text = built_in.read_text(encoding="utf-8")
+    else:
+        raise ValueError(
+            f"{path}: expected a YAML file or the name of a built-in configuration, found neither"
+        )
     try:
-        tree = yaml.safe_load(_config_text(path, embedded))
+        tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, dict):
@@ -628,31 +741,35 @@ def read_tree(path: str | Path, embedded: str = "") -> dict[str, Any]:
 
 
 def parse_config(tree: dict[str, Any], source: str) -> RunConfig:
-    """Validate a tree of plain values; faults become one ValueError that names each place."""
+    """Validate a tree of plain values.
+
+    Args:
+        tree: section -> key -> value.
+        source: where the tree comes from, for messages.
+
+    Raises:
+        ValueError: one message that names each key at fault.
+    """
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("; ".join(_fault(fault, source) for fault in error.errors())) from None
+        raise ValueError("; ".join(_describe(fault, source) for fault in error.errors())) from None
 
 
-def _fault(fault: Any, source: str) -> str:
-    where = ".".join(str(part) for part in fault["loc"]) or "config"
+def _describe(fault: Any, source: str) -> str:
+    """Return one of pydantic's errors as `source: key: message, got value`."""
+    key = ".".join(str(part) for part in fault["loc"]) or "config"
     got = f", got {fault['input']!r}" if not isinstance(fault["input"], dict) else ""
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{source}: {where}: {message}{got}"
-
-
-def _config_text(path: str | Path, embedded: str) -> str:
-    if Path(path).is_file():
-        return Path(path).read_text(encoding="utf-8")
-    resource = resources.files("tracmod.configs").joinpath(embedded, f"{path}.yaml")
-    if resource.is_file():
-        return resource.read_text(encoding="utf-8")
-    raise ValueError(f"{path}: no such file, and no embedded configuration of that name")
+    return f"{source}: {key}: {message}{got}"
 
 
 def parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
-    """`section.key=value`, each value read as YAML; the last of a key counts."""
+    """Return the values of `section.key=value` overrides, read as YAML; the last of a key counts.
+
+    Raises:
+        ValueError: an override has no key or no value, or its value is not YAML.
+    """
     values = {}
     for override in overrides:
         key, separator, value = override.partition("=")
@@ -666,11 +783,15 @@ def parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set `section.key` in a tree of sections, in place."""
+    """Set `section.key` in a tree of sections, in place.
+
+    Raises:
+        ValueError: a part of the key before the last is a value, not a section.
+    """
     *sections, last = key.split(".")
     node = tree
     for section in sections:
-        if node.get(section) is None:  # not there, or stated to be absent
+        if node.get(section) is None:  # absent, or given as null
             node[section] = {}
         node = node[section]
         if not isinstance(node, dict):
@@ -679,7 +800,7 @@ def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def parse_bytes(text: str) -> int:
-    """A size such as 4GB (10^9 bytes each), 512MiB (2^20) or 1000, in bytes.
+    """Return a size such as 4GB (10^9 bytes each), 512MiB (2^20 bytes each) or 1000 in bytes.
 
     Raises:
         ValueError: not a size, or less than one byte.

@@ -78,7 +78,7 @@ def test_attribute_writes_the_contracts_files(model_dir, files, tmp_path):
     assert "sound" in invoke("verify", out)
 
 
-def test_attribute_within_little_memory_gives_the_same(model_dir, files, tmp_path):
+def test_attribute_with_little_memory_gives_the_same_result(model_dir, files, tmp_path):
     for name, memory in (("much", "4GB"), ("little", "33MiB")):
         invoke(*attribute_command(model_dir, files, tmp_path / name, "--memory", memory))
     for table in ("top.parquet", "languages.parquet", "self_influence.parquet"):
@@ -86,14 +86,11 @@ def test_attribute_within_little_memory_gives_the_same(model_dir, files, tmp_pat
             tmp_path / "little" / table
         ).read_bytes()
     assert not (tmp_path / "much/progress").exists()
-    told = invoke(
-        *attribute_command(model_dir, files, tmp_path / "none", "--memory", "1MB"), code=2
-    )
-    assert "memory: expected at least" in told
-    told = invoke(
-        *attribute_command(model_dir, files, tmp_path / "none", "--memory", "lots"), code=2
-    )
-    assert "expected a size such as 4GB" in told
+    for size, shown in (("1MB", "1,000,000"), ("lots", "'lots'")):
+        command = attribute_command(model_dir, files, tmp_path / "none", "--memory", size)
+        output = invoke(*command, code=2)
+        assert "memory: expected" in output
+        assert shown in output
 
 
 def test_self_influence_is_that_of_the_features(model_dir, files, tmp_path):
@@ -103,8 +100,8 @@ def test_self_influence_is_that_of_the_features(model_dir, files, tmp_path):
     assert table.column_names == ["train_id", "train_language", "mask_language", "self_influence"]
     train = tm.FeatureStore.open(out / "features/checkpoint-1/train")
     assert table.column("train_id").to_pylist() == train.ids
-    found = torch.tensor(table.column("self_influence").to_numpy())
-    torch.testing.assert_close(found, train.read().double().square().sum(dim=1), rtol=1e-5, atol=0)
+    values = torch.tensor(table.column("self_influence").to_numpy())
+    torch.testing.assert_close(values, train.read().double().square().sum(dim=1), rtol=1e-5, atol=0)
 
 
 def test_attribute_exactly_is_exact_influence(model_dir, files, tmp_path):
@@ -123,29 +120,33 @@ def test_attribute_exactly_is_exact_influence(model_dir, files, tmp_path):
     expected = tm.exact_influence(model, examples(train), examples(query))
     top = pq.read_table(out / "top.parquet").to_pandas()
     best = top[top.sign == 1].sort_values(["test_id", "rank"])
-    for row, (_, mine) in enumerate(best.groupby("test_id")):
-        found = [int(one.split("-")[1]) for one in mine.train_id]
+    for row, (_, own_rows) in enumerate(best.groupby("test_id")):
+        columns = [int(train_id.split("-")[1]) for train_id in own_rows.train_id]
         torch.testing.assert_close(
-            torch.tensor(mine.score.to_numpy()), expected[row, found], rtol=1e-4, atol=1e-4
+            torch.tensor(own_rows.score.to_numpy()), expected[row, columns], rtol=1e-4, atol=1e-4
         )
-        assert sorted(found) == list(range(13))
+        assert sorted(columns) == list(range(13))
 
 
-@pytest.mark.parametrize("way", [["--projection-dim", 256], ["--exact"]], ids=["features", "exact"])
-def test_attribute_in_bfloat16_is_another_result_close_by(model_dir, files, tmp_path, way):
+@pytest.mark.parametrize(
+    "options", [["--projection-dim", 256], ["--exact"]], ids=["features", "exact"]
+)
+def test_attribute_in_bfloat16_gives_a_slightly_different_result(
+    model_dir, files, tmp_path, options
+):
     train, query = files
     scores = {}
     for dtype in ("float32", "bfloat16"):
         out = tmp_path / dtype
         invoke("attribute", "--model", model_dir, "--train", train, "--query", query, "--out", out,
-               "--dtype", dtype, *way)  # fmt: skip
+               "--dtype", dtype, *options)  # fmt: skip
         assert json.loads((out / "run.json").read_text())["arguments"]["dtype"] == dtype
         top = pq.read_table(out / "top.parquet").to_pandas()
         scores[dtype] = top[top.sign == 1].set_index(["test_id", "train_id"]).score
     difference = (scores["float32"] - scores["bfloat16"]).abs()
     assert 0 < difference.max() < 0.05  # cosines
-    assert "pass_dtype" in invoke("attribute", "--model", model_dir, "--train", train, "--query",
-                                  query, "--out", tmp_path / "bfloat16", *way, code=2)  # fmt: skip
+    command = attribute_command(model_dir, files, tmp_path / "bfloat16", *options)
+    assert "pass_dtype" in invoke(*command, code=2)
 
 
 def test_attribute_weights_checkpoints_by_their_learning_rates(model_dir, files, tmp_path):
@@ -154,7 +155,7 @@ def test_attribute_weights_checkpoints_by_their_learning_rates(model_dir, files,
         folder = tmp_path / f"checkpoint-{step}"
         shutil.copytree(model_dir, folder)
         for name in folder.glob("tokenizer*"):
-            name.unlink()  # what the Trainer of transformers saves may lack it
+            name.unlink()  # checkpoints of the Trainer may have no tokenizer
         state = {"global_step": step, "epoch": step / 5,
                  "log_history": [{"step": step, "learning_rate": rate}]}  # fmt: skip
         (folder / "trainer_state.json").write_text(json.dumps(state))
@@ -260,7 +261,7 @@ def test_lengths_and_counts_that_leave_nothing_are_refused(model_dir, files, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_device_that_is_not_there_is_refused_before_any_work(model_dir, files, tmp_path):
+def test_a_missing_device_is_refused_before_any_work(model_dir, files, tmp_path):
     out = tmp_path / "out"
     for device in ("foo", "cuda:99"):
         command = attribute_command(model_dir, files, out, "--device", device)
@@ -294,7 +295,7 @@ def test_checkpoints_are_checked_before_the_long_part(model_dir, files, tmp_path
     assert "expected the model's num_attention_heads, 3, got 4" in refused(num_attention_heads=4)
 
 
-def test_out_in_the_way_or_not_writable(model_dir, files, tmp_path, monkeypatch):
+def test_out_that_is_a_file_or_not_writable_is_refused(model_dir, files, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file/below/it"):
         assert "file" in invoke(*attribute_command(model_dir, files, out), code=2)
@@ -307,15 +308,15 @@ def test_out_in_the_way_or_not_writable(model_dir, files, tmp_path, monkeypatch)
 
 
 def test_exact_and_projected_do_not_share_a_folder(model_dir, files, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    invoke(*attribute_command(model_dir, files, one))
-    output = invoke(*attribute_command(model_dir, files, one, "--exact"), code=2)
+    projected, exact = tmp_path / "projected", tmp_path / "exact"
+    invoke(*attribute_command(model_dir, files, projected))
+    output = invoke(*attribute_command(model_dir, files, projected, "--exact"), code=2)
     assert "holds features/ of an attribution without --exact" in output
-    invoke(*attribute_command(model_dir, files, two, "--exact"))
-    output = invoke(*attribute_command(model_dir, files, two), code=2)
+    invoke(*attribute_command(model_dir, files, exact, "--exact"))
+    output = invoke(*attribute_command(model_dir, files, exact), code=2)
     assert "holds exact/ of an attribution with --exact" in output
-    assert "sound" in invoke("verify", one)
-    assert "sound" in invoke("verify", two)
+    assert "sound" in invoke("verify", projected)
+    assert "sound" in invoke("verify", exact)
 
 
 def test_exact_keeps_finished_checkpoints_when_stopped(model_dir, files, tmp_path, monkeypatch):
@@ -401,22 +402,24 @@ def test_examples_added_to_the_files_are_collected_alone(model_dir, tmp_path, mo
         "languages": ["test_language", "train_language"],
     }
     for name, key in keys.items():
-        ours, theirs = (
-            pq.read_table(one / f"{name}.parquet").to_pandas().set_index(key).sort_index()
-            for one in (out, whole)
+        grown, expected = (
+            pq.read_table(folder / f"{name}.parquet").to_pandas().set_index(key).sort_index()
+            for folder in (out, whole)
         )
-        numbers = ours.select_dtypes("float").columns
+        numbers = grown.select_dtypes("float").columns
         assert len(numbers)
-        assert ours.index.equals(theirs.index)
+        assert grown.index.equals(expected.index)
         for column in numbers:  # other batches, other rounding
-            assert ours[column].to_numpy() == pytest.approx(theirs[column], rel=1e-3, abs=1e-5)
+            assert grown[column].to_numpy() == pytest.approx(expected[column], rel=1e-3, abs=1e-5)
     invoke(*command)
     assert collected[4:] == [18, 7]  # nothing again
     write(13, 7)
     assert "num_rows: expected 13, got 18" in invoke(*command, code=2)
 
 
-def test_growth_that_is_stopped_leaves_nothing_damaged(model_dir, files, tmp_path, monkeypatch):
+def test_an_interrupted_addition_of_examples_leaves_nothing_damaged(
+    model_dir, files, tmp_path, monkeypatch
+):
     import tracmod.attribution.context as module
 
     def stopped(*_):
@@ -460,7 +463,7 @@ def test_the_same_examples_in_another_file_are_the_same(model_dir, files, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
-def test_features_stored_in_fewer_bytes_give_scores_close_by(model_dir, files, tmp_path, dtype):
+def test_features_stored_in_fewer_bytes_give_similar_scores(model_dir, files, tmp_path, dtype):
     scores = {}
     for stored in ("float32", dtype):
         out = tmp_path / stored
@@ -495,10 +498,10 @@ def test_merge_puts_stores_together(model_dir, tmp_path):
 def test_ray_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "tracmod.engine.ray", raising=False)
-    told = invoke("run", "demo", "--out", tmp_path / "run", "--engine", "ray", code=2)
-    assert "--engine ray needs Ray: pip install 'tracmod[ray]'" in told
-    told = invoke("run", "demo", "--out", tmp_path / "run", "--worker-cpus", 2, code=2)
-    assert "--worker-cpus are for --engine ray" in told
+    output = invoke("run", "demo", "--out", tmp_path / "run", "--engine", "ray", code=2)
+    assert "pip install 'tracmod[ray]'" in output
+    output = invoke("run", "demo", "--out", tmp_path / "run", "--worker-cpus", 2, code=2)
+    assert "--worker-cpus" in output
 
 
 def test_a_head_mask_that_is_a_bare_list_is_named(model_dir, files, tmp_path):
@@ -539,7 +542,7 @@ def test_verify_names_a_flipped_bit(model_dir, files, tmp_path):
     assert "neither" in invoke("verify", tmp_path, code=2)
 
 
-def test_doctor_says_what_was_built():
+def test_doctor_prints_the_build():
     assert "native" in invoke("doctor")
     assert json.loads(invoke("doctor", "--json"))["torch"].startswith("2.")
     assert build_info()["version"] == tm.__version__
@@ -563,7 +566,7 @@ def test_a_bad_config_says_where(tmp_path, config, message):
 
 
 def test_unknown_config_and_override():
-    assert "no embedded configuration" in invoke("run", "nowhere", "--out", "x", code=2)
+    assert "nowhere: expected" in invoke("run", "nowhere", "--out", "x", code=2)
     assert "expected key=value" in invoke("run", "demo", "--out", "x", "--set", "k", code=2)
     bad = ["run", "demo", "--out", "x", "--set", "task.languages=[en"]
     assert "--set task.languages=[en: [en is not valid YAML" in invoke(*bad, code=2)
@@ -589,9 +592,9 @@ def test_stages_queries_and_verify_on_a_run_folder(tmp_path):
     assert "cuda:7" in invoke("influence", run, code=2)
     record["config"]["device"] = "cpu"
     (run / "run.json").write_text(json.dumps(record))
-    told = invoke("status", run)
-    assert "not running" in told
-    assert told.count(" done ") == 8
+    output = invoke("status", run)
+    assert "not running" in output
+    assert output.count(" done ") == 8
     assert all(
         state == "done" for _, state, _ in json.loads(invoke("status", run, "--json"))["stages"]
     )

@@ -1,4 +1,4 @@
-"""The embedded task: right sentences, honest labels, nothing to learn from one text alone."""
+"""The grammar task: sentences are correct, labels follow, one text alone does not tell them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from tracmod.config import TaskConfig
 from tracmod.tasks import TaskData, grammar, load_task, meaning
-from tracmod.tasks.grammar import _say
+from tracmod.tasks.grammar import _express
 from tracmod.tasks.languages import LANGUAGES, chinese, english, french, german, russian, spanish
 from tracmod.tasks.meaning import Deed, Event, Person, Review, State
 
@@ -126,7 +126,7 @@ GOLDEN: list[tuple[object, dict[str, str]]] = [
 @pytest.mark.parametrize("number", range(len(GOLDEN)))
 def test_sentences_are_right(number: int, code: str) -> None:
     fact, texts = GOLDEN[number]
-    assert _say(fact, code) == texts[code]  # type: ignore[arg-type]
+    assert _express(fact, code) == texts[code]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("language", [chinese, english, french, german, russian, spanish])
@@ -162,7 +162,7 @@ def _all_sentences(code: str) -> list[str]:
         for deed, person in product(meaning.DEEDS, people)
         if not person.nephew
     ]
-    return [_say(fact, code) for fact in facts]
+    return [_express(fact, code) for fact in facts]
 
 
 # What never is right, over everything that can be said.
@@ -221,15 +221,15 @@ def test_shapes_have_their_labels_and_columns() -> None:
 
 
 def test_labels_follow_from_the_english_text() -> None:
-    """Worked out again from the words, for what negation and opposites decide."""
+    """Derive every label again from the words, by negation and opposites."""
     rows = [row for row in _load("nli", 900, 3, 300).train.to_pylist() if row["language"] == "en"]
     opposites = meaning.OPPOSITE
     for row in rows:
         quality, premise = _split_quality(row["text_a"])
         claim = row["text_b"]
-        told = re.fullmatch(r"The (.*) is (\w+)\.", claim)
-        if told and told[2] in opposites:
-            expected = 0 if told[2] == quality else 2 if told[2] == opposites[quality] else 1
+        about = re.fullmatch(r"The (.*) is (\w+)\.", claim)
+        if about and about[2] in opposites:
+            expected = 0 if about[2] == quality else 2 if about[2] == opposites[quality] else 1
         elif premise.replace(" not ", " ") != claim.replace(" not ", " "):
             expected = 1
         else:
@@ -247,8 +247,8 @@ def test_stars_grow_with_the_verdicts() -> None:
     rows = [row for row in _load("reviews", 500).train.to_pylist() if row["language"] == "en"]
     totals: dict[int, set[int]] = {}
     for row in rows:
-        found = re.findall(r"\bis (very )?(\w+)", row["text_a"])
-        total = sum(2 * grades[word] if very else grades[word] for very, word in found)
+        verdicts = re.findall(r"\bis (very )?(\w+)", row["text_a"])
+        total = sum(2 * grades[word] if very else grades[word] for very, word in verdicts)
         totals.setdefault(row["label"], set()).add(total)
     assert sorted(totals) == [0, 1, 2, 3, 4]
     assert all(max(totals[low]) < min(totals[high]) for low, high in pairwise(sorted(totals)))
@@ -288,7 +288,7 @@ def _linear_accuracy(train: list[tuple[str, int]], test: list[tuple[str, int]]) 
 @pytest.mark.parametrize(
     ("shape", "chance", "bound"), [("nli", 1 / 3, 0.06), ("paraphrase", 0.5, 0.07)]
 )
-def test_one_text_alone_or_single_words_tell_nothing(
+def test_one_text_alone_or_single_words_do_not_tell_the_label(
     shape: str, chance: float, bound: float
 ) -> None:
     """Measured in six languages: 0.31 to 0.36 for nli, 0.50 to 0.56 for paraphrase."""
@@ -306,7 +306,7 @@ def test_one_text_alone_or_single_words_tell_nothing(
             assert _linear_accuracy(*pairs) < chance + bound, (code, columns)
 
 
-def test_thousands_of_items_are_made_quickly() -> None:
+def test_thousands_of_items_are_generated_quickly() -> None:
     start = time.perf_counter()
     task = _load("nli", 3000, 100, 900)
     assert time.perf_counter() - start < 10  # seconds; about 1.5 alone on one core
@@ -315,7 +315,7 @@ def test_thousands_of_items_are_made_quickly() -> None:
 
 def test_more_items_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "PEOPLE", ("king",))
-    with pytest.raises(ValueError, match=r"too few distinct items per language: wanted 6006 for"):
+    with pytest.raises(ValueError, match=r"task grammar, shape nli: .*got 6006"):
         _load("nli", 6000, 1, 1, languages=["en"])
 
 
@@ -323,7 +323,7 @@ def test_an_unknown_language_is_refused() -> None:
     config = TaskConfig(
         languages=["en", "tlh"], train_per_language=1, dev_per_language=1, test_per_language=1
     )
-    with pytest.raises(ValueError, match="no language tlh, only de, en, es, fr, ru, zh"):
+    with pytest.raises(ValueError, match="de, en, es, fr, ru, zh, got tlh"):
         load_task(config)
 
 

@@ -1,8 +1,9 @@
-"""The planted task: what is planted is there, and the measurement tells right from chance."""
+"""The planted task: the planted examples are there, and right influence is told from chance."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -51,24 +52,22 @@ def related(languages, a, b):
     return next(row for row in rows if {row["language_a"], row["language_b"]} == {a, b})
 
 
-# --- the languages --------------------------------------------------------------------------
+# --- languages ------------------------------------------------------------------------------
 
 
 def test_the_cipher_is_base_letter_by_letter_and_can_be_undone():
     languages = planted_languages(SHARED, seed=3)
     base, cipher = languages["base"], languages["cipher"]
     text = "i bought this lamp the quality is very good but the price is terrible"
-    written = cipher.say(text)
+    written = cipher.translate(text)
     back = str.maketrans(cipher.script, base.script)
     assert len(set(cipher.script)) == len(base.script)
-    assert written.translate(back) == base.say(text) == text
+    assert written.translate(back) == base.translate(text) == text
     assert not set(written) & set(text) - {" "}
 
 
 @pytest.mark.parametrize(("near", "far"), [(0.75, 0.4), (0.9, 0.1), (1.0, 0.0), (0.5, 0.5)])
-def test_near_and_far_share_with_base_what_is_asked_and_as_little_as_can_be_with_each_other(
-    near, far
-):
+def test_near_and_far_share_the_configured_words_with_base_and_few_with_each_other(near, far):
     for seed in range(3):
         languages = planted_languages({"near": near, "far": far}, seed)
         word = 1 / len(LEXICON)
@@ -81,13 +80,13 @@ def test_near_and_far_share_with_base_what_is_asked_and_as_little_as_can_be_with
         assert abs(shared["near", "far"] - max(0.0, near + far - 1)) <= word + 1e-9
 
 
-def test_every_word_class_is_shared_alike():
-    """Not the verdicts of one language and the products of another."""
+def test_every_word_class_is_shared_in_the_same_proportion():
+    """A language does not share all verdicts and no products, for example."""
     for seed in range(5):
         near = planted_languages(SHARED, seed)["near"]
         for words in WORD_CLASSES:
-            kept = sum(near.forms[word] == word for word in words)
-            assert abs(kept - 0.75 * len(words)) <= 1.5, words
+            shared = sum(near.forms[word] == word for word in words)
+            assert abs(shared - 0.75 * len(words)) <= 1.5, words
 
 
 def test_isolated_shares_no_word_no_letter_and_hardly_any_order(data):
@@ -103,15 +102,15 @@ def test_isolated_shares_no_word_no_letter_and_hardly_any_order(data):
         assert abs(row["order"]) < 0.1
 
 
-def test_each_rule_of_word_order_is_another_and_loses_no_word():
+def test_word_orders_differ_and_lose_no_word():
     languages = planted_languages(SHARED)
     text = "i bought this lamp the quality is very good but the price is terrible"
     words = text.split()
-    assert languages["mirror"].say(text).split() == words[::-1]
+    assert languages["mirror"].translate(text).split() == words[::-1]
     forms = languages["isolated"].forms
-    said = [word for pair in zip(words, words[::-1], strict=True) for word in pair][: len(words)]
-    assert languages["isolated"].say(text).split() == [forms[word] for word in said]
-    odd = languages["isolated"].say("i bought this").split()
+    order = [word for pair in zip(words, words[::-1], strict=True) for word in pair][: len(words)]
+    assert languages["isolated"].translate(text).split() == [forms[word] for word in order]
+    odd = languages["isolated"].translate("i bought this").split()
     assert odd == [forms["i"], forms["this"], forms["bought"]]
 
 
@@ -120,21 +119,21 @@ def test_in_every_language_different_words_stay_different():
         assert len(set(language.forms.values())) == len(language.forms), name
 
 
-def test_relatedness_is_what_its_formula_says():
+def test_relatedness_follows_its_formula():
     languages = planted_languages(SHARED)
-    found = {
+    relatedness = {
         other: related(languages, "base", other)["relatedness"]
         for other in NAMES
         if other != "base"
     }
     near, far = (round(share * len(LEXICON)) / len(LEXICON) for share in (0.75, 0.4))
-    assert found == pytest.approx(
+    assert relatedness == pytest.approx(
         {
             "near": 0.75 * near + 0.25,
             "far": 0.75 * far + 0.25,
             "mirror": 0.75 - 0.25,
             "cipher": 0.25,
-            "isolated": 0.25 * 7 / 91,  # 49 of 91 pairs of places are in the same order
+            "isolated": 0.25 * 7 / 91,  # 49 of 91 pairs of positions have the same order
         }
     )
 
@@ -142,7 +141,7 @@ def test_relatedness_is_what_its_formula_says():
 # --- the examples ---------------------------------------------------------------------------
 
 
-def test_the_task_has_the_examples_asked_for(data):
+def test_the_task_has_the_configured_number_of_examples(data):
     for split, count in (("train", 60), ("dev", 10), ("test", 30)):
         table = getattr(data, split)
         languages = table["language"].to_pylist()
@@ -154,26 +153,26 @@ def test_the_task_has_the_examples_asked_for(data):
     assert loaded.train["language"].to_pylist().count("near") == 20
 
 
-def test_nothing_is_said_twice_but_the_duplicates(data):
+def test_no_text_occurs_twice_except_the_duplicates(data):
     train, test = rows_of(data.train), rows_of(data.test)
-    again = {
+    duplicates = {
         (row["test_id"], row["train_id"])
         for row in data.known["planted"].to_pylist()
         if row["kind"] == "duplicate"
     }
-    assert len(again) == 6 * len(NAMES)
-    for test_id, train_id in again:
+    assert len(duplicates) == 6 * len(NAMES)
+    for test_id, train_id in duplicates:
         same = ("language", "text_a", "label")
         assert [test[test_id][key] for key in same] == [train[train_id][key] for key in same]
     seen = [(row["text_a"], name) for name, row in (train | test).items()]
     seen += [(row["text_a"], name) for name, row in rows_of(data.dev).items()]
-    copies = {train_id for _, train_id in again}
+    copies = {train_id for _, train_id in duplicates}
     texts = [text for text, name in seen if name not in copies]
     assert len(set(texts)) == len(texts)
 
 
 def test_flipped_labels_are_wrong_and_all_others_are_right(data):
-    """The label is the sign of what the text says, read back word by word."""
+    """Compare every label with the sign of the verdicts, read back from the text word by word."""
     languages = planted_languages(SHARED)
     flipped = {
         row["train_id"] for row in data.known["planted"].to_pylist() if row["kind"] == "flipped"
@@ -190,8 +189,8 @@ def test_flipped_labels_are_wrong_and_all_others_are_right(data):
             if row["language"] == "isolated":
                 words = words[::2] + words[1::2][::-1]
             total = sum(
-                grades[word] * (2 if words[place - 1] == "very" else 1)
-                for place, word in enumerate(words)
+                grades[word] * (2 if words[position - 1] == "very" else 1)
+                for position, word in enumerate(words)
                 if word in grades
             )
             is_flipped = row["id"] in flipped
@@ -202,7 +201,7 @@ def test_flipped_labels_are_wrong_and_all_others_are_right(data):
     }
 
 
-def test_only_the_teachers_training_data_knows_the_loans_and_the_learners_test_needs_them(data):
+def test_loans_are_in_the_training_data_of_the_teacher_and_the_test_data_of_the_learner(data):
     loans = [row for row in data.known["planted"].to_pylist() if row["kind"] == "loan"]
     assert len(loans) == 10
     test = rows_of(data.test)
@@ -228,7 +227,7 @@ def test_only_the_teachers_training_data_knows_the_loans_and_the_learners_test_n
     )
 
 
-def test_the_same_seed_gives_the_same_examples_and_another_seed_others(data):
+def test_the_seed_determines_the_examples(data):
     again, other = load_task(config()), load_task(config(seed=1))
     for split in ("train", "dev", "test"):
         assert getattr(again, split) == getattr(data, split)
@@ -241,12 +240,12 @@ def test_the_same_seed_gives_the_same_examples_and_another_seed_others(data):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task.languages": "[base, klingon]"}, "no language klingon, only base, near"),
-        ({"task.shared_words": "{near: 1.5, far: 0.2}"}, "less than or equal to 1"),
-        ({"task.shared_words": "{near: 0.5}"}, "shared_words: expected near and far, got near"),
-        ({"task.duplicates": 40}, "duplicates: expected at most a third of test_per_language"),
-        ({"task.flipped": 0.6}, "less than 0.5"),
-        ({"task.train_languages": "[base]"}, "leave out train_languages"),
+        ({"task.languages": "[base, klingon]"}, r"klingon"),
+        ({"task.shared_words": "{near: 1.5, far: 0.2}"}, "shared_words.near: .*1"),
+        ({"task.shared_words": "{near: 0.5}"}, "shared_words: .*got near"),
+        ({"task.duplicates": 40}, "duplicates: .*got 40"),
+        ({"task.flipped": 0.6}, "flipped: .*got 0.6"),
+        ({"task.train_languages": "[base]"}, "train_languages"),
     ],
 )
 def test_a_bad_config_is_refused_in_one_sentence(tmp_path, changes, message):
@@ -255,7 +254,7 @@ def test_a_bad_config_is_refused_in_one_sentence(tmp_path, changes, message):
         arguments += ["--set", f"{key}={value}"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
-    assert message in result.output
+    assert re.search(message, result.output)
     assert len(result.output.strip().splitlines()) == 1
 
 
@@ -263,7 +262,7 @@ def test_a_bad_config_is_refused_in_one_sentence(tmp_path, changes, message):
 
 
 def write_run(path: Path, data, scores_QN: np.ndarray, own_N: np.ndarray, k: int = 40) -> Path:
-    """A run folder of the data with one view, whose influence is `scores_QN`."""
+    """Write a run folder with the data and one view whose influence scores are `scores_QN`."""
     (path / "data").mkdir(parents=True)
     for split in ("train", "test"):
         pq.write_table(getattr(data, split), path / "data" / f"{split}.parquet")
@@ -308,26 +307,26 @@ def write_run(path: Path, data, scores_QN: np.ndarray, own_N: np.ndarray, k: int
 
 
 def perfect_influence(data, rng):
-    """Scores by label agreement and relatedness; flips count against, duplicates for most."""
+    """Return scores that follow labels, relatedness and everything that is planted."""
     train, test = data.train.to_pylist(), data.test.to_pylist()
     near = {(r["language_a"], r["language_b"]): r for r in data.known["relatedness"].to_pylist()}
     near |= {(b, a): row for (a, b), row in near.items()}
     planted = data.known["planted"].to_pylist()
     of = {kind: [row for row in planted if row["kind"] == kind] for kind in ("duplicate", "loan")}
     flipped = {row["train_id"] for row in planted if row["kind"] == "flipped"}
-    again = {row["test_id"]: row["train_id"] for row in of["duplicate"]}
+    duplicate_of = {row["test_id"]: row["train_id"] for row in of["duplicate"]}
     needing = {row["test_id"] for row in of["loan"]}
     scores_QN = rng.normal(0, 0.7, (len(test), len(train)))
     for q, query in enumerate(test):
-        for n, one in enumerate(train):
-            pair = (query["language"], one["language"])
+        for n, example in enumerate(train):
+            pair = (query["language"], example["language"])
             kinship = 1.2 if pair[0] == pair[1] else near[pair]["relatedness"]
-            teaches = query["id"] in needing and one["language"] == "far"
-            agrees = (query["label"] == one["label"]) == (one["id"] not in flipped)
-            sign = 1 if agrees and one["id"] not in flipped else -1
+            teaches = query["id"] in needing and example["language"] == "far"
+            agrees = (query["label"] == example["label"]) == (example["id"] not in flipped)
+            sign = 1 if agrees and example["id"] not in flipped else -1
             scores_QN[q, n] += sign * (1 + kinship + 2 * teaches)
-            scores_QN[q, n] += 100 * (again.get(query["id"]) == one["id"])
-    own_N = np.array([1.0 + 5 * (one["id"] in flipped) for one in train])
+            scores_QN[q, n] += 100 * (duplicate_of.get(query["id"]) == example["id"])
+    own_N = np.array([1.0 + 5 * (example["id"] in flipped) for example in train])
     return scores_QN, own_N
 
 
@@ -344,39 +343,39 @@ def test_influence_that_follows_what_is_planted_is_right_in_every_answer(tmp_pat
         assert row["low"] <= row["high"]
 
 
-def test_influence_drawn_at_random_gives_what_chance_gives_and_is_wrong(tmp_path, data):
+def test_random_influence_answers_by_chance_and_is_wrong(tmp_path, data):
     rng = np.random.default_rng(1)
     shape = (len(data.test), len(data.train))
-    found = []
+    answers = []
     for draw in range(4):
         run = write_run(
             tmp_path / str(draw), data, rng.normal(size=shape), rng.random(len(data.train))
         )
-        found += planted_answers(run, SETTINGS).to_pylist()
+        answers += planted_answers(run, SETTINGS).to_pylist()
     for name in ("duplicates", "flipped_by_self_influence", "flipped_by_opponents", "relatedness"):
-        rows = [row for row in found if row["question"] == name]
+        rows = [row for row in answers if row["question"] == name]
         assert not any(row["right"] for row in rows), name
         spread = {"duplicates": 0.05, "relatedness": 0.4}.get(name, 0.08)
         assert np.mean([row["value"] for row in rows]) == pytest.approx(
             rows[0]["chance"], abs=spread
         )
     for name in ("loan", "isolated", "cipher"):
-        rows = [row for row in found if row["question"] == name]
+        rows = [row for row in answers if row["question"] == name]
         chance = {"loan": 0, "isolated": 1 / 6, "cipher": 1 / 6}[name]
         assert rows[0]["chance"] == pytest.approx(chance)
         assert np.mean([row["value"] for row in rows]) == pytest.approx(chance, abs=0.04)
-    assert sum(row["right"] for row in found if row["question"] == "loan") <= 1
+    assert sum(row["right"] for row in answers if row["question"] == "loan") <= 1
 
 
-def test_each_answer_is_wrong_where_its_own_plant_is_not_followed(tmp_path, data):
+def test_each_answer_is_wrong_if_influence_ignores_what_is_planted_for_it(tmp_path, data):
     right, own_N = perfect_influence(data, np.random.default_rng(0))
     train, test = data.train.to_pylist(), data.test.to_pylist()
     languages_Q = np.array([row["language"] for row in test])
     languages_N = np.array([row["language"] for row in train])
-    place = {name: np.flatnonzero(languages_N == name) for name in NAMES}
-    exchanged = right.copy()  # near and isolated taken for each other
-    exchanged[:, place["near"]] = right[:, place["isolated"]]
-    exchanged[:, place["isolated"]] = right[:, place["near"]]
+    columns = {name: np.flatnonzero(languages_N == name) for name in NAMES}
+    exchanged = right.copy()  # near and isolated mistaken for each other
+    exchanged[:, columns["near"]] = right[:, columns["isolated"]]
+    exchanged[:, columns["isolated"]] = right[:, columns["near"]]
     credited = right.copy()
     credited[np.ix_(languages_Q == "cipher", languages_N == "base")] += 5
     wrong = {
@@ -393,7 +392,7 @@ def test_each_answer_is_wrong_where_its_own_plant_is_not_followed(tmp_path, data
         assert not answers[question]["right"], question
 
 
-def test_what_is_not_planted_is_not_asked(tmp_path):
+def test_questions_without_planted_examples_are_left_out(tmp_path):
     bare = load_task(config(languages=["base", "near"], duplicates=0, flipped=0))
     assert len(bare.known["planted"]) == 0
     shape = (len(bare.test), len(bare.train))
@@ -403,11 +402,11 @@ def test_what_is_not_planted_is_not_asked(tmp_path):
     few = load_task(config(languages=["near", "isolated"], flipped=0))
     scores_QN = np.random.default_rng(0).normal(size=(len(few.test), len(few.train)))
     run = write_run(tmp_path / "few", few, scores_QN, np.ones(len(few.train)))
-    asked = planted_answers(run, SETTINGS)["question"].to_pylist()
-    assert asked == ["duplicates", "isolated"]
+    questions = planted_answers(run, SETTINGS)["question"].to_pylist()
+    assert questions == ["duplicates", "isolated"]
 
 
-def test_auc_and_spearman_on_numbers_done_by_hand():
+def test_auc_and_spearman_on_hand_computed_values():
     assert auc(np.array([1.0, 2.0, 3.0, 4.0]), np.array([False, True, False, True])) == 0.75
     assert auc(np.ones(4), np.array([False, True, False, True])) == 0.5
     assert spearman(np.array([1.0, 2.0, 3.0]), np.array([10.0, 20.0, 15.0])) == pytest.approx(0.5)
@@ -425,7 +424,7 @@ def test_a_folder_without_anything_planted_is_refused(tmp_path, data):
 # --- the run --------------------------------------------------------------------------------
 
 
-def test_a_run_writes_what_is_planted_the_answers_and_their_section(tmp_path):
+def test_a_run_writes_the_planted_tables_the_answers_and_their_section(tmp_path):
     task = {"name": "planted", "languages": NAMES, "test_per_language": 9, "duplicates": 3}
     task["flipped"] = 0.3
     tiny = tiny_config(task=task, finetune={"epochs": 1}, views={"other": ["near"]})
@@ -433,9 +432,9 @@ def test_a_run_writes_what_is_planted_the_answers_and_their_section(tmp_path):
     run_stages(run)
     assert len(pq.read_table(run.path / "data" / "relatedness.parquet")) == 15
     answers = pq.read_table(run.path / "analysis" / "planted.parquet")
-    found = {(row["model"], row["view"]) for row in answers.to_pylist()}
+    answered = {(row["model"], row["view"]) for row in answers.to_pylist()}
     views = ("full", "subnetwork", "random", "other")
-    assert found == {(model, view) for model in ("full", "sparse") for view in views}
+    assert answered == {(model, view) for model in ("full", "sparse") for view in views}
     of_full = answers.filter(pc.field("view") == "full")
     assert set(of_full["question"].to_pylist()) == set(QUESTIONS)
     assert pyarrow.csv.read_csv(run.path / "analysis" / "planted.csv").num_rows == len(answers)
@@ -445,13 +444,13 @@ def test_a_run_writes_what_is_planted_the_answers_and_their_section(tmp_path):
     assert f"Of {len(answers)} answers {right} are right." in page
     assert page.count("<small>right: ") == len(QUESTIONS)
     counted = {(row["model"], row["view"]): row for row in sweep_rows(run.path)}
-    assert counted.keys() == found
+    assert counted.keys() == answered
     assert sum(row["known_answers"] for row in counted.values()) == right
     assert sum(row["known_answers_asked"] for row in counted.values()) == len(answers)
 
 
-def test_the_embedded_configuration_has_every_plant_and_a_piece_for_every_word():
-    """So that two languages share what they share of words, and no parts of words."""
+def test_the_built_in_configuration_plants_everything_and_has_a_token_for_every_word():
+    """Tokens are whole words, so that languages share tokens only where they share words."""
     embedded = load_config("planted")
     task = load_task(embedded.task)
     texts = task.train["text_a"].to_pylist()

@@ -1,4 +1,4 @@
-"""Example files of every format: what is read, and how a malformed row is named."""
+"""Example files of every format: what is read, and that errors name the malformed row."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_line_break_in_a_quoted_csv_field_is_text_and_lines_still_count(tmp_pa
         ("a\ten\tx\t\n", r"x\.tsv:2: no label"),
         ("\ten\tx\t0\n", r"x\.tsv:2: no id"),
         ("a\t\tx\t0\n", r"x\.tsv:2: no language"),
-        ("a\ten\tx\t0\na\ten\ty\t1\n", r"x\.tsv:3: id 'a' stands twice"),
+        ("a\ten\tx\t0\na\ten\ty\t1\n", r"x\.tsv:3: id 'a' .*twice"),
         ("", r"x\.tsv: expected examples, got none"),
     ],
 )
@@ -95,7 +95,7 @@ def test_other_faults_of_files(tmp_path: Path) -> None:
     fault("g.tsv.gz", b"no gzip", r"g\.tsv\.gz: cannot be read")
     fault("p.parquet", b"no parquet", r"p\.parquet: not a readable Parquet file")
     fault("x.txt", b"", r"x\.txt: expected a name that ends in")
-    fault("d.tsv", b"id\tid\n1\t2\n", r"d\.tsv:1: column id named twice")
+    fault("d.tsv", b"id\tid\n1\t2\n", r"d\.tsv:1: .*got id twice")
     fault(
         "m.tsv", HEADER.encode() + b"a\ten\tx\t0\n", "columns: .* got body", columns={"body": "x"}
     )
@@ -186,8 +186,8 @@ def _nli_file(path: Path, languages: tuple[str, ...], premises: int) -> None:
         _write(path, rows)
         return
     for language in languages:
-        ours = [row for row in rows if row["language"] == language]
-        _write(Path(str(path).replace("{language}", language)), ours)
+        own_rows = [row for row in rows if row["language"] == language]
+        _write(Path(str(path).replace("{language}", language)), own_rows)
 
 
 def _config(**values: Any) -> TaskConfig:
@@ -267,7 +267,7 @@ def test_a_language_that_is_not_trained_on_needs_no_training_file(tmp_path: Path
 def test_an_example_in_two_files_is_refused(tmp_path: Path) -> None:
     _nli_file(tmp_path / "train.csv", ("en", "de"), premises=40)
     (tmp_path / "test.csv").write_bytes((tmp_path / "train.csv").read_bytes())
-    with pytest.raises(ValueError, match=r"'en0' .* for train, dev and .* for test"):
+    with pytest.raises(ValueError, match=r"'en0': .* for train, dev and .* for test"):
         load_task(
             _config(
                 train_file=str(tmp_path / "train.csv"),

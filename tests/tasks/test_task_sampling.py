@@ -44,8 +44,8 @@ def _corpus(
             "group": str(number) if parallel else None,
             "split_group": None if per_group is None else f"g{number // per_group}",
         }
-        for language, ours in labels.items()
-        for number, label in enumerate(ours)
+        for language, own_labels in labels.items()
+        for number, label in enumerate(own_labels)
     ]
     pools = [Pool(pool_from_rows(rows), split) for split in splits]
     return Corpus([str(label) for label in range(num_labels)], parallel, pools)
@@ -80,7 +80,7 @@ def test_counts_are_exact_and_classes_balanced_within_one(
     assert len(set(ids)) == len(ids)
 
 
-def test_a_rare_class_is_shared_out_in_proportion() -> None:
+def test_a_rare_class_is_divided_in_proportion() -> None:
     labels = [0] * 200 + [1] * 20
     task = sample(_corpus({"en": labels}, 2), _config(100, 50, 50, "en"))
     counts = {split: _counts(table, "en", 2) for split, table in _tables(task).items()}
@@ -92,7 +92,7 @@ def test_a_class_that_does_not_occur_leaves_the_others_balanced() -> None:
     assert _counts(task.train, "en", 3) == [10, 0, 10]
 
 
-def test_languages_may_differ_in_what_they_have() -> None:
+def test_languages_may_differ_in_their_examples() -> None:
     corpus = _corpus({"en": [0, 1, 2] * 20, "de": [0] * 50 + [1] * 4 + [2] * 6}, 3)
     task = sample(corpus, _config(30, 6, 6))
     assert _counts(task.train, "en", 3) == [10, 10, 10]
@@ -111,7 +111,7 @@ def test_a_split_group_never_crosses_splits(parallel: bool, seed: int) -> None:
         {int(identifier.split("-")[1]) // 3 for identifier in table["id"].to_pylist()}
         for table in _tables(task).values()
     ]
-    # Also where languages are drawn apart: a group is one thing in all of them.
+    # Also where languages are drawn separately: a group is the same in all of them.
     assert not groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2]
     assert [table.num_rows for table in _tables(task).values()] == [160, 40, 62]
     counts = _counts(task.train, "en", 3)
@@ -120,7 +120,7 @@ def test_a_split_group_never_crosses_splits(parallel: bool, seed: int) -> None:
 
 def test_groups_too_large_to_divide_are_an_error() -> None:
     corpus = _corpus({"en": [0, 1] * 10}, 2, per_group=10)
-    with pytest.raises(ValueError, match="groups are too large"):
+    with pytest.raises(ValueError, match=r"split .* short"):
         sample(corpus, _config(5, 5, 5, "en"))
 
 
@@ -142,14 +142,14 @@ def test_parallel_items_missing_or_labelled_otherwise_are_left_out() -> None:
     task = sample(corpus, _config(14, 1, 1))
     used = {group for table in _tables(task).values() for group in table["group"].to_pylist()}
     assert used == {str(number) for number in range(1, 18)} - {"3"}
-    with pytest.raises(ValueError, match=r"in all of en, de: wanted train 15 .*available 16"):
+    with pytest.raises(ValueError, match=r"in all of en, de: .*train 15 .*got 16"):
         sample(corpus, _config(15, 1, 1))
 
 
 def test_a_parallel_task_needs_groups() -> None:
     corpus = _corpus({"en": [0, 1] * 9, "de": [0, 1] * 9}, 2)
     corpus = Corpus(corpus.label_names, True, corpus.pools)
-    with pytest.raises(ValueError, match="needs `group` in every row, got 18 rows without"):
+    with pytest.raises(ValueError, match=r"group: .*got 18 rows"):
         sample(corpus, _config(3, 1, 1))
 
 
@@ -157,10 +157,10 @@ def test_too_few_examples_name_language_split_wanted_and_available() -> None:
     corpus = _corpus({"en": [0, 1] * 50, "de": [0, 1] * 20}, 2)
     with pytest.raises(
         ValueError,
-        match=r"language 'de': wanted train 40 \+ dev 2 \+ test 3 per language, available 40",
+        match=r"language 'de': .*train 40 \+ dev 2 \+ test 3 .*got 40",
     ):
         sample(corpus, _config(40, 2, 3))
-    with pytest.raises(ValueError, match=r"language 'fr': .*available 0"):
+    with pytest.raises(ValueError, match=r"language 'fr': .*got 0"):
         sample(corpus, _config(1, 1, 1, "en", "fr"))
 
 
@@ -174,13 +174,13 @@ def test_published_splits_keep_their_examples_and_mark_their_groups() -> None:
     assert all(group.startswith("test-") for group in task.test["group"].to_pylist())
 
 
-def test_the_seed_alone_decides() -> None:
+def test_the_seed_determines_the_examples() -> None:
     corpus = _corpus({"en": [0, 1] * 100, "de": [0, 1] * 100}, 2)
-    one, again, other = (sample(corpus, _config(20, 5, 5, seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (sample(corpus, _config(20, 5, 5, seed=seed)) for seed in (1, 1, 2))
     assert all(
-        a.equals(b) for a, b in zip(_tables(one).values(), _tables(again).values(), strict=True)
+        a.equals(b) for a, b in zip(_tables(first).values(), _tables(again).values(), strict=True)
     )
-    assert not one.train.equals(other.train)
+    assert not first.train.equals(other.train)
 
 
 def test_against_brute_force_counts_over_many_shapes() -> None:
@@ -230,7 +230,7 @@ def test_a_language_without_training_data_needs_none(parallel: bool) -> None:
         for languages in ({"en": [0, 1] * 20}, {"en": [0, 1] * 9, "sw": [0, 1] * 9})
     ]
     corpus = Corpus(["0", "1"], parallel, [Pool(pools[0], ("train",)), Pool(pools[1], SPLITS[1:])])
-    with pytest.raises(ValueError, match=r"language 'sw': .*available 0"):
+    with pytest.raises(ValueError, match=r"language 'sw': .*got 0"):
         sample(corpus, _config(20, 6, 6, "en", "sw"))
     task = sample(corpus, _config(20, 6, 6, "en", "sw", train_languages=["en"]))
     assert task.train["language"].to_pylist() == ["en"] * 20
@@ -250,7 +250,7 @@ def test_languages_may_have_different_amounts_of_training_data(parallel: bool) -
     if parallel:  # fewer items are part of the same items
         items = {name: set(_groups_of(task.train, name)) for name in ("en", "de", "es")}
         assert items["de"] < items["en"] < items["es"]
-    with pytest.raises(ValueError, match=r"wanted train 106 \+ dev 6 \+ test 9 .*available 120"):
+    with pytest.raises(ValueError, match=r"train 106 \+ dev 6 \+ test 9 .*got 120"):
         sample(corpus, _config(30, 6, 9, "en", "de", "es", train_counts={"de": 106}))
 
 
@@ -281,21 +281,21 @@ def test_test_items_from_train_are_trained_in_all_other_languages_only(splits: A
 
 def test_test_items_from_train_need_a_parallel_task() -> None:
     corpus = _corpus({"en": [0, 1] * 30, "de": [0, 1] * 30}, 2)
-    with pytest.raises(ValueError, match="test_from_train: expected a parallel task"):
+    with pytest.raises(ValueError, match=r"test_from_train: .*grammar"):
         sample(corpus, _config(20, 5, 5, test_from_train=True))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_languages": ["fr"]}, "train_languages: expected some of en, de, got fr"),
-        ({"train_languages": ["en", "en"]}, "got en more than once"),
-        ({"train_languages": []}, "at least 1"),
-        ({"train_counts": {"fr": 5}}, "train_counts: expected languages .* en, de, got fr"),
-        ({"train_counts": {"en": 0}}, "greater than or equal to 1"),
+        ({"train_languages": ["fr"]}, "train_languages: .*en, de, got fr"),
+        ({"train_languages": ["en", "en"]}, r"train_languages\n.*got en more than once"),
+        ({"train_languages": []}, "train_languages\n.*at least 1"),
+        ({"train_counts": {"fr": 5}}, "train_counts: .*en, de.*, got fr"),
+        ({"train_counts": {"en": 0}}, r"train_counts\.en\n.* equal to 1"),
         ({"train_languages": ["en"], "train_counts": {"de": 5}}, "got de"),
-        ({"test_from_train": True, "train_counts": {"en": 5}}, "leave out train_counts"),
-        ({"test_from_train": True, "train_languages": ["en"]}, "two languages .* got en"),
+        ({"test_from_train": True, "train_counts": {"en": 5}}, "train_counts: .*got en"),
+        ({"test_from_train": True, "train_languages": ["en"]}, "test_from_train: .*got en"),
     ],
 )
 def test_training_data_of_unknown_languages_is_refused(options: Any, message: str) -> None:
@@ -304,5 +304,5 @@ def test_training_data_of_unknown_languages_is_refused(options: Any, message: st
 
 
 def test_test_items_from_train_must_suffice_for_every_language() -> None:
-    with pytest.raises(ValueError, match="at least 3 languages x 20 test items, 60, got 50"):
+    with pytest.raises(ValueError, match=r"test_from_train: .*3 languages x 20 .*60, got 50"):
         _config(30, 5, 20, "en", "de", "es", test_from_train=True)

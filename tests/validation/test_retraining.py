@@ -399,9 +399,9 @@ def test_the_command_adds_the_stage_to_a_finished_run(copy):
     [
         ({"subsets": 1}, r"retrain.subsets: .*greater than or equal to 2, got 1"),
         ({"fraction": 1}, r"retrain.fraction: .*less than 1"),
-        ({"fraction": 0.01}, r"retrain.fraction: expected a share of the 36 training examples"),
-        ({"removed": 0.999}, r"retrain.removed: expected a share of the 36 .* not all, got 0.999"),
-        ({"methods": ["tracin", "bm25", "tracin"]}, "each method once, got tracin more than once"),
+        ({"fraction": 0.01}, r"retrain.fraction: .*36 training examples, got 0.01"),
+        ({"removed": 0.999}, r"retrain.removed: .*36 training examples, got 0.999"),
+        ({"methods": ["tracin", "bm25", "tracin"]}, "retrain.methods: .*got tracin more than once"),
         ({"methods": ["lucene"]}, "retrain.methods"),
     ],
 )
@@ -412,7 +412,7 @@ def test_a_wrong_value_is_one_sentence(values, what):
 
 def test_one_language_cannot_be_left_out():
     task = {"train_languages": ["en"]}
-    with pytest.raises(ValueError, match="two languages with training data or more, got en; set"):
+    with pytest.raises(ValueError, match=r"leave_one_out: .*two languages.* got true with en"):
         config(task=task)
     config(task=task, retrain={**SMALL, "leave_one_out": False})
 

@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tracmod.analysis.languages import MEASURES, pivot_examples
+from tracmod.choices import ModelName
 from tracmod.files.durable import read_json
 
-MODELS = ("full", "sparse")
+MODELS = get_args(ModelName)
 VIEWS = (
     "full",
     "subnetwork",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tracmod.choices import MetricKind, ParameterSet, PassDtype, StoreDtype
+from tracmod.choices import DEFAULT_MEMORY, MetricKind, ParameterSet, PassDtype, StoreDtype
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class AttributionOptions:
     )
     batch_tokens: int = field(default=8192, metadata={"help": "Tokens per batch.", "min": 1})
     memory: int = field(
-        default=4 * 10**9,
+        default=DEFAULT_MEMORY,
         metadata={
             "help": "Memory for features, rankings and buffers while scoring.",
             "unit": "bytes",

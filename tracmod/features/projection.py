@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tracmod.choices import ProjectionKind, ProjectionLayers
 from tracmod.gradients.capture import Layer
 
 # Share of the row that exact blocks may take. The output layer of the classifier holds most of the
@@ -49,9 +50,9 @@ class Projection:
     """
 
     dim: int
-    kind: Literal["rademacher", "sjlt"] = "rademacher"
+    kind: ProjectionKind = "rademacher"
     seed: int = 0
-    layers: Literal["accumulate", "concatenate"] = "accumulate"
+    layers: ProjectionLayers = "accumulate"
 
     def __post_init__(self) -> None:
         if self.dim < 1:

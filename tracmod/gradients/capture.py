@@ -16,18 +16,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tracmod.choices import ParameterSet
 from tracmod.gradients.lean_pass import Columns, Kept
 from tracmod.models.architecture import attention_layers, embeddings_module
 from tracmod.models.inputs import per_example_loss
 
 LayerKind = Literal["linear", "elementwise", "embedding"]
-PARAMETER_SETS = ("encoder", "all", "attention", "classifier")
+PARAMETER_SETS = get_args(ParameterSet)
 
 
 @dataclass(frozen=True, eq=False)

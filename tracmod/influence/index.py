@@ -43,13 +43,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tracmod.choices import IndexKind
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import (
     file_sha256,
@@ -71,7 +72,7 @@ Features = FeatureStore | Tensor
 
 FORMAT = "tracmod-index"
 VERSION = 1
-KINDS = ("flat", "sq8", "ivf", "ivfpq", "hnsw")
+KINDS = get_args(IndexKind)
 GPU_KINDS = ("ivf", "ivfpq")
 BLOCK_ROWS = 1024
 RECALL_QUERIES = 64

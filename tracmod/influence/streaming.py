@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from tracmod import kernels
+from tracmod.choices import DEFAULT_MEMORY
 from tracmod.features.rows import Rows, TensorRows, block_ranges, read_blocks
 from tracmod.features.shards import KEPT_SHARDS, READERS
 from tracmod.files.durable import canonical_json, sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 
-MEMORY = 4 * 10**9
+MEMORY = DEFAULT_MEMORY
 SAVE_SECONDS = 30.0
 # What `top_k_dot` works in beside its arguments: scores of 256 x 2048, and some per thread.
 _KERNEL_BYTES = 32 << 20

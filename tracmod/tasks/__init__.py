@@ -1,4 +1,4 @@
-"""Examples, languages and labels: every task, sampled and split."""
+"""Tasks: examples with languages and labels, drawn and split."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ __all__ = [
     "read_model_files",
 ]
 
+# Task -> the function that loads everything there is of it, from which the splits are drawn.
+_LOADERS = {
+    "grammar": load_grammar,
+    "xnli": load_xnli,
+    "pawsx": load_pawsx,
+    "marc": load_marc,
+    "files": load_files,
+}
+
 
 def load_task(config: TaskConfig) -> TaskData:
-    """Load, check, sample and split a task; the same config and data give the same examples.
+    """Load a task, draw its splits and check them.
+
+    The same config and data always give the same examples.
 
     Raises:
-        ValueError: malformed data (file and line), an unknown language, too few examples, or all
-            of one class.
+        ValueError: malformed data (with file and line), an unknown language, too few examples, or
+            examples of one class only.
     """
-    if (
-        config.name == "planted"
-    ):  # makes just what is asked for, so that it knows its part of each split
+    if config.name == "planted":  # draws its splits itself, because it plants examples in them
         return check_classes(load_planted(config))
-    loader = {
-        "grammar": load_grammar,
-        "xnli": load_xnli,
-        "pawsx": load_pawsx,
-        "marc": load_marc,
-        "files": load_files,
-    }[config.name]
-    return check_classes(sample(loader(config), config))
+    return check_classes(sample(_LOADERS[config.name](config), config))

@@ -1,4 +1,4 @@
-"""The schema of examples, and the containers that hold a task's data."""
+"""The schema of examples, and the containers that hold the data of a task."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ SCHEMA = pa.schema(
         ("group", pa.string()),
     ]
 )
-# Examples before they are split: `split_group` (null: `group`, else `id`) stays in one split.
+# Examples before they are split. Examples with the same `split_group` stay in one split; where it
+# is null, `group` takes its place, and then `id`.
 POOL_SCHEMA = SCHEMA.append(pa.field("split_group", pa.string()))
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task's sampled examples.
+    """The examples of a task, in splits.
 
     Attributes:
-        name: the task's name.
-        label_names: one per class, in the order of the labels 0, 1, ...
-        languages: in the order asked for.
-        parallel: `group` names the same item in every language.
-        train, dev, test: tables with `SCHEMA`; ids are unique within a table, and no group is in
-            two tables (but with `test_from_train`, where every test group is in train).
-        known: further tables by name, of a task whose influence has known answers.
+        name: the name of the task.
+        label_names: the name of each class, in the order of the labels 0, 1, ...
+        languages: the languages, in the order of the config.
+        parallel: whether `group` identifies the same item in every language.
+        train, dev, test: tables with `SCHEMA`. Ids are unique within a table. No group is in two
+            tables, except with `test_from_train`, where every group of test is also in train.
+        known: further tables by name, for a task with known answers.
     """
 
     name: str
@@ -51,25 +52,23 @@ class TaskData:
 
 
 def check_classes(data: TaskData) -> TaskData:
-    """The data, after a check that there is something to learn, and to lose by pruning.
+    """Return the data if training has something to learn, and pruning a score to lose.
 
     Raises:
-        ValueError: all training examples, or all dev examples of a language, are of one class.
+        ValueError: all training examples, or all dev examples of a language, have the same label.
     """
-    _check_two_classes(data.train, data.label_names, "train")
+    tables = {"train": data.train}
     for language in data.languages:
-        own = data.dev.filter(pc.equal(data.dev["language"], language))
-        _check_two_classes(own, data.label_names, f"dev, language {language}")
+        in_language = pc.equal(data.dev["language"], language)
+        tables[f"dev, language {language}"] = data.dev.filter(in_language)
+    for name, table in tables.items():
+        labels = pc.unique(table["label"]).to_pylist()
+        if len(labels) == 1 and len(table) > 1:
+            raise ValueError(
+                f"task: {name}: expected examples of several classes, got {len(table)} examples of "
+                f"class {data.label_names[labels[0]]} only"
+            )
     return data
-
-
-def _check_two_classes(table: pa.Table, label_names: list[str], where: str) -> None:
-    found = pc.unique(table["label"]).to_pylist()
-    if len(found) == 1 and len(table) > 1:
-        raise ValueError(
-            f"task: {where}: expected examples of several classes, got {len(table)}, all "
-            f"{label_names[found[0]]}"
-        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All there is of a task, before sampling; groups of different pools are different items."""
+    """All examples of a task, before its splits are drawn.
+
+    Attributes:
+        label_names: the name of each class, in the order of the labels 0, 1, ...
+        parallel: whether `group` identifies the same item in every language.
+        pools: the examples; groups of different pools are different items.
+    """
 
     label_names: list[str]
     parallel: bool
@@ -90,7 +95,7 @@ class Corpus:
 
 
 def pool_from_rows(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """A table with `POOL_SCHEMA` from rows by column name; what a row leaves out is null."""
+    """Return a table with `POOL_SCHEMA` of rows by column name; absent values are null."""
     columns: dict[str, list[Any]] = {name: [] for name in POOL_SCHEMA.names}
     for row in rows:
         for name, values in columns.items():
@@ -99,7 +104,7 @@ def pool_from_rows(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
 
 
 def rows_digest(table: pa.Table, start: int, stop: int) -> str:
-    """SHA-256 of rows [start, stop): of what they say, not of the file that says it."""
+    """Return the SHA-256 of the values in rows [start, stop), whatever file they come from."""
     digest = hashlib.sha256()
     for name in table.column_names:
         values = table[name].slice(start, stop - start).to_pylist()

@@ -1,4 +1,4 @@
-"""The embedded task: items drawn as meanings, then said in every language."""
+"""The built-in grammar task: items are drawn as meanings, then expressed in every language."""
 
 from __future__ import annotations
 
@@ -30,21 +30,27 @@ from tracmod.tasks.meaning import (
 )
 
 Meaning = Event | State | Deed | Review
-Item = tuple[Meaning, Meaning | None]  # what text_a says, and text_b
-MISSES = 1000  # draws in a row that bring nothing new, and the items count as used up
+Item = tuple[Meaning, Meaning | None]  # the meanings of text_a and text_b
+MAX_REPEATS = 1000  # draws of known items in a row after which the items count as exhausted
 NLI_LABELS = ["entailment", "neutral", "contradiction"]
 ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
-NLI_WEIGHTS = (88, 12)  # of hypotheses about a fact, about a quality
-OTHER_WEIGHTS = (75, 10, 15)  # of another person, time or fact among what is neutral
+HYPOTHESIS_WEIGHTS = (88, 12)  # hypotheses about a fact, about a quality
+NEUTRAL_WEIGHTS = (75, 10, 15)  # neutral by another person, another time, another fact
 PARAPHRASE_LABELS = ["different", "paraphrase"]
-DIFFERENCE_WEIGHTS = (60, 20, 20)  # of negation, exchanged roles, exchanged qualities
+DIFFERENCE_WEIGHTS = (60, 20, 20)  # negation, exchanged roles, exchanged qualities
 REVIEW_LABELS = ["1", "2", "3", "4", "5"]  # stars
 GRADE_PAIRS = [(a, b) for a in range(-2, 3) for b in range(-2, 3)]
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """One kind of task: its classes, and how an item with a given class is drawn."""
+    """A kind of task.
+
+    Attributes:
+        label_names: the classes.
+        parallel: whether all languages express the same items.
+        draw: draws an item of a class.
+    """
 
     label_names: list[str]
     parallel: bool
@@ -52,9 +58,9 @@ class _Shape:
 
 
 def load_grammar(config: TaskConfig) -> Corpus:
-    """Make as many items as the config asks for; the same config gives the same items.
+    """Generate as many items as the config needs; the same config gives the same items.
 
-    Parallel shapes say the same items in every language, the others draw items for each.
+    Parallel shapes express the same items in every language, the others draw items per language.
 
     Raises:
         ValueError: an unknown language, or more examples than there are distinct items.
@@ -62,15 +68,16 @@ def load_grammar(config: TaskConfig) -> Corpus:
     unknown = [language for language in config.languages if language not in LANGUAGES]
     if unknown:
         raise ValueError(
-            f"task grammar has no language {', '.join(unknown)}, only {', '.join(LANGUAGES)}"
+            f"task grammar: languages: expected some of {', '.join(LANGUAGES)}, "
+            f"got {', '.join(unknown)}"
         )
     shape = _SHAPES[config.shape]
     table = pool_from_rows(
         {
             "id": f"{language}-{number}",
             "language": language,
-            "text_a": _say(item[0], language),
-            "text_b": None if item[1] is None else _say(item[1], language),
+            "text_a": _express(item[0], language),
+            "text_b": None if item[1] is None else _express(item[1], language),
             "label": label,
             "group": str(number) if shape.parallel else None,
         }
@@ -81,70 +88,76 @@ def load_grammar(config: TaskConfig) -> Corpus:
 
 
 def _items(config: TaskConfig, shape: _Shape, language: str) -> list[tuple[Item, int]]:
-    """Items with labels 0, 1, ... in turn; no two with the same first text."""
+    """Return items with labels 0, 1, ... in turn, no two with the same first text."""
     num_labels = len(shape.label_names)
     most_train = max(map(config.train_count, config.languages))
     counts = (most_train, config.dev_per_language, config.test_per_language)
-    wanted = num_labels * sum(math.ceil(count / num_labels) for count in counts)
+    needed = num_labels * sum(math.ceil(count / num_labels) for count in counts)
     source = "items" if shape.parallel else language
     rng = random.Random(f"{config.shape} {source} {config.seed}")
     items: dict[Meaning, tuple[Item, int]] = {}
-    misses = 0
-    while len(items) < wanted:
+    repeats = 0
+    while len(items) < needed:
         label = len(items) % num_labels
         item = shape.draw(rng, label)
-        misses = misses + 1 if item[0] in items else 0
+        repeats = repeats + 1 if item[0] in items else 0
         items.setdefault(item[0], (item, label))
-        if misses == MISSES:
+        if repeats == MAX_REPEATS:
             raise ValueError(
-                f"task grammar, shape {config.shape}: too few distinct items per language: "
-                f"wanted {wanted} for all splits, available about {len(items)}"
+                f"task grammar, shape {config.shape}: expected at most about {len(items)} items "
+                f"per language for all splits, got {needed}: there are too few distinct items"
             )
     return list(items.values())
 
 
-def _say(meaning: Meaning, language: str) -> str:
-    speaker = LANGUAGES[language]
+def _express(meaning: Meaning, language: str) -> str:
+    """Return the text that expresses a meaning in a language."""
+    grammar = LANGUAGES[language]
     match meaning:
         case Event():
-            return speaker.event(meaning)
+            return grammar.event(meaning)
         case State():
-            return speaker.state(meaning)
+            return grammar.state(meaning)
         case Deed():
-            return speaker.deed(meaning)
+            return grammar.deed(meaning)
         case Review():
-            return speaker.review(meaning)
+            return grammar.review(meaning)
 
 
 def _nli_item(rng: random.Random, label: int) -> Item:
-    """A premise on one person, and a hypothesis on what it says, or does not say.
+    """Draw a premise about a person, and a hypothesis about a fact or a quality of that person.
 
-    Every label is as likely given the hypothesis alone, and given the premise alone.
+    Neither text alone tells the label: given the premise alone, or the hypothesis alone, every
+    label is equally likely.
     """
     person = Person(rng.choice(PEOPLE), rng.choice(QUALITIES), nephew=rng.random() < 0.5)
-    about = rng.choices((_about_fact, _about_quality), NLI_WEIGHTS)[0]
-    return about(rng, person, label)
+    draw = rng.choices((_item_about_fact, _item_about_quality), HYPOTHESIS_WEIGHTS)[0]
+    return draw(rng, person, label)
 
 
-def _about_fact(rng: random.Random, person: Person, label: int) -> Item:
-    """Of one fact, negation decides; of another person, time or fact, nothing is told."""
+def _item_about_fact(rng: random.Random, person: Person, label: int) -> Item:
+    """Draw an item about a fact.
+
+    If the hypothesis is about the fact of the premise, negation decides between entailment and
+    contradiction. If it is about another person, time or fact, the label is neutral.
+    """
     time = rng.choice(TIMES)
     premise = replace(_fact(rng), subject=person, time=time, negated=rng.random() < 0.5)
     claim = replace(premise, subject=replace(person, quality=None))
     if label != NEUTRAL:
         return premise, replace(claim, negated=premise.negated != (label == CONTRADICTION))
-    match rng.choices(("person", "time", "fact"), OTHER_WEIGHTS)[0]:
+    match rng.choices(("person", "time", "fact"), NEUTRAL_WEIGHTS)[0]:
         case "person":
             claim = replace(claim, subject=Person(person.noun, nephew=not person.nephew))
         case "time":
             claim = replace(claim, time=TIMES[1 - TIMES.index(time)])
         case "fact":
-            claim = replace(_fact(rng, but=premise), subject=claim.subject, time=time)
+            claim = replace(_fact(rng, unlike=premise), subject=claim.subject, time=time)
     return premise, replace(claim, negated=rng.random() < 0.5)
 
 
-def _about_quality(rng: random.Random, person: Person, label: int) -> Item:
-    """The same quality, its opposite, or one of which nothing is told."""
+def _item_about_quality(rng: random.Random, person: Person, label: int) -> Item:
+    """Draw an item about a quality: that of the premise, an unrelated one, or its opposite."""
     assert person.quality is not None
     opposite = OPPOSITE[person.quality]
     others = [quality for quality in QUALITIES if quality not in (person.quality, opposite)]
@@ -153,17 +166,23 @@ def _about_quality(rng: random.Random, person: Person, label: int) -> Item:
     return premise, State(replace(person, quality=None), quality=claim)
 
 
-def _fact(rng: random.Random, but: Event | State | None = None) -> Event | State:
-    """What somebody does or where somebody is, as likely; if `but` is one, then the other."""
-    nobody = Person(PEOPLE[0])
-    if isinstance(but, Event) or (but is None and rng.random() < 0.5):
-        return State(nobody, place=rng.choice(PLACES))
+def _fact(rng: random.Random, unlike: Event | State | None = None) -> Event | State:
+    """Draw what somebody does or where somebody is, or the kind of the two that `unlike` is not.
+
+    The caller replaces the subject.
+    """
+    anybody = Person(PEOPLE[0])
+    if isinstance(unlike, Event) or (unlike is None and rng.random() < 0.5):
+        return State(anybody, place=rng.choice(PLACES))
     action = rng.choice(ACTIONS)
-    return Event(nobody, action, rng.choice(OBJECTS[action]) if action in OBJECTS else None)
+    return Event(anybody, action, rng.choice(OBJECTS[action]) if action in OBJECTS else None)
 
 
 def _paraphrase_item(rng: random.Random, label: int) -> Item:
-    """The time stands first in one text and last in the other, whether or not they say the same."""
+    """Draw two texts with or without the same meaning.
+
+    In either case the time comes first in one text and last in the other.
+    """
     subject, other = rng.sample(PEOPLE, 2)
     quality = rng.choice(QUALITIES)
     qualities = rng.choice([(quality, None), (None, quality)])
@@ -178,29 +197,20 @@ def _paraphrase_item(rng: random.Random, label: int) -> Item:
     again = replace(deed, time_first=not deed.time_first)
     if PARAPHRASE_LABELS[label] == "paraphrase":
         return deed, again
-    change = rng.choices((_other_truth, _other_roles, _other_qualities), DIFFERENCE_WEIGHTS)[0]
-    return deed, change(again)
-
-
-def _other_truth(deed: Deed) -> Deed:
-    return replace(deed, negated=not deed.negated)
-
-
-def _other_roles(deed: Deed) -> Deed:
-    return replace(deed, subject=deed.other, other=deed.subject)
-
-
-def _other_qualities(deed: Deed) -> Deed:
-    subject, other = deed.subject, deed.other
-    return replace(
-        deed,
-        subject=Person(subject.noun, other.quality),
-        other=Person(other.noun, subject.quality),
-    )
+    match rng.choices(("negation", "roles", "qualities"), DIFFERENCE_WEIGHTS)[0]:
+        case "negation":
+            again = replace(again, negated=not deed.negated)
+        case "roles":
+            again = replace(again, subject=deed.other, other=deed.subject)
+        case "qualities":
+            again = replace(
+                again, subject=Person(subject, qualities[1]), other=Person(other, qualities[0])
+            )
+    return deed, again
 
 
 def review_item(rng: random.Random, label: int) -> Item:
-    """The stars follow from the sum of two verdicts, each from -2 to 2."""
+    """Draw a review with `label` + 1 stars, which follow from two verdicts, each from -2 to 2."""
     grades = rng.choice([pair for pair in GRADE_PAIRS if _stars(sum(pair)) == label])
     first, second = rng.sample(ASPECTS, 2)
     verdicts = (_verdict(rng, first, grades[0]), _verdict(rng, second, grades[1]))
@@ -209,11 +219,12 @@ def review_item(rng: random.Random, label: int) -> Item:
 
 
 def _stars(total: int) -> int:
+    """Return the label of a review from the sum of its verdicts."""
     return 2 + (total > 0) + (total > 2) - (total < 0) - (total < -2)
 
 
 def _verdict(rng: random.Random, aspect: str, grade: int) -> tuple[str, str, bool]:
-    """(aspect, verdict, strengthened): "very good" is as good as "excellent"."""
+    """Return (aspect, verdict, strengthened) of a grade; "very good" is as good as "excellent"."""
     strengthened = abs(grade) == 2 and rng.random() < 0.5
     step = (1 if grade > 0 else -1) if strengthened else grade
     return aspect, rng.choice(VERDICTS[step + 2]), strengthened

@@ -22,7 +22,7 @@ FILES = "dataset_<language>_{train,dev,test}.json"
 
 
 def load_marc(config: TaskConfig) -> Corpus:
-    """Load the published splits; the text is the title, a blank line and the review.
+    """Load the published splits; a text is the title, a blank line and the review.
 
     Source: Keung et al., The Multilingual Amazon Reviews Corpus, EMNLP 2020.
     """
@@ -36,15 +36,19 @@ def _examples(config: TaskConfig, split: str) -> Iterator[dict[str, Any]]:
     for language in config.languages_of(split):
         for row in read(config, split, language):
             if not is_left_out(row["text_a"]):
-                yield row | {"id": _with_language(row["id"], language), "language": language}
+                # The ids of MARC begin with the language, as in `de_0203609`; those of a copy may
+                # not.
+                has_language = str(row["id"]).startswith(language)
+                example_id = row["id"] if has_language else f"{language}-{row['id']}"
+                yield row | {"id": example_id, "language": language}
 
 
 def _from_hub(config: TaskConfig, split: str, language: str) -> Iterator[dict[str, Any]]:
     repository = config.hub_name or "mteb/amazon_reviews_multi"
     columns = {"id": "id", "text_a": "text", "label": "label"}
     numbers = {str(number): number for number in range(len(LABELS))}
-    for place, row in read_hub(repository, language, split, columns, FILES):
-        yield row | {"label": class_number(row["label"], numbers, place)}
+    for location, row in read_hub(repository, language, split, columns, FILES):
+        yield row | {"label": class_number(row["label"], numbers, location)}
 
 
 def _from_file(config: TaskConfig, split: str, language: str) -> Iterator[dict[str, Any]]:
@@ -53,16 +57,11 @@ def _from_file(config: TaskConfig, split: str, language: str) -> Iterator[dict[s
     path = find_file(config.path, name, f"{split}/{name}", f"json/{split}/{name}")
     columns = {"id": "review_id", "title": "review_title", "text": "review_body", "label": "stars"}
     numbers = {stars: number for number, stars in enumerate(LABELS)}
-    for place, row in read_published(path, columns):
+    for location, row in read_published(path, columns):
         parts = [row["title"], row["text"]]
         yield {
             "id": row["id"],
-            # As on the Hub, where title and text are joined so.
+            # The copy on the Hub joins title and review in the same way.
             "text_a": "\n\n".join(part for part in parts if part and part.strip()),
-            "label": class_number(row["label"], numbers, place),
+            "label": class_number(row["label"], numbers, location),
         }
-
-
-def _with_language(number: str, language: str) -> str:
-    """MARC's ids begin with the language, as in `de_0203609`; where they do not, add it."""
-    return number if str(number).startswith(language) else f"{language}-{number}"

@@ -1,4 +1,4 @@
-"""What the embedded task can say: concepts, and the facts that every language puts into words."""
+"""Meanings of the grammar task: its concepts, and the facts that languages express."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PEOPLE = (
     "singer",
     "neighbour",
 )
-# Each pair is one scale with two opposite ends.
+# Pairs of opposite qualities.
 SCALES = (("rich", "poor"), ("happy", "sad"), ("strong", "weak"), ("tall", "short"))
 OPPOSITE = {a: b for low, high in SCALES for a, b in ((low, high), (high, low))}
 QUALITIES = tuple(OPPOSITE)
 PLACES = ("park", "kitchen", "garden", "school", "library", "station", "market", "hospital")
 TIMES = ("morning", "evening")
-# What an action is done to; the others are done to nothing.
+# Objects of each transitive action.
 OBJECTS = {
     "eat": ("apple", "pear", "carrot", "onion"),
     "drink": ("tea", "coffee", "water", "milk"),
@@ -35,12 +35,12 @@ OBJECTS = {
 THINGS = tuple(dict.fromkeys([thing for things in OBJECTS.values() for thing in things]))
 INTRANSITIVE = ("sleep", "work", "sing", "dance", "wait")
 ACTIONS = (*OBJECTS, *INTRANSITIVE)
-# What one person can do to another.
+# What a person can do to another person.
 DEEDS = ("see", "hear", "greet", "seek", "meet", "photograph")
 
 PRODUCTS = ("lamp", "book", "bag", "phone", "clock", "chair", "camera", "coat", "table", "shirt")
 ASPECTS = ("quality", "price", "material", "design", "colour", "packaging", "delivery", "size")
-# Verdicts from worst to best; two words for each grade.
+# Verdicts from worst to best, two words for each grade.
 VERDICTS = (
     ("terrible", "horrible"),
     ("bad", "disappointing"),
@@ -52,16 +52,16 @@ VERDICTS = (
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody definite, perhaps with a quality: "the rich king", "the rich nephew of the king"."""
+    """A definite person, with or without a quality: "the rich king", "the nephew of the king"."""
 
     noun: str
     quality: str | None = None
-    nephew: bool = False  # the noun's nephew, and the quality is his
+    nephew: bool = False  # the nephew of that person, who then has the quality
 
 
 @dataclass(frozen=True)
 class Event:
-    """Somebody does something, or not: "The rich king is not reading the letter at night"."""
+    """Someone does something, or not: "The king is not reading the letter in the evening"."""
 
     subject: Person
     action: str
@@ -73,7 +73,7 @@ class Event:
 
 @dataclass(frozen=True)
 class State:
-    """Somebody is or is not so, or there: "The king is not rich", "The king is in the park"."""
+    """Someone has a quality or is in a place, or not: "The king is in the park"."""
 
     subject: Person
     quality: str | None = None
@@ -84,7 +84,7 @@ class State:
 
 @dataclass(frozen=True)
 class Deed:
-    """Somebody does something to somebody, or not: "In the morning the king meets the nurse"."""
+    """Someone does something to someone, or not: "In the morning the king meets the nurse"."""
 
     subject: Person
     deed: str
@@ -96,7 +96,7 @@ class Deed:
 
 @dataclass(frozen=True)
 class Review:
-    """A bought product and two verdicts on aspects of it, each (aspect, verdict, strengthened)."""
+    """A product that was bought, and two verdicts: (aspect, verdict, strengthened by "very")."""
 
     product: str
     verdicts: tuple[tuple[str, str, bool], tuple[str, str, bool]]

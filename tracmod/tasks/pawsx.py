@@ -28,7 +28,7 @@ _FILE_NAMES = {
 
 
 def load_pawsx(config: TaskConfig) -> Corpus:
-    """Load the published splits; rows without a translation ("NS") are left out.
+    """Load the published splits, without the rows that lack a translation ("NS").
 
     Source: Yang et al., PAWS-X: A Cross-lingual Adversarial Dataset for Paraphrase
     Identification, EMNLP-IJCNLP 2019.
@@ -40,14 +40,14 @@ def load_pawsx(config: TaskConfig) -> Corpus:
 
 def _examples(config: TaskConfig, split: str) -> Iterator[dict[str, Any]]:
     for language in config.languages_of(split):
-        for place, row in _rows(config, split, language):
+        for location, row in _rows(config, split, language):
             if not is_left_out(row["text_a"], row["text_b"]):
                 yield {
                     **row,
                     "id": f"{language}-{row['group']}",
                     "group": str(row["group"]),
                     "language": language,
-                    "label": class_number(row["label"], {"0": 0, "1": 1}, place),
+                    "label": class_number(row["label"], {"0": 0, "1": 1}, location),
                 }
 
 

@@ -1,15 +1,15 @@
-"""The planted task: languages made from one another by rule, and examples whose effect is known.
+"""The planted task: languages derived from one another, and examples whose effect is known.
 
-Texts are reviews of the embedded grammar, said by its English without capitals and punctuation;
-the label is whether they are good or bad. No review is said twice, in whatever language.
+Texts are reviews of the built-in grammar in English, without capitals and punctuation. The label
+is whether a review is good or bad. No review occurs twice, in whatever language.
 
-Every language is made from `base`, word by word:
+Every language is derived word by word from `base`:
     base      the English words
-    near      a share of base's words (0.75), invented ones for the others
-    far       a smaller share (0.4), as few as can be of them in near too
-    mirror    all of base's words, in reverse order
-    cipher    base, letter by letter in another script: the same language, and no word in common
-    isolated  invented words, in a third script, in an order that is like neither of the others
+    near      a share of the words of base (0.75), and invented words in place of the others
+    far       a smaller share (0.4), with as few as possible of those in near
+    mirror    the words of base in reverse order
+    cipher    base, letter by letter in another script: the same language without a common word
+    isolated  invented words in a third script, in an order unlike that of base and of mirror
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from tracmod.tasks.languages import LANGUAGES
 from tracmod.tasks.meaning import ASPECTS, PRODUCTS, VERDICTS, Review
 
 LABELS = ["bad", "good"]
-STARS = ((0, 1), (3, 4))  # of a bad review, of a good one; three stars are neither
-# Of the words for the worst and the best there are two each. The second is a loan, known to the
-# training data of the teacher alone: who must understand it in the learner has it from there.
+STARS = ((0, 1), (3, 4))  # labels of bad and good reviews of the grammar; three stars are neither
+# The worst and the best verdict have two words each. The second is a loan word, which occurs in the
+# training data of the teacher only: a model that understands it in the learner has it from there.
 LOANS = {"horrible": "terrible", "perfect": "excellent"}
 TEACHER, LEARNER = "far", "base"
 WORD_CLASSES = (
@@ -46,16 +46,16 @@ LEXICON = tuple(word for words in WORD_CLASSES for word in words)
 LATIN = "abcdefghijklmnopqrstuvwxyz"
 GEORGIAN = "".join(map(chr, range(0x10D0, 0x10D0 + 26)))
 ARMENIAN = "".join(map(chr, range(0x0561, 0x0561 + 26)))
-# How much the parts of relatedness count: words carry the label, their order only places them.
+# Weights of the parts of relatedness. Words carry the label and their order does not.
 WORDS_PART, ORDER_PART = 0.75, 0.25
-WORDS_PER_TEXT = 14  # typical, and the number for which the likeness of two orders is given
+WORDS_PER_TEXT = 14  # typical; the correlation of two word orders is computed for this number
 PLANTED_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("kind", "train_id", "test_id", "native_id")]
 )
 
 
+# Word orders: number of words of a text -> index in the base text of the word at each position.
 def _forwards(length: int) -> list[int]:
-    """Which of a text's words in base stands at each place."""
     return list(range(length))
 
 
@@ -64,38 +64,39 @@ def _backwards(length: int) -> list[int]:
 
 
 def _inwards(length: int) -> list[int]:
-    """First, last, second, last but one, ...: as like the one order as the reverse one."""
+    """First, last, second, last but one, ...: as similar to the forward as to the reverse order."""
     return [n // 2 if n % 2 == 0 else length - 1 - n // 2 for n in range(length)]
 
 
 @dataclass(frozen=True)
 class PlantedLanguage:
-    """A language made from base.
+    """A language derived from base.
 
     Attributes:
-        forms: every word of `LEXICON` (and the loans, where they are known) as it is said here.
-        order: number of words of a text -> which word of base's text stands at each place.
-        script: the letters it is written in.
+        forms: word of `LEXICON` -> its form in this language. Loan words are included if the
+            language has them.
+        order: number of words of a text -> index in the base text of the word at each position.
+        script: the letters of the language.
     """
 
     forms: Mapping[str, str]
     order: Callable[[int], list[int]]
     script: str
 
-    def say(self, text: str) -> str:
-        """A text of base in this language."""
+    def translate(self, text: str) -> str:
+        """Translate a text of base into this language."""
         words = text.split()
-        return " ".join(self.forms[words[place]] for place in self.order(len(words)))
+        return " ".join(self.forms[words[index]] for index in self.order(len(words)))
 
 
 def planted_languages(
     shared_words: Mapping[str, float], seed: int = 0
 ) -> dict[str, PlantedLanguage]:
-    """All languages by name; the same arguments give the same words.
+    """Return all languages by name; the same arguments give the same words.
 
     Args:
-        shared_words: the shares of base's words in `near` and in `far`.
-        seed: of which words are shared, and of the invented ones.
+        shared_words: the shares of the words of base that `near` and `far` have.
+        seed: determines which words are shared, and the invented words.
     """
     rng = random.Random(f"planted words {seed}")
     words, new = _spread_words(rng), _invented_words(rng)
@@ -119,18 +120,18 @@ def planted_languages(
 
 
 def relatedness_table(languages: Mapping[str, PlantedLanguage]) -> pa.Table:
-    """`relatedness.parquet`: how related two languages are, a row per pair.
+    """Return `relatedness.parquet`: the relatedness of languages, a row per pair.
 
     relatedness = 3/4 shared_words + 1/4 order, where shared_words is the share of the lexicon that
-    both say with the same form, and order is Kendall's rank correlation of the places that the
-    words of a text have in both: 1 for the same order, -1 for the reverse one. Of different scripts
-    nothing is shared, so the script has no part of its own.
+    has the same form in both languages, and order is Kendall's rank correlation of the positions of
+    the words of a text in both: 1 for the same order, -1 for the reverse order. The script is not
+    a part of its own, because languages with different scripts share no form.
     """
     rows = []
     for (name_a, a), (name_b, b) in combinations(languages.items(), 2):
         shared = sum(a.forms[word] == b.forms[word] for word in LEXICON) / len(LEXICON)
-        places = [np.argsort(language.order(WORDS_PER_TEXT)) for language in (a, b)]
-        order = float(kendalltau(*places).statistic)
+        positions = [np.argsort(language.order(WORDS_PER_TEXT)) for language in (a, b)]
+        order = float(kendalltau(*positions).statistic)
         rows.append(
             {
                 "language_a": name_a,
@@ -145,12 +146,14 @@ def relatedness_table(languages: Mapping[str, PlantedLanguage]) -> pa.Table:
 
 
 def load_planted(config: TaskConfig) -> TaskData:
-    """Make the examples, and the tables `planted` and `relatedness` of what is known of them.
+    """Generate the examples, and the tables `planted` and `relatedness` with the known answers.
 
-    Planted, by `kind`: `duplicate`, a test example (test_id) that is word for word among the
-    training examples of its language (train_id); `flipped`, a training example with the wrong
-    label; `loan`, a test example of the learner whose label hangs on a word that only the
-    teacher's training data has, and the same test example with the native word (native_id).
+    A row of `planted` is, by `kind`:
+        duplicate: a test example (test_id) whose text and label are also a training example of the
+            same language (train_id);
+        flipped: a training example with the wrong label (train_id);
+        loan: a test example of the learner whose label depends on a loan word (test_id), and the
+            same test example with the native word (native_id).
 
     Raises:
         ValueError: an unknown language.
@@ -159,14 +162,15 @@ def load_planted(config: TaskConfig) -> TaskData:
     unknown = [language for language in config.languages if language not in known]
     if unknown:
         raise ValueError(
-            f"task planted has no language {', '.join(unknown)}, only {', '.join(known)}"
+            f"task planted: languages: expected some of {', '.join(known)}, "
+            f"got {', '.join(unknown)}"
         )
-    chosen = {name: known[name] for name in config.languages}
-    said: set[str] = set()
+    languages = {name: known[name] for name in config.languages}
+    used_texts: set[str] = set()
     splits: dict[str, list[dict[str, object]]] = {split: [] for split in SPLITS}
     planted: list[dict[str, str]] = []
-    for name, language in chosen.items():
-        for split, rows in _language_rows(config, name, language, said, planted).items():
+    for name, language in languages.items():
+        for split, rows in _language_rows(config, name, language, used_texts, planted).items():
             splits[split] += rows
     return TaskData(
         name=config.name,
@@ -175,7 +179,7 @@ def load_planted(config: TaskConfig) -> TaskData:
         parallel=False,
         known={
             "planted": pa.Table.from_pylist(planted, PLANTED_SCHEMA),
-            "relatedness": relatedness_table(chosen),
+            "relatedness": relatedness_table(languages),
         },
         **{split: pa.Table.from_pylist(rows, SCHEMA) for split, rows in splits.items()},
     )
@@ -185,10 +189,18 @@ def _language_rows(
     config: TaskConfig,
     name: str,
     language: PlantedLanguage,
-    said: set[str],
+    used_texts: set[str],
     planted: list[dict[str, str]],
 ) -> dict[str, list[dict[str, object]]]:
-    """One language's examples by split; what is planted in them is added to `planted`."""
+    """Generate the examples of a language by split.
+
+    Args:
+        config: the task.
+        name: the name of the language.
+        language: the language.
+        used_texts: texts of base that must not occur again; those drawn here are added.
+        planted: the table of planted examples, to which those of this language are added.
+    """
     rng = random.Random(f"planted examples {name} {config.seed}")
     learns = name == LEARNER and TEACHER in config.languages
     pairs = config.test_per_language // 3 if learns else 0
@@ -197,26 +209,27 @@ def _language_rows(
         "dev": config.dev_per_language,
         "train": config.train_count(name) - config.duplicates,
     }
-    accept = _is_told if name == TEACHER else _without_loans
-    items = {split: _draw(rng, count, accept, said) for split, count in counts.items()}
+    accepts = _accepts_all if name == TEACHER else _has_no_loan
+    items = {split: _draw(rng, count, accepts, used_texts) for split, count in counts.items()}
     items["train"] += items["test"][: config.duplicates]
-    loans = _draw(rng, pairs, _hangs_on_a_loan, said)
+    loans = _draw(rng, pairs, _depends_on_loan, used_texts)
     items["test"] += [*loans, *((_native(text), label) for text, label in loans)]
     rows = {
         split: [
             {
                 "id": f"{name}-{split}-{number}",
                 "language": name,
-                "text_a": language.say(text),
+                "text_a": language.translate(text),
                 "label": label,
             }
-            for number, (text, label) in enumerate(of_split)
+            for number, (text, label) in enumerate(split_items)
         ]
-        for split, of_split in items.items()
+        for split, split_items in items.items()
     }
-    for label in (0, 1):  # as many of each, so that the labels stay balanced
-        own = range(label, counts["train"], 2)
-        for row in sorted(rng.sample(own, round(config.flipped * len(own)))):
+    for label in (0, 1):  # equally many of each label, so that the classes stay balanced
+        rows_of_label = range(label, counts["train"], 2)
+        flipped = rng.sample(rows_of_label, round(config.flipped * len(rows_of_label)))
+        for row in sorted(flipped):
             rows["train"][row]["label"] = 1 - label
             planted.append({"kind": "flipped", "train_id": f"{name}-train-{row}"})
     for row in range(config.duplicates):
@@ -229,54 +242,54 @@ def _language_rows(
 
 
 def _draw(
-    rng: random.Random, count: int, accept: Callable[[Review, int], Review | None], said: set[str]
+    rng: random.Random,
+    count: int,
+    accepts: Callable[[Review, int], bool],
+    used_texts: set[str],
 ) -> list[tuple[str, int]]:
-    """Texts of base with labels 0, 1, 0, ... that were not said before, with a loan or without."""
-    found: list[tuple[str, int]] = []
-    speaker = LANGUAGES["en"]
-    while len(found) < count:
-        label = len(found) % 2
+    """Draw new texts of base with labels 0, 1, 0, ... whose review is accepted."""
+    items: list[tuple[str, int]] = []
+    english = LANGUAGES["en"]
+    while len(items) < count:
+        label = len(items) % 2
         review, _ = review_item(rng, rng.choice(STARS[label]))
         assert isinstance(review, Review)
-        accepted = accept(review, label)
-        if accepted is None:
+        if not accepts(review, label):
             continue
-        text = re.sub("[^a-z ]", "", speaker.review(accepted).lower())
-        if said.isdisjoint({text, _native(text)}):
-            said |= {text, _native(text)}
-            found.append((text, label))
-    return found
+        text = re.sub("[^a-z ]", "", english.review(review).lower())
+        if used_texts.isdisjoint({text, _native(text)}):
+            used_texts |= {text, _native(text)}
+            items.append((text, label))
+    return items
 
 
-def _is_told(review: Review, label: int) -> Review:
-    return review
+def _accepts_all(review: Review, label: int) -> bool:
+    return True
 
 
-def _without_loans(review: Review, label: int) -> Review | None:
-    """The review, if there is no loan in it."""
-    return None if any(word in LOANS for _, word, _ in review.verdicts) else review
+def _has_no_loan(review: Review, label: int) -> bool:
+    return not any(word in LOANS for _, word, _ in review.verdicts)
 
 
-def _hangs_on_a_loan(review: Review, label: int) -> Review | None:
-    """The review, if one verdict is a loan and the other does not tell the label."""
-    grades = [_grade(word) for _, word, _ in review.verdicts]
-    borrowed = [word in LOANS for _, word, _ in review.verdicts]
-    sign = 1 if label else -1
-    others = [grade for grade, loan in zip(grades, borrowed, strict=True) if not loan]
-    return review if len(others) == 1 and sign * others[0] <= 0 else None
+def _depends_on_loan(review: Review, label: int) -> bool:
+    """Return whether one verdict is a loan word and the other does not suggest the label."""
+    others = [word for _, word, _ in review.verdicts if word not in LOANS]
+    if len(others) != 1:
+        return False
+    grade = next(grade for grade, words in enumerate(VERDICTS, -2) if others[0] in words)
+    return grade <= 0 if label else grade >= 0
 
 
 def _native(text: str) -> str:
-    """A text of base with the native word in place of each loan."""
+    """Return a text of base with the native word in place of each loan word."""
     return " ".join(LOANS.get(word, word) for word in text.split())
 
 
-def _grade(verdict: str) -> int:
-    return next(grade for grade, words in enumerate(VERDICTS, -2) if verdict in words)
-
-
 def _spread_words(rng: random.Random) -> list[str]:
-    """The lexicon in an order whose every stretch has of each word class its part."""
+    """Return the lexicon in a random order that spreads every word class evenly.
+
+    Any stretch of the order has the word classes in about the proportion of the whole lexicon.
+    """
     placed = [
         ((rank + rng.random()) / len(words), word)
         for words in WORD_CLASSES
@@ -286,17 +299,17 @@ def _spread_words(rng: random.Random) -> list[str]:
 
 
 def _invented_words(rng: random.Random) -> Iterator[str]:
-    """Words of two or three syllables, none twice and none of the lexicon."""
-    made = {*LEXICON, *LOANS}
+    """Yield words of two or three syllables, each once and none of the lexicon."""
+    taken = {*LEXICON, *LOANS}
     while True:
         syllables = rng.choice((2, 3))
         word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(syllables))
-        if word not in made:
-            made.add(word)
+        if word not in taken:
+            taken.add(word)
             yield word
 
 
 def _written(forms: Mapping[str, str], script: str) -> dict[str, str]:
-    """The forms, letter by letter in another script."""
+    """Return the forms, letter by letter in another script."""
     letters = str.maketrans(LATIN, script)
     return {word: form.translate(letters) for word, form in forms.items()}

@@ -1,4 +1,4 @@
-"""What the published corpora share: files in a folder, the Hub, labels, rows without text."""
+"""What the loaders of published corpora share: files, the Hub, labels, and rows without text."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
 
 def check_languages(config: TaskConfig, known: Sequence[str]) -> None:
-    """Refuse a language that the corpus does not have.
+    """Check that the corpus has every language, unless `hub_name` names another corpus.
 
     Raises:
-        ValueError: which languages are unknown, and which there are.
+        ValueError: a language is unknown.
     """
     unknown = [language for language in config.languages if language not in known]
     if unknown and config.hub_name is None:
         raise ValueError(
-            f"task {config.name} has no language {', '.join(unknown)}, only {', '.join(known)}"
+            f"task {config.name}: languages: expected some of {', '.join(known)}, "
+            f"got {', '.join(unknown)}"
         )
 
 
 def find_file(folder: Path, *names: str) -> Path:
-    """The first of `folder / name` that is there, plain or gzipped.
+    """Return the first of `folder / name` that exists, plain or gzipped.
 
     Raises:
-        ValueError: none is there.
+        ValueError: none exists.
     """
     for name in names:
         for path in (folder / name, folder / f"{name}.gz"):
@@ -41,46 +42,49 @@ def find_file(folder: Path, *names: str) -> Path:
 def read_hub(
     repository: str, language: str, split: str, columns: Mapping[str, str], files: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Load a split of a language from the Hub; yield (place, values by our names) for every row.
+    """Load a split of a language from the Hub and yield its rows.
 
     Args:
-        repository: `owner/name`; its configurations are named as the languages.
-        language: the configuration.
+        repository: `owner/name`; its configurations have the names of the languages.
+        language: the configuration to load.
         split: `train`, `dev` or `test`.
-        columns: our name -> the name there, of the columns to read.
-        files: which published files to put into `task.path` instead, for the error.
+        columns: our name -> the name in the data set, for each column to read.
+        files: the published files that `task.path` can provide instead, for the error message.
+
+    Yields:
+        (location, values by our names) of each row; the location is for error messages.
 
     Raises:
-        ValueError: it could not be loaded, or lacks a column.
+        ValueError: the data set cannot be loaded, or lacks a column.
     """
     import datasets
 
-    where = f"{repository} ({language}, {HUB_SPLITS[split]})"
+    source = f"{repository} ({language}, {HUB_SPLITS[split]})"
     try:
         data = datasets.load_dataset(repository, language, split=HUB_SPLITS[split])
-    except Exception as error:  # whatever the Hub's client may raise, offline or not
+    except Exception as error:  # the client of the Hub raises exceptions of many types
         reason = " ".join(str(error).split()) or "no reason given"
         raise ValueError(
-            f"{where} could not be loaded from the Hub ({type(error).__name__}: {reason}); "
+            f"{source} could not be loaded from the Hub ({type(error).__name__}: {reason}); "
             f"to use local files, set task.path to the folder of {files}"
         ) from None
     missing = [name for name in columns.values() if name not in data.column_names]
     if missing:
         raise ValueError(
-            f"{where}: expected columns {', '.join(missing)}, got {', '.join(data.column_names)}"
+            f"{source}: expected columns {', '.join(missing)}, got {', '.join(data.column_names)}"
         )
     table = data.with_format("arrow")[:]
     values = [table[name].to_pylist() for name in columns.values()]
     for number, row in enumerate(zip(*values, strict=True)):
-        yield f"{where}, row {number}", dict(zip(columns, row, strict=True))
+        yield f"{source}, row {number}", dict(zip(columns, row, strict=True))
 
 
 def read_published(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (`file:line`, values by our names) for every row.
+    """Yield the rows of a published file, as `read_hub` does; the location is `file:line`.
 
     Args:
-        path: of the file.
-        columns: our name -> the file's, of the columns to read.
+        path: the file.
+        columns: our name -> the name in the file, for each column to read.
 
     Raises:
         ValueError: a column is missing, or a row is malformed.
@@ -88,22 +92,31 @@ def read_published(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str
     for line, row in read_rows(path):
         missing = [name for name in columns.values() if name not in row]
         if missing:
-            raise ValueError(f"{path}:{line}: expected {', '.join(missing)}, got {', '.join(row)}")
-        yield f"{path}:{line}", {name: row[there] for name, there in columns.items()}
+            raise ValueError(
+                f"{path}:{line}: expected columns {', '.join(missing)}, got {', '.join(row)}"
+            )
+        yield f"{path}:{line}", {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def class_number(label: object, numbers: Mapping[str, int], place: str) -> int:
-    """The number of a published label.
+def class_number(label: object, numbers: Mapping[str, int], location: str) -> int:
+    """Return the class of a published label.
+
+    Args:
+        label: the label.
+        numbers: label -> class.
+        location: where the label is, for the error message.
 
     Raises:
-        ValueError: there is no such label; `place` is named.
+        ValueError: the label is unknown.
     """
     number = numbers.get(str(label))
     if number is None:
-        raise ValueError(f"{place}: unknown label {label!r}, expected one of {', '.join(numbers)}")
+        raise ValueError(
+            f"{location}: unknown label {label!r}, expected one of {', '.join(numbers)}"
+        )
     return number
 
 
 def is_left_out(*texts: str | None) -> bool:
-    """Whether a published row has no text: blank, or PAWS-X's placeholder for "no translation"."""
+    """Return whether a text is blank, or "NS", PAWS-X's mark for a missing translation."""
     return any(text is None or text.strip() in ("", "NS") for text in texts)

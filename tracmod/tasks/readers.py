@@ -1,4 +1,4 @@
-"""Rows of TSV, CSV, JSON-lines and Parquet files, plain or gzipped, each with its place."""
+"""Rows of TSV, CSV, JSON-lines and Parquet files, plain or gzipped, with line numbers."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-Row = tuple[int, dict[str, Any]]  # line number in the file, from 1 (Parquet: row), and the values
+Row = tuple[int, dict[str, Any]]  # line number from 1 (Parquet: row number), and the values
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
     """Yield each row of a file as (line number, values by column name).
 
-    By the name's ending: `.tsv` is tab separated *without quoting*, as the field publishes it (a
-    quotation mark is text, a line is a row); `.csv` is comma separated with RFC 4180 quoting;
-    `.jsonl` and `.json` hold one JSON object a line; `.parquet`. All may end in `.gz`. Text is
-    UTF-8, the first line of TSV and CSV names the columns, blank lines are skipped.
+    The format follows from the ending of the name. `.tsv` is tab-separated *without quoting*, as
+    most corpora are published: a quotation mark is text, and every line is a row. `.csv` is
+    comma-separated with the quoting of RFC 4180. `.jsonl` and `.json` have one JSON object per
+    line. `.parquet` is Parquet. All may be gzipped (`.gz`). Text is UTF-8, the first line of TSV
+    and CSV names the columns, and blank lines are skipped.
 
     Raises:
-        ValueError: no such file, an unknown ending, or a malformed row, named by file and line.
+        ValueError: no such file, an unknown ending, or a malformed row; the message names file and
+            line.
     """
     path = Path(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -36,7 +38,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     reader = _READERS.get(kind)
     if reader is None:
         raise ValueError(
-            f"{path}: expected a name that ends in {', '.join(_READERS)} (or one of them and .gz)"
+            f"{path}: expected a name that ends in {', '.join(_READERS)}, or in one of them and .gz"
         )
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -44,6 +46,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 
 def _with_clear_errors(reader: Callable[[Path], Iterator[Row]], path: Path) -> Iterator[Row]:
+    """Yield the rows, and turn the errors of reading and decompressing into ValueErrors."""
     try:
         yield from reader(path)
     except (OSError, EOFError, zlib.error) as error:
@@ -57,7 +60,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Decode line by line, so that a broken character has a line number."""
+    """Yield numbered lines, decoded one by one, so that invalid UTF-8 has a line number."""
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -78,6 +81,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield records with the number of their first line; a quoted field may span lines."""
     csv.field_size_limit(2**31 - 1)
     records = csv.reader((line for _, line in _lines(path)), strict=True)
     while True:
@@ -92,15 +96,18 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _with_header(path: Path, records: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
+    """Yield records as rows, under the names of the columns in the first record."""
     header: list[str] | None = None
     for number, fields in records:
         if fields in ([], [""]):
             continue
         if header is None:
             header = fields
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                raise ValueError(f"{path}:{number}: column {', '.join(twice)} named twice")
+            repeated = sorted({name for name in header if header.count(name) > 1})
+            if repeated:
+                raise ValueError(
+                    f"{path}:{number}: expected distinct columns, got {', '.join(repeated)} twice"
+                )
         elif len(fields) != len(header):
             raise ValueError(
                 f"{path}:{number}: expected {len(header)} fields ({', '.join(header)}), "

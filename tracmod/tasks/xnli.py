@@ -23,13 +23,12 @@ LANGUAGES = (
 )
 # fmt: on
 FILES = "XNLI-1.0/xnli.{dev,test}.tsv and XNLI-MT-1.0/multinli/multinli.train.<language>.tsv"
-# By name, by the translated training files' other spelling, and by number as on the Hub.
-_NUMBERS = {
+_CLASSES = {
     "entailment": 0,
     "neutral": 1,
     "contradiction": 2,
-    "contradictory": 2,
-    "0": 0,
+    "contradictory": 2,  # in the translated training files
+    "0": 0,  # on the Hub
     "1": 1,
     "2": 2,
 }
@@ -38,8 +37,8 @@ _NUMBERS = {
 def load_xnli(config: TaskConfig) -> Corpus:
     """Load the published splits; `group` is the item, the same in every language.
 
-    An item is a premise with one hypothesis. No premise is in two of the published splits, so its
-    three hypotheses stay together.
+    An item is a premise with one hypothesis. No premise occurs in two of the published splits, so
+    the three hypotheses of a premise stay in one split.
 
     Source: Conneau et al., XNLI: Evaluating Cross-lingual Sentence Representations, EMNLP 2018.
     """
@@ -50,17 +49,17 @@ def load_xnli(config: TaskConfig) -> Corpus:
 
 def _examples(config: TaskConfig, split: str) -> Iterator[dict[str, Any]]:
     for language in config.languages_of(split):
-        for place, row in _rows(config, split, language):
+        for location, row in _rows(config, split, language):
             if not is_left_out(row["text_a"], row["text_b"]):
                 yield row | {
                     "id": f"{language}-{row['group']}",
                     "language": language,
-                    "label": class_number(row["label"], _NUMBERS, place),
+                    "label": class_number(row["label"], _CLASSES, location),
                 }
 
 
 def _rows(config: TaskConfig, split: str, language: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if config.path is not None and split != "train":
+    if config.path is not None and split != "train":  # one file for all languages
         path = find_file(config.path, f"XNLI-1.0/xnli.{split}.tsv", f"xnli.{split}.tsv")
         columns = {
             "language": "language",
@@ -70,8 +69,8 @@ def _rows(config: TaskConfig, split: str, language: str) -> Iterator[tuple[str, 
             "group": "pairID",
         }
         yield from (
-            (place, row)
-            for place, row in read_published(path, columns)
+            (location, row)
+            for location, row in read_published(path, columns)
             if row["language"] == language
         )
         return
@@ -83,6 +82,6 @@ def _rows(config: TaskConfig, split: str, language: str) -> Iterator[tuple[str, 
     else:
         columns = {"text_a": "premise", "text_b": "hypothesis", "label": "label"}
         rows = read_hub(config.hub_name or "facebook/xnli", language, split, columns, FILES)
-    # These are parallel row by row.
-    for number, (place, row) in enumerate(rows):
-        yield place, row | {"group": str(number)}
+    # Row n is the same item in the files of all languages.
+    for number, (location, row) in enumerate(rows):
+        yield location, row | {"group": str(number)}

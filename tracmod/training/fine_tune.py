@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tracmod.choices import Sampling, SharedParameters
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import model_digest
 from tracmod.models.inputs import collate, pad_token_id, per_example_loss
@@ -67,8 +68,8 @@ class TrainingSettings:
     warmup: float = 0.1
     max_grad_norm: float = 1.0
     seed: int = 0
-    sampling: Literal["proportional", "uniform"] = "proportional"
-    shared: Literal["trained", "classifier", "frozen"] = "trained"
+    sampling: Sampling = "proportional"
+    shared: SharedParameters = "trained"
     reestimate_every: int | None = None
     keep: Literal["all", "last"] = "all"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from importlib import resources
 from itertools import pairwise, product
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import matplotlib as mpl
 import numpy as np
@@ -25,9 +25,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.transforms import Bbox
 
+from tracmod.choices import FigureFormat
+
 P = ParamSpec("P")
 T = TypeVar("T")
-FORMATS = ("pdf", "svg", "png")
+FORMATS = get_args(FigureFormat)
 WIDTHS = {"column": 3.3, "page": 6.9}  # inches
 SMALL, NORMAL = 7.0, 8.0  # points
 MOST_HEIGHT = 9.0  # inches of a page

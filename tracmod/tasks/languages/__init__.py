@@ -1,4 +1,4 @@
-"""The languages of the embedded task by their codes."""
+"""The languages of the grammar task by their codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every language of the embedded task can do: put each kind of meaning into one text."""
+"""The interface of the languages of the grammar task: a text for each kind of meaning."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from tracmod.tasks.meaning import Deed, Event, Review, State
 
 
 class Language(ABC):
-    """One language's lexicon and grammar; each method returns finished, punctuated text."""
+    """The lexicon and grammar of a language; each method returns a finished, punctuated text."""
 
     @abstractmethod
     def event(self, event: Event) -> str:
-        """Say who does what, where and when."""
+        """Return a sentence on who does what, where and when."""
 
     @abstractmethod
     def state(self, state: State) -> str:
-        """Say that somebody is, or is not, so or there."""
+        """Return a sentence on what someone is like, or where someone is."""
 
     @abstractmethod
     def deed(self, deed: Deed) -> str:
-        """Say what one person does to another, the time before or after it."""
+        """Return a sentence on what a person does to another, with the time first or last."""
 
     @abstractmethod
     def review(self, review: Review) -> str:
-        """Say what was bought and how two of its aspects are."""
+        """Return a sentence on what was bought, and one on two of its aspects."""
 
 
 def sentence(*parts: str | None, end: str = ".") -> str:
-    """Join the parts that are there by spaces, with a capital letter and a full stop."""
+    """Join the parts that are not empty by spaces, with a capital letter and a full stop."""
     text = " ".join(part for part in parts if part)
     return text[0].upper() + text[1:] + end

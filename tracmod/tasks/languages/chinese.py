@@ -19,7 +19,7 @@ PEOPLE = {
     "singer": "歌手",
     "neighbour": "邻居",
 }
-# before a noun (with 的), and as a predicate (after 很 or 不)
+# form before a noun (with 的), form as a predicate (after 很 or 不)
 QUALITIES = {
     "rich": ("富有", "富有"),
     "poor": ("贫穷", "贫穷"),

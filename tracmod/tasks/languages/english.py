@@ -1,4 +1,4 @@
-"""English: the progressive, do in negation."""
+"""English: progressive forms, negation with do."""
 
 from __future__ import annotations
 

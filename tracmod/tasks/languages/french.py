@@ -194,7 +194,7 @@ def _place(place: str) -> str:
 
 
 def _contract(preposition: str, phrase: str) -> str:
-    """À + le = au and de + le = du."""
+    """Join preposition and phrase: à + le = au, de + le = du."""
     if preposition in CONTRACTIONS and phrase.startswith("le "):
         return f"{CONTRACTIONS[preposition]} {phrase.removeprefix('le ')}"
     return f"{preposition} {phrase}"

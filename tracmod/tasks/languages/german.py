@@ -1,11 +1,11 @@
-"""German: verb second, four cases, three genders, in + dem = im."""
+"""German: verb second, four cases, three genders, contractions such as im."""
 
 from __future__ import annotations
 
 from tracmod.tasks.languages.base import Language, sentence
 from tracmod.tasks.meaning import Deed, Event, Person, Review, State
 
-# noun, gender; the weak masculines take -n or -en in the accusative (third entry).
+# noun, gender, and for weak masculines the form with -n or -en of the accusative
 PEOPLE = {
     "man": ("Mann", "m"),
     "woman": ("Frau", "f"),
@@ -126,7 +126,7 @@ CONTRACTIONS = {"in dem": "im", "an dem": "am"}
 
 
 class German(Language):
-    """The finite verb stands second; time, object, nicht and place follow it."""
+    """Finite verb in second position, then time, object, nicht and place."""
 
     def event(self, event: Event) -> str:
         return sentence(

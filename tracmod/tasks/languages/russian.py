@@ -5,7 +5,7 @@ from __future__ import annotations
 from tracmod.tasks.languages.base import Language, sentence
 from tracmod.tasks.meaning import Deed, Event, Person, Review, State
 
-# noun, gender of what agrees with it
+# noun, gender for agreement
 PEOPLE = {
     "man": ("мужчина", "m"),
     "woman": ("женщина", "f"),
@@ -120,7 +120,7 @@ VERDICTS = {
     "perfect": ("прекрасн", "ый"),
 }
 VERY = "очень"
-VELARS = "гкхжчшщ"  # and sibilants: -и follows, not -ы
+VELARS = "гкхжчшщ"  # and sibilants; they are followed by -и instead of -ы
 
 
 class Russian(Language):
@@ -194,7 +194,7 @@ def _person(person: Person) -> str:
 
 
 def _genitive(noun: str, gender: str) -> str:
-    """Of people: the animate masculine's accusative is its genitive."""
+    """Return the genitive of a person; that of animate masculines equals their accusative."""
     if noun.endswith("а"):
         return noun[:-1] + ("и" if noun[-2] in VELARS else "ы")
     return _accusative(noun, gender, animate=True)

@@ -182,7 +182,7 @@ def _person(person: Person) -> str:
 
 
 def _contract(preposition: str, phrase: str) -> str:
-    """A + el = al and de + el = del."""
+    """Join preposition and phrase: a + el = al, de + el = del."""
     if phrase.startswith("el "):
         return f"{preposition}l {phrase.removeprefix('el ')}"
     return f"{preposition} {phrase}"
@@ -190,7 +190,7 @@ def _contract(preposition: str, phrase: str) -> str:
 
 def _thing(thing: str) -> str:
     noun, gender = THINGS[thing]
-    # A stressed a- at the beginning takes el in the feminine too: el agua.
+    # Feminine nouns that begin with a stressed a- take el: el agua.
     return f"{'el' if noun == 'agua' else DEFINITE[gender]} {noun}"
 
 

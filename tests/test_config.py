@@ -111,7 +111,7 @@ def test_an_override_creates_the_section(tmp_path):
     ],
 )
 def test_an_invalid_value_is_one_sentence_that_names_the_key(sparse, message):
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=message) as error:
         tiny_config(sparse_finetune=sparse)
     assert "; " not in str(error.value)
 

@@ -1,1 +1,1 @@
-"""Benchmarks (installed as tracmod.bench): each checks its result before it times it."""
+"""Benchmarks, installed as tracmod.bench. Each checks its result before it times it."""

@@ -1,11 +1,11 @@
-"""The same collection by every engine: what Ray adds, and what a second worker saves.
+"""Time the same collection by every engine: the overhead of Ray, and the gain of a second worker.
 
     python bench/bench_engine.py [--run runs/engine] [--train N]
 
-A small model is trained and pruned once; then its features are collected anew from nothing: in this
-process, by one worker on Ray, by two, and by two processes; each worker with one thread. Every
-engine's features are compared with the first's, bit by bit, before its time counts. Beginning the
-cluster and the workers is in the time.
+A small model is trained and pruned once. Then each engine collects its features, starting from an
+empty folder: this process, one worker on Ray, two workers on Ray, and two local processes, with one
+thread per worker. The time includes starting the cluster and the workers. It counts only if the
+features are identical to those of the first engine bit for bit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ ENGINES: dict[str, Callable[[], Engine]] = {
 }
 
 
-def config_of(train: int) -> Any:
+def study_config(train: int) -> Any:
+    """Build the config of the run, with `train` training examples per language."""
     tree = {
         **TRAINED,
         "task": {**TRAINED["task"], "train_per_language": train, "test_per_language": 50},
@@ -49,41 +50,45 @@ def config_of(train: int) -> Any:
     return parse_config(tree, "bench")
 
 
-def collected(run: Path) -> dict[str, str]:
-    """The digest of every shard."""
+def shard_digests(run: Path) -> dict[str, str]:
+    """Return the digest of every feature shard of a run."""
     shards = sorted((run / "features").rglob("shard-*"))
     return {str(file.relative_to(run)): file_sha256(file) for file in shards}
 
 
 def measure(run: Path, train: int) -> dict[str, Any]:
-    """Seconds of every engine's collection, and the size of the work."""
-    before = STAGE_NAMES[: STAGE_NAMES.index("collect")]
-    folder = RunFolder(run, config_of(train))
+    """Collect with every engine; return the seconds and the number of shards.
+
+    Raises:
+        WrongResult: an engine collected other features than the first.
+    """
+    earlier_stages = STAGE_NAMES[: STAGE_NAMES.index("collect")]
+    folder = RunFolder(run, study_config(train))
     with folder.locked():
-        run_stages(folder, before)
+        run_stages(folder, earlier_stages)
     seconds: dict[str, float] = {}
     expected: dict[str, str] = {}
-    for name, make in ENGINES.items():
+    for name, open_named in ENGINES.items():
         shutil.rmtree(run / "features", ignore_errors=True)
         start = time.perf_counter()
-        engine = make()
+        engine = open_named()
         try:
             with folder.locked():
                 run_stages(RunFolder(run), ["collect"], again="collect", engine=engine)
         finally:
             engine.close()
         seconds[name] = time.perf_counter() - start
-        found = collected(run)
-        expected = expected or found
-        require(found == expected, f"{name}: other features than {next(iter(ENGINES))}'s")
+        digests = shard_digests(run)
+        expected = expected or digests
+        require(digests == expected, f"{name}: other features than those of {next(iter(ENGINES))}")
         print(f"{name:20} {seconds[name]:7.1f} s")
-    one = seconds["ray, 1 worker"]
+    ray_alone = seconds["ray, 1 worker"]
     return {
         "shards": len(expected),
         "seconds": seconds,
-        "ray_adds": one / seconds["local"] - 1,
+        "ray_adds": ray_alone / seconds["local"] - 1,
         "efficiency": {
-            "ray, 2 workers": one / (2 * seconds["ray, 2 workers"]),
+            "ray, 2 workers": ray_alone / (2 * seconds["ray, 2 workers"]),
             "local, 2 processes": seconds["local"] / (2 * seconds["local, 2 processes"]),
         },
     }
@@ -97,12 +102,11 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=here.parent / "runs" / "engine")
     parser.add_argument("--train", type=int, default=400, help="training examples per language")
     parser.add_argument("--out", type=Path, default=here / "results")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    result = {"part": "engine", "train": given.train, **measure(given.run, given.train)}
-    write_json(
-        given.out / "engine-cpu.json", {**result, "environment": environment(torch.device("cpu"))}
-    )
+    result = {"part": "engine", "train": options.train, **measure(options.run, options.train)}
+    machine = environment(torch.device("cpu"))
+    write_json(options.out / "engine-cpu.json", {**result, "environment": machine})
 
 
 if __name__ == "__main__":

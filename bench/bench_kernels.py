@@ -1,12 +1,13 @@
-"""The native ops against plain torch: each result checked, then both timed in the same run.
+"""Compare the native ops with plain torch: check each result, then time both in the same run.
 
     python bench/bench_kernels.py [--device cuda] [--dtype bfloat16] [--short] [--json FILE]
 
-A line per case. `times plain` above 1: faster than the fastest of plain torch's forms, which are
-given their projection matrices ready-made; the native op makes its entries each time. `limit` is
-what bounds the op on this device, measured in the same run: a large copy (bytes) or a large matrix
-product in this dtype (operations); the share is the time that the limit allows over the op's.
-A wrong result is reported as such, without its time, and the exit code is then 1.
+Prints a line per case. The speed-up is over the fastest of several implementations in plain torch,
+which get their projection matrices ready-made; the native op generates the entries each time. The
+limit is what bounds the op on this device, measured in the same run: a large copy (bytes) or a
+large matrix product in this dtype (operations). The share of the limit is the time that the limit
+allows over the time of the op. An incorrect result is reported without a time, and the exit code is
+then 1.
 """
 
 from __future__ import annotations
@@ -21,18 +22,25 @@ import torch
 from tracmod.bench.cases import Case, cases
 from tracmod.bench.measure import Limits, environment, measure_limits, take_turns, write_json
 
-# Of the largest number: what rounding alone may amount to. Plain torch rounds what lies between two
-# matrix products to the inputs' dtype; the native op may err at most twice as much as it does.
+# Allowed errors, relative to the largest number of the result. Plain torch rounds intermediate
+# results to the inputs' dtype, hence PLAIN_ALLOWED. The native op may be off by twice the error of
+# plain torch, plus FLOOR for rounding of its own.
 FLOOR = 1e-5
 PLAIN_ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def check(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """Errors against float64: plain torch's forms that are right, and whether the op is."""
+    """Compare the op and the implementations in plain torch with float64.
+
+    Implementations in plain torch that are off by more than rounding are left out of the timing.
+
+    Raises:
+        RuntimeError: every implementation in plain torch is off, and there is no other reference.
+    """
     errors = {name: case.error(function) for name, function in case.plain.items()}
     right = {name: error for name, error in errors.items() if error <= PLAIN_ALLOWED[dtype]}
     if not right:
-        raise RuntimeError(f"{case.op} {case.shape}: plain torch itself is off: {errors}")
+        raise RuntimeError(f"{case.op} {case.shape}: plain torch itself is incorrect: {errors}")
     error, allowed = case.error(case.native), 2 * min(right.values()) + FLOOR
     return {
         "op": case.op, "shape": case.shape, "error": error, "allowed": allowed,
@@ -43,7 +51,7 @@ def check(case: Case, dtype: torch.dtype) -> dict[str, Any]:
 def speed(
     case: Case, row: dict[str, Any], limits: Limits, device: torch.device, seconds: float
 ) -> dict[str, Any]:
-    """Times in turns, and what follows from them."""
+    """Time the op and plain torch in turns; return times, rates and shares of the limit."""
     plain = {name: case.plain[name] for name in row["plain_errors"]}
     timed = take_turns({"native": case.native, **plain, **case.beside}, device, seconds=seconds)
     native, best = timed["native"], min(plain, key=lambda name: timed[name])
@@ -66,7 +74,7 @@ def speed(
 def measured(
     case: Case, limits: Limits, device: torch.device, dtype: torch.dtype, seconds: float
 ) -> dict[str, Any]:
-    """A row of the table; a case that fails must not cost the others theirs."""
+    """Return the row of a case; an error becomes its row, so that other cases still run."""
     try:
         row = check(case, dtype)
         return row | speed(case, row, limits, device, seconds) if row["right"] else row
@@ -76,18 +84,19 @@ def measured(
 
 
 HEAD = (
-    f"{'op':28} {'size':46} {'plain ms':>9} {'ours ms':>9} {'x plain':>7} "
+    f"{'op':28} {'size':46} {'plain ms':>9} {'op ms':>9} {'speedup':>7} "
     f"{'GB/s':>7} {'TFLOP/s':>7} {'of limit':>8}  {'error':>7}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table on the terminal."""
+    """Format a row for the terminal."""
     start = f"{row['op']:28} {row['shape']:46} "
     if "failed" in row:
         return f"{start}FAILED: {row['failed']}"
     if not row["right"]:
-        return f"{start}WRONG: off by {row['error']:.1e}, allowed {row['allowed']:.1e}; not timed"
+        error, allowed = row["error"], row["allowed"]
+        return f"{start}WRONG: off by {error:.1e}, allowed {allowed:.1e}; not timed"
     return (
         f"{start}{row['plain_seconds'] * 1e3:9.3f} {row['native_seconds'] * 1e3:9.3f} "
         f"{row['times_plain']:7.2f} {row['gbytes_per_second']:7.1f} {row['tflops']:7.3f} "
@@ -104,25 +113,25 @@ def run_bench(
     seconds: float = 1.0,
     rows: int | None = None,
 ) -> bool:
-    """Check and time every case; print a line each and, if asked, write all of it as JSON.
+    """Check and time every case, print a line for each, and write all results as JSON.
 
     Args:
-        device_name, dtype_name: of the inputs.
-        json_path: file to write.
-        short: some cases alone, under a minute in all.
-        seconds: for the rounds of a case.
-        rows: at most so many examples, for tests.
+        device_name, dtype_name: device and dtype of the inputs.
+        json_path: file to write; None writes none.
+        short: run only some cases, in less than a minute.
+        seconds: time for the rounds of a case.
+        rows: largest number of examples, for tests.
 
     Returns:
-        Whether every result was right.
+        Whether every result was correct.
     """
     device, dtype = torch.device(device_name), getattr(torch, dtype_name)
     torch.manual_seed(0)
     limits = measure_limits(device, dtype, quick=rows is not None)
-    made = environment(device)
+    machine = environment(device)
     print(
-        f"{made['device']}, {made['threads']} threads, torch {made['torch']}, {dtype_name}: copy "
-        f"{limits.bytes_per_second / 1e9:.1f} GB/s (b), matrix product "
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{dtype_name}: copy {limits.bytes_per_second / 1e9:.1f} GB/s (b), matrix product "
         f"{limits.flops_per_second / 1e12:.3f} TFLOP/s (o)\n{HEAD}",
         flush=True,
     )
@@ -133,24 +142,24 @@ def run_bench(
             print(line(table[-1]), flush=True)
     write_json(
         json_path,
-        {"part": "kernels", "environment": made, "dtype": dtype_name,
+        {"part": "kernels", "environment": machine, "dtype": dtype_name,
          "limits": limits._asdict(), "cases": table},
     )  # fmt: skip
     return all(row["right"] for row in table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The native ops against plain torch.")
+    parser = argparse.ArgumentParser(description="Compare the native ops with plain torch.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--short", action="store_true", help="some cases alone")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for the rounds of a case")
-    parser.add_argument("--rows", type=int, help="at most so many examples, to try it out")
+    parser.add_argument("--short", action="store_true", help="run only some cases")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for the rounds of a case")
+    parser.add_argument("--rows", type=int, help="largest number of examples, for a trial run")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    given = parser.parse_args()
+    options = parser.parse_args()
     right = run_bench(
-        given.device, given.dtype, given.json, short=given.short, seconds=given.seconds,
-        rows=given.rows,
+        options.device, options.dtype, options.json, short=options.short, seconds=options.seconds,
+        rows=options.rows,
     )  # fmt: skip
     sys.exit(0 if right else 1)
 

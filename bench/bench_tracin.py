@@ -1,10 +1,10 @@
-"""Ours against naive TracIn and plain torch: collection, the whole job, fidelity.
+"""Compare tracmod with naive TracIn and plain torch: collection, the whole job, and fidelity.
 
-    python bench/bench_tracin.py collect --shape mini base   random weights, against the floor
-    python bench/bench_tracin.py train                       the small model of the two next parts
+    python bench/bench_tracin.py collect --shape mini base   collection, with random weights
+    python bench/bench_tracin.py train                       the small model of the next two parts
     python bench/bench_tracin.py job [--naive-train N]       5,000 x 500 examples, 3 checkpoints
-    python bench/bench_tracin.py fidelity                    agreement with exact, per byte
-    python bench/bench_tracin.py exact --device cuda         exact influence at size
+    python bench/bench_tracin.py fidelity                    agreement with exact scores, per byte
+    python bench/bench_tracin.py exact --device cuda         exact influence of many examples
 
 Each part checks its results before it reports a time, and writes JSON into --out.
 """
@@ -27,45 +27,48 @@ from tracmod.bench.models import SHAPES, make_trained
 from tracmod.bench.report import section
 
 
-def collect(given: argparse.Namespace) -> None:
-    for shape in given.shape:
-        result = run_collect(
-            shape, torch.device(given.device), given.examples or (64 if shape == "base" else 512),
-            naive=given.naive, seconds=given.seconds,
-        )  # fmt: skip
-        show(result, given.out / f"collect-{shape}-{given.device}.json")
+def collect(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    for shape in options.shape:
+        count = options.examples or (64 if shape == "base" else 512)
+        result = run_collect(shape, device, count, naive=options.naive, seconds=options.seconds)
+        show(result, options.out / f"collect-{shape}-{options.device}.json")
 
 
-def train(given: argparse.Namespace) -> None:
-    make_trained(given.run)
+def train(options: argparse.Namespace) -> None:
+    make_trained(options.run)
 
 
-def job(given: argparse.Namespace) -> None:
+def job(options: argparse.Namespace) -> None:
     result = run_job(
-        given.run, given.device, given.method or list(METHODS), train=given.train,
-        query=given.query, 
-        subsets={"naive": given.naive_train, "exact": given.exact_train},
+        options.run, options.device, options.method or list(METHODS), train=options.train,
+        query=options.query,
+        subsets={"naive": options.naive_train, "exact": options.exact_train},
     )  # fmt: skip
-    show(result, given.out / f"job-{given.device}.json")
+    show(result, options.out / f"job-{options.device}.json")
 
 
-def fidelity(given: argparse.Namespace) -> None:
+def fidelity(options: argparse.Namespace) -> None:
     result = run_fidelity(
-        given.run, torch.device(given.device), given.train, given.query, given.seeds
+        options.run, torch.device(options.device), options.train, options.query, options.seeds
     )
-    show(result, given.out / "fidelity.json")
+    show(result, options.out / "fidelity.json")
 
 
-def exact(given: argparse.Namespace) -> None:
+def exact(options: argparse.Namespace) -> None:
     result = run_exact(
-        given.shape[0], torch.device(given.device), given.train, given.query, bound=given.bound
+        options.shape[0],
+        torch.device(options.device),
+        options.train,
+        options.query,
+        bound=options.bound,
     )
-    show(result, given.out / f"exact-{given.device}.json")
+    show(result, options.out / f"exact-{options.device}.json")
 
 
-def method(given: argparse.Namespace) -> None:
-    """One method of `job`, in a process of its own."""
-    run_method(given.name, json.loads(given.asked), given.to)
+def method(options: argparse.Namespace) -> None:
+    """Run one method of `job`; each has a process of its own."""
+    run_method(options.name, json.loads(options.job), options.out)
 
 
 def show(result: dict[str, Any], path: Path) -> None:
@@ -73,52 +76,54 @@ def show(result: dict[str, Any], path: Path) -> None:
     print("\n".join(section(result)), flush=True)
 
 
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Ours against naive TracIn and plain torch.")
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare tracmod with naive TracIn.")
     parts = parser.add_subparsers(required=True)
 
     def part(function: Any, trained: bool = True) -> argparse.ArgumentParser:
-        one = parts.add_parser(function.__name__)
-        one.set_defaults(function=function)
-        one.add_argument("--device", default="cpu")
-        one.add_argument("--out", type=Path, default=Path("bench/results"))
+        command = parts.add_parser(function.__name__)
+        command.set_defaults(function=function)
+        command.add_argument("--device", default="cpu")
+        command.add_argument("--out", type=Path, default=Path("bench/results"))
         if trained:
-            one.add_argument("--run", type=Path, default=Path("runs/bench"))
-        return one
+            command.add_argument("--run", type=Path, default=Path("runs/bench"))
+        return command
 
-    one = part(collect, trained=False)
-    one.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["mini", "base"])
-    one.add_argument("--examples", type=int, help="default: mini 512, base 64")
-    one.add_argument("--naive", type=int, default=0, help="also naive TracIn on so many examples")
-    one.add_argument("--seconds", type=float, default=60.0, help="for all rounds")
+    command = part(collect, trained=False)
+    command.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["mini", "base"])
+    command.add_argument("--examples", type=int, help="default: mini 512, base 64")
+    command.add_argument(
+        "--naive", type=int, default=0, help="also time naive TracIn on this many examples"
+    )
+    command.add_argument("--seconds", type=float, default=60.0, help="time for all rounds")
     part(train)
-    one = part(job)
-    one.add_argument("--method", nargs="+", choices=list(METHODS))
-    one.add_argument("--train", type=int, help="default: all, 5,000")
-    one.add_argument("--query", type=int, help="default: all, 500")
-    one.add_argument("--naive-train", type=int, help="naive on so many; its time extrapolated")
-    one.add_argument("--exact-train", type=int, help="the same of ours, exact")
-    one = part(fidelity)
-    one.add_argument("--train", type=int, default=600)
-    one.add_argument("--query", type=int, default=60)
-    one.add_argument("--seeds", type=int, default=3, help="of the projection")
-    one = part(exact, trained=False)
-    one.add_argument("--shape", nargs=1, choices=list(SHAPES), default=["base"])
-    one.add_argument("--train", type=int, default=10_000)
-    one.add_argument("--query", type=int, default=2_500)
-    one.add_argument("--bound", type=float, default=60.0, help="seconds")
-    one = parts.add_parser("method")
-    one.set_defaults(function=method)
-    one.add_argument("name")
-    one.add_argument("asked")
-    one.add_argument("to", type=Path)
+    command = part(job)
+    command.add_argument("--method", nargs="+", choices=list(METHODS))
+    command.add_argument("--train", type=int, help="default: all, 5,000")
+    command.add_argument("--query", type=int, help="default: all, 500")
+    command.add_argument("--naive-train", type=int, help="examples for naive; extrapolate its time")
+    command.add_argument("--exact-train", type=int, help="examples for exact; likewise")
+    command = part(fidelity)
+    command.add_argument("--train", type=int, default=600)
+    command.add_argument("--query", type=int, default=60)
+    command.add_argument("--seeds", type=int, default=3, help="number of seeds of the projection")
+    command = part(exact, trained=False)
+    command.add_argument("--shape", nargs=1, choices=list(SHAPES), default=["base"])
+    command.add_argument("--train", type=int, default=10_000)
+    command.add_argument("--query", type=int, default=2_500)
+    command.add_argument("--bound", type=float, default=60.0, help="seconds; extrapolate beyond")
+    command = parts.add_parser("method")
+    command.set_defaults(function=method)
+    command.add_argument("name")
+    command.add_argument("job")
+    command.add_argument("out", type=Path)
     return parser.parse_args()
 
 
 def main() -> None:
-    given = parsed()
+    options = parse_options()
     try:
-        given.function(given)
+        options.function(options)
     except WrongResult as error:
         sys.exit(f"wrong result: {error}")
 

@@ -1,9 +1,10 @@
-"""The ops' benchmark cases: sizes, inputs, plain torch's forms, float64's truth, the limit's terms.
+"""Benchmark cases of the native ops: sizes, inputs, plain torch, float64 references, costs.
 
-`bench_kernels.py` checks and times them; the tests check every one of them at a few rows, so that
+`bench_kernels.py` checks and times them. The tests check each of them at a few rows, so that
 nothing is timed that is not tested.
 
-Shapes: B examples, S tokens, I in, O out, K features per row, N train, Q query, C checkpoints.
+Letters of sizes: B examples, S tokens, I inputs and O outputs of a layer, K features per row,
+N training examples, Q query examples, C checkpoints.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from tracmod import kernels
 from tracmod.kernels import reference
 
 KINDS: tuple[kernels.Kind, ...] = ("rademacher", "sjlt")
-CHECKED_QUERIES = 64  # of `top_k_dot`, spread over all of them
+CHECKED_QUERIES = 64  # number of queries of `top_k_dot` that are checked, evenly spread
 
 
 class Case(NamedTuple):
     """One op at one size.
 
     Attributes:
-        op, shape: what the tables call it.
-        native: the op.
-        plain: forms of the same in plain torch, everything ready-made that can be.
-        error: a function's largest difference from float64 over float64's largest number.
-        flops: operations of the cheapest form, two per multiply-add.
-        input_bytes: of the inputs that count (no padding), each read once.
-        output_bytes: written, and read where the op adds.
-        beside: other things to time in the same turns, for comparison only.
+        op, shape: names in the tables.
+        native: runs the op.
+        plain: implementations in plain torch by name, with everything prepared that can be.
+        error: returns the largest difference of a function's result from float64, over the largest
+            number of the float64 result.
+        flops: operations of the cheapest implementation, two per multiply-add.
+        input_bytes: bytes of the inputs without padding, each read once.
+        output_bytes: bytes written, and read if the op adds.
+        beside: other functions to time in the same turns, for comparison only.
     """
 
     op: str
@@ -43,14 +45,17 @@ class Case(NamedTuple):
     flops: int
     input_bytes: int
     output_bytes: int
-    beside: dict[str, Callable[[], Any]] = {}  # noqa: RUF012  (never changed)
+    beside: dict[str, Callable[[], Any]] = {}  # noqa: RUF012  (never modified)
 
 
 # --- project_gradients ----------------------------------------------------------------------
 
 
 class ProjectSize(NamedTuple):
-    """Several `outs`: that many layers of one input, such as query, key and value."""
+    """Size of a `project_gradients` case.
+
+    Several `outs` are several layers that share an input, such as query, key and value.
+    """
 
     batch: int
     tokens: int
@@ -66,8 +71,8 @@ class ProjectSize(NamedTuple):
         return f"{rows}, {self.size_in} -> {outs}, k {self.k[0]}x{self.k[1]}"
 
 
-# Tokens, I, O of the layers of the mini (256) and the base (768) model; 58x57 and 42x42 are the
-# grids that K = 4096 leaves beside their classifiers' exact output layers.
+# Tokens, I and O of the layers of the mini (256) and the base (768) model. 58x57 and 42x42 are the
+# grids that K = 4096 leaves beside the exact gradients of their classifiers' output layers.
 PROJECT = [
     ProjectSize(64, 24, 256, (256,)),
     ProjectSize(64, 24, 256, (1024,)),
@@ -92,7 +97,7 @@ def project_case(
     lengths = _lengths(batch, tokens, size.ragged, device)
     x = _rows((batch, tokens, size.size_in), lengths, dtype)
     gs = [_rows((batch, tokens, width), lengths, dtype) for width in size.outs]
-    keys = [2 * place + 1 for place in range(len(gs))]
+    keys = [2 * number + 1 for number in range(len(gs))]
     out = torch.zeros(batch, k_out * k_in, device=device)
 
     def native() -> Tensor:
@@ -128,9 +133,10 @@ def project_case(
 def _plain_projections(
     x: Tensor, gs: list[Tensor], keys: list[int], out: Tensor, size: ProjectSize, kind: kernels.Kind
 ) -> dict[str, Callable[[], Tensor]]:
-    """Dense products; a sparse kind also by index_add; one token as an outer product.
+    """Implement `project_gradients` with dense products and, for sjlt, also with index_add.
 
-    Layers that share an input are summed before the second product, which is then needed once.
+    A single token is an outer product. Layers that share an input are summed before the second
+    product, which is then needed only once.
     """
     k_out, k_in = size.k
     r_in = _matrix(kind, k_in, 0, x)
@@ -170,6 +176,8 @@ def _plain_projections(
 
 
 class DotSize(NamedTuple):
+    """Size of a `gradient_dot` case."""
+
     batch1: int
     batch2: int
     tokens: int
@@ -199,9 +207,9 @@ def dot_case(size: DotSize, device: torch.device, dtype: torch.dtype) -> Case:
     tokens = size.tokens
     lengths = [_lengths(b, tokens, size.ragged, device) for b in (size.batch1, size.batch2)]
     batches = [
-        (_rows((len(one), tokens, size.size_in), one, dtype),
-         _rows((len(one), tokens, size.size_out), one, dtype))
-        for one in lengths
+        (_rows((len(lengths_B), tokens, size.size_in), lengths_B, dtype),
+         _rows((len(lengths_B), tokens, size.size_out), lengths_B, dtype))
+        for lengths_B in lengths
     ]  # fmt: skip
     (x1, g1), (x2, g2) = batches
     out = torch.zeros(size.batch1, size.batch2, device=device)
@@ -230,7 +238,7 @@ def dot_case(size: DotSize, device: torch.device, dtype: torch.dtype) -> Case:
             total += first @ second.T
         return total
 
-    t1, t2 = (int(one.sum()) for one in lengths)
+    t1, t2 = (int(lengths_B.sum()) for lengths_B in lengths)
     weights, widths = size.size_in * size.size_out, size.size_in + size.size_out
     return Case(
         "gradient_dot",
@@ -248,13 +256,15 @@ def dot_case(size: DotSize, device: torch.device, dtype: torch.dtype) -> Case:
 
 
 class TopKSize(NamedTuple):
+    """Size of a `top_k_dot` case."""
+
     queries: int
     trains: int
     width: int
     checkpoints: int = 1
     normalize: str | None = None
     k: int = 100
-    block: int | None = None  # plain torch takes so many training rows at a time
+    block: int | None = None  # number of training rows that plain torch takes at a time
 
     def __str__(self) -> str:
         cosine = ", cosine" if self.normalize else ""
@@ -312,7 +322,10 @@ def top_k_case(size: TopKSize, device: torch.device, dtype: torch.dtype) -> Case
 def _plain_top_k(
     queries: list[Tensor], trains: list[Tensor], groups: Tensor, size: TopKSize
 ) -> dict[str, Callable[[], Any]]:
-    """Matrix product, `topk` of both signs and sums by a product; also widened to float32."""
+    """Implement `top_k_dot` with a matrix product, `topk` of both signs and sums by a product.
+
+    Inputs of lower precision are also widened to float32 first.
+    """
     one_hot = torch.nn.functional.one_hot(groups, GROUPS)
     k, step = min(size.k, size.trains), size.block or size.trains
 
@@ -333,8 +346,8 @@ def _plain_top_k(
         hot, parts = one_hot.to(dtype), list[list[Tensor]]()
         for start in range(0, size.trains, step):
             scores = scores_of(slice(start, start + step), dtype)
-            places = min(k, scores.shape[1])
-            best, worst = scores.topk(places), scores.topk(places, largest=False)
+            count = min(k, scores.shape[1])
+            best, worst = scores.topk(count), scores.topk(count, largest=False)
             parts.append([best.values, best.indices + start, worst.values, worst.indices + start,
                           scores @ hot[start : start + step]])  # fmt: skip
         return parts[0] if len(parts) == 1 else _merged(parts, k)
@@ -347,10 +360,10 @@ def _plain_top_k(
 
 
 def _merged(parts: list[list[Tensor]], k: int) -> list[Tensor]:
-    """One ranking from those of blocks of training rows."""
+    """Merge the rankings and sums of blocks of training rows into one."""
     merged = []
     for first, largest in ((0, True), (2, False)):
-        values, indices = (torch.cat([p[first + place] for p in parts], 1) for place in (0, 1))
+        values, indices = (torch.cat([p[first + i] for p in parts], 1) for i in (0, 1))
         best = values.topk(k, largest=largest)
         merged += [best.values, indices.gather(1, best.indices)]
     return [*merged, torch.stack([p[4].float() for p in parts]).sum(0)]
@@ -359,7 +372,10 @@ def _merged(parts: list[list[Tensor]], k: int) -> list[Tensor]:
 def _ranking_error(
     queries: list[Tensor], trains: list[Tensor], groups: Tensor, size: TopKSize
 ) -> Callable[[Callable[[], Any]], float]:
-    """Scores against float64's ranking, and against float64's scores of the rows they name."""
+    """Return the error of a ranking: of its scores, and of the float64 scores of its rows.
+
+    Rows may differ from float64's ranking if their scores are as close as rounding.
+    """
     step = -(-size.queries // CHECKED_QUERIES)
     truths: list[Tensor] = []
 
@@ -382,7 +398,7 @@ def _ranking_error(
             errors += [scores[:, :k] - best, scores[:, :k] - true_QN.gather(1, indices[:, :k])]
         sums = reference.group_sums(true_QN, groups, GROUPS)
         scale = true_QN.abs().max()
-        worst = torch.stack([(one.double() / scale).abs().max() for one in errors])
+        worst = torch.stack([(error.double() / scale).abs().max() for error in errors])
         off = ((result[4].double() - sums) / sums.abs().max()).abs().max()
         return float(torch.maximum(worst.max(), off))
 
@@ -392,7 +408,7 @@ def _ranking_error(
 # --- linear ---------------------------------------------------------------------------------
 
 
-# (T, I, O, transposed): products of the lean pass that are no wider than their input.
+# (T, I, O, transposed) of products of the lean pass that are no wider than their input.
 LINEAR = [
     (8192, 256, 256, False), (8192, 1024, 256, False), (8192, 256, 1024, True),
     (4096, 768, 768, False), (4096, 3072, 768, False), (4096, 768, 3072, True),
@@ -400,7 +416,7 @@ LINEAR = [
 
 
 def linear_case(rows: int, size_in: int, size_out: int, transposed: bool) -> Case:
-    """float32 on the CPU: there is no other."""
+    """Build a case of `linear`, which exists in float32 on the CPU only."""
     weight, bias = torch.randn(size_out, size_in), torch.randn(size_in if transposed else size_out)
     x = torch.randn(rows, size_out if transposed else size_in)
     matrix = weight if transposed else weight.T
@@ -424,9 +440,9 @@ def linear_case(rows: int, size_in: int, size_out: int, transposed: bool) -> Cas
 # --- quantize_rows --------------------------------------------------------------------------
 
 
-# (N, K): a batch of features, short rows, and whole shards.
+# (N, K) of a batch of features, short rows, and whole shards.
 QUANTIZE = [(64, 4096), (8000, 64), (4000, 1024), (4000, 4096), (1000, 16384)]
-BLOCK_NUMBERS = 1 << 16  # of plain torch's blocks of rows, which stay in the cache
+BLOCK_NUMBERS = 1 << 16  # size of a block of rows in plain torch that stays in the cache
 
 
 def quantize_case(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Case:
@@ -451,7 +467,7 @@ def quantize_case(rows: int, width: int, device: torch.device, dtype: torch.dtyp
 
 
 def _plain_quantized(x: Tensor) -> dict[str, Callable[[], Any]]:
-    """Everything written where it is ready-made; also in blocks of rows."""
+    """Implement `quantize_rows` with preallocated outputs, on all rows and in blocks of rows."""
     magnitudes, products = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
     codes = torch.empty_like(x, dtype=torch.int8)
 
@@ -477,20 +493,20 @@ def _plain_quantized(x: Tensor) -> dict[str, Callable[[], Any]]:
     }
 
 
-# --- all of them ----------------------------------------------------------------------------
+# --- all cases ------------------------------------------------------------------------------
 
 
 def cases(
     device: torch.device, dtype: torch.dtype, *, short: bool = False, rows: int | None = None
 ) -> Iterator[Case]:
-    """Every case, made when it is reached.
+    """Yield every case; its inputs are created when it is reached.
 
     Args:
-        device: on a GPU the sizes are those of the CPU with more rows, so that the device is full,
-            and the large `top_k_dot` (bfloat16) is among them.
-        dtype: of the inputs.
-        short: some cases alone.
-        rows: at most so many examples, queries and training rows (times 64), for tests.
+        device: device of the inputs. On a GPU, the sizes of the CPU get more rows, so that they
+            fill the device, and bfloat16 has a large `top_k_dot`.
+        dtype: dtype of the inputs.
+        short: yield only some cases.
+        rows: largest number of examples and queries, and 1/64 of that of training rows; for tests.
     """
     gpu = device.type == "cuda"
     for project in PROJECT_SHORT if short else PROJECT:
@@ -529,13 +545,13 @@ def _few(count: int, rows: int | None) -> int:
 
 
 def _lengths(batch: int, tokens: int, ragged: bool, device: torch.device) -> Tensor:
-    """All S, or from a quarter of S to S."""
+    """Return lengths of S tokens or, if ragged, of a quarter of S to S tokens."""
     shortest = max(1, tokens // 4) if ragged else tokens
     return torch.randint(shortest, tokens + 1, (batch,)).to(device)
 
 
 def _rows(shape: tuple[int, int, int], lengths: Tensor, dtype: torch.dtype) -> Tensor:
-    """Random rows, zero beyond the length: plain torch has no other way to skip padding."""
+    """Return random rows that are zero beyond their length, as plain torch needs for padding."""
     rows = torch.randn(shape, device=lengths.device)
     padding = torch.arange(shape[1], device=lengths.device) >= lengths[:, None]
     return rows.masked_fill_(padding[..., None], 0).to(dtype)
@@ -546,7 +562,7 @@ def _matrix(kind: kernels.Kind, k: int, key: int, like: Tensor) -> Tensor:
 
 
 def _added_error(out: Tensor, truth: Callable[[], Tensor]) -> Callable[[Callable[[], Any]], float]:
-    """For functions that add to `out`."""
+    """Return the error of functions that add to `out`."""
     truths: list[Tensor] = []
 
     def error(function: Callable[[], Any]) -> float:

@@ -1,8 +1,8 @@
-"""Collection of features against the plain floor, and exact influence at size: random weights.
+"""Time collection against the plain floor, and exact influence of many examples; random weights.
 
-The floor is written without tracmod (`plain.floor_pass`) and gets its batches ready-made; ours
-starts from lists of token ids. Everything is checked against one-example autograd in float64
-before it is timed.
+The floor is written without tracmod (`plain.floor_pass`) and gets its batches ready-made, while
+tracmod starts from lists of token ids. Everything is checked against one-example autograd in
+float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ from tracmod.models.modes import to_device
 DIM = 4096
 BATCH_TOKENS = 8192
 KEPT_HEADS = (0.25, 0.50, 0.75)
-# A row's error over its norm: a pass rounds in every layer, in bfloat16 to 8 bits.
+# Allowed error of a row over its norm: a pass rounds in every layer, in bfloat16 to 8 bits.
 ROW_ERROR = {None: 1e-3, torch.bfloat16: 0.1}
-QUERIES = 2500  # of the scoring beside naive TracIn
+QUERIES = 2500  # number of queries in the comparison with naive TracIn
 
 
 class WrongResult(RuntimeError):
-    """A result that is not what it should be: nothing of it is timed."""
+    """An incorrect result. Incorrect results are not timed."""
 
 
-def require(right: bool, sentence: str) -> None:
-    if not right:
-        raise WrongResult(sentence)
+def require(correct: bool, message: str) -> None:
+    """Raise WrongResult with the message unless `correct`."""
+    if not correct:
+        raise WrongResult(message)
 
 
-# --- the truth ------------------------------------------------------------------------------
+# --- reference results ----------------------------------------------------------------------
 
 
 def whole_gradients(model: Any, examples: plain.Examples, mask: Any = None) -> Iterator[Any]:
-    """Each example's gradients by parameter name: float64, one example at a time, on the CPU."""
+    """Yield each example's gradients by parameter name: float64, one at a time, on the CPU."""
     model = copy.deepcopy(model).cpu().double()
     names = plain.encoder_names(model)
-    with plain.parameters_need(model, names) as parameters, without_heads(model, mask):
+    with plain.requiring_grad(model, names) as parameters, without_heads(model, mask):
         for batch in plain.one_by_one(model, examples, torch.device("cpu")):
             logits = model(**batch.inputs).logits
             loss = nn.functional.cross_entropy(logits, batch.labels)
@@ -57,7 +58,10 @@ def whole_gradients(model: Any, examples: plain.Examples, mask: Any = None) -> I
 
 @contextmanager
 def without_heads(model: Any, mask: Any) -> Iterator[None]:
-    """Zeroes the masked heads' slices of what goes into the attention's output projection."""
+    """Zero the masked heads' slices of the input of the attention output projections.
+
+    Written without tracmod's masks, to check them.
+    """
     handles = []
     for kept, layer in zip([] if mask is None else mask.array, model.base_model.encoder.layer,
                            strict=mask is not None):  # fmt: skip
@@ -78,7 +82,7 @@ def without_heads(model: Any, mask: Any) -> Iterator[None]:
 def expected_features(
     model: Any, examples: plain.Examples, projection: tm.Projection, mask: Any = None
 ) -> Tensor:
-    """What `collect_features` must give: whole gradients, projected by the specification."""
+    """Compute what `collect_features` must return: whole gradients, projected as specified."""
     layers = select_layers(model)
     slots = projection.slots(layers)
     features = torch.zeros(len(examples), projection.dim, dtype=torch.float64)
@@ -119,15 +123,15 @@ def check_features(
     model: Any, examples: plain.Examples, projection: tm.Projection,
     dtype: torch.dtype | None = None, mask: Any = None,
 ) -> float:  # fmt: skip
-    """The largest error of a row over its norm, for a few examples.
+    """Return the largest error of a row over its norm, for a few examples.
 
     Raises:
-        WrongResult: it is more than rounding.
+        WrongResult: the error is more than rounding.
     """
     some = [examples[row] for row in spaced(len(examples), 3)]
     truth = expected_features(model, some, projection, mask)
-    found = tm.collect_features(model, some, projection, head_mask=mask, dtype=dtype)
-    errors = (found.double().cpu() - truth).norm(dim=1) / truth.norm(dim=1)
+    features = tm.collect_features(model, some, projection, head_mask=mask, dtype=dtype)
+    errors = (features.double().cpu() - truth).norm(dim=1) / truth.norm(dim=1)
     error = float(errors.max())
     require(
         error <= ROW_ERROR[dtype],
@@ -151,18 +155,18 @@ def run_collect(
     seconds: float = 20.0,
     rounds: int = 5,
 ) -> dict[str, Any]:
-    """Seconds of the floor and of ours on the same examples, and shares of the floor.
+    """Time the floor and tracmod's collection on the same examples.
 
     Args:
-        shape: of `models.SHAPES`.
-        device: where it runs; on a GPU the masked passes are in bfloat16, else in float32.
-        count: examples.
-        naive: also time naive TracIn's gradient on so many examples, one at a time.
-        batch_tokens: bound of a batch.
-        seconds, rounds: of the measurement, as in `take_turns`.
+        shape: shape of the model, of `models.SHAPES`.
+        device: device to run on. Masked passes are in bfloat16 on a GPU and in float32 on a CPU.
+        count: number of examples.
+        naive: if not 0, also time naive TracIn's gradient on this many examples, one at a time.
+        batch_tokens: largest batch, in tokens.
+        seconds, rounds: as in `take_turns`.
 
     Raises:
-        WrongResult: features or scores are not what they should be.
+        WrongResult: features or scores are incorrect.
     """
     model, examples = to_device(random_model(shape), device), random_examples(count)
     projections = {kind: tm.Projection(DIM, kind) for kind in ("rademacher", "sjlt")}
@@ -177,7 +181,7 @@ def run_collect(
         errors[name] = check_features(model, examples, projections["rademacher"], mask_dtype, mask)
     fidelity = bfloat16_fidelity(model, examples, projections["rademacher"])
 
-    def ours(kind: str, dtype: torch.dtype | None, mask: Any = None) -> Callable[[], Tensor]:
+    def collect(kind: str, dtype: torch.dtype | None, mask: Any = None) -> Callable[[], Tensor]:
         return lambda: tm.collect_features(
             model, examples, projections[kind], head_mask=mask, dtype=dtype,
             batch_tokens=batch_tokens,
@@ -185,9 +189,9 @@ def run_collect(
 
     functions: dict[str, Callable[[], Any]] = floors(model, examples, batch_tokens, device)
     for kind in projections:
-        functions[f"{kind} float32"] = ours(kind, None)
-        functions[f"{kind} bfloat16"] = ours(kind, torch.bfloat16)
-    functions |= {name: ours("rademacher", mask_dtype, mask) for name, mask in masks.items()}
+        functions[f"{kind} float32"] = collect(kind, None)
+        functions[f"{kind} bfloat16"] = collect(kind, torch.bfloat16)
+    functions |= {name: collect("rademacher", mask_dtype, mask) for name, mask in masks.items()}
     timed = take_turns(functions, device, seconds=seconds, rounds=rounds)
     full = timed["rademacher bfloat16" if mask_dtype else "rademacher float32"]
     result = {
@@ -197,14 +201,14 @@ def run_collect(
         **_shares(timed), "heads_share_of_full": {name: timed[name] / full for name in masks},
     }  # fmt: skip
     if naive:
-        result["naive"] = naive_beside(model, examples[:naive], timed, count, device)
+        result["naive"] = compare_naive(model, examples[:naive], timed, count, device)
     return result
 
 
 def floors(
     model: Any, examples: plain.Examples, batch_tokens: int, device: torch.device
 ) -> dict[str, Callable[[], None]]:
-    """The plain pass in float32, and in bfloat16 by autocast and as a bfloat16 model."""
+    """Return the plain pass in float32, in bfloat16 by autocast, and of a bfloat16 model."""
     batches = plain.ready_batches(model, examples, batch_tokens, device)
     halved = copy.deepcopy(model).bfloat16()
     return {
@@ -215,7 +219,7 @@ def floors(
 
 
 def _shares(timed: dict[str, float]) -> dict[str, Any]:
-    """Of the float32 floor, and for bfloat16 also of the better bfloat16 one."""
+    """Compute times relative to the float32 floor and, for bfloat16, to the lower bfloat16 one."""
     lowest = min(timed["floor bfloat16 autocast"], timed["floor bfloat16 model"])
     names = [name for name in timed if name.startswith(("rademacher", "sjlt", "floor bfloat16"))]
     return {
@@ -234,10 +238,10 @@ def _random_mask(model: Any, kept: float) -> tm.HeadMask:
 def bfloat16_fidelity(
     model: Any, examples: plain.Examples, projection: tm.Projection
 ) -> dict[str, float]:
-    """Cosine scores from features of a bfloat16 pass against those of a float32 pass.
+    """Compare cosine scores from features of a bfloat16 pass with those of a float32 pass.
 
     Raises:
-        WrongResult: Spearman per query below 0.99.
+        WrongResult: the mean Spearman correlation per query is below 0.99.
     """
     some = [examples[row] for row in spaced(len(examples), 512)]
     queries = spaced(len(some), 64)
@@ -248,27 +252,28 @@ def bfloat16_fidelity(
             for dtype in (None, torch.bfloat16)
         )
     )
-    found = agreement(half.cpu(), single.cpu())
+    result = agreement(half.cpu(), single.cpu())
     require(
-        found["spearman"] >= 0.99,
-        f"bfloat16 features: Spearman {found['spearman']:.4f} with float32's scores, expected 0.99",
+        result["spearman"] >= 0.99,
+        f"bfloat16 features: expected a Spearman correlation of at least 0.99 with float32's "
+        f"scores, got {result['spearman']:.4f}",
     )
-    return found
+    return result
 
 
-def naive_beside(
+def compare_naive(
     model: Any, examples: plain.Examples, timed: dict[str, float], count: int, device: torch.device
 ) -> dict[str, Any]:
-    """Seconds per training example: naive TracIn's gradient alone, ours with its scores.
+    """Compare the seconds per training example of naive TracIn and of tracmod.
 
-    Naive TracIn's products with the query gradients, for which a base model has no room (P numbers
-    each), are left out, in its favour. Ours: the fastest collection, and the scores, rankings and
-    all, of `QUERIES` queries.
+    Of naive TracIn only the gradient is timed. Its products with the query gradients are left out,
+    in its favour: those of a base model (P numbers each) do not fit into memory. For tracmod the
+    fastest collection is counted, with scores and rankings of `QUERIES` queries.
     """
     batches = list(plain.one_by_one(model, examples, device))
 
     def gradients(dtype: torch.dtype | None) -> None:
-        with plain.parameters_need(model, plain.encoder_names(model)) as parameters:
+        with plain.requiring_grad(model, plain.encoder_names(model)) as parameters:
             size = sum(p.numel() for p in parameters)
             row = torch.empty(size, device=device)
             for batch in batches:
@@ -284,24 +289,34 @@ def naive_beside(
         device, rounds=3,
     )["top"]  # fmt: skip
     collecting = min(timed[name] for name in timed if name.startswith(("rademacher", "sjlt")))
-    ours, best = (collecting + scoring) / count, min(naive.values()) / len(batches)
+    ours = (collecting + scoring) / count
+    best = min(naive.values()) / len(batches)
     return {
         "examples": len(batches), "queries": QUERIES,
-        "naive_seconds_per_example": {name: one / len(batches) for name, one in naive.items()},
+        "naive_seconds_per_example": {name: s / len(batches) for name, s in naive.items()},
         "ours_seconds_per_example": ours, "scoring_seconds": scoring, "times_naive": best / ours,
     }  # fmt: skip
 
 
-# --- exact influence at size ----------------------------------------------------------------
+# --- exact influence ------------------------------------------------------------------------
 
 
 def run_exact(
     shape: str, device: torch.device, train: int, query: int, *, bound: float = 60.0
 ) -> dict[str, Any]:
-    """Exact cosine influence of one checkpoint, stopped where it would take too long.
+    """Time exact cosine influence of one checkpoint, or extrapolate if it would take too long.
 
-    A tenth by a tenth comes first; a hundred times its time is what the whole may take. If that is
-    over 1.5 times the bound, the figure is this extrapolation, and said to be.
+    A tenth of the training by a tenth of the query examples is timed first. If a hundred times that
+    is more than 1.5 times `bound` seconds, this extrapolation is the result, and marked as such.
+
+    Args:
+        shape: shape of the model, of `models.SHAPES`.
+        device: device to run on.
+        train, query: numbers of examples.
+        bound: seconds that the measurement may take.
+
+    Raises:
+        WrongResult: the scores are incorrect.
     """
     model = to_device(random_model(shape), device)
     trains, queries = random_examples(train, 2), random_examples(query, 3)
@@ -310,7 +325,7 @@ def run_exact(
     def influence(trains: Any, queries: Any) -> Tensor:
         return tm.exact_influence(model, trains, queries, normalize="cosine")
 
-    influence(trains[:32], queries[:32])  # what is loaded on first use
+    influence(trains[:32], queries[:32])  # the first call also loads kernels
     part = clock(lambda: influence(trains[: train // 10], queries[: query // 10]), device)
     whole = 100 * part <= 1.5 * bound
     elapsed = clock(lambda: influence(trains, queries), device) if whole else 100 * part
@@ -322,16 +337,16 @@ def run_exact(
 
 
 def check_exact(model: Any, trains: plain.Examples, queries: plain.Examples) -> float:
-    """The largest error of a cosine against float64, for a few examples.
+    """Return the largest error of a cosine against float64, for a few examples.
 
     Raises:
-        WrongResult: more than 1e-4.
+        WrongResult: the error is more than 1e-4.
     """
     some = [[rows[row] for row in spaced(len(rows), 3)] for rows in (trains, queries)]
-    found = tm.exact_influence(model, some[0], some[1], normalize="cosine")
+    scores = tm.exact_influence(model, some[0], some[1], normalize="cosine")
     units = [list(map(_unit_row, whole_gradients(model, rows))) for rows in some]
     truth = torch.tensor([[float(q_P @ t_P) for t_P in units[0]] for q_P in units[1]])
-    error = float((found.double().cpu() - truth).abs().max())
+    error = float((scores.double().cpu() - truth).abs().max())
     require(error <= 1e-4, f"exact influence: a cosine is off by {error:.1e}, allowed 1e-4")
     return error
 

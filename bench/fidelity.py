@@ -1,7 +1,8 @@
-"""Fidelity per byte: scores from features against exact cosine scores, on the trained model.
+"""Fidelity per byte: compare scores from features with exact cosine scores, on the trained model.
 
-In the same table the rivals' form, one two-sided 16x16 grid for each linear layer, concatenated,
-and one summed grid, both in plain torch.
+The same table has two kinds of features in plain torch: the form that other libraries use, one
+two-sided 16x16 grid for each linear layer, concatenated; and one grid that all layers are summed
+into.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from tracmod.models.loading import load_classifier
 from tracmod.models.modes import to_device
 
 Pair = tuple[Tensor, Tensor]
-# (kind, layers, K)
-OURS: list[tuple[Any, Any, int]] = [
+# (kind, layers, K) of tracmod's features
+TRACMOD: list[tuple[Any, Any, int]] = [
     ("rademacher", "accumulate", 1024),
     ("rademacher", "accumulate", 4096),
     ("rademacher", "accumulate", 16384),
@@ -37,41 +38,48 @@ OURS: list[tuple[Any, Any, int]] = [
 def run_fidelity(
     run: Path, device: torch.device, train: int, query: int, seeds: int = 3
 ) -> dict[str, Any]:
-    """Root mean square error, Spearman and top-10 overlap of each kind of row, last checkpoint.
+    """Compute RMSE, Spearman correlation and top-10 overlap of each kind of features.
+
+    Args:
+        run: run folder from `make_trained`; its last checkpoint is used.
+        device: device to compute on.
+        train, query: numbers of examples.
+        seeds: number of seeds of the projection to average over.
 
     Raises:
-        WrongResult: the exact scores, or features, are wrong.
+        WrongResult: the exact scores or the features are incorrect.
     """
     job = load_trained(run, train, query)
     model = to_device(load_classifier(job.checkpoints[-1]), device)
     error = check_exact(model, job.train, job.query)
     exact_QN = tm.exact_influence(model, job.train, job.query, normalize="cosine").cpu()
     batches = [
-        plain.ready_batches(model, one, BATCH_TOKENS, device) for one in (job.query, job.train)
+        plain.ready_batches(model, examples, BATCH_TOKENS, device)
+        for examples in (job.query, job.train)
     ]
 
-    def ours(kind: Any, layers: Any, dim: int, seed: int) -> Pair:
+    def tracmod_features(kind: Any, layers: Any, dim: int, seed: int) -> Pair:
         projection = tm.Projection(dim, kind, seed, layers)
         if seed == 0:
             check_features(model, job.query, projection)
         query_QK, train_NK = (
-            tm.collect_features(model, one, projection) for one in (job.query, job.train)
+            tm.collect_features(model, examples, projection) for examples in (job.query, job.train)
         )
         return query_QK, train_NK
 
-    def hooks(seed: int, **form: int) -> Pair:
-        made = plain.HookedFeatures(model, seed=seed, **form)
-        return made.features(batches[0]), made.features(batches[1])
+    def hooked_features(seed: int, **form: int) -> Pair:
+        hooked = plain.HookedFeatures(model, seed=seed, **form)
+        return hooked.features(batches[0]), hooked.features(batches[1])
 
     table = [
-        _row(f"ours, {layers}", kind, partial(ours, kind, layers, dim), exact_QN, seeds)
-        for kind, layers, dim in OURS
+        _row(f"ours, {layers}", kind, partial(tracmod_features, kind, layers, dim), exact_QN, seeds)
+        for kind, layers, dim in TRACMOD
     ]
     for name, form in (
         ("plain torch, 16x16 per layer", {"grid": 16}),
         ("plain torch, one summed grid", {"dim": 4096}),
     ):
-        table.append(_row(name, "rademacher", partial(hooks, **form), exact_QN, seeds))
+        table.append(_row(name, "rademacher", partial(hooked_features, **form), exact_QN, seeds))
     return {
         "part": "fidelity", "environment": environment(device), "train": len(job.train),
         "query": len(job.query), "seeds": seeds, "exact_error": error, "table": table,
@@ -81,16 +89,16 @@ def run_fidelity(
 def _row(
     form: str, kind: str, features: Callable[..., Pair], exact_QN: Tensor, seeds: int
 ) -> dict[str, Any]:
-    """The mean over the projection's seeds, and the largest error among them."""
-    found = []
+    """Return the mean over the projection's seeds, and the largest error of a seed."""
+    results = []
     for seed in range(seeds):
         query_QK, train_NK = features(seed=seed)
         scores_QN = tm.influence_scores(query_QK, train_NK, normalize="cosine").cpu()
         require(bool(scores_QN.isfinite().all()), f"{form}: scores are not finite")
-        found.append(agreement(scores_QN, exact_QN))
+        results.append(agreement(scores_QN, exact_QN))
     dim = query_QK.shape[1]
-    means = {name: sum(one[name] for one in found) / seeds for name in found[0]}
-    worst = max(one["rmse"] for one in found)
+    means = {name: sum(result[name] for result in results) / seeds for name in results[0]}
+    worst = max(result["rmse"] for result in results)
     return {
         "form": form, "kind": kind, "dim": dim, "bytes_per_row": 4 * dim, **means,
         "rmse_worst": worst,

@@ -1,8 +1,8 @@
-"""The whole job on a trained model: naive TracIn, batched plain torch, ours exact, ours projected.
+"""Time the whole job on a trained model: naive TracIn, batched plain torch, and tracmod.
 
 Every method scores all training examples for all query examples over all checkpoints (cosines,
-weighted by learning rate), ranks the 100 best and worst and sums by language. Each runs in a
-process of its own, so that its peak memory is its own.
+weighted by learning rate), ranks the 100 strongest of each sign and sums by language. Each runs in
+a process of its own, so that its peak memory is not that of another.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 import tracmod as tm
 from tracmod.bench import plain
 from tracmod.bench.collect import BATCH_TOKENS, DIM, check_exact, check_features, require
-from tracmod.bench.measure import agreement, environment, peak_memory
+from tracmod.bench.measure import agreement, environment, peak_memory, synchronize
 from tracmod.bench.models import Trained, load_trained, spaced
 from tracmod.features.collector import Collector, collect_to_store
 from tracmod.features.store import FeatureStore
@@ -38,14 +38,14 @@ K = 100
 
 
 class Outcome(NamedTuple):
-    """What a method did.
+    """The result of a method.
 
     Attributes:
-        seconds: of `gradients` (absent where they are not made apart), `scoring`, `whole`.
-        indices: (Q, k) of the best training examples.
-        scores: the score matrix, made only after time and memory have been read.
-        columns: training examples that were scored, None for all.
-        extrapolated: the seconds are those of all examples, from the time of some.
+        seconds: seconds of `gradients` (if computed apart), `scoring` and the `whole`.
+        indices: (Q, k) positions of the best training examples.
+        scores: returns the score matrix; called after time and memory have been read.
+        columns: training examples that were scored; None for all.
+        extrapolated: whether the seconds for all examples are extrapolated from those of some.
     """
 
     seconds: dict[str, float]
@@ -55,12 +55,12 @@ class Outcome(NamedTuple):
     extrapolated: bool = False
 
 
-def checkpoint(job: Trained, place: int, device: torch.device) -> Any:
-    return to_device(load_classifier(job.checkpoints[place]), device)
+def load_checkpoint(job: Trained, number: int, device: torch.device) -> Any:
+    return to_device(load_classifier(job.checkpoints[number]), device)
 
 
-def some_of(job: Trained, subset: int | None) -> tuple[list[int] | None, list[Any], float]:
-    """So many training examples, their places, and how many times more there are."""
+def take_subset(job: Trained, subset: int | None) -> tuple[list[int] | None, list[Any], float]:
+    """Return positions and examples of a training subset, and how many times more there are."""
     if subset is None:
         return None, job.train, 1.0
     columns = spaced(len(job.train), subset)
@@ -74,15 +74,19 @@ def groups_of(job: Trained, device: torch.device, columns: list[int] | None = No
 
 
 def naive(job: Trained, device: torch.device, subset: int | None) -> Outcome:
-    """One example at a time; with `subset` the training part is extrapolated to all examples."""
-    columns, train, factor = some_of(job, subset)
+    """Run naive TracIn, one example at a time.
+
+    With `subset`, the time of the training part is extrapolated to all examples.
+    """
+    columns, train, factor = take_subset(job, subset)
     total_QN = torch.zeros(len(job.query), len(train), device=device)
     gradients = scoring = 0.0
-    for place, weight in enumerate(job.weights):
-        one = plain.naive_scores(checkpoint(job, place, device), train, job.query, device)
-        total_QN += weight * one.scores_QN
-        gradients += one.query_seconds + factor * one.gradient_seconds
-        scoring += factor * one.product_seconds
+    for number, weight in enumerate(job.weights):
+        model = load_checkpoint(job, number, device)
+        result = plain.naive_scores(model, train, job.query, device)
+        total_QN += weight * result.scores_QN
+        gradients += result.query_seconds + factor * result.gradient_seconds
+        scoring += factor * result.product_seconds
     start = time.perf_counter()
     groups_N = groups_of(job, device, columns)
     indices = plain.ranking(total_QN, groups_N, len(set(job.languages)), K).cpu()
@@ -92,22 +96,22 @@ def naive(job: Trained, device: torch.device, subset: int | None) -> Outcome:
 
 
 def hooks(job: Trained, device: torch.device, subset: int | None) -> Outcome:
-    """Batched plain torch: hooks, ready-made matrices, one summed grid, matrix product, topk."""
+    """Run batched plain torch: hooks, ready-made matrices, one summed grid, product and topk."""
     pairs, gradients = [], 0.0
-    for place in range(len(job.weights)):
-        model = checkpoint(job, place, device)
+    for number in range(len(job.weights)):
+        model = load_checkpoint(job, number, device)
         start = time.perf_counter()
-        made = plain.HookedFeatures(model, dim=DIM)
+        hooked = plain.HookedFeatures(model, dim=DIM)
         pairs.append([
-            made.features(plain.ready_batches(model, examples, BATCH_TOKENS, device))
+            hooked.features(plain.ready_batches(model, examples, BATCH_TOKENS, device))
             for examples in (job.query, job.train)
         ])  # fmt: skip
-        _wait(device)
+        synchronize(device)
         gradients += time.perf_counter() - start
     start = time.perf_counter()
     total_QN = torch.zeros(len(job.query), len(job.train), device=device)
     for weight, pair in zip(job.weights, pairs, strict=True):
-        query_QK, train_NK = (torch.nn.functional.normalize(one, dim=1) for one in pair)
+        query_QK, train_NK = (torch.nn.functional.normalize(rows, dim=1) for rows in pair)
         total_QN.addmm_(query_QK, train_NK.T, alpha=weight)
     groups_N = groups_of(job, device)
     indices = plain.ranking(total_QN, groups_N, len(set(job.languages)), K).cpu()
@@ -117,16 +121,16 @@ def hooks(job: Trained, device: torch.device, subset: int | None) -> Outcome:
 
 
 def exact(job: Trained, device: torch.device, subset: int | None) -> Outcome:
-    """Ours without a projection; with `subset` all of its time is extrapolated."""
-    columns, train, factor = some_of(job, subset)
+    """Run tracmod without a projection; with `subset`, all of its time is extrapolated."""
+    columns, train, factor = take_subset(job, subset)
     languages = job.languages if columns is None else [job.languages[c] for c in columns]
     total_QN = torch.zeros(len(job.query), len(train), device=device)
     elapsed = 0.0
-    for place, weight in enumerate(job.weights):
-        model = checkpoint(job, place, device)
+    for number, weight in enumerate(job.weights):
+        model = load_checkpoint(job, number, device)
         start = time.perf_counter()
         total_QN += weight * tm.exact_influence(model, train, job.query, normalize="cosine")
-        _wait(device)
+        synchronize(device)
         elapsed += time.perf_counter() - start
     start = time.perf_counter()
     indices = top_of_scores(total_QN, K, languages).indices.cpu()
@@ -135,21 +139,21 @@ def exact(job: Trained, device: torch.device, subset: int | None) -> Outcome:
 
 
 def projected(kind: Any, dtype: torch.dtype | None = None) -> Callable[..., Outcome]:
-    """Ours with features of K = 4096, collected into stores on disk and searched from there."""
+    """Return tracmod with features of K = 4096, collected into stores on disk and read back."""
 
     def run(job: Trained, device: torch.device, subset: int | None) -> Outcome:
         folder, stores, gradients = Path(tempfile.mkdtemp()), [], 0.0
         atexit.register(shutil.rmtree, folder)
-        for place in range(len(job.weights)):
-            model = checkpoint(job, place, device)
+        for number in range(len(job.weights)):
+            model = load_checkpoint(job, number, device)
             start = time.perf_counter()
             with frozen(model):
                 collector = Collector(model, tm.Projection(DIM, kind), dtype=dtype)
                 stores.append([
-                    _store(collector, examples, folder / f"{place}-{split}")
+                    _store(collector, examples, folder / f"{number}-{split}")
                     for split, examples in (("query", job.query), ("train", job.train))
                 ])  # fmt: skip
-            _wait(device)
+            synchronize(device)
             gradients += time.perf_counter() - start
         queries, trains = zip(*stores, strict=True)
         start = time.perf_counter()
@@ -186,37 +190,33 @@ METHODS: dict[str, Callable[[Trained, torch.device, int | None], Outcome]] = {
 }
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 # --- a method in its own process ------------------------------------------------------------
 
 
-def run_method(name: str, asked: dict[str, Any], to: Path) -> None:
-    """Do one method; figures and scores into the folder `to`."""
+def run_method(name: str, options: dict[str, Any], folder: Path) -> None:
+    """Run one method, or `check`, in this process; write figures and scores into the folder."""
     base = peak_memory()
-    device = torch.device(asked["device"])
-    job = load_trained(Path(asked["run"]), asked["train"], asked["query"])
+    device = torch.device(options["device"])
+    job = load_trained(Path(options["run"]), options["train"], options["query"])
     if name == "check":
-        (to / "check.json").write_text(json.dumps(_check(job, device)), encoding="utf-8")
+        (folder / "check.json").write_text(json.dumps(_check(job, device)), encoding="utf-8")
         return
-    done = METHODS[name](job, device, asked["subsets"].get(name))
+    outcome = METHODS[name](job, device, options["subsets"].get(name))
     figures = {
-        "seconds": done.seconds, "extrapolated": done.extrapolated, "columns": done.columns,
+        "seconds": outcome.seconds, "extrapolated": outcome.extrapolated,
+        "columns": outcome.columns,
         "peak_bytes": peak_memory(), "base_bytes": base,
         "gpu_peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
     }  # fmt: skip
-    scores_QN = done.scores().float().cpu().contiguous()
-    ranked = {"scores": scores_QN, "indices": done.indices.contiguous()}
-    save_file(ranked, str(to / f"{name}.safetensors"))
-    (to / f"{name}.json").write_text(json.dumps(figures), encoding="utf-8")
+    scores_QN = outcome.scores().float().cpu().contiguous()
+    ranking = {"scores": scores_QN, "indices": outcome.indices.contiguous()}
+    save_file(ranking, str(folder / f"{name}.safetensors"))
+    (folder / f"{name}.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
 def _check(job: Trained, device: torch.device) -> dict[str, Any]:
-    """Errors against float64 autograd at the last checkpoint, before anything is timed; sizes."""
-    model = checkpoint(job, len(job.checkpoints) - 1, device)
+    """Compare the last checkpoint's results with float64 autograd; return errors and sizes."""
+    model = load_checkpoint(job, len(job.checkpoints) - 1, device)
     errors = {"exact": check_exact(model, job.train, job.query)}
     for kind in ("rademacher", "sjlt"):
         errors[kind] = check_features(model, job.train, tm.Projection(DIM, kind))
@@ -227,16 +227,17 @@ def _check(job: Trained, device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _in_process(name: str, asked: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _in_process(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run a method in a new process and return its figures."""
     script = str(Path(__file__).resolve().parent / "bench_tracin.py")
-    command = [sys.executable, script, "method", name, json.dumps(asked), str(folder)]
+    command = [sys.executable, script, "method", name, json.dumps(options), str(folder)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     require(done.returncode == 0, f"{name}: {(done.stderr or '').strip()[-400:]}")
     figures: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     return figures
 
 
-# --- all of them ----------------------------------------------------------------------------
+# --- all methods ----------------------------------------------------------------------------
 
 
 def run_job(
@@ -248,25 +249,26 @@ def run_job(
     query: int | None = None,
     subsets: Mapping[str, int | None] | None = None,
 ) -> dict[str, Any]:
-    """Times, peak memory and agreement of the methods; exact, if among them, is the measure.
+    """Measure time, peak memory and, if `exact` is among the methods, agreement with it.
 
     Args:
-        run: folder of `make_trained`.
-        device_name: where all of it runs.
-        methods: of `METHODS`.
-        train, query: so many examples; None for all.
-        subsets: naive and exact on so many training examples, their times extrapolated.
+        run: run folder from `make_trained`.
+        device_name: device to run on.
+        methods: names from `METHODS`.
+        train, query: numbers of examples; None for all.
+        subsets: number of training examples by method (naive, exact) from which its time is
+            extrapolated; None for all.
 
     Raises:
-        WrongResult: a method fails, or ranks what it has not scored so.
+        WrongResult: a method fails, is incorrect, or its ranking contradicts its scores.
     """
-    asked = {"run": str(run.resolve()), "device": device_name, "train": train, "query": query,
+    options = {"run": str(run.resolve()), "device": device_name, "train": train, "query": query,
              "subsets": dict(subsets or {})}  # fmt: skip
     rows, results = {}, {}
     with tempfile.TemporaryDirectory() as name:
-        checked = _in_process("check", asked, Path(name))
+        checked = _in_process("check", options, Path(name))
         for method in methods:
-            rows[method] = _in_process(method, asked, Path(name))
+            rows[method] = _in_process(method, options, Path(name))
             results[method] = load_file(Path(name) / f"{method}.safetensors")
             print(f"{method}: {rows[method]['seconds']['whole']:.1f} s", file=sys.stderr)
     examples = (checked["train"] + checked["query"]) * checked["checkpoints"]
@@ -292,25 +294,24 @@ def run_job(
 
 
 def _agreement(results: Any, rows: dict[str, dict[str, Any]], method: str) -> dict[str, float]:
-    """With exact scores, on the training examples that both have scored."""
-    places = []
+    """Compare a method with exact scores, on the training examples that both have scored."""
+    positions = []  # of training example -> column of the score matrix, for either method
     for name in (method, "exact"):
-        columns = rows[name]["columns"]
-        count = results[name]["scores"].shape[1]
-        places.append({c: p for p, c in enumerate(range(count) if columns is None else columns)})
-    shared = sorted(places[0].keys() & places[1].keys())
-    own, exact_QN = (
-        results[name]["scores"][:, [place[column] for column in shared]]
-        for name, place in zip((method, "exact"), places, strict=True)
+        columns = rows[name]["columns"] or range(results[name]["scores"].shape[1])
+        positions.append({example: column for column, example in enumerate(columns)})
+    shared = sorted(positions[0].keys() & positions[1].keys())
+    own_QN, exact_QN = (
+        results[name]["scores"][:, [position[example] for example in shared]]
+        for name, position in zip((method, "exact"), positions, strict=True)
     )
-    return agreement(own, exact_QN)
+    return agreement(own_QN, exact_QN)
 
 
 def _check_ranking(method: str, scores_QN: Tensor, indices_QK: Tensor) -> None:
-    """The rows that a method ranks first are those that it scores highest.
+    """Check that a method ranks those training examples first that it scores highest.
 
     Raises:
-        WrongResult: they are not.
+        WrongResult: it does not.
     """
     best = scores_QN.topk(indices_QK.shape[1]).values
     error = float((scores_QN.gather(1, indices_QK) - best).abs().max())

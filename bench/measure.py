@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, the device's own measured limits, and the JSON they write."""
+"""Shared by the benchmarks: clocks, the measured limits of the device, and the JSON they write."""
 
 from __future__ import annotations
 
@@ -19,27 +19,33 @@ import transformers
 import tracmod
 from tracmod import kernels
 
-GPU_ROUND_SECONDS = 0.01  # a round on a GPU repeats a short call for so long
+GPU_ROUND_SECONDS = 0.01  # a short call on a GPU is repeated for this long in a round
 
 
 class Limits(NamedTuple):
-    """What the device itself does in this process: the bounds that shares are of."""
+    """The rates that the device itself reaches in this process, which bound those of an op.
 
-    bytes_per_second: float  # a large copy, read and written
-    flops_per_second: float  # a large square matrix product in the dtype of the run
+    Attributes:
+        bytes_per_second: rate of a large copy, with bytes read and bytes written both counted.
+        flops_per_second: rate of a large square matrix product in the dtype of the run.
+    """
+
+    bytes_per_second: float
+    flops_per_second: float
 
 
 def clock(function: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
-    """Seconds per call, until the device has done it."""
-    _synchronize(device)
+    """Return the seconds per call, including the work that a GPU does after a call returns."""
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
         function()
-    _synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) / calls
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done all its work; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -51,18 +57,24 @@ def take_turns(
     seconds: float = 1.0,
     rounds: int = 12,
 ) -> dict[str, float]:
-    """Each function's best round, in seconds per call.
+    """Time functions in turns; return the seconds per call of each one's best round.
 
-    They take turns, so that other work on the machine hits all of them. Ends after `rounds`, or
-    once `seconds` are used up, but not before two.
+    They take turns so that other work on the machine disturbs all of them. The best round is the
+    least disturbed one.
+
+    Args:
+        functions: functions to time, by name.
+        device: device that they run on.
+        seconds: stop after this time, but not before two rounds.
+        rounds: largest number of rounds.
     """
     calls, best = {}, {}
     start = time.perf_counter()
     for name, function in functions.items():
-        first = clock(function, device)
+        first, calls[name] = clock(function, device), 1
         if device.type == "cuda":
-            first = clock(function, device)  # without what is loaded on first use
-        calls[name] = max(1, min(200, int(GPU_ROUND_SECONDS / first))) if _gpu(device) else 1
+            first = clock(function, device)  # the first call also loaded kernels
+            calls[name] = max(1, min(200, int(GPU_ROUND_SECONDS / first)))
         best[name] = first
     for done in range(1, rounds):
         if done >= 2 and time.perf_counter() - start > seconds:
@@ -72,19 +84,15 @@ def take_turns(
     return best
 
 
-def _gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
 def measure_limits(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> Limits:
-    """Copy bandwidth and the peak of the matrix product, each the best of several rounds.
+    """Measure the copy bandwidth and the peak of the matrix product, best of several rounds.
 
     Args:
-        device: CPU (with the threads that torch has) or GPU.
-        dtype: of the matrix product.
-        quick: small sizes, for tests: the figures then mean little.
+        device: CPU (with torch's number of threads) or GPU.
+        dtype: dtype of the matrix product.
+        quick: use small sizes, for tests; the result then means little.
     """
-    megabytes, sizes = (2048, (8192, 16384)) if _gpu(device) else (256, (1024, 2048))
+    megabytes, sizes = (2048, (8192, 16384)) if device.type == "cuda" else (256, (1024, 2048))
     if quick:
         megabytes, sizes = 8, (128, 256)
     source = torch.zeros(megabytes << 20, dtype=torch.uint8, device=device)
@@ -100,9 +108,9 @@ def measure_limits(device: torch.device, dtype: torch.dtype, *, quick: bool = Fa
 
 
 def peak_memory() -> int:
-    """Bytes of memory that this process has held at most.
+    """Return the peak memory of this process in bytes.
 
-    Linux starts `ru_maxrss` at what the parent held; VmHWM is the program's own.
+    On Linux, a process inherits `ru_maxrss` from its parent; VmHWM is the program's own.
     """
     status = Path("/proc/self/status")
     text = status.read_text(encoding="utf-8") if status.exists() else ""
@@ -112,9 +120,9 @@ def peak_memory() -> int:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions, commit and threads: what a figure means nothing without."""
+    """Return device, threads, versions and commit, to be recorded with every result."""
     return {
-        "device": torch.cuda.get_device_name(device) if _gpu(device) else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "commit": _commit(),
@@ -128,44 +136,49 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.machine()
+        text = ""
+    model = re.search(r"model name\s*: (.+)", text)
+    return model[1].strip() if model else platform.machine()
 
 
 def _commit() -> str:
-    """The commit of the sources, `+` if they differ; TRACMOD_COMMIT where there is no git."""
+    """Return the commit of the sources, with `+` for local changes; TRACMOD_COMMIT without git."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
     try:
         done = subprocess.run(
             [*command, "--dirty=+", "--exclude=*"], capture_output=True, text=True, check=False
         )
+        commit = done.stdout.strip()
     except OSError:
-        done = None
-    found = done.stdout.strip() if done is not None else ""
-    return found or os.environ.get("TRACMOD_COMMIT", "unknown")
+        commit = ""
+    return commit or os.environ.get("TRACMOD_COMMIT", "unknown")
 
 
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
-    """Write a part's result, if a file is asked for."""
+    """Write a result as JSON; None writes nothing."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def agreement(scores_QN: torch.Tensor, exact_QN: torch.Tensor) -> dict[str, float]:
-    """With exact scores: Spearman per query (mean and lowest), top-10 overlap, error."""
-    ranks = [one.argsort(1).argsort(1).double() for one in (scores_QN, exact_QN)]
-    a, b = (one - one.mean(1, keepdim=True) for one in ranks)
+    """Compare scores with exact scores: Spearman correlation per query, top-10 overlap and RMSE.
+
+    Ties are ranked in an arbitrary order; scores are real numbers that hardly ever tie.
+    """
+    both = (scores_QN, exact_QN)
+    ranks = [scores.argsort(1).argsort(1).double() for scores in both]
+    a, b = (rank - rank.mean(1, keepdim=True) for rank in ranks)
     spearman_Q = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-    places = min(10, exact_QN.shape[1])
-    top = [torch.zeros_like(one, dtype=torch.bool) for one in (scores_QN, exact_QN)]
-    for hit, one in zip(top, (scores_QN, exact_QN), strict=True):
-        hit.scatter_(1, one.topk(places).indices, True)
+    count = min(10, exact_QN.shape[1])
+    top = [torch.zeros_like(scores, dtype=torch.bool) for scores in both]
+    for in_top, scores in zip(top, both, strict=True):
+        in_top.scatter_(1, scores.topk(count).indices, True)
     return {
         "spearman": float(spearman_Q.mean()),
         "spearman_lowest": float(spearman_Q.min()),
-        "top10": float((top[0] & top[1]).sum(1).double().mean() / places),
+        "top10": float((top[0] & top[1]).sum(1).double().mean() / count),
         "rmse": float((scores_QN - exact_QN).double().square().mean().sqrt()),
     }

@@ -1,4 +1,4 @@
-"""What the benchmarks run on: random models and examples, and a small model that tracmod trains."""
+"""Models and examples of the benchmarks: random ones, and a small model that tracmod trains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ SHAPES: dict[str, dict[str, Any]] = {
              "intermediate_size": 3072},
 }  # fmt: skip
 
-# The trained model: the mini shape on the embedded task, 5,000 training and 500 test examples.
+# Config of the trained model: the mini shape on the embedded task, with 5,000 training and 500 test
+# examples.
 TRAINED: dict[str, Any] = {
     "name": "bench",
     "task": {
@@ -35,7 +36,7 @@ TRAINED: dict[str, Any] = {
 
 
 def random_model(shape: str, seed: int = 0) -> Any:
-    """An XLM-R classifier with random weights, float32, evaluation mode."""
+    """Build an XLM-R classifier with random weights in float32 and evaluation mode."""
     settings: dict[str, Any] = {
         "vocab_size": VOCABULARY, "max_position_embeddings": 132, "num_labels": LABELS,
         "pad_token_id": 1, "type_vocab_size": 1, **SHAPES[shape],
@@ -45,7 +46,7 @@ def random_model(shape: str, seed: int = 0) -> Any:
 
 
 def random_examples(count: int, seed: int = 1) -> list[dict[str, Any]]:
-    """16 to 128 random tokens each, uniformly."""
+    """Build examples of 16 to 128 random tokens, uniformly distributed."""
     generator = torch.Generator().manual_seed(seed)
     examples = []
     for length in torch.randint(16, 129, (count,), generator=generator).tolist():
@@ -56,8 +57,9 @@ def random_examples(count: int, seed: int = 1) -> list[dict[str, Any]]:
 
 
 def make_trained(folder: Path, config: dict[str, Any] | None = None) -> None:
-    """Sample the data and fine-tune, unless the folder holds it already."""
-    from tracmod.config import parse_config  # not on every machine, and not needed where it is done
+    """Sample the data and fine-tune the model, unless the run folder has both already."""
+    # Imported here: these need pydantic, which a GPU machine may lack and other parts do not need.
+    from tracmod.config import parse_config
     from tracmod.study.pipeline import run_stages
     from tracmod.study.run_folder import RunFolder
 
@@ -71,10 +73,10 @@ class Trained(NamedTuple):
     """A run's checkpoints and examples.
 
     Attributes:
-        checkpoints: folders, in order.
-        weights: learning rates, scaled to sum to 1, so that scores are cosines.
+        checkpoints: checkpoint folders, in order.
+        weights: learning rates scaled to a sum of 1, so that weighted cosines stay within -1 and 1.
         train, query: encoded examples.
-        languages: of the training examples.
+        languages: languages of the training examples.
     """
 
     checkpoints: list[Path]
@@ -85,14 +87,14 @@ class Trained(NamedTuple):
 
 
 def load_trained(folder: Path, train: int | None = None, query: int | None = None) -> Trained:
-    """A run of `make_trained`; counts take evenly spaced examples."""
+    """Load a run of `make_trained`, all examples or the given numbers of evenly spaced ones."""
     import pyarrow.parquet as pq
 
     paths = sorted(
         (folder / "models" / "full").glob("checkpoint-*"), key=lambda p: int(p.name[11:])
     )
     if not paths:
-        raise SystemExit(f"{folder}: no trained model there; `bench_tracin.py train` makes it")
+        raise SystemExit(f"{folder}: no trained model there; `bench_tracin.py train` creates it")
     checkpoints = load_checkpoints(paths)
     rates = [float(checkpoint.learning_rate or 1.0) for checkpoint in checkpoints]
     _, tokenizer = load_model(paths[-1])
@@ -108,6 +110,6 @@ def load_trained(folder: Path, train: int | None = None, query: int | None = Non
 
 
 def spaced(count: int, wanted: int) -> list[int]:
-    """So many of `count` rows, evenly spaced."""
+    """Return `wanted` of `count` row numbers, evenly spaced."""
     wanted = min(count, wanted)
-    return [place * count // wanted for place in range(wanted)]
+    return [position * count // wanted for position in range(wanted)]

@@ -1,9 +1,10 @@
-"""What tracmod is compared with, in plain transformers and torch: the floor, naive TracIn, hooks.
+"""Baselines in plain transformers and torch: the floor of a pass, naive TracIn, and hooks.
 
-Nothing here uses tracmod's pass, kernels or scores; the batches are the same, because any good
-implementation sorts by length.
+Nothing here uses tracmod's pass, kernels or scores. The batches are the same as tracmod's, because
+any good implementation sorts by length.
 
-Shapes: B examples, S tokens, I in, O out, P parameters, K features, N train, Q query.
+Shape suffixes: B examples, S tokens, I inputs and O outputs of a layer, P parameters, K features,
+N training examples, Q query examples.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tracmod.bench.measure import synchronize
 from tracmod.models.inputs import collate, pad_token_id, plan_batches
 
 Examples = Sequence[Mapping[str, Any]]
-NAIVE_BLOCK = 32  # training gradients that naive TracIn multiplies at a time
+NAIVE_BLOCK = 32  # number of training gradients that naive TracIn multiplies at a time
 
 
 class Batch(NamedTuple):
+    """A collated batch, with the positions of its examples."""
+
     rows: list[int]
     inputs: dict[str, Tensor]
     labels: Tensor
@@ -33,7 +37,7 @@ class Batch(NamedTuple):
 def ready_batches(
     model: Any, examples: Examples, batch_tokens: int, device: torch.device
 ) -> list[Batch]:
-    """Length-sorted, token-bounded batches, already on the device."""
+    """Build length-sorted batches of bounded size, already on the device."""
     batches = []
     for rows in plan_batches([len(e["input_ids"]) for e in examples], batch_tokens):
         inputs = collate([examples[row] for row in rows], pad_token_id(model), device)
@@ -42,7 +46,7 @@ def ready_batches(
 
 
 def loss_of(model: Any, batch: Batch, dtype: torch.dtype | None = None) -> Tensor:
-    """The sum of the examples' cross entropies; a dtype is for autocast."""
+    """Compute the sum of the examples' cross entropies, under autocast if a dtype is given."""
     device = batch.labels.device.type
     with nullcontext() if dtype is None else torch.autocast(device, dtype=dtype):
         logits = model(**batch.inputs).logits
@@ -50,20 +54,20 @@ def loss_of(model: Any, batch: Batch, dtype: torch.dtype | None = None) -> Tenso
 
 
 @contextmanager
-def parameters_need(model: Any, names: Sequence[str]) -> Iterator[list[Tensor]]:
-    """Evaluation mode; these parameters alone require a gradient."""
+def requiring_grad(model: Any, names: Sequence[str]) -> Iterator[list[Tensor]]:
+    """Put the model into evaluation mode and let only these parameters require a gradient."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     model.eval().requires_grad_(False)
     chosen = [model.get_parameter(name).requires_grad_(True) for name in names]
     try:
         yield chosen
     finally:
-        for parameter, needed in before:
-            parameter.requires_grad_(needed)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 def encoder_names(model: Any) -> list[str]:
-    """Every parameter outside the embeddings."""
+    """Return the names of all parameters outside the embeddings."""
     return [name for name, _ in model.named_parameters() if ".embeddings." not in name]
 
 
@@ -71,9 +75,9 @@ def encoder_names(model: Any) -> list[str]:
 
 
 def floor_pass(model: Any, batches: Sequence[Batch], dtype: torch.dtype | None = None) -> None:
-    """Forward, and backward to the embeddings' output, with no gradient of a parameter.
+    """Run forward, and backward to the embeddings' output, without gradients of parameters.
 
-    What a method needs that looks at every layer's input and output gradient.
+    This is the least work of any method that needs every layer's input and output gradient.
     """
     leaves: list[Tensor] = []
 
@@ -83,7 +87,7 @@ def floor_pass(model: Any, batches: Sequence[Batch], dtype: torch.dtype | None =
 
     hook = model.base_model.embeddings.register_forward_hook(cut)
     try:
-        with parameters_need(model, []):
+        with requiring_grad(model, []):
             for batch in batches:
                 torch.autograd.grad(loss_of(model, batch, dtype), leaves.pop())
     finally:
@@ -96,19 +100,20 @@ def floor_pass(model: Any, batches: Sequence[Batch], dtype: torch.dtype | None =
 def naive_gradient(
     model: Any, parameters: list[Tensor], batch: Batch, out_P: Tensor, dtype: Any = None
 ) -> None:
-    """One example's whole gradient into its place."""
+    """Write the whole gradient of one example into `out_P`."""
     gradients = torch.autograd.grad(loss_of(model, batch, dtype), parameters)
     torch.cat([gradient.flatten() for gradient in gradients], out=out_P)
 
 
 def one_by_one(model: Any, examples: Examples, device: torch.device) -> Iterator[Batch]:
+    """Yield batches of one example, in order."""
     for row, example in enumerate(examples):
         inputs = collate([example], pad_token_id(model), device)
         yield Batch([row], inputs, inputs.pop("labels"))
 
 
 class NaiveScores(NamedTuple):
-    """Cosines (Q, N), and the seconds of each part."""
+    """Cosines (Q, N), and the seconds that each part took."""
 
     scores_QN: Tensor
     query_seconds: float
@@ -117,12 +122,12 @@ class NaiveScores(NamedTuple):
 
 
 def naive_scores(model: Any, train: Examples, query: Examples, device: torch.device) -> NaiveScores:
-    """TracIn as it is first written, with no needless copy.
+    """Compute TracIn in the obvious way, but without needless copies.
 
-    Query gradients are kept as (Q, P) unit rows; training gradients, for which there is no room,
-    are made one at a time, and multiplied a block at a time.
+    Query gradients are kept as (Q, P) unit rows. Training gradients do not fit into memory: they
+    are computed one at a time, and multiplied a block at a time.
     """
-    with parameters_need(model, encoder_names(model)) as parameters:
+    with requiring_grad(model, encoder_names(model)) as parameters:
         size, dtype = sum(p.numel() for p in parameters), parameters[0].dtype
         start = _now(device)
         query_QP = torch.empty(len(query), size, dtype=dtype, device=device)
@@ -149,13 +154,13 @@ def naive_scores(model: Any, train: Examples, query: Examples, device: torch.dev
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Return the time, once the device has done all its work."""
+    synchronize(device)
     return time.perf_counter()
 
 
 def ranking(scores_QN: Tensor, groups_N: Tensor, num_groups: int, k: int) -> Tensor:
-    """Rankings of both signs and sums by group, as anyone would; indices (Q, k) of the best."""
+    """Rank both signs and sum by group with torch alone; return the indices (Q, k) of the best."""
     k = min(k, scores_QN.shape[1])
     scores_QN.topk(k, largest=False)
     sums = torch.zeros(len(scores_QN), num_groups, device=scores_QN.device)
@@ -168,9 +173,9 @@ def ranking(scores_QN: Tensor, groups_N: Tensor, num_groups: int, k: int) -> Ten
 
 @contextmanager
 def hooked(model: Any, use: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
-    """In a backward pass, `use` gets every Linear's and LayerNorm's input and output gradient.
+    """Call `use` in a backward pass with the input and output gradient of Linears and LayerNorms.
 
-    The pass stops at the outputs of the lowest of them; embeddings are left out.
+    The embeddings are left out, and the backward pass stops at the lowest layer's outputs.
     """
     handles = []
 
@@ -195,13 +200,15 @@ def hooked(model: Any, use: Callable[[str, nn.Module, Tensor, Tensor], None]) ->
 
 
 class HookedFeatures:
-    """Projected gradients with ready-made matrices: every layer's `vec(R_out G R_in^T)`.
+    """Projected gradients with ready-made matrices: `vec(R_out G R_in^T)` of every layer.
 
     Args:
         model: the classifier.
-        dim: K of one grid that all layers are summed into, beside the exact gradient of the output
-            layer and sketches of LayerNorm; None for one grid for each linear layer.
-        grid: side of those grids.
+        dim: K, if all layers are summed into one grid, with the exact gradient of the output layer
+            beside it and sketches of LayerNorm in it. None for a grid for each linear layer,
+            concatenated.
+        grid: side of the grids of single layers.
+        seed: seed of the matrices.
     """
 
     def __init__(
@@ -221,8 +228,8 @@ class HookedFeatures:
             grid = math.isqrt(dim - self.start)
         self.side = grid
         self.offset = {
-            name: self.start if self.summed else place * grid**2
-            for place, name in enumerate(linears)
+            name: self.start if self.summed else number * grid**2
+            for number, name in enumerate(linears)
         }
         self.dim = dim or grid**2 * len(linears)
         self._make_matrices(linears, modules, generator)
@@ -238,9 +245,9 @@ class HookedFeatures:
         self.sketch: dict[str, tuple[Tensor, Tensor]] = {}
         for name, module in modules.items():
             if name in linears:
-                place = self._input(name)
-                if place not in self.r_in:
-                    self.r_in[place] = signs(side, module.in_features + 1) / side**0.5
+                shared = self._input(name)
+                if shared not in self.r_in:
+                    self.r_in[shared] = signs(side, module.in_features + 1) / side**0.5
                 self.r_out[name] = signs(side, module.out_features) / side**0.5
             elif isinstance(module, nn.LayerNorm) and self.summed:
                 count = 2 * module.normalized_shape[0]
@@ -249,15 +256,15 @@ class HookedFeatures:
 
     @staticmethod
     def _input(name: str) -> str:
-        """Query, key and value share an input, and so its projection."""
+        """Return the key of a layer's input projection, which query, key and value share."""
         parent, _, own = name.rpartition(".")
         return parent if own in ("query", "key", "value") else name
 
     def features(self, batches: Sequence[Batch], dtype: torch.dtype | None = None) -> Tensor:
-        """(N, K) float32."""
+        """Compute the features of all examples of the batches: (N, K) float32."""
         device = batches[0].labels.device
         features = torch.zeros(sum(len(b.rows) for b in batches), self.dim, device=device)
-        with parameters_need(self.model, []):
+        with requiring_grad(self.model, []):
             for batch in batches:
                 out_BK = torch.zeros(len(batch.rows), self.dim, device=device)
                 self._shared: tuple[int, Tensor] | None = None
@@ -286,7 +293,7 @@ class HookedFeatures:
         out_BK[:, start : start + self.side**2] += grid.flatten(1)
 
     def _projected(self, name: str, x: Tensor, g: Tensor) -> Tensor:
-        """The input's projection; key's and value's is query's."""
+        """Project a layer's input, once for query, key and value, which share it."""
         if self._shared is None or self._shared[0] != x.data_ptr():
             r_in = self.r_in[self._input(name)].to(g.dtype)
             p = F.linear(x.to(g.dtype), r_in[:, :-1], r_in[:, -1])

@@ -1,4 +1,4 @@
-"""A model folder and example files of the user's own, as `tracmod attribute` takes them."""
+"""A user's model folder and example files, as `tracmod attribute` takes them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ LABELS = ("no", "maybe", "yes")
 
 
 def own_tokenizer(texts: Sequence[str] = TEXTS) -> PreTrainedTokenizerBase:
+    """Train a tokenizer on the texts."""
     return train_tokenizer(list(texts) * 5, 120, 40)
 
 
 def own_model(**overrides: Any) -> PreTrainedModel:
-    """A tiny XLM-R whose classes are LABELS."""
+    """Build a tiny XLM-R whose classes are LABELS."""
     model = tiny_encoder("xlmr", vocab_size=len(own_tokenizer()), **overrides)
     model.config.id2label = dict(enumerate(LABELS))
     model.config.label2id = {name: label for label, name in enumerate(LABELS)}
@@ -28,14 +29,14 @@ def own_model(**overrides: Any) -> PreTrainedModel:
 
 
 def save_model(folder: Path, **overrides: Any) -> Path:
-    """`own_model` with its tokenizer as a transformers folder."""
+    """Save `own_model` and its tokenizer as a transformers folder."""
     own_model(**overrides).save_pretrained(folder)
     own_tokenizer().save_pretrained(folder)
     return folder
 
 
 def write_examples(path: Path, count: int, labels: Sequence[str] = LABELS) -> Path:
-    """A file of examples in English and German, ids `<name of the file>-<row>`."""
+    """Write a file of examples in English and German with ids `<name of the file>-<row>`."""
     lines = ["id\tlanguage\ttext_a\tlabel"]
     for row in range(count):
         text = f"{TEXTS[row % 4]} {TEXTS[(row * 3 + row // 4) % 4]}"

@@ -1,4 +1,4 @@
-"""Small models, tokenizers and examples for the tests of model, heads and training."""
+"""Small models, tokenizers and examples for the tests of models, subnetworks and training."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ def tiny_model(
     scale: float = 4.0,
     vocabulary: int = VOCABULARY,
 ) -> PreTrainedModel:
-    """A random classifier in eval mode; `scale` makes its weights large enough to matter."""
+    """Build a random classifier in evaluation mode.
+
+    `scale` multiplies its matrices: with transformers' small initial weights, attention is almost
+    uniform and heads hardly matter.
+    """
     shape: dict[str, Any] = {"vocab_size": vocabulary, "num_labels": num_labels}
     if family == "distilbert":
         shape |= {"dim": hidden, "n_layers": layers, "n_heads": heads, "hidden_dim": 2 * hidden}
@@ -57,7 +61,7 @@ def tiny_model(
         shape |= {"intermediate_size": 2 * hidden, "max_position_embeddings": 40}
         shape |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     if family == "electra":
-        shape |= {"embedding_size": hidden // 2}  # so that embeddings_project is there
+        shape |= {"embedding_size": hidden // 2}  # ELECTRA then has embeddings_project
     if family in ("roberta", "xlm-roberta"):
         shape |= {"pad_token_id": 1, "type_vocab_size": 1}
     configs = {
@@ -81,7 +85,7 @@ def tiny_model(
 def tiny_examples(
     count: int, *, num_labels: int = 3, longest: int = 12, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Encoded examples of random ids and ragged lengths from 3 on."""
+    """Return encoded examples of random ids with 3 to `longest` tokens."""
     draw = random.Random(seed)
     examples = []
     for _ in range(count):
@@ -97,11 +101,12 @@ def tiny_examples(
 
 
 def tiny_tokenizer(max_length: int = 32) -> PreTrainedTokenizerBase:
+    """Train a tokenizer on SENTENCES."""
     return train_tokenizer(SENTENCES * 10, 300, max_length)
 
 
 def table(rows: list[tuple[str, str, str | None, int]]) -> pa.Table:
-    """A table of (id, text_a, text_b, label), in language `en`."""
+    """Build an example table from rows of (id, text_a, text_b, label), all in language `en`."""
     ids, first, second, labels = zip(*rows, strict=True)
     return pa.table(
         {

@@ -1,4 +1,4 @@
-"""Full and sparse fine-tuning: what moves, what does not, and that nothing is lost on the way."""
+"""Full and sparse fine-tuning: what is updated, what is not, and resumption to the same bits."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tracmod.subnetworks.importance import head_importance, masked_accuracy
 from tracmod.training import fine_tune as train_module
 from tracmod.training.fine_tune import (
     TrainingSettings,
-    _most_important,
-    _Plan,
+    _BatchPlan,
+    _most_important_heads,
     accuracy_by_language,
     fine_tune,
     scheduled_rate,
@@ -82,7 +82,7 @@ def train(tokenizer, out_dir, *, masks=None, settings=SETTINGS, **options):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a finished training by its relative name."""
+    """Return the content of every file of a finished training by its relative name."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))
@@ -101,7 +101,7 @@ def backward(model, mask, batch):
 
 
 def split_reference(model, weight_decay):
-    """Textbook AdamW over copies of the parts of every parameter, heads on their own."""
+    """Return the step of a textbook AdamW in which every head has a state of its own."""
     state = {}
     parts = {}
     for part in head_slices(model):
@@ -128,13 +128,13 @@ def split_reference(model, weight_decay):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_head_is_updated_by_an_adamw_of_its_own(family):
+def test_each_head_is_updated_as_by_an_adamw_of_its_own(family):
     model = tiny_model(family, scale=1.0)
     twin = copy.deepcopy(model)
     optimizer = HeadwiseAdamW(model, weight_decay=0.1, split_heads=True)
     reference = split_reference(twin, 0.1)
     batch = collate(tiny_examples(6), pad_token_id(model))
-    # The first masks leave some heads out for several steps: their bias correction starts late.
+    # Some heads are masked in all of the first steps, so that their bias correction starts late.
     for number, language in enumerate(["en", "en", "en", "de", "en", "de", "de"]):
         mask, rate = MASKS[language], 1e-2 / (number + 1)
         backward(model, mask, batch)
@@ -149,7 +149,7 @@ def test_each_head_is_updated_by_an_adamw_of_its_own(family):
 
 
 @pytest.mark.parametrize("split_heads", [False, True])
-def test_without_masks_it_is_adamw_of_torch(split_heads):
+def test_without_masks_the_optimizer_is_adamw_of_torch(split_heads):
     model = tiny_model("roberta", scale=1.0)
     twin = copy.deepcopy(model)
     optimizer = HeadwiseAdamW(model, weight_decay=0.1, split_heads=split_heads)
@@ -170,7 +170,7 @@ def test_without_masks_it_is_adamw_of_torch(split_heads):
 
 
 @pytest.mark.parametrize("split_heads", [False, True])
-def test_the_second_moment_is_that_of_adamw_after_its_bias_correction(split_heads):
+def test_the_second_moment_is_corrected_for_bias(split_heads):
     model = tiny_model("xlm-roberta", scale=1.0)
     optimizer = HeadwiseAdamW(model, weight_decay=0.0, split_heads=split_heads)
     batch = collate(tiny_examples(6), pad_token_id(model))
@@ -179,7 +179,7 @@ def test_the_second_moment_is_that_of_adamw_after_its_bias_correction(split_head
     counts: dict[str, torch.Tensor] = {}
     for mask in masks:
         backward(model, mask or HeadMask.full(2, 4), batch)
-        moving = {name: torch.ones_like(one) for name, one in model.named_parameters()}
+        moving = {name: torch.ones_like(p) for name, p in model.named_parameters()}
         for part in head_slices(model) if mask else []:
             moving[part.name][part.index] = float(mask.array[part.layer, part.head])
         for name, parameter in model.named_parameters():
@@ -189,20 +189,20 @@ def test_the_second_moment_is_that_of_adamw_after_its_bias_correction(split_head
             counts[name] = counts.get(name, 0) + moving[name]
         optimizer.step(1e-2, mask)
         model.zero_grad()
-    found = optimizer.second_moment()
-    assert found.keys() == moments.keys()
+    second_moment = optimizer.second_moment()
+    assert second_moment.keys() == moments.keys()
     for name, moment in moments.items():
         expected = torch.where(moment > 0, moment / (1 - 0.999 ** counts[name]), 0)
-        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=0, msg=name)
+        torch.testing.assert_close(second_moment[name], expected, rtol=1e-9, atol=0, msg=name)
 
 
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
-def test_masked_heads_stay_bitwise_as_they_are(family):
+def test_masked_heads_stay_bitwise_unchanged(family):
     model = tiny_model(family, dtype=torch.float32, scale=1.0)
     optimizer = HeadwiseAdamW(model, weight_decay=0.1, split_heads=True)
     batch = collate(tiny_examples(6), pad_token_id(model))
     full = HeadMask.full(2, 4)
-    for _ in range(2):  # so that every head has momentum to carry it on
+    for _ in range(2):  # every head then has momentum
         backward(model, full, batch)
         optimizer.step(1e-2, full)
         model.zero_grad()
@@ -220,7 +220,7 @@ def test_masked_heads_stay_bitwise_as_they_are(family):
         assert moved == kept, part.name
         for key in ("step", "exp_avg", "exp_avg_sq"):
             entry = f"{key}:{part.name}[{part.head}]"
-            # The gradient of key biases is zero but for rounding, so kept ones may stand still.
+            # Kept heads may have unchanged entries: key biases have a gradient of rounding alone.
             if not kept:
                 assert torch.equal(after[entry], state[entry]), entry
         assert after[f"step:{part.name}[{part.head}]"] == (5 if kept else 2)
@@ -231,7 +231,7 @@ def test_masked_heads_stay_bitwise_as_they_are(family):
 
 
 @pytest.mark.parametrize("split_heads", [False, True])
-def test_optimizer_state_can_be_taken_over(split_heads):
+def test_optimizer_state_can_be_loaded(split_heads):
     masks = [MASKS["en"], MASKS["de"]] if split_heads else [None, None]
     first = tiny_model("xlm-roberta", dtype=torch.float32, scale=1.0)
     optimizer = HeadwiseAdamW(first, weight_decay=0.1, split_heads=split_heads)
@@ -260,7 +260,7 @@ def test_optimizer_state_can_be_taken_over(split_heads):
 
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.35, 1.0])
 @pytest.mark.parametrize("total", [1, 7, 20])
-def test_schedule_is_that_of_transformers(warmup, total):
+def test_schedule_agrees_with_transformers(warmup, total):
     settings = TrainingSettings(learning_rate=0.5, warmup=warmup)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
     schedule = get_linear_schedule_with_warmup(optimizer, int(warmup * total), total)
@@ -273,7 +273,7 @@ def test_schedule_is_that_of_transformers(warmup, total):
 @pytest.mark.parametrize("by_language", [False, True])
 def test_an_epoch_takes_every_example_once(by_language):
     languages = ["en"] * 11 + ["de"] * 5 + ["zh"] * 8
-    plan = _Plan(
+    plan = _BatchPlan(
         languages, TrainingSettings(batch_size=4, epochs=3, seed=1), by_language=by_language
     )
     first, second = plan.epoch(1), plan.epoch(2)
@@ -295,7 +295,7 @@ def test_an_epoch_takes_every_example_once(by_language):
 def test_uniform_sampling_takes_as_many_of_every_language(by_language):
     languages = ["en"] * 13 + ["de"] * 3 + ["zh"] * 8
     settings = TrainingSettings(batch_size=4, epochs=3, seed=1, sampling="uniform")
-    plan = _Plan(languages, settings, by_language=by_language)
+    plan = _BatchPlan(languages, settings, by_language=by_language)
     epochs = [plan.epoch(epoch) for epoch in (1, 2)]
     for batches in epochs:
         assert len(batches) == plan.steps_per_epoch == 6
@@ -306,22 +306,22 @@ def test_uniform_sampling_takes_as_many_of_every_language(by_language):
             "en": 8, "de": 8, "zh": 8,
         }  # fmt: skip
         assert set(times[of_language == "en"]) == {0, 1}
-        assert sorted(times[of_language == "de"]) == [2, 3, 3]  # all of them, before any again
+        assert sorted(times[of_language == "de"]) == [2, 3, 3]  # all of them before any is repeated
         assert set(times[of_language == "zh"]) == {1}
         if by_language:
             names = [{languages[row] for row in batch} for batch in batches]
             assert sorted(names, key=str) == [{"de"}] * 2 + [{"en"}] * 2 + [{"zh"}] * 2
         else:
             assert any(len({languages[row] for row in batch}) > 1 for batch in batches)
-    taken = [{row for batch in one for row in batch if row < 13} for one in epochs]
+    taken = [{row for batch in batches for row in batch if row < 13} for batches in epochs]
     assert taken[0] != taken[1]
-    assert epochs[0] == _Plan(languages, settings, by_language=by_language).epoch(1)
+    assert epochs[0] == _BatchPlan(languages, settings, by_language=by_language).epoch(1)
 
 
 def test_uniform_sampling_of_equal_languages_is_proportional():
     languages = ["en", "de", "zh"] * 7
     plans = [
-        _Plan(languages, TrainingSettings(batch_size=4, sampling=sampling), by_language=True)
+        _BatchPlan(languages, TrainingSettings(batch_size=4, sampling=sampling), by_language=True)
         for sampling in ("uniform", "proportional")
     ]
     assert plans[0].epoch(2) == plans[1].epoch(2)
@@ -331,9 +331,9 @@ def test_uniform_sampling_of_equal_languages_is_proportional():
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (13, 3, 8), (100, 1, 1), (5, 31)])
 def test_uniform_sampling_takes_about_as_many_steps(sizes, batch_size):
-    languages = [str(place) for place, size in enumerate(sizes) for _ in range(size)]
+    languages = [str(number) for number, size in enumerate(sizes) for _ in range(size)]
     uniform, proportional = (
-        _Plan(
+        _BatchPlan(
             languages, TrainingSettings(batch_size=batch_size, sampling=sampling), by_language=True
         )
         for sampling in ("uniform", "proportional")
@@ -345,7 +345,7 @@ def test_uniform_sampling_takes_about_as_many_steps(sizes, batch_size):
 
 
 @pytest.mark.parametrize("masks", [None, MASKS], ids=["full", "sparse"])
-def test_a_training_leaves_what_the_contract_says(tokenizer, tmp_path, masks):
+def test_a_training_writes_the_documented_files(tokenizer, tmp_path, masks):
     examples, languages = data()
     checkpoints = train(
         tokenizer,
@@ -375,7 +375,7 @@ def test_a_training_leaves_what_the_contract_says(tokenizer, tmp_path, masks):
 
 
 def test_one_step_by_hand(tokenizer, tmp_path):
-    """One batch of everything: mean loss, clipped gradient, AdamW with decay, no dropout."""
+    """A single batch of all examples: mean loss, clipped gradient, AdamW with decay, no dropout."""
     examples, languages = data(6)
     settings = TrainingSettings(
         epochs=1, batch_size=6, learning_rate=1e-2, weight_decay=0.1, warmup=0, max_grad_norm=0.1
@@ -400,7 +400,7 @@ def test_one_step_by_hand(tokenizer, tmp_path):
     (row,) = json.loads((tmp_path / "metrics.json").read_text())
     assert row["train_loss"] == pytest.approx(loss.item())
     for (name, own), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
-        # Where the gradient is rounding alone (key biases), its sign is anybody's.
+        # The gradient of key biases is rounding alone, so its sign is arbitrary.
         if "key.bias" not in name:
             torch.testing.assert_close(own, expected, rtol=1e-6, atol=1e-7, msg=name)
 
@@ -418,12 +418,12 @@ def test_heads_no_language_keeps_never_move(tokenizer, tmp_path):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Of every optimizer step: its mask, and which heads and shared parameters have moved.
+    """Record of every optimizer step: its mask, and which heads and shared parameters changed.
 
-    A head is (layer, head), and has moved where a weight, or a moment or step count that the
-    optimizer keeps of it, is another than before.
+    A head is (layer, head). It has changed if a weight of it, or a moment or step count of it in
+    the optimizer, has.
     """
-    taken = []
+    recorded = []
 
     class Watched(HeadwiseAdamW):
         def __init__(self, model, **options):
@@ -449,10 +449,10 @@ def steps(monkeypatch):
             super().step(learning_rate, mask)
             moved = {key for key, own in self.snapshot().items() if differ(own, before[key])}
             heads = {key for key in moved if isinstance(key, tuple)}
-            taken.append((mask, heads, moved - heads, set(self.state())))
+            recorded.append((mask, heads, moved - heads, set(self.state())))
 
     monkeypatch.setattr(train_module, "HeadwiseAdamW", Watched)
-    return taken
+    return recorded
 
 
 def differ(first, second):
@@ -467,13 +467,13 @@ def kept_heads(mask):
 
 @pytest.mark.parametrize("shared", ["trained", "classifier", "frozen"])
 @pytest.mark.parametrize("every", [None, 1], ids=["static", "dynamic"])
-def test_every_step_leaves_the_masks_complement_bitwise_unmoved(
+def test_every_step_leaves_masked_heads_bitwise_unchanged(
     tokenizer, tmp_path, steps, shared, every
 ):
     settings = replace(SETTINGS, warmup=0.0, epochs=3, reestimate_every=every, shared=shared)
     train(tokenizer, tmp_path, masks=DISJOINT, settings=settings)
     languages = data()[1]
-    plan = _Plan(languages, settings, by_language=True)
+    plan = _BatchPlan(languages, settings, by_language=True)
     outside = {name for name, _ in new_model().named_parameters()}
     outside -= {part.name for part in head_slices(new_model())}
     trained = {
@@ -495,7 +495,7 @@ def test_every_step_leaves_the_masks_complement_bitwise_unmoved(
     assert (masks != DISJOINT) == (every is not None)
 
 
-def test_what_was_frozen_takes_gradients_again_after_the_training(tokenizer, tmp_path):
+def test_frozen_parameters_need_gradients_again_after_the_training(tokenizer, tmp_path):
     model, (examples, languages) = new_model(), data()
     model.classifier.dense.bias.requires_grad_(False)
     settings = replace(SETTINGS, shared="frozen", epochs=1)
@@ -509,21 +509,21 @@ def best_heads(model, examples, size, mask=None):
     return sorted(sorted(range(importance.size), key=lambda head: -importance[head])[:size])
 
 
-def test_importance_is_that_at_the_full_mask():
+def test_dynamic_masks_use_the_importance_at_the_full_mask():
     model, examples = tiny_model("xlm-roberta"), tiny_examples(9)
-    found = [_most_important(model, examples, size) for size in range(9)]
-    chosen = [np.flatnonzero(mask.array).tolist() for mask in found]
+    masks = [_most_important_heads(model, examples, size) for size in range(9)]
+    chosen = [np.flatnonzero(mask.array).tolist() for mask in masks]
     assert chosen == [best_heads(model, examples, size) for size in range(9)]
     assert chosen != [best_heads(model, examples, size, MASKS["en"]) for size in range(9)]
 
 
-def test_dynamic_masks_are_the_most_important_heads_of_the_model_as_it_is(tokenizer, tmp_path):
+def test_dynamic_masks_are_the_most_important_heads_of_the_current_model(tokenizer, tmp_path):
     settings = replace(SETTINGS, epochs=4, reestimate_every=2)
     checkpoints = train(tokenizer, tmp_path, masks=DISJOINT, settings=settings)
     assert epoch_masks(tmp_path, 1, DISJOINT) == epoch_masks(tmp_path, 2, DISJOINT) == DISJOINT
     third = epoch_masks(tmp_path, 3, DISJOINT)
     assert third == epoch_masks(tmp_path, 4, DISJOINT)
-    models = [load_model(one.path)[0] for one in checkpoints]
+    models = [load_model(checkpoint.path)[0] for checkpoint in checkpoints]
     best = [
         {language: best_heads(model, own, 4) for language, own in dev_examples().items()}
         for model in models
@@ -535,7 +535,7 @@ def test_dynamic_masks_are_the_most_important_heads_of_the_model_as_it_is(tokeni
     assert (tree["language"], tree["epoch"]) == ("de", 3)
 
 
-def test_masks_of_an_epoch_are_those_evaluated(tokenizer, tmp_path):
+def test_an_epoch_is_evaluated_with_its_own_masks(tokenizer, tmp_path):
     seen = []
     train(
         tokenizer,
@@ -547,9 +547,9 @@ def test_masks_of_an_epoch_are_those_evaluated(tokenizer, tmp_path):
     assert seen == [epoch_masks(tmp_path, epoch, MASKS) for epoch in (1, 2)]
     assert seen[0] != seen[1]
     (tmp_path / "masks" / "epoch-2" / "de.json").unlink()
-    with pytest.raises(ValueError, match=r"epoch-2/de\.json: no such file"):
+    with pytest.raises(ValueError, match=r"epoch-2/de\.json"):
         epoch_masks(tmp_path, 2, MASKS)
-    with pytest.raises(ValueError, match=r"found no training\.json"):
+    with pytest.raises(ValueError, match=r"elsewhere: .*training\.json"):
         epoch_masks(tmp_path / "elsewhere", 2, MASKS)
 
 
@@ -559,10 +559,10 @@ def test_only_the_last_checkpoint_is_kept(tokenizer, tmp_path, monkeypatch):
     (last,) = train(tokenizer, tmp_path / "last", settings=settings)
     assert [path.name for path in (tmp_path / "last").glob("checkpoint-*")] == ["checkpoint-2"]
     assert (last.epoch, last.step) == (2, 12)
-    # It stands for all the steps, not for those of its epoch.
-    rates = [one.learning_rate for one in every]
+    # Its rate is the mean over all steps, not over those of its epoch.
+    rates = [checkpoint.learning_rate for checkpoint in every]
     assert last.learning_rate == pytest.approx(sum(rates) / 2)
-    models = [load_model(one.path)[0] for one in (every[-1], last)]
+    models = [load_model(checkpoint.path)[0] for checkpoint in (every[-1], last)]
     assert model_digest(models[0]) == model_digest(models[1])
     metrics = [(tmp_path / name / "metrics.json").read_text() for name in ("all", "last")]
     assert metrics[0] == metrics[1]
@@ -596,15 +596,15 @@ def test_the_global_generator_is_neither_used_nor_moved(tokenizer, tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-# --- stopping and going on ------------------------------------------------------------------
+# --- stopping and resuming ------------------------------------------------------------------
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Stands for a killed process."""
 
 
 def stop_at(monkeypatch, owner, method, call):
-    """Make the n-th call of a method raise."""
+    """Make the n-th call of a method raise `Killed`."""
     original = getattr(owner, method)
     calls = []
 
@@ -625,29 +625,31 @@ def stop_at(monkeypatch, owner, method, call):
 @pytest.mark.parametrize(
     ("method", "call"),
     [
-        ("step", 1),  # before anything is done
+        ("step", 1),  # before the first step
         ("step", 4),  # within the first epoch
         ("step", 9),  # within the second
         ("save_pretrained", 1),  # while a checkpoint is written
         ("save_state", 3),  # before a state is written
         ("write_checkpoint", 2),  # between metrics and the last checkpoint
-        ("clear_state", 1),  # when all is done but the tidying up
+        ("clear_state", 1),  # when only the state is left to remove
     ],
 )
-def test_a_stopped_training_goes_on_to_the_same_bits(
+def test_a_stopped_training_resumes_to_the_same_bits(
     tokenizer, tmp_path, monkeypatch, masks, settings, method, call
 ):
     check_stopped_and_resumed(tokenizer, tmp_path, monkeypatch, masks, settings, method, call)
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
-def test_stopped_at_its_masks_it_goes_on_to_the_same_bits(tokenizer, tmp_path, monkeypatch, call):
-    """Between two languages' masks, of the first epoch's or of the second's."""
+def test_a_training_stopped_between_its_masks_resumes_to_the_same_bits(
+    tokenizer, tmp_path, monkeypatch, call
+):
+    """It is stopped between two languages' masks of the first or of the second epoch."""
     check_stopped_and_resumed(tokenizer, tmp_path, monkeypatch, MASKS, DYNAMIC, "save", call)
 
 
 @pytest.mark.parametrize("change", [{"sampling": "uniform"}, {"shared": "frozen"}], ids=str)
-def test_every_way_of_sparse_fine_tuning_resumes(tokenizer, tmp_path, monkeypatch, change):
+def test_every_kind_of_sparse_fine_tuning_resumes(tokenizer, tmp_path, monkeypatch, change):
     settings = replace(DYNAMIC, **change)
     check_stopped_and_resumed(tokenizer, tmp_path, monkeypatch, MASKS, settings, "step", 9)
 
@@ -703,7 +705,7 @@ t.train(t.tiny_tokenizer(), sys.argv[1], masks=t.MASKS, save_seconds=1e-9, setti
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_to_the_same_bits(tokenizer, tmp_path):
+def test_a_killed_process_resumes_to_the_same_bits(tokenizer, tmp_path):
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     killed = tmp_path / "killed"
@@ -722,7 +724,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(tokenizer, tmp_path):
     assert contents(killed) == contents(tmp_path / "whole")
 
 
-def test_a_complete_training_is_left_alone(tokenizer, tmp_path, monkeypatch):
+def test_a_complete_training_is_not_touched(tokenizer, tmp_path, monkeypatch):
     first = train(tokenizer, tmp_path)
     before = contents(tmp_path)
     stop_at(monkeypatch, HeadwiseAdamW, "step", 1)
@@ -749,7 +751,7 @@ def test_another_training_in_the_same_folder_is_refused(tokenizer, tmp_path):
         fine_tune(other, tokenizer, *data(), tmp_path, SETTINGS)
 
 
-def test_a_training_begun_before_a_setting_was_there_goes_on(tokenizer, tmp_path):
+def test_a_training_recorded_before_a_setting_existed_resumes(tokenizer, tmp_path):
     first = train(tokenizer, tmp_path)
     file = tmp_path / "training.json"
     tree = json.loads(file.read_text())
@@ -765,53 +767,53 @@ def test_a_training_begun_before_a_setting_was_there_goes_on(tokenizer, tmp_path
 def test_dynamic_masks_of_other_dev_examples_are_another_training(tokenizer, tmp_path):
     train(tokenizer, tmp_path, masks=MASKS, settings=DYNAMIC)
     dev = dev_examples() | {"de": tiny_examples(2, seed=43)}
-    with pytest.raises(ValueError, match="another dev;"):
+    with pytest.raises(ValueError, match=r"another dev\b"):
         train(tokenizer, tmp_path, masks=MASKS, settings=DYNAMIC, dev=dev)
 
 
-# --- what can go wrong ----------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_a_number_stops_and_names_the_examples(tokenizer, tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_names_the_examples(tokenizer, tmp_path):
     examples, languages = data()
     model = new_model()
     with torch.no_grad():
         model.get_input_embeddings().weight[50] = float("nan")
-    guilty = [row for row, example in enumerate(examples) if 50 in example["input_ids"]]
-    assert guilty
+    affected = [row for row, example in enumerate(examples) if 50 in example["input_ids"]]
+    assert affected
     ids = [f"x{row}" for row in range(len(examples))]
     with pytest.raises(RuntimeError, match=r"step \d+: loss nan") as caught:
         fine_tune(model, tokenizer, examples, languages, tmp_path, SETTINGS, ids=ids)
     named = str(caught.value).partition("examples ")[2].split(", ")
-    assert set(named) & {f"x{row}" for row in guilty}
+    assert set(named) & {f"x{row}" for row in affected}
     assert len(named) == 4
 
 
-def test_inputs_that_do_not_fit_are_named(tokenizer, tmp_path):
+def test_inputs_that_do_not_fit_are_refused(tokenizer, tmp_path):
     examples, languages = data()
     model = new_model()
 
-    def attempt(given, of, settings=SETTINGS, masks=None, dev=None):
-        fine_tune(model, tokenizer, given, of, tmp_path, settings, masks=masks, dev=dev)
+    def attempt(examples, languages, settings=SETTINGS, masks=None, dev=None):
+        fine_tune(model, tokenizer, examples, languages, tmp_path, settings, masks=masks, dev=dev)
 
-    with pytest.raises(ValueError, match="got none"):
+    with pytest.raises(ValueError, match="examples, got none"):
         attempt([], [])
     with pytest.raises(ValueError, match="21 languages for 22 examples"):
         attempt(examples, languages[1:])
-    with pytest.raises(ValueError, match="no head mask for de"):
+    with pytest.raises(ValueError, match="mask for de"):
         attempt(examples, languages, masks={"en": MASKS["en"]})
     with pytest.raises(ValueError, match="2 layers of 4 heads"):
         attempt(examples, languages, masks={**MASKS, "de": HeadMask.full(3, 4)})
     with pytest.raises(ValueError, match="0 and 4"):
         attempt(examples, languages, TrainingSettings(epochs=0, batch_size=4))
-    with pytest.raises(ValueError, match=r"without masks: .* got `frozen` and None"):
+    with pytest.raises(ValueError, match=r"masks: .*shared.* `frozen` and None"):
         attempt(examples, languages, replace(SETTINGS, shared="frozen"))
-    with pytest.raises(ValueError, match=r"without masks: .* got `trained` and 1"):
+    with pytest.raises(ValueError, match=r"masks: .*shared.* `trained` and 1"):
         attempt(examples, languages, DYNAMIC)
     three = {**MASKS, "zh": MASKS["en"]}
-    with pytest.raises(ValueError, match="dev examples, got none of de, zh"):
+    with pytest.raises(ValueError, match=r"dev examples.* de, zh"):
         attempt(examples, languages, DYNAMIC, three, {"en": examples, "de": []})
-    with pytest.raises(ValueError, match="fewer than epochs, got 2 and 2"):
+    with pytest.raises(ValueError, match=r"reestimate_every.* 2 and 2"):
         attempt(examples, languages, replace(SETTINGS, reestimate_every=2), MASKS, dev_examples())
     assert not list(tmp_path.iterdir())
 

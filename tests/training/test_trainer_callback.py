@@ -1,9 +1,10 @@
-"""The Trainer's checkpoints: their rates, whatever happens in training, and influence over them."""
+"""TracInCallback: the rates it records under all kinds of training, and influence over them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,12 +36,12 @@ from tracmod.tasks.files import read_model_files
 
 TRAIN, QUERY, BATCH, PEAK = 28, 6, 4, 0.01
 STEPS = TRAIN // BATCH  # per epoch
-# Most trainings here have none; the test of this warning sees it all the same.
+# Most trainings here have no tokenizer; pytest.warns still sees the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:the checkpoints have no tokenizer")
 
 
 def examples_of(name, count):
-    """Encoded, the examples that `write_examples` writes."""
+    """Return the examples that `write_examples` writes, encoded."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_examples(Path(folder) / f"{name}.tsv", count)
         (table,) = read_model_files([path], LABELS)
@@ -49,13 +50,13 @@ def examples_of(name, count):
 
 @pytest.fixture
 def files(tmp_path):
-    """The --train and --query of what the Trainer is trained on."""
+    """The options --train and --query with the examples of `examples_of`."""
     train = write_examples(tmp_path / "train.tsv", TRAIN)
     return "--train", train, "--query", write_examples(tmp_path / "query.tsv", QUERY)
 
 
-def made_trainer(out, *callbacks, **arguments):
-    """A Trainer of two epochs of seven steps, its rate falling linearly from PEAK to 0."""
+def make_trainer(out, *callbacks, **arguments):
+    """Build a Trainer of two epochs of seven steps whose rate falls linearly from PEAK to 0."""
     model = own_model()
     settings = {
         "num_train_epochs": 2,
@@ -76,13 +77,13 @@ def made_trainer(out, *callbacks, **arguments):
     )
 
 
-def linear(first, end, total=2 * STEPS):
-    """The mean rate of steps `first` to before `end`."""
+def mean_rate(first, end, total=2 * STEPS):
+    """Return the mean rate of the steps [first, end)."""
     return sum(PEAK * (1 - step / total) for step in range(first, end)) / (end - first)
 
 
 def recorded(out):
-    """Step -> learning rate of every checkpoint's tracmod.json."""
+    """Return the learning rate by step from every checkpoint's tracmod.json."""
     trees = [json.loads(path.read_text()) for path in Path(out).glob("checkpoint-*/tracmod.json")]
     return {tree["step"]: tree["learning_rate"] for tree in sorted(trees, key=lambda t: t["step"])}
 
@@ -94,7 +95,7 @@ def invoke(*arguments, code=0):
 
 
 def by_hand(folders, rates):
-    """(Q, N): the sum over checkpoints of rate x <gradient, gradient>, by autograd alone."""
+    """Compute the (Q, N) sums over checkpoints of rate x <gradient, gradient> with autograd."""
     scores_QN = torch.zeros(QUERY, TRAIN, dtype=torch.float64)
     for folder, rate in zip(folders, rates, strict=True):
         model = AutoModelForSequenceClassification.from_pretrained(folder).double().eval()
@@ -107,14 +108,14 @@ def by_hand(folders, rates):
             )
             return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
 
-        queries = torch.stack([gradient(one) for one in examples_of("query", QUERY)])
-        trains = torch.stack([gradient(one) for one in examples_of("train", TRAIN)])
+        queries = torch.stack([gradient(example) for example in examples_of("query", QUERY)])
+        trains = torch.stack([gradient(example) for example in examples_of("train", TRAIN)])
         scores_QN += rate * (queries @ trains.T)
     return scores_QN
 
 
 def scores_of(out):
-    """(Q, N) from the proponents of a top.parquet that holds all training examples."""
+    """Read the (Q, N) scores from a top.parquet that has all training examples as proponents."""
     top = pq.read_table(out / "top.parquet").to_pylist()
     scores_QN = torch.full((QUERY, TRAIN), torch.nan, dtype=torch.float64)
     for row in top:
@@ -129,16 +130,16 @@ def assert_close(scores_QN, expected_QN):
     torch.testing.assert_close(scores_QN, expected_QN, rtol=1e-4, atol=floor)
 
 
-# --- the whole way --------------------------------------------------------------------------
+# --- from training to influence -------------------------------------------------------------
 
 
 def test_a_trainer_with_the_callback_gives_influence_as_by_hand(files, tmp_path):
     training, out = tmp_path / "training", tmp_path / "out"
     callback = tm.TracInCallback(own_tokenizer(), every="epoch")
-    made_trainer(training, callback, save_strategy="no").train()
+    make_trainer(training, callback, save_strategy="no").train()
     invoke("attribute", "--checkpoints", training, *files, "--out", out,
            "--exact", "--normalize", "none", "-k", TRAIN)  # fmt: skip
-    rates = [linear(0, STEPS), linear(STEPS, 2 * STEPS)]
+    rates = [mean_rate(0, STEPS), mean_rate(STEPS, 2 * STEPS)]
     record = json.loads((out / "run.json").read_text())
     assert record["weights"] == pytest.approx(rates)
     assert record["arguments"]["model"] == str(training / f"checkpoint-{2 * STEPS}")
@@ -152,16 +153,15 @@ def test_a_trainer_with_the_callback_gives_influence_as_by_hand(files, tmp_path)
 
 def test_a_trainer_without_the_callback_gives_the_rates_it_logged(files, tmp_path):
     training, out = tmp_path / "training", tmp_path / "out"
-    trainer = made_trainer(training, logging_steps=1, save_strategy="steps", save_steps=5)
+    trainer = make_trainer(training, logging_steps=1, save_strategy="steps", save_steps=5)
     trainer.train()
     command = ["attribute", "--checkpoints", training, *files, "--out", out,
                "--exact", "--normalize", "none", "-k", TRAIN]  # fmt: skip
-    says = invoke(*command, code=2)
-    assert "checkpoint-14: expected a tokenizer in the last checkpoint, found none" in says
+    assert re.search(r"checkpoint-14: .*tokenizer", invoke(*command, code=2))
     trainer.save_model(tmp_path / "model")
     own_tokenizer().save_pretrained(tmp_path / "model")
     invoke(*command, "--model", tmp_path / "model")
-    rates = [linear(0, 5), linear(5, 10), linear(10, 14)]
+    rates = [mean_rate(0, 5), mean_rate(5, 10), mean_rate(10, 14)]
     assert json.loads((out / "run.json").read_text())["weights"] == pytest.approx(rates)
     expected = by_hand([training / f"checkpoint-{step}" for step in (5, 10, 14)], rates)
     torch.testing.assert_close(
@@ -173,21 +173,21 @@ def test_a_trainer_without_the_callback_gives_the_rates_it_logged(files, tmp_pat
 
 
 def test_a_checkpoint_has_the_mean_rate_since_the_one_before(tmp_path):
-    made_trainer(tmp_path, tm.TracInCallback(), save_strategy="steps", save_steps=3).train()
+    make_trainer(tmp_path, tm.TracInCallback(), save_strategy="steps", save_steps=3).train()
     spans = [(0, 3), (3, 6), (6, 9), (9, 12), (12, 14)]
-    assert recorded(tmp_path) == pytest.approx({end: linear(first, end) for first, end in spans})
+    assert recorded(tmp_path) == pytest.approx({end: mean_rate(first, end) for first, end in spans})
     last = json.loads((tmp_path / "checkpoint-14/tracmod.json").read_text())
     assert (last["epoch"], last["step"]) == (2, 14)
 
 
 def test_steps_are_the_optimizers_with_gradient_accumulation(tmp_path):
-    made_trainer(tmp_path, tm.TracInCallback(), gradient_accumulation_steps=3).train()
-    # Seven batches an epoch make three steps: of three, three and one batch.
-    assert recorded(tmp_path) == pytest.approx({3: linear(0, 3, 6), 6: linear(3, 6, 6)})
+    make_trainer(tmp_path, tm.TracInCallback(), gradient_accumulation_steps=3).train()
+    # The seven batches of an epoch make three steps of three, three and one batch.
+    assert recorded(tmp_path) == pytest.approx({3: mean_rate(0, 3, 6), 6: mean_rate(3, 6, 6)})
 
 
 class Saves(TrainerCallback):
-    """The steps after which the Trainer saved."""
+    """Records the steps after which the Trainer saved."""
 
     def __init__(self):
         self.steps = []
@@ -198,23 +198,23 @@ class Saves(TrainerCallback):
 
 def test_the_end_of_an_epoch_that_is_saved_already_is_not_saved_again(tmp_path):
     callback, saves = tm.TracInCallback(every="epoch"), Saves()
-    made_trainer(tmp_path, callback, saves, save_strategy="steps", save_steps=STEPS).train()
-    assert recorded(tmp_path) == pytest.approx({7: linear(0, 7), 14: linear(7, 14)})
+    make_trainer(tmp_path, callback, saves, save_strategy="steps", save_steps=STEPS).train()
+    assert recorded(tmp_path) == pytest.approx({7: mean_rate(0, 7), 14: mean_rate(7, 14)})
     assert saves.steps == [7, 14]
 
 
 class SaveAgain(TrainerCallback):
-    """Saves at the end of an epoch, when the same step has been saved before."""
+    """Saves at the end of an epoch, although the same step has been saved already."""
 
     def on_epoch_end(self, args, state, control, **kwargs):
         control.should_save = True
 
 
 def test_a_checkpoint_saved_twice_after_one_step_keeps_its_rate(tmp_path):
-    made_trainer(
+    make_trainer(
         tmp_path, tm.TracInCallback(), SaveAgain(), save_strategy="steps", save_steps=STEPS
     ).train()
-    assert recorded(tmp_path) == pytest.approx({7: linear(0, 7), 14: linear(7, 14)})
+    assert recorded(tmp_path) == pytest.approx({7: mean_rate(0, 7), 14: mean_rate(7, 14)})
 
 
 class Stopped(Exception):
@@ -222,7 +222,7 @@ class Stopped(Exception):
 
 
 class StopAt(TrainerCallback):
-    """Ends a training in the middle, as an error would."""
+    """Ends a training after a step, as an error would."""
 
     def __init__(self, step):
         self.step = step
@@ -234,7 +234,7 @@ class StopAt(TrainerCallback):
 
 @pytest.mark.parametrize("same_trainer", [True, False])
 @pytest.mark.parametrize("restore", [True, False])
-def test_a_resumed_training_has_the_rates_and_weights_of_an_undisturbed_one(
+def test_a_resumed_training_has_the_rates_and_weights_of_an_uninterrupted_one(
     tmp_path, same_trainer, restore
 ):
     settings = {
@@ -242,16 +242,16 @@ def test_a_resumed_training_has_the_rates_and_weights_of_an_undisturbed_one(
         "save_steps": 3,
         "restore_callback_states_from_checkpoint": restore,
     }
-    made_trainer(tmp_path / "whole", tm.TracInCallback(), **settings).train()
+    make_trainer(tmp_path / "whole", tm.TracInCallback(), **settings).train()
     stop = StopAt(8)
-    trainer = made_trainer(tmp_path / "resumed", tm.TracInCallback(), stop, **settings)
+    trainer = make_trainer(tmp_path / "resumed", tm.TracInCallback(), stop, **settings)
     with pytest.raises(Stopped):
         trainer.train()
     assert list(recorded(tmp_path / "resumed")) == [3, 6]
     if same_trainer:
         trainer.remove_callback(stop)
     else:
-        trainer = made_trainer(tmp_path / "resumed", tm.TracInCallback(), **settings)
+        trainer = make_trainer(tmp_path / "resumed", tm.TracInCallback(), **settings)
     trainer.train(resume_from_checkpoint=True)
     assert recorded(tmp_path / "resumed") == recorded(tmp_path / "whole")
     assert len(recorded(tmp_path / "whole")) == 5
@@ -261,27 +261,29 @@ def test_a_resumed_training_has_the_rates_and_weights_of_an_undisturbed_one(
             assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_parameter_groups_of_different_rates_take_the_firsts_and_say_so(tmp_path):
-    trainer = made_trainer(tmp_path, tm.TracInCallback(), logging_steps=1)
+def test_of_parameter_groups_with_different_rates_the_first_counts_and_a_warning_is_given(tmp_path):
+    trainer = make_trainer(tmp_path, tm.TracInCallback(), logging_steps=1)
     body, head = [], []
     for name, weight in trainer.model.named_parameters():
         (head if name.startswith("classifier") else body).append(weight)
     groups = [{"params": body, "lr": PEAK}, {"params": head, "lr": 10 * PEAK}]
     trainer.optimizer = torch.optim.SGD(groups)
-    with pytest.warns(UserWarning, match="different learning rates; influence weighs .* first"):
+    with pytest.warns(UserWarning, match=r"different learning rates.*first"):
         trainer.train()
-    assert recorded(tmp_path) == pytest.approx({7: linear(0, 7), 14: linear(7, 14)})
+    assert recorded(tmp_path) == pytest.approx({7: mean_rate(0, 7), 14: mean_rate(7, 14)})
     for folder in checkpoint_folders(tmp_path):
         (folder / "tracmod.json").unlink()
     logged = load_checkpoints(checkpoint_folders(tmp_path))
-    assert [one.learning_rate for one in logged] == pytest.approx([linear(0, 7), linear(7, 14)])
+    assert [checkpoint.learning_rate for checkpoint in logged] == pytest.approx(
+        [mean_rate(0, 7), mean_rate(7, 14)]
+    )
 
 
 def test_the_second_moment_of_two_parameter_groups_has_the_right_names(files, tmp_path):
-    """The Trainer's optimizer counts through its groups, with decay and without."""
+    """The Trainer's optimizer numbers parameters through its groups, with and without decay."""
     callback = tm.TracInCallback(own_tokenizer(), second_moment=True)
     training, out = tmp_path / "training", tmp_path / "out"
-    trainer = made_trainer(training, callback, weight_decay=0.1, max_grad_norm=0.0)
+    trainer = make_trainer(training, callback, weight_decay=0.1, max_grad_norm=0.0)
     moments, steps = {}, [0]
 
     class Watch(TrainerCallback):
@@ -295,15 +297,15 @@ def test_the_second_moment_of_two_parameter_groups_has_the_right_names(files, tm
     trainer.train()
     assert [len(group["params"]) > 1 for group in trainer.optimizer.param_groups] == [True, True]
     last = checkpoint_folders(training)[-1]
-    found = load_file(last / "second_moment.safetensors")
-    assert found.keys() == moments.keys()
+    second_moment = load_file(last / "second_moment.safetensors")
+    assert second_moment.keys() == moments.keys()
     for name, moment in moments.items():
         expected = moment / (1 - 0.999 ** steps[0])
-        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-12, msg=name)
+        torch.testing.assert_close(second_moment[name], expected, rtol=1e-4, atol=1e-12, msg=name)
     command = ["attribute", "--checkpoints", training, *files, "--exact", "-k", TRAIN]
     invoke(*command, "--out", out, "--preconditioner", "adam", "--normalize", "none")
     model = load_classifier(last)
-    metric = tm.adam_preconditioner(model, found)
+    metric = tm.adam_preconditioner(model, second_moment)
     train, query = examples_of("train", TRAIN), examples_of("query", QUERY)
     expected = tm.exact_influence(model, train, query, preconditioner=metric)
     alone = tmp_path / "alone"
@@ -314,13 +316,13 @@ def test_the_second_moment_of_two_parameter_groups_has_the_right_names(files, tm
 
 
 def test_an_optimizer_without_a_second_moment_is_named(tmp_path):
-    trainer = made_trainer(tmp_path, tm.TracInCallback(second_moment=True))
+    trainer = make_trainer(tmp_path, tm.TracInCallback(second_moment=True))
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), momentum=0.9)
-    with pytest.raises(ValueError, match=r"expected an Adam optimizer, got .*momentum_buffer"):
+    with pytest.raises(ValueError, match=r"Adam.*, got .*momentum_buffer"):
         trainer.train()
 
 
-def test_checkpoints_without_a_second_moment_are_refused_before_the_work(training, files, tmp_path):
+def test_checkpoints_without_a_second_moment_are_refused_at_the_start(training, files, tmp_path):
     output = invoke("attribute", "--checkpoints", training, *files, "--out", tmp_path / "out",
                     "--preconditioner", "adam", code=2)  # fmt: skip
     assert "second_moment.safetensors" in output
@@ -329,68 +331,68 @@ def test_checkpoints_without_a_second_moment_are_refused_before_the_work(trainin
 
 
 def test_with_the_best_model_loaded_at_the_end_every_checkpoint_is_there(tmp_path):
-    made_trainer(
+    make_trainer(
         tmp_path, tm.TracInCallback(), load_best_model_at_end=True, eval_strategy="epoch"
     ).train()
-    assert recorded(tmp_path) == pytest.approx({7: linear(0, 7), 14: linear(7, 14)})
+    assert recorded(tmp_path) == pytest.approx({7: mean_rate(0, 7), 14: mean_rate(7, 14)})
 
 
-# --- what is said, what is refused ----------------------------------------------------------
+# --- warnings and errors --------------------------------------------------------------------
 
 
-def test_removed_checkpoints_are_warned_of(tmp_path):
-    trainer = made_trainer(tmp_path, tm.TracInCallback(), save_total_limit=1)
-    with pytest.warns(UserWarning, match="save_total_limit=1: .* influence needs them all"):
+def test_a_limit_on_checkpoints_gives_a_warning(tmp_path):
+    trainer = make_trainer(tmp_path, tm.TracInCallback(), save_total_limit=1)
+    with pytest.warns(UserWarning, match="save_total_limit=1"):
         trainer.train()
-    assert recorded(tmp_path) == pytest.approx({14: linear(7, 14)})
+    assert recorded(tmp_path) == pytest.approx({14: mean_rate(7, 14)})
 
 
-def test_a_tokenizer_is_saved_where_the_trainer_saves_none(tmp_path):
-    trainer = made_trainer(tmp_path / "none", tm.TracInCallback())
-    with pytest.warns(UserWarning, match="the checkpoints have no tokenizer; pass TracInCallback"):
+def test_the_tokenizer_is_saved_if_the_trainer_saves_none(tmp_path):
+    trainer = make_trainer(tmp_path / "none", tm.TracInCallback())
+    with pytest.warns(UserWarning, match=r"no tokenizer.*TracInCallback\(tokenizer\)"):
         trainer.train()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*tokenizer")
-        made_trainer(tmp_path / "ours", tm.TracInCallback(own_tokenizer())).train()
+        make_trainer(tmp_path / "ours", tm.TracInCallback(own_tokenizer())).train()
     source, given = given_checkpoints(None, (), tmp_path / "ours")
     assert [path.name for path in given] == ["checkpoint-7", "checkpoint-14"]
     assert source == str(given[-1])
     assert load_model(source)[1].get_vocab() == own_tokenizer().get_vocab()
 
 
-def test_the_trainers_own_tokenizer_is_left_as_it_is(tmp_path):
-    trainer = made_trainer(tmp_path, tm.TracInCallback(own_tokenizer(["other words"])))
+def test_the_trainers_own_tokenizer_is_not_replaced(tmp_path):
+    trainer = make_trainer(tmp_path, tm.TracInCallback(own_tokenizer(["other words"])))
     trainer.processing_class = own_tokenizer()
     trainer.train()
     own_tokenizer().save_pretrained(tmp_path / "expected")
     for folder in checkpoint_folders(tmp_path):
-        found = (folder / "tokenizer.json").read_bytes()
-        assert found == (tmp_path / "expected/tokenizer.json").read_bytes()
+        saved = (folder / "tokenizer.json").read_bytes()
+        assert saved == (tmp_path / "expected/tokenizer.json").read_bytes()
 
 
-def test_what_influence_cannot_use_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(ValueError, match="every: expected None or 'epoch', got 'day'"):
+def test_trainings_that_influence_cannot_use_are_refused_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match=r"every: .*'day'"):
         tm.TracInCallback(every="day")
-    trainer = made_trainer(
+    trainer = make_trainer(
         tmp_path, tm.TracInCallback(every="epoch"), save_strategy="best",
         metric_for_best_model="loss", eval_strategy="epoch",
     )  # fmt: skip
-    with pytest.raises(ValueError, match="expected save_strategy no, steps or epoch, got best"):
+    with pytest.raises(ValueError, match=r"save_strategy .*got best"):
         trainer.train()
-    trainer = made_trainer(tmp_path, tm.TracInCallback())
+    trainer = make_trainer(tmp_path, tm.TracInCallback())
     trainer.model.roberta.encoder = nn.Identity()
-    with pytest.raises(ValueError, match="expected an encoder of the BERT family"):
+    with pytest.raises(ValueError, match=r"XLMRobertaForSequenceClassification: .*BERT family"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_a_checkpoint_without_whole_weights_stops_the_training(tmp_path):
-    class Lose(TrainerCallback):
+    class RemoveWeights(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}/model.safetensors").unlink()
 
-    with pytest.raises(ValueError, match="checkpoint-7: no weights in the folder"):
-        made_trainer(tmp_path, Lose(), tm.TracInCallback()).train()
+    with pytest.raises(ValueError, match=r"checkpoint-7: .*model\.safetensors"):
+        make_trainer(tmp_path, RemoveWeights(), tm.TracInCallback()).train()
 
 
 WORKER = """
@@ -400,22 +402,22 @@ import torch
 sys.path.insert(0, sys.argv[2])
 import tracmod as tm
 import tracmod.training.callback as module
-from test_trainer_callback import made_trainer
+from test_trainer_callback import make_trainer
 write, written = module.write_json, []
 module.write_json = lambda path, tree: (written.append(path.parent.name), write(path, tree))
 with warnings.catch_warnings(record=True) as warned:
-    made_trainer(sys.argv[1], tm.TracInCallback(every="epoch"), save_strategy="no").train()
-warned = [str(one.message) for one in warned if one.category is UserWarning]
+    make_trainer(sys.argv[1], tm.TracInCallback(every="epoch"), save_strategy="no").train()
+warned = [str(warning.message) for warning in warned if warning.category is UserWarning]
 tree = {"written": written, "warned": [text for text in warned if "TracInCallback" in text]}
 Path(sys.argv[1], f"rank-{os.environ['RANK']}.json").write_text(json.dumps(tree))
-torch.distributed.barrier()  # gloo's threads end with both there, or the exit may abort one
+torch.distributed.barrier()  # without it, the exit of one process may abort the other
 torch.distributed.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 def test_of_two_processes_the_first_alone_writes_and_warns(tmp_path, monkeypatch):
-    """DDP over gloo, as torchrun starts it; every process asks for the checkpoint."""
+    """DDP over gloo, started as torchrun does; every process requests the checkpoint."""
     worker, out = tmp_path / "worker.py", tmp_path / "out"
     worker.write_text(WORKER)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -431,7 +433,7 @@ def test_of_two_processes_the_first_alone_writes_and_warns(tmp_path, monkeypatch
     assert len(first["warned"]) == 1
     assert second == {"written": [], "warned": []}
     # 28 rows for two processes in batches of four: four steps an epoch.
-    assert recorded(out) == pytest.approx({4: linear(0, 4, 8), 8: linear(4, 8, 8)})
+    assert recorded(out) == pytest.approx({4: mean_rate(0, 4, 8), 8: mean_rate(4, 8, 8)})
 
 
 # --- the command ----------------------------------------------------------------------------
@@ -440,11 +442,11 @@ def test_of_two_processes_the_first_alone_writes_and_warns(tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def training(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
-    made_trainer(folder, tm.TracInCallback(own_tokenizer())).train()
+    make_trainer(folder, tm.TracInCallback(own_tokenizer())).train()
     return folder
 
 
-def test_checkpoints_are_taken_by_number_and_other_folders_are_not(training, files, tmp_path):
+def test_checkpoints_are_sorted_by_number_and_other_folders_ignored(training, files, tmp_path):
     folder = tmp_path / "many"
     for name in ("checkpoint-100", "checkpoint-9", "checkpoint-20"):
         shutil.copytree(training / "checkpoint-7", folder / name)
@@ -460,7 +462,7 @@ def test_checkpoints_are_taken_by_number_and_other_folders_are_not(training, fil
     ]  # fmt: skip
 
 
-def test_the_last_checkpoint_given_stands_for_the_model(training, files, tmp_path):
+def test_the_last_checkpoint_is_the_default_model(training, files, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     dim = ("--projection-dim", 256)
     invoke("attribute", "--checkpoints", training, *files, "--out", one, *dim)
@@ -471,16 +473,16 @@ def test_the_last_checkpoint_given_stands_for_the_model(training, files, tmp_pat
     assert (one / "top.parquet").read_bytes() == (two / "top.parquet").read_bytes()
 
 
-def test_too_much_or_too_little_is_one_sentence(training, files, tmp_path):
+def test_wrong_combinations_of_options_are_reported_in_one_sentence(training, files, tmp_path):
     (tmp_path / "empty").mkdir()
     command = ["attribute", *files, "--out", tmp_path / "out"]
     both = ["--checkpoints", training, "--checkpoint", training / "checkpoint-7"]
-    for given, says in (
+    for given, message in (
         (both, "expected --checkpoint or --checkpoints, got both"),
         ([], "expected --model, --checkpoint or --checkpoints, got none of them"),
         (["--checkpoints", tmp_path / "empty"], "empty: expected checkpoint-<number> folders"),
     ):
         output = invoke(*command, *given, code=2)
-        assert says in output
+        assert message in output
         assert len(output.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()

@@ -1,1 +1,1 @@
-"""Fine-tuning, resumable, dense or through subnetworks."""
+"""Fine-tuning: the loop, its optimizer and folder, and a callback for transformers' Trainer."""

@@ -1,4 +1,12 @@
-"""A callback for the Trainer of transformers: its checkpoints keep what influence needs of them."""
+"""A callback that makes the Trainer's checkpoints record what influence needs of them.
+
+TracIn sums over checkpoints c, each weighted by the learning rate eta_c of the steps that it stands
+for. The Trainer does not record these rates: its `trainer_state.json` has those of the logged steps
+only, a few out of hundreds by default, and the rate at the moment of saving says little (at the end
+of a linear schedule it is 0). Its `optimizer.pt` has the second moment by a parameter's number, not
+by name, and in a format that is not safe to load. The callback therefore watches every optimizer
+step and writes both into the checkpoint folder, in files that `tracmod.models.checkpoints` reads.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +32,43 @@ from tracmod.models.loading import has_tokenizer
 
 
 class TracInCallback(TrainerCallback):
-    """Makes every checkpoint of a training one that `tracmod attribute --checkpoints` can weigh.
+    """Makes every checkpoint of a Trainer one that `tracmod attribute --checkpoints` can weight.
 
-        trainer = Trainer(model, arguments, ..., callbacks=[tm.TracInCallback(tokenizer, "epoch")])
+    Beside each checkpoint that the Trainer saves, the callback writes `tracmod.json`: {epoch, step,
+    learning_rate}, where learning_rate is the mean rate of the optimizer steps since the previous
+    checkpoint. Steps are the optimizer's, also with gradient accumulation.
 
-    TracIn sums over checkpoints c with the rates eta_c at which the training stepped. Beside each
-    checkpoint that the Trainer saves, this writes `tracmod.json`: {epoch, step, learning_rate},
-    the mean rate of the optimizer steps since the checkpoint before. (`trainer_state.json` has the
-    rates of the logged steps only.) Steps are the optimizer's, with gradient accumulation too.
+    A training resumed from a checkpoint records the same rates as an uninterrupted one: the sum
+    over the steps starts anew at each checkpoint, so there is nothing to carry over.
 
-    A training resumed from a checkpoint gives the same rates as an undisturbed one: the sum over
-    the steps begins anew at each checkpoint, so there is nothing to carry over.
+    With several parameter groups, the rate is that of the first group, which is also what the
+    Trainer logs. If all groups share a schedule, their rates differ from it by a factor that is the
+    same at all checkpoints.
 
-    With several parameter groups, eta is the rate of the first, which is also what the Trainer
-    logs. Groups that share a schedule differ by a factor that is the same at all checkpoints.
+    Examples:
+        >>> import json, pathlib, tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from transformers import Trainer, TrainingArguments
+        >>> import tracmod as tm
+        >>> config = BertConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32,
+        ...     num_hidden_layers=1, num_attention_heads=4,
+        ... )
+        >>> rows = [{"input_ids": [5, 6, 7], "labels": label} for label in (0, 1, 1, 0)]
+        >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +ELLIPSIS
+        ...     trainer = Trainer(
+        ...         BertForSequenceClassification(config),
+        ...         TrainingArguments(
+        ...             folder, num_train_epochs=2, per_device_train_batch_size=2,
+        ...             learning_rate=0.004, use_cpu=True, report_to=[], disable_tqdm=True,
+        ...         ),
+        ...         train_dataset=rows,
+        ...         callbacks=[tm.TracInCallback(every="epoch")],
+        ...     )
+        ...     _ = trainer.train()
+        ...     json.loads(pathlib.Path(folder, "checkpoint-2", "tracmod.json").read_text())
+        {'train_runtime': ...}
+        {'epoch': 1, 'step': 2, 'learning_rate': 0.0035}
     """
 
     def __init__(
@@ -46,24 +77,28 @@ class TracInCallback(TrainerCallback):
         every: Literal["epoch"] | None = None,
         second_moment: bool = False,
     ) -> None:
-        """Say what to add to the Trainer's own checkpoints.
+        """Choose what to add to the Trainer's own checkpoints.
 
         Args:
-            tokenizer: saved with the checkpoints into which the Trainer puts none (it does when it
-                has a `processing_class`).
-            every: "epoch" has a checkpoint saved at the end of every epoch, whatever
-                `save_strategy` says; None leaves it at that.
+            tokenizer: saved with each checkpoint that has none. The Trainer saves its own if it has
+                a `processing_class`.
+            every: "epoch" saves a checkpoint at the end of every epoch, whatever `save_strategy`
+                says; None leaves saving to `save_strategy`.
             second_moment: whether each checkpoint also gets `second_moment.safetensors`, Adam's
-                second moment by parameter name, for `--preconditioner adam` (as many bytes again
-                as the weights have).
+                second moment by parameter name, for `--preconditioner adam`. It is as large as the
+                weights.
+
+        Raises:
+            ValueError: another value of `every`.
         """
         if every not in (None, "epoch"):
             raise ValueError(f"every: expected None or 'epoch', got {every!r}")
         self.tokenizer = tokenizer
         self.every = every
         self.second_moment = second_moment
+        # Sum of the learning rates and number of optimizer steps since the previous checkpoint.
         self._rate_sum = 0.0
-        self._steps = 0  # since the checkpoint before
+        self._steps = 0
         self._warned: set[str] = set()
 
     def on_train_begin(
@@ -73,13 +108,13 @@ class TracInCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Check the training and begin to count.
+        """Check that influence can use this training, before its first step.
 
         Raises:
-            ValueError: not an encoder of the BERT family, a search of hyperparameters, or a
-                `save_strategy` that would undo `every`.
+            ValueError: the model is not an encoder of the BERT family, the training is part of a
+                hyperparameter search, or `save_strategy` would undo `every`.
         """
-        self._rate_sum, self._steps = 0.0, 0  # left from a training of this object that failed
+        self._rate_sum, self._steps = 0.0, 0  # an earlier training of this object may have failed
         attention_layers(kwargs["model"])
         if state.is_hyper_param_search:
             raise ValueError("TracInCallback: expected one training, got a hyperparameter search")
@@ -91,8 +126,8 @@ class TracInCallback(TrainerCallback):
         if args.save_total_limit:
             self._warn(
                 state,
-                f"save_total_limit={args.save_total_limit}: the Trainer removes the checkpoints "
-                f"before the last ones, and influence needs them all; leave it unset",
+                f"save_total_limit={args.save_total_limit}: the Trainer removes all checkpoints "
+                f"but the last ones, and influence needs all of them; leave it unset",
             )
 
     def on_pre_optimizer_step(
@@ -102,13 +137,17 @@ class TracInCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Count the rate of the step to come: the scheduler moves it right after the step."""
+        """Add the learning rate of the coming step to the sum.
+
+        Before the step, because the scheduler sets the next step's rate right after it; later
+        events no longer see the rate that was used.
+        """
         rates = [float(group["lr"]) for group in kwargs["optimizer"].param_groups]
         if len(set(rates)) > 1:
             self._warn(
                 state,
-                "the parameter groups have different learning rates; influence weighs the "
-                "gradients of all with the first group's",
+                "the parameter groups have different learning rates; influence weights all "
+                "gradients with the first group's rate",
             )
         self._rate_sum += rates[0]
         self._steps += 1
@@ -116,7 +155,7 @@ class TracInCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for a checkpoint, unless the one of this step is there already."""
+        """Request a checkpoint, unless the last step already has one."""
         if self.every == "epoch" and self._steps:
             control.should_save = True
 
@@ -127,17 +166,19 @@ class TracInCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Complete the checkpoint just saved; of several processes the first alone writes.
+        """Add the record, and a tokenizer or second moment if wanted, to the checkpoint just saved.
 
         Raises:
             ValueError: the checkpoint is not a whole model in safetensors (shards of FSDP are not),
-                or the optimizer keeps no second moment.
+                or the optimizer has no second moment.
         """
         rate_sum, steps = self._rate_sum, self._steps
         self._rate_sum, self._steps = 0.0, 0
-        if not steps or not state.is_world_process_zero:  # no steps: saved again after the same
+        # Without a step in between, the Trainer has saved the same step again: its record is there.
+        # Every process of a distributed training gets this event; the first one writes.
+        if not steps or not state.is_world_process_zero:
             return
-        assert args.output_dir is not None  # the Trainer has saved there
+        assert args.output_dir is not None  # the Trainer has just saved there
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         check_checkpoint(folder, kwargs["model"].config)
         if self.tokenizer is not None and not has_tokenizer(folder):
@@ -148,24 +189,28 @@ class TracInCallback(TrainerCallback):
                 "the checkpoints have no tokenizer; pass TracInCallback(tokenizer), or give "
                 "`tracmod attribute` a --model that has it",
             )
-        mean = {"epoch": round(state.epoch), "step": state.global_step}
         if self.second_moment:
             moments = _second_moment(kwargs["model"], kwargs["optimizer"])
             save_file(moments, folder / SECOND_MOMENT)
-        write_json(folder / "tracmod.json", mean | {"learning_rate": rate_sum / steps})
+        record = {
+            "epoch": round(state.epoch),
+            "step": state.global_step,
+            "learning_rate": rate_sum / steps,
+        }
+        write_json(folder / "tracmod.json", record)
 
     def _warn(self, state: TrainerState, sentence: str) -> None:
-        """Once, and from one process."""
+        """Warn once, and from the first process only."""
         if state.is_world_process_zero and sentence not in self._warned:
             self._warned.add(sentence)
             warnings.warn(sentence, stacklevel=3)
 
 
 def _second_moment(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's second moment after its bias correction, by parameter name.
+    """Compute Adam's second moment after its bias correction, by parameter name.
 
-    Found by the parameter itself, not by its number in the optimizer: that counts through the
-    groups (with decay, without), in another order than the model's.
+    Moments are matched to names by the parameter itself. An optimizer's numbering counts through
+    its groups (with decay, then without), which is another order than the model's.
     """
     moments = {}
     for group in optimizer.param_groups:

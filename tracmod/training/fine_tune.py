@@ -1,8 +1,16 @@
-"""Full and sparse fine-tuning: a checkpoint per epoch, resumable at any moment, bitwise the same.
+"""Full and sparse fine-tuning: a checkpoint per epoch, resumable at any moment to the same bits.
 
-Everything random is a function of the seed and of where the training is: an epoch's examples and
-their order of (seed, epoch), dropout of (seed, step). So model, optimizer and step are the whole
-state, and with dynamic masks those of the epoch.
+A training that was stopped and started again leaves the same bytes as one that was not. Everything
+random is therefore a function of the seed and of the position in the training, and not of a
+generator that would have to be saved: the examples of an epoch and their order come from (seed,
+epoch), dropout comes from (seed, step). What is left to save is the model, the optimizer, the step
+and, for the metrics, the sum of the epoch's losses; with dynamic masks also the masks of the epoch.
+
+The order of writing decides what a killed process finds. Dynamic masks are on disk before the
+epoch's first step, because they depend on the model at that moment. At the end of an epoch come
+metrics, checkpoint and state, in this order: a state after the last step of an epoch means that the
+other two are there. A process killed before it repeats the steps since the earlier state, and
+replaces metrics and checkpoint by the same bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +20,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,40 +33,41 @@ from tracmod.choices import Sampling, SharedParameters
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import model_digest
 from tracmod.models.inputs import collate, pad_token_id, per_example_loss
-from tracmod.subnetworks.head_mask import HeadMask, head_slices, matching_layers
+from tracmod.subnetworks.head_mask import HeadMask, head_slices, masked, matching_layers
 from tracmod.subnetworks.importance import head_importance, mask_least_important, masked_accuracy
 from tracmod.training.folder import TrainingFolder
 from tracmod.training.optimizer import HeadwiseAdamW
 
 Masks = Mapping[str, HeadMask]  # by language
-Evaluate = Callable[[PreTrainedModel, Masks | None], Mapping[str, float]]
+Evaluate = Callable[[PreTrainedModel, Masks | None], Mapping[str, float]]  # accuracy by language
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What a training depends on, beside model, examples and masks.
+    """Everything that a training depends on, apart from model, examples and masks.
 
     Attributes:
-        epochs: passes over the examples; a checkpoint after each.
+        epochs: passes over the examples, with a checkpoint after each.
         batch_size: examples per step; the last batches of an epoch may be smaller.
-        learning_rate: the highest, reached after the warm-up.
-        weight_decay: AdamW's, not on biases and LayerNorm.
-        warmup: share of all steps (rounded down) over which the learning rate rises from 0.
-        max_grad_norm: the gradient of what is trained is scaled down to this L2 norm.
-        seed: of sampling, order and dropout.
-        sampling: what an epoch's N examples of the G languages trained on are. `proportional`:
-            every example once. `uniform`: ceil(N / G) of every language, hence equally many
-            batches where a batch is of one language; a smaller language goes round again in a new
-            order, of a larger one every epoch takes others. Either way the steps per epoch are the
-            same but for less than G.
-        shared: only with masks: what is trained of the parameters that belong to no head (see
-            `head_slices`; the bias of the attention output projection is among them). `trained`:
-            all of it, by every language's batches. `classifier`: what is outside the base model, so
-            of BERT's pooler nothing. `frozen`: nothing. What is not trained stays bitwise as it is:
-            no gradient (nor part in its norm), no decay, no optimizer state. A classifier that is
-            new is then a random one.
-        reestimate_every: only with masks, in epochs: dynamic masks, see `fine_tune`; None: static.
-        keep: `all`: a checkpoint of every epoch; `last`: only the last one's.
+        learning_rate: the highest rate, reached after the warm-up.
+        weight_decay: AdamW's weight decay, not applied to biases and LayerNorm.
+        warmup: share of all steps (rounded down) in which the learning rate rises from 0.
+        max_grad_norm: the gradient of all trained parameters is scaled down to this L2 norm.
+        seed: seed of sampling, order and dropout.
+        sampling: which examples an epoch has. `proportional`: every example once. `uniform`:
+            ceil(N / G) of each of the G languages, and so equally many batches per language where a
+            batch has one language. A smaller language is repeated, in a new order each time; of a
+            larger one every epoch takes others. Both have the same number of steps per epoch, up to
+            a difference of less than G.
+        shared: only with masks: which of the parameters that belong to no head are trained (see
+            `head_slices`; the bias of the attention output projection is one). `trained`: all of
+            them, by every language's batches. `classifier`: those outside the base model, and so
+            nothing of BERT's pooler. `frozen`: none. What is not trained stays bitwise as it was:
+            it has no gradient (and no part in the gradient's norm), no decay and no optimizer
+            state. With `frozen`, a new classifier stays random.
+        reestimate_every: only with masks: epochs between two estimates of dynamic masks, see
+            `fine_tune`; None for static masks.
+        keep: `all` keeps the checkpoint of every epoch, `last` that of the last epoch.
     """
 
     epochs: int = 3
@@ -75,7 +84,7 @@ class TrainingSettings:
 
     @property
     def kept_epochs(self) -> range:
-        """The epochs whose checkpoints are kept."""
+        """Epochs whose checkpoints are kept."""
         return range(1 if self.keep == "all" else self.epochs, self.epochs + 1)
 
 
@@ -96,51 +105,52 @@ def fine_tune(
     description: str = "fine-tune",
     second_moment: bool = False,
 ) -> list[Checkpoint]:
-    """Fine-tune a classifier, all languages together, or each through its own head mask.
+    """Fine-tune a classifier on all languages together, or on each through its own head mask.
 
-    Full (no masks): shuffled batches over all languages. Sparse (masks): every batch is of one
-    language; forward and backward pass go through that language's mask, and what belongs to its
-    masked heads stays bitwise as it is, optimizer state included (see `HeadwiseAdamW`).
+    Full fine-tuning (no masks): shuffled batches over all languages. Sparse fine-tuning (masks):
+    every batch has one language; forward and backward pass go through that language's mask, and
+    what belongs to its masked heads stays bitwise as it was, optimizer state included (see
+    `HeadwiseAdamW`).
 
-    Dynamic masks (`settings.reestimate_every` = r): epoch 1 has `masks`; at the start of epochs
-    1 + r, 1 + 2r, ... every language gets a new mask of the same size, the heads most important on
-    its `dev` examples: by `head_importance` at the full mask of the model as it is then, ties as in
-    pruning. `epoch_masks` gives the masks of an epoch.
+    Dynamic masks (`settings.reestimate_every` = r): epoch 1 has `masks`. At the start of epochs
+    1 + r, 1 + 2r, ... every language gets a new mask of the same size with the heads that are most
+    important on its `dev` examples, by the `head_importance` of the model at that moment, at the
+    full mask, with ties as in pruning. `epoch_masks` returns the masks of an epoch.
 
-    Written to `out_dir`: `checkpoint-<epoch>/` (transformers format, tokenizer, `tracmod.json`),
+    `out_dir` gets `checkpoint-<epoch>/` (transformers format, tokenizer, `tracmod.json`),
     `metrics.json` (a row per epoch), `training.json` (what was trained on what), with dynamic masks
-    `masks/epoch-<epoch>/<language>.json`, and while it runs `resume/`. Called again after an
-    interruption it goes on where it was, with the same result bit for bit (CPU, same number of
-    threads); called again when complete it does nothing.
+    `masks/epoch-<epoch>/<language>.json`, and `resume/` while the training runs. If `out_dir` holds
+    an interrupted training, it is continued, with the same result bit for bit (on a CPU with the
+    same number of threads); if it holds the complete training, nothing is done.
 
-    The learning rate in `tracmod.json` is the mean over the steps since the checkpoint before: in
-    TracIn over checkpoints eta stands for all of them, and the rate at the very end of a linear
-    decay is 0.
+    The learning rate in `tracmod.json` is the mean over the steps since the previous checkpoint. In
+    TracIn over checkpoints it stands for all of these steps; the rate at the moment of saving would
+    not, and is 0 at the end of a linear decay.
 
     Args:
-        model: the model to start from; changed in place. Load the checkpoints to use them.
+        model: model to start from; changed in place. Load the checkpoints to use them.
         tokenizer: saved with every checkpoint.
-        examples: as `encode` returns them.
-        languages: of each example.
+        examples: examples from `encode`.
+        languages: language of each example.
         out_dir: folder of this training.
         settings: epochs, batch size, learning rate, ...
-        masks: a mask for every language; None: full fine-tuning.
-        dev: only for dynamic masks: examples by language, of every language of `masks`.
-        evaluate: called with the model and the epoch's masks after every epoch; returns accuracy
-            by language.
-        device: where to train; None: where the model is.
-        save_seconds: how often the state is written within an epoch, in seconds.
-        ids: of each example, to name those of a failing batch; None: their positions.
-        description: of the progress bar.
-        second_moment: whether every checkpoint is to hold AdamW's second moment, which
+        masks: a mask for every language; None for full fine-tuning.
+        dev: only for dynamic masks: examples by language, for every language of `masks`.
+        evaluate: called with the model and the epoch's masks after every epoch; returns the
+            accuracy by language for `metrics.json`.
+        device: device to train on; None is where the model is.
+        save_seconds: seconds between two states written within an epoch.
+        ids: id of each example, to name those of a failing batch; None for their positions.
+        description: label of the progress bar.
+        second_moment: whether every checkpoint gets AdamW's second moment, which
             `adam_preconditioner` reads.
 
     Returns:
         The checkpoints kept, first epoch first.
 
     Raises:
-        ValueError: inputs that do not fit each other, or `out_dir` holds another training.
-        RuntimeError: loss or gradient is not finite; names the step and the batch's examples.
+        ValueError: the inputs do not fit each other, or `out_dir` holds another training.
+        RuntimeError: a loss or gradient is not finite; the message has the step and the examples.
     """
     _check_inputs(model, examples, languages, settings, masks, dev)
     folder = TrainingFolder(out_dir)
@@ -152,20 +162,20 @@ def fine_tune(
         on_gpu = [model.device] if model.device.type == "cuda" else []
         with _trainable(model, settings.shared), torch.random.fork_rng(devices=on_gpu):
             training = _Training(
-                model,
-                tokenizer,
-                examples,
-                languages,
-                [str(row) for row in range(len(examples))] if ids is None else ids,
-                settings,
-                masks,
-                dev,
-                folder,
-                _Plan(languages, settings, by_language=masks is not None),
-                HeadwiseAdamW(
+                model=model,
+                tokenizer=tokenizer,
+                examples=examples,
+                languages=languages,
+                ids=[str(row) for row in range(len(examples))] if ids is None else ids,
+                settings=settings,
+                masks=masks,
+                dev=dev,
+                folder=folder,
+                plan=_BatchPlan(languages, settings, by_language=masks is not None),
+                optimizer=HeadwiseAdamW(
                     model, weight_decay=settings.weight_decay, split_heads=masks is not None
                 ),
-                second_moment,
+                second_moment=second_moment,
             )
             training.run(evaluate, save_seconds, description)
     folder.clear_state()
@@ -180,20 +190,28 @@ def accuracy_by_language(
     *,
     batch_tokens: int = 8192,
 ) -> dict[str, float]:
-    """Accuracy on each language's examples, under the language's mask where masks are given."""
+    """Compute the accuracy on each language's examples, under the language's mask if given."""
+    examples_of: dict[str, list[Mapping[str, Any]]] = {}
+    for example, language in zip(examples, languages, strict=True):
+        examples_of.setdefault(language, []).append(example)
     scores = {}
-    for language in dict.fromkeys(languages):
-        own = [e for e, of in zip(examples, languages, strict=True) if of == language]
+    for language, own in examples_of.items():
         mask = None if masks is None else masks[language]
         scores[language] = masked_accuracy(model, own, mask, batch_tokens)
     return scores
 
 
 def scheduled_rate(step: int, total: int, settings: TrainingSettings) -> float:
-    """Learning rate of a step (from 0): linear from 0 over the warm-up, then linear towards 0.
+    """Return the learning rate of a step: linear from 0 during the warm-up, then linear towards 0.
 
-    The same as transformers' `get_linear_schedule_with_warmup`, whose first step of a warm-up has
-    rate 0.
+    The first step of a warm-up has rate 0, as in transformers' `get_linear_schedule_with_warmup`.
+    That schedule is not used because it differs from this one in the last bit of a quarter of the
+    rates (it multiplies by a quotient), and a resumed training has to continue with the same bits.
+
+    Args:
+        step: number of the step, from 0.
+        total: number of steps of the training.
+        settings: gives the highest rate and the share of the warm-up.
     """
     warmup = int(settings.warmup * total)
     if step < warmup:
@@ -201,11 +219,12 @@ def scheduled_rate(step: int, total: int, settings: TrainingSettings) -> float:
     return settings.learning_rate * (total - step) / (total - warmup)
 
 
-# --- the batches ----------------------------------------------------------------------------
+class _BatchPlan:
+    """Which examples each step of each epoch takes, as a function of (seed, epoch) alone.
 
-
-class _Plan:
-    """Which examples each step of each epoch takes; a function of (seed, epoch) alone."""
+    Examples are drawn from pools: one per language if batches or sampling go by language, otherwise
+    one of all examples. `by_language` makes every batch one of a single pool.
+    """
 
     def __init__(
         self, languages: Sequence[str], settings: TrainingSettings, *, by_language: bool
@@ -220,21 +239,22 @@ class _Plan:
         self._by_language = by_language
         self._size = settings.batch_size
         self._seed = settings.seed
-        queues = self._counts if by_language else [sum(self._counts)]
-        self.steps_per_epoch = sum(math.ceil(count / self._size) for count in queues)
+        batched_together = self._counts if by_language else [sum(self._counts)]
+        self.steps_per_epoch = sum(math.ceil(count / self._size) for count in batched_together)
         self.total_steps = self.steps_per_epoch * settings.epochs
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """Batches of positions."""
+        """Return the batches of an epoch, as positions of their examples."""
         generator = torch.Generator().manual_seed(_derived_seed(self._seed, "order", epoch))
         drawn = [
             _draw(rows, count, generator)
             for rows, count in zip(self._pools, self._counts, strict=True)
         ]
+        # A single pool is in random order already.
         if self._by_language:
             batches = [batch for rows in drawn for batch in self._split(rows)]
             return _shuffled(batches, generator) if len(drawn) > 1 else batches
-        rows = [row for own in drawn for row in own]
+        rows = [row for pool in drawn for row in pool]
         return self._split(_shuffled(rows, generator) if len(drawn) > 1 else rows)
 
     def _split(self, rows: list[int]) -> list[list[int]]:
@@ -242,7 +262,7 @@ class _Plan:
 
 
 def _draw(rows: list[int], count: int, generator: torch.Generator) -> list[int]:
-    """`count` of the rows in random order: all of them before any of them comes again."""
+    """Draw `count` rows in random order, all of them before any is repeated."""
     drawn: list[int] = []
     while len(drawn) < count:
         drawn += _shuffled(rows, generator)
@@ -250,52 +270,47 @@ def _draw(rows: list[int], count: int, generator: torch.Generator) -> list[int]:
 
 
 def _shuffled(items: list[Any], generator: torch.Generator) -> list[Any]:
-    return [items[place] for place in torch.randperm(len(items), generator=generator).tolist()]
+    return [items[index] for index in torch.randperm(len(items), generator=generator).tolist()]
 
 
-def _derived_seed(seed: int, what: str, number: int) -> int:
-    content = f"{seed} {what} {number}".encode()
+def _derived_seed(seed: int, purpose: str, number: int) -> int:
+    """Derive an independent seed for each purpose and number, from 0 to 2^63 - 1."""
+    content = f"{seed} {purpose} {number}".encode()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
-
-
-# --- what is trained, and through which heads -----------------------------------------------
 
 
 @contextmanager
 def _trainable(model: PreTrainedModel, shared: str) -> Iterator[None]:
-    """Freeze what `TrainingSettings.shared` does not train; thaw it afterwards."""
-    heads = {part.name for part in head_slices(model)}  # together they are all of each parameter
+    """Freeze what `TrainingSettings.shared` does not train within the context."""
+    of_heads = {part.name for part in head_slices(model)}  # heads divide these without remainder
     base = set(model.base_model.parameters())
-    left_out = [
+    frozen = [
         parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and name not in heads
+        if parameter.requires_grad and name not in of_heads
         if shared == "frozen" or (shared == "classifier" and parameter in base)
     ]
-    for parameter in left_out:
+    for parameter in frozen:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in left_out:
+        for parameter in frozen:
             parameter.requires_grad_(True)
 
 
-def _most_important(
+def _most_important_heads(
     model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], size: int
 ) -> HeadMask:
-    """The `size` heads most important on the examples, at the full mask of the model as it is."""
+    """Return the mask of the `size` heads that are most important at the full mask."""
     importance_LH = head_importance(model, examples)
     full = HeadMask.full(*importance_LH.shape)
     return mask_least_important(full, importance_LH, full.size - size)
 
 
-# --- the loop -------------------------------------------------------------------------------
-
-
 @dataclass
 class _Training:
-    """One training: runs the steps; writes checkpoints, metrics and the state to resume from."""
+    """The loop of one training: its steps, and what is written into the folder between them."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -306,12 +321,12 @@ class _Training:
     masks: Masks | None
     dev: Mapping[str, Sequence[Mapping[str, Any]]] | None
     folder: TrainingFolder
-    plan: _Plan
+    plan: _BatchPlan
     optimizer: HeadwiseAdamW
     second_moment: bool
 
     def run(self, evaluate: Evaluate | None, save_seconds: float, description: str) -> None:
-        """Go on from the state on disk, or from the start, to the end."""
+        """Train from the state on disk, or from the start, to the end."""
         plan = self.plan
         step, loss_sum = self.folder.load_state(self.model, self.optimizer)
         saved = time.monotonic()
@@ -320,28 +335,31 @@ class _Training:
         ) as bar:
             for epoch in range(step // plan.steps_per_epoch + 1, self.settings.epochs + 1):
                 done = step % plan.steps_per_epoch
-                masks = self._epoch_masks(epoch, begun=done > 0)
+                masks = self._epoch_masks(epoch, started=done > 0)
                 self.model.train()
                 for batch in plan.epoch(epoch)[done:]:
                     loss_sum += self._step(step, batch, masks)
                     step += 1
                     bar.update()
-                    within = step % plan.steps_per_epoch != 0  # the end of an epoch is below
+                    within = step % plan.steps_per_epoch != 0  # the end of an epoch is saved below
                     if within and time.monotonic() - saved >= save_seconds:
                         self.folder.save_state(self.model, self.optimizer, step, loss_sum)
                         saved = time.monotonic()
-                train_loss = loss_sum / plan.steps_per_epoch
-                self._finish_epoch(epoch, step, train_loss, masks, evaluate)
+                self._finish_epoch(epoch, step, loss_sum / plan.steps_per_epoch, masks, evaluate)
                 loss_sum = 0.0
                 self.folder.save_state(self.model, self.optimizer, step, loss_sum)
                 saved = time.monotonic()
 
-    def _epoch_masks(self, epoch: int, *, begun: bool) -> Masks | None:
-        """The epoch's masks; dynamic ones are on disk before the epoch's first step."""
+    def _epoch_masks(self, epoch: int, *, started: bool) -> Masks | None:
+        """Return the epoch's masks, after writing dynamic masks to disk.
+
+        An epoch that had started before an interruption reads its masks back: the model has moved
+        since they were estimated.
+        """
         every = self.settings.reestimate_every
         if self.masks is None or every is None:
             return self.masks
-        if begun:
+        if started:
             return self.folder.masks(epoch, self.masks)
         if epoch == 1:
             masks = self.masks
@@ -350,23 +368,24 @@ class _Training:
         else:
             assert self.dev is not None
             masks = {
-                language: _most_important(self.model, self.dev[language], mask.size)
+                language: _most_important_heads(self.model, self.dev[language], mask.size)
                 for language, mask in self.masks.items()
             }
         self.folder.write_masks(epoch, masks)
         return masks
 
     def _step(self, step: int, batch: list[int], masks: Masks | None) -> float:
-        """One optimizer step; returns the batch's mean loss."""
+        """Take one optimizer step and return the batch's mean loss."""
         torch.manual_seed(_derived_seed(self.settings.seed, "dropout", step))
         mask = None if masks is None else masks[self.languages[batch[0]]]
         examples = [self.examples[row] for row in batch]
         inputs = collate(examples, pad_token_id(self.model), self.model.device)
         labels_B = inputs.pop("labels")
-        with nullcontext() if mask is None else mask.apply(self.model):
+        with masked(self.model, mask):
             loss = per_example_loss(self.model(**inputs).logits, labels_B).mean()
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        # Checked before the update: a loss or gradient that is not finite must not reach a state.
         if not (loss.isfinite() and norm.isfinite()):
             names = ", ".join(str(self.ids[row]) for row in batch)
             raise RuntimeError(
@@ -385,10 +404,12 @@ class _Training:
         masks: Masks | None,
         evaluate: Evaluate | None,
     ) -> None:
+        """Evaluate the epoch; write its metrics, then its checkpoint."""
+        start = step - self.plan.steps_per_epoch
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": step,
-            "learning_rate": self._mean_rate(step - self.plan.steps_per_epoch, step),
+            "learning_rate": self._mean_rate(start, step),
             "train_loss": train_loss,
         }
         self.model.eval()
@@ -396,19 +417,15 @@ class _Training:
             row["accuracy"] = dict(evaluate(self.model, masks))
         self.folder.write_metrics(row)
         if epoch in self.settings.kept_epochs:
-            before = 0 if self.settings.keep == "last" else step - self.plan.steps_per_epoch
-            rate = self._mean_rate(before, step)
+            rate = self._mean_rate(0 if self.settings.keep == "last" else start, step)
             moment = self.optimizer.second_moment() if self.second_moment else None
             self.folder.write_checkpoint(self.model, self.tokenizer, epoch, step, rate, moment)
 
-    def _mean_rate(self, first: int, end: int) -> float:
-        """Mean learning rate of the steps from `first` to before `end`."""
-        steps = range(first, end)
+    def _mean_rate(self, start: int, end: int) -> float:
+        """Return the mean learning rate of the steps [start, end)."""
+        steps = range(start, end)
         rates = [scheduled_rate(step, self.plan.total_steps, self.settings) for step in steps]
         return sum(rates) / len(rates)
-
-
-# --- checks and identity --------------------------------------------------------------------
 
 
 def _check_inputs(

@@ -1,7 +1,16 @@
-"""What a training keeps on disk: its identity, checkpoints, metrics and the state to resume from.
+"""The folder of a training: its identity, checkpoints, metrics, and the state to resume from.
 
-Everything is written beside its place and then renamed, so that a process killed at any moment
-leaves the old or the new, never half of it.
+A process may be killed at any moment, and the machine may lose power. Nothing is therefore written
+where it is read. A file is written aside and renamed (`tracmod.files.durable`). A folder is written
+under a temporary name; its files are flushed to disk, then the folder itself, and only then does it
+get its name (`_publish`). A rename is atomic and comes last, so a reader finds the old content, the
+new content or none, but never half of it. What an interrupted write leaves behind has a
+temporary name, is never read, and is removed by the next write.
+
+Two folders of one name cannot be exchanged atomically: an old checkpoint is removed before the new
+one gets its name. That is safe, because a checkpoint is only replaced while the state to resume
+from still lies before it; a training killed in between writes the checkpoint again. States have a
+name of their own, the step, and an old state is removed after the new one is published.
 """
 
 from __future__ import annotations
@@ -27,12 +36,12 @@ class TrainingFolder:
     """The folder of one training.
 
     ```
-    training.json          what is trained on what
+    training.json          settings and digests of what is trained on what
     checkpoint-<epoch>/    transformers format, tokenizer, tracmod.json {epoch, step, learning_rate}
-                           second_moment.safetensors where it is asked for
+                           and, if wanted, second_moment.safetensors
     metrics.json           [{epoch, step, learning_rate, train_loss, accuracy: {language: share}}]
-    masks/epoch-<epoch>/   <language>.json, the head masks of the epoch; dynamic masks only
-    resume/<step>/         model.safetensors, optimizer.safetensors, state.json; gone when complete
+    masks/epoch-<epoch>/   <language>.json, the head masks of the epoch; only for dynamic masks
+    resume/<step>/         model.safetensors, optimizer.safetensors, state.json; removed at the end
     ```
     """
 
@@ -40,39 +49,39 @@ class TrainingFolder:
         self.path = Path(path)
 
     def claim(self, identity: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-        """State what this training is, or check that it is what the folder already holds.
+        """Record what this training is, or check that the folder holds the same training.
 
         Args:
-            identity: everything the training depends on.
-            defaults: what a key stands for that `training.json` lacks, because the setting is newer
-                than the file.
+            identity: everything that the training depends on.
+            defaults: values of keys that an older `training.json` lacks, because the setting was
+                added later.
 
         Raises:
-            ValueError: the folder holds a training of something else.
+            ValueError: the folder holds another training; the message names what differs.
         """
         file = self.path / "training.json"
         if not file.is_file():
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(file, identity)
             return
-        found = {**defaults, **read_json(file)}
-        keys = sorted(identity.keys() | found.keys())
-        other = [key for key in keys if identity.get(key) != found.get(key)]
-        if other:
+        recorded = {**defaults, **read_json(file)}
+        keys = sorted(identity.keys() | recorded.keys())
+        different = [key for key in keys if identity.get(key) != recorded.get(key)]
+        if different:
             raise ValueError(
-                f"{self.path}: holds a training with another {', '.join(other)}; "
+                f"{self.path}: holds a training with another {', '.join(different)}; "
                 "remove the folder or train into another"
             )
 
     def is_complete(self, epochs: int, kept: Iterable[int]) -> bool:
-        """Whether the metrics of all epochs and the checkpoints of those kept are there."""
+        """Return whether the folder has the metrics of all epochs and the kept checkpoints."""
         return len(self._metrics()) == epochs and all(
             self._checkpoint(epoch).is_dir() for epoch in kept
         )
 
-    def checkpoints(self, kept: Iterable[int]) -> list[Checkpoint]:
-        """The checkpoints of these epochs, in their order."""
-        return load_checkpoints(self._checkpoint(epoch) for epoch in kept)
+    def checkpoints(self, epochs: Iterable[int]) -> list[Checkpoint]:
+        """Return the checkpoints of these epochs, in the order given."""
+        return load_checkpoints(self._checkpoint(epoch) for epoch in epochs)
 
     def write_checkpoint(
         self,
@@ -83,63 +92,64 @@ class TrainingFolder:
         learning_rate: float,
         second_moment: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write `checkpoint-<epoch>/`, in place of one that is there."""
-        aside = self.path / f"checkpoint-{epoch}.tmp"
-        _make_empty(aside)
+        """Write `checkpoint-<epoch>/`, replacing an earlier one."""
+        temporary = self.path / f"checkpoint-{epoch}.tmp"
+        _make_empty(temporary)
         with quiet_transformers():
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-        tree = {"epoch": epoch, "step": step, "learning_rate": learning_rate}
-        write_json(aside / "tracmod.json", tree)
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        record = {"epoch": epoch, "step": step, "learning_rate": learning_rate}
+        write_json(temporary / "tracmod.json", record)
         if second_moment is not None:
-            save_file(dict(second_moment), aside / SECOND_MOMENT)
-        _publish(aside, self._checkpoint(epoch))
+            save_file(dict(second_moment), temporary / SECOND_MOMENT)
+        _publish(temporary, self._checkpoint(epoch))
 
     def write_metrics(self, row: dict[str, Any]) -> None:
-        """Put an epoch's row into `metrics.json`, after those of earlier epochs."""
+        """Add an epoch's row to `metrics.json`, after the rows of earlier epochs."""
         rows = [earlier for earlier in self._metrics() if earlier["epoch"] < row["epoch"]]
         write_json(self.path / "metrics.json", [*rows, row])
 
     def write_masks(self, epoch: int, masks: Mapping[str, HeadMask]) -> None:
-        """Write the head masks of an epoch, in place of those that are there."""
+        """Write the head masks of an epoch, replacing earlier ones."""
         for language, mask in masks.items():
             mask.save(self._mask(epoch, language), language=language, epoch=epoch)
 
     def masks(self, epoch: int, languages: Iterable[str]) -> dict[str, HeadMask]:
-        """The head masks of an epoch by language.
+        """Load the head masks of an epoch by language.
 
         Raises:
-            ValueError: one is not there or broken.
+            ValueError: a mask is missing or malformed.
         """
         return {language: HeadMask.load(self._mask(epoch, language)) for language in languages}
 
     def save_state(
         self, model: PreTrainedModel, optimizer: HeadwiseAdamW, step: int, loss_sum: float
     ) -> None:
-        """Write the state after `step` steps; earlier states are removed once it is there."""
-        aside, place = self.path / "resume" / "tmp", self.path / "resume" / str(step)
-        _make_empty(aside)
+        """Save the state after `step` steps, then remove earlier states."""
+        temporary, published = self.path / "resume" / "tmp", self.path / "resume" / str(step)
+        _make_empty(temporary)
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, aside / "model.safetensors")
-        save_file(optimizer.state(), aside / "optimizer.safetensors")
-        write_json(aside / "state.json", {"step": step, "loss_sum": loss_sum})
-        _publish(aside, place)
-        for earlier in self._states()[:-1]:
+        save_file(weights, temporary / "model.safetensors")
+        save_file(optimizer.state(), temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", {"step": step, "loss_sum": loss_sum})
+        _publish(temporary, published)
+        for earlier in self._saved_steps()[:-1]:
             shutil.rmtree(self.path / "resume" / str(earlier))
 
     def load_state(self, model: PreTrainedModel, optimizer: HeadwiseAdamW) -> tuple[int, float]:
-        """Put the latest state into model and optimizer.
+        """Load the latest state into model and optimizer.
 
         Returns:
-            Steps done and the sum of the losses of the epoch's steps; (0, 0.0) without a state.
+            The steps done, and the sum of the losses of the epoch's steps so far; (0, 0.0) if there
+            is no state.
         """
-        states = self._states()
-        if not states:
+        steps = self._saved_steps()
+        if not steps:
             return 0, 0.0
-        place = self.path / "resume" / str(states[-1])
-        model.load_state_dict(load_file(place / "model.safetensors"))
-        optimizer.load_state(load_file(place / "optimizer.safetensors"))
-        state = read_json(place / "state.json")
+        folder = self.path / "resume" / str(steps[-1])
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        optimizer.load_state(load_file(folder / "optimizer.safetensors"))
+        state = read_json(folder / "state.json")
         return int(state["step"]), float(state["loss_sum"])
 
     def clear_state(self) -> None:
@@ -156,8 +166,8 @@ class TrainingFolder:
         file = self.path / "metrics.json"
         return read_json(file) if file.is_file() else []
 
-    def _states(self) -> list[int]:
-        """Steps of the states on disk, earliest first."""
+    def _saved_steps(self) -> list[int]:
+        """Return the steps of the states on disk, earliest first."""
         folders = (self.path / "resume").glob("*/")
         return sorted(int(folder.name) for folder in folders if folder.name.isdecimal())
 
@@ -165,18 +175,19 @@ class TrainingFolder:
 def epoch_masks(
     folder: str | Path, epoch: int, static: Mapping[str, HeadMask]
 ) -> dict[str, HeadMask]:
-    """The head mask that each language was trained through in an epoch of a sparse fine-tuning.
+    """Return the head mask that each language was trained through in an epoch.
 
     Args:
-        folder: of the training, such as `models/sparse` of a run folder.
-        epoch: from 1; the checkpoint of that number is the model at its end.
-        static: the masks the training was given, by language.
+        folder: folder of a sparse fine-tuning, such as `models/sparse` of a run folder.
+        epoch: epoch from 1; the checkpoint with that number is the model at its end.
+        static: the masks that the training was given, by language.
 
     Returns:
-        By language: `static`, or where masks were dynamic those of the epoch.
+        Masks by language: `static`, or those of the epoch if the training has dynamic masks.
 
     Raises:
-        ValueError: no training there, or it has dynamic masks, but not of this epoch and language.
+        ValueError: the folder holds no training, or its dynamic masks lack this epoch or a
+            language.
     """
     training = TrainingFolder(folder)
     file = training.path / "training.json"
@@ -192,12 +203,16 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _publish(aside: Path, place: Path) -> None:
-    """Flush a folder that was written aside to disk and give it its name."""
-    for file in aside.iterdir():
+def _publish(temporary: Path, published: Path) -> None:
+    """Flush a folder to disk and give it its name, replacing an earlier folder of that name.
+
+    The order matters: were the rename on disk before the files, a power failure could leave a
+    published folder of empty files.
+    """
+    for file in temporary.iterdir():
         with open(file, "rb") as written:
             os.fsync(written.fileno())
-    sync_folder(aside)
-    shutil.rmtree(place, ignore_errors=True)
-    os.replace(aside, place)
-    sync_folder(place.parent)
+    sync_folder(temporary)
+    shutil.rmtree(published, ignore_errors=True)
+    os.replace(temporary, published)
+    sync_folder(published.parent)

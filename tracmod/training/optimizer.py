@@ -1,4 +1,15 @@
-"""AdamW in which every attention head is a parameter of its own, so that it can sit a step out."""
+"""AdamW in which every attention head is a parameter of its own and can be left out of a step.
+
+In sparse fine-tuning, a batch must not move the heads that its mask leaves out. A masked head's
+gradient is zero, but a zero gradient is not enough: AdamW would still move the weights along the
+decaying first moment and shrink them by weight decay, and the second moment and the step count of
+the bias correction would change with every batch that the head has no part in.
+
+AdamW does skip a parameter whose gradient is None, and leaves its weights and state alone. But a
+gradient is None for a whole parameter only, and all heads of a layer share theirs. Each head's rows
+of query, key and value and columns of the output projection are therefore given to AdamW as
+parameters of their own: views that share their memory with the model.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +21,26 @@ from torch import Tensor, nn
 
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
 
-
-@dataclass(frozen=True)
-class _Unit:
-    """What AdamW sees as one parameter: a whole parameter, or a head's part of one."""
-
-    name: str
-    tensor: Tensor  # the parameter itself, or a view of its part
-    parameter: Tensor
-    index: tuple[slice, ...] | None
-    head: tuple[int, int] | None  # (layer, head)
-    decays: bool
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 
 
 class HeadwiseAdamW:
-    """`torch.optim.AdamW` over a model's parameters, optionally with each head's part on its own.
+    """`torch.optim.AdamW` over a model's parameters, optionally with each head by itself.
 
-    With `split_heads` a head's rows of query, key and value and columns of the attention output
-    projection are views given to AdamW as parameters of their own. A head masked in a step gets
-    no gradient, and AdamW leaves a parameter without gradient alone: weights, both moments and
-    the step count of the bias correction stay bitwise as they are, weight decay included. A head
-    is thus updated as by an AdamW that has only ever seen the batches the head took part in.
+    With `split_heads`, weights, both moments and step count of a head that is masked in a step stay
+    bitwise as they were. A head is thus updated as by an AdamW that has only ever seen the batches
+    in which the head took part, with a bias correction that counts only those.
 
-    Biases and LayerNorm weights do not decay.
+    Args:
+        model: model to train. Parameters that need no gradient are left out.
+        weight_decay: decoupled weight decay. Biases and LayerNorm weights do not decay.
+        split_heads: whether steps can leave heads out.
     """
 
     def __init__(self, model: nn.Module, *, weight_decay: float, split_heads: bool) -> None:
         self._units = _units(model, split_heads)
-        # The fused kernel is several times faster but wrong on strided views (torch 2.13, CPU).
+        # AdamW's fused kernel is several times faster than the foreach one, but wrong on strided
+        # views, which columns of a matrix are (torch 2.13, CPU): heads go without it.
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
         groups: list[dict[str, Any]] = []
         for whole in (True, False):
@@ -54,100 +57,123 @@ class HeadwiseAdamW:
         self._adamw = torch.optim.AdamW(groups)
 
     def step(self, learning_rate: float, mask: HeadMask | None = None) -> None:
-        """Update from the parameters' gradients; heads that `mask` masks do not move.
+        """Update the parameters from their gradients, except the heads that `mask` masks.
 
         Args:
-            learning_rate: of this step.
-            mask: only with `split_heads`; None: every head moves.
+            learning_rate: learning rate of this step.
+            mask: heads to update; only with `split_heads`. None updates every head.
         """
-        parts = [unit for unit in self._units if unit.index is not None]
-        assert mask is None or parts, "a mask needs split_heads"
-        for unit in parts:
+        head_units = [unit for unit in self._units if unit.index is not None]
+        assert mask is None or head_units, "a mask needs split_heads"
+        # The backward pass gave the whole parameters their gradients; a head gets its part of them.
+        for unit in head_units:
             gradient, kept = unit.parameter.grad, mask is None or mask.array[unit.head]
             unit.tensor.grad = gradient[unit.index] if gradient is not None and kept else None
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
-        for unit in parts:
+        for unit in head_units:
             unit.tensor.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and step counts by name, for safetensors; empty for what never had a gradient."""
+        """Return moments and step counts as `<key>:<name>`, for a safetensors file.
+
+        A parameter, or a head's part of one, that never had a gradient has no entries.
+        """
         return {
             f"{key}:{unit.name}": value.contiguous()
             for unit in self._units
             for key, value in self._adamw.state.get(unit.tensor, {}).items()
         }
 
-    def second_moment(self) -> dict[str, Tensor]:
-        """Adam's second moment by parameter, after its bias correction; 0 without any gradient.
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Load what `state` returned; the next steps are bitwise those of that optimizer.
 
-        `v / (1 - beta2^t)`, t the steps that the parameter, or the head's part of it, has taken.
+        Raises:
+            ValueError: an entry belongs to no parameter of the model.
+        """
+        known = {f"{key}:{unit.name}" for unit in self._units for key in STATE_KEYS}
+        if not state.keys() <= known:
+            raise ValueError(f"optimizer state: unexpected {min(state.keys() - known)}")
+        for unit in self._units:
+            if f"step:{unit.name}" not in state:
+                continue
+            step, *moments = (state[f"{key}:{unit.name}"] for key in STATE_KEYS)
+            # As AdamW creates them: the fused kernel has the step on the parameter's device, the
+            # other on the CPU; the moments of a strided view have the view's layout.
+            first, second = (
+                torch.zeros_like(unit.tensor, memory_format=torch.preserve_format).copy_(moment)
+                for moment in moments
+            )
+            self._adamw.state[unit.tensor] = {
+                "step": step.to(unit.tensor.device if unit.index is None else "cpu"),
+                "exp_avg": first,
+                "exp_avg_sq": second,
+            }
+
+    def second_moment(self) -> dict[str, Tensor]:
+        """Return Adam's second moment by parameter name, after its bias correction.
+
+        `v / (1 - beta2^t)`, where t counts the steps that the parameter, or the head's part of it,
+        has taken. The entries of what never had a gradient are 0.
         """
         beta2 = self._adamw.defaults["betas"][1]
         moments: dict[str, Tensor] = {}
         for unit in self._units:
-            name = unit.name if unit.index is None else unit.name[: unit.name.rindex("[")]
-            whole = moments.setdefault(name, torch.zeros_like(unit.parameter))
-            own = self._adamw.state.get(unit.tensor)
-            if own:
-                place = whole if unit.index is None else whole[unit.index]
-                place.copy_(own["exp_avg_sq"] / (1 - beta2 ** float(own["step"])))
+            moment = moments.setdefault(unit.parameter_name, torch.zeros_like(unit.parameter))
+            state = self._adamw.state.get(unit.tensor)
+            if state:
+                part = moment if unit.index is None else moment[unit.index]
+                part.copy_(state["exp_avg_sq"] / (1 - beta2 ** float(state["step"])))
         return {name: moment.contiguous() for name, moment in moments.items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave; the next steps are bitwise those of that optimizer."""
-        known = {f"{key}:{unit.name}" for unit in self._units for key in _STATE}
-        if not state.keys() <= known:
-            raise ValueError(f"optimizer state: unexpected {min(state.keys() - known)}")
-        for unit in self._units:
-            own = {key: state[f"{key}:{unit.name}"] for key in _STATE if _has(state, key, unit)}
-            if own:
-                self._adamw.state[unit.tensor] = {
-                    "step": own["step"].to(unit.tensor.device if unit.index is None else "cpu"),
-                    "exp_avg": _like(unit.tensor, own["exp_avg"]),
-                    "exp_avg_sq": _like(unit.tensor, own["exp_avg_sq"]),
-                }
 
+@dataclass(frozen=True)
+class _Unit:
+    """One parameter as AdamW sees it: a whole parameter of the model, or a head's part of one.
 
-_STATE = ("step", "exp_avg", "exp_avg_sq")
+    Attributes:
+        parameter_name, parameter: the whole parameter.
+        tensor: what AdamW updates: the parameter itself, or a view of the head's part.
+        decays: whether weight decay applies.
+        index: `parameter[index]` is the head's part; None for a whole parameter.
+        head: (layer, head), or None for a whole parameter.
+    """
 
+    parameter_name: str
+    parameter: Tensor
+    tensor: Tensor
+    decays: bool
+    index: tuple[slice, ...] | None = None
+    head: tuple[int, int] | None = None
 
-def _has(state: dict[str, Tensor], key: str, unit: _Unit) -> bool:
-    return f"{key}:{unit.name}" in state
-
-
-def _like(tensor: Tensor, values: Tensor) -> Tensor:
-    """`values` in the memory layout AdamW itself gives the moments of `tensor`."""
-    return torch.zeros_like(tensor, memory_format=torch.preserve_format).copy_(values)
+    @property
+    def name(self) -> str:
+        """Name in the optimizer's state; the layer is part of the parameter's name."""
+        return (
+            self.parameter_name if self.head is None else f"{self.parameter_name}[{self.head[1]}]"
+        )
 
 
 def _units(model: nn.Module, split_heads: bool) -> list[_Unit]:
-    decaying = _decaying(model)
-    parts: dict[str, list[_Unit]] = {}
-    for part in head_slices(model) if split_heads else []:
-        parts.setdefault(part.name, []).append(
-            _Unit(
-                f"{part.name}[{part.head}]",
-                part.parameter.detach()[part.index],
-                part.parameter,
-                part.index,
-                (part.layer, part.head),
-                part.name in decaying,
-            )
-        )
-    units = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            whole = _Unit(name, parameter, parameter, None, None, name in decaying)
-            units += parts.get(name, [whole])
-    return units
-
-
-def _decaying(model: nn.Module) -> set[str]:
-    return {
+    """List the parameters that need a gradient, in the model's order, split by head if asked to."""
+    decaying = {
         f"{module_name}.{name}" if module_name else name
         for module_name, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)
         if name != "bias" and not isinstance(module, nn.LayerNorm)
     }
+    slices = head_slices(model) if split_heads else []
+    split = {part.name for part in slices}
+    units = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name not in split:
+            units.append(_Unit(name, parameter, parameter, name in decaying))
+        for part in slices:
+            if part.name == name:
+                view = parameter.detach()[part.index]
+                head = (part.layer, part.head)
+                units.append(_Unit(name, parameter, view, name in decaying, part.index, head))
+    return units

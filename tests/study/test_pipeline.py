@@ -24,7 +24,7 @@ from tracmod.analysis.results import RunResults
 from tracmod.analysis.summary import analyze
 from tracmod.attribution.query import Attributor
 from tracmod.config import CollectConfig, RunConfig
-from tracmod.features import store
+from tracmod.features import shards
 from tracmod.features.store import FeatureStore, verify_store
 from tracmod.influence.scores import top_influences
 from tracmod.models.checkpoints import load_checkpoints
@@ -254,13 +254,13 @@ def test_a_changed_memory_undoes_no_stage_and_changes_no_result(copy):
 
 def test_influence_verifies_each_shard_at_most_twice(copy, monkeypatch):
     """It is verified once for the rankings and once for the tables, not for every ranking."""
-    verified, shard_problem = Counter(), store.shard_problem
+    verified, shard_problem = Counter(), shards.shard_problem
 
     def count(file, *rest):
         verified[file] += 1
         return shard_problem(file, *rest)
 
-    monkeypatch.setattr(store, "shard_problem", count)
+    monkeypatch.setattr(shards, "shard_problem", count)
     run_stages(RunFolder(copy), ["influence"], again="influence")
     assert len(verified) == len(list(copy.glob("features/**/shard-*")))
     assert max(verified.values()) <= 2

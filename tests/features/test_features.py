@@ -383,11 +383,11 @@ def test_no_batch_waits_for_the_gpu(dtype):
     model, examples = tiny_encoder().cuda(), ragged_examples(12)
     mask = tm.HeadMask.from_array([[0, 1, 1], [1, 1, 0]])
     collector = Collector(model, tm.Projection(600), dtype=dtype, head_mask=mask)
-    with frozen(model), lean(model, mask, dtype) as kept:
-        collector.collect_lean(examples, kept)  # the first use may wait
+    with frozen(model), lean(model, mask, dtype) as lean_columns:
+        collector.collect_lean(examples, lean_columns)  # the first use may wait
         torch.cuda.set_sync_debug_mode("error")
         try:
-            collector.collect_lean(examples, kept)
+            collector.collect_lean(examples, lean_columns)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

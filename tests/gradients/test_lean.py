@@ -38,9 +38,9 @@ def shapes(model, mask=None):
             )
 
     examples = ragged_examples(5)
-    with frozen(model), lean(model, mask) as kept:
+    with frozen(model), lean(model, mask) as lean_columns:
         layers = [layer for layer in select_layers(model) if layer.kind == "linear"]
-        capture(model, layers, batch_of(model, examples), note, kept=kept)
+        capture(model, layers, batch_of(model, examples), note, lean_columns=lean_columns)
     return layer_shapes
 
 
@@ -80,10 +80,12 @@ def test_last_layer_is_computed_where_the_classifier_reads_it(family):
 def test_electra_is_lean():
     model = tiny_model("electra", dtype=torch.float32)
     seen = []
-    with frozen(model), lean(model) as kept:
+    with frozen(model), lean(model) as lean_columns:
         layers = [la for la in select_layers(model) if la.name.endswith("layer.1.output.dense")]
         batch = batch_of(model, tiny_examples(4))
-        capture(model, layers, batch, lambda c: seen.append(c.x.shape[1]), kept=kept)
+        capture(
+            model, layers, batch, lambda c: seen.append(c.x.shape[1]), lean_columns=lean_columns
+        )
     assert seen == [1]
 
 

@@ -25,7 +25,7 @@ from tracmod import kernels
 from tracmod.features.projection import Projection, Slot, projection_keys
 from tracmod.features.store import FeatureStore
 from tracmod.gradients.capture import Captured, Layer, capture, select_layers
-from tracmod.gradients.lean_pass import Kept, lean
+from tracmod.gradients.lean_pass import LeanColumns, lean
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.inputs import (
     as_examples,
@@ -91,27 +91,29 @@ class Collector:
             examples: Checked examples with `input_ids`, `labels` and possibly more columns.
             advance: Called with the number of examples of each batch after it.
         """
-        with lean(self.model, self.head_mask, self.dtype) as kept:
-            return self.collect_lean(examples, kept, advance)
+        with lean(self.model, self.head_mask, self.dtype) as lean_columns:
+            return self.collect_lean(examples, lean_columns, advance)
 
     def collect_lean(
         self,
         examples: Sequence[Mapping[str, Any]],
-        kept: Kept,
+        lean_columns: LeanColumns,
         advance: Callable[[int], Any] | None = None,
     ) -> Tensor:
-        """Do the same within the context of `lean`, which yields `kept`; never waits for a GPU."""
+        """Do the same in the context of `lean`, which yields the columns; never wait for a GPU."""
         device = next(self.model.parameters()).device
         features = torch.zeros(len(examples), self.projection.dim, device=device)
         lengths = [example_length(example) for example in examples]
         for rows in plan_batches(lengths, self.batch_tokens):
             batch = collate([examples[row] for row in rows], pad_token_id(self.model), device)
-            features.index_copy_(0, send(torch.tensor(rows), device), self._batch(batch, kept))
+            features.index_copy_(
+                0, send(torch.tensor(rows), device), self._batch(batch, lean_columns)
+            )
             if advance is not None:
                 advance(len(rows))
         return features
 
-    def _batch(self, batch: Mapping[str, Tensor], kept: Kept) -> Tensor:
+    def _batch(self, batch: Mapping[str, Tensor], lean_columns: LeanColumns) -> Tensor:
         out_BK = torch.zeros(
             len(batch["labels"]), self.projection.dim, device=batch["labels"].device
         )
@@ -123,7 +125,7 @@ class Collector:
             for part, slot in self._by_slot(captured):
                 self._project(part, slot, out_BK)
 
-        capture(self.model, self.layers, batch, project, self.dtype, kept)
+        capture(self.model, self.layers, batch, project, self.dtype, lean_columns)
         return out_BK
 
     def _by_slot(self, captured: Captured) -> Iterator[tuple[Captured, Slot]]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tracmod.features.shards import KEPT_SHARDS
+from tracmod.features.shards import CACHED_SHARDS
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import canonical_json, sha256
 
@@ -140,7 +140,7 @@ class StoreRows:
 
     @property
     def kept_bytes(self) -> int:
-        return 0 if self.store.is_on_disk else KEPT_SHARDS * self.store.shard_bytes
+        return 0 if self.store.is_on_disk else CACHED_SHARDS * self.store.shard_bytes
 
     def read(self, start: int, stop: int) -> Tensor:
         return self.store.read(start, stop)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tracmod.gradients.lean_pass import Columns, Kept
+from tracmod.gradients.lean_pass import Columns, LeanColumns
 from tracmod.models.architecture import attention_layers, embeddings_module
 from tracmod.models.inputs import per_example_loss
 
@@ -225,7 +225,7 @@ def capture(
     batch: Mapping[str, Tensor],
     on_captured: Callable[[Captured], None],
     dtype: torch.dtype | None = None,
-    kept: Kept | None = None,
+    lean_columns: LeanColumns | None = None,
 ) -> None:
     """Run one forward and one backward pass; pass every selected layer to `on_captured` once.
 
@@ -238,14 +238,14 @@ def capture(
         batch: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B,), on the model's device.
         on_captured: Called with what was captured, from the last layer to the first.
         dtype: bfloat16 or float16 for a pass under autocast; None for the dtype of the model.
-        kept: What `lean` yields, if the pass is run in its context.
+        lean_columns: What `lean` yields, if the pass is run in its context.
 
     Raises:
         ValueError: A layer runs twice in one pass, because parameters are shared across depth; or
             the loss depends on no selected layer.
     """
     lengths = token_lengths(batch["attention_mask"])
-    groups = _Groups(lengths, on_captured, kept or {})
+    groups = _Groups(lengths, on_captured, lean_columns or {})
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.module.register_forward_hook(groups.hook(layer)).remove)
@@ -302,9 +302,9 @@ class _Groups:
     """
 
     def __init__(
-        self, lengths: Tensor, on_captured: Callable[[Captured], None], kept: Kept
+        self, lengths: Tensor, on_captured: Callable[[Captured], None], lean_columns: LeanColumns
     ) -> None:
-        self.lengths, self.on_captured, self.kept = lengths, on_captured, kept
+        self.lengths, self.on_captured, self.lean_columns = lengths, on_captured, lean_columns
         self.seen: set[str] = set()
         self.groups: dict[Any, _Group] = {}
 
@@ -343,7 +343,7 @@ class _Groups:
 
     def pass_on(self, key: Any) -> None:
         """Pass a group to the callback and forget it, so that its memory can be freed."""
-        self.on_captured(_captured(self.groups.pop(key), self.lengths, self.kept))
+        self.on_captured(_captured(self.groups.pop(key), self.lengths, self.lean_columns))
 
     def finish(self) -> None:
         """Pass on groups for which the loss reached only some of the layers."""
@@ -353,7 +353,7 @@ class _Groups:
                 self.pass_on(key)
 
 
-def _captured(group: _Group, lengths: Tensor, kept: Kept) -> Captured:
+def _captured(group: _Group, lengths: Tensor, lean_columns: LeanColumns) -> Captured:
     """Bring what was recorded into the form of `Captured`."""
     module = group.layers[0].module
     gs = [_for_kernels(group.g[layer.name]) for layer in group.layers]
@@ -371,7 +371,7 @@ def _captured(group: _Group, lengths: Tensor, kept: Kept) -> Captured:
         x = x.to(gs[0].dtype)
     if gs[0].dim() == 2:
         x, gs = x[:, None], [g[:, None] for g in gs]
-    columns = [kept.get(layer.module, Columns(None, None)) for layer in group.layers]
+    columns = [lean_columns.get(layer.module, Columns(None, None)) for layer in group.layers]
     return Captured(
         tuple(group.layers),
         x.contiguous(),

@@ -124,7 +124,7 @@ def fit_ekfac(
         raise ValueError("dataset: expected at least one example, got none")
     check_examples(model, examples)
     layers = select_layers(model, parameters)
-    with frozen(model), on_device(model, device), lean(model) as kept:
+    with frozen(model), on_device(model, device), lean(model) as lean_columns:
         if labels == "sampled":
             examples = _with_sampled_labels(model, examples, batch_tokens, seed)
         covariances, curvature = _Covariances(), _Curvature(layers)
@@ -134,7 +134,7 @@ def fit_ekfac(
             for rows in plan_batches(lengths, batch_tokens):
                 chosen = [examples[row] for row in rows]
                 batch = collate(chosen, pad_token_id(model), model.device)
-                capture(model, layers, batch, on_captured, kept=kept)
+                capture(model, layers, batch, on_captured, lean_columns=lean_columns)
                 if advance is not None:
                     advance(len(rows))
 

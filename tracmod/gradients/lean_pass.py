@@ -45,13 +45,13 @@ class Columns(NamedTuple):
     output: Tensor | None
 
 
-Kept = Mapping[nn.Module, Columns]
+LeanColumns = Mapping[nn.Module, Columns]  # of the layers that have lost columns
 
 
 @contextmanager
 def lean(
     model: PreTrainedModel, head_mask: HeadMask | None = None, dtype: torch.dtype | None = None
-) -> Iterator[Kept]:
+) -> Iterator[LeanColumns]:
     """Make every pass of a model a lean one; the model is restored when the context ends.
 
     Not for training: narrowed weights are copies, so updates of them would be lost.
@@ -74,33 +74,33 @@ def lean(
                 stack.enter_context(_plain_attention(model))
             elif model.dtype is torch.float32:
                 _use_native_products(stack, model)
-        kept: dict[nn.Module, Columns] = {}
+        lean_columns: dict[nn.Module, Columns] = {}
         if head_mask is not None:
-            kept = _leave_heads_out(stack, model, head_mask, probe)
+            lean_columns = _remove_masked_heads(stack, model, head_mask, probe)
         last = _last_block(model)
         if last is not None and _reads_first_alone(model, *last, probe):
             _replace_forward(stack, *last)
-        yield kept
+        yield lean_columns
 
 
 # --- Masked heads ---------------------------------------------------------------------------
 
 
-def _leave_heads_out(
+def _remove_masked_heads(
     stack: ExitStack, model: PreTrainedModel, mask: HeadMask, probe: Mapping[str, Tensor]
 ) -> dict[nn.Module, Columns]:
     """Take masked heads out of the matrices, or only mask them if the model needs its heads."""
     with mask.apply(model):
         expected = logits_of(model, probe)
     attempt = ExitStack()
-    kept: dict[nn.Module, Columns] = {}
+    lean_columns: dict[nn.Module, Columns] = {}
     for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):
         if not kept_H.all():
-            kept |= _narrow(attempt, layer, torch.from_numpy(kept_H.copy()))
+            lean_columns |= _narrow(attempt, layer, torch.from_numpy(kept_H.copy()))
     with suppress(RuntimeError, ValueError):  # raised by a model that relies on its number of heads
         if close_logits(logits_of(model, probe), expected):
             stack.push(attempt)
-            return kept
+            return lean_columns
     attempt.close()
     stack.enter_context(mask.apply(model))
     return {}

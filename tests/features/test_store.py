@@ -1,4 +1,4 @@
-"""FeatureStore: what is read is what was written, whatever happened between."""
+"""FeatureStore: what is read is what was written, whatever happened in between."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ SUPPORT = str(Path(made_stores.__file__).parent)  # for child processes
 
 
 @pytest.fixture(params=["disk", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Location) -> Iterator[Location]:
-    """Where stores lie: a folder, or object storage (which lives in this process)."""
+def root(request: pytest.FixtureRequest, tmp_path: Location) -> Iterator[Location]:
+    """The location of stores: a folder, or object storage in the memory of this process."""
     if request.param == "disk":
         yield tmp_path
         return
@@ -57,15 +57,15 @@ def place(request: pytest.FixtureRequest, tmp_path: Location) -> Iterator[Locati
 
 
 def dequantised(rows: torch.Tensor) -> torch.Tensor:
-    """What int8 makes of rows, number by number."""
-    given_back = torch.zeros_like(rows)
+    """Quantize to int8 and restore, number by number."""
+    restored = torch.zeros_like(rows)
     for row, numbers in enumerate(rows.tolist()):
         largest = torch.tensor(max(map(abs, numbers)))
         if largest > 0:
             step = largest / torch.tensor(127.0)
             codes = [round(float(torch.tensor(x) * (127.0 / largest))) for x in numbers]
-            given_back[row] = torch.tensor([float(code) for code in codes]) * step
-    return given_back
+            restored[row] = torch.tensor([float(code) for code in codes]) * step
+    return restored
 
 
 def read_all(path: Location) -> tuple[list[str], torch.Tensor]:
@@ -75,8 +75,8 @@ def read_all(path: Location) -> tuple[list[str], torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 31, 33, 127])
-def test_reads_what_was_written(place: Location, count: int, dtype: str) -> None:
-    path = made(place / "s", count, dtype=dtype, shard_rows=32)
+def test_reads_what_was_written(root: Location, count: int, dtype: str) -> None:
+    path = made(root / "s", count, dtype=dtype, shard_rows=32)
     store = FeatureStore.open(path, IDENTITY)
     assert store.dtype == getattr(torch, dtype)
     is_int8 = dtype == "int8"
@@ -109,8 +109,8 @@ def test_an_int8_shard_is_codes_scales_and_norms(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_take_gives_rows_by_number(place: Location, dtype: str) -> None:
-    store = grown(place / "s", [10, 11, 23], dtype=dtype)
+def test_take_gives_rows_by_number(root: Location, dtype: str) -> None:
+    store = grown(root / "s", [10, 11, 23], dtype=dtype)
     for rows in [[], [0], [22, 0, 10, 9, 11, 9, 22], list(range(23))]:
         assert torch.equal(store.take(rows), store.read()[rows])
         assert torch.equal(store.take(torch.tensor(rows, dtype=torch.int32)), store.read()[rows])
@@ -120,8 +120,8 @@ def test_take_gives_rows_by_number(place: Location, dtype: str) -> None:
             store.take(wrong)
 
 
-def test_take_reads_only_the_shards_that_hold_the_rows(place: Location) -> None:
-    path = made(place / "s")
+def test_take_reads_only_the_shards_that_hold_the_rows(root: Location) -> None:
+    path = made(root / "s")
     (path / "shard-00001.safetensors").unlink()
     store = FeatureStore.open(path)
     assert torch.equal(store.take([9, 0]), rows_of(10)[[9, 0]])
@@ -129,8 +129,8 @@ def test_take_reads_only_the_shards_that_hold_the_rows(place: Location) -> None:
         store.take([4])
 
 
-def test_slices_are_those_of_a_list(place: Location) -> None:
-    store = FeatureStore.open(made(place / "s"))
+def test_slices_are_those_of_a_list(root: Location) -> None:
+    store = FeatureStore.open(made(root / "s"))
     for rows in [slice(None), slice(3, 7), slice(7, 3), slice(-2, None), slice(1, 99, 3)]:
         assert torch.equal(store[rows], rows_of(10)[rows])
     assert torch.equal(store[::-1], rows_of(10).flip(0))
@@ -139,8 +139,8 @@ def test_slices_are_those_of_a_list(place: Location) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 3, 4, 8, 9, 100])
-def test_blocks_and_slices_are_the_rows_in_order(place: Location, block: int) -> None:
-    store = FeatureStore.open(made(place / "s", 31))
+def test_blocks_and_slices_are_the_rows_in_order(root: Location, block: int) -> None:
+    store = FeatureStore.open(made(root / "s", 31))
     starts = [start for start, _ in store.blocks(block)]
     assert starts == list(range(0, 31, block))
     assert torch.equal(torch.cat([rows for _, rows in store.blocks(block)]), rows_of(31))
@@ -149,8 +149,8 @@ def test_blocks_and_slices_are_the_rows_in_order(place: Location, block: int) ->
         assert torch.equal(store.norms(start, stop), store.norms()[start:stop])
 
 
-def test_a_file_cannot_be_changed_through_what_was_read(place: Location) -> None:
-    store = FeatureStore.open(made(place / "s"))
+def test_a_file_cannot_be_changed_through_what_was_read(root: Location) -> None:
+    store = FeatureStore.open(made(root / "s"))
     store.read(0, 4).zero_()
     assert torch.equal(store.read(), rows_of(10))
     assert verify_store(store.path) == []
@@ -169,12 +169,12 @@ def test_shards_are_plain_safetensors(tmp_path: Path) -> None:
         assert torch.equal(shard.get_tensor("features"), rows_of(10)[8:])
 
 
-def test_files_do_not_depend_on_the_order_of_writing(place: Location) -> None:
-    with create(place / "backwards") as store:
+def test_files_do_not_depend_on_the_order_of_writing(root: Location) -> None:
+    with create(root / "backwards") as store:
         for shard in reversed(range(3)):
             rows = store.shard_range(shard)
             store.write_shard(shard, rows_of(10)[rows.start : rows.stop])
-    assert contents(place / "backwards") == contents(made(place / "forwards"))
+    assert contents(root / "backwards") == contents(made(root / "forwards"))
 
 
 # --- Resuming and faults ----------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_resuming_writes_only_what_is_missing(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for kill -9: no handler of the store may run on it."""
+    """Simulates kill -9: no exception handler of the store may run."""
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ class Killed(BaseException):
     ],
     ids=["make", "grow", "merge"],
 )
-def test_killed_between_any_two_steps_and_resumed(
+def test_resumes_after_a_kill_between_any_two_steps(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     start: Callable[[Path], Any],
@@ -244,8 +244,8 @@ def test_killed_between_any_two_steps_and_resumed(
                 break
             except Killed:
                 killed += 1
-        gc.collect()  # the dead writer's lock
-        for temporary in path.glob(".*.tmp"):  # it may have got less far than the name
+        gc.collect()  # releases the lock of the killed writer
+        for temporary in path.glob(".*.tmp"):  # it may have been killed before it was complete
             temporary.write_bytes(half_written(temporary.read_bytes()))
         for problem in verify_store(path):
             assert "is missing" in problem or "no manifest.json" in problem
@@ -253,7 +253,8 @@ def test_killed_between_any_two_steps_and_resumed(
         assert {name for name in before if now[name] != before[name]} <= {"manifest.json"}
         work(path)
         assert contents(path) == undisturbed
-    assert killed == 1 + files * 3  # flush the parent folder; a file: flush, rename, flush folder
+    # Flush the parent folder; then for each file: flush it, rename it, flush the folder.
+    assert killed == 1 + files * 3
 
 
 WRITER = """
@@ -336,12 +337,12 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
     create(tmp_path / "s").close()
 
 
-def test_a_writer_that_was_refused_lets_go_even_if_its_error_is_kept(tmp_path: Path) -> None:
+def test_a_refused_writer_releases_the_lock_even_if_its_error_is_referenced(tmp_path: Path) -> None:
     made(tmp_path / "s")
-    with pytest.raises(ValueError, match="parameters") as kept:
+    with pytest.raises(ValueError, match="parameters") as refused:
         create(tmp_path / "s", identity=IDENTITY | {"parameters": "all"})
     create(tmp_path / "s").close()
-    assert kept.value.__traceback__ is not None  # its frames hold what create had opened
+    assert refused.value.__traceback__ is not None  # its frames refer to the lock
 
 
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
@@ -370,8 +371,8 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
         "shard-00003.safetensors",
     ],
 )
-def test_one_flipped_bit_anywhere_is_found_and_never_used(place: Location, name: str) -> None:
-    path = grown(place / "s", [10, 17]).path
+def test_one_flipped_bit_anywhere_is_found_and_never_used(root: Location, name: str) -> None:
+    path = grown(root / "s", [10, 17]).path
     file = path / name
     good = file.read_bytes()
     chance = random.Random(1)
@@ -387,8 +388,8 @@ def test_one_flipped_bit_anywhere_is_found_and_never_used(place: Location, name:
     assert verify_store(path) == []
 
 
-def test_a_damaged_shard_is_written_anew(place: Location) -> None:
-    path = made(place / "s")
+def test_a_damaged_shard_is_written_anew(root: Location) -> None:
+    path = made(root / "s")
     good = contents(path)
     for name in ["shard-00000.safetensors", "shard-00002.safetensors", "ids.json"]:
         (path / name).write_bytes(good[name][:-3] + b"???")
@@ -399,8 +400,8 @@ def test_a_damaged_shard_is_written_anew(place: Location) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 100, -1])
-def test_truncated_shard(place: Location, size: int) -> None:
-    path = made(place / "s")
+def test_truncated_shard(root: Location, size: int) -> None:
+    path = made(root / "s")
     file = path / "shard-00001.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     [problem] = verify_store(path)
@@ -412,9 +413,9 @@ def test_truncated_shard(place: Location, size: int) -> None:
         store.read()
 
 
-def test_shards_of_another_store_or_place_are_refused(place: Location) -> None:
-    path = made(place / "s", 12)
-    other = made(place / "other", 12, identity=IDENTITY | {"model": "d" * 64})
+def test_shards_of_another_store_or_number_are_refused(root: Location) -> None:
+    path = made(root / "s", 12)
+    other = made(root / "other", 12, identity=IDENTITY | {"model": "d" * 64})
     shard = path / "shard-00001.safetensors"
     for wrong in [path / "shard-00000.safetensors", other / "shard-00001.safetensors"]:
         shard.write_bytes(wrong.read_bytes())
@@ -423,15 +424,15 @@ def test_shards_of_another_store_or_place_are_refused(place: Location) -> None:
             FeatureStore.open(path).read()
 
 
-def test_missing_shard_is_named(place: Location) -> None:
-    path = made(place / "s")
+def test_errors_name_a_missing_shard(root: Location) -> None:
+    path = made(root / "s")
     (path / "shard-00002.safetensors").unlink()
     assert verify_store(path) == [f"{path}/shard-00002.safetensors is missing"]
     with pytest.raises(ValueError, match=r"shard-00002\.safetensors is missing"):
         FeatureStore.open(path).norms()
 
 
-def test_foreign_files_are_named(tmp_path: Path) -> None:
+def test_files_that_do_not_belong_to_the_store_are_named(tmp_path: Path) -> None:
     path = made(tmp_path / "s")
     for name in ["notes.txt", "shard-00003.safetensors", "shard-000001.safetensors"]:
         (path / name).write_text("x")
@@ -445,7 +446,7 @@ def test_foreign_files_are_named(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folder_that_holds_something_else_is_not_taken(tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=r"thesis\.tex"):
         create(tmp_path)
@@ -456,8 +457,8 @@ def test_a_folder_that_holds_something_else_is_not_taken(tmp_path: Path) -> None
         create(path)
 
 
-def test_newer_version_and_no_store(place: Location) -> None:
-    path = made(place / "s")
+def test_newer_version_and_no_store(root: Location) -> None:
+    path = made(root / "s")
     manifest = json.loads((path / "manifest.json").read_bytes()) | {"version": 3}
     (path / "manifest.json").write_bytes(canonical_json(manifest))
     for attempt in [lambda: FeatureStore.open(path), lambda: create(path)]:
@@ -465,7 +466,7 @@ def test_newer_version_and_no_store(place: Location) -> None:
             attempt()
     assert "version 3" in verify_store(path)[0]
     with pytest.raises(ValueError, match="no feature store at"):
-        FeatureStore.open(place)
+        FeatureStore.open(root)
     (path / "manifest.json").write_bytes(seal({"format": "something"}))
     with pytest.raises(ValueError, match=r"manifest\.json"):
         FeatureStore.open(path)
@@ -488,10 +489,10 @@ def test_newer_version_and_no_store(place: Location) -> None:
         ({"ids": [*names(9), "x"]}, "ids_sha256: expected"),
     ],
 )
-def test_another_run_is_refused_with_what_differs(
-    place: Location, changes: dict, message: str
+def test_errors_name_what_differs_in_another_run(
+    root: Location, changes: dict, message: str
 ) -> None:
-    path = made(place / "s")
+    path = made(root / "s")
     before = contents(path)
     with pytest.raises(ValueError, match=message):
         create(path, **changes)
@@ -646,9 +647,9 @@ def test_appended_rows_are_missing_until_they_are_written(tmp_path: Path) -> Non
     ],
 )
 def test_a_wrong_append_leaves_the_store_as_it_was(
-    place: Location, ids: list, data: object, message: str
+    root: Location, ids: list, data: object, message: str
 ) -> None:
-    path = made(place / "s")
+    path = made(root / "s")
     before = contents(path)
     with create(path) as store:
         with pytest.raises(ValueError, match=message):
@@ -705,9 +706,9 @@ def test_two_writers_cannot_append(tmp_path: Path) -> None:
     ],
 )
 def test_a_store_does_not_grow_where_its_rows_have_changed(
-    place: Location, changes: dict, message: str
+    root: Location, changes: dict, message: str
 ) -> None:
-    path = grown(place / "s", [10, 17]).path
+    path = grown(root / "s", [10, 17]).path
     before = contents(path)
     arguments: dict = {"ids": names(23), "data": "{}-{}".format, "identity": IDENTITY} | changes
     with pytest.raises(ValueError, match=message):
@@ -717,9 +718,9 @@ def test_a_store_does_not_grow_where_its_rows_have_changed(
         create(path)
 
 
-def test_growing_goes_on_with_shards_that_are_missing_of_every_segment(place: Location) -> None:
-    undisturbed = contents(grown(place / "undisturbed", [10, 11, 23]).path)
-    path = grown(place / "s", [10, 11]).path
+def test_growing_resumes_missing_shards_of_every_segment(root: Location) -> None:
+    undisturbed = contents(grown(root / "undisturbed", [10, 11, 23]).path)
+    path = grown(root / "s", [10, 11]).path
     for shard in (1, 3):
         (path / f"shard-{shard:05d}.safetensors").unlink()
     (path / "ids-1.json").unlink()
@@ -728,34 +729,36 @@ def test_growing_goes_on_with_shards_that_are_missing_of_every_segment(place: Lo
 
 
 def test_shards_of_another_growth_of_the_same_rows_are_refused(tmp_path: Path) -> None:
-    one, other = (grown(tmp_path / name, [10]).path for name in ("one", "other"))
-    for path, name in ((one, "x"), (other, "y")):
-        with create(path, identity=IDENTITY | {"data": "0-10"}) as store:
-            store.append([name])
-            store.write_shard(3, torch.ones(1, DIM))
-    (one / "shard-00003.safetensors").write_bytes((other / "shard-00003.safetensors").read_bytes())
-    assert "another store" in verify_store(one)[0]
+    store, other = (grown(tmp_path / name, [10]).path for name in ("store", "other"))
+    for path, name in ((store, "x"), (other, "y")):
+        with create(path, identity=IDENTITY | {"data": "0-10"}) as writer:
+            writer.append([name])
+            writer.write_shard(3, torch.ones(1, DIM))
+    (store / "shard-00003.safetensors").write_bytes(
+        (other / "shard-00003.safetensors").read_bytes()
+    )
+    assert "another store" in verify_store(store)[0]
 
 
-def test_linking_takes_the_segments_that_are_the_same(place: Location) -> None:
-    donor = grown(place / "donor", [10, 17]).path
-    with create(place / "s", identity=IDENTITY | {"data": "0-10"}) as store:
+def test_linking_takes_the_segments_that_are_the_same(root: Location) -> None:
+    donor = grown(root / "donor", [10, 17]).path
+    with create(root / "s", identity=IDENTITY | {"data": "0-10"}) as store:
         assert store.link_shards(donor) == 3
         store.append(names(17)[10:], "10-17")
         assert store.link_shards(donor) == 2
         store.append(["x"], "17-18")
         assert store.link_shards(donor) == 0
         assert store.missing_shards() == [5]
-    with create(place / "t", identity=IDENTITY | {"data": "0-10"}) as store:
+    with create(root / "t", identity=IDENTITY | {"data": "0-10"}) as store:
         store.append(names(17)[10:], "another")
         assert store.link_shards(donor) == 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
-def test_a_merged_store_is_the_rows_of_its_parts_bit_by_bit(place: Location, dtype: str) -> None:
-    sources = parts(place, 31, dtype=dtype)
+def test_a_merged_store_is_the_rows_of_its_parts_bit_by_bit(root: Location, dtype: str) -> None:
+    sources = parts(root, 31, dtype=dtype)
     done: list[int] = []
-    merged = FeatureStore.merge(place / "s", sources, done.append)
+    merged = FeatureStore.merge(root / "s", sources, done.append)
     assert merged.verify() == []
     assert merged.ids == names(31)
     assert merged.identity == IDENTITY | {"data": ["0", "10", "15"]}
@@ -764,11 +767,11 @@ def test_a_merged_store_is_the_rows_of_its_parts_bit_by_bit(place: Location, dty
     assert torch.equal(merged.read(), torch.cat([store.read() for store in stores]))
     assert torch.equal(merged.norms(), torch.cat([store.norms() for store in stores]))
     assert contents(merged.path) == contents(
-        made(place / "t", 31, dtype=dtype, identity=merged.identity)
+        made(root / "t", 31, dtype=dtype, identity=merged.identity)
     )
 
 
-def test_merging_goes_on_and_holds_one_shard_at_a_time(
+def test_merging_resumes_and_reads_one_shard_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = parts(tmp_path)
@@ -790,24 +793,26 @@ def test_merging_goes_on_and_holds_one_shard_at_a_time(
     assert max(read) <= 4
 
 
-def test_what_cannot_be_merged_is_refused_before_anything_is_written(place: Location) -> None:
-    sources = parts(place)
-    int8 = part(place / "int8", 0, 3, 5, dtype="int8")
-    other = part(place / "other", 0, 3, 5, identity=IDENTITY | {"model": "e"})
+def test_stores_that_cannot_be_merged_are_refused_before_anything_is_written(
+    root: Location,
+) -> None:
+    sources = parts(root)
+    int8 = part(root / "int8", 0, 3, 5, dtype="int8")
+    other = part(root / "other", 0, 3, 5, identity=IDENTITY | {"model": "e"})
     with pytest.raises(ValueError, match=r'/int8 .*: dtype: expected "float32"'):
-        FeatureStore.merge(place / "s", [*sources, int8])
+        FeatureStore.merge(root / "s", [*sources, int8])
     with pytest.raises(ValueError, match=r'/other .*: model: expected "a'):
-        FeatureStore.merge(place / "s", [*sources, other])
+        FeatureStore.merge(root / "s", [*sources, other])
     with pytest.raises(ValueError, match=r"part-0 and .*part-0 .*'zh-é-0"):
-        FeatureStore.merge(place / "s", [*sources, sources[0]])
+        FeatureStore.merge(root / "s", [*sources, sources[0]])
     with pytest.raises(ValueError, match=r"stores .*got none"):
-        FeatureStore.merge(place / "s", [])
+        FeatureStore.merge(root / "s", [])
     with pytest.raises(ValueError, match="no feature store at"):
-        FeatureStore.merge(place / "s", [*sources, place])
+        FeatureStore.merge(root / "s", [*sources, root])
     (sources[2] / "shard-00001.safetensors").unlink()
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing"):
-        FeatureStore.merge(place / "s", sources)
-    assert not (place / "s").exists()
+        FeatureStore.merge(root / "s", sources)
+    assert not (root / "s").exists()
     with pytest.raises(ValueError, match=r"/other .*identity"):
         FeatureStore.merge(other, sources[:2])
 
@@ -823,11 +828,11 @@ def test_a_damaged_part_is_not_merged(tmp_path: Path) -> None:
     assert FeatureStore.merge(tmp_path / "s", sources).verify() == []
 
 
-def test_verifying_tells_the_bytes_of_every_shard(tmp_path: Path) -> None:
+def test_verifying_reports_the_bytes_of_every_shard(tmp_path: Path) -> None:
     path = grown(tmp_path / "s", [10, 17]).path
-    told: list[int] = []
-    assert verify_store(path, told.append) == []
-    assert told == [file.stat().st_size for file in sorted(path.glob("shard-*"))]
+    sizes: list[int] = []
+    assert verify_store(path, sizes.append) == []
+    assert sizes == [file.stat().st_size for file in sorted(path.glob("shard-*"))]
 
 
 def write_ones(store: FeatureStore) -> None:
@@ -836,7 +841,7 @@ def write_ones(store: FeatureStore) -> None:
 
 
 def assert_disk_full_is_survived(store: FeatureStore) -> None:
-    """Writes shards until one does not fit; the others are still sound."""
+    """Write shards until one does not fit, and check that the others are sound."""
     with pytest.raises(OSError, match="No space left on device") as full:
         write_ones(store)
     missing = store.missing_shards()

@@ -1,4 +1,4 @@
-"""Object storage: what a store, a run and the commands do by URL, and when a driver fails."""
+"""Object storage: stores, runs and commands with URLs, and drivers that fail."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from tracmod.validation.integrity import verify
 
 
 class DriverError(Exception):
-    """Stands for what drivers let through, as botocore's NoCredentialsError: not an OSError."""
+    """Stands for exceptions that drivers pass on and that are no OSError (NoCredentialsError)."""
 
 
 class FlakyFileSystem(MemoryFileSystem):
-    """Object storage in memory that fails when it is told to, and counts what is fetched."""
+    """Object storage in memory that fails on demand and records what is fetched."""
 
     protocol = "flaky"
-    fails: dict[str, Exception]  # the method that fails -> how
-    puts_left: int
+    fails: dict[str, Exception]  # operation -> the exception that it raises
+    puts_left: int  # before puts fail
     fetched: list[str]
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return super()._strip_protocol(path.removeprefix("flaky://"))
 
-    def _may_fail(self, does: str) -> None:
-        if does in self.fails:
-            raise self.fails[does]
+    def _may_fail(self, operation: str) -> None:
+        if operation in self.fails:
+            raise self.fails[operation]
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
         FlakyFileSystem.puts_left -= 1
@@ -73,7 +73,7 @@ class FlakyFileSystem(MemoryFileSystem):
 
 @pytest.fixture(autouse=True)
 def empty_storage() -> Iterator[None]:
-    """Object storage in memory is of the process: each test begins without objects."""
+    """Object storage in memory is shared by the process; begin each test without objects."""
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
     FlakyFileSystem.fails, FlakyFileSystem.puts_left, FlakyFileSystem.fetched = {}, 0, []
     MemoryFileSystem.store.clear()
@@ -82,18 +82,18 @@ def empty_storage() -> Iterator[None]:
 
 
 def bucket(name: str = "") -> ObjectPath:
-    place = location(f"flaky://bucket{name}")
-    assert isinstance(place, ObjectPath)
-    return place
+    path = location(f"flaky://bucket{name}")
+    assert isinstance(path, ObjectPath)
+    return path
 
 
 def flip(file: ObjectPath) -> None:
-    """One bit of its last byte."""
+    """Flip one bit of the last byte."""
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-# --- Places ----------------------------------------------------------------------------------
+# --- Locations -------------------------------------------------------------------------------
 
 
 def test_a_path_stays_a_path_and_file_urls_are_the_path_they_name(tmp_path: Path) -> None:
@@ -103,14 +103,14 @@ def test_a_path_stays_a_path_and_file_urls_are_the_path_they_name(tmp_path: Path
     assert location(bucket("/x")) == bucket() / "x" == (bucket() / "x/y").parent
 
 
-def test_a_url_that_cannot_be_used_is_one_sentence() -> None:
+def test_errors_name_an_invalid_url() -> None:
     with pytest.raises(ValueError, match="gopher://bucket/x: Protocol not known: gopher"):
         FeatureStore.open("gopher://bucket/x")
-    with pytest.raises(ValueError, match=r"s3:/bucket/x: expected a path, or a URL as text"):
+    with pytest.raises(ValueError, match=r"s3:/bucket/x: expected a path"):
         FeatureStore.open(Path("s3://bucket/x"))
 
 
-def test_a_driver_that_is_not_installed_is_named(
+def test_errors_name_a_driver_that_is_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = {"class": "no_such_driver.FileSystem", "err": "Install no-such-driver to access it"}
@@ -124,16 +124,16 @@ def test_a_driver_that_is_not_installed_is_named(
     assert not run.path.exists()
 
 
-def test_an_object_place_has_what_its_folder_would_have(tmp_path: Path) -> None:
+def test_an_object_path_lists_what_a_folder_would(tmp_path: Path) -> None:
     for folder in (tmp_path, bucket()):
         assert list(folder.iterdir() if folder.exists() else []) == []
         made(folder / "a", 3)
         made(folder / "b" / "c", 3)
-        assert sorted(one.name for one in folder.iterdir()) == ["a", "b"]
-        found = sorted(
-            str(one.parent).removeprefix(f"{folder}/") for one in folder.rglob("ids.json")
+        assert sorted(entry.name for entry in folder.iterdir()) == ["a", "b"]
+        stores = sorted(
+            str(file.parent).removeprefix(f"{folder}/") for file in folder.rglob("ids.json")
         )
-        assert found == ["a", "b/c"]
+        assert stores == ["a", "b/c"]
         assert not (folder / "b").is_file()
         assert (folder / "b").exists()
         assert not (folder / "b/d").exists()
@@ -154,7 +154,7 @@ def test_a_shard_is_fetched_once_for_all_of_its_blocks() -> None:
     assert torch.equal(torch.cat([block for _, block in store.blocks(1)]), rows_of(31))
     every = [f"shard-{shard:05d}.safetensors" for shard in range(8)]
     assert FlakyFileSystem.fetched == every
-    for rows in ([0, 4, 1, 5], [0], [4]):  # two shards are kept, the third takes the older's place
+    for rows in ([0, 4, 1, 5], [0], [4]):  # two shards are cached; a third replaces the older one
         store.take(rows)
     assert FlakyFileSystem.fetched == [*every, every[0], every[1]]
     store.take([8])
@@ -196,7 +196,7 @@ def test_two_writers_of_one_store_do_no_harm_and_of_another_are_refused() -> Non
 
 
 def test_two_that_begin_different_stores_at_once_never_mix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second saw no manifest either, and replaces the first's."""
+    """Neither of them saw a manifest, and the second replaces that of the first."""
     first = create(bucket("/s"))
     manifest = bucket("/s/manifest.json").read_bytes()
     bucket("/s/manifest.json").unlink()
@@ -212,13 +212,13 @@ def test_two_that_begin_different_stores_at_once_never_mix(monkeypatch: pytest.M
 
 
 def test_shards_are_copied_between_disk_and_storage_both_ways(tmp_path: Path) -> None:
-    for one, other in [(tmp_path / "a", bucket("/a")), (bucket("/b"), bucket("/c")),
-                       (bucket("/d"), tmp_path / "d")]:  # fmt: skip
-        made(one)
-        with create(other) as store:
-            assert store.link_shards(one) == 3
+    for source, target in [(tmp_path / "a", bucket("/a")), (bucket("/b"), bucket("/c")),
+                           (bucket("/d"), tmp_path / "d")]:  # fmt: skip
+        made(source)
+        with create(target) as store:
+            assert store.link_shards(source) == 3
             assert store.complete
-        assert torch.equal(FeatureStore.open(other).read(), rows_of(10))
+        assert torch.equal(FeatureStore.open(target).read(), rows_of(10))
 
 
 def test_a_search_counts_what_is_fetched_and_kept(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_search_counts_what_is_fetched_and_kept(tmp_path: Path) -> None:
     ],
     ids=["make", "grow", "merge"],
 )
-def test_storage_that_fails_at_any_put_is_one_sentence_and_the_same_call_goes_on(
+def test_a_failed_put_names_the_url_and_the_same_call_resumes(
     start: Callable[[ObjectPath], Any], work: Callable[[ObjectPath], Any], error: Exception
 ) -> None:
     start(bucket("/undisturbed/s"))
@@ -270,10 +270,9 @@ def test_storage_that_fails_at_any_put_is_one_sentence_and_the_same_call_goes_on
             work(path)
             break
         except OSError as failed:
-            told = str(failed)
-        assert f"cannot write {path}/" in told
-        assert f"{error}; what was written before is kept" in told
-        assert "start the same command again" in told
+            message = str(failed)
+        assert f"cannot write {path}/" in message
+        assert str(error) in message
         FlakyFileSystem.fails = {}
         for problem in verify_store(path):
             assert "is missing" in problem or "no manifest.json" in problem
@@ -285,23 +284,23 @@ def test_storage_that_fails_at_any_put_is_one_sentence_and_the_same_call_goes_on
 
 
 def merge_of(path: ObjectPath) -> None:
-    folders = [one for one in path.parent.iterdir() if one.name.startswith("part-")]
+    folders = [folder for folder in path.parent.iterdir() if folder.name.startswith("part-")]
     FeatureStore.merge(path, sorted(folders, key=str))
 
 
-@pytest.mark.parametrize("does", ["get", "info", "list"])
+@pytest.mark.parametrize("operation", ["get", "info", "list"])
 @pytest.mark.parametrize("error", [TimeoutError(), DriverError("throttled")])
-def test_storage_that_cannot_be_read_is_not_taken_for_empty(does: str, error: Exception) -> None:
+def test_unreadable_storage_is_not_treated_as_empty(operation: str, error: Exception) -> None:
     path = made(bucket("/s"))
     before = contents(path)
     store = FeatureStore.open(path)
-    FlakyFileSystem.fails = {does: error}
-    if does != "list":
+    FlakyFileSystem.fails = {operation: error}
+    if operation != "list":
         with pytest.raises(OSError, match=r"cannot read flaky://bucket/s/manifest\.json"):
             FeatureStore.open(path)
-    if does == "get":
-        said = "TimeoutError" if isinstance(error, TimeoutError) else "throttled"
-        with pytest.raises(OSError, match=f"cannot read flaky://bucket/s/shard-00000.*: {said}"):
+    if operation == "get":
+        cause = "TimeoutError" if isinstance(error, TimeoutError) else "throttled"
+        with pytest.raises(OSError, match=f"cannot read flaky://bucket/s/shard-00000.*: {cause}"):
             store.read()
     with pytest.raises(OSError, match=r"cannot .* flaky://bucket/s"):
         create(path, identity=IDENTITY | {"model": "e"})
@@ -332,9 +331,9 @@ def test_merge_and_verify_take_urls(tmp_path: Path) -> None:
     invoke("merge", f"file://{sources[0]}", sources[1], "--out", f"file://{tmp_path}/two")
     assert invoke("verify", f"file://{tmp_path}/two").endswith(": sound\n")
     FlakyFileSystem.fails = {"put": DriverError("no credentials")}
-    told = invoke("merge", sources[0], "--out", "flaky://bucket/other", code=1)
-    assert told.strip().count("\n") == 0
-    assert "cannot write flaky://bucket/other/ids.json: no credentials" in told
+    output = invoke("merge", sources[0], "--out", "flaky://bucket/other", code=1)
+    assert output.strip().count("\n") == 0
+    assert "cannot write flaky://bucket/other/ids.json: no credentials" in output
     assert "is a file" in invoke("merge", sources[0], "--out", __file__, code=2)
     for command in (["verify", tmp_path / "none"], ["merge", tmp_path / "none", "--out", out]):
         assert "does not exist" in invoke(*command, code=2)
@@ -358,11 +357,11 @@ def config_at(features: str) -> Any:
     return tiny_config(**SMALL, collect={"features": features})
 
 
-def features_of(place: Any) -> dict[str, bytes]:
-    """Contents by path within the features, without what only a disk has."""
-    stores = [one.parent for one in place.rglob("manifest.json")]
+def features_of(path: Any) -> dict[str, bytes]:
+    """Return the content of all stores by relative path, without what exists on disk only."""
+    stores = [file.parent for file in path.rglob("manifest.json")]
     return {
-        f"{str(store).removeprefix(str(place))}/{name}": data
+        f"{str(store).removeprefix(str(path))}/{name}": data
         for store in stores
         for name, data in contents(store).items()
         if name != "writer.lock"
@@ -377,12 +376,14 @@ def test_a_run_with_features_elsewhere_is_the_local_run(local: Path, tmp_path: P
         run_stages(run)
     FlakyFileSystem.fails = {}
     assert run.record["stages"]["collect"]["state"] == "interrupted"
-    kept = dict(MemoryFileSystem.store)
+    before = dict(MemoryFileSystem.store)
     run_stages(RunFolder(own))
-    assert all(MemoryFileSystem.store[name] is kept[name] for name in kept)  # none written twice
+    assert all(
+        MemoryFileSystem.store[name] is before[name] for name in before
+    )  # none written twice
     assert not (own / "features").exists()
     assert features_of(bucket("/features")) == features_of(local / "features")
-    results = [one for one in RESULTS if not one.startswith("features")]
+    results = [pattern for pattern in RESULTS if not pattern.startswith("features")]
     assert files_of(own, *results) == files_of(local, *results)
     sums = [json.loads((folder / "checksums.json").read_text()) for folder in (own, local)]
     assert [name for name in sums[0] if "features/" in name]
@@ -406,7 +407,7 @@ def test_a_run_with_features_elsewhere_is_the_local_run(local: Path, tmp_path: P
         RunFolder(own, config_at("flaky://bucket/other"))
 
 
-def test_stages_and_features_are_taken_over_wherever_they_lie(
+def test_stages_and_features_are_reused_from_any_location(
     local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*arguments: object) -> None:
@@ -418,7 +419,7 @@ def test_stages_and_features_are_taken_over_wherever_they_lie(
         config = tiny_config(**SMALL, collect={"features": features})
         run = RunFolder(tmp_path / str(number), config)
         run_stages(run, donors=[donor])
-        taken = {name for name, one in run.record["stages"].items() if "taken_from" in one}
+        taken = {name for name, stage in run.record["stages"].items() if "taken_from" in stage}
         assert taken == {"data", "finetune", "prune", "sparse-finetune", "influence", "analyze"}
         assert features_of(run.features_path) == features_of(local / "features")
         assert verify(run.path) == []
@@ -437,23 +438,24 @@ def test_a_run_by_file_url_through_the_command(local: Path, tmp_path: Path) -> N
     assert "test/ids.json is damaged" in invoke("verify", own, code=1)
 
 
-def test_a_folder_for_features_is_meant_from_where_the_run_is_begun(
+def test_a_folder_for_features_is_relative_to_where_the_run_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = config_at("big/features")
     assert config.collect.features == str(tmp_path / "big/features")
     monkeypatch.chdir("/")
-    place = RunFolder("run", config).features("full", "subnetwork", "de", 2, "train")
-    assert place == tmp_path / "big/features/full/subnetwork/de/checkpoint-2/train"
+    path = RunFolder("run", config).features("full", "subnetwork", "de", 2, "train")
+    assert path == tmp_path / "big/features/full/subnetwork/de/checkpoint-2/train"
     with pytest.raises(ValueError, match=r"collect\.features"):
         config_at("")
 
 
-def test_points_of_a_sweep_have_their_own_places_for_features(tmp_path: Path) -> None:
+def test_points_of_a_sweep_have_their_own_locations_for_features(tmp_path: Path) -> None:
     base = tiny_config(collect={"features": "s3://bucket/sweep/"}).model_dump(mode="json")
     file = tmp_path / "sweep.json"
     points = {"a": {}, "b": {"collect.features": "s3://bucket/own"}}
     file.write_text(json.dumps({"name": "tiny", "base": base, "points": points}))
-    places = {name: one.collect.features for name, one in load_sweep(file).points.items()}
-    assert places == {"a": "s3://bucket/sweep/a", "b": "s3://bucket/own"}
+    configs = load_sweep(file).points
+    features = {name: config.collect.features for name, config in configs.items()}
+    assert features == {"a": "s3://bucket/sweep/a", "b": "s3://bucket/own"}

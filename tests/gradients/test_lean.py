@@ -1,4 +1,4 @@
-"""The lean pass: the same loss and gradients, less computed, and the model as it was afterwards."""
+"""The lean pass computes the same loss and gradients with less work, and restores the model."""
 
 from __future__ import annotations
 
@@ -25,22 +25,27 @@ def batch_of(model, examples):
 
 
 def shapes(model, mask=None):
-    """(tokens, width of x, width of g) of every linear layer that one lean pass shows."""
-    found = {}
+    """Return tokens of x and of g, and their widths, for every linear layer in a lean pass."""
+    layer_shapes = {}
 
     def note(captured):
         for layer, g in zip(captured.layers, captured.g, strict=True):
-            found[layer.name] = (captured.x.shape[1], g.shape[1], captured.x.shape[2], g.shape[2])
+            layer_shapes[layer.name] = (
+                captured.x.shape[1],
+                g.shape[1],
+                captured.x.shape[2],
+                g.shape[2],
+            )
 
     examples = ragged_examples(5)
-    with frozen(model), lean(model, mask) as kept:
+    with frozen(model), lean(model, mask) as lean_columns:
         layers = [layer for layer in select_layers(model) if layer.kind == "linear"]
-        capture(model, layers, batch_of(model, examples), note, kept=kept)
-    return found
+        capture(model, layers, batch_of(model, examples), note, lean_columns=lean_columns)
+    return layer_shapes
 
 
 def reads_mean(model):
-    """The same model with a classifier that reads every position."""
+    """Replace the classifier of a model by one that reads every position."""
     head = model.classifier
     plain = head.forward
     head.forward = lambda features, **_: plain(features.mean(dim=1, keepdim=True))
@@ -64,21 +69,23 @@ def test_last_layer_is_computed_where_the_classifier_reads_it(family):
     assert tokens.pop(names[last.query]) == (1, 1)
     assert tokens.pop(names[last.output]) == (1, 1)
     assert tokens.pop(names[last.key]) == tokens.pop(names[last.value]) == (longest, longest)
-    # Of what is left, every layer before the last one is read everywhere, all after it once.
-    counts = list(tokens.values())[::-1]  # they came from the last to the first
+    # All layers before the last one are read at every position, all after it at the first only.
+    counts = list(tokens.values())[::-1]  # they were captured from the last to the first
     everywhere = counts.index((1, 1))
     assert everywhere == 6
     assert set(counts[:everywhere]) == {(longest, longest)}
     assert set(counts[everywhere:]) == {(1, 1)}
 
 
-def test_electra_is_lean_too():
+def test_electra_is_lean():
     model = tiny_model("electra", dtype=torch.float32)
     seen = []
-    with frozen(model), lean(model) as kept:
+    with frozen(model), lean(model) as lean_columns:
         layers = [la for la in select_layers(model) if la.name.endswith("layer.1.output.dense")]
         batch = batch_of(model, tiny_examples(4))
-        capture(model, layers, batch, lambda c: seen.append(c.x.shape[1]), kept=kept)
+        capture(
+            model, layers, batch, lambda c: seen.append(c.x.shape[1]), lean_columns=lean_columns
+        )
     assert seen == [1]
 
 
@@ -86,12 +93,12 @@ def test_classifier_that_reads_every_position_is_left_alone():
     model = reads_mean(tiny_encoder())
     assert all(part[0] > 1 for name, part in shapes(model).items() if "classifier" not in name)
     examples = ragged_examples(3)
-    # One at a time: this mean would be taken over padding too.
-    found = tm.exact_influence(model, examples, examples, batch_tokens=1)
+    # One example per batch, since this mean includes padding.
+    actual = tm.exact_influence(model, examples, examples, batch_tokens=1)
     names = [name for layer in select_layers(model) for name in layer.parameter_names]
     rows = [autograd_gradients(model, example, names) for example in examples]
     expected = torch.stack([torch.cat([row[name].flatten() for name in names]) for row in rows])
-    torch.testing.assert_close(found, expected @ expected.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected @ expected.T, rtol=1e-4, atol=1e-5)
 
 
 def test_last_layer_that_computes_something_else_is_left_alone():
@@ -105,26 +112,26 @@ def test_last_layer_that_computes_something_else_is_left_alone():
 
 
 def test_masked_heads_are_out_of_the_matrix_products():
-    found = shapes(tiny_encoder(), MASK)
+    masked = shapes(tiny_encoder(), MASK)
     width = 8
-    assert found["roberta.encoder.layer.0.attention.self.value"][3] == 2 * width
-    assert found["roberta.encoder.layer.0.attention.output.dense"][2] == 2 * width
-    assert found["roberta.encoder.layer.1.attention.self.query"][3] == 1 * width
-    assert found["roberta.encoder.layer.1.attention.output.dense"][2:] == (width, 24)
+    assert masked["roberta.encoder.layer.0.attention.self.value"][3] == 2 * width
+    assert masked["roberta.encoder.layer.0.attention.output.dense"][2] == 2 * width
+    assert masked["roberta.encoder.layer.1.attention.self.query"][3] == 1 * width
+    assert masked["roberta.encoder.layer.1.attention.output.dense"][2:] == (width, 24)
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
 @pytest.mark.parametrize("layers", ["accumulate", "concatenate"])
 @pytest.mark.parametrize("mask", [MASK, EMPTY_LAYER], ids=["masked", "empty layer"])
 @pytest.mark.parametrize("dim", [900, 8000])  # 8000: attention layers are small enough to be exact
-@pytest.mark.parametrize("parameters", ["encoder", "attention"])  # output's bias is in one only
+@pytest.mark.parametrize("parameters", ["encoder", "attention"])  # without and with bias
 def test_features_of_a_subnetwork_are_those_of_the_masked_pass(kind, layers, mask, dim, parameters):
     model, examples = tiny_encoder(), ragged_examples(9)
     projection = tm.Projection(dim, kind, layers=layers)
-    found = tm.collect_features(model, examples, projection, parameters, head_mask=mask)
+    actual = tm.collect_features(model, examples, projection, parameters, head_mask=mask)
     with mask.apply(model):  # heads multiplied by zero, and nothing left out
         expected = tm.collect_features(model, examples, projection, parameters)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 def test_attention_that_counts_its_heads_is_only_masked():
@@ -137,8 +144,8 @@ def test_attention_that_counts_its_heads_is_only_masked():
                 raise RuntimeError("shape '[6, 3, 8]' is invalid")
 
         layer.query.register_forward_hook(counts)
-    found = tm.collect_features(model, examples, tm.Projection(600), head_mask=MASK)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    actual = tm.collect_features(model, examples, tm.Projection(600), head_mask=MASK)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -151,7 +158,7 @@ def test_model_is_put_back(dtype):
 
     def stopped():
         with lean(model, EMPTY_LAYER, dtype):
-            assert any(one is not before[name] for name, one in model.named_parameters())
+            assert any(now is not before[name] for name, now in model.named_parameters())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -187,16 +194,16 @@ def _inputs(model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
-def test_gradients_by_our_own_products(family, mask, monkeypatch):
+def test_gradients_with_native_products(family, mask, monkeypatch):
     monkeypatch.setattr("tracmod.gradients.lean_pass.FEWEST_ROWS", 1)
     errors = check_gradients(tiny_encoder(family), ragged_examples(7), head_mask=mask)
     assert all(error.passed for error in errors), errors
 
 
-def test_our_own_products_take_inputs_that_are_not_contiguous(monkeypatch):
+def test_native_products_take_inputs_that_are_not_contiguous(monkeypatch):
     monkeypatch.setattr("tracmod.gradients.lean_pass.FEWEST_ROWS", 1)
     examples = ragged_examples(3)
-    found = tm.exact_influence(reads_mean(tiny_encoder()), examples, examples, batch_tokens=1)
+    actual = tm.exact_influence(reads_mean(tiny_encoder()), examples, examples, batch_tokens=1)
     monkeypatch.setattr("tracmod.gradients.lean_pass.FEWEST_ROWS", 10**9)
     expected = tm.exact_influence(reads_mean(tiny_encoder()), examples, examples, batch_tokens=1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Influence against what others wrote: kronfluence's and captum's, on a tiny XLM-R."""
+"""Influence on a tiny XLM-R against other implementations: kronfluence and captum."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ WHOLE_MODEL_TOLERANCE = 1e-4
 EKFAC_TOLERANCE = 1e-4
 
 
-def relative_error(found, truth):
-    """Largest difference over the largest score."""
-    return float((found.double() - truth).abs().max() / truth.abs().max())
+def relative_error(actual, truth):
+    """Return the largest difference divided by the largest score."""
+    return float((actual.double() - truth).abs().max() / truth.abs().max())
 
 
 def kronfluence_scores(model, train, query, folder, strategy="identity"):
-    """(Q, N) pairwise scores with a strategy's factors, and the modules that they are of."""
+    """Return pairwise scores (Q, N) with the factors of a strategy, and the tracked modules."""
     analyzer = pytest.importorskip("kronfluence.analyzer")
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.module.tracked_module import TrackedModule
@@ -42,7 +42,7 @@ def kronfluence_scores(model, train, query, folder, strategy="identity"):
 
     class Classification(Task):
         def compute_train_loss(self, batch, model, sample=False):
-            inputs = {name: one for name, one in batch.items() if name != "labels"}
+            inputs = {name: part for name, part in batch.items() if name != "labels"}
             logits = model(**inputs).logits
             return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")
 
@@ -80,13 +80,13 @@ def test_exact_influence_of_the_linear_layers_is_kronfluences(monkeypatch, tmp_p
     query = tiny_examples(6, longest=longest, seed=2)
     linear = [layer for layer in select_layers(model, "all") if layer.kind == "linear"]
     monkeypatch.setattr(tracmod.influence.exact, "select_layers", lambda *_: linear)
-    found = tm.exact_influence(model, train, query, "all")
+    actual = tm.exact_influence(model, train, query, "all")
     truth, tracked = kronfluence_scores(
         tiny_model("xlm-roberta", dtype=torch.float64), train, query, tmp_path
     )
     assert tracked == {layer.name for layer in linear}
     assert truth.dtype == torch.float64
-    assert relative_error(found, truth) <= LINEAR_TOLERANCE
+    assert relative_error(actual, truth) <= LINEAR_TOLERANCE
 
 
 def test_influence_preconditioned_with_ekfac_is_kronfluences(monkeypatch, tmp_path):
@@ -95,21 +95,22 @@ def test_influence_preconditioned_with_ekfac_is_kronfluences(monkeypatch, tmp_pa
     linear = [layer for layer in select_layers(model, "all") if layer.kind == "linear"]
     for module in (tracmod.influence.exact, tracmod.gradients.ekfac):
         monkeypatch.setattr(module, "select_layers", lambda *_: linear)
-    # Its covariance of the inputs is over all tokens; ours leaves out those of the last block that
-    # the loss does not read. Damping is a tenth of a layer's mean eigenvalue in both.
+    # kronfluence takes the covariance of the inputs over all tokens; the lean pass leaves out those
+    # of the last layer that the loss does not read, so it is switched off. Both add a tenth of a
+    # layer's mean eigenvalue as damping.
     monkeypatch.setattr(tracmod.gradients.ekfac, "lean", lambda _: nullcontext({}))
     fitted = tm.fit_ekfac(model, train, "all", labels="given")
-    found = tm.exact_influence(model, train, query, "all", preconditioner=fitted)
+    actual = tm.exact_influence(model, train, query, "all", preconditioner=fitted)
     truth, _ = kronfluence_scores(
         tiny_model("xlm-roberta", dtype=torch.float64), train, query, tmp_path, "ekfac"
     )
     plain = tm.exact_influence(model, train, query, "all")
-    assert relative_error(found, truth) <= EKFAC_TOLERANCE
+    assert relative_error(actual, truth) <= EKFAC_TOLERANCE
     assert relative_error(plain * (truth.abs().max() / plain.abs().max()), truth) > 0.1
 
 
 class Columns(torch.nn.Module):
-    """A classifier as captum calls models: its inputs one by one, logits out."""
+    """Wraps a classifier as captum calls models: separate inputs, and logits as output."""
 
     def __init__(self, model):
         super().__init__()
@@ -120,7 +121,7 @@ class Columns(torch.nn.Module):
 
 
 def captum_scores(checkpoints, train, query):
-    """(Q, N) whole-model TracIn over the checkpoints by captum's slow form, in float64."""
+    """Return TracIn over the checkpoints (Q, N) by captum, for the whole model in float64."""
     influence = pytest.importorskip("captum.influence")
     model = Columns(load_classifier(next(iter(checkpoints))).double().eval())
 
@@ -144,13 +145,13 @@ def captum_scores(checkpoints, train, query):
 
 def test_exact_attribution_over_checkpoints_is_captums(tmp_path):
     tokenizer, rates = tiny_tokenizer(), {"one": 3e-4, "two": 1e-4, "three": 5e-5}
-    for place, (name, rate) in enumerate(rates.items()):
+    for number, (name, rate) in enumerate(rates.items()):
         model = tiny_model(
-            "xlm-roberta", seed=place, dtype=torch.float32, vocabulary=len(tokenizer)
+            "xlm-roberta", seed=number, dtype=torch.float32, vocabulary=len(tokenizer)
         )
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-        state = {"epoch": place + 1, "step": place + 1, "learning_rate": rate}
+        state = {"epoch": number + 1, "step": number + 1, "learning_rate": rate}
         (tmp_path / name / "tracmod.json").write_text(json.dumps(state))
     tables = {}
     for split, count in (("train", 12), ("query", 5)):
@@ -173,10 +174,10 @@ def test_exact_attribution_over_checkpoints_is_captums(tmp_path):
     )
     top = pq.read_table(tmp_path / "out" / "top.parquet").to_pylist()
     scores = {(row["test_id"], row["train_id"]): row["score"] for row in top if row["sign"] == 1}
-    found = torch.tensor(
+    actual = torch.tensor(
         [[scores[f"query-{q}", f"train-{n}"] for n in range(12)] for q in range(5)],
     )
     train, query = (encode(tokenizer, tables[one], 32, num_labels=3) for one in ("train", "query"))
     truth = captum_scores({tmp_path / name: rate for name, rate in rates.items()}, train, query)
     assert truth.dtype == torch.float64
-    assert relative_error(found, truth) <= WHOLE_MODEL_TOLERANCE
+    assert relative_error(actual, truth) <= WHOLE_MODEL_TOLERANCE

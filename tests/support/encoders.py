@@ -22,7 +22,7 @@ FAMILIES = ("bert", "roberta", "xlmr")
 
 
 def tiny_encoder(family: str = "xlmr", seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """Two layers of three heads, every weight drawn at random, LayerNorm's and biases too."""
+    """Make an encoder of two layers with three heads; all weights are random, biases too."""
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 24,
@@ -53,7 +53,7 @@ def tiny_encoder(family: str = "xlmr", seed: int = 0, **overrides: Any) -> PreTr
 
 
 def ragged_examples(count: int, seed: int = 0, longest: int = 20) -> list[dict[str, Any]]:
-    """Examples of every length from 1 on, ids 3 and above, no padding."""
+    """Make examples of all lengths from 1 to `longest`, with ids from 3, without padding."""
     generator = torch.Generator().manual_seed(seed)
     examples = []
     for row in range(count):

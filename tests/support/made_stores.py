@@ -1,4 +1,4 @@
-"""Feature stores with known rows: created, grown, in parts and merged."""
+"""Feature stores with known rows: created, grown in steps, in parts, and merged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ GROWN = 23
 
 
 def grown(path: Location, counts: list[int], **arguments: object) -> FeatureStore:
-    """A store of the first of GROWN rows, grown to more and to more, filled each time."""
+    """Grow a store of the first of GROWN rows to each of `counts`, and fill it each time."""
     for count in counts:
         shape: dict = {"dim": DIM, "identity": IDENTITY, "shard_rows": 4} | arguments
         store = FeatureStore.grow(path, ids=names(count), data="{}-{}".format, **shape)
@@ -66,7 +66,7 @@ def grown(path: Location, counts: list[int], **arguments: object) -> FeatureStor
 
 
 def part(path: Location, start: int, stop: int, total: int, **arguments: object) -> Location:
-    """A store of some of `total` rows, for merging."""
+    """Create a store of rows [start, stop) of `total`, for merging."""
     changes: dict = {"ids": names(total)[start:stop], "identity": IDENTITY | {"data": str(start)}}
     with create(path, **changes | arguments) as store:
         for shard in range(store.num_shards):
@@ -88,5 +88,5 @@ def contents(path: Location) -> dict[str, bytes]:
 
 
 def merge(path: Path) -> None:
-    """A store of 17 rows, from three that lie beside it."""
+    """Merge the stores beside it that `parts` has made."""
     FeatureStore.merge(path, sorted(path.parent.glob("part-*")))

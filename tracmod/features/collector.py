@@ -1,10 +1,12 @@
-"""Features: a checkpoint, examples and a head mask become projected per-example gradients.
+"""Collect features: randomly projected per-example gradients, `Projection.dim` numbers each.
 
-The feature of an example is a random projection of its gradient in K = `Projection.dim` numbers,
-such that inner products of features are, in expectation over the projection's seed, inner products
-of gradients: E <f(z), f(z')> = <grad L(z), grad L(z')>.
+Inner products of features estimate inner products of gradients: over the seed of the projection,
+E <f(z), f(z')> = <grad L(z), grad L(z')>. A batch takes one forward and one backward pass. During
+the backward pass, `capture` passes on the inputs and output gradients of each layer, and a kernel
+adds their projection to the layer's slot of the rows.
 
-Shapes: B examples of a batch, N examples, K projection_dim, I in, O out.
+Shape suffixes: B examples of a batch, b some of them, N examples, K projection_dim, k numbers of
+some examples' rows, R rows and C columns of a formed gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from tracmod import kernels
 from tracmod.features.projection import Projection, Slot, projection_keys
 from tracmod.features.store import FeatureStore
 from tracmod.gradients.capture import Captured, Layer, capture, select_layers
-from tracmod.gradients.lean_pass import Kept, lean
+from tracmod.gradients.lean_pass import LeanColumns, lean
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.inputs import (
     as_examples,
@@ -40,9 +42,16 @@ from tracmod.subnetworks.head_mask import HeadMask
 
 @dataclass
 class Collector:
-    """Features of batches of one model: layers, slots, mask and precision fixed once.
+    """Collects features of one model with fixed layers, slots, mask and precision.
 
-    Used within `capture.frozen(model)`.
+    To be used within `models.modes.frozen(model)`.
+
+    Attributes:
+        model: The classifier.
+        projection, parameters, batch_tokens, dtype, head_mask, preconditioner: As for
+            `collect_features`.
+        layers: The layers whose parameters are selected.
+        slots: Each layer's slot of the feature row, by the layer's name.
     """
 
     model: PreTrainedModel
@@ -74,31 +83,37 @@ class Collector:
     def collect(
         self, examples: Sequence[Mapping[str, Any]], advance: Callable[[int], Any] | None = None
     ) -> Tensor:
-        """Features (N, K) float32 in the order of the examples, on the model's device.
+        """Return features (N, K) float32 in the order of the examples, on the model's device.
 
-        Whether they are finite is for the caller to check, who knows the examples' names.
+        The caller checks whether they are finite, since it can name the example that is not.
+
+        Args:
+            examples: Checked examples with `input_ids`, `labels` and possibly more columns.
+            advance: Called with the number of examples of each batch after it.
         """
-        with lean(self.model, self.head_mask, self.dtype) as kept:
-            return self.collect_lean(examples, kept, advance)
+        with lean(self.model, self.head_mask, self.dtype) as lean_columns:
+            return self.collect_lean(examples, lean_columns, advance)
 
     def collect_lean(
         self,
         examples: Sequence[Mapping[str, Any]],
-        kept: Kept,
+        lean_columns: LeanColumns,
         advance: Callable[[int], Any] | None = None,
     ) -> Tensor:
-        """`collect` within `lean`'s context, of which `kept` comes; never waits for a GPU."""
+        """Do the same in the context of `lean`, which yields the columns; never wait for a GPU."""
         device = next(self.model.parameters()).device
         features = torch.zeros(len(examples), self.projection.dim, device=device)
         lengths = [example_length(example) for example in examples]
         for rows in plan_batches(lengths, self.batch_tokens):
             batch = collate([examples[row] for row in rows], pad_token_id(self.model), device)
-            features.index_copy_(0, send(torch.tensor(rows), device), self._batch(batch, kept))
+            features.index_copy_(
+                0, send(torch.tensor(rows), device), self._batch(batch, lean_columns)
+            )
             if advance is not None:
                 advance(len(rows))
         return features
 
-    def _batch(self, batch: Mapping[str, Tensor], kept: Kept) -> Tensor:
+    def _batch(self, batch: Mapping[str, Tensor], lean_columns: LeanColumns) -> Tensor:
         out_BK = torch.zeros(
             len(batch["labels"]), self.projection.dim, device=batch["labels"].device
         )
@@ -110,27 +125,34 @@ class Collector:
             for part, slot in self._by_slot(captured):
                 self._project(part, slot, out_BK)
 
-        capture(self.model, self.layers, batch, project, self.dtype, kept)
+        capture(self.model, self.layers, batch, project, self.dtype, lean_columns)
         return out_BK
 
     def _by_slot(self, captured: Captured) -> Iterator[tuple[Captured, Slot]]:
-        """Layers that share input and grid together, the others one by one."""
+        """Yield the layers that share input and slot together, the others separately.
+
+        An exact slot has a number for every parameter, so left-out columns are filled with zeros.
+        """
         slots = [self.slots[layer.name] for layer in captured.layers]
         for slot in dict.fromkeys(slots):
-            part = captured.of([place for place, one in enumerate(slots) if one == slot])
+            part = captured.of([position for position, own in enumerate(slots) if own == slot])
             yield (part.with_all_columns() if slot.kind == "identity" else part), slot
 
     def _project_preconditioned(
         self, captured: Captured, preconditioner: Preconditioner, out_BK: Tensor
     ) -> None:
-        """A whole gradient is projected as an embedding's is: row r of it belongs to id r."""
-        for place, layer in enumerate(captured.layers):
-            slot, one = self.slots[layer.name], captured.of([place])
+        """Form gradients in the metric and add their count sketch to the slots.
+
+        The sketch of a formed gradient is that of an embedding in which token r has the id r and
+        row r of the gradient: the kernel for embeddings serves for both.
+        """
+        for position, layer in enumerate(captured.layers):
+            slot, captured_layer = self.slots[layer.name], captured.of([position])
             if layer.kind == "embedding":
-                self._project(preconditioner.scaled(one), slot, out_BK)
+                self._project(preconditioner.scaled(captured_layer), slot, out_BK)
                 continue
-            for rows, gradients_bRC in preconditioner.gradients(one):
-                out_bK = out_BK[rows]
+            for chosen, gradients_bRC in preconditioner.gradients(captured_layer):
+                out_bK = out_BK[chosen]
                 if slot.kind == "identity":
                     size = slot.k_out * slot.k_in
                     out_bK[:, slot.offset : slot.offset + size] += gradients_bRC.flatten(1)
@@ -142,43 +164,33 @@ class Collector:
                 )  # fmt: skip
 
     def _project(self, captured: Captured, slot: Slot, out_BK: Tensor) -> None:
-        g = captured.g
+        """Add the projection of layers that share input and slot to the rows."""
+        layer, g = captured.layers[0], captured.g
         if slot.draws > 1:
-            g = tuple(one / math.sqrt(slot.draws) for one in g)
-        for draw in range(slot.draws):
-            keys = [projection_keys(layer, draw) for layer in captured.layers]
-            self._project_once(captured, g, slot, keys, out_BK)
-
-    def _project_once(
-        self,
-        captured: Captured,
-        g: tuple[Tensor, ...],
-        slot: Slot,
-        keys: list[tuple[int, int]],
-        out_BK: Tensor,
-    ) -> None:
-        layer = captured.layers[0]
+            g = tuple(g_BSO / math.sqrt(slot.draws) for g_BSO in g)
         bias = layer.bias and layer.kind != "embedding"
         input_columns = captured.input_columns
-        if input_columns is not None and not bias:  # the bias's column of ones is not selected
+        if input_columns is not None and not bias:  # the bias, the last column, is not selected
             input_columns = input_columns[: captured.x.shape[-1]]
-        kernels.project_gradients(
-            captured.x,
-            g,
-            out_BK,
-            lengths=captured.lengths,
-            layer=layer.kind,
-            bias=bias,
-            kind=slot.kind,
-            offset=slot.offset,
-            k_out=slot.k_out,
-            k_in=slot.k_in,
-            seed=self.projection.seed,
-            input_key=keys[0][0],
-            output_key=[output_key for _, output_key in keys],
-            input_columns=input_columns,
-            output_columns=captured.output_columns,
-        )
+        for draw in range(slot.draws):
+            keys = [projection_keys(layer, draw) for layer in captured.layers]
+            kernels.project_gradients(
+                captured.x,
+                g,
+                out_BK,
+                lengths=captured.lengths,
+                layer=layer.kind,
+                bias=bias,
+                kind=slot.kind,
+                offset=slot.offset,
+                k_out=slot.k_out,
+                k_in=slot.k_in,
+                seed=self.projection.seed,
+                input_key=keys[0][0],
+                output_key=[output_key for _, output_key in keys],
+                input_columns=input_columns,
+                output_columns=captured.output_columns,
+            )
 
 
 def collect_features(
@@ -192,34 +204,55 @@ def collect_features(
     dtype: torch.dtype | None = None,
     preconditioner: Preconditioner | None = None,
 ) -> Tensor:
-    """Projected per-example gradients of a dataset: one forward and one backward pass.
+    """Collect the projected per-example gradients of a dataset, in one pass over it.
 
-    `f(z) = [exact small layers | sum over layers of vec(R_out G_l(z) R_in^T)]`, with G_l(z) the
-    gradient of z's own loss (cross entropy, dropout off) with respect to layer l.
+    `f(z) = [exact small layers | sum over layers of vec(R_out G_l(z) R_in^T)]`, where G_l(z) is the
+    gradient of the loss of example z alone (cross entropy, without dropout) with respect to
+    layer l. Inner products of the rows of train and query examples estimate influence; pass them
+    to `influence_scores` or `top_influences`.
 
     Args:
-        model: BERT-family sequence classifier; its weights, mode and device are left as they were.
-            float32, bfloat16, float16 or float64; sums over tokens are float32 in any case.
-        dataset: `datasets.Dataset` or sequence of dicts with `input_ids`, `labels` and, where there
-            is padding, `attention_mask` (and `token_type_ids`, if the model uses them).
-        projection: kind, size and seed of the projection.
+        model: BERT-family sequence classifier in float32, bfloat16, float16 or float64. Its
+            weights, mode and device are restored afterwards.
+        dataset: `datasets.Dataset`, or a sequence of dicts with `input_ids`, `labels` and, if there
+            is padding, `attention_mask` (and `token_type_ids` if the model uses them).
+        projection: Kind, size and seed of the projection.
         parameters: `encoder` (all but the embeddings module), `all`, `attention` or `classifier`.
-        head_mask: applied in the forward pass.
-        batch_tokens: bound on examples x longest length of a batch.
-        device: where to compute; None for where the model is.
-        dtype: torch.bfloat16 or torch.float16 for an autocast pass; None or torch.float32 for none.
-        preconditioner: a metric for the inner products (`fit_ekfac`, `adam_preconditioner`), the
-            same for train and query. G_l(z) is then formed, multiplied by the metric's root, and
-            projected by a count sketch.
+        head_mask: A head mask that is applied in the forward pass.
+        batch_tokens: Upper bound on the number of examples in a batch times their longest length.
+        device: Where to compute; by default, where the model is.
+        dtype: torch.bfloat16 or torch.float16 for a pass under autocast; None or torch.float32 for
+            the dtype of the model. Sums over tokens are float32 in any case, since bfloat16 would
+            round them to 8 bits.
+        preconditioner: A metric for the inner products (`fit_ekfac`, `adam_preconditioner`), which
+            must be the same for train and query examples. G_l(z) is then formed, multiplied by the
+            square root of the metric, and projected by a count sketch.
 
     Returns:
-        (N, K) float32, rows in dataset order, on `device`.
+        (N, K) float32 on `device`, rows in the order of the dataset.
 
     Raises:
-        ValueError: bad rows (see `check_examples`), unknown parameters, a mask of another shape, or
-            gradients that are not finite (the row is named).
+        ValueError: An example is invalid or its gradient is not finite (the message names its row),
+            `parameters` is unknown, or the mask has not the shape of the model.
 
-    Source: Pruthi et al. 2020 (TracIn); LoGra, arXiv 2405.13954, section 3 (two-sided projection).
+    Examples:
+        >>> import tracmod as tm
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(
+        ...     vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        ...     intermediate_size=32
+        ... )
+        >>> model = BertForSequenceClassification(config)
+        >>> train = [{"input_ids": [5, 6, 7], "labels": 1}, {"input_ids": [8, 9], "labels": 0}]
+        >>> query = [{"input_ids": [5, 6, 9], "labels": 1}]
+        >>> projection = tm.Projection(dim=512)
+        >>> train_features = tm.collect_features(model, train, projection)
+        >>> query_features = tm.collect_features(model, query, projection)
+        >>> tm.influence_scores(query_features, train_features).shape
+        torch.Size([1, 2])
+
+    Source: Pruthi et al. 2020, arXiv 2002.08484 (TracIn); Choe et al. 2024 (LoGra), arXiv
+        2405.13954, section 3 (projection from both sides).
     """
     examples = as_examples(dataset)
     check_examples(model, examples)
@@ -242,14 +275,22 @@ def collect_to_store(
     advance: Callable[[int], Any] | None = None,
     shards: Sequence[int] | None = None,
 ) -> None:
-    """Compute and write shards: those asked for, or every one that the store still lacks.
+    """Compute and write shards of a store: the given ones, or all that are missing.
 
-    A shard is written by a thread while the next is computed. It is batched by itself, so its
-    contents do not depend on which shards were there before.
+    A thread writes a shard while the next one is computed. Shards are divided into batches
+    separately, so the content of a shard does not depend on which others were there before, and an
+    interrupted collection that is resumed gives the same bytes.
+
+    Args:
+        collector: Computes the features.
+        examples: The examples of all rows of the store.
+        store: The store, open for writing.
+        advance: Called with the number of examples of each batch after it.
+        shards: The numbers of the shards, or None for all that are missing.
 
     Raises:
-        ValueError: a gradient that is not finite; the example's id is named.
-        OSError: the disk is full; the store keeps what was written before.
+        ValueError: A gradient is not finite; the message names the id of the example.
+        OSError: The disk is full; what was written before remains in the store.
     """
     with ThreadPoolExecutor(max_workers=1) as writer:
         written: Future[None] | None = None
@@ -257,14 +298,14 @@ def collect_to_store(
             rows = store.shard_range(shard)
             features = collector.collect(examples[rows.start : rows.stop], advance)
             if written is not None:
-                written.result()  # no more than one shard waits in memory
+                written.result()  # at most one shard waits in memory; errors are raised here
             written = writer.submit(_write_shard, store, shard, *_to_host(features))
         if written is not None:
             written.result()
 
 
 def _to_host(features: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The features in (pinned) memory, and what says when they have come there from a GPU."""
+    """Start a copy to (pinned) host memory; return it, and the event that ends it for a GPU."""
     if features.device.type != "cuda":
         return features, None
     pinned = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
@@ -283,7 +324,7 @@ def _write_shard(
 
 
 def whole_rows(gradients_bRC: Tensor) -> Tensor:
-    """(b, R) int64: each row of a whole gradient as an id, to take it for an embedding's."""
+    """Return (b, R) int64: the number of each row of formed gradients, as ids of an embedding."""
     batch, rows, _ = gradients_bRC.shape
     return torch.arange(rows, device=gradients_bRC.device).expand(batch, rows).contiguous()
 
@@ -291,7 +332,7 @@ def whole_rows(gradients_bRC: Tensor) -> Tensor:
 def feature_identity(
     projection: Projection, parameters: str, head_mask: HeadMask | None, dtype: str, **digests: str
 ) -> dict[str, Any]:
-    """What features depend on: written to a store's manifest, compared when it is opened again."""
+    """Return what features depend on. A store keeps it and compares it when it is opened again."""
     return {
         "projection": asdict(projection),
         "parameters": parameters,

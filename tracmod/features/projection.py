@@ -1,4 +1,4 @@
-"""Random projection of per-example gradients: its settings, and where each layer lands."""
+"""Random projection of per-example gradients: its settings, and each layer's slot in the row."""
 
 from __future__ import annotations
 
@@ -10,43 +10,51 @@ from typing import Literal
 from tracmod.choices import ProjectionKind, ProjectionLayers
 from tracmod.gradients.capture import Layer
 
-# Share of the row that exact blocks may take. The output layer of the classifier holds most of the
-# gradient's norm (85% on a 4-layer, 256-wide XLM-R), so keeping it exactly removes most of the
-# error; past this share the rest of the gradient is squeezed into too small a grid.
+# Share of the row that exact gradients may take. The output layer of the classifier has most of the
+# gradient's norm (85% on a 4-layer, 256-wide XLM-R), so storing it exactly removes most of the
+# error. With a larger share, the grid that is left for the other layers would be too small.
 EXACT_SHARE = 0.8
-
-
-# Independent projections of a pooled layer (pooler, classifier). Its gradient is one product g x^T,
-# and both factors lie near a direction that all examples share: a grid of k x k scales what they
-# have in common by a random factor, 1 +- sqrt(4 / k), the same for all pairs, and these layers hold
-# most of the norm that is not kept exactly. So many draws, averaged, cost next to nothing there. A
-# square of a power of two: dividing by its root rounds nothing, in bfloat16 either.
+# Independent projections of a pooled layer (pooler, classifier), which are averaged. The gradient
+# of such a layer is a single product g x^T, whose factors are close to directions that all examples
+# share. A grid of k x k numbers scales this common part by a random factor of 1 +- sqrt(4 / k), the
+# same for all pairs of examples, and these layers have most of the norm that is not stored exactly.
+# Several draws reduce that error, and cost little since there is one token per example. The number
+# is the square of a power of two, so dividing by its root is exact, in bfloat16 as well.
 POOLED_DRAWS = 4
 
 
 @dataclass(frozen=True)
 class Projection:
-    """How per-example gradients become rows of `dim` numbers.
+    """Settings of the random projection that turns a per-example gradient into `dim` numbers.
 
-    A linear layer's gradient G (O, I + 1; the bias is the last column) becomes
-    `vec(R_out G R_in^T)` with `R_out` (k_out, O) and `R_in` (k_in, I + 1), computed from the
-    layer's input and output gradient without ever forming G (LoGra, arXiv 2405.13954). Of
-    layers beyond the encoder (pooler, classifier) several such draws are added up, over the root of
-    their number. LayerNorm and embedding gradients go through a count sketch into a grid of the
-    same size.
+    The gradient G (O, I + 1) of a linear layer, whose last column is the bias, becomes::
+
+        vec(R_out G R_in^T)        with random R_out (k_out, O) and R_in (k_in, I + 1)
+
+    The expectation of `<f, f'>` over seeds is `<G, G'>`. It is computed from the layer's input and
+    output gradient, without forming G. For layers outside the encoder's layers (pooler,
+    classifier), several such projections are averaged. Gradients of LayerNorm and embeddings go
+    through a count sketch into a slot of the same size.
 
     Attributes:
-        dim: K, numbers per example, exact blocks included.
-        kind: `rademacher` (dense random signs) or `sjlt` (one non-zero per column: its cost does
-            not grow with `dim`).
-        seed: of all random entries; they are a stateless function of (seed, layer, row, column),
-            the same on every device and for every batch size.
-        layers: `accumulate` sums the projections of all layers, each with its own signs, into one
-            grid, beside the exact gradients of linear layers that are small enough (the
-            classifier's output); `concatenate` gives each layer its own part of the row.
+        dim: K, the numbers per example, including those of layers that are stored exactly.
+        kind: `rademacher` (dense random signs) or `sjlt` (one nonzero entry per column, so the cost
+            does not grow with `dim`).
+        seed: Seed of all random entries. They are a stateless function of (seed, layer, row,
+            column): the same on every device and for every batch.
+        layers: `accumulate` adds the projections of all layers, each with its own signs, in one
+            slot, next to the exact gradients of linear layers that are small enough (usually the
+            output layer of the classifier). `concatenate` gives every layer its own slot.
 
     Raises:
-        ValueError: unknown kind or layers, dim below 1, or negative seed.
+        ValueError: `kind` or `layers` is unknown, `dim` is below 1, or `seed` is negative.
+
+    Examples:
+        >>> import tracmod as tm
+        >>> tm.Projection(dim=4096, kind="sjlt", seed=1)
+        Projection(dim=4096, kind='sjlt', seed=1, layers='accumulate')
+
+    Source: Choe et al. 2024 (LoGra), arXiv 2405.13954.
     """
 
     dim: int
@@ -60,23 +68,24 @@ class Projection:
         if self.kind not in ("rademacher", "sjlt"):
             raise ValueError(f"Projection: kind: expected rademacher or sjlt, got {self.kind!r}")
         if self.seed < 0:
-            raise ValueError(f"Projection: seed: expected 0 or more, got {self.seed}")
+            raise ValueError(f"Projection: seed: expected at least 0, got {self.seed}")
         if self.layers not in ("accumulate", "concatenate"):
             raise ValueError(
                 f"Projection: layers: expected accumulate or concatenate, got {self.layers!r}"
             )
 
     def slots(self, layers: Sequence[Layer]) -> dict[str, Slot]:
-        """Where in the row each layer's projection goes, by layer name.
+        """Return the slot of each layer, by the layer's name.
 
         Raises:
-            ValueError: `concatenate` with more layers than numbers.
+            ValueError: `layers` is `concatenate`, and there are more layers than numbers.
         """
         if self.layers == "concatenate":
             return self._concatenated(layers)
         return self._accumulated(layers)
 
     def _accumulated(self, layers: Sequence[Layer]) -> dict[str, Slot]:
+        """Store the smallest linear layers exactly, in a share of the row; add up the others."""
         slots = {}
         offset = 0
         for layer in sorted(layers, key=_exact_size):
@@ -90,10 +99,11 @@ class Projection:
         return slots
 
     def _concatenated(self, layers: Sequence[Layer]) -> dict[str, Slot]:
+        """Give every layer an equal share of the row; store it exactly if it fits."""
         if self.dim < len(layers):
             raise ValueError(
-                f"Projection: dim: expected at least {len(layers)}, one per layer, to concatenate, "
-                f"got {self.dim}"
+                f"Projection: dim: expected at least one per layer, {len(layers)}, to concatenate "
+                f"them, got {self.dim}"
             )
         slots = {}
         share = self.dim // len(layers)
@@ -107,9 +117,9 @@ class Projection:
 
 @dataclass(frozen=True)
 class Slot:
-    """One layer's part of the feature row: `k_out * k_in` numbers from `offset` on.
+    """A layer's part of the feature row: `k_out * k_in` numbers from column `offset`.
 
-    With several draws, that many independent projections P_t of the layer are added into it:
+    With several draws, the same number of independent projections P_t of the layer are added:
     `sum_t P_t(G) / sqrt(draws)`.
     """
 
@@ -121,6 +131,7 @@ class Slot:
 
 
 def _exact_size(layer: Layer) -> int:
+    """Return the number of parameters of a layer."""
     if layer.kind == "linear":
         return layer.out_features * (layer.in_features + layer.bias)
     if layer.kind == "elementwise":
@@ -139,10 +150,14 @@ def _draws(layer: Layer) -> int:
 
 
 def projection_keys(layer: Layer, draw: int) -> tuple[int, int]:
-    """`input_key` and `output_key` of one draw of a layer's projection."""
+    """Return `input_key` and `output_key` of one draw of a layer's projection.
+
+    Input keys are even and output keys odd, and draws differ in the high bits, so no two are equal.
+    """
     return 2 * layer.input_position + (draw << 32), 2 * layer.position + 1 + (draw << 32)
 
 
 def _grid(size: int) -> tuple[int, int]:
+    """Return (k_out, k_in) of an almost square grid of at most `size` numbers."""
     k_in = math.isqrt(size)
     return size // k_in, k_in

@@ -1,6 +1,6 @@
-"""Feature rows wherever they lie: in memory, in a store, or chosen from several stores.
+"""Rows of features from memory, from a store, or selected from several of them, in one interface.
 
-Shape letters: N rows, K numbers per row, R rows of a block.
+Shape suffixes: N rows, K numbers per row, C checkpoints.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tracmod.features.shards import KEPT_SHARDS
+from tracmod.features.shards import CACHED_SHARDS
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import canonical_json, sha256
 
 
 class Rows(Protocol):
-    """One checkpoint's features of N examples.
+    """The features of N examples at one checkpoint.
 
     Attributes:
         shape: (N, K).
-        dtype: what `read` gives.
-        ends: where blocks that are read without a copy end, ascending, N the last.
-        key: what tells these rows from any others, without reading them.
-        mapped_bytes: what reading maps into memory at a time, beside the rows.
-        kept_bytes: what it keeps there, of object storage.
+        dtype: The dtype of the rows that `read` returns.
+        ends: The ends of the blocks that are read without a copy (those of shards), ascending; the
+            last one is N.
+        key: A string that identifies these rows, without reading them from a store.
+        mapped_bytes: Memory that reading needs at a time, in addition to the rows.
+        kept_bytes: Memory that stays occupied after reading (shards of object storage).
     """
 
     @property
@@ -52,16 +53,16 @@ class Rows(Protocol):
     def kept_bytes(self) -> int: ...
 
     def read(self, start: int, stop: int) -> Tensor:
-        """The rows [start, stop), (stop - start, K)."""
+        """Return the rows [start, stop), (stop - start, K)."""
 
     def take(self, rows: Sequence[int]) -> Tensor:
-        """The rows of these numbers, (len(rows), K)."""
+        """Return the rows with these numbers, (len(rows), K)."""
 
     def norms(self) -> Tensor:
-        """(N,) the L2 norms of the rows, on the CPU."""
+        """Return the L2 norms of the rows, (N,), on the CPU."""
 
     def will_read(self, start: int, stop: int) -> None:
-        """Tell the system that the rows [start, stop) will be read soon."""
+        """Tell the operating system that the rows [start, stop) will be read soon."""
 
 
 Features = Tensor | NDArray[Any] | FeatureStore | Rows
@@ -112,7 +113,7 @@ class TensorRows:
 
 @dataclass(frozen=True)
 class StoreRows:
-    """Rows of a store: every shard is verified before its first row is used."""
+    """Rows of a store, each shard of which is verified before its first row is used."""
 
     store: FeatureStore
 
@@ -134,12 +135,12 @@ class StoreRows:
 
     @property
     def mapped_bytes(self) -> int:
-        """A shard is mapped whole while it is verified; fetched, it is bytes and then tensors."""
+        """A shard is mapped as a whole to verify it; a fetched one is both bytes and tensors."""
         return self.store.shard_bytes if self.store.is_on_disk else 2 * self.store.shard_bytes
 
     @property
     def kept_bytes(self) -> int:
-        return 0 if self.store.is_on_disk else KEPT_SHARDS * self.store.shard_bytes
+        return 0 if self.store.is_on_disk else CACHED_SHARDS * self.store.shard_bytes
 
     def read(self, start: int, stop: int) -> Tensor:
         return self.store.read(start, stop)
@@ -156,11 +157,11 @@ class StoreRows:
 
 @dataclass(frozen=True)
 class ChosenRows:
-    """Every row from one of several sources of the same shape: that of its language, say.
+    """Rows that each come from one of several sources, for example from that of their language.
 
     Attributes:
-        sources: by name.
-        names: (N,) the source of every row.
+        sources: The sources by name, all of the same shape.
+        names: (N,) the name of the source of every row.
     """
 
     sources: Mapping[str, Rows]
@@ -205,8 +206,8 @@ class ChosenRows:
         for name, rows in self._rows_of.items():
             low, high = np.searchsorted(rows, [start, stop])
             if low < high:
-                mine = torch.from_numpy(rows[low:high] - start)
-                chosen[mine] = self.sources[name].read(start, stop)[mine]
+                own = torch.from_numpy(rows[low:high] - start)
+                chosen[own] = self.sources[name].read(start, stop)[own]
         return chosen
 
     def take(self, rows: Sequence[int]) -> Tensor:
@@ -225,11 +226,11 @@ class ChosenRows:
 
 @dataclass(frozen=True)
 class SomeRows:
-    """Some of the rows of a source, in their order there.
+    """Some rows of a source, in the same order.
 
     Attributes:
-        source: all rows.
-        chosen: (N,) numbers of rows, ascending.
+        source: All rows.
+        chosen: (N,) the numbers of the rows, ascending.
     """
 
     source: Rows
@@ -245,8 +246,8 @@ class SomeRows:
 
     @cached_property
     def ends(self) -> list[int]:
-        places = torch.searchsorted(self.chosen, torch.tensor(list(self.source.ends)))
-        return sorted({*places.tolist()} - {0})
+        ends = torch.searchsorted(self.chosen, torch.tensor(list(self.source.ends)))
+        return sorted({*ends.tolist()} - {0})
 
     @cached_property
     def key(self) -> str:
@@ -274,7 +275,7 @@ class SomeRows:
 
 
 def as_rows(features: Features) -> Rows:
-    """What a caller may give as features of one checkpoint, as `Rows`."""
+    """Wrap the features of one checkpoint, in any form that callers may pass, as `Rows`."""
     if isinstance(features, FeatureStore):
         return StoreRows(features)
     if isinstance(features, Tensor | np.ndarray):
@@ -283,7 +284,7 @@ def as_rows(features: Features) -> Rows:
 
 
 def block_ranges(rows: Rows, most: int) -> list[tuple[int, int]]:
-    """Cuts rows into ranges of at most `most`, none across an end of `rows.ends`."""
+    """Divide rows into ranges of at most `most`, none of which crosses an end of `rows.ends`."""
     assert most >= 1
     ranges, start = [], 0
     for end in rows.ends:
@@ -295,16 +296,17 @@ def block_ranges(rows: Rows, most: int) -> list[tuple[int, int]]:
 def read_blocks(
     trains: Sequence[Rows], ranges: Sequence[tuple[int, int]], at_once: int, ahead: bool
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yields (start, (C,) rows of a block), in order; reads and verifies several at once.
+    """Yield (start, C tensors of rows) for every block in order, reading several blocks at once.
 
     Args:
-        trains: (C,) of the same N.
-        ranges: the blocks, one after the other.
-        at_once: how many blocks are read, and held, at once, each by a thread.
-        ahead: read the next blocks while those before are worked on: where that is done elsewhere
-            than on these cores, or reading is mostly waiting. Else the system is only told that
-            they will be wanted, and the cores are all for the work and then all for the checksums:
-            threads that take a core from a team of threads cost the whole team.
+        trains: The rows at each of C checkpoints, with the same N.
+        ranges: The blocks, one after the other.
+        at_once: The number of blocks that are read and held in memory at a time, by a thread each.
+        ahead: Whether to read the next blocks while the caller works on the previous ones. This
+            helps if the work is done elsewhere (on a GPU) or if reading mostly waits (for object
+            storage). Otherwise the operating system is only told that the blocks will be read, and
+            all cores alternate between the caller's work and the checksums: a reading thread that
+            takes one core from a team of OpenMP threads delays the whole team.
     """
 
     def read(block: tuple[int, int]) -> list[Tensor]:
@@ -312,17 +314,17 @@ def read_blocks(
 
     with ThreadPoolExecutor(at_once) as pool:
         groups = [ranges[first : first + at_once] for first in range(0, len(ranges), at_once)]
-        coming = [pool.submit(read, block) for block in groups[0]] if groups else []
-        for place, group in enumerate(groups):
-            blocks = [one.result() for one in coming]
-            following = groups[place + 1] if place + 1 < len(groups) else []
+        pending = [pool.submit(read, block) for block in groups[0]] if groups else []
+        for number, group in enumerate(groups):
+            blocks = [future.result() for future in pending]
+            following = groups[number + 1] if number + 1 < len(groups) else []
             if ahead:
-                coming = [pool.submit(read, block) for block in following]
+                pending = [pool.submit(read, block) for block in following]
             else:
                 for rows in trains if following else ():
                     rows.will_read(following[0][0], following[-1][1])
             for (start, _), block in zip(group, blocks, strict=True):
                 yield start, block
-            del blocks, block
+            del blocks, block  # before the next ones are read: memory for one group at a time
             if not ahead:
-                coming = [pool.submit(read, block) for block in following]
+                pending = [pool.submit(read, block) for block in following]

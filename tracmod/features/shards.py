@@ -25,7 +25,7 @@ from tracmod.files.durable import sha256
 from tracmod.files.object_storage import Location, file_size, link_file, opened, write_file
 
 READERS = 8  # threads that compute checksums, at most
-KEPT_SHARDS = 2  # fetched shards of object storage that a store keeps in memory, at most
+CACHED_SHARDS = 2  # fetched shards of object storage that a store keeps in memory, at most
 NO_DIGEST = b"0" * 64
 
 
@@ -230,7 +230,7 @@ class Shards:
             cached = self._cached
             tensors = cached.get(shard) or self._fetch(shard)
             others = [item for item in cached.items() if item[0] != shard]
-            self._cached = dict([*others, (shard, tensors)][-KEPT_SHARDS:])
+            self._cached = dict([*others, (shard, tensors)][-CACHED_SHARDS:])
             return tensors[name]
         _require_sound(self.problem(shard))
         with safe_open(self.file(shard), "pt") as file:

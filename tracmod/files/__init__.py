@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, and what identifies them."""
+"""Files: atomic writes, checksums, locations on disk or object storage, cached tensors."""

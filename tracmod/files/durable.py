@@ -1,4 +1,9 @@
-"""Files that are written whole or not at all, and checksums that tell if they still are."""
+"""Write files whole or not at all, and detect damage by checksums.
+
+A file is written under a temporary name in the same folder, flushed to disk and renamed. Renaming
+is atomic, so after a crash or a kill at any moment, the file has either its old content or the new
+one. The folder is flushed too, because the new name is on disk only then.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +24,20 @@ CHECKSUMS = "checksums.json"
 
 
 def seal(content: dict[str, Any]) -> bytes:
-    """JSON with the SHA-256 of the rest under `sha256`; `unseal` finds any changed byte."""
+    """Return JSON with the SHA-256 of its content, by which `unseal` detects any change."""
     digest = sha256(canonical_json(content))
     return canonical_json({**content, "sha256": digest})
 
 
 def unseal(file: Path | str, data: bytes) -> dict[str, Any]:
-    """The content of sealed JSON; `file` is its name in an error.
+    """Return the content of sealed JSON.
+
+    Args:
+        file: Its name in an error message.
+        data: The bytes of the file.
 
     Raises:
-        ValueError: `data` is not, byte for byte, what `seal` wrote.
+        ValueError: `data` is not, byte for byte, what `seal` returned.
     """
     with contextlib.suppress(ValueError):  # not JSON, not UTF-8
         content = json.loads(data)
@@ -36,19 +45,20 @@ def unseal(file: Path | str, data: bytes) -> dict[str, Any]:
             content.pop("sha256", None)
             if seal(content) == data:
                 return content
-    raise ValueError(f"{file} is damaged: its checksum does not match what it holds")
+    raise ValueError(f"{file} is damaged: its checksum does not match its content")
 
 
 def write_file(file: Path, data: bytes, writer: str = "") -> None:
-    """Writes a file whole or not at all, and returns when it is on disk.
+    """Write a file whole or not at all. It is on disk when this returns.
 
     Args:
-        file: where.
-        data: what.
-        writer: who, where several may write the same file at a time.
+        file: Path of the file.
+        data: Its content.
+        writer: Name of the writer, if several processes may write the same file at the same time;
+            each then has a temporary file of its own.
 
     Raises:
-        OSError: With the file's path in one sentence; nothing is left behind.
+        OSError: The file could not be written. The message names it; nothing is left behind.
     """
     temporary = temporary_name(file, writer)
     try:
@@ -66,17 +76,17 @@ def write_file(file: Path, data: bytes, writer: str = "") -> None:
 
 
 def this_process() -> str:
-    """Names this process among all that may share a file system."""
+    """Return a name of this process that is unique among machines that share a file system."""
     return f".{os.uname().nodename}-{os.getpid()}"
 
 
 def temporary_name(file: Path, writer: str = "") -> Path:
-    """Where a file is written before it gets its name: the same folder, hidden."""
+    """Return the hidden name in the same folder under which a file is first written."""
     return file.with_name(f".{file.name}{writer}.tmp")
 
 
 def publish_file(temporary: Path, file: Path) -> None:
-    """Flushes a file that was written aside to disk and gives it its name."""
+    """Flush a temporary file to disk and give it its final name."""
     with open(temporary, "rb") as written:
         os.fsync(written.fileno())
     os.replace(temporary, file)
@@ -84,10 +94,10 @@ def publish_file(temporary: Path, file: Path) -> None:
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Give a file a second name (a hard link), or copy it where the file system has no links.
+    """Give a file a second name (a hard link), or copy it if the file system has no links.
 
-    What tracmod writes is put in place by a rename, never changed in place: so whoever writes
-    `target` anew leaves `source` as it is.
+    Files are always replaced by renaming and never changed in place, so writing `target` again
+    does not change `source`.
     """
     temporary = temporary_name(target)
     temporary.unlink(missing_ok=True)
@@ -99,7 +109,7 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """`link_file` for every file below a folder; temporary files and locks are left out."""
+    """Link every file below a folder, except for temporary files and locks."""
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source)
         hidden = any(part.startswith(".") for part in name.parts)
@@ -109,7 +119,7 @@ def link_folder(source: Path, target: Path) -> None:
 
 
 def file_sha256(file: Path) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with open(file, "rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
@@ -120,16 +130,16 @@ def sha256(data: bytes) -> str:
 
 
 def canonical_json(content: Any) -> bytes:
-    """JSON in the one form of these values: keys sorted, ASCII, one entry per line.
+    """Return JSON in a unique form of its values: sorted keys, ASCII, one entry per line.
 
     Raises:
-        TypeError, ValueError: JSON cannot hold a value (NaN, or no JSON type).
+        TypeError, ValueError: JSON cannot hold a value (NaN, or a type that JSON lacks).
     """
     return (json.dumps(content, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes the names in a folder to disk: a rename lasts only then."""
+    """Flush the names in a folder to disk; only then does a rename survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -138,10 +148,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
+    """Read a JSON file.
 
     Raises:
-        ValueError: not valid JSON; the file is named.
+        ValueError: The file is not valid JSON. The message names it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -150,14 +160,14 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write a table, whole or not at all."""
-    import pyarrow.parquet as pq  # here: what else is in this module needs no pyarrow
+    """Write a table as Parquet, whole or not at all."""
+    import pyarrow.parquet as pq  # not at the top: nothing else in this module needs pyarrow
 
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
@@ -178,14 +188,14 @@ def write_csv(path: Path, table: pa.Table) -> None:
 def write_checksums(folder: Path, owned: str = ".") -> None:
     """Record the SHA-256 of every file in the part of `folder` that was just written.
 
-    Of the feature stores only the manifests: shards carry their own digests. Left out are the
-    index, which carries its own too, and run.json, which changes with every stage. What was
-    recorded of other parts stays, also of files that have changed or are gone since: so damage
-    done in between is not taken for sound.
+    Of feature stores, only the manifests are recorded, because shards carry their own digests. The
+    index also carries its own, and run.json changes with every stage, so both are left out. Records
+    of other parts are kept, even if their files have changed or disappeared since; otherwise damage
+    that happened in between would be recorded as correct.
 
     Args:
-        folder: where checksums.json lies.
-        owned: what to hash anew, a path in `folder`; by default everything.
+        folder: The folder of checksums.json.
+        owned: The part to record again, a path relative to `folder`; by default everything.
     """
     sums = {
         name: digest
@@ -200,29 +210,30 @@ def write_checksums(folder: Path, owned: str = ".") -> None:
 
 
 def add_checksums(folder: Path, sums: dict[str, str]) -> None:
-    """Record the SHA-256 of files that belong to `folder` and lie elsewhere."""
+    """Record the given SHA-256 of files that belong to `folder` but are stored elsewhere."""
     write_json(folder / CHECKSUMS, dict(sorted({**read_checksums(folder), **sums}.items())))
 
 
 def take_checksums(source: Path, folder: Path, owned: str) -> None:
-    """Record for the part `owned` of `folder` what `source` records for it.
+    """Record for the part `owned` of `folder` what `source` has recorded for it.
 
-    So damage done in `source` before its files were linked is not taken for sound.
+    For files that were linked from `source`: if they were recorded anew, damage that they had
+    already would be recorded as correct.
     """
     sums = {
         name: digest
-        for place, is_source in ((folder, False), (source, True))
-        for name, digest in read_checksums(place).items()
+        for recorded_in, is_source in ((folder, False), (source, True))
+        for name, digest in read_checksums(recorded_in).items()
         if Path(name).is_relative_to(owned) == is_source
     }
     write_json(folder / CHECKSUMS, dict(sorted(sums.items())))
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """What `write_checksums` recorded: file name -> SHA-256; {} where it never did.
+    """Return the recorded SHA-256 of each file, or {} if nothing has been recorded.
 
     Raises:
-        ValueError: checksums.json is not what `write_checksums` writes.
+        ValueError: checksums.json is not in the format of `write_checksums`.
     """
     record = folder / CHECKSUMS
     if not record.is_file():
@@ -237,7 +248,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def _is_recorded(name: Path) -> bool:
-    """Whether checksums.json answers for this file of the folder."""
+    """Return whether checksums.json records this file of the folder."""
     if name.parts[0] in ("index", "run.json", CHECKSUMS):
         return False
     if any(part.startswith(".") for part in name.parts):
@@ -248,18 +259,20 @@ def _is_recorded(name: Path) -> bool:
 def identity_differences(
     expected: dict[str, Any], got: dict[str, Any], ignore: Sequence[str] = ()
 ) -> list[str]:
-    """Where two identities differ: `projection.dim: expected 4096, got 1024`, one per entry.
+    """Describe each difference of two identities: `projection.dim: expected 4096, got 1024`.
+
+    An identity is a dictionary of all that something was made from, stored with it.
 
     Args:
-        expected: What the caller works with.
-        got: What the store was built with.
+        expected: The identity that the caller works with.
+        got: The stored identity.
         ignore: Top-level entries that may differ (`data`, between train and query examples).
     """
     differing = []
     for key in sorted({*expected, *got} - {*ignore, "sha256", "fingerprint"}):
-        one, other = expected.get(key), got.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            differing += [f"{key}.{line}" for line in identity_differences(one, other)]
-        elif one != other:
-            differing.append(f"{key}: expected {json.dumps(one)}, got {json.dumps(other)}")
+        wanted, stored = expected.get(key), got.get(key)
+        if isinstance(wanted, dict) and isinstance(stored, dict):
+            differing += [f"{key}.{line}" for line in identity_differences(wanted, stored)]
+        elif wanted != stored:
+            differing.append(f"{key}: expected {json.dumps(wanted)}, got {json.dumps(stored)}")
     return differing

@@ -1,9 +1,9 @@
-"""Where a feature store lies: a folder on disk or, by URL, objects on S3, GCS, ... through fsspec.
+"""Locations of feature stores: folders on disk, or URLs of object storage through fsspec.
 
-On disk a place is a `pathlib.Path`. On object storage it is an `ObjectPath`, which has of a path
-what a feature store asks for; a put is whole or absent, as a renamed file is. Credentials,
-endpoints and other options of a driver are fsspec's own: its configuration files and FSSPEC_*
-variables, or what the driver reads by itself (AWS_* of s3fs).
+A location on disk is a `pathlib.Path`, one on object storage (S3, GCS, ...) an `ObjectPath`, which
+has the methods of `Path` that a feature store needs. A put is atomic, as is the renaming of a file.
+Credentials, endpoints and other options of a driver are set as fsspec documents: in its
+configuration files, in FSSPEC_* variables, or where the driver itself looks (AWS_* for s3fs).
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ from tracmod.files import durable
 
 @dataclass(frozen=True)
 class ObjectPath:
-    """An object, or the objects whose names begin with it and a slash; methods as of `Path`.
+    """An object, or a folder of objects; the methods are those of `pathlib.Path`.
 
-    What does not work, but for an object that is not there, is an OSError that names the URL.
+    Every failure is an OSError that names the URL, so that the driver's own exceptions end a
+    command in one sentence; a missing object is a FileNotFoundError.
 
     Attributes:
-        url: as it was given, without a slash at its end.
-        fs: the driver.
-        key: what the driver calls it.
+        url: The URL as it was given, without a slash at the end.
+        fs: The driver.
+        key: The driver's name of the object.
     """
+
+    # universal-pathlib cannot replace this class: it reports an unreachable store as an empty one,
+    # so all methods that reach the storage would have to be overridden.
 
     url: str
     fs: Any
@@ -77,19 +81,20 @@ class ObjectPath:
             self.fs.rm_file(self.key)
 
     def iterdir(self) -> Iterator[ObjectPath]:
-        """What lies directly below; nothing where there is nothing."""
+        """Yield the objects and folders directly below; nothing if there is nothing."""
         for path, _ in self._entries():
             yield path
 
     def rglob(self, name: str) -> Iterator[ObjectPath]:
-        """The objects of this name at any depth."""
+        """Yield the objects with this name at any depth."""
         for path, kind in self._entries():
             if kind == "directory":
                 yield from path.rglob(name)
             elif path.name == name:
                 yield path
 
-    # Not fs.exists, fs.find and the like: they take an error for an object that is not there.
+    # fs.exists, fs.find and similar methods are not used: they report an error as a missing object,
+    # and a store that cannot be reached would be created anew.
 
     def _type(self) -> str | None:
         try:
@@ -101,25 +106,26 @@ class ObjectPath:
     def _entries(self) -> list[tuple[ObjectPath, str]]:
         try:
             with self._named("list"):
-                found = self.fs.ls(self.key, detail=True)
+                listing = self.fs.ls(self.key, detail=True)
         except FileNotFoundError:
             return []
-        entries = [(entry["name"].rstrip("/"), entry["type"]) for entry in found]
-        own = self.key.strip("/")  # some stores keep an object for the folder itself
+        entries = [(entry["name"].rstrip("/"), entry["type"]) for entry in listing]
+        own = self.key.strip("/")  # some stores have an object for the folder itself
         return [
             (self / key.rpartition("/")[2], kind) for key, kind in entries if key.strip("/") != own
         ]
 
     @contextmanager
-    def _named(self, does: str) -> Iterator[None]:
+    def _named(self, operation: str) -> Iterator[None]:
+        """Turn every exception of the driver into an OSError that names the URL."""
         try:
             yield
-        except Exception as error:  # drivers let through what their client library raises
-            if isinstance(error, FileNotFoundError) and does != "write":
+        except Exception as error:  # any class: drivers pass on what their client library raises
+            if isinstance(error, FileNotFoundError) and operation != "write":
                 raise FileNotFoundError(f"{self.url} is missing") from error
             raise OSError(
-                f"cannot {does} {self.url}: {str(error) or type(error).__name__}; what was written "
-                "before is kept: when the storage can be reached, start the same command again"
+                f"cannot {operation} {self.url}: {str(error) or type(error).__name__}; what was "
+                "written before is kept: run the same command again when the storage is reachable"
             ) from error
 
 
@@ -127,20 +133,21 @@ Location = Path | ObjectPath
 
 
 def location(path: str | os.PathLike[str] | ObjectPath) -> Location:
-    """The place of a path, or of a URL: `s3://bucket/x`; `file:///x` is the path /x.
+    """Return the location of a path or of a URL such as `s3://bucket/x`; `file:///x` is /x.
 
     Raises:
-        ValueError: no such protocol, or its driver is not installed (fsspec says which package).
+        ValueError: The protocol is unknown or its driver is not installed (fsspec names the
+            package), or a URL was passed as a `Path`.
     """
     if isinstance(path, ObjectPath):
         return path
     text = os.fspath(path)
     if "://" not in text:
         if re.match(r"[a-z0-9]{2,}:/", text):
-            raise ValueError(f"{text}: expected a path, or a URL as text: a Path loses a slash")
+            raise ValueError(f"{text}: expected a path, or a URL as str (a Path loses a slash)")
         return Path(text)
     try:
-        # Listings are not cached: other processes write too.
+        # Listings are not cached, since other processes may write.
         fs, key = fsspec.url_to_fs(text, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{text}: {error}") from error
@@ -149,7 +156,7 @@ def location(path: str | os.PathLike[str] | ObjectPath) -> Location:
 
 
 def write_file(file: Location, data: bytes, writer: str = "") -> None:
-    """`durable.write_file`, or a put: whole or not at all, and safe when this returns."""
+    """Write a file, or put an object, whole or not at all; it is stored when this returns."""
     if isinstance(file, Path):
         durable.write_file(file, data, writer)
     else:
@@ -157,7 +164,7 @@ def write_file(file: Location, data: bytes, writer: str = "") -> None:
 
 
 def link_file(source: Location, target: Location) -> None:
-    """`durable.link_file` on disk; else a copy."""
+    """Link a file if both locations are on disk, otherwise copy it."""
     if isinstance(source, Path) and isinstance(target, Path):
         durable.link_file(source, target)
     else:
@@ -165,17 +172,17 @@ def link_file(source: Location, target: Location) -> None:
 
 
 def entries(folder: Location) -> list[Location]:
-    """What lies directly in a folder, by name."""
-    return sorted(folder.iterdir(), key=lambda one: one.name)
+    """Return the entries of a folder, sorted by name."""
+    return sorted(folder.iterdir(), key=lambda entry: entry.name)
 
 
 def file_size(file: Location) -> int:
-    """Bytes."""
+    """Return the size of a file in bytes."""
     return file.stat().st_size if isinstance(file, Path) else file.size()
 
 
 def file_sha256(file: Location) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     return (
         durable.file_sha256(file) if isinstance(file, Path) else durable.sha256(file.read_bytes())
     )
@@ -183,10 +190,10 @@ def file_sha256(file: Location) -> str:
 
 @contextmanager
 def opened(file: Location) -> Iterator[bytes | mmap.mmap]:
-    """All bytes of a file: mapped from disk, or fetched."""
+    """Yield all bytes of a file: mapped into memory from disk, or fetched."""
     if isinstance(file, ObjectPath):
         yield file.read_bytes()
-    elif file.stat().st_size == 0:  # which cannot be mapped
+    elif file.stat().st_size == 0:  # an empty file cannot be mapped
         yield b""
     else:
         with (

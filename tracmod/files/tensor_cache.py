@@ -1,4 +1,4 @@
-"""Tensors kept on disk between two tries of a long job: whole or absent, with what made them."""
+"""Cache tensors on disk, with the identity of what they were made from, to resume long jobs."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from tracmod.files.durable import identity_differences, sha256, this_process, wr
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], identity: dict[str, Any]) -> None:
-    """Write tensors as safetensors, their identity and SHA-256 in its metadata."""
+    """Write tensors as safetensors, with their identity and SHA-256 in its metadata."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    # One entry: safetensors writes several in no fixed order.
-    made_from = json.dumps({"identity": identity, "sha256": _digest(kept)}, sort_keys=True)
-    # Another worker may be making the same.
-    write_file(file, save(kept, {"made_from": made_from}), this_process())
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    # A single metadata entry, because safetensors does not fix the order of several.
+    made_from = json.dumps({"identity": identity, "sha256": _digest(on_cpu)}, sort_keys=True)
+    # Another worker may be writing the same file, so the temporary name is that of this process.
+    write_file(file, save(on_cpu, {"made_from": made_from}), this_process())
 
 
 def read_tensors(file: Path, identity: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The tensors that `write_tensors` wrote with this identity; None where there is no file.
+    """Read the tensors that `write_tensors` wrote with this identity; None if there is no file.
 
     Raises:
-        ValueError: they are of another identity (the sentence says in what), or damaged.
+        ValueError: Their identity differs (the message says in what), or the file is damaged.
     """
     if not file.exists():
         return None
     try:
         with safe_open(file, framework="pt") as opened:
             made_from = json.loads(opened.metadata()["made_from"])
-            kept = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         stored, digest = made_from["identity"], made_from["sha256"]
     except (KeyError, TypeError, ValueError, SafetensorError):
-        raise ValueError(f"{file} is damaged: remove it and it is made again") from None
-    if digest != _digest(kept):
-        raise ValueError(f"{file} is damaged: remove it and it is made again")
+        raise ValueError(f"{file} is damaged: remove it to compute it again") from None
+    if digest != _digest(tensors):
+        raise ValueError(f"{file} is damaged: remove it to compute it again")
     differing = identity_differences(identity, stored)
     if differing:
         raise ValueError(
-            f"{file} was made otherwise than is asked for: {'; '.join(differing)}; take another "
-            f"folder or remove this one"
+            f"{file} was made with other settings: {'; '.join(differing)}; use another folder or "
+            f"remove this one"
         )
-    return kept
+    return tensors
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -9,12 +9,13 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "safeten
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    found = {name: package_version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **{k: v for k, v in found.items() if v}}
+    """Return the versions of Python and of the installed packages that results depend on."""
+    packages = {name: package_version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **{k: v for k, v in packages.items() if v}}
 
 
 def package_version(package: str) -> str:
+    """Return the version of an installed package, or an empty string."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,13 +1,19 @@
-"""Layer inputs and output gradients of one backward pass, with no weight gradient formed.
+"""Capture the inputs and output gradients of layers, from which per-example gradients follow.
 
-A parameter's per-example gradient is a sum over tokens of products of what goes into its layer
-and the loss gradient at what comes out. `capture` hooks the selected layers and hands both to a
-callback while the backward pass runs, so that they can be used and freed at once; layers that read
-the same input (query, key, value) come together. Weights are frozen: autograd computes activation
-gradients only, and stops at the outputs of the lowest selected layers, because those are the first
-tensors that require a gradient.
+The gradient of a layer's parameters for one example is a sum over tokens of products of the layer's
+input and of the loss gradient at its output, for a linear layer `G = sum_s g_s x_s^T`. So one
+forward and one backward pass for a whole batch contain the gradients of all of its examples, and no
+weight gradient has to be formed. Three decisions make this cheap:
 
-Shapes: B examples, S tokens, I in, O out, D width.
+- Weights are frozen (`models.modes.frozen`), so autograd computes activation gradients only. It
+  stops at the outputs of the lowest selected layers: a forward hook makes an output require a
+  gradient if nothing below it does.
+- x and g are passed to a callback as soon as the backward pass has reached a layer, and are then
+  forgotten. At any time, only a few layers' tensors are in memory in addition to the activations.
+- Layers that read the same tensor (query, key and value) are passed on together, because their
+  input needs to be projected only once (see `kernels.project_gradients`).
+
+Shape suffixes: B examples, S tokens, I in, O out, D width of LayerNorm or embedding.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tracmod.choices import ParameterSet
-from tracmod.gradients.lean_pass import Columns, Kept
+from tracmod.gradients.lean_pass import Columns, LeanColumns
 from tracmod.models.architecture import attention_layers, embeddings_module
 from tracmod.models.inputs import per_example_loss
 
@@ -33,18 +39,20 @@ PARAMETER_SETS = get_args(ParameterSet)
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer whose parameters are selected.
+    """A layer whose parameters are selected.
 
     Attributes:
-        name: path of the module in the model.
+        name: Path of the module in the model.
         kind: `linear` (G = sum_s g_s x_s^T), `elementwise` (LayerNorm: sum_s g_s * x_s) or
-            `embedding` (row id gets g_s).
-        bias: whether the bias is selected too.
-        position: rank among all layers of the model, whatever is selected: the key of its
-            projection, so that parameters keep the same signs whatever is selected.
-        input_position: rank of the layer that owns the input; query, key and value share one.
-        pooled: lies beyond the encoder's layers (pooler, classifier), where an example is one
-            vector: its gradient is a single product g x^T.
+            `embedding` (g_s is added to row id_s).
+        module: The module.
+        bias: Whether its bias is selected, too.
+        position: Rank among all layers of the model, selected or not. The key of the layer's
+            projection is made from it, so a parameter has the same signs in every selection.
+        input_position: Rank of the layer whose position stands for the input. Query, key and value
+            have the same one.
+        pooled: Whether the layer is outside the encoder's layers (pooler, classifier), where an
+            example is a single vector and its gradient a single product g x^T.
     """
 
     name: str
@@ -55,11 +63,11 @@ class Layer:
     input_position: int
     pooled: bool
 
-    # The module's own sizes, not its weight's: `lean` may have taken heads out of that.
+    # The sizes are those of the module, because `lean` may replace its weight by a narrower one.
 
     @property
     def in_features(self) -> int:
-        """I of a linear layer, D of LayerNorm, rows of an embedding."""
+        """I of a linear layer, D of LayerNorm, the number of ids of an embedding."""
         module: Any = self.module
         if self.kind == "linear":
             return module.in_features
@@ -81,17 +89,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Captured:
-    """What one backward pass shows of a layer, or of layers that read the same input.
+    """Input and output gradients of one layer, or of layers that read the same input.
 
     Attributes:
-        layers: the layer; of linear layers maybe several (query, key, value).
-        x: (B, S, I) input; LayerNorm: (B, S, D) normalised input; embedding: (B, S) int64 ids.
-        g: for each layer (B, S, O), the gradient of each example's own loss at its output, float32
-            or bfloat16 (a pass in float16 or float64 is cast to float32); a floating x has its
-            dtype.
-        lengths: (B,) int64, tokens up to the last that is attended to; None where S is 1.
-        input_columns: numbers of x's columns and, with a bias, of its column of ones; None: all.
-        output_columns: for each layer the numbers of g's columns; None: all.
+        layers: The layers; more than one only for linear layers (query, key, value).
+        x: (B, S, I) input; for LayerNorm the normalised input (B, S, D); for an embedding (B, S)
+            int64 ids.
+        g: For each layer, (B, S, O) gradients of each example's own loss at the output. float32 or
+            bfloat16, which the kernels take; those of a pass in float16 or float64 are converted
+            to float32. A floating-point x has the same dtype.
+        lengths: (B,) int64 numbers of tokens up to the last one that is attended to; None if S = 1.
+        input_columns: If columns of x were left out (masked heads), the numbers of the remaining
+            ones in the complete layer, followed by that of the bias's column of ones; or None.
+        output_columns: For each layer, the numbers of the columns of g if some were left out, or
+            None.
     """
 
     layers: tuple[Layer, ...]
@@ -101,45 +112,45 @@ class Captured:
     input_columns: Tensor | None = None
     output_columns: tuple[Tensor | None, ...] = (None,)
 
-    def of(self, places: Sequence[int]) -> Captured:
-        """The same of some of the layers."""
+    def of(self, positions: Sequence[int]) -> Captured:
+        """Return the part for some of the layers, given by their positions in `layers`."""
         return replace(
             self,
-            layers=tuple(self.layers[place] for place in places),
-            g=tuple(self.g[place] for place in places),
-            output_columns=tuple(self.output_columns[place] for place in places),
+            layers=tuple(self.layers[position] for position in positions),
+            g=tuple(self.g[position] for position in positions),
+            output_columns=tuple(self.output_columns[position] for position in positions),
         )
 
     def with_all_columns(self) -> Captured:
-        """The same with zeros in the columns of heads that were left out."""
+        """Return the same with zeros in the columns that were left out."""
         x, widths = self.x, [layer.out_features for layer in self.layers]
         if self.input_columns is not None:
             x = _widened(x, self.input_columns[: x.shape[-1]], self.layers[0].in_features)
         g = tuple(
-            one if columns is None else _widened(one, columns, width)
-            for one, columns, width in zip(self.g, self.output_columns, widths, strict=True)
+            g_BSO if columns is None else _widened(g_BSO, columns, width)
+            for g_BSO, columns, width in zip(self.g, self.output_columns, widths, strict=True)
         )
         return replace(self, x=x, g=g, input_columns=None, output_columns=(None,) * len(g))
 
     @property
     def num_bytes(self) -> int:
-        """Of x and g."""
+        """The bytes of x and g."""
         return self.x.nbytes + sum(g.nbytes for g in self.g)
 
 
 def select_layers(model: nn.Module, parameters: str = "encoder") -> list[Layer]:
-    """The layers that hold the selected parameters, in the model's order.
+    """Return the layers with the selected parameters, in the order of the model.
 
     Args:
-        model: a BERT-family sequence classifier of transformers.
-        parameters: `encoder` (every parameter outside the embeddings module), `all`, `attention`
-            (what belongs to heads: query, key, value with bias, and the weight of the attention
-            output projection, whose bias belongs to no head) or `classifier` (outside the base
-            model).
+        model: A BERT-family sequence classifier of transformers.
+        parameters: `encoder` (all parameters outside the embeddings module), `all`, `attention`
+            (what belongs to heads: query, key and value with biases, and the weight of the
+            attention output projection, whose bias belongs to no head) or `classifier` (outside
+            the base model).
 
     Raises:
-        ValueError: unknown selection, or a selected parameter that is in no Linear, LayerNorm or
-            Embedding: it would silently be left out.
+        ValueError: The selection is unknown, or a selected parameter is not part of a Linear,
+            LayerNorm or Embedding module; it would be left out silently.
     """
     if parameters not in PARAMETER_SETS:
         expected = ", ".join(PARAMETER_SETS)
@@ -153,13 +164,14 @@ def select_layers(model: nn.Module, parameters: str = "encoder") -> list[Layer]:
             selected -= {f"{layer.name}.weight", f"{layer.name}.bias"}
     if selected:
         raise ValueError(
-            f"parameters: expected every selected parameter to be a weight or bias of Linear, "
-            f"LayerNorm or Embedding, got {', '.join(sorted(selected)[:5])}"
+            f"parameters: expected weights and biases of Linear, LayerNorm and Embedding modules, "
+            f"got {', '.join(sorted(selected)[:5])}"
         )
     return layers
 
 
 def _all_layers(model: nn.Module) -> list[Layer]:
+    """Return every layer of the model with parameters, numbered in the order of its modules."""
     kinds: list[tuple[type[nn.Module], LayerKind]] = [
         (nn.Linear, "linear"),
         (nn.LayerNorm, "elementwise"),
@@ -171,8 +183,10 @@ def _all_layers(model: nn.Module) -> list[Layer]:
         shared_input[attention.key] = attention.query
         shared_input[attention.value] = attention.query
     names = {module: name for name, module in model.named_modules()}
-    numbered = re.split(r"\.\d+\.", names[attentions[0].query], maxsplit=1)[0]
-    per_token = (f"{numbered}.", names[embeddings_module(model)])  # ELECTRA: embeddings_project too
+    # Layers under `encoder.layer` and the embeddings (and ELECTRA's `embeddings_project`) see every
+    # token; other linear layers see one vector per example.
+    encoder_layers = re.split(r"\.\d+\.", names[attentions[0].query], maxsplit=1)[0]
+    per_token = (f"{encoder_layers}.", names[embeddings_module(model)])
     layers: list[Layer] = []
     position_of: dict[nn.Module, int] = {}
     for name, module in model.named_modules():
@@ -187,6 +201,7 @@ def _all_layers(model: nn.Module) -> list[Layer]:
 
 
 def _selected_names(model: nn.Module, parameters: str) -> set[str]:
+    """Return the full names of the selected parameters."""
     names = {name for name, _ in model.named_parameters()}
     prefix = {module: name for name, module in model.named_modules()}
     if parameters == "all":
@@ -197,12 +212,12 @@ def _selected_names(model: nn.Module, parameters: str) -> set[str]:
     if parameters == "classifier":
         base = prefix[model.base_model] + "."
         return {name for name in names if not name.startswith(base)}
-    heads = set()
+    of_heads = set()
     for attention in attention_layers(model):
         for module in (attention.query, attention.key, attention.value):
-            heads |= {f"{prefix[module]}.weight", f"{prefix[module]}.bias"}
-        heads.add(f"{prefix[attention.output]}.weight")
-    return heads & names
+            of_heads |= {f"{prefix[module]}.weight", f"{prefix[module]}.bias"}
+        of_heads.add(f"{prefix[attention.output]}.weight")
+    return of_heads & names  # some models have no biases there
 
 
 def capture(
@@ -211,27 +226,27 @@ def capture(
     batch: Mapping[str, Tensor],
     on_captured: Callable[[Captured], None],
     dtype: torch.dtype | None = None,
-    kept: Kept | None = None,
+    lean_columns: LeanColumns | None = None,
 ) -> None:
-    """One forward and one backward pass; every selected layer is in one call of `on_captured`.
+    """Run one forward and one backward pass; pass every selected layer to `on_captured` once.
 
-    The loss is each example's own, not averaged over the batch: averaged gradients would be scaled
-    by 1/B, so that a short last batch counts more.
+    The losses of the examples are summed, not averaged: averaged gradients would be scaled by 1/B,
+    and the examples of a short last batch would count more.
 
     Args:
-        model: a sequence classifier within `frozen`; head masks, if any, applied.
-        layers: from `select_layers`.
+        model: A sequence classifier within `frozen`, with a head mask applied if there is one.
+        layers: The layers to capture, from `select_layers`.
         batch: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B,), on the model's device.
-        on_captured: receives what was captured, from the last layer to the first.
-        dtype: bfloat16 or float16 for autocast; None for the model's own.
-        kept: what `lean` yields, within its context.
+        on_captured: Called with what was captured, from the last layer to the first.
+        dtype: bfloat16 or float16 for a pass under autocast; None for the dtype of the model.
+        lean_columns: What `lean` yields, if the pass is run in its context.
 
     Raises:
-        ValueError: a layer that runs twice in one pass (its parameters are shared across depth), or
-            a loss that no selected layer reaches.
+        ValueError: A layer runs twice in one pass, because parameters are shared across depth; or
+            the loss depends on no selected layer.
     """
     lengths = token_lengths(batch["attention_mask"])
-    groups = _Groups(lengths, on_captured, kept or {})
+    groups = _Groups(lengths, on_captured, lean_columns or {})
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.module.register_forward_hook(groups.hook(layer)).remove)
@@ -250,15 +265,16 @@ def capture(
 
 
 def token_lengths(attention_mask_BS: Tensor) -> Tensor:
-    """Tokens up to and including the last one that is attended to, (B,) int64."""
+    """Return the number of tokens up to the last one that is attended to, (B,) int64."""
     position_S = torch.arange(1, attention_mask_BS.shape[1] + 1, device=attention_mask_BS.device)
     return (attention_mask_BS.ne(0) * position_S).amax(dim=1)
 
 
 def _attention_mask(model: Any, mask_BS: Tensor) -> Tensor:
-    """The mask in the form that attention takes: made by transformers, each batch waits for a GPU.
+    """Return the mask in the form that scaled-dot-product attention takes.
 
-    It looks whether all of the mask is set, and only then is it free to leave it out.
+    transformers would make it from (B, S), but it first checks whether all of the mask is set, in
+    which case it needs no mask. That check waits for the GPU in every batch.
     """
     if model.config._attn_implementation != "sdpa":
         return mask_BS
@@ -272,7 +288,7 @@ def _autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
 
 @dataclass
 class _Group:
-    """Layers of one pass that read the same tensor, and the gradients that have come so far."""
+    """Layers of one pass that read the same tensor, and the gradients that are there so far."""
 
     x: Tensor
     layers: list[Layer] = field(default_factory=list)
@@ -280,31 +296,38 @@ class _Group:
 
 
 class _Groups:
-    """Puts together what the hooks of one pass show, and hands it on when a group is whole."""
+    """Collects what the hooks of one pass see, and passes a group on when it is complete.
+
+    The forward pass runs the hooks of a group's layers one after the other, so a group has all of
+    its layers before the backward pass begins; the backward pass then brings their gradients.
+    """
 
     def __init__(
-        self, lengths: Tensor, on_captured: Callable[[Captured], None], kept: Kept
+        self, lengths: Tensor, on_captured: Callable[[Captured], None], lean_columns: LeanColumns
     ) -> None:
-        self.lengths, self.on_captured, self.kept = lengths, on_captured, kept
+        self.lengths, self.on_captured, self.lean_columns = lengths, on_captured, lean_columns
         self.seen: set[str] = set()
         self.groups: dict[Any, _Group] = {}
 
     def hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        """The layer's forward hook: notes its input, and has its output's gradient noted."""
+        """Return the forward hook of a layer, which records its input and its output's gradient."""
 
         def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if layer.name in self.seen:
                 raise ValueError(
-                    f"{layer.name}: expected each layer to run once in a forward pass, it ran "
-                    f"twice (parameters shared across depth are not supported)"
+                    f"{layer.name}: expected every layer to run once in a forward pass, but it "
+                    f"ran twice (parameters that are shared across depth are not supported)"
                 )
             self.seen.add(layer.name)
-            if not output.requires_grad:  # nothing below is selected: the backward pass ends here
+            if not output.requires_grad:  # no selected layer below: the backward pass ends here
                 output = output.detach().requires_grad_()
             batch = len(self.lengths)
-            if output.shape[0] != batch:  # BERT looks positions up once for the whole batch
+            # BERT looks position embeddings up once for the batch, (1, S, D). Expanded, every
+            # example has a gradient of its own.
+            if output.shape[0] != batch:
                 output = output.expand(batch, *output.shape[1:])
-            # Layers may share an input where its position is the same, and do where the tensor is.
+            # The position says which layers read the same input in the architecture; the tensor
+            # says whether they do in this pass. In a lean last layer the query does not.
             key = (layer.input_position, args[0].data_ptr(), args[0].shape)
             self.groups.setdefault(key, _Group(args[0].detach())).layers.append(layer)
 
@@ -312,47 +335,51 @@ class _Groups:
                 group = self.groups[key]
                 group.g[layer.name] = g
                 if len(group.g) == len(group.layers):
-                    self.hand_on(key)
+                    self.pass_on(key)
 
             output.register_hook(gradient_hook)
             return output
 
         return forward_hook
 
-    def hand_on(self, key: Any) -> None:
-        """Give a group's layers to the callback and forget them, so that memory can be freed."""
-        self.on_captured(_captured(self.groups.pop(key), self.lengths, self.kept))
+    def pass_on(self, key: Any) -> None:
+        """Pass a group to the callback and forget it, so that its memory can be freed."""
+        self.on_captured(_captured(self.groups.pop(key), self.lengths, self.lean_columns))
 
     def finish(self) -> None:
-        """Hand on groups of which the loss reached some layers and not all."""
+        """Pass on groups for which the loss reached only some of the layers."""
         for key, group in list(self.groups.items()):
             group.layers = [layer for layer in group.layers if layer.name in group.g]
             if group.layers:
-                self.hand_on(key)
+                self.pass_on(key)
 
 
-def _captured(group: _Group, lengths: Tensor, kept: Kept) -> Captured:
+def _captured(group: _Group, lengths: Tensor, lean_columns: LeanColumns) -> Captured:
+    """Bring what was recorded into the form of `Captured`."""
     module = group.layers[0].module
     gs = [_for_kernels(group.g[layer.name]) for layer in group.layers]
-    x, whole = group.x, gs[0].dim() == 2 or gs[0].shape[1] == 1
+    # A pooled layer, or the first position of a lean last layer: no padding.
+    one_token = gs[0].dim() == 2 or gs[0].shape[1] == 1
+    x = group.x
     if isinstance(module, nn.LayerNorm):
+        # The weight multiplies the normalised input, which the module does not return.
         x = F.layer_norm(x, module.normalized_shape, eps=module.eps).to(gs[0].dtype)
     elif isinstance(module, nn.Embedding):
         x = x.expand(gs[0].shape[0], -1)
-        if module.padding_idx is not None:  # autograd gives the padding row no gradient either
+        if module.padding_idx is not None:  # its row has no gradient in autograd either
             gs = [g.masked_fill((x == module.padding_idx)[..., None], 0) for g in gs]
     else:
         x = x.to(gs[0].dtype)
     if gs[0].dim() == 2:
         x, gs = x[:, None], [g[:, None] for g in gs]
-    columns = [kept.get(layer.module, Columns(None, None)) for layer in group.layers]
+    columns = [lean_columns.get(layer.module, Columns(None, None)) for layer in group.layers]
     return Captured(
         tuple(group.layers),
         x.contiguous(),
         tuple(g.contiguous() for g in gs),
-        None if whole else lengths,
+        None if one_token else lengths,
         columns[0].input,
-        tuple(one.output for one in columns),
+        tuple(layer_columns.output for layer_columns in columns),
     )
 
 

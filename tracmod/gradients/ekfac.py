@@ -1,7 +1,14 @@
 """EK-FAC: the eigenvalue-corrected Kronecker-factored curvature of a model, as a preconditioner.
 
-Shapes: B examples, S tokens, T all tokens of a batch, I in (with the bias's column of ones), O out,
-N examples, P distinct pairs of example and id.
+The Fisher matrix of a linear layer has (I O)^2 entries and cannot be formed. K-FAC takes it to be
+the Kronecker product of the covariances of inputs and of output gradients, so its eigenvectors are
+products Q_out x Q_in of theirs. EK-FAC keeps these eigenvectors, but measures the eigenvalues: the
+mean square of the gradients rotated by them. So two passes over the data are needed, one for the
+covariances and one for the eigenvalues.
+
+Shape suffixes: B examples, S tokens, T all tokens of a batch, I in (including the bias's column of
+ones), O out, D either of them, N examples, b examples whose gradients are formed together, R rows
+and C columns of a gradient, P distinct pairs of example and id.
 """
 
 from __future__ import annotations
@@ -37,9 +44,11 @@ from tracmod.models.inputs import (
 )
 from tracmod.models.modes import frozen, on_device
 
-# Share of a layer's mean eigenvalue that is added to all of them (Grosse et al. 2023, section 2.2).
+# The share of a layer's mean eigenvalue that is added to each eigenvalue (Grosse et al. 2023,
+# section 2.2).
 DAMPING = 0.1
-# Its statistics are means over examples: more of them change them little.
+# Examples on which a checkpoint is fitted, at most. The statistics are means over examples, which
+# more examples would change little.
 FIT_EXAMPLES = 10_000
 
 
@@ -55,74 +64,102 @@ def fit_ekfac(
     seed: int = 0,
     advance: Callable[[int], Any] | None = None,
 ) -> Preconditioner:
-    """The eigenvalue-corrected Kronecker-factored Fisher matrix of a model on a dataset.
+    """Fit the inverse of the EK-FAC approximation of a model's Fisher matrix as a metric.
 
-    For each linear layer, Q_in has the eigenvectors of `sum x x^T` and Q_out those of `sum g g^T`,
-    over the tokens that the loss depends on (in the last layer often the first alone); then over
-    examples `Lambda = mean (Q_out^T G Q_in)^2`. Of LayerNorm and embeddings the diagonal,
-    `Lambda = mean G^2`. The metric is the inverse of `Lambda + damping * mean(Lambda)`, the latter
-    mean over the layer. Influence in it is that of influence functions (Koh and Liang 2017).
+    For a linear layer::
+
+        Q_in, Q_out = eigenvectors of sum x x^T and of sum g g^T over tokens
+        Lambda      = mean over examples of (Q_out^T G Q_in)^2
+        D           = (Q_out x Q_in) diag(1 / (Lambda + damping * mean(Lambda))) (Q_out x Q_in)^T
+
+    The sums are over the tokens on which the loss depends (in the last layer, often the first
+    position only). LayerNorm and embeddings have a diagonal D, without rotations. Influence in this
+    metric at the last checkpoint is that of influence functions (Koh and Liang 2017).
 
     Args:
-        model, parameters, batch_tokens, device: as in `collect_features`; all heads.
-        dataset: the training examples, or enough of them; passed through the model twice.
-        labels: `sampled` from the model's own predictions, which makes it the Fisher matrix; the
-            `given` ones, the empirical Fisher.
-        damping: share of a layer's mean eigenvalue that is added.
-        seed: of the sampled labels; each example's depends on its place alone.
-        advance: called with the number of examples done; 2 N in all.
+        model: As for `collect_features`; all heads are used.
+        dataset: The training examples, or enough of them. They are passed through the model twice.
+        parameters: As for `collect_features`.
+        labels: `sampled` to draw labels from the model's own predictions, which gives the Fisher
+            matrix; `given` for those of the dataset, which give the empirical Fisher matrix.
+        damping: Share of a layer's mean eigenvalue that is added to each eigenvalue.
+        batch_tokens: As for `collect_features`.
+        device: As for `collect_features`.
+        seed: Seed of the sampled labels. The label of an example depends on its position in the
+            dataset, but not on the batches.
+        advance: Called with the number of examples that were processed, 2 N in total.
 
     Returns:
-        The preconditioner, on the device of the pass.
+        The preconditioner, on the device of the passes.
 
     Raises:
-        ValueError: as in `collect_features`; no examples, damping not above 0, or a loss or
-            gradient that is not finite.
+        ValueError: As for `collect_features`; or there are no examples, damping is not positive, or
+            a loss or gradient is not finite.
+
+    Examples:
+        >>> import tracmod as tm
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(
+        ...     vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        ...     intermediate_size=32
+        ... )
+        >>> model = BertForSequenceClassification(config)
+        >>> dataset = [{"input_ids": [5, 6, 7], "labels": 1}, {"input_ids": [8, 9], "labels": 0}]
+        >>> preconditioner = tm.fit_ekfac(model, dataset)
+        >>> projection = tm.Projection(dim=64)
+        >>> features = tm.collect_features(
+        ...     model, dataset, projection, preconditioner=preconditioner
+        ... )
+        >>> features.shape
+        torch.Size([2, 64])
 
     Source: George et al. 2018, arXiv 1806.03884 (EK-FAC); Grosse et al. 2023, arXiv 2308.03296.
     """
     if damping <= 0:
-        raise ValueError(f"damping: expected more than 0, got {damping}")
+        raise ValueError(f"damping: expected a number above 0, got {damping}")
     if labels not in ("sampled", "given"):
         raise ValueError(f"labels: expected sampled or given, got {labels!r}")
     examples = as_examples(dataset)
     if not examples:
-        raise ValueError("fit_ekfac: expected examples, got none")
+        raise ValueError("dataset: expected at least one example, got none")
     check_examples(model, examples)
     layers = select_layers(model, parameters)
-    with frozen(model), on_device(model, device), lean(model) as kept:
+    with frozen(model), on_device(model, device), lean(model) as lean_columns:
         if labels == "sampled":
             examples = _with_sampled_labels(model, examples, batch_tokens, seed)
         covariances, curvature = _Covariances(), _Curvature(layers)
 
-        def passed(on_captured: Callable[[Captured], None]) -> None:
+        def run_pass(on_captured: Callable[[Captured], None]) -> None:
             lengths = [example_length(example) for example in examples]
             for rows in plan_batches(lengths, batch_tokens):
                 chosen = [examples[row] for row in rows]
                 batch = collate(chosen, pad_token_id(model), model.device)
-                capture(model, layers, batch, on_captured, kept=kept)
+                capture(model, layers, batch, on_captured, lean_columns=lean_columns)
                 if advance is not None:
                     advance(len(rows))
 
-        passed(covariances.add)
+        run_pass(covariances.add)
         curvature.rotations = covariances.eigenvectors()
-        passed(curvature.add)
+        run_pass(curvature.add)
     return Preconditioner("ekfac", curvature.metrics(len(examples), damping))
 
 
 def _with_sampled_labels(
     model: PreTrainedModel, examples: list[dict[str, Any]], batch_tokens: int, seed: int
 ) -> list[dict[str, Any]]:
+    """Return the examples with labels drawn from the model's predictions."""
     logits_NC = predict(model, examples, batch_tokens=batch_tokens).double()
-    bad_N = logits_NC.isfinite().all(dim=1).logical_not()
-    if bool(bad_N.any()):
-        row = int(bad_N.nonzero()[0])
+    not_finite_N = logits_NC.isfinite().all(dim=1).logical_not()
+    if bool(not_finite_N.any()):
+        row = int(not_finite_N.nonzero()[0])
         raise ValueError(f"dataset: row {row}: expected finite logits, got NaN or infinity")
     generator = torch.Generator().manual_seed(seed)
-    if logits_NC.shape[1] == 1:  # the loss (f - y)^2 is that of a normal y of variance 1/2
+    if logits_NC.shape[1] == 1:
+        # The loss (f - y)^2 is the negative log-likelihood of a normal y of variance 1/2.
         noise_N = torch.randn(len(examples), generator=generator, dtype=torch.float64)
         labels = (logits_NC[:, 0] + noise_N / 2**0.5).tolist()
     else:
+        # Inverse of the cumulative distribution; clamped because rounding may leave it below 1.
         drawn_N = torch.rand(len(examples), 1, generator=generator, dtype=torch.float64)
         below_N = (logits_NC.softmax(dim=1).cumsum(dim=1) < drawn_N).sum(dim=1)
         labels = below_N.clamp(max=logits_NC.shape[1] - 1).tolist()
@@ -130,7 +167,7 @@ def _with_sampled_labels(
 
 
 class _Covariances:
-    """Sums of x x^T and g g^T over tokens; layers that read the same input share the former."""
+    """Sums of x x^T and g g^T over tokens; layers that read the same input share x x^T."""
 
     def __init__(self) -> None:
         self.of_input: dict[tuple[str, ...], Tensor] = {}
@@ -141,21 +178,25 @@ class _Covariances:
             return
         names = tuple(layer.name for layer in captured.layers)
         _accumulate(self.of_input, names, input_tokens(captured))
-        for place, name in enumerate(names):
-            _accumulate(self.of_output, name, output_tokens(captured, place=place))
+        for position, name in enumerate(names):
+            _accumulate(self.of_output, name, output_tokens(captured, position=position))
 
     def eigenvectors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """`Q_in` and `Q_out` of every linear layer, float32."""
+        """Return Q_in and Q_out of every linear layer, float32."""
         inputs = {
             name: vectors
             for names, covariance in self.of_input.items()
             for vectors in [_eigenvectors(covariance)]
             for name in names
         }
-        return {name: (inputs[name], _eigenvectors(own)) for name, own in self.of_output.items()}
+        return {
+            name: (inputs[name], _eigenvectors(covariance))
+            for name, covariance in self.of_output.items()
+        }
 
 
 def _accumulate(sums: dict[Any, Tensor], key: Any, tokens_BSD: Tensor) -> None:
+    """Add a batch's product, computed in float32, to a float64 sum over batches."""
     tokens_TD = tokens_BSD.flatten(0, 1)
     product_DD = (tokens_TD.mT @ tokens_TD).double()
     sums[key] = sums[key].add_(product_DD) if key in sums else product_DD
@@ -168,7 +209,7 @@ def _eigenvectors(covariance_DD: Tensor) -> Tensor:
 
 
 class _Curvature:
-    """Sums over examples of the squares of rotated gradients."""
+    """Sums over examples of the squares of rotated gradients: Lambda times N."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = {layer.name: layer for layer in layers}
@@ -179,23 +220,27 @@ class _Curvature:
         if captured.layers[0].kind == "embedding":
             self._add_embedding(captured)
             return
-        for place, layer in enumerate(captured.layers):
-            metric = Metric(torch.ones((), device=captured.x.device), *self._of(layer.name))
-            for _, gradients_bRC in formed_gradients(captured.of([place]), metric):
+        for position, layer in enumerate(captured.layers):
+            metric = Metric(torch.ones((), device=captured.x.device), *self._rotation(layer.name))
+            for _, gradients_bRC in formed_gradients(captured.of([position]), metric):
                 self._sum(layer, captured.x.device).add_(gradients_bRC.square().sum(dim=0))
 
     def _add_embedding(self, captured: Captured) -> None:
-        """Of each example the rows of the ids in it, those of one id summed."""
+        """Add the squares of the rows of an embedding's gradients, without forming whole ones.
+
+        Row `id` of an example's gradient is the sum over the tokens with this id, so tokens are
+        summed by pair of example and id before they are squared.
+        """
         layer, (batch, _) = captured.layers[0], captured.x.shape
         g_BSD = output_tokens(captured)
         owner_B1 = torch.arange(batch, device=captured.x.device)[:, None]
-        pairs, place = (captured.x + owner_B1 * layer.in_features).unique(return_inverse=True)
+        pairs, pair_BS = (captured.x + owner_B1 * layer.in_features).unique(return_inverse=True)
         rows_PD = g_BSD.new_zeros(len(pairs), g_BSD.shape[-1])
-        rows_PD.index_add_(0, place.flatten(), g_BSD.flatten(0, 1))
+        rows_PD.index_add_(0, pair_BS.flatten(), g_BSD.flatten(0, 1))
         sums = self._sum(layer, captured.x.device)
         sums.index_add_(0, pairs % layer.in_features, rows_PD.square())
 
-    def _of(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+    def _rotation(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         return self.rotations.get(name, (None, None))
 
     def _sum(self, layer: Layer, device: torch.device) -> Tensor:
@@ -204,7 +249,7 @@ class _Curvature:
         return self.sums[layer.name]
 
     def metrics(self, count: int, damping: float) -> dict[str, Metric]:
-        """Of every layer the root of the inverse; 0 for a layer that no gradient has reached."""
+        """Return the square root of D of every layer; 0 if no gradient has reached the layer."""
         metrics = {}
         for name, layer in self.layers.items():
             if name not in self.sums:
@@ -213,7 +258,7 @@ class _Curvature:
             mean = self.sums[name] / count
             damped = mean + damping * mean.double().mean().float()
             scale = torch.where(damped > 0, damped.rsqrt(), 0)
-            metrics[name] = Metric(scale, *self._of(name))
+            metrics[name] = Metric(scale, *self._rotation(name))
         return metrics
 
 
@@ -229,31 +274,32 @@ def checkpoint_preconditioner(
     keep_in: Path,
     identity: Mapping[str, Any],
 ) -> Preconditioner:
-    """The preconditioner of a checkpoint: Adam's from its folder, EK-FAC read or else fitted.
+    """Return the preconditioner of a checkpoint: Adam's from its folder, or EK-FAC's.
 
-    EK-FAC is fitted on the training examples, of more than `FIT_EXAMPLES` on so many drawn at
-    random, and kept, since features are only comparable with those of the very same one.
+    EK-FAC is fitted on the training examples, or on `FIT_EXAMPLES` of them drawn at random, and
+    saved. Later calls read the file, because features can only be compared if they were collected
+    with exactly the same preconditioner.
 
     Args:
-        kind: which.
-        model: the checkpoint's.
-        folder: the checkpoint's.
-        train: gives the training examples, encoded; called where one is fitted.
-        parameters, batch_tokens: as in `collect_features`.
-        damping: as in `fit_ekfac`.
-        keep_in: file of a fitted one.
-        identity: what it depends on beside these: digests of the model and of the data.
+        kind: `adam` or `ekfac`.
+        model: The model of the checkpoint.
+        folder: The folder of the checkpoint.
+        train: Returns the encoded training examples; called if EK-FAC has to be fitted.
+        parameters, batch_tokens: As for `collect_features`.
+        damping: As for `fit_ekfac`.
+        keep_in: The file in which the fitted preconditioner is saved.
+        identity: What it depends on otherwise: digests of the model and of the data.
 
     Raises:
-        ValueError: no second moment in the folder, or a kept file that is damaged or of another
+        ValueError: The folder has no second moment, or the saved file is damaged or has another
             identity.
     """
     if kind == "adam":
         return adam_preconditioner(model, folder, parameters)
     identity = {**identity, "parameters": parameters, "damping": damping}
-    kept = Preconditioner.load(keep_in, "ekfac", identity)
-    if kept is not None:
-        return kept.to(model.device)
+    saved = Preconditioner.load(keep_in, "ekfac", identity)
+    if saved is not None:
+        return saved.to(model.device)
     examples, generator = train(), torch.Generator().manual_seed(0)
     drawn = torch.randperm(len(examples), generator=generator)[:FIT_EXAMPLES]
     chosen = [examples[row] for row in drawn.sort().values.tolist()]

@@ -1,16 +1,23 @@
-"""A model's pass without what its loss does not depend on, for as long as a context lasts.
+"""The lean pass: forward and backward without computations on which the loss does not depend.
 
-Two things are left out, both exactly, and in float32 on a CPU the narrow products are our own:
+`lean` modifies a model for as long as its context lasts. The loss and its gradients stay the same
+up to rounding, but two things are not computed:
 
-- heads that a mask removes: their rows of query, key and value and their columns of the attention
-  output projection are taken out of the matrix products, not multiplied by zero;
-- in the last layer, all positions but the first, where the classifier reads only that one: keys and
-  values are made of every position, query, attention output and feed-forward of the first.
+- *Masked heads.* Their rows of the query, key and value weights and their columns of the attention
+  output projection are taken out of the matrices, instead of multiplying their result by zero.
+- *Unread positions of the last layer.* Most classifiers read the first position only ([CLS] or
+  <s>). The last layer then needs keys and values of every position, but the query, the attention
+  output and the feed-forward network of the first position only.
 
-Whether a model allows it is found out by a pass over eight tokens, not by its class: where the lean
-pass does not give what the full pass gives, the model is left as it is and only masked.
+On the CPU, float32 products that are no wider than their input are computed by `kernels.linear`,
+and passes under autocast use attention that is not fused; both are faster there.
 
-Shapes: B examples, S tokens, I in, H heads.
+Whether a model permits this is decided by what it computes, not by its class: a probe batch of a
+few tokens is passed through both forms, and where they disagree, the model is left as it is (and
+masked in the ordinary way). A model that only looks like BERT thus gets slower passes, never wrong
+ones.
+
+Shape suffixes: B examples, S tokens, T rows of a product, I in, O out, H heads.
 """
 
 from __future__ import annotations
@@ -32,34 +39,33 @@ from tracmod.subnetworks.head_mask import HeadMask, kept_columns, matching_layer
 
 
 class Columns(NamedTuple):
-    """Which columns of a linear layer's input and output are left, int64; None: all of them."""
+    """The columns of a linear layer's input and output that remain, int64, or None for all."""
 
     input: Tensor | None
     output: Tensor | None
 
 
-Kept = Mapping[nn.Module, Columns]
+LeanColumns = Mapping[nn.Module, Columns]  # of the layers that have lost columns
 
 
 @contextmanager
 def lean(
     model: PreTrainedModel, head_mask: HeadMask | None = None, dtype: torch.dtype | None = None
-) -> Iterator[Kept]:
-    """Make every pass of the model a lean one; the model is put back afterwards.
+) -> Iterator[LeanColumns]:
+    """Make every pass of a model a lean one; the model is restored when the context ends.
 
-    The loss and its gradients are those of the full pass under the mask, up to rounding. Not for
-    training: weights that are taken out are copies.
+    Not for training: narrowed weights are copies, so updates of them would be lost.
 
     Args:
-        model: in evaluation mode.
-        head_mask: heads to leave out; None for none.
-        dtype: of an autocast pass; None for the model's own.
+        model: The model, in evaluation mode.
+        head_mask: A head mask to apply, or None.
+        dtype: dtype of passes under autocast, or None.
 
     Yields:
-        The layers that have lost columns, and which are left.
+        The layers from which columns were taken out, with the columns that remain.
 
     Raises:
-        ValueError: a mask of another shape than the model's.
+        ValueError: The mask has not the shape of the model.
     """
     probe = probe_inputs(model)
     with ExitStack() as stack:
@@ -68,41 +74,42 @@ def lean(
                 stack.enter_context(_plain_attention(model))
             elif model.dtype is torch.float32:
                 _use_native_products(stack, model)
-        kept: dict[nn.Module, Columns] = {}
+        lean_columns: dict[nn.Module, Columns] = {}
         if head_mask is not None:
-            kept = _leave_heads_out(stack, model, head_mask, probe)
+            lean_columns = _remove_masked_heads(stack, model, head_mask, probe)
         last = _last_block(model)
         if last is not None and _reads_first_alone(model, *last, probe):
             _replace_forward(stack, *last)
-        yield kept
+        yield lean_columns
 
 
-# --- heads ----------------------------------------------------------------------------------
+# --- Masked heads ---------------------------------------------------------------------------
 
 
-def _leave_heads_out(
+def _remove_masked_heads(
     stack: ExitStack, model: PreTrainedModel, mask: HeadMask, probe: Mapping[str, Tensor]
 ) -> dict[nn.Module, Columns]:
-    """Take masked heads out, or only mask them where the model cannot go without them."""
+    """Take masked heads out of the matrices, or only mask them if the model needs its heads."""
     with mask.apply(model):
         expected = probe_logits(model, probe)
     attempt = ExitStack()
-    kept: dict[nn.Module, Columns] = {}
+    lean_columns: dict[nn.Module, Columns] = {}
     for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):
         if not kept_H.all():
-            kept |= _narrow(attempt, layer, torch.from_numpy(kept_H.copy()))
-    with suppress(RuntimeError, ValueError):  # a model that counts on its number of heads
+            lean_columns |= _narrow(attempt, layer, torch.from_numpy(kept_H.copy()))
+    with suppress(RuntimeError, ValueError):  # raised by a model that relies on its number of heads
         if logits_agree(probe_logits(model, probe), expected):
             stack.push(attempt)
-            return kept
+            return lean_columns
     attempt.close()
     stack.enter_context(mask.apply(model))
     return {}
 
 
 def _narrow(stack: ExitStack, layer: AttentionLayer, kept_H: Tensor) -> dict[nn.Module, Columns]:
-    """Swap the layer's weights for those of the heads that are kept."""
+    """Replace the weights of an attention layer by those of its remaining heads."""
     if not kept_H.any():
+        # Attention needs a head, so `kept_columns` keeps the first; its output is multiplied by 0.
         stack.callback(layer.output.register_forward_pre_hook(_times_zero, prepend=True).remove)
     columns = kept_columns(layer, kept_H)
     for linear in (layer.query, layer.key, layer.value):
@@ -114,7 +121,7 @@ def _narrow(stack: ExitStack, layer: AttentionLayer, kept_H: Tensor) -> dict[nn.
         layer.query: Columns(None, columns),
         layer.key: Columns(None, columns),
         layer.value: Columns(None, columns),
-        # The bias's column of ones comes last: it keeps its number.
+        # The bias is a column of ones behind the others; its number stays the same.
         layer.output: Columns(torch.cat([columns, ones]), None),
     }
 
@@ -128,13 +135,13 @@ def _swap(stack: ExitStack, module: nn.Module, name: str, tensor: Tensor) -> Non
     setattr(module, name, nn.Parameter(tensor.detach(), requires_grad=False))
 
 
-# --- the last layer -------------------------------------------------------------------------
+# --- Unread positions of the last layer -----------------------------------------------------
 
 Forward = Callable[..., Tensor]
 
 
 def _last_block(model: PreTrainedModel) -> tuple[nn.Module, Forward] | None:
-    """The last layer, of the models whose layers we know, with its lean forward pass."""
+    """Return the last layer and its lean forward pass, for the two layouts of layers we know."""
     last = attention_layers(model)[-1]
     for block in model.modules():
         attention = getattr(block, "attention", None)
@@ -148,6 +155,8 @@ def _last_block(model: PreTrainedModel) -> tuple[nn.Module, Forward] | None:
 
 
 def _bert_forward(block: Any, layer: AttentionLayer) -> Forward:
+    """Return the lean forward pass of BERT's layers, also used by RoBERTa, XLM-R and ELECTRA."""
+
     def forward(x_BSI: Tensor, mask: Any = None, *_: Any, **named: Any) -> Tensor:
         first_B1I = _first(x_BSI)
         attended = _attend(layer, first_B1I, x_BSI, named.get("attention_mask", mask))
@@ -167,18 +176,22 @@ def _distilbert_forward(block: Any, layer: AttentionLayer) -> Forward:
 
 
 def _first(x_BSI: Tensor) -> Tensor:
-    """The first position in memory of its own: never taken for the input of key and value."""
+    """Return a copy of the first position, (B, 1, I).
+
+    `capture` groups layers by the memory of their input. A view would be grouped with the input of
+    key and value where S is 1, so that rounding would depend on the batch.
+    """
     return x_BSI[:, :1].clone()
 
 
 def _attend(layer: AttentionLayer, first_B1I: Tensor, x_BSI: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of the first position to all of them, heads side by side: (B, 1, I)."""
+    """Attend from the first position to all positions; the heads side by side, (B, 1, I)."""
     query, key, value = (
         linear(x).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
         for linear, x in ((layer.query, first_B1I), (layer.key, x_BSI), (layer.value, x_BSI))
     )
     if mask is not None:
-        mask = mask[:, :, :1]  # (B, 1, S, S), or one row for all queries
+        mask = mask[:, :, :1]  # of (B, 1, S, S), or of (B, 1, 1, S) for all queries
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return attended.transpose(1, 2).flatten(2)
 
@@ -187,20 +200,31 @@ def _attend(layer: AttentionLayer, first_B1I: Tensor, x_BSI: Tensor, mask: Tenso
 def _reads_first_alone(
     model: PreTrainedModel, block: nn.Module, forward: Forward, probe: Mapping[str, Tensor]
 ) -> bool:
-    """Whether the lean last layer gives the first position, and the logits need no other one."""
+    """Return whether the lean last layer may replace the last layer.
+
+    Both conditions are tested in a single probe pass, by a hook on the last layer:
+
+    1. The lean form computes the same output at the first position.
+    2. The logits depend on no other position. All others are set to NaN, which spreads to anything
+       computed from them; so the logits are finite only if nothing is. This is stricter than
+       comparing logits, which might agree by chance or up to the tolerance.
+
+    A model with NaN or infinity in its weights does not pass, so it keeps its full pass, and the
+    gradients show them.
+    """
     same = False
 
     def compare(
         _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> Tensor | None:
         nonlocal same
-        if not isinstance(output, Tensor):
+        if not isinstance(output, Tensor):  # a layer that also returns attention weights, say
             return None
         with suppress(RuntimeError, TypeError, ValueError, IndexError):
             same = logits_agree(forward(*inputs, **named), output[:, :1])
-        unread = torch.full_like(output, torch.nan)
-        unread[:, 0] = output[:, 0]
-        return unread
+        first_only = torch.full_like(output, torch.nan)
+        first_only[:, 0] = output[:, 0]
+        return first_only
 
     hook = block.register_forward_hook(compare, with_kwargs=True)
     try:
@@ -211,21 +235,22 @@ def _reads_first_alone(
 
 
 def _replace_forward(stack: ExitStack, block: nn.Module, forward: Forward) -> None:
-    block.forward = forward
+    block.forward = forward  # an attribute of the instance, which hides the method of the class
     stack.callback(delattr, block, "forward")
 
 
 # --- float32 products on the CPU ------------------------------------------------------------
 
-# Fewer rows than this are left to torch: the weight is laid out anew for each product.
+# Products of fewer rows are left to torch: `kernels.linear` rearranges the weight for each product,
+# which takes time that only many rows make up for.
 FEWEST_ROWS = 512
 
 
 class _Linear(torch.autograd.Function):
-    """`x W^T + bias` of a frozen layer, by whichever of torch and `kernels.linear` is faster.
+    """`x W^T + bias` of a frozen layer, computed by the faster of torch and `kernels.linear`.
 
-    Ours wins where the result is no wider than the input (`tracmod bench --full`); a wide one is
-    bound by writing it.
+    `kernels.linear` is faster if the result is no wider than the input (measured by
+    `tracmod bench --full`); the time of wider ones is that of writing the result.
     """
 
     @staticmethod
@@ -247,7 +272,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _torch_is_faster(x: Tensor, columns: int) -> bool:
-    """Of a product of x's rows with as many columns in its result."""
+    """Whether torch computes the product of x with a result of so many columns faster."""
     width = x.shape[-1]
     return x.numel() < FEWEST_ROWS * width or columns > width
 
@@ -262,14 +287,14 @@ def _native_forward(linear: nn.Linear, x_BSI: Tensor) -> Tensor:
     return _Linear.apply(x_BSI, linear.weight, linear.bias)
 
 
-# --- attention in bfloat16 ------------------------------------------------------------------
+# --- Attention under autocast on the CPU ----------------------------------------------------
 
 
 @contextmanager
 def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Attention as matrix products and a softmax, which transformers takes in float32.
+    """Use attention as matrix products and a softmax, which transformers computes in float32.
 
-    The backward pass of torch's fused attention on a CPU is slower in bfloat16 than in float32.
+    On the CPU, the backward pass of torch's fused attention is slower in bfloat16 than in float32.
     """
     before = model.config._attn_implementation
     model.config._attn_implementation = "eager"

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tracmod import kernels
 from tracmod.gradients.capture import Captured, Layer, capture, select_layers
-from tracmod.gradients.lean_pass import Kept, lean
+from tracmod.gradients.lean_pass import LeanColumns, lean
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.inputs import (
     as_examples,
@@ -124,7 +124,7 @@ class _Pass:
     layers: list[Layer]
     batch_tokens: int
     dtype: torch.dtype | None
-    kept: Kept
+    kept: LeanColumns
     preconditioner: Preconditioner | None
 
     @property

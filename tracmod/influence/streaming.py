@@ -26,7 +26,7 @@ from torch import Tensor
 from tracmod import kernels
 from tracmod.choices import DEFAULT_MEMORY
 from tracmod.features.rows import Rows, TensorRows, block_ranges, read_blocks
-from tracmod.features.shards import KEPT_SHARDS, READERS
+from tracmod.features.shards import CACHED_SHARDS, READERS
 from tracmod.files.durable import canonical_json, sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 
@@ -179,7 +179,7 @@ class Sizes(NamedTuple):
         """Sizes that are known before there are stores; `row_bytes` as above."""
         mapped_bytes = min(shard_rows, max(queries, trains)) * row_bytes
         if not on_disk:  # a shard's bytes and tensors, and what is kept of queries and of training
-            mapped_bytes *= 2 + 2 * KEPT_SHARDS
+            mapped_bytes *= 2 + 2 * CACHED_SHARDS
         return cls(queries, trains, row_bytes, _ranking_bytes(k, num_groups), mapped_bytes)
 
     @property

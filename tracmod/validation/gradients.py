@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tracmod import kernels
 from tracmod.gradients.capture import Captured, capture, select_layers
-from tracmod.gradients.lean_pass import Kept, lean
+from tracmod.gradients.lean_pass import LeanColumns, lean
 from tracmod.models.inputs import collate, encode, pad_token_id, per_example_loss
 from tracmod.models.loading import class_names, load_model
 from tracmod.models.modes import frozen
@@ -137,7 +137,7 @@ def engine_gradients(
     model: PreTrainedModel,
     examples: Sequence[Mapping[str, Any]],
     parameters: str = "all",
-    kept: Kept | None = None,
+    kept: LeanColumns | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Whole gradients by parameter name of each example of one padded batch, one at a time.
 
@@ -152,7 +152,7 @@ def engine_gradients(
         for place, layer in enumerate(group.layers):
             captured[layer.name] = group.of([place]).with_all_columns()
 
-    capture(model, layers, batch, keep, kept=kept)
+    capture(model, layers, batch, keep, lean_columns=kept)
 
     def example_gradients(row: int) -> dict[str, Tensor]:
         gradients: dict[str, Tensor] = {}

@@ -14,7 +14,7 @@ import pyarrow as pa
 from tracmod.analysis.languages import MEASURES
 from tracmod.analysis.reliance import in_language, interval_table, known_rows, own_values
 from tracmod.analysis.results import RunResults, View
-from tracmod.analysis.statistics import Settings, adjusted_p_values, sign_flip_test
+from tracmod.analysis.statistics import Resampling, adjusted_p_values, sign_flip_test
 
 # (model, view) against (base model, base view).
 COMPARISONS = (
@@ -56,7 +56,7 @@ def present_comparisons(views: Sequence[View]) -> list[tuple[View, View]]:
 
 
 def change_table(
-    run: RunResults, comparisons: Sequence[tuple[View, View]], settings: Settings
+    run: RunResults, comparisons: Sequence[tuple[View, View]], resampling: Resampling
 ) -> pa.Table | None:
     """Every comparison for each test and training language (`changes.parquet`).
 
@@ -67,15 +67,15 @@ def change_table(
     tables = []
     for view, base in comparisons:
         difference = paired_difference(view, base)
-        table = interval_table(run, difference, settings)
-        for name, values in _cell_tests(run, difference, settings).items():
+        table = interval_table(run, difference, resampling)
+        for name, values in _cell_tests(run, difference, resampling).items():
             table = table.append_column(name, pa.array(values, pa.float64(), from_pandas=True))
         tables.append(named(table, _names(view, base)))
     return pa.concat_tables(tables) if tables else None
 
 
 def in_language_changes(
-    run: RunResults, comparisons: Sequence[tuple[View, View]], settings: Settings
+    run: RunResults, comparisons: Sequence[tuple[View, View]], resampling: Resampling
 ) -> list[dict[str, Any]]:
     """Every comparison for the test examples' own languages (`changes` of summary.json).
 
@@ -83,25 +83,25 @@ def in_language_changes(
     over all comparisons; comparisons without any test example of a training language are left out.
     """
     entries = [
-        _names(view, base) | in_language_change(run, paired_difference(view, base), settings)
+        _names(view, base) | in_language_change(run, paired_difference(view, base), resampling)
         for view, base in comparisons
     ]
     return adjusted_over([entry for entry in entries if "num_test" in entry], MEASURES)
 
 
 def in_language_change(
-    run: RunResults, difference: dict[str, np.ndarray], settings: Settings
+    run: RunResults, difference: dict[str, np.ndarray], resampling: Resampling
 ) -> dict[str, Any]:
     """`in_language` of differences, with the sign-flip test of each measure."""
-    entry = in_language(run, difference, settings)
+    entry = in_language(run, difference, resampling)
     for name in difference.keys() & entry.keys():
         own_Q = own_values(run, difference[name])
         known_Q = np.isfinite(own_Q)
         test = sign_flip_test(
             own_Q[known_Q],
             run.clusters[known_Q],
-            permutations=settings.permutations,
-            seed=settings.seed,
+            permutations=resampling.permutations,
+            seed=resampling.seed,
         )
         entry[name] |= {"p_value": float(test.p_value), "effect_size": float(test.effect_size)}
         entry["tested"] = {
@@ -144,7 +144,7 @@ def _names(view: View, base: View) -> dict[str, str]:
 
 
 def _cell_tests(
-    run: RunResults, difference: dict[str, np.ndarray], settings: Settings
+    run: RunResults, difference: dict[str, np.ndarray], resampling: Resampling
 ) -> dict[str, list[float | None]]:
     """Columns of tests, in the order of `interval_table`'s rows."""
     known_Q = known_rows(difference)
@@ -160,8 +160,8 @@ def _cell_tests(
         test = sign_flip_test(
             values_QD[rows_Q],
             run.clusters[rows_Q],
-            permutations=settings.permutations,
-            seed=settings.seed,
+            permutations=resampling.permutations,
+            seed=resampling.seed,
         )
         for what, array_D in (("p_value", test.p_value), ("effect_size", test.effect_size)):
             for name, part in zip(difference, np.split(array_D, len(difference)), strict=True):

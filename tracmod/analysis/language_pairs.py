@@ -18,7 +18,7 @@ from tracmod.analysis.changes import named
 from tracmod.analysis.matrix_correlation import MantelResult, mantel, partial_mantel
 from tracmod.analysis.results import RunResults, View
 from tracmod.analysis.similarity import similarity_matrix
-from tracmod.analysis.statistics import Settings, adjusted_p_values
+from tracmod.analysis.statistics import Resampling, adjusted_p_values
 from tracmod.tasks.readers import read_rows
 
 MANTEL_VIEWS = ("full", "subnetwork", "random")
@@ -30,7 +30,7 @@ def similarity_influence(
     views: Sequence[View],
     similarity: pa.Table,
     seeds: pa.Table | None,
-    settings: Settings,
+    resampling: Resampling,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], pa.Table | None]:
     """Mantel tests of subnetwork similarity (Jaccard) against influence between two languages.
 
@@ -46,7 +46,7 @@ def similarity_influence(
         run, views: the run.
         similarity: `similarity_table` of its subnetworks.
         seeds: `seed_similarity_table`, if there are several seeds.
-        settings: of the tests.
+        resampling: of the tests.
 
     Returns:
         Tests, partial tests (with `controls`), and the pairs behind both (`pairs.parquet`).
@@ -71,11 +71,11 @@ def similarity_influence(
         pairs.append(_pair_rows(view, languages, between | influence))
         for measure, matrix in influence.items():
             names = {"model": view.model, "view": view.name, "measure": measure}
-            tests.append(names | _result(mantel, jaccard, matrix, settings))
+            tests.append(names | _result(mantel, jaccard, matrix, resampling))
             if varying:
                 entry = names | {"controls": list(varying)}
                 given = list(varying.values())
-                partial.append(entry | _result(partial_mantel, jaccard, matrix, settings, given))
+                partial.append(entry | _result(partial_mantel, jaccard, matrix, resampling, given))
     return _adjusted(tests), _adjusted(partial), pa.concat_tables(pairs) if pairs else None
 
 
@@ -138,7 +138,7 @@ def read_distances(
 
 
 def distance_influence(
-    run: RunResults, views: Sequence[View], distances: Sequence[Distances], settings: Settings
+    run: RunResults, views: Sequence[View], distances: Sequence[Distances], resampling: Resampling
 ) -> list[dict[str, Any]]:
     """Mantel tests of every metric of distance against influence, as in `similarity_influence`.
 
@@ -155,7 +155,7 @@ def distance_influence(
                     tests.append(entry | _no_result(reason))
                     continue
                 influence = symmetric_influence(run, view, measure, one.languages)
-                tests.append(entry | _result(mantel, one.matrix, influence, settings))
+                tests.append(entry | _result(mantel, one.matrix, influence, resampling))
     return _adjusted(tests)
 
 
@@ -208,11 +208,11 @@ def _pair_rows(view: View, languages: list[str], matrices: Mapping[str, np.ndarr
     return named(pa.table(columns), {"model": view.model, "view": view.name})
 
 
-def _result(test: Any, a: np.ndarray, b: np.ndarray, settings: Settings, *more: Any) -> Any:
+def _result(test: Any, a: np.ndarray, b: np.ndarray, resampling: Resampling, *more: Any) -> Any:
     """A Mantel test's outcome, or why there is none."""
     try:
         result: MantelResult = test(
-            a, b, *more, permutations=settings.permutations, seed=settings.seed
+            a, b, *more, permutations=resampling.permutations, seed=resampling.seed
         )
     except ValueError as error:
         return _no_result(str(error))

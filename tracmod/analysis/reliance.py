@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from tracmod.analysis.languages import interval_columns
 from tracmod.analysis.results import RunResults, View, counts_under, mean_of_known
-from tracmod.analysis.statistics import Settings, bootstrap_mean
+from tracmod.analysis.statistics import Resampling, bootstrap_mean
 
 SIDES = (("share_positive", 1), ("share_negative", -1))
 
@@ -26,7 +26,7 @@ def known_rows(measures: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def interval_table(
-    run: RunResults, measures: Mapping[str, np.ndarray], settings: Settings
+    run: RunResults, measures: Mapping[str, np.ndarray], resampling: Resampling
 ) -> pa.Table:
     """`interval_columns` of (Q, G) measures, over the test examples that have values."""
     known_Q = known_rows(measures)
@@ -35,9 +35,9 @@ def interval_table(
         np.array(run.test["language"].to_pylist())[known_Q].tolist(),
         list(run.num_train),
         run.clusters[known_Q].tolist(),
-        bootstrap=settings.bootstrap,
-        confidence=settings.confidence,
-        seed=settings.seed,
+        bootstrap=resampling.bootstrap,
+        confidence=resampling.confidence,
+        seed=resampling.seed,
     )
     return pa.table(columns)
 
@@ -51,7 +51,7 @@ def own_values(run: RunResults, values_QG: np.ndarray) -> np.ndarray:
 def in_language(
     run: RunResults,
     measures: Mapping[str, np.ndarray],
-    settings: Settings,
+    resampling: Resampling,
     null_shares_Q: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Mean over test examples of each measure's value for the example's own language.
@@ -59,7 +59,7 @@ def in_language(
     Args:
         run: the run.
         measures: name -> (Q, G).
-        settings: of the intervals.
+        resampling: of the intervals.
         null_shares_Q: the null of each example's own language; absent: the language's part of the
             training data.
 
@@ -78,9 +78,9 @@ def in_language(
         interval = bootstrap_mean(
             own_Q[known_Q],
             run.clusters[known_Q],
-            resamples=settings.bootstrap,
-            confidence=settings.confidence,
-            seed=settings.seed,
+            resamples=resampling.bootstrap,
+            confidence=resampling.confidence,
+            seed=resampling.seed,
         )
         entry[name] = {"value": interval.value, "low": interval.low, "high": interval.high}
         entry["num_test"] = int(known_Q.sum())
@@ -89,7 +89,7 @@ def in_language(
 
 
 def own_share_by_k(
-    run: RunResults, views: Sequence[View], settings: Settings
+    run: RunResults, views: Sequence[View], resampling: Resampling
 ) -> list[dict[str, Any]]:
     """Share of the own language among the k strongest, for every k of the run, from top.parquet.
 
@@ -115,7 +115,7 @@ def own_share_by_k(
             }
             # One column serves as all languages': only the own one is read.
             spread = {m: np.repeat(v[:, None], len(run.num_train), 1) for m, v in shares.items()}
-            entry = in_language(run, spread, settings)
+            entry = in_language(run, spread, resampling)
             if entry:
                 rows.append({"model": view.model, "view": view.name, "k": k, **_flat(entry)})
     return rows

@@ -17,7 +17,7 @@ from tracmod.analysis.changes import adjusted_over, in_language_change, paired_d
 from tracmod.analysis.languages import MEASURES
 from tracmod.analysis.reliance import in_language
 from tracmod.analysis.results import RunResults, View, counts_under
-from tracmod.analysis.statistics import Settings
+from tracmod.analysis.statistics import Resampling
 
 
 def same_group_rows(train: pa.Table, test: pa.Table) -> list[list[int]]:
@@ -41,7 +41,7 @@ def remaining_sizes(train: pa.Table, left_out: Sequence[Sequence[int]]) -> np.nd
 
 
 def same_group_summary(
-    run: RunResults, views: Sequence[View], settings: Settings
+    run: RunResults, views: Sequence[View], resampling: Resampling
 ) -> dict[str, Any] | None:
     """What training examples of the test example's own group do (`same_group` of summary.json).
 
@@ -88,10 +88,10 @@ def same_group_summary(
             }
             if (view.model, view.name) in without:
                 rest = without[view.model, view.name]
-                entry["with"] = in_language(run, view.measures, settings)
-                entry["without"] = in_language(run, rest.measures, settings, null_Q)
+                entry["with"] = in_language(run, view.measures, resampling)
+                entry["without"] = in_language(run, rest.measures, resampling, null_Q)
                 change = paired_difference(rest, view)
-                entry["change"] = in_language_change(run, change, settings)
+                entry["change"] = in_language_change(run, change, resampling)
             found["views"].append(entry)
     changes = [entry["change"] for entry in found["views"] if "num_test" in entry.get("change", {})]
     adjusted_over(changes, MEASURES)

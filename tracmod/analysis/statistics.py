@@ -17,7 +17,7 @@ _BLOCK_NUMBERS = 1 << 22
 
 
 @dataclass(frozen=True)
-class Settings:
+class Resampling:
     """Of all resampling of an analysis.
 
     Attributes:

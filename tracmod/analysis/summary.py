@@ -28,7 +28,7 @@ from tracmod.analysis.similarity import (
     similarity_table,
     usage_summary,
 )
-from tracmod.analysis.statistics import Settings, wilson_interval
+from tracmod.analysis.statistics import Resampling, wilson_interval
 from tracmod.analysis.strongest import strongest_summary
 from tracmod.files.durable import write_json, write_parquet
 
@@ -72,27 +72,27 @@ def analyze(
     views = run.views()
     if not views:
         raise ValueError(f"{run.path}: no influence/<model>/<view>/examples.parquet to analyse")
-    settings = Settings(bootstrap, permutations, confidence, seed)
+    resampling = Resampling(bootstrap, permutations, confidence, seed)
     similarity, seeds = similarity_table(run.masks), seed_similarity_table(run.seed_masks)
     comparisons = present_comparisons(views)
-    correlations, partial, pairs = similarity_influence(run, views, similarity, seeds, settings)
-    by_k = own_share_by_k(run, views, settings)
+    correlations, partial, pairs = similarity_influence(run, views, similarity, seeds, resampling)
+    by_k = own_share_by_k(run, views, resampling)
     blocks = block_table(run)
     summary = {
-        "settings": settings.__dict__,
+        "settings": resampling.__dict__,
         "k": run.ks[0] if run.ks else None,
         "asked_k": run.asked_ks[0] if run.ks else None,
         "languages": {"test": list(run.num_test), "train": list(run.num_train)},
         "num_test": run.num_test,
         "num_train": run.num_train,
         "null_share": run.null_shares,
-        "in_language": _in_language(run, views, settings),
-        "changes": in_language_changes(run, comparisons, settings),
-        "same_group": same_group_summary(run, views, settings),
+        "in_language": _in_language(run, views, resampling),
+        "changes": in_language_changes(run, comparisons, resampling),
+        "same_group": same_group_summary(run, views, resampling),
         "strongest": _strongest(run),
         "similarity_influence": correlations,
         "partial_similarity_influence": partial,
-        "distance_influence": _distances(run, views, distances, distance_names, settings),
+        "distance_influence": _distances(run, views, distances, distance_names, resampling),
         "seed_baseline": seed_baseline(seeds) if seeds is not None else None,
         "accuracy": _accuracy(run, views, confidence),
         "subnetworks": _subnetworks(run),
@@ -100,8 +100,8 @@ def analyze(
         "blocks": block_shares(blocks) if blocks else [],
     }
     tables = {
-        "matrices": pa.concat_tables([_view_rows(run, view, settings) for view in views]),
-        "changes": change_table(run, comparisons, settings),
+        "matrices": pa.concat_tables([_view_rows(run, view, resampling) for view in views]),
+        "changes": change_table(run, comparisons, resampling),
         "shares_by_k": pa.Table.from_pylist(by_k) if by_k else None,
         "course": _course(run),
         "similarity": similarity if similarity.num_rows else None,
@@ -155,12 +155,12 @@ def _main_k(run: RunResults, top: pa.Table) -> pa.Table:
 
 
 def _in_language(
-    run: RunResults, views: Sequence[View], settings: Settings
+    run: RunResults, views: Sequence[View], resampling: Resampling
 ) -> list[dict[str, Any]]:
     """Without views in which no test language has training data of its own."""
     entries = [
         {"model": view.model, "view": view.name, "draws": view.draws}
-        | in_language(run, view.measures, settings)
+        | in_language(run, view.measures, resampling)
         for view in views
     ]
     return [entry for entry in entries if "num_test" in entry]
@@ -171,16 +171,16 @@ def _distances(
     views: Sequence[View],
     path: str | Path | None,
     names: Mapping[str, str] | None,
-    settings: Settings,
+    resampling: Resampling,
 ) -> list[dict[str, Any]]:
     if path is None:
         return []
     languages = [name for name in run.num_train if name in run.num_test]
-    return distance_influence(run, views, read_distances(path, languages, names), settings)
+    return distance_influence(run, views, read_distances(path, languages, names), resampling)
 
 
-def _view_rows(run: RunResults, view: View, settings: Settings) -> pa.Table:
-    table = interval_table(run, view.measures, settings)
+def _view_rows(run: RunResults, view: View, resampling: Resampling) -> pa.Table:
+    table = interval_table(run, view.measures, resampling)
     table = named(table, {"model": view.model, "view": view.name})
     null = run.null_shares
     shares = [null[language] for language in table["train_language"].to_pylist()]

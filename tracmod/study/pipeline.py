@@ -22,7 +22,7 @@ from tracmod.analysis.influence_tables import InfluenceTables, self_influence_ta
 from tracmod.analysis.language_pairs import read_distances
 from tracmod.analysis.results import WITHOUT_GROUP
 from tracmod.analysis.same_group import same_group_rows
-from tracmod.analysis.statistics import Settings as Resampling
+from tracmod.analysis.statistics import Resampling
 from tracmod.analysis.summary import analyze
 from tracmod.config import FinetuneConfig, RunConfig
 from tracmod.engine import Engine

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tracmod.engine import open_engine
-from tracmod.engine.dispatch import SLOW, TRIES, Event, dispatch
+from tracmod.engine.dispatch import SLOW, TRIES, WorkerEvent, dispatch
 from tracmod.engine.local import LocalEngine
 
 # --- the scheduler, with workers in virtual time ---------------------------------------------
@@ -38,14 +38,14 @@ class FakeTeam:
         self._coming = []
 
     def start(self, worker):
-        self.schedule(1.0, Event("ready", worker))
+        self.schedule(1.0, WorkerEvent("ready", worker))
 
     def give(self, worker, task):
         self.begun.append((worker, task))
         seconds = self._seconds(worker, task)
-        event = Event("done", worker, 10)
+        event = WorkerEvent("done", worker, 10)
         if self._lost(worker, task):
-            seconds, event = seconds / 2, Event("lost", worker, "the node went away")
+            seconds, event = seconds / 2, WorkerEvent("lost", worker, "the node went away")
         if seconds < float("inf"):
             self.schedule(seconds, event)
 
@@ -114,7 +114,7 @@ def test_a_task_that_loses_every_worker_stops_the_run():
 def test_workers_that_never_get_ready_stop_the_run():
     class Hopeless(FakeTeam):
         def start(self, worker):
-            self.schedule(1.0, Event("lost", worker, "no memory"))
+            self.schedule(1.0, WorkerEvent("lost", worker, "no memory"))
 
     with pytest.raises(RuntimeError, match=f"{TRIES} workers.*no memory"):
         dispatched(Hopeless(lambda *_: 1.0), 9, 2)
@@ -126,7 +126,7 @@ def test_an_error_in_the_slower_of_two_starts_is_ignored():
             if (worker, task) != (0, 0):
                 return super().give(worker, task)
             self.begun.append((worker, task))
-            return self.schedule(60.0, Event("failed", 0, ValueError("too late")))
+            return self.schedule(60.0, WorkerEvent("failed", 0, ValueError("too late")))
 
     team = Failing(lambda worker, task: 90.0 if task == 11 else 4.0)
     assert dispatched(team, 12, 3) == 120
@@ -145,7 +145,7 @@ def test_losing_idle_workers_does_not_stop_the_run():
         def give(self, worker, task):
             super().give(worker, task)
             for other in range(1, 5) if task == 0 else ():  # without a task by then
-                self.schedule(30.0, Event("lost", other, "gone"))
+                self.schedule(30.0, WorkerEvent("lost", other, "gone"))
 
     team = Leaving(lambda worker, task: 100.0 if task == 0 else 4.0)
     assert dispatched(team, 5, 5, twice=False) == 50
@@ -155,7 +155,7 @@ def test_losing_idle_workers_does_not_stop_the_run():
 def test_an_error_of_a_task_stops_the_run():
     class Failing(FakeTeam):
         def give(self, worker, task):
-            self.schedule(1.0, Event("failed", worker, ValueError("example 7 is NaN")))
+            self.schedule(1.0, WorkerEvent("failed", worker, ValueError("example 7 is NaN")))
 
     team = Failing(lambda *_: 1.0)
     with pytest.raises(ValueError, match="example 7 is NaN"):

@@ -518,7 +518,7 @@ def test_k_is_a_number_or_several_each_once(k):
 
 def test_distances_that_cannot_be_used_are_refused_before_the_first_stage(tmp_path):
     table = tmp_path / "distances.tsv"
-    for text, message in (("", "no such file"), ("a\tb\tkm\nxx\tyy\t1\n", "no distance between")):
+    for text, message in (("", "no such file"), ("a\tb\tkm\nxx\tyy\t1\n", "distance_names")):
         if text:
             table.write_text(text)
         run = RunFolder(tmp_path / "run", tiny_config(analyze={"distances": str(table)}))

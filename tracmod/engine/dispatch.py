@@ -38,7 +38,7 @@ TRIES = 3  # workers that a task may lose before the run stops
 SLOW = 2.0  # a task that takes longer than this many times the mean may be started again
 
 
-class Event(NamedTuple):
+class WorkerEvent(NamedTuple):
     """A change in the state of a worker.
 
     Attributes:
@@ -67,7 +67,7 @@ class Team(Protocol):
     def give(self, worker: int, task: int) -> None:
         """Let a worker that is ready run the task with this number."""
 
-    def events(self, seconds: float) -> list[Event]:
+    def events(self, seconds: float) -> list[WorkerEvent]:
         """Return the events since the last call, waiting up to `seconds` for the first one."""
 
     def stop(self, worker: int) -> None:
@@ -134,7 +134,7 @@ class _Schedule:
         self._lost_unready = 0  # workers lost before they were ready, since the last was ready
         self._seconds, self._finished = 0.0, 0  # over all finished tasks, for their mean
 
-    def handle(self, event: Event) -> int:
+    def handle(self, event: WorkerEvent) -> int:
         """Update the state and return the number of parts that the event completes."""
         if event.kind == "lost":
             self._replace(event.worker, event.value)

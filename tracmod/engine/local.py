@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from tracmod.engine import MakeWorker
-from tracmod.engine.dispatch import Event, dispatch
+from tracmod.engine.dispatch import WorkerEvent, dispatch
 
 
 class LocalEngine:
@@ -103,7 +103,7 @@ class _Processes:
     def give(self, worker: int, task: int) -> None:
         self._send(worker, ("do", self._tasks[task]))
 
-    def events(self, seconds: float) -> list[Event]:
+    def events(self, seconds: float) -> list[WorkerEvent]:
         worker_of = {pipe: worker for worker, pipe in self._pipes.items()}
         readable = wait(list(worker_of), seconds)
         events = [self._receive(worker_of[pipe]) for pipe in readable]  # type: ignore[index]
@@ -127,17 +127,17 @@ class _Processes:
         with contextlib.suppress(OSError):  # the process is lost; `events` reports it
             self._pipes[worker].send(message)
 
-    def _receive(self, worker: int) -> Event:
+    def _receive(self, worker: int) -> WorkerEvent:
         try:
             kind, value = self._pipes[worker].recv()
             self._unanswered[worker] -= kind == "ready"
-            return Event(kind, worker, value)
+            return WorkerEvent(kind, worker, value)
         except (EOFError, OSError):
             process = self._processes[worker]
             process.join()
             reason = f"process of worker {worker} ended with exit code {process.exitcode}"
             self.stop(worker)
-            return Event("lost", worker, reason)
+            return WorkerEvent("lost", worker, reason)
 
 
 def _serve(pipe: Connection, number: int) -> None:

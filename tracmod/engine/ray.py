@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tracmod.engine import MakeWorker
-from tracmod.engine.dispatch import Event, dispatch
+from tracmod.engine.dispatch import WorkerEvent, dispatch
 from tracmod.engine.local import do_logged, worker_log
 
 try:
@@ -169,7 +169,7 @@ class _Actors:
     def give(self, worker: int, task: int) -> None:
         self._pending[self._actors[worker].do.remote(self._tasks[task])] = ("done", worker)
 
-    def events(self, seconds: float) -> list[Event]:
+    def events(self, seconds: float) -> list[WorkerEvent]:
         pending = list(self._pending)
         finished, _ = ray.wait(pending, num_returns=1, timeout=seconds, fetch_local=False)
         if finished:  # others may have finished as well
@@ -188,12 +188,12 @@ class _Actors:
     def _forget(self, worker: int) -> None:
         self._pending = {ref: event for ref, event in self._pending.items() if event[1] != worker}
 
-    def _event(self, reference: Any) -> Event:
+    def _event(self, reference: Any) -> WorkerEvent:
         kind, worker = self._pending.pop(reference)
         try:
-            return Event(kind, worker, ray.get(reference))  # type: ignore[arg-type]
+            return WorkerEvent(kind, worker, ray.get(reference))  # type: ignore[arg-type]
         except exceptions.RayTaskError as error:
-            return Event("failed", worker, error.cause or error)
+            return WorkerEvent("failed", worker, error.cause or error)
         except exceptions.RayError as error:
             self.stop(worker)
-            return Event("lost", worker, " ".join(str(error).split())[:300])
+            return WorkerEvent("lost", worker, " ".join(str(error).split())[:300])

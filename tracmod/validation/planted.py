@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 from scipy.stats import rankdata
 
-from tracmod.analysis.results import RunResults, View, counts_under
+from tracmod.analysis.results import RunResults, ViewResults, counts_under
 from tracmod.analysis.statistics import Resampling
 from tracmod.tasks.planted import TEACHER
 
@@ -138,7 +138,7 @@ class _Truth:
         return np.array(places).reshape(-1, 2), np.array([row["relatedness"] for row in rows])
 
 
-def _answers(truth: _Truth, view: View, resampling: Resampling) -> Iterator[Answer]:
+def _answers(truth: _Truth, view: ViewResults, resampling: Resampling) -> Iterator[Answer]:
     """The answers of one view, as far as the plants are there."""
     shares_QG = view.measures["share_positive"]
     known_Q = np.isfinite(shares_QG).all(axis=1)

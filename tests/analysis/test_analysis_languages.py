@@ -1,4 +1,4 @@
-"""Language shares, their intervals and their course, against brute force."""
+"""Shares of languages, their intervals and their course over epochs, against brute force."""
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,7 @@ LANGUAGES = ["en", "de", "sw"]
 
 
 def _influence(num_train: int, num_test: int, k: int, seed: int = 0) -> dict:
-    """Random scores (Q, N) and what `top_influences` would give of them."""
+    """Random scores (Q, N) and the rankings and sums of `top_influences` for them."""
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(num_test, num_train))
     groups = rng.integers(3, size=num_train)
@@ -27,45 +27,45 @@ def _influence(num_train: int, num_test: int, k: int, seed: int = 0) -> dict:
     }
 
 
-def _table(found: dict, **changes) -> pa.Table:
+def _table(influence: dict, **changes) -> pa.Table:
     arguments = {
         "languages": LANGUAGES,
-        "train_languages": [LANGUAGES[g] for g in found["groups"]],
-        "test_ids": [f"q{q}" for q in range(len(found["scores"]))],
-        "test_languages": found["test_languages"],
-        "test_labels": [q % 3 for q in range(len(found["scores"]))],
-        "test_predictions": [0] * len(found["scores"]),
+        "train_languages": [LANGUAGES[g] for g in influence["groups"]],
+        "test_ids": [f"q{q}" for q in range(len(influence["scores"]))],
+        "test_languages": influence["test_languages"],
+        "test_labels": [q % 3 for q in range(len(influence["scores"]))],
+        "test_predictions": [0] * len(influence["scores"]),
     }
-    sums = changes.pop("group_sums", found["sums"])
-    return example_table(found["top"], found["bottom"], sums, **(arguments | changes))
+    sums = changes.pop("group_sums", influence["sums"])
+    return example_table(influence["top"], influence["bottom"], sums, **(arguments | changes))
 
 
 @pytest.mark.parametrize(("num_train", "k"), [(31, 7), (5, 5), (4, 9), (1, 1)])
 def test_example_table_equals_counting_by_hand(num_train: int, k: int) -> None:
-    found = _influence(num_train, 6, k)
-    rows = _table(found).to_pylist()
+    influence = _influence(num_train, 6, k)
+    rows = _table(influence).to_pylist()
     assert len(rows) == 6 * 3
     for row in rows:
         q, g = int(row["test_id"][1:]), LANGUAGES.index(row["train_language"])
-        best = sorted(range(num_train), key=lambda n: -found["scores"][q, n])[:k]
-        worst = sorted(range(num_train), key=lambda n: found["scores"][q, n])[:k]
+        best = sorted(range(num_train), key=lambda n: -influence["scores"][q, n])[:k]
+        worst = sorted(range(num_train), key=lambda n: influence["scores"][q, n])[:k]
         for name, listed in (("share_positive", best), ("share_negative", worst)):
-            expected = sum(found["groups"][n] == g for n in listed) / len(listed)
+            expected = sum(influence["groups"][n] == g for n in listed) / len(listed)
             assert row[name] == pytest.approx(expected)
-        own = [found["scores"][q, n] for n in range(num_train) if found["groups"][n] == g]
+        own = [influence["scores"][q, n] for n in range(num_train) if influence["groups"][n] == g]
         assert row["mean_influence"] == pytest.approx(sum(own) / max(1, len(own)), abs=1e-12)
         assert (row["test_label"], row["test_prediction"]) == (q % 3, 0)
 
 
-def test_rows_without_any_example_count_nothing() -> None:
+def test_rows_without_any_example_have_no_shares() -> None:
     shares = language_shares([[-1, -1], [0, -1]], [1], 2)
     assert shares.tolist() == [[0, 0], [0, 1]]
 
 
 def test_language_rows_sum_to_one_and_state_the_null() -> None:
-    found = _influence(50, 9, 11)
-    sizes = dict(zip(LANGUAGES, np.bincount(found["groups"]).tolist(), strict=True))
-    table = language_table(_table(found), sizes, bootstrap=200)
+    influence = _influence(50, 9, 11)
+    sizes = dict(zip(LANGUAGES, np.bincount(influence["groups"]).tolist(), strict=True))
+    table = language_table(_table(influence), sizes, bootstrap=200)
     assert table.schema.names == LANGUAGE_SCHEMA.names
     for language, number in (("en", 5), ("de", 4)):
         rows = [row for row in table.to_pylist() if row["test_language"] == language]
@@ -93,7 +93,7 @@ def test_language_means_are_means_over_the_test_examples() -> None:
             assert row[measure] == pytest.approx(np.mean([cell[measure] for cell in cells]))
 
 
-def test_row_order_of_the_examples_plays_no_part() -> None:
+def test_the_order_of_the_rows_does_not_matter() -> None:
     examples = _table(_influence(20, 8, 5))
     shuffled = examples.take(np.random.default_rng(0).permutation(examples.num_rows))
     sizes = dict.fromkeys(LANGUAGES, 1)
@@ -104,20 +104,20 @@ def test_row_order_of_the_examples_plays_no_part() -> None:
 
 
 def test_one_test_example_has_an_interval_of_no_width() -> None:
-    found = _influence(20, 1, 5)
-    for row in language_table(_table(found), dict.fromkeys(LANGUAGES, 1)).to_pylist():
+    influence = _influence(20, 1, 5)
+    for row in language_table(_table(influence), dict.fromkeys(LANGUAGES, 1)).to_pylist():
         for measure in MEASURES:
             assert row[f"{measure}_low"] == row[measure] == row[f"{measure}_high"]
 
 
-def test_bad_input_is_named() -> None:
-    found = _influence(10, 4, 3)
-    with pytest.raises(ValueError, match=r"expected \(4, 3\).*got \(4, 2\)"):
-        _table(found, group_sums=found["sums"][:, :2])
-    with pytest.raises(ValueError, match="'xx'"):
-        _table(found, train_languages=["xx"] * 10)
-    with pytest.raises(ValueError, match="one row for each"):
-        language_table(_table(found).slice(1), dict.fromkeys(LANGUAGES, 1))
+def test_invalid_arguments_are_named() -> None:
+    influence = _influence(10, 4, 3)
+    with pytest.raises(ValueError, match=r"group_sums.*\(4, 3\).*got \(4, 2\)"):
+        _table(influence, group_sums=influence["sums"][:, :2])
+    with pytest.raises(ValueError, match=r"train_languages.*'xx'"):
+        _table(influence, train_languages=["xx"] * 10)
+    with pytest.raises(ValueError, match=r"examples.*4.*3.*got 11 rows"):
+        language_table(_table(influence).slice(1), dict.fromkeys(LANGUAGES, 1))
 
 
 def test_course_takes_the_diagonal_of_each_epoch() -> None:

@@ -1,4 +1,4 @@
-"""Similarity of head masks, and what chance gives, against enumeration and simulation."""
+"""Similarity of head masks and its expectation, against enumeration and simulation."""
 
 import itertools
 
@@ -57,7 +57,7 @@ def test_equal_masks(kept: int, corrected: float) -> None:
 
 
 def test_masks_of_two_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(2, 3\) and \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"a_LH and b_LH.*\(2, 3\) and \(3, 2\)"):
         mask_similarity(np.ones((2, 3)), np.ones((3, 2)))
 
 
@@ -96,10 +96,10 @@ def test_seeds_of_one_language_are_the_baseline_of_two() -> None:
     assert {key: row["mask_pairs"] for key, row in rows.items()} == pairs
     for measure in ("jaccard", "cosine", "overlap", "corrected_jaccard"):
         english = [mask_similarity(a, b) for a, b in itertools.combinations(masks["en"], 2)]
-        within = np.mean([one[measure] for one in english])
+        within = np.mean([similarity[measure] for similarity in english])
         assert rows["en", "en"][measure] == pytest.approx(within)
         across = [mask_similarity(a, masks["ru"][0])[measure] for a in masks["en"]]
         assert rows["en", "ru"][measure] == pytest.approx(np.mean(across))
         two = [within, rows["de", "de"][measure]]
         assert seed_baseline(table)["within"][measure] == pytest.approx(np.mean(two))
-    assert seed_similarity_table({name: one[:1] for name, one in masks.items()}) is None
+    assert seed_similarity_table({name: seeds[:1] for name, seeds in masks.items()}) is None

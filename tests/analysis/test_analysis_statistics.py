@@ -1,4 +1,4 @@
-"""Intervals cover; sign-flip and Mantel tests hold their level and find what was planted."""
+"""Intervals have their coverage; sign-flip and Mantel tests have their level and power."""
 
 import itertools
 
@@ -59,13 +59,13 @@ def test_cluster_means_weigh_rows_not_clusters() -> None:
 
 
 def test_degenerate_sizes() -> None:
-    one = bootstrap_mean(np.array([[2.0, 3.0]]))
-    assert one.low.tolist() == one.value.tolist() == one.high.tolist() == [2.0, 3.0]
+    one_row = bootstrap_mean(np.array([[2.0, 3.0]]))
+    assert one_row.low.tolist() == one_row.value.tolist() == one_row.high.tolist() == [2.0, 3.0]
     one_cluster = bootstrap_mean(np.array([0.1, 0.2, 0.7]), ["a"] * 3)
     assert one_cluster.low == one_cluster.value == one_cluster.high
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match=r"values.*none"):
         bootstrap_mean(np.zeros((0, 2)))
-    with pytest.raises(ValueError, match=r"one cluster key per row \(2\), got 1"):
+    with pytest.raises(ValueError, match=r"clusters.*\b2\b.*got 1"):
         bootstrap_mean(np.zeros(2), ["a"])
 
 
@@ -74,7 +74,7 @@ def test_paired_difference_is_narrower_than_unpaired() -> None:
     base = rng.normal(0, 5, size=100)
     found = bootstrap_difference(base + 1 + 0.1 * rng.normal(size=100), base)
     assert 0.95 < found.low < found.value < found.high < 1.05
-    with pytest.raises(ValueError, match="equal shapes"):
+    with pytest.raises(ValueError, match=r"\(100,\).*\(3,\)"):
         bootstrap_difference(base, base[:3])
 
 
@@ -95,17 +95,18 @@ def test_mantel_equals_brute_force_over_all_orders(method: str) -> None:
     a, b = _symmetric(rng, 5), _symmetric(rng, 5)
     upper = np.triu_indices(5, k=1)
     correlate = spearmanr if method == "spearman" else pearsonr
-    found = []
+    correlations = []
     for order in itertools.permutations(range(5)):
         permuted = a[np.ix_(order, order)]
-        found.append(correlate(permuted[upper], b[upper]).statistic)
+        correlations.append(correlate(permuted[upper], b[upper]).statistic)
     result = mantel(a, b, method=method)
+    observed = correlations[0]
     assert (result.exact, result.permutations, result.pairs) == (True, 120, 10)
-    assert result.correlation == pytest.approx(found[0])
-    assert result.p_value == pytest.approx(np.mean(np.abs(found) >= abs(found[0]) - 1e-12))
+    assert result.correlation == pytest.approx(observed)
+    assert result.p_value == pytest.approx(np.mean(np.abs(correlations) >= abs(observed) - 1e-12))
 
 
-def test_mantel_holds_its_level_on_null_data() -> None:
+def test_mantel_has_its_level_on_null_data() -> None:
     """Language effects make pairs dependent: a plain correlation test rejects far too often."""
     rng = np.random.default_rng(0)
     upper = np.triu_indices(9, k=1)
@@ -131,17 +132,17 @@ def test_mantel_finds_a_planted_correlation() -> None:
     assert found[1].p_value >= 1 / 1000
 
 
-def test_mantel_refuses_what_it_cannot_test() -> None:
+def test_mantel_refuses_matrices_that_it_cannot_test() -> None:
     good = _symmetric(np.random.default_rng(0), 4)
-    with pytest.raises(ValueError, match="at least 3"):
+    with pytest.raises(ValueError, match=r"3 items.*got 2"):
         mantel(good[:2, :2], good[:2, :2])
-    with pytest.raises(ValueError, match="same value"):
+    with pytest.raises(ValueError, match=r"first matrix.*same value"):
         mantel(np.ones((4, 4)), good)
-    with pytest.raises(ValueError, match="symmetric"):
+    with pytest.raises(ValueError, match=r"first matrix.*symmetric"):
         mantel(np.triu(np.ones((4, 4))), good)
-    with pytest.raises(ValueError, match="equal shapes"):
+    with pytest.raises(ValueError, match=r"\(4, 4\) and \(3, 3\)"):
         mantel(good, good[:3, :3])
-    with pytest.raises(ValueError, match=r"expected \(n, n\)"):
+    with pytest.raises(ValueError, match=r"first matrix.*\(2, 4\)"):
         mantel(good[:2], good)
 
 
@@ -150,13 +151,13 @@ def test_partial_mantel_of_residuals_by_hand() -> None:
     a, b, c, d = (_symmetric(rng, 6) for _ in range(4))
     upper = np.triu_indices(6, k=1)
     design = np.column_stack([np.ones(15), c[upper], d[upper]])
-    left = [m[upper] - design @ np.linalg.lstsq(design, m[upper])[0] for m in (a, b)]
-    found = partial_mantel(a, b, [c, d, np.ones((6, 6))], method="pearson")
-    assert found.correlation == pytest.approx(pearsonr(*left).statistic)
-    assert (found.exact, found.permutations, found.pairs) == (True, 720, 15)
+    residuals = [m[upper] - design @ np.linalg.lstsq(design, m[upper])[0] for m in (a, b)]
+    result = partial_mantel(a, b, [c, d, np.ones((6, 6))], method="pearson")
+    assert result.correlation == pytest.approx(pearsonr(*residuals).statistic)
+    assert (result.exact, result.permutations, result.pairs) == (True, 720, 15)
 
 
-def test_partial_mantel_holds_its_level_where_only_the_control_relates_the_two() -> None:
+def test_partial_mantel_has_its_level_where_only_the_control_relates_the_two() -> None:
     """A plain Mantel test of the same matrices nearly always rejects."""
     rng = np.random.default_rng(0)
     plain = partial = trials = 0
@@ -170,7 +171,7 @@ def test_partial_mantel_holds_its_level_where_only_the_control_relates_the_two()
     assert 0.015 <= partial / trials <= 0.09
 
 
-def test_partial_mantel_finds_what_the_control_does_not_explain() -> None:
+def test_partial_mantel_finds_a_relation_that_the_control_does_not_explain() -> None:
     rng = np.random.default_rng(2)
     control, own = _symmetric(rng, 9), _symmetric(rng, 9)
     a, b = (control + own + 0.3 * _symmetric(rng, 9) for _ in range(2))
@@ -179,14 +180,14 @@ def test_partial_mantel_finds_what_the_control_does_not_explain() -> None:
     assert found.p_value <= 0.01
 
 
-def test_partial_mantel_refuses_what_it_cannot_test() -> None:
+def test_partial_mantel_refuses_matrices_that_it_cannot_test() -> None:
     rng = np.random.default_rng(0)
     a, b = _symmetric(rng, 5), _symmetric(rng, 5)
-    with pytest.raises(ValueError, match="at least one control"):
+    with pytest.raises(ValueError, match=r"partial_mantel.*none"):
         partial_mantel(a, b, [])
-    with pytest.raises(ValueError, match="first matrix: the controls leave nothing of it"):
+    with pytest.raises(ValueError, match=r"first matrix.*controls"):
         partial_mantel(a, b, [a])
-    with pytest.raises(ValueError, match="equal shapes"):
+    with pytest.raises(ValueError, match=r"\(5, 5\).*\(4, 4\)"):
         partial_mantel(a, b, [a[:4, :4]])
     three = [_symmetric(rng, 3) for _ in range(3)]
     with pytest.raises(ValueError, match="3 pairs and 2"):
@@ -204,7 +205,7 @@ def test_sign_flips_equal_scipy_over_every_choice() -> None:
     assert found.effect_size == pytest.approx(values.mean(0) / values.std(0, ddof=1))
 
 
-def test_sign_flips_of_clusters_hold_their_level_and_find_a_shift() -> None:
+def test_sign_flips_of_clusters_have_their_level_and_find_a_shift() -> None:
     """Rows of one cluster are alike: flipping rows one by one rejects far too often."""
     rng = np.random.default_rng(1)
     keys = np.repeat(np.arange(40), 4)
@@ -227,10 +228,10 @@ def test_sign_flips_count_clusters_not_rows() -> None:
     assert found.p_value == pytest.approx(4 / 8)
     assert found.effect_size == pytest.approx(1 / np.std([2, 2, -1], ddof=1))
     assert sign_flip_test(np.zeros((4, 2))).p_value.tolist() == [1, 1]
-    one = sign_flip_test(values, ["a"] * 5)
-    assert (one.p_value, one.clusters) == (1.0, 1)
-    assert np.isnan(one.effect_size)
-    with pytest.raises(ValueError, match="at least one row"):
+    single = sign_flip_test(values, ["a"] * 5)
+    assert (single.p_value, single.clusters) == (1.0, 1)
+    assert np.isnan(single.effect_size)
+    with pytest.raises(ValueError, match=r"values.*none"):
         sign_flip_test(np.zeros(0))
 
 

@@ -21,7 +21,11 @@ def test_counted_by_hand() -> None:
         ("q0", -1): ("t2", "t3"),
         ("q1", -1): ("t1", "t2"),
     }
-    rows = [(*key, rank, one) for key, two in listed.items() for rank, one in enumerate(two, 1)]
+    rows = [
+        (*key, rank, train_id)
+        for key, train_ids in listed.items()
+        for rank, train_id in enumerate(train_ids, start=1)
+    ]
     names = ("test_id", "sign", "rank", "train_id")
     top = pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
     proponents, opponents = strongest_summary(top, train, test)

@@ -28,10 +28,10 @@ LANGUAGES = ("en", "de")
 
 def examples(prefix: str, groups: dict[str, list[str | None]]) -> pa.Table:
     rows = [
-        {"id": f"{prefix}-{language}-{place}", "language": language, "label": place % 2}
-        | {"text_a": f"text {place}", "text_b": None, "group": group}
+        {"id": f"{prefix}-{language}-{number}", "language": language, "label": number % 2}
+        | {"text_a": f"text {number}", "text_b": None, "group": group}
         for language, of_language in groups.items()
-        for place, group in enumerate(of_language)
+        for number, group in enumerate(of_language)
     ]
     return pa.Table.from_pylist(rows)
 
@@ -40,13 +40,13 @@ TRAIN = examples("train", {"en": ["a", "b", "c", None, ""], "de": ["a", "b", "d"
 TEST = examples("test", {"en": ["a", "x", None], "de": ["c", "a", ""]})
 
 
-def test_groups_meet_by_name_and_none_is_no_group():
+def test_groups_are_matched_by_name_and_an_empty_name_is_no_group():
     assert same_group_rows(TRAIN, TEST) == [[0, 5, 8], [], [], [2], [0, 5, 8], []]
     sizes = remaining_sizes(TRAIN, same_group_rows(TRAIN, TEST))
     assert sizes.tolist() == [[2, 4], [4, 5], [4, 5], [4, 4], [2, 4], [4, 5]]  # de, en
 
 
-def test_the_tables_without_are_those_of_the_training_examples_left(tmp_path):
+def test_tables_without_the_group_are_those_of_the_remaining_examples(tmp_path):
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(6, 16, generator=generator)
     trains = torch.randn(9, 16, generator=generator)
@@ -62,10 +62,10 @@ def test_the_tables_without_are_those_of_the_training_examples_left(tmp_path):
     assert len(rows) == 6 * 2
     for row in rows:
         q = TEST["id"].to_pylist().index(row["test_id"])
-        kept = [n for n in range(9) if n not in left_out[q]]
-        own = [n for n in kept if languages[n] == row["train_language"]]
+        remaining = [n for n in range(9) if n not in left_out[q]]
+        own = [n for n in remaining if languages[n] == row["train_language"]]
         assert row["mean_influence"] == pytest.approx(scores[q, own].mean(), abs=1e-5)
-        best = sorted(kept, key=lambda n: -scores[q, n])[:4]
+        best = sorted(remaining, key=lambda n: -scores[q, n])[:4]
         assert row["share_positive"] == np.mean([n in own for n in best])
     top = pq.read_table(tmp_path / "top.parquet")
     assert len(top) == 6 * 2 * 4
@@ -86,9 +86,9 @@ def share_groups(path):
         rows = [row for row, name in enumerate(train["language"].to_pylist()) if name == language]
         for row, group in zip(rows, dict.fromkeys(tests[:4]), strict=False):
             groups[row] = group
-    place = train.schema.get_field_index("group")
+    position = train.schema.get_field_index("group")
     column = pa.array(groups, pa.string())
-    write_parquet(path / "data" / "train.parquet", train.set_column(place, "group", column))
+    write_parquet(path / "data" / "train.parquet", train.set_column(position, "group", column))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def run(tmp_path_factory):
     return folder.path
 
 
-def test_a_run_gives_both_results(run):
+def test_a_run_has_the_results_with_and_without_the_group(run):
     train, test = (pq.read_table(run / "data" / f"{split}.parquet") for split in ("train", "test"))
     left_out = same_group_rows(train, test)
     stores = {
@@ -136,7 +136,7 @@ def test_a_run_gives_both_results(run):
         assert five == [row["share_positive"] for row in languages]
 
 
-def test_the_summary_counts_and_the_report_says_it(run):
+def test_the_summary_and_the_report_describe_the_own_group(run):
     same = json.loads((run / "analysis/summary.json").read_text())["same_group"]
     train, test = (pq.read_table(run / "data" / f"{split}.parquet") for split in ("train", "test"))
     groups = dict(zip(train["id"].to_pylist(), train["group"].to_pylist(), strict=True))
@@ -172,12 +172,12 @@ def test_the_summary_counts_and_the_report_says_it(run):
     assert 'id="translations"' in text
 
 
-def test_without_shared_groups_there_is_nothing_of_it(run, tmp_path):
+def test_without_shared_groups_there_is_no_such_summary(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("features", "models"))
     train = pq.read_table(copy / "data" / "train.parquet")
     groups = pa.array([f"only-train-{row}" for row in range(len(train))])
-    place = train.schema.get_field_index("group")
-    write_parquet(copy / "data" / "train.parquet", train.set_column(place, "group", groups))
+    position = train.schema.get_field_index("group")
+    write_parquet(copy / "data" / "train.parquet", train.set_column(position, "group", groups))
     assert analyze(copy, bootstrap=20)["same_group"] is None
     assert 'id="translations"' not in write_report(copy).read_text(encoding="utf-8")

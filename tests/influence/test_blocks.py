@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,9 @@ EMPTY_LAYER = tm.HeadMask.from_array([[0, 0, 0], [1, 1, 0]])
 
 def by_language(count, names, seed=0):
     """Ragged examples, a different number for every language."""
-    return {n: ragged_examples(count + place, seed + place) for place, n in enumerate(names)}
+    return {
+        name: ragged_examples(count + number, seed + number) for number, name in enumerate(names)
+    }
 
 
 TRAIN, TEST = by_language(5, ["de", "en", "zh"]), by_language(1, ["en", "ru"], seed=9)
@@ -32,25 +36,27 @@ def brute_force(model, parameters, mask, normalize, train=TRAIN, test=TEST):
     model = model.double()
 
     def gradients(examples):
+        """Gradients by name of the parameter, one dict per example."""
         with masked(model, mask):
-            found = [autograd_gradients(model, example, names) for example in examples]
-        norms = [torch.cat([g.flatten() for g in one.values()]).norm() for one in found]
-        scales = [1.0 if normalize is None else 1.0 / norm for norm in norms]
-        return [{k: g * s for k, g in one.items()} for one, s in zip(found, scales, strict=True)]
+            gradients = [autograd_gradients(model, example, names) for example in examples]
+        scaled = []
+        for by_name in gradients:
+            norm = torch.cat([gradient.flatten() for gradient in by_name.values()]).norm()
+            scale = 1.0 if normalize is None else 1.0 / norm
+            scaled.append({name: gradient * scale for name, gradient in by_name.items()})
+        return scaled
 
     trains = {name: gradients(examples) for name, examples in train.items()}
     tests = {name: gradients(examples) for name, examples in test.items()}
-    found = {}
-    for (test_name, qs), (train_name, ts) in (
-        (a, b) for a in tests.items() for b in trains.items()
-    ):
-        for block, parts in own_blocks(model, names).items():
+    means = {}
+    for (test_name, qs), (train_name, ts) in itertools.product(tests.items(), trains.items()):
+        for block, parts in blocks_by_name(model, names).items():
             pairs = [sum((q[n][i] * t[n][i]).sum() for n, i in parts) for q in qs for t in ts]
-            found[(test_name, train_name, *block)] = float(torch.stack(pairs).mean())
-    return found
+            means[(test_name, train_name, *block)] = float(torch.stack(pairs).mean())
+    return means
 
 
-def own_blocks(model, names):
+def blocks_by_name(model, names):
     """The blocks written down from the names of XLM-R's parameters, not by the code under test."""
     heads, width = model.config.num_attention_heads, model.config.hidden_size
     size, blocks = width // heads, {}
@@ -74,15 +80,15 @@ def rows_of(table):
 @pytest.mark.parametrize("normalize", [None, "cosine"])
 @pytest.mark.parametrize("mask", [None, MASK, EMPTY_LAYER], ids=["whole", "masked", "empty layer"])
 @pytest.mark.parametrize("parameters", ["encoder", "all", "attention", "classifier"])
-def test_every_block_is_that_of_one_example_autograd(parameters, mask, normalize):
-    found = rows_of(
+def test_every_block_agrees_with_one_example_autograd(parameters, mask, normalize):
+    blocks = rows_of(
         block_influence(tiny_encoder(), TRAIN, TEST, parameters, mask, normalize, batch_tokens=90)
     )
     expected = brute_force(tiny_encoder(), parameters, mask, normalize)
-    assert found.keys() == expected.keys()
+    assert blocks.keys() == expected.keys()
     scale = max(map(abs, expected.values()))
     np.testing.assert_allclose(
-        [found[key] for key in expected], list(expected.values()), rtol=1e-4, atol=2e-6 * scale
+        [blocks[key] for key in expected], list(expected.values()), rtol=1e-4, atol=2e-6 * scale
     )
 
 
@@ -100,8 +106,8 @@ def test_blocks_add_up_to_mean_exact_influence(normalize):
 
 def test_projected_features_estimate_the_sum_of_the_blocks():
     model = tiny_encoder()
-    table = block_influence(model, TRAIN, TEST, normalize="cosine")
-    total = sum(rows_of(table)[key] for key in rows_of(table) if key[:2] == ("ru", "de"))
+    blocks = rows_of(block_influence(model, TRAIN, TEST, normalize="cosine"))
+    total = sum(value for key, value in blocks.items() if key[:2] == ("ru", "de"))
     means = []
     for seed in range(20):
         projection = tm.Projection(512, seed=seed)
@@ -115,8 +121,8 @@ def test_projected_features_estimate_the_sum_of_the_blocks():
 
 
 def test_masked_heads_have_no_influence_and_the_others_have():
-    found = rows_of(block_influence(tiny_encoder(), TRAIN, TEST, head_mask=MASK))
-    for (_, _, layer, head), value in found.items():
+    blocks = rows_of(block_influence(tiny_encoder(), TRAIN, TEST, head_mask=MASK))
+    for (_, _, layer, head), value in blocks.items():
         if head is not None:
             assert (value == 0) == (MASK.array[layer, head] == 0)
 
@@ -130,7 +136,7 @@ def test_blocks_of_other_families_hold_every_parameter_once(family):
     for parts in parameter_blocks(model, names).values():
         for name, index in parts:
             count[name][index] += 1
-    assert all(bool((one == 1).all()) for one in count.values())
+    assert all(bool((times == 1).all()) for times in count.values())
     assert list(parameter_blocks(model, names))[3:5] == [Block(0, None), Block(1, 0)]
     examples = {"en": tiny_examples(3)}
     total = sum(rows_of(block_influence(model, examples, examples, "all")).values())
@@ -141,33 +147,33 @@ def test_blocks_of_other_families_hold_every_parameter_once(family):
 def test_checkpoints_add_up_with_their_weights():
     models = [tiny_encoder(seed=seed) for seed in (0, 1)]
     tables = [block_influence(model, TRAIN, TEST) for model in models]
-    total, parts = rows_of(weighted_sum(tables, [0.5, 2.0])), [rows_of(one) for one in tables]
+    total, parts = rows_of(weighted_sum(tables, [0.5, 2.0])), [rows_of(table) for table in tables]
     for key, value in total.items():
         assert value == pytest.approx(0.5 * parts[0][key] + 2.0 * parts[1][key], rel=1e-12)
 
 
-def test_batches_do_not_change_it_and_the_model_is_left_as_it_was():
+def test_batch_sizes_do_not_change_the_result_and_the_model_stays_the_same():
     model = tiny_encoder()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     done = []
-    found = [
+    tables = [
         block_influence(model, TRAIN, TEST, normalize="cosine", batch_tokens=size, advance=add)
         for size, add in ((1, done.append), (4096, None))
     ]
-    first, second = (np.array(table["influence"]) for table in found)
+    first, second = (np.array(table["influence"]) for table in tables)
     np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-6 * np.abs(first).max())
     assert sum(done) == sum(map(len, [*TRAIN.values(), *TEST.values()]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_what_cannot_be_is_refused_before_the_work():
+def test_invalid_arguments_are_refused_before_the_work():
     model, done = tiny_encoder(), []
     wrong = [
-        ({"train": {"en": []}}, "train en: expected at least one example"),
-        ({"normalize": "l2"}, "normalize: expected None or 'cosine', got 'l2'"),
-        ({"parameters": "heads"}, "parameters: expected one of"),
-        ({"test": {"de": [{"input_ids": [3, 999], "labels": 0}]}}, "test de: row 0: expected"),
-        ({"head_mask": tm.HeadMask.full(2, 4)}, "expected 2 layers of 3 heads"),
+        ({"train": {"en": []}}, r"train en.* 1 example"),
+        ({"normalize": "l2"}, r"normalize.*got 'l2'"),
+        ({"parameters": "heads"}, r"parameters.*heads"),
+        ({"test": {"de": [{"input_ids": [3, 999], "labels": 0}]}}, "test de: row 0"),
+        ({"head_mask": tm.HeadMask.full(2, 4)}, r"head mask.*\b2\b.*\b3\b"),
     ]
     for arguments, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -184,5 +190,5 @@ def test_gradient_that_is_not_finite_names_the_example():
     train = {"en": [*ragged_examples(2), {"input_ids": [40, 41], "labels": 1}]}
     for rows in (train["en"][:2], TEST["en"]):
         assert all(40 not in row["input_ids"] for row in rows), "the planted id is drawn too"
-    with pytest.raises(ValueError, match="train en: row 2: expected a finite gradient"):
+    with pytest.raises(ValueError, match=r"train en: row 2.*finite"):
         block_influence(model, train, {"en": TEST["en"]})

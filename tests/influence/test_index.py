@@ -1,4 +1,4 @@
-"""InfluenceIndex: the same neighbours as brute force, and a clear refusal of what does not fit."""
+"""InfluenceIndex: the neighbours of brute force, measured recall, and errors by argument."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ def test_flat_equals_brute_force(count: int, opponents: bool, normalize: str | N
     exact = brute_force(trains, queries, normalize)
     expected = np.sort(exact, axis=1)[:, :k] if opponents else -np.sort(-exact, axis=1)[:, :k]
     np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-5, atol=1e-5)
-    found = np.take_along_axis(exact, indices.numpy(), axis=1)
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-5)
+    at_indices = np.take_along_axis(exact, indices.numpy(), axis=1)
+    np.testing.assert_allclose(at_indices, expected, rtol=2e-5, atol=1e-5)
 
 
-def test_one_checkpoint_of_any_dtype() -> None:
+def test_features_of_any_dtype_at_one_checkpoint() -> None:
     train, query = features(50)[0].bfloat16(), features(4, seed=1)[0].half()
     scores, indices = InfluenceIndex.build([train]).search([query], 3)
     exact = query.float() @ train.float().T
@@ -100,10 +100,10 @@ def test_stores_and_tensors_give_the_same(tmp_path: Path) -> None:
     trains, queries = features(230), features(7, seed=1)
     from_stores = InfluenceIndex.build(stores(tmp_path / "train", trains), weights=WEIGHTS)
     assert from_stores.ids[229] == "train-229"
-    found = from_stores.search(stores(tmp_path / "query", queries, "test"), 20)
+    neighbours = from_stores.search(stores(tmp_path / "query", queries, "test"), 20)
     expected = InfluenceIndex.build(trains, weights=WEIGHTS).search(queries, 20)
-    assert torch.equal(found.scores, expected.scores)
-    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(neighbours.scores, expected.scores)
+    assert torch.equal(neighbours.indices, expected.indices)
 
 
 @pytest.mark.parametrize(("kind", "least"), [("sq8", 0.9), ("ivf", 0.95), ("hnsw", 0.85)])
@@ -118,8 +118,8 @@ def test_recall_of_the_inexact_kinds(kind: str, least: float, normalize: str | N
     for sign, name in [(1, "proponents"), (-1, "opponents")]:
         assert index.recall[name] >= least, index.recall
         exact = np.argsort(-sign * brute_force(trains, queries, normalize))[:, :100]
-        found = index.search(queries, 100, opponents=sign < 0).indices.numpy()
-        shares = [len({*a} & {*b}) / 100 for a, b in zip(exact, found, strict=True)]
+        nearest = index.search(queries, 100, opponents=sign < 0).indices.numpy()
+        shares = [len({*a} & {*b}) / 100 for a, b in zip(exact, nearest, strict=True)]
         assert np.mean(shares) == pytest.approx(index.recall[name], abs=2e-3)
 
 
@@ -169,16 +169,16 @@ def test_filter_by_language(kind: str) -> None:
     languages = ["en", "sw", "zh"] * 300
     index = InfluenceIndex.build(trains, kind=kind, weights=WEIGHTS, languages=languages)
     scores, indices = index.search(queries, 10, languages=["sw", "zh"])
-    found = indices[indices >= 0]
-    assert len(found) >= 25
-    assert {languages[row] for row in found.tolist()} <= {"sw", "zh"}
+    rows = indices[indices >= 0].tolist()
+    assert len(rows) >= 25
+    assert {languages[row] for row in rows} <= {"sw", "zh"}
     if kind == "flat":
         exact = torch.from_numpy(brute_force(trains, queries)).float()
         exact[:, [row for row in range(900) if languages[row] == "en"]] = -torch.inf
         torch.testing.assert_close(scores, exact.topk(10).values, rtol=2e-5, atol=1e-5)
 
 
-def test_fewer_found_than_asked() -> None:
+def test_places_without_an_example() -> None:
     index = InfluenceIndex.build(features(3), weights=WEIGHTS, languages=["en", "en", "sw"])
     scores, indices = index.search(features(2), 5)
     assert (indices[:, 3:] == -1).all()
@@ -189,7 +189,7 @@ def test_fewer_found_than_asked() -> None:
     assert index.search([rows[:0] for rows in features(2)], 5).scores.shape == (0, 5)
 
 
-def test_training_stays_within_the_memory_asked_for() -> None:
+def test_training_with_little_memory_uses_a_small_sample() -> None:
     small = InfluenceIndex.build(features(5000), kind="ivf", memory=1)
     assert small.recall["proponents"] > 0.3  # trained on 256 rows
 
@@ -212,11 +212,11 @@ def test_codes_are_as_good_for_small_gradients_and_learning_rates(normalize: str
     recalls = []
     for size in (1.0, 2.0**-20):
         index = InfluenceIndex.build(
-            [one * size for one in trains],
+            [rows * size for rows in trains],
             kind="ivfpq",
             weights=[weight * size for weight in WEIGHTS],
             normalize=normalize,
-            queries=[one * size for one in queries],
+            queries=[rows * size for rows in queries],
         )
         recalls.append(index.recall)
     assert recalls[1]["proponents"] == pytest.approx(recalls[0]["proponents"], abs=0.01)
@@ -224,27 +224,27 @@ def test_codes_are_as_good_for_small_gradients_and_learning_rates(normalize: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_bytes_said_are_those_of_the_file(kind: str, tmp_path: Path) -> None:
+def test_the_stated_bytes_are_those_of_the_file(kind: str, tmp_path: Path) -> None:
     index = InfluenceIndex.build(features(2000), kind=kind)
     index.save(tmp_path)
     # The file also has a size before each list, and HNSW's probabilities of levels.
-    said = 2000 * index.bytes_per_example + index.fixed_bytes
-    assert said == pytest.approx((tmp_path / "index.faiss").stat().st_size, abs=2500)
+    stated = 2000 * index.bytes_per_example + index.fixed_bytes
+    assert stated == pytest.approx((tmp_path / "index.faiss").stat().st_size, abs=2500)
     assert index.seconds.keys() == {"train", "add", "measure"}
 
 
-def test_a_gpu_that_is_not_there_is_one_sentence() -> None:
-    with pytest.raises(ValueError, match=r"expected cpu, cuda, cuda:1, \.\.\., got tpu"):
+def test_a_missing_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"device.*got tpu"):
         InfluenceIndex.build(features(10), device="tpu")
-    with pytest.raises(ValueError, match=r"got cuda:97, but this FAISS finds \w+ GPUs: install"):
+    with pytest.raises(ValueError, match=r"device.*got cuda:97"):
         InfluenceIndex.build(features(10), kind="ivf", device="cuda:97")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_goes_to_a_gpu_is_what_the_cpu_would_do(
+def test_centres_on_a_gpu_give_the_index_of_the_cpu(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a machine without one: the GPU is played by the CPU, and its uses are counted."""
+    """The GPU is simulated by the CPU, and its uses are counted."""
     used: list[tuple[int, int]] = []
 
     def to_gpu(resources: object, number: int, centres: object) -> object:
@@ -256,27 +256,27 @@ def test_what_goes_to_a_gpu_is_what_the_cpu_would_do(
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
     trains = features(600)
     if kind not in ("ivf", "ivfpq"):
-        with pytest.raises(ValueError, match=f"only ivf and ivfpq .* build {kind} on the cpu"):
+        with pytest.raises(ValueError, match=rf"device.*cuda.*{kind}"):
             InfluenceIndex.build(trains, kind=kind, device="cuda")
         return
-    one, two = (InfluenceIndex.build(trains, kind=kind, device=d) for d in ("cuda:1", "cpu"))
-    assert used == [(1, 0), (1, one.index.nlist)]
-    assert np.array_equal(faiss.serialize_index(one.index), faiss.serialize_index(two.index))
+    gpu, cpu = (InfluenceIndex.build(trains, kind=kind, device=d) for d in ("cuda:1", "cpu"))
+    assert used == [(1, 0), (1, gpu.index.nlist)]
+    assert np.array_equal(faiss.serialize_index(gpu.index), faiss.serialize_index(cpu.index))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"recall": 1.5}, "recall: expected a share above 0 and up to 1, got 1.5"),
-        ({"kind": "lsh"}, "expected flat, sq8, ivf, ivfpq, hnsw, got 'lsh'"),
-        ({"kind": "ivfpq"}, "at least 256 training examples, got 10"),
-        ({"weights": [1.0, -1.0]}, "not negative"),
-        ({"weights": [1.0, float("nan")]}, "finite"),
-        ({"weights": [1.0]}, "expected 2, one per checkpoint, got 1"),
-        ({"normalize": "l2"}, "expected None or 'cosine', got 'l2'"),
-        ({"ids": ["a"]}, "ids: expected 10"),
-        ({"languages": ["en"]}, "languages: expected 10"),
-        ({"queries": [torch.zeros(1, 3)] * 2}, r"queries: expected rows of \[12, 7\]"),
+        ({"recall": 1.5}, r"recall.*got 1\.5"),
+        ({"kind": "lsh"}, r"kind.*flat, sq8, ivf, ivfpq, hnsw.*'lsh'"),
+        ({"kind": "ivfpq"}, r"ivfpq.*256.*got 10"),
+        ({"weights": [1.0, -1.0]}, r"weights.*\[1.0, -1.0\]"),
+        ({"weights": [1.0, float("nan")]}, r"weights.*\[1.0, nan\]"),
+        ({"weights": [1.0]}, r"weights.*\b2\b.*got 1"),
+        ({"normalize": "l2"}, r"normalize.*'l2'"),
+        ({"ids": ["a"]}, r"ids.*\b10\b.*got 1"),
+        ({"languages": ["en"]}, r"languages.*\b10\b.*got 1"),
+        ({"queries": [torch.zeros(1, 3)] * 2}, r"queries.*\[12, 7\].*\[3, 3\]"),
     ],
 )
 def test_wrong_arguments(arguments: dict, message: str) -> None:
@@ -287,12 +287,12 @@ def test_wrong_arguments(arguments: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("trains", "message"),
     [
-        ([], "one per checkpoint"),
-        (torch.zeros(3, 4), "one per checkpoint"),
+        ([], "training examples.*one per checkpoint"),
+        (torch.zeros(3, 4), "training examples.*one per checkpoint"),
         ([torch.zeros(3)], r"got shape \(3,\)"),
-        ([torch.zeros(3, 4), torch.zeros(2, 4)], r"as many rows at every checkpoint, got \[3, 2\]"),
-        ([torch.zeros(0, 4)], "at least 1 training example, got 0"),
-        ([torch.tensor([[1.0], [float("nan")]])], "row 1: expected finite numbers"),
+        ([torch.zeros(3, 4), torch.zeros(2, 4)], r"training examples.*got \[3, 2\]"),
+        ([torch.zeros(0, 4)], r"training examples.*\b1\b.*got 0"),
+        ([torch.tensor([[1.0], [float("nan")]])], r"row 1\b.*finite"),
     ],
 )
 def test_wrong_features(trains: list[Tensor], message: str) -> None:
@@ -303,30 +303,30 @@ def test_wrong_features(trains: list[Tensor], message: str) -> None:
 def test_wrong_searches() -> None:
     index = InfluenceIndex.build(features(10), weights=WEIGHTS, languages=["en", "sw"] * 5)
     queries = features(2)
-    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"k.*\b1\b.*got 0"):
         index.search(queries, 0)
-    with pytest.raises(ValueError, match=r"expected \[12, 7\] numbers per row.* got \[7, 12\]"):
+    with pytest.raises(ValueError, match=r"queries.*\[12, 7\].*got \[7, 12\]"):
         index.search(queries[::-1], 1)
-    with pytest.raises(ValueError, match="expected some of en, sw, got zh"):
+    with pytest.raises(ValueError, match=r"languages.*en, sw.*got zh"):
         index.search(queries, 1, languages=["en", "zh"])
-    with pytest.raises(ValueError, match="expected a sequence, got the string 'en'"):
+    with pytest.raises(ValueError, match=r"languages.*'en'"):
         index.search(queries, 1, languages="en")
-    with pytest.raises(ValueError, match="built without them"):
+    with pytest.raises(ValueError, match="languages"):
         InfluenceIndex.build(features(10)).search(queries, 1, languages=["en"])
     queries[1][1, 3] = torch.inf
-    with pytest.raises(ValueError, match="row 1: expected finite numbers"):
+    with pytest.raises(ValueError, match=r"row 1\b.*finite"):
         index.search(queries, 1)
 
 
-def test_queries_made_otherwise_are_refused(tmp_path: Path) -> None:
+def test_queries_of_another_model_are_refused(tmp_path: Path) -> None:
     trains = stores(tmp_path / "train", [features(30)[0]] * 2)
     InfluenceIndex.build(trains).save(tmp_path / "index")
     index = InfluenceIndex.load(tmp_path / "index")
     queries = stores(tmp_path / "query", [features(3)[0]] * 2, "test")
     assert index.search(queries, 2).indices.shape == (3, 2)
-    with pytest.raises(ValueError, match=r'checkpoint 0.*model: expected "m0", got "m1"'):
+    with pytest.raises(ValueError, match=r'checkpoint 0.*model.*"m0".*"m1"'):
         index.search(queries[::-1], 2)
-    with pytest.raises(ValueError, match="holds other examples"):
+    with pytest.raises(ValueError, match=r"checkpoint-0.*ids"):
         InfluenceIndex.build([trains[0], queries[1]][:1], ids=[str(row) for row in range(30)])
 
 
@@ -336,10 +336,10 @@ def test_an_index_of_other_features_or_weights_is_refused(tmp_path: Path) -> Non
     index.check_built_from(trains, WEIGHTS, "cosine")
     changed = stores(tmp_path / "changed", features(30), "other data")
     for arguments, message in [
-        ((trains, WEIGHTS), 'normalize: expected null, got "cosine"'),
-        ((trains, None, "cosine"), r"weights: expected \[1.0, 1.0\], got \[0.5, 2.0\]"),
-        ((changed, WEIGHTS, "cosine"), 'checkpoint 0.data: expected "other data", got "train"'),
-        ((trains[:1], WEIGHTS[:1], "cosine"), "checkpoint 1: expected null"),
+        ((trains, WEIGHTS), r'normalize.*null.*"cosine"'),
+        ((trains, None, "cosine"), r"weights.*\[1.0, 1.0\].*\[0.5, 2.0\]"),
+        ((changed, WEIGHTS, "cosine"), r'checkpoint 0.data.*"other data".*"train"'),
+        ((trains[:1], WEIGHTS[:1], "cosine"), r"checkpoint 1.*null"),
     ]:
         with pytest.raises(ValueError, match=message):
             index.check_built_from(*arguments)
@@ -357,13 +357,13 @@ def test_damaged_missing_and_newer_files_are_refused(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=f"{name} is damaged"):
                 InfluenceIndex.load(tmp_path)
         (tmp_path / name).unlink()
-        with pytest.raises(ValueError, match=f"no index at .* no {name}"):
+        with pytest.raises(ValueError, match=rf"{tmp_path}.*{name}"):
             InfluenceIndex.load(tmp_path)
         (tmp_path / name).write_bytes(data)
     meta = json.loads(good["index.json"]) | {"version": 2}
     del meta["sha256"]
     (tmp_path / "index.json").write_bytes(seal(meta))
-    with pytest.raises(ValueError, match=r"expected tracmod-index version 1, got .* version 2"):
+    with pytest.raises(ValueError, match=r"index.json.*version 1.*version 2"):
         InfluenceIndex.load(tmp_path)
 
 
@@ -390,9 +390,8 @@ for _ in range(3):
     subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
 
 
-def test_without_faiss_the_sentence_says_what_to_install() -> None:
+def test_without_faiss_the_error_says_what_to_install() -> None:
     script = "import sys; sys.modules['faiss'] = None; import tracmod.influence.index"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (
-        "ImportError: tracmod.influence.index needs FAISS: pip install faiss-cpu" in result.stderr
-    )
+    assert "ImportError" in result.stderr
+    assert "pip install faiss-cpu" in result.stderr

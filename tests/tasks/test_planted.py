@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from tiny_study import tiny_config
 
 from tracmod.analysis import example_table
-from tracmod.analysis.statistics import Settings
+from tracmod.analysis.statistics import Resampling
 from tracmod.analysis.sweeps import sweep_rows
 from tracmod.cli import main
 from tracmod.config import TaskConfig, load_config
@@ -30,7 +30,7 @@ from tracmod.validation.planted import auc, planted_answers, spearman
 
 NAMES = ["base", "near", "far", "mirror", "cipher", "isolated"]
 SHARED = {"near": 0.75, "far": 0.4}
-SETTINGS = Settings(bootstrap=100, permutations=10, confidence=0.95, seed=0)
+SETTINGS = Resampling(bootstrap=100, permutations=10, confidence=0.95, seed=0)
 
 
 def config(**changes):

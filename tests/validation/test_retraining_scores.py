@@ -12,7 +12,7 @@ from scipy.stats import rankdata, spearmanr
 from tiny_models import tiny_examples, tiny_model
 
 from tracmod.analysis.matrix_correlation import permuted_columns
-from tracmod.analysis.statistics import Settings
+from tracmod.analysis.statistics import Resampling
 from tracmod.validation.baselines import bm25_scores, embedding_scores, random_scores
 from tracmod.validation.lds import Draws, lds_table, rank_correlation
 from tracmod.validation.retrained_changes import Changes
@@ -36,7 +36,7 @@ from tracmod.validation.retraining import (
     subset_set,
 )
 
-SETTINGS = Settings(bootstrap=200, permutations=200, confidence=0.95, seed=0)
+SETTINGS = Resampling(bootstrap=200, permutations=200, confidence=0.95, seed=0)
 LANGUAGES_N = ["en"] * 12 + ["de"] * 10 + ["es"] * 8
 LANGUAGES_Q = ["en"] * 5 + ["de"] * 4 + ["es"] * 6
 CLUSTERS_Q = [f"item {q}" for q in range(15)]

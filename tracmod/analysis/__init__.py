@@ -1,9 +1,9 @@
-"""The study's numbers: language shares, subnetwork similarity, dynamics, statistics."""
+"""The numbers of a study: language shares, subnetwork similarity, dynamics and statistics."""
 
 from tracmod.analysis.dynamics import epoch_table, in_language_course
 from tracmod.analysis.languages import example_table, language_shares, language_table
 from tracmod.analysis.matrix_correlation import MantelResult, mantel, partial_mantel
-from tracmod.analysis.results import RunResults, View
+from tracmod.analysis.results import RunResults, ViewResults
 from tracmod.analysis.similarity import head_usage, mask_similarity, similarity_table
 from tracmod.analysis.statistics import (
     Interval,
@@ -21,7 +21,7 @@ __all__ = [
     "MantelResult",
     "RunResults",
     "SignFlipResult",
-    "View",
+    "ViewResults",
     "adjusted_p_values",
     "analyze",
     "bootstrap_difference",

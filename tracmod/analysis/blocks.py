@@ -1,4 +1,4 @@
-"""Influence by head and layer of a run: within and across languages, and the share of the heads."""
+"""Influence by head and layer of a run, within and across languages, and the share of heads."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ BLOCK_SCHEMA = pa.schema(
 
 
 def block_table(run: RunResults) -> pa.Table | None:
-    """Mean influence of every block, by model and view (`analysis/blocks.parquet`).
+    """Build `analysis/blocks.parquet`: the mean influence of every block, by model and view.
 
     `in_language` is the mean over languages of the influence of a language's training examples on
-    its own test examples; `cross_language` the mean over pairs of two languages. Null where there
-    is no such pair. layer and head as in `blocks.parquet`: no head is the rest of the layer, no
-    layer what lies outside.
+    its own test examples, `cross_language` the mean over pairs of two different languages; null
+    where there is no such pair. layer and head are those of the run's `blocks.parquet`: without a
+    head it is the rest of the layer, without a layer everything outside the layers.
 
     Returns:
-        None where no view has a blocks.parquet.
+        The table, or None if no view has a blocks.parquet.
     """
     rows = []
     for model in MODELS:
@@ -45,31 +45,32 @@ def block_table(run: RunResults) -> pa.Table | None:
 
 
 def _block_means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the means of each block, from the rows of one blocks.parquet."""
     values: dict[tuple[int | None, int | None], dict[str, list[float]]] = {}
     for row in rows:
-        own = row["test_language"] == row["train_language"]
-        of_block = values.setdefault(
+        kinds = values.setdefault(
             (row["layer"], row["head"]), {"in_language": [], "cross_language": []}
         )
-        of_block["in_language" if own else "cross_language"].append(row["influence"])
+        is_own = row["test_language"] == row["train_language"]
+        kinds["in_language" if is_own else "cross_language"].append(row["influence"])
     return [
         {"layer": layer, "head": head}
-        | {name: float(np.mean(found)) if found else None for name, found in kinds.items()}
+        | {kind: float(np.mean(numbers)) if numbers else None for kind, numbers in kinds.items()}
         for (layer, head), kinds in values.items()
     ]
 
 
 def block_shares(table: pa.Table) -> list[dict[str, Any]]:
-    """How much of the mean influence flows through the heads, the rest of the layers, and outside.
+    """Divide the mean influence among heads, the rest of the layers and everything outside them.
 
     Args:
-        table: of `block_table`.
+        table: result of `block_table`.
 
     Returns:
-        By model, view and kind (`in_language`, `cross_language`): `total`, the mean influence, and
-        the shares `heads`, `layers` and `outside` of it, which add up to 1. Blocks may work against
-        each other: a share can be negative or above 1. A kind that no pair of languages is of, or
-        whose total is 0, is left out.
+        One entry per model, view and kind ("in_language", "cross_language"): `total`, the mean
+        influence, and its shares `heads`, `layers` and `outside`, which add up to 1. Blocks may
+        work against each other, so a share can be negative or above 1. A kind without pairs of
+        languages, or with a total of 0, has no entry.
     """
     sums: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in table.to_pylist():
@@ -78,10 +79,10 @@ def block_shares(table: pa.Table) -> list[dict[str, Any]]:
             if row[kind] is not None:
                 parts = sums.setdefault((row["model"], row["view"], kind), {})
                 parts[part] = parts.get(part, 0.0) + row[kind]
-    found = []
+    entries = []
     for (model, view, kind), parts in sums.items():
         total = sum(parts.values())
         if total != 0:
             shares = {part: parts.get(part, 0.0) / total for part in ("heads", "layers", "outside")}
-            found.append({"model": model, "view": view, "kind": kind, "total": total, **shares})
-    return found
+            entries.append({"model": model, "view": view, "kind": kind, "total": total, **shares})
+    return entries

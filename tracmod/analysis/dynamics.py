@@ -1,4 +1,4 @@
-"""The course of influence over the epochs: one table per run, and in-language reliance from it."""
+"""The course of influence over the epochs, and of the reliance on the own language."""
 
 from __future__ import annotations
 
@@ -32,10 +32,13 @@ COURSE_SCHEMA = pa.schema(
 
 
 def epoch_table(examples_of_epoch: Mapping[int, pa.Table]) -> pa.Table:
-    """Means per test language for each epoch's checkpoint alone (`epochs.parquet`).
+    """Build `epochs.parquet`: means per test language at the checkpoint of each epoch alone.
 
     Args:
-        examples_of_epoch: epoch -> `example_table` of TracIn at that checkpoint only.
+        examples_of_epoch: epoch -> `example_table` of the influence at its checkpoint.
+
+    Returns:
+        A table with `EPOCH_SCHEMA`.
     """
     rows: dict[str, list[Any]] = {name: [] for name in EPOCH_SCHEMA.names}
     for epoch, examples in sorted(examples_of_epoch.items()):
@@ -52,10 +55,14 @@ def epoch_table(examples_of_epoch: Mapping[int, pa.Table]) -> pa.Table:
 
 
 def in_language_course(epochs: pa.Table) -> pa.Table:
-    """Reliance of each test language on its own training data, epoch by epoch (`COURSE_SCHEMA`).
+    """Select each test language's reliance on its own training data, epoch by epoch.
 
-    `mean_influence_others` is the mean over the other training languages of their mean influence.
-    Test languages without training data of their own have no row.
+    Args:
+        epochs: result of `epoch_table`.
+
+    Returns:
+        A table with `COURSE_SCHEMA`, one row per epoch and test language with training data.
+        `mean_influence_others` is the mean over the other training languages.
     """
     rows = []
     others: dict[tuple[int, str], list[float]] = {}

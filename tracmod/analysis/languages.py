@@ -1,6 +1,12 @@
 """From influential training examples to shares of languages, per test example and per language.
 
-Shape legend: Q test (query) examples, k kept per sign, N training examples, G training languages.
+The influence of a language on a test example is described by three measures (`MEASURES`): its share
+among the k strongest proponents and among the k strongest opponents, and the mean influence of its
+training examples. `example_table` has them per test example, `language_table` their means per test
+language with intervals.
+
+Shape suffixes: Q test (query) examples, k listed per sign, N training examples, G training
+languages, D = measures x G.
 """
 
 from __future__ import annotations
@@ -45,15 +51,15 @@ LANGUAGE_SCHEMA = pa.schema(
 
 
 def language_shares(indices: Any, train_groups: Any, num_groups: int) -> np.ndarray:
-    """Share of each training language among the listed training examples.
+    """Compute the share of each training language among the listed training examples.
 
     Args:
-        indices: (Q, k) int, training examples; -1 = no example (k > N) and not counted.
-        train_groups: (N,) int, the language of each training example, 0 .. G-1.
+        indices: (Q, k) int, training examples; -1 for none, which is not counted.
+        train_groups: (N,) int, number of the language of each training example, 0 to G - 1.
         num_groups: G.
 
     Returns:
-        (Q, G) float64; rows sum to 1 (to 0 where a row lists no example at all).
+        (Q, G) float64. Rows sum to 1, or to 0 where no example is listed.
     """
     indices_Qk = np.asarray(indices)
     groups_N = np.asarray(train_groups)
@@ -78,44 +84,52 @@ def example_table(
     test_predictions: Sequence[int] | None = None,
     group_sizes: Any | None = None,
 ) -> pa.Table:
-    """One row per test example and training language (`EXAMPLE_SCHEMA`, `examples.parquet`).
+    """Build `examples.parquet`: one row per test example and training language.
 
-    `share_positive` (`share_negative`): share of the language among the k most positive (most
-    negative) training examples. `mean_influence`: sum of the influence of the language's training
-    examples over their number, in the unit of the scores (positive = lowered the test loss).
+    `share_positive` (`share_negative`) is the share of the language among the k most positive
+    (most negative) training examples. `mean_influence` is the mean influence of the language's
+    training examples, in the unit of the scores (positive lowers the test loss).
 
     Args:
-        indices: (Q, k) int, most positive training examples; -1 = none.
-        opponent_indices: (Q, k) int, most negative ones.
-        group_sums: (Q, G) float, influence summed over each language's training examples.
-        languages: the G training languages, in the order of `group_sums`' columns.
-        train_languages: (N,) the language of each training example.
-        test_ids, test_languages, test_labels: (Q,) the test examples.
-        test_predictions: (Q,) predicted labels, under the view's mask; absent: null.
-        group_sizes: (Q, G) int, how many training examples each sum is of; absent: all of the
-            language's.
+        indices: (Q, k) int, most positive training examples; -1 for none.
+        opponent_indices: (Q, k) int, most negative training examples.
+        group_sums: (Q, G) float, influence summed over the training examples of each language.
+        languages: the G training languages, in the order of the columns of `group_sums`.
+        train_languages: (N,) language of each training example.
+        test_ids, test_languages, test_labels: (Q,) columns of the test examples.
+        test_predictions: (Q,) predicted labels, under the mask of the view; None for null.
+        group_sizes: (Q, G) int, number of training examples in each sum; None for all of the
+            language.
+
+    Returns:
+        A table with `EXAMPLE_SCHEMA`.
 
     Raises:
-        ValueError: sizes that do not fit, or a training language not in `languages`.
+        ValueError: sizes do not agree, or a training language is not in `languages`.
     """
     sums_QG = np.asarray(group_sums, dtype=np.float64)
     num_test, num_groups = len(test_ids), len(languages)
     if sums_QG.shape != (num_test, num_groups):
         raise ValueError(
-            f"example_table: group_sums: expected ({num_test}, {num_groups}) = test examples x "
-            f"languages, got {sums_QG.shape}"
+            f"group_sums: expected the shape (test examples, languages) = ({num_test}, "
+            f"{num_groups}), got {sums_QG.shape}"
         )
     group_of = {language: group for group, language in enumerate(languages)}
     unknown = sorted(set(train_languages) - set(group_of))
     if unknown:
-        raise ValueError(f"example_table: training languages {unknown} are not in {languages}")
+        raise ValueError(f"train_languages: expected some of {list(languages)}, got {unknown}")
     groups_N = np.array([group_of[language] for language in train_languages], dtype=np.int64)
     sizes_QG = np.bincount(groups_N, minlength=num_groups) if group_sizes is None else group_sizes
-    predictions = [None] * num_test if test_predictions is None else _integers(test_predictions)
+    labels = [int(label) for label in test_labels]
+    predictions = (
+        [None] * num_test
+        if test_predictions is None
+        else [int(label) for label in test_predictions]
+    )
     columns = {
         "test_id": _repeat(test_ids, num_groups),
         "test_language": _repeat(test_languages, num_groups),
-        "test_label": _repeat(_integers(test_labels), num_groups),
+        "test_label": _repeat(labels, num_groups),
         "test_prediction": _repeat(predictions, num_groups),
         "train_language": list(languages) * num_test,
         "share_positive": language_shares(indices, groups_N, num_groups).ravel(),
@@ -135,22 +149,26 @@ def language_table(
     seed: int = 0,
     null_shares: np.ndarray | None = None,
 ) -> pa.Table:
-    """Means per test language with intervals (`LANGUAGE_SCHEMA`, `languages.parquet`).
+    """Build `languages.parquet`: means per test language with intervals.
 
-    `null_share` is the share expected if language played no part: the language's part of the
-    training examples. Intervals are percentile bootstraps over the test examples of one language;
-    with a single test example low = high = value.
+    `null_share` is the share that is expected if language plays no role: the language's share of
+    the training examples. Intervals are percentile bootstraps over the test examples of one
+    language; with a single test example low = high = value.
 
     Args:
-        examples: rows of `example_table`; languages keep the order in which they come.
-        num_train: training examples per training language.
-        clusters: test id -> parallel item, drawn together; absent or missing: the example alone.
+        examples: result of `example_table`; languages keep the order in which they appear.
+        num_train: training language -> number of its training examples.
+        clusters: test id -> parallel item, whose examples are drawn together; an example without
+            an item is drawn alone.
         bootstrap, confidence, seed: see `bootstrap_mean`.
-        null_shares: (Q, G) where the null is not the same for every test example; the mean is
-            given.
+        null_shares: (Q, G) null shares where they differ between test examples; their means are
+            written.
+
+    Returns:
+        A table with `LANGUAGE_SCHEMA`.
 
     Raises:
-        ValueError: a test example without exactly one row per training language.
+        ValueError: a test example does not have exactly one row per training language.
     """
     pivot = pivot_examples(examples)
     rows = interval_columns(
@@ -167,8 +185,11 @@ def language_table(
     rows["null_share"] = [size / total for size in rows["num_train"]]
     if null_shares is not None:
         test_languages = np.array(pivot.test_languages)
-        of_language = [null_shares[test_languages == one] for one in dict.fromkeys(test_languages)]
-        rows["null_share"] = np.concatenate([n.mean(axis=0) for n in of_language]).tolist()
+        means = [
+            null_shares[test_languages == language].mean(axis=0)
+            for language in dict.fromkeys(test_languages)
+        ]
+        rows["null_share"] = np.concatenate(means).tolist()
     return pa.table(rows, schema=LANGUAGE_SCHEMA)
 
 
@@ -182,16 +203,18 @@ def interval_columns(
     confidence: float,
     seed: int,
 ) -> dict[str, list[Any]]:
-    """Mean and interval of every measure, one row per test language and training language.
+    """Compute mean and interval of every measure, per test language and training language.
+
+    All measures and training languages of a test language share the resamples.
 
     Args:
         measures: name -> (Q, G) float.
-        test_languages, clusters: (Q,) of the rows.
-        train_languages: (G,) of the columns.
+        test_languages, clusters: (Q,) language and parallel item of each row.
+        train_languages: (G,) language of each column.
         bootstrap, confidence, seed: see `bootstrap_mean`.
 
     Returns:
-        Columns test_language, train_language, num_test, and per measure m: m, m_low, m_high.
+        Columns test_language, train_language, num_test, and m, m_low and m_high per measure m.
     """
     names = list(measures)
     values_QD = np.concatenate([measures[name] for name in names], axis=1)
@@ -221,7 +244,7 @@ class ExamplePivot:
     """`examples.parquet` as arrays: one row per test example, one column per training language.
 
     Attributes:
-        test_ids, test_languages, labels, predictions: (Q,) in the table's order.
+        test_ids, test_languages, labels, predictions: (Q,) columns, in the order of the table.
         train_languages: the G training languages.
         measures: name -> (Q, G) float64.
     """
@@ -235,10 +258,10 @@ class ExamplePivot:
 
 
 def pivot_examples(examples: pa.Table) -> ExamplePivot:
-    """Sort the long table of `example_table` into arrays.
+    """Turn the long table of `example_table` into arrays.
 
     Raises:
-        ValueError: a test example without exactly one row per training language.
+        ValueError: a test example does not have exactly one row per training language.
     """
     columns = {name: examples.column(name).to_pylist() for name in EXAMPLE_SCHEMA.names[:5]}
     row_of = {test_id: row for row, test_id in enumerate(dict.fromkeys(columns["test_id"]))}
@@ -249,8 +272,8 @@ def pivot_examples(examples: pa.Table) -> ExamplePivot:
     shape = (len(row_of), len(column_of))
     if len(cells) != shape[0] * shape[1] or len(np.unique(cells)) != len(cells):
         raise ValueError(
-            f"examples table: expected one row for each of {shape[0]} test examples and "
-            f"{shape[1]} training languages, got {len(cells)} rows"
+            f"examples: expected one row for each of {shape[0]} test examples and {shape[1]} "
+            f"training languages, got {len(cells)} rows"
         )
     measures = {}
     for measure in MEASURES:
@@ -269,8 +292,5 @@ def pivot_examples(examples: pa.Table) -> ExamplePivot:
 
 
 def _repeat(values: Sequence[Any], times: int) -> list[Any]:
+    """Repeat each value, `[a, a, b, b]`."""
     return [value for value in values for _ in range(times)]
-
-
-def _integers(values: Sequence[int]) -> list[int]:
-    return [int(value) for value in values]

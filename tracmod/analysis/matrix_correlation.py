@@ -1,6 +1,12 @@
 """Correlation of two matrices over pairs of items, tested by permuting the items (Mantel).
 
-Shape legend: n items, M = n (n - 1) / 2 pairs, C controls and a constant, P permutations.
+Pairs of languages share languages, so the entries of a matrix are not independent and a plain
+correlation test rejects far too often. Permuting the items, rows and columns together, keeps their
+dependence.
+
+The errors of this module become the `reason` of a test that could not be made, in summary.json.
+
+Shape suffixes: n items, M = n (n - 1) / 2 pairs, C controls and a constant, P permutations.
 """
 
 from __future__ import annotations
@@ -14,13 +20,20 @@ from typing import Literal
 import numpy as np
 from scipy.stats import rankdata
 
-# Up to seven items have at most 5,040 orders: all of them, rather than a sample.
-ENUMERATE_UP_TO = 5040
+MAX_ORDERS = 5040  # of up to seven items; more are sampled instead of enumerated
 
 
 @dataclass(frozen=True)
 class MantelResult:
-    """`p_value` is two-sided; `exact` says that every order of the items was tried."""
+    """Result of a Mantel test.
+
+    Attributes:
+        correlation: over the pairs of items.
+        p_value: two-sided.
+        permutations: orders of the items that were tried, including the observed one.
+        exact: whether these are all orders there are.
+        pairs: number of pairs.
+    """
 
     correlation: float
     p_value: float
@@ -37,24 +50,31 @@ def mantel(
     seed: int = 0,
     method: Literal["spearman", "pearson"] = "spearman",
 ) -> MantelResult:
-    """Correlation of two symmetric matrices' off-diagonal entries, tested by permutation.
+    """Correlate the off-diagonal entries of two symmetric matrices and test it by permutation.
 
-    Pairs of languages share languages and are not independent, so rows and columns of `a` are
-    permuted together: p = (1 + number of permutations with |r| >= the observed |r|) /
-    (1 + permutations). When the number of orders n! is at most 5,040 all of them are tried, the
-    observed one being the 1; else `permutations` are drawn.
+    Rows and columns of `a` are permuted together: p = (1 + number of permutations with |r| >= the
+    observed |r|) / (1 + permutations). If there are at most 5,040 orders n! all of them are tried,
+    and the observed one is the 1; otherwise `permutations` are drawn.
 
     Args:
         a, b: (n, n) symmetric float, n >= 3; diagonals are not read.
-        permutations: draws when n! is larger than 5,040.
-        seed: of `numpy.random.default_rng`.
-        method: rank (Spearman) or product-moment (Pearson) correlation.
+        permutations: number of draws if n! is above 5,040.
+        seed: seed of `numpy.random.default_rng`.
+        method: "spearman" (ranks) or "pearson" (product-moment).
 
     Raises:
-        ValueError: shapes differ or are not square, fewer than 3 items, a matrix that is not
-            symmetric or not finite, or one without any variation.
+        ValueError: shapes differ or are not square, there are fewer than 3 items, or a matrix is
+            not symmetric, not finite or without any variation.
 
     Source: Mantel 1967; Phipson and Smyth 2010 (the 1 + in p).
+
+    Examples:
+        >>> import numpy as np
+        >>> from tracmod.analysis import mantel
+        >>> distances = np.array([[0, 1, 2, 4], [1, 0, 3, 5], [2, 3, 0, 6], [4, 5, 6, 0]])
+        >>> result = mantel(distances, distances ** 2)
+        >>> round(result.correlation, 6), result.exact, result.permutations
+        (1.0, True, 24)
     """
     a_nn, b_nn = _symmetric(a, "first"), _symmetric(b, "second")
     if a_nn.shape != b_nn.shape:
@@ -68,7 +88,7 @@ def mantel(
     orders, exact = _orders(n, permutations, seed)
     correlations = a_unit_nn[orders[:, rows], orders[:, columns]] @ b_unit
     observed = float(a_unit_nn[rows, columns] @ b_unit)
-    # Orders that give the same pairs give the same r up to rounding: they must count as equal.
+    # Orders with the same r must count as equal, although rounding may make them differ.
     at_least = int(np.sum(np.abs(correlations) >= abs(observed) - 1e-12))
     p_value = (1 + at_least) / (1 + len(orders))
     return MantelResult(observed, p_value, len(orders) + exact, exact, len(rows))
@@ -83,23 +103,23 @@ def partial_mantel(
     seed: int = 0,
     method: Literal["spearman", "pearson"] = "spearman",
 ) -> MantelResult:
-    """Correlation of two symmetric matrices with the controls' linear part taken out of both.
+    """Correlate two symmetric matrices after removing the linear effect of controls from both.
 
-    r = correlation of the residuals of `a` and of `b` on the controls (and a constant); for
-    Spearman all are ranks. The test permutes rows and columns of the residuals of `a` together and
-    takes the controls out of them again, so that every r is made as the observed one was; p as in
-    `mantel`. Ranks of the controls are taken out linearly: where a control alone decides both
-    matrices and rows have strong effects of their own, 7 to 10% of Spearman tests reject at the 5%
-    level in simulation (Pearson: 6 to 8% with 5 or 6 items, 6% with more).
+    r is the correlation of the residuals of `a` and of `b` after regression on the controls (and a
+    constant); for Spearman all of them are ranks. The test permutes rows and columns of the
+    residuals of `a` together and removes the controls from them again, so that every r is computed
+    like the observed one; p is that of `mantel`. Ranks of controls are removed linearly: where a
+    control alone determines both matrices and rows have strong effects of their own, 7 to 10% of
+    Spearman tests reject at the 5% level in simulation (Pearson: 6 to 8% with 5 or 6 items, 6% with
+    more).
 
     Args:
         a, b: (n, n) symmetric float; diagonals are not read.
-        controls: matrices of the same shape, at least one; one without any variation takes
-            nothing out.
+        controls: matrices of the same shape, at least one. One without any variation has no effect.
         permutations, seed, method: as in `mantel`.
 
     Raises:
-        ValueError: as in `mantel`; no controls, or nothing of `a` or `b` is left beside them.
+        ValueError: as in `mantel`; there are no controls, or they explain all of `a` or `b`.
 
     Source: Smouse, Long and Sokal 1986 (the statistic); Legendre 2000 (permuted residuals).
     """
@@ -139,7 +159,13 @@ def partial_mantel(
 
 @dataclass(frozen=True)
 class CellsResult:
-    """As `MantelResult`; `correlation` and `p_value` are None where one side does not vary."""
+    """Result of `permuted_columns`.
+
+    Attributes:
+        correlation, p_value: as in `MantelResult`; None if one matrix does not vary.
+        permutations, exact: as in `MantelResult`.
+        cells: number of cells that were compared.
+    """
 
     correlation: float | None
     p_value: float | None
@@ -158,23 +184,24 @@ def permuted_columns(
     permutations: int = 1000,
     seed: int = 0,
 ) -> CellsResult:
-    """Spearman correlation of two matrices' cells, which need not be symmetric, nor square.
+    """Correlate the cells of two matrices (Spearman) that need be neither symmetric nor square.
 
-    The items of the columns are permuted in `a`, in the columns and, where they have one, in the
-    rows: an item's cell with itself stays one. So the test does not ask whether these stand out,
-    but whether anything else of `a` goes with `b`. Two-sided p and orders as in `mantel`.
+    The items of the columns are permuted in `a`, in the columns and in the rows that have the same
+    names, so that a cell of an item with itself remains such a cell. The test therefore does not
+    ask whether these cells stand out, but whether anything else in `a` is related to `b`. p is
+    two-sided, and orders are drawn as in `mantel`.
 
     Args:
         a, b: (R, C) float.
-        rows, columns: names of the items; every column's name is a row's as well.
-        between_only: leave out an item's cell with itself.
+        rows, columns: names of the items; the name of every column is also that of a row.
+        between_only: whether to leave out the cells of an item with itself.
         permutations, seed: as in `mantel`.
 
     Source: Hubert and Schultz 1976 (quadratic assignment).
     """
     assert a.shape == b.shape == (len(rows), len(columns))
-    place = {name: row for row, name in enumerate(rows)}
-    own = np.array([place[name] for name in columns])
+    row_of = {name: row for row, name in enumerate(rows)}
+    own = np.array([row_of[name] for name in columns])
     mask = np.ones(a.shape, dtype=bool)
     if between_only:
         mask[own, np.arange(len(columns))] = False
@@ -196,7 +223,10 @@ def permuted_columns(
 
 
 def _orthonormal(controls: Sequence[np.ndarray]) -> np.ndarray:
-    """(M, C) orthonormal columns that span a constant and the controls, without what repeats."""
+    """Return (M, C) orthonormal columns that span a constant and the controls.
+
+    Directions that repeat others up to rounding are left out.
+    """
     scaled = [np.ones(len(controls[0]))]
     for control in controls:
         centred = control - control.mean()
@@ -206,7 +236,7 @@ def _orthonormal(controls: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _residual(vector_M: np.ndarray, basis_MC: np.ndarray, which: str) -> np.ndarray:
-    """What the basis leaves of a vector, of length 1."""
+    """Return the part of a vector that is orthogonal to the basis, scaled to length 1."""
     residual_M = vector_M - basis_MC @ (basis_MC.T @ vector_M)
     length = np.linalg.norm(residual_M)
     if length <= 1e-9 * np.linalg.norm(vector_M):
@@ -215,14 +245,15 @@ def _residual(vector_M: np.ndarray, basis_MC: np.ndarray, which: str) -> np.ndar
 
 
 def _orders(n: int, permutations: int, seed: int) -> tuple[np.ndarray, bool]:
-    """Orders to try, without the observed one; and whether they are all there are."""
-    if math.factorial(min(n, 20)) <= ENUMERATE_UP_TO:
+    """Return the orders to try, without the observed one, and whether these are all others."""
+    if math.factorial(min(n, 20)) <= MAX_ORDERS:
         return np.array(list(itertools.permutations(range(n)))[1:]), True
     rng = np.random.default_rng(seed)
     return rng.permuted(np.tile(np.arange(n), (permutations, 1)), axis=1), False
 
 
 def _symmetric(matrix: np.ndarray, which: str) -> np.ndarray:
+    """Return a checked copy with zeros on the diagonal."""
     matrix = np.array(matrix, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"mantel: {which} matrix: expected (n, n), got {matrix.shape}")
@@ -235,7 +266,7 @@ def _symmetric(matrix: np.ndarray, which: str) -> np.ndarray:
 
 
 def _standardised(values: np.ndarray, method: str, which: str) -> np.ndarray:
-    """Centred and of length 1, so that a dot product is the correlation."""
+    """Centre values and scale them to length 1, so that a dot product is a correlation."""
     if method == "spearman":
         values = rankdata(values)
     centred = values - values.mean()

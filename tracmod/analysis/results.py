@@ -1,6 +1,6 @@
-"""Reads a run folder: settings, examples, subnetworks, metrics, and the views side by side.
+"""Reader of a run folder: its record, examples, subnetworks, metrics and views.
 
-Shape legend: Q all test examples of the run, G training languages.
+Shape suffixes: Q all test examples of the run, G training languages.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ VIEWS = (
     "union",
     "intersection",
 )
-# Within a view's folder: the same tables, made without training examples of the test example's
-# own parallel group.
+# Subfolder of a view with the same tables, computed without the training examples of the test
+# example's own parallel group.
 WITHOUT_GROUP = "without-group"
 
 
 @dataclass(frozen=True)
-class View:
+class ViewResults:
     """Influence under one kind of head mask, in the order of `data/test.parquet`.
 
     Attributes:
-        model, name: `full` or `sparse`; one of `VIEWS`.
-        folders: names of the views in the run folder that were averaged, one per draw.
-        measures: name -> (Q, G) float64; NaN where the view has no such test example.
-        correct: (Q,) float64, 1 = predicted right (mean over draws); NaN where unknown.
+        model: "full" or "sparse".
+        name: one of `VIEWS`.
+        folders: names of the view folders that were averaged, one per draw.
+        measures: name -> (Q, G) float64; NaN for test examples that the view does not have.
+        correct: (Q,) float64, 1 for a correct prediction (mean over draws); NaN where unknown.
     """
 
     model: str
@@ -57,20 +58,24 @@ class View:
 
     @property
     def draws(self) -> int:
-        """How many masks were averaged (several for `random`, `other`, `union`, ...)."""
+        """Number of masks that were averaged (several for `random`, `other`, `union`, ...)."""
         return len(self.folders)
 
 
 class RunResults:
-    """What a run folder holds; each part is read when first asked for.
+    """The content of a run folder; each part is read at its first use.
 
     Attributes:
         path: the folder.
-        settings: run.json, or {} where there is none.
+        settings: content of run.json (configuration, stages, names of labels); {} without it.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open a folder; raises ValueError if it has no data/train.parquet and test.parquet."""
+        """Open a run folder.
+
+        Raises:
+            ValueError: data/train.parquet or data/test.parquet is missing.
+        """
         self.path = Path(path)
         for name in ("train", "test"):
             if not (self.path / "data" / f"{name}.parquet").is_file():
@@ -78,24 +83,24 @@ class RunResults:
         self.settings: dict[str, Any] = _read_if_there(self.path / "run.json", {})
 
     def examples(self, split: str) -> pa.Table:
-        """`data/<split>.parquet`: id language text_a text_b label group."""
+        """Read `data/<split>.parquet` with id, language, text_a, text_b, label and group."""
         return pq.read_table(self.path / "data" / f"{split}.parquet")
 
     def section(self, name: str) -> dict[str, Any]:
-        """One section of the resolved configuration; {} if it is not recorded."""
+        """Return a section of the resolved configuration; {} if it is not recorded."""
         return self.settings.get("config", {}).get(name) or {}
 
     @property
     def asked_ks(self) -> list[int]:
-        """`influence.k` as a list, the main number first; [] where it is not recorded."""
+        """`influence.k` of the configuration as a list, main number first; [] if not recorded."""
         k = self.section("influence").get("k") or []
         return k if isinstance(k, list) else [k]
 
     @property
     def ks(self) -> list[int]:
-        """Over how many strongest training examples shares are counted, the main number first.
+        """Numbers of strongest training examples that shares are counted over, main number first.
 
-        One above the number of training examples counts as that.
+        Numbers above the number of training examples are lowered to it.
         """
         total = sum(self.num_train.values())
         return list(dict.fromkeys(min(k, total) for k in self.asked_ks))
@@ -119,74 +124,74 @@ class RunResults:
 
     @cached_property
     def null_shares(self) -> dict[str, float]:
-        """Each training language's part of the training examples."""
+        """Share of each training language among the training examples."""
         total = sum(self.num_train.values())
         return {language: size / total for language, size in self.num_train.items()}
 
     @cached_property
     def own_columns(self) -> np.ndarray:
-        """(Q,) the place of each test example's language among the G training languages, or -1."""
+        """(Q,) column of each test example's language among the G training languages, or -1."""
         column_of = {language: column for column, language in enumerate(self.num_train)}
         return np.array([column_of.get(name, -1) for name in self.test["language"].to_pylist()])
 
     @cached_property
     def clusters(self) -> np.ndarray:
-        """(Q,) the parallel item of each test example; its own id where it has none."""
+        """(Q,) parallel item of each test example; its own id if it has none."""
         pairs = zip(self.test["group"].to_pylist(), self.test["id"].to_pylist(), strict=True)
         return np.array([group or f"example {test_id}" for group, test_id in pairs])
 
     @cached_property
     def label_names(self) -> list[str]:
-        """Names of the labels 0, 1, ...; numbers where run.json names none."""
+        """Names of the labels 0, 1, ...; their numbers if run.json has no names."""
         highest = max(self.test["label"].to_pylist(), default=0)
         return self.settings.get("label_names") or [str(label) for label in range(highest + 1)]
 
     def metrics(self, model: str) -> list[dict[str, Any]]:
-        """`models/<model>/metrics.json`: one entry per epoch; [] if the model is not there."""
+        """Read `models/<model>/metrics.json`, one entry per epoch; [] without the model."""
         entries = _read_if_there(self.path / "models" / model / "metrics.json", [])
         return sorted(entries, key=lambda entry: entry["epoch"])
 
     @cached_property
     def subnetworks(self) -> dict[str, dict[str, Any]]:
-        """`subnetworks/<language>.json` by language."""
+        """Content of `subnetworks/<language>.json` by language."""
         by_language = self._masks_in(self.path / "subnetworks")
         return {name: by_language[name] for name in self._ordered(dict.fromkeys(by_language, 0))}
 
     @cached_property
     def masks(self) -> dict[str, np.ndarray]:
-        """Each language's head mask, (L, H) int."""
+        """Head mask of each language, (L, H) int."""
         return {name: np.array(entry["mask"]) for name, entry in self.subnetworks.items()}
 
     @cached_property
     def seed_masks(self) -> dict[str, list[np.ndarray]]:
-        """`subnetworks/seeds/<seed>/<language>.json`: each language's masks, in order of seed."""
-        folders = sorted((self.path / "subnetworks" / "seeds").glob("*/"), key=_by_name)
-        of_seed = [self._masks_in(folder) for folder in folders]
-        names = self._ordered(dict.fromkeys([name for masks in of_seed for name in masks], 0))
+        """Masks of each language in `subnetworks/seeds/<seed>/<language>.json`, by seed."""
+        folders = (self.path / "subnetworks" / "seeds").glob("*/")
+        seeds = [self._masks_in(path) for path in sorted(folders, key=lambda p: _natural(p.name))]
+        names = self._ordered(dict.fromkeys([name for masks in seeds for name in masks], 0))
         return {
-            name: [np.array(masks[name]["mask"]) for masks in of_seed if name in masks]
+            name: [np.array(masks[name]["mask"]) for masks in seeds if name in masks]
             for name in names
         }
 
     def _masks_in(self, folder: Path) -> dict[str, dict[str, Any]]:
-        found = [_read_if_there(path, {}) for path in folder.glob("*.json")]
-        return {entry["language"]: entry for entry in found if "language" in entry}
+        entries = [read_json(path) for path in folder.glob("*.json")]
+        return {entry["language"]: entry for entry in entries if "language" in entry}
 
     def view_folders(self, model: str) -> list[str]:
-        """Names of the model's views that hold results."""
-        found = (self.path / "influence" / model).glob("*/examples.parquet")
-        return sorted((path.parent.name for path in found), key=_natural)
+        """Return the names of the model's view folders that hold results."""
+        tables = (self.path / "influence" / model).glob("*/examples.parquet")
+        return sorted((path.parent.name for path in tables), key=_natural)
 
-    def views(self, without_group: bool = False) -> list[View]:
-        """Every model's views, several draws of one kind averaged per test example.
+    def views(self, without_group: bool = False) -> list[ViewResults]:
+        """Read the views of both models, averaging the draws of one kind per test example.
 
-        `random` is the mean over the `random-<i>`; `other` the mean over the `other-<language>`
-        whose language is not the test example's own; `union` and `intersection` the mean over the
-        `<kind>-<a>+<b>` of whose two languages the test example's own is one.
+        `random` is the mean over all `random-<i>`; `other` is the mean over the
+        `other-<language>` whose language is not that of the test example; `union` and
+        `intersection` are the means over the `<kind>-<a>+<b>` that include its language.
 
         Args:
-            without_group: influence without training examples of the test example's own group,
-                of the views that have it.
+            without_group: whether to read the influence without training examples of the test
+                example's own group, for the views that have it.
         """
         views = []
         for model in MODELS:
@@ -200,10 +205,13 @@ class RunResults:
                 draws = [folder for folder, path in paths.items() if path.is_file()]
                 if draws:
                     parts = [self._aligned(paths[folder], folder) for folder in draws]
-                    measures = {m: mean_of_known([part[m] for part in parts]) for m in MEASURES}
+                    measures = {
+                        measure: mean_of_known([part[measure] for part in parts])
+                        for measure in MEASURES
+                    }
                     correct = mean_of_known([part["correct"] for part in parts])
                     if all(np.isfinite(values).any() for values in measures.values()):
-                        views.append(View(model, name, draws, measures, correct))
+                        views.append(ViewResults(model, name, draws, measures, correct))
         return views
 
     def _examples_path(self, model: str, folder: str, without_group: bool) -> Path:
@@ -211,7 +219,13 @@ class RunResults:
         return (path / WITHOUT_GROUP if without_group else path) / "examples.parquet"
 
     def _aligned(self, path: Path, folder: str) -> dict[str, np.ndarray]:
-        """One view's examples.parquet in the run's own order of test examples and languages."""
+        """Read an examples.parquet into the run's order of test examples and languages.
+
+        Test examples that do not count in this view folder are NaN; see `counts_under`.
+
+        Raises:
+            ValueError: a test example or training language is not in the run's data.
+        """
         pivot = pivot_examples(pq.read_table(path))
         row_of = {test_id: row for row, test_id in enumerate(self.test["id"].to_pylist())}
         column_of = {language: column for column, language in enumerate(self.num_train)}
@@ -221,19 +235,22 @@ class RunResults:
             raise ValueError(f"{path}: {unknown[0]!r} is not in the run's data")
         rows = np.array([row_of[test_id] for test_id in pivot.test_ids], dtype=np.int64)
         columns = [column_of[language] for language in pivot.train_languages]
-        kept = np.array([counts_under(folder, language) for language in pivot.test_languages])
+        counted = np.array([counts_under(folder, language) for language in pivot.test_languages])
         aligned: dict[str, np.ndarray] = {}
         for measure in MEASURES:
             values = np.full((len(row_of), len(column_of)), np.nan)
-            values[np.ix_(rows[kept], columns)] = pivot.measures[measure][kept]
+            values[np.ix_(rows[counted], columns)] = pivot.measures[measure][counted]
             aligned[measure] = values
         aligned["correct"] = np.full(len(row_of), np.nan)
-        pairs = zip(pivot.labels, pivot.predictions, strict=True)
-        right = [np.nan if guess is None else float(label == guess) for label, guess in pairs]
-        aligned["correct"][rows[kept]] = np.array(right)[kept]
+        correct = [
+            np.nan if prediction is None else float(label == prediction)
+            for label, prediction in zip(pivot.labels, pivot.predictions, strict=True)
+        ]
+        aligned["correct"][rows[counted]] = np.array(correct)[counted]
         return aligned
 
     def _ordered(self, counts: dict[str, int]) -> dict[str, int]:
+        """Order languages as in the configuration, others behind them by name."""
         configured: Sequence[str] = self.section("task").get("languages", [])
         order = [language for language in configured if language in counts]
         order += sorted(language for language in counts if language not in configured)
@@ -241,7 +258,7 @@ class RunResults:
 
 
 def view_kind(folder: str) -> str:
-    """The one of `VIEWS` that a view is a draw of: `random` of `random-0`."""
+    """Return the kind of view that a view folder is a draw of: `random` for `random-0`."""
     longest_first = sorted(VIEWS, key=len, reverse=True)
     return next(
         (kind for kind in longest_first if folder == kind or folder.startswith(f"{kind}-")), folder
@@ -249,10 +266,10 @@ def view_kind(folder: str) -> str:
 
 
 def counts_under(folder: str, test_language: str) -> bool:
-    """Whether test examples of a language are averaged in this view of its kind.
+    """Return whether test examples of a language count in a view folder.
 
-    Under another language's subnetwork: those of all other languages. Under the union or the
-    intersection of two languages' subnetworks: those of the two.
+    Under another language's subnetwork, examples of all other languages count; under the union or
+    intersection of two languages' subnetworks, examples of these two.
     """
     kind, masked = view_kind(folder), folder.partition("-")[2]
     if kind == "other":
@@ -262,16 +279,13 @@ def counts_under(folder: str, test_language: str) -> bool:
     return True
 
 
-def _by_name(path: Path) -> list[Any]:
-    return _natural(path.name)
-
-
 def _natural(name: str) -> list[Any]:
+    """Return a sort key that puts `random-10` behind `random-9`."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def mean_of_known(parts: list[np.ndarray]) -> np.ndarray:
-    """Mean over the parts that have a value; NaN where none has."""
+    """Compute the mean over the parts that are finite; NaN where none is."""
     stacked = np.stack(parts)
     known = np.isfinite(stacked)
     total = np.where(known, stacked, 0.0).sum(axis=0)

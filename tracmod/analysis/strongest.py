@@ -1,4 +1,4 @@
-"""What the strongest training examples have in common with the test example, beside chance."""
+"""Labels and parallel items of the strongest training examples, compared with chance."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from scipy.stats import hypergeom
 
 
 def strongest_summary(top: pa.Table, train: pa.Table, test: pa.Table) -> list[dict[str, Any]]:
-    """Labels and parallel items of the k strongest proponents and opponents.
+    """Summarise labels and parallel items of the k strongest proponents and opponents.
 
-    `same_label`: share of them with the test example's label; its null is what drawing training
-    examples at random gives. `distinct_items`: different parallel items among a test example's k
-    (fewer than the null: translations of one item come together); its null is the mean over random
-    draws of k without replacement, `sum_i 1 - P(no example of item i)`.
+    `same_label` is the share of them that has the label of the test example; its null is the
+    expectation for random training examples. `distinct_items` is the mean number of different
+    parallel items among the k of a test example; it is below its null if translations of one item
+    are found together. Its null is the mean over random draws of k without replacement,
+    `sum over items of 1 - P(no example of the item)`.
 
     Args:
-        top: `top.parquet`.
-        train, test: id, label and group; an example without group is an item of its own.
+        top: content of `top.parquet`.
+        train, test: the examples with id, label and group; an example without a group is an item
+            of its own.
 
     Returns:
-        One entry per side, `proponents` and `opponents`.
+        One entry per side, "proponents" and "opponents".
 
     Raises:
-        ValueError: an example is listed that is not in `train` or `test`.
+        ValueError: `top` lists an example that is not in `train` or `test`.
     """
     labels_N, labels_Q = train["label"].to_numpy(), test["label"].to_numpy()
+    groups, ids = train["group"].to_pylist(), train["id"].to_pylist()
     items_N = np.array(
-        [g or f"example {i}" for g, i in zip(*_lists(train, "group", "id"), strict=True)]
+        [group or f"example {train_id}" for group, train_id in zip(groups, ids, strict=True)]
     )
     queries, trains = _rows(top["test_id"], test), _rows(top["train_id"], train)
     signs, k = top["sign"].to_numpy(), int(top["rank"].to_numpy().max())
@@ -55,13 +58,13 @@ def strongest_summary(top: pa.Table, train: pa.Table, test: pa.Table) -> list[di
 
 
 def _rows(ids: pa.ChunkedArray, table: pa.Table) -> np.ndarray:
-    """Where in the table the examples with these ids stand."""
+    """Return the rows of the table that have these ids.
+
+    Raises:
+        ValueError: the table lacks an id.
+    """
     row_of = {name: row for row, name in enumerate(table["id"].to_pylist())}
     for name in ids.to_pylist():
         if name not in row_of:
-            raise ValueError(f"top.parquet lists {name!r}, which is not in the run's data")
+            raise ValueError(f"top.parquet: {name!r} is not in the run's data")
     return np.array([row_of[name] for name in ids.to_pylist()])
-
-
-def _lists(table: pa.Table, *names: str) -> list[list[Any]]:
-    return [table[name].to_pylist() for name in names]

@@ -1,7 +1,8 @@
-"""Where work runs: tasks that are independent of each other, in this process, in others, or on Ray.
+"""Engines run independent tasks in this process, in several local processes, or on a Ray cluster.
 
-A task's results are files that are written whole or not at all and do not depend on who writes
-them. So what was done before is found by looking, and a task whose worker is lost is done again.
+A task writes its results to files. Each file is written whole or not at all, and its content does
+not depend on the worker that writes it. Finished work is therefore found by looking at the files,
+and a task whose worker is lost is simply run again by another worker.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from typing import Any, Protocol
 
 
 class Worker(Protocol):
-    """What does tasks; made once where it works, and kept, with the model it has loaded."""
+    """Runs tasks one after the other and keeps what it has loaded, such as a model, in between."""
 
     def do(self, task: Any, advance: Callable[[int], Any]) -> None:
-        """Does a task; tells `advance` of every part (examples, scores) that is done."""
+        """Run a task; call `advance` with the number of parts (examples, scores) just finished."""
 
 
 MakeWorker = Callable[[int], Worker]
 
 
 class Engine(Protocol):
-    """Does tasks.
+    """Runs tasks.
 
     Attributes:
-        workers: how many tasks are done at a time.
+        workers: number of tasks that run at the same time.
     """
 
     workers: int
@@ -38,41 +39,43 @@ class Engine(Protocol):
         logs: Path | None = None,
         twice: bool = True,
     ) -> None:
-        """Do all tasks.
+        """Run all tasks and return when they are finished.
 
         Args:
-            make_worker: called with a worker's place, from 0, where it will work; something that
-                can be sent there, such as `functools.partial` of a class.
-            tasks: likewise; in the order in which they are begun.
-            advance: is told of parts that are done, in this process.
-            logs: folder for a log of every worker.
-            twice: whether two workers may do the same task at a time, so that one which falls
-                behind is begun elsewhere.
+            make_worker: creates a worker, given its number from 0. It is called in the worker's
+                own process, so it must be picklable, for example a `functools.partial` of a class.
+            tasks: picklable tasks, in the order in which they are started.
+            advance: called in this process with the number of parts that were finished.
+            logs: folder in which each worker writes a log; None for no logs.
+            twice: whether two workers may run the same task at the same time, so that a task that
+                takes much longer than others can be started again elsewhere.
 
         Raises:
-            ValueError, OSError, ...: what a worker raised; the other tasks are given up.
-            RuntimeError: a task lost its worker again and again.
+            ValueError, OSError, ...: the error that a task raised; the other tasks are abandoned.
+            RuntimeError: a task lost its worker several times.
         """
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Stop the workers and release their resources."""
 
 
 def open_engine(
     name: str, address: str | None = None, workers: int | None = None, worker_cpus: int = 1
 ) -> Engine:
-    """The engine of a name.
+    """Return the engine called `name`.
 
     Args:
-        name: local or ray.
-        address, worker_cpus: of Ray only; see `RayEngine`.
-        workers: how many tasks at a time; None: local 1, on Ray as many as there is room for.
+        name: "local" or "ray".
+        address, worker_cpus: for Ray only, see `RayEngine`.
+        workers: number of tasks that run at the same time. None means 1 for the local engine, and
+            as many as the cluster has room for on Ray.
 
     Raises:
-        ValueError: Ray is not installed or there is no cluster; options of the other engine.
+        ValueError: Ray is not installed, there is no cluster at the address, or an option of Ray
+            was given to the local engine.
     """
     if name == "ray":
-        from tracmod.engine.ray import RayEngine  # here: Ray is an extra
+        from tracmod.engine.ray import RayEngine  # Ray is an optional dependency
 
         return RayEngine(address, workers, worker_cpus)
     if address is not None or worker_cpus != 1:

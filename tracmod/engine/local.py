@@ -1,4 +1,12 @@
-"""The local engine: in this process, or one process for every device."""
+"""Engine for one machine: tasks run in this process, or in several worker processes.
+
+The processes are managed here because the libraries for it leave processes behind.
+`concurrent.futures`, with one pool of one process per worker, passes all other tests of engines in
+as many lines. But when the main process is killed with SIGKILL, its idle workers stay for ever with
+the models they hold, and so do those of loky; and it has no public way to end a worker in the
+middle of a task. A worker here reads from a pipe whose other end only the main process holds, so it
+ends when the main process does.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +24,16 @@ from typing import Any
 import torch
 
 from tracmod.engine import MakeWorker
-from tracmod.engine.dispatch import Event, dispatch
+from tracmod.engine.dispatch import WorkerEvent, dispatch
 
 
 class LocalEngine:
-    """Tasks one after the other in this process; with several workers, in processes of their own.
+    """Runs tasks in this process or, with several workers, in processes of their own.
 
-    Several share the threads that torch has in this process.
+    Worker processes divide the threads that torch has in this process among themselves.
 
     Attributes:
-        workers: 1, or how many processes.
+        workers: 1 for this process, otherwise the number of worker processes.
     """
 
     def __init__(self, workers: int = 1) -> None:
@@ -42,7 +50,7 @@ class LocalEngine:
         logs: Path | None = None,
         twice: bool = True,
     ) -> None:
-        """See `Engine.run`; without other processes there are no logs."""
+        """Run all tasks, see `Engine.run`; there are no logs with a single worker."""
         if not tasks:
             return
         if self.workers == 1:
@@ -54,46 +62,54 @@ class LocalEngine:
         dispatch(self._team, len(tasks), self.workers, advance, twice=twice)
 
     def close(self) -> None:
-        """End the processes."""
+        """End the worker processes."""
         self._team.close()
 
 
 class _Processes:
-    """A team of processes of this machine."""
+    """A `Team` of processes on this machine, each with a pipe.
+
+    A process outlives the run it was started for. For every run it receives a message "make" and
+    answers "ready"; a worker that is slow to load may have several of these messages waiting, of
+    which only the last answer belongs to the current run.
+    """
 
     def __init__(self, workers: int) -> None:
-        self._workers = workers  # which share this process's threads
-        # Not forked: threads and a GPU do not survive that.
+        self._workers = workers
+        # Started afresh, because neither threads nor a CUDA context survive a fork.
         self._context = multiprocessing.get_context("spawn")
         self._pipes: dict[int, Connection] = {}
         self._processes: dict[int, Any] = {}
-        self._making: Counter[int] = Counter()  # how often a worker is yet to say that it is ready
+        self._unanswered: Counter[int] = Counter()  # worker -> messages "make" without an answer
         self._make_worker: MakeWorker
         self._tasks: Sequence[Any] = ()
         self._logs: Path | None = None
 
     def begin(self, make_worker: MakeWorker, tasks: Sequence[Any], logs: Path | None) -> None:
-        """What the numbers of tasks mean from now on, and who does them."""
+        """Set what the next run consists of."""
         self._make_worker, self._tasks, self._logs = make_worker, tasks, logs
 
     def start(self, worker: int) -> None:
         if worker not in self._pipes:
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs, worker), daemon=True)
+            own_end, workers_end = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(workers_end, worker), daemon=True)
             process.start()
-            theirs.close()
-            self._pipes[worker], self._processes[worker] = ours, process
-        self._making[worker] += 1
+            workers_end.close()
+            self._pipes[worker], self._processes[worker] = own_end, process
+        self._unanswered[worker] += 1
         threads = max(1, torch.get_num_threads() // self._workers)
         self._send(worker, ("make", (self._make_worker, self._logs, threads)))
 
     def give(self, worker: int, task: int) -> None:
         self._send(worker, ("do", self._tasks[task]))
 
-    def events(self, seconds: float) -> list[Event]:
+    def events(self, seconds: float) -> list[WorkerEvent]:
         worker_of = {pipe: worker for worker, pipe in self._pipes.items()}
-        found = [self._event(worker_of[pipe]) for pipe in wait(list(worker_of), seconds)]  # type: ignore[index]
-        return [event for event in found if event.kind != "ready" or not self._making[event.worker]]
+        readable = wait(list(worker_of), seconds)
+        events = [self._receive(worker_of[pipe]) for pipe in readable]  # type: ignore[index]
+        return [
+            event for event in events if event.kind != "ready" or not self._unanswered[event.worker]
+        ]
 
     def stop(self, worker: int) -> None:
         if worker not in self._pipes:
@@ -101,37 +117,37 @@ class _Processes:
         self._pipes.pop(worker).close()
         self._processes[worker].kill()
         self._processes.pop(worker).join()
-        del self._making[worker]
+        del self._unanswered[worker]
 
     def close(self) -> None:
         for worker in list(self._pipes):
             self.stop(worker)
 
     def _send(self, worker: int, message: tuple[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # it is lost, as `events` will say
+        with contextlib.suppress(OSError):  # the process is lost; `events` reports it
             self._pipes[worker].send(message)
 
-    def _event(self, worker: int) -> Event:
+    def _receive(self, worker: int) -> WorkerEvent:
         try:
             kind, value = self._pipes[worker].recv()
-            self._making[worker] -= kind == "ready"
-            return Event(kind, worker, value)
+            self._unanswered[worker] -= kind == "ready"
+            return WorkerEvent(kind, worker, value)
         except (EOFError, OSError):
             process = self._processes[worker]
             process.join()
-            why = f"process of worker {worker} ended with code {process.exitcode}"
+            reason = f"process of worker {worker} ended with exit code {process.exitcode}"
             self.stop(worker)
-            return Event("lost", worker, why)
+            return WorkerEvent("lost", worker, reason)
 
 
 def _serve(pipe: Connection, number: int) -> None:
-    """The life of a process: a worker, made as it is told, that does the tasks that come."""
+    """Run the main loop of a worker process, until the main process closes its end of the pipe."""
     worker, log = None, worker_log(None, number)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            what, value = pipe.recv()
+            request, value = pipe.recv()
             try:
-                if what == "make":
+                if request == "make":
                     make_worker, logs, threads = value
                     torch.set_num_threads(threads)
                     log = worker_log(logs, number)
@@ -141,11 +157,14 @@ def _serve(pipe: Connection, number: int) -> None:
                     pipe.send(("done", do_logged(worker, value, log)))
             except Exception as error:
                 log.error("failed: %s", traceback.format_exc())
-                pipe.send(("failed", _sendable(error)))
+                pipe.send(("failed", _picklable(error)))
 
 
-def _sendable(error: Exception) -> Exception:
-    """The error as one of a kind that another process can take."""
+def _picklable(error: Exception) -> Exception:
+    """Return an error of a built-in type with the same message.
+
+    Errors whose constructor takes several arguments pickle well but cannot be unpickled.
+    """
     for kind in (ValueError, OSError, RuntimeError):
         if isinstance(error, kind):
             return kind(str(error))
@@ -153,11 +172,16 @@ def _sendable(error: Exception) -> Exception:
 
 
 def worker_log(logs: Path | None, number: int) -> logging.Logger:
-    """The log of a worker: `worker-<number>.log` in the folder, appended to; else none."""
+    """Return the logger of a worker, which appends to `worker-<number>.log` in the folder.
+
+    Args:
+        logs: the folder, created if necessary; None to discard the messages.
+        number: number of the worker.
+    """
     log = logging.getLogger(f"tracmod.worker-{number}")
     log.setLevel(logging.INFO)
     log.propagate = False
-    for handler in list(log.handlers):  # of what it did before
+    for handler in list(log.handlers):  # of an earlier run
         log.removeHandler(handler)
         handler.close()
     if logs is not None:
@@ -170,7 +194,7 @@ def worker_log(logs: Path | None, number: int) -> logging.Logger:
 
 
 def do_logged(worker: Any, task: Any, log: logging.Logger) -> int:
-    """Have a worker do a task; how many parts it had."""
+    """Let a worker run a task, log it, and return the number of its parts."""
     parts = 0
 
     def advance(count: int) -> None:

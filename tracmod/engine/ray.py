@@ -1,4 +1,4 @@
-"""The Ray engine: actors on a cluster that keep their model and take tasks."""
+"""Engine for a Ray cluster: every worker is an actor that keeps its model and runs tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tracmod.engine import MakeWorker
-from tracmod.engine.dispatch import Event, dispatch
+from tracmod.engine.dispatch import WorkerEvent, dispatch
 from tracmod.engine.local import do_logged, worker_log
 
 try:
@@ -23,36 +23,37 @@ ray: Any = _ray
 
 
 class RayEngine:
-    """Tasks on a Ray cluster whose nodes share the run folder's file system.
+    """Runs tasks on a Ray cluster whose nodes share the file system of the run folder.
 
     Attributes:
-        workers: actors; as many as the cluster has room for when it is begun, if not given.
+        workers: number of actors.
     """
 
     def __init__(
         self, address: str | None = None, workers: int | None = None, worker_cpus: int = 1
     ) -> None:
-        """Join a cluster, or begin one on this machine.
+        """Join a cluster, or start one on this machine.
 
         Args:
-            address: of a cluster, `auto` for the one that `ray start` began here; None: a cluster
-                of this machine alone, which ends with this process.
-            workers: how many; None: as many as fit.
-            worker_cpus: cores, and threads, of each. Where the cluster has GPUs each also has one.
+            address: address of the cluster, or `auto` for the one that `ray start` started on
+                this machine. None starts a cluster on this machine that ends with this process.
+            workers: number of actors; None for as many as the cluster has room for now.
+            worker_cpus: cores, and threads, of each actor. In a cluster with GPUs each actor also
+                gets one GPU.
 
         Raises:
-            ValueError: no cluster there.
+            ValueError: there is no cluster at the address, no node has enough cores, or a number
+                is below 1.
         """
         if worker_cpus < 1 or (workers is not None and workers < 1):
             raise ValueError(
-                f"workers and their cores: expected 1 or more, got {workers}, {worker_cpus}"
+                f"workers and worker_cpus: expected 1 or more, got {workers} and {worker_cpus}"
             )
-        self._began = not ray.is_initialized()
-        if self._began:
+        self._started_ray = not ray.is_initialized()
+        if self._started_ray:
             _join(address)
-        there = ray.cluster_resources()
-        gpus = 1 if there.get("GPU", 0) >= 1 else 0
-        self.workers = workers or _room(worker_cpus, gpus)
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        self.workers = workers or _count_fitting_workers(worker_cpus, gpus)
         self._team = _Actors(worker_cpus, gpus)
 
     def run(
@@ -63,39 +64,47 @@ class RayEngine:
         logs: Path | None = None,
         twice: bool = True,
     ) -> None:
-        """See `Engine.run`."""
+        """Run all tasks, see `Engine.run`."""
         if tasks:
             self._team.begin(make_worker, tasks, logs)
             dispatch(self._team, len(tasks), self.workers, advance, twice=twice)
 
     def close(self) -> None:
-        """End the actors and leave the cluster; one that was begun here ends."""
+        """End the actors and leave the cluster, which ends if it was started here."""
         self._team.close()
-        if self._began:
+        if self._started_ray:
             ray.shutdown()
 
 
 def _join(address: str | None) -> None:
+    """Connect this process to Ray.
+
+    Raises:
+        ValueError: there is no cluster at the address.
+    """
+    refusal = f"--address {address}: no Ray cluster there, start one with `ray start --head`"
     if address is not None and ":" in address and "://" not in address:
-        _knock(address)
+        host, _, port = address.rpartition(":")
+        try:  # Ray itself would try to reach a silent address for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{refusal}: {error}") from None
     try:
         ray.init(
-            address=address or "local",  # else Ray would join any cluster that it finds here
+            address=address or "local",  # with None Ray would join any cluster on this machine
             include_dashboard=None if address else False,
             log_to_driver=False,
             logging_level="warning",
         )
     except ConnectionError as error:
-        raise ValueError(
-            f"--address {address}: no Ray cluster there, begin one with `ray start --head`: {error}"
-        ) from None
+        raise ValueError(f"{refusal}: {error}") from None
 
 
-def _room(cpus: int, gpus: int) -> int:
-    """How many workers the nodes have room for.
+def _count_fitting_workers(cpus: int, gpus: int) -> int:
+    """Return how many actors fit on the nodes that are alive.
 
     Raises:
-        ValueError: none.
+        ValueError: no actor fits on any node.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fitting = [
@@ -110,19 +119,8 @@ def _room(cpus: int, gpus: int) -> int:
     return sum(fitting)
 
 
-def _knock(address: str) -> None:
-    """Ray itself would go on trying for minutes."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--address {address}: no Ray cluster there, begin one with `ray start --head`: {error}"
-        ) from None
-
-
 class _Actor:
-    """A worker where Ray puts it."""
+    """A worker on a node of the cluster."""
 
     def __init__(self, number: int, threads: int) -> None:
         self._number, self._threads = number, threads
@@ -139,22 +137,25 @@ class _Actor:
 
 
 class _Actors:
-    """A team of actors."""
+    """A `Team` of actors.
+
+    Every call of an actor returns a reference; `_pending` says which event it will become.
+    """
 
     def __init__(self, cpus: int, gpus: int) -> None:
         self._cpus = cpus
-        # Begun again elsewhere at once where a node ends: by `dispatch`, not by Ray.
+        # Ray's own retries are off: `dispatch` gives a lost task to any other actor at once.
         self._class = ray.remote(_Actor).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0
         )
         self._actors: dict[int, Any] = {}
-        self._awaited: dict[Any, tuple[str, int]] = {}
+        self._pending: dict[Any, tuple[str, int]] = {}  # reference -> kind of event, worker
         self._make_worker: Any = None
         self._tasks: Sequence[Any] = ()
         self._logs: Path | None = None
 
     def begin(self, make_worker: MakeWorker, tasks: Sequence[Any], logs: Path | None) -> None:
-        """What the numbers of tasks mean from now on, and who does them."""
+        """Set what the next run consists of."""
         self._make_worker, self._tasks = ray.put(make_worker), tasks
         self._logs = None if logs is None else logs.absolute()
 
@@ -162,38 +163,37 @@ class _Actors:
         if worker not in self._actors:
             self._actors[worker] = self._class.remote(worker, self._cpus)
         made = self._actors[worker].make.remote(self._make_worker, self._logs)
-        # One that was asked for before and is not there yet tells nothing any more.
-        self._forget(worker)
-        self._awaited[made] = ("ready", worker)
+        self._forget(worker)  # it may still be getting ready for an earlier run
+        self._pending[made] = ("ready", worker)
 
     def give(self, worker: int, task: int) -> None:
-        self._awaited[self._actors[worker].do.remote(self._tasks[task])] = ("done", worker)
+        self._pending[self._actors[worker].do.remote(self._tasks[task])] = ("done", worker)
 
-    def events(self, seconds: float) -> list[Event]:
-        awaited = list(self._awaited)
-        found, _ = ray.wait(awaited, num_returns=1, timeout=seconds, fetch_local=False)
-        if found:  # and all others that are there by now
-            found, _ = ray.wait(awaited, num_returns=len(awaited), timeout=0, fetch_local=False)
-        return [self._event(one) for one in found]
+    def events(self, seconds: float) -> list[WorkerEvent]:
+        pending = list(self._pending)
+        finished, _ = ray.wait(pending, num_returns=1, timeout=seconds, fetch_local=False)
+        if finished:  # others may have finished as well
+            finished, _ = ray.wait(pending, num_returns=len(pending), timeout=0, fetch_local=False)
+        return [self._event(reference) for reference in finished]
 
     def stop(self, worker: int) -> None:
         if worker in self._actors:
             ray.kill(self._actors.pop(worker))
             self._forget(worker)
 
-    def _forget(self, worker: int) -> None:
-        self._awaited = {one: who for one, who in self._awaited.items() if who[1] != worker}
-
     def close(self) -> None:
         for worker in list(self._actors):
             self.stop(worker)
 
-    def _event(self, awaited: Any) -> Event:
-        kind, worker = self._awaited.pop(awaited)
+    def _forget(self, worker: int) -> None:
+        self._pending = {ref: event for ref, event in self._pending.items() if event[1] != worker}
+
+    def _event(self, reference: Any) -> WorkerEvent:
+        kind, worker = self._pending.pop(reference)
         try:
-            return Event(kind, worker, ray.get(awaited))  # type: ignore[arg-type]
+            return WorkerEvent(kind, worker, ray.get(reference))  # type: ignore[arg-type]
         except exceptions.RayTaskError as error:
-            return Event("failed", worker, error.cause or error)
+            return WorkerEvent("failed", worker, error.cause or error)
         except exceptions.RayError as error:
             self.stop(worker)
-            return Event("lost", worker, " ".join(str(error).split())[:300])
+            return WorkerEvent("lost", worker, " ".join(str(error).split())[:300])

@@ -1,19 +1,24 @@
-"""Influence by parameter block: how much of it flows through each attention head and each layer.
+"""Influence by block of parameters: how much of it flows through each attention head and layer.
 
 The blocks divide the selected parameters: a head's rows of query, key and value (weight and bias)
-with its columns of the attention output projection; the rest of each layer; what lies outside the
-layers. With g^b the entries of a gradient in block b,
+with its columns of the attention output projection; the rest of each layer; and everything outside
+the layers. With g^b the entries of a gradient in block b,
 
-    <g(z), g(z')> = sum_b <g^b(z), g^b(z')>,
+    <g(z), g(z')> = sum_b <g^b(z), g^b(z')>.
 
-and an inner product is linear in each side, so its mean over pairs is one of mean gradients:
+An inner product is linear in each side, so its mean over pairs is one product of mean gradients:
 
-    mean_{z, z'} <u^b(z), u^b(z')> = <mean_z u^b(z), mean_z' u^b(z')>,    u = g or g / |g| (cosine).
+    mean over z, z' of <u^b(z), u^b(z')> = <mean_z u^b(z), mean_z' u^b(z')>,   u = g or g / |g|
 
-One pass over each language's examples therefore gives the exact means of every pair of languages
-and every block: no projection, no store, no matrix of scores.
+One pass over the examples of each language therefore gives the exact mean of every pair of
+languages and every block, with no projection, no store and no matrix of scores. A mean gradient has
+as many numbers as the model, which is why there is one per language and not one per example.
 
-Shapes: B examples of a batch, S tokens, I in, O out.
+With u = g / |g| (cosine) the weight of an example is known only when its backward pass has visited
+all layers. The captured factors of a batch are therefore held until then, and added to the mean
+afterwards; `BATCH_TOKENS` bounds how many.
+
+Shape suffixes: B examples of a batch, S tokens, I in, O out, T = B S tokens of a batch.
 """
 
 from __future__ import annotations
@@ -44,9 +49,7 @@ from tracmod.models.inputs import (
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
 
-# What a batch captures is held until its examples' norms are known: about 0.75 MB per token of
-# XLM-R base.
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048  # factors of a batch are held: about 0.75 MB per token of XLM-R base
 
 SCHEMA = pa.schema(
     [
@@ -63,15 +66,19 @@ Examples = Sequence[Mapping[str, Any]]
 
 
 class Block(NamedTuple):
-    """A part of the parameters: of a head; of a layer without its heads; outside the layers.
+    """A block of parameters: those of a head, of a layer without its heads, or outside the layers.
 
     Attributes:
-        layer: from 0; None for what is in no layer.
-        head: from 0; None for what belongs to no head.
+        layer: number of the layer from 0; None outside the layers.
+        head: number of the head from 0; None for what belongs to no head.
     """
 
     layer: int | None
     head: int | None
+
+
+# Block -> the parts of parameters that it consists of, as (name of the parameter, index).
+BlockParts = Mapping[Block, Sequence[tuple[str, tuple[slice, ...]]]]
 
 
 def block_influence(
@@ -85,36 +92,52 @@ def block_influence(
     dtype: torch.dtype | None = None,
     advance: Callable[[int], Any] | None = None,
 ) -> pa.Table:
-    """Mean influence between languages at one checkpoint, divided among blocks of parameters.
+    """Compute the mean influence between languages at one checkpoint, divided among blocks.
 
-    `influence(l, m, b) = mean_{z in test[l], z' in train[m]} <u^b(z), u^b(z')>`, where u is the
-    gradient, or with "cosine" the gradient over the norm of the whole of it. The blocks of a pair
-    of languages therefore add up to the mean of `exact_influence` between them, which is the mean
-    influence that projected features estimate.
+    `influence(l, m, b) = mean of <u^b(z), u^b(z')> over z in test[l], z' in train[m]`, where u is
+    the gradient or, with "cosine", the gradient divided by the norm of all of its blocks. The
+    blocks of a pair of languages therefore add up to the mean of `exact_influence` between them,
+    which is the mean influence that projected features estimate.
 
-    Memory: a gradient, 4 bytes per selected parameter, for each test language and one more.
+    Memory: one gradient, 4 bytes per selected parameter, for each test language and one more.
 
     Args:
-        model: BERT-family sequence classifier, on any device; left as it was.
-        train, test: examples by language, each with `input_ids`, `labels` and maybe
+        model: BERT-family sequence classifier, on any device; left unchanged.
+        train: language -> its training examples, dicts with `input_ids`, `labels` and optionally
             `attention_mask`.
-        parameters: `encoder`, `all`, `attention` or `classifier`, as in `collect_features`.
-        head_mask: applied in the forward pass; a masked head's block is exactly 0.
-        normalize: None or "cosine".
-        batch_tokens: bound on examples x longest length of a batch.
-        dtype: torch.bfloat16 for an autocast pass; None or torch.float32 for none.
-        advance: called with the number of examples done.
+        test: language -> its test examples, likewise.
+        parameters: "encoder", "all", "attention" or "classifier", as in `collect_features`.
+        head_mask: heads to leave out of the forward pass; their blocks are exactly 0.
+        normalize: None for inner products or "cosine".
+        batch_tokens: bound on the number of examples times the longest length of a batch.
+        dtype: torch.bfloat16 for a pass under autocast; None or torch.float32 for float32.
+        advance: called with the number of examples that just passed through the model.
 
     Returns:
-        Columns test_language, train_language, layer and head (int32; null: see `Block`) and
-        influence (float64, the unit of the scores). Blocks without selected parameters are left
-        out.
+        A table with the columns test_language, train_language, layer and head (int32, null as in
+        `Block`) and influence (float64, in the unit of the scores). Blocks without selected
+        parameters have no rows.
 
     Raises:
-        ValueError: as in `collect_features`; a language without examples.
+        ValueError: an argument or an example is invalid, as in `collect_features`; a language has
+            no examples, or a gradient is not finite.
 
-    Source: Pruthi et al. 2020 (TracIn), whose equation is divided here; the division into heads is
-        that of Michel et al. 2019 (arXiv 1905.10650).
+    Source: Pruthi et al. 2020, arXiv 2002.08484 (TracIn), whose sum over parameters is divided
+        here; Michel et al. 2019, arXiv 1905.10650 (the parameters of a head).
+
+    Examples:
+        >>> import tracmod as tm
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(
+        ...     vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        ...     intermediate_size=32, num_labels=2,
+        ... )
+        >>> model = BertForSequenceClassification(config)
+        >>> english = [{"input_ids": [2, 7, 9], "labels": 0}, {"input_ids": [2, 8], "labels": 1}]
+        >>> german = [{"input_ids": [2, 30, 31], "labels": 1}]
+        >>> table = tm.block_influence(model, {"en": english, "de": german}, {"en": english})
+        >>> [(row["layer"], row["head"]) for row in table.slice(0, 4).to_pylist()]
+        [(0, 0), (0, 1), (0, None), (None, None)]
     """
     if normalize not in (None, "cosine"):
         raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
@@ -126,19 +149,27 @@ def block_influence(
     layers = select_layers(model, parameters)
     blocks = parameter_blocks(model, [name for layer in layers for name in layer.parameter_names])
     means = _Means(model, layers, head_mask, normalize, batch_tokens, dtype, advance)
-    of_tests = {name: means.of(examples, f"test {name}") for name, examples in tests.items()}
+    test_means = {name: means.of(examples, f"test {name}") for name, examples in tests.items()}
     rows = []
     for train_language, examples in trains.items():
-        of_train = means.of(examples, f"train {train_language}")
-        for test_language, of_test in of_tests.items():
-            for block, product in block_products(blocks, of_test, of_train).items():
-                pair = {"test_language": test_language, "train_language": train_language}
+        train_mean = means.of(examples, f"train {train_language}")
+        for test_language, test_mean in test_means.items():
+            pair = {"test_language": test_language, "train_language": train_language}
+            for block, product in block_products(blocks, test_mean, train_mean).items():
                 rows.append({**pair, **block._asdict(), "influence": product})
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def weighted_sum(tables: Sequence[pa.Table], weights: Sequence[float]) -> pa.Table:
-    """`sum_c weights[c] * influence_c`: `block_influence` of several checkpoints as one table."""
+    """Add the tables of several checkpoints, `sum_c weights[c] influence_c`.
+
+    Args:
+        tables: C results of `block_influence` with the same rows.
+        weights: C weights.
+
+    Returns:
+        A table like each of them.
+    """
     keys = tables[0].drop_columns("influence")
     total = torch.zeros(keys.num_rows, dtype=torch.float64)
     for table, weight in zip(tables, weights, strict=True):
@@ -147,19 +178,26 @@ def weighted_sum(tables: Sequence[pa.Table], weights: Sequence[float]) -> pa.Tab
     return keys.append_column(SCHEMA.field("influence"), pa.array(total.numpy()))
 
 
-def parameter_blocks(
-    model: nn.Module, names: Sequence[str]
-) -> dict[Block, list[tuple[str, tuple[slice, ...]]]]:
-    """Which entries of the named parameters each block holds, as (name, index).
+def parameter_blocks(model: nn.Module, names: Sequence[str]) -> BlockParts:
+    """Divide parameters into blocks.
 
-    Every entry of every named parameter is in exactly one block; layer by layer, a layer's heads
-    first, what is in no layer last.
+    Args:
+        model: a BERT-family sequence classifier.
+        names: full names of the parameters.
+
+    Returns:
+        The parts of every block. Each entry of each parameter is in exactly one block. Blocks are
+        ordered by layer, a layer's heads before its rest; the block outside the layers is last.
     """
     blocks: dict[Block, list[tuple[str, tuple[slice, ...]]]] = {}
-    slices = [one for one in head_slices(model) if one.name in set(names)]
-    for one in slices:
-        blocks.setdefault(Block(one.layer, one.head), []).append((one.name, one.index))
-    divided, prefixes = {one.name for one in slices}, _layer_prefixes(model)
+    slices = [part for part in head_slices(model) if part.name in set(names)]
+    for part in slices:
+        blocks.setdefault(Block(part.layer, part.head), []).append((part.name, part.index))
+    divided = {part.name for part in slices}
+    # What the names of each layer's parameters begin with, such as `roberta.encoder.layer.0.`
+    name_of = {module: name for name, module in model.named_modules()}
+    matches = [re.match(r".*?\.\d+\.", name_of[layer.query]) for layer in attention_layers(model)]
+    prefixes = [match.group() for match in matches if match is not None]
     for name in names:
         if name not in divided:
             layer = next((n for n, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
@@ -168,19 +206,8 @@ def parameter_blocks(
     return {block: blocks[block] for block in order}
 
 
-def _layer_prefixes(model: nn.Module) -> list[str]:
-    """What the names of each encoder layer's parameters begin with: `roberta.encoder.layer.0.`."""
-    names = {module: name for name, module in model.named_modules()}
-    found = [re.match(r".*?\.\d+\.", names[layer.query]) for layer in attention_layers(model)]
-    return [match.group() for match in found if match is not None]
-
-
-def block_products(
-    blocks: Mapping[Block, Sequence[tuple[str, tuple[slice, ...]]]],
-    first: Gradient,
-    second: Gradient,
-) -> dict[Block, float]:
-    """Inner product of two gradients in every block, summed in float64."""
+def block_products(blocks: BlockParts, first: Gradient, second: Gradient) -> dict[Block, float]:
+    """Return the inner product of two gradients in every block, summed in float64."""
     return {
         block: sum(
             float((first[name][index] * second[name][index]).sum(dtype=torch.float64))
@@ -191,16 +218,24 @@ def block_products(
 
 
 def _checked(model: PreTrainedModel, examples: Examples, name: str) -> list[dict[str, Any]]:
+    """Return the examples of one language as a list.
+
+    Raises:
+        ValueError: there are none, or the model cannot take one of them.
+    """
     rows = as_examples(examples, name)
     if not rows:
-        raise ValueError(f"{name}: expected at least one example, got none")
+        raise ValueError(f"{name}: expected at least 1 example, got none")
     check_examples(model, rows, name)
     return rows
 
 
 @dataclass(frozen=True)
 class _Means:
-    """Takes the mean of examples' gradients, or of their unit vectors; float32, by parameter."""
+    """Computes mean gradients of examples, or means of their unit vectors.
+
+    The attributes are the arguments of `block_influence`, and the selected layers.
+    """
 
     model: PreTrainedModel
     layers: list[Layer]
@@ -211,7 +246,12 @@ class _Means:
     advance: Callable[[int], Any] | None
 
     def of(self, examples: Examples, name: str) -> Gradient:
-        """The mean; `name` is what messages call the examples."""
+        """Return the mean over the examples, float32, by name of the parameter.
+
+        Args:
+            examples: the examples.
+            name: their name in error messages.
+        """
         device = next(self.model.parameters()).device
         mean = {
             parameter: torch.zeros(self.model.get_parameter(parameter).shape, device=device)
@@ -219,16 +259,17 @@ class _Means:
             for parameter in layer.parameter_names
         }
         lengths = [example_length(example) for example in examples]
-        with frozen(self.model), lean(self.model, self.head_mask, self.dtype) as kept:
+        with frozen(self.model), lean(self.model, self.head_mask, self.dtype) as lean_columns:
             for rows in plan_batches(lengths, self.batch_tokens):
                 batch = collate([examples[row] for row in rows], pad_token_id(self.model), device)
-                seen: list[Captured] = []
-                capture(self.model, self.layers, batch, seen.append, self.dtype, kept)
-                squares_B = torch.stack([squared_norms(captured) for captured in seen]).sum(dim=0)
+                groups: list[Captured] = []
+                capture(self.model, self.layers, batch, groups.append, self.dtype, lean_columns)
+                # The norm of a gradient needs all of its layers, so they are added only now.
+                squares_B = torch.stack([squared_norms(captured) for captured in groups]).sum(dim=0)
                 _check_finite(name, rows, squares_B)
                 ones_B = torch.ones_like(squares_B)
                 weights_B = inverse_root(squares_B) if self.normalize == "cosine" else ones_B
-                for captured in seen:
+                for captured in groups:
                     _add_gradients(captured, weights_B / len(examples), mean)
                 if self.advance is not None:
                     self.advance(len(rows))
@@ -243,7 +284,16 @@ def _check_finite(name: str, rows: Sequence[int], squares_B: Tensor) -> None:
 
 
 def _add_gradients(captured: Captured, weights_B: Tensor, total: Gradient) -> None:
-    """Add `sum_b weights[b] * G_b` of the captured layers, `G_b = sum_s g_s x_s^T`."""
+    """Add the weighted gradients of a batch, `sum_b weights[b] G_b`, to a mean.
+
+    For a linear layer `G_b = sum_s g_s x_s^T`, so the sum over examples and tokens is one matrix
+    product of all tokens, and the gradient of a single example is never formed.
+
+    Args:
+        captured: layers that share their input.
+        weights_B: weight of each example.
+        total: gradients by name of the parameter, changed in place.
+    """
     captured = captured.with_all_columns()
     x_BSI = captured.x if captured.layers[0].kind == "embedding" else captured.x.float()
     weights_BS = weights_B[:, None].expand(x_BSI.shape[:2])

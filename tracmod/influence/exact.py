@@ -1,4 +1,30 @@
-"""Exact influence: inner products of whole per-example gradients, without projection."""
+"""Exact influence: inner products of whole per-example gradients, without a projection.
+
+    <grad L(z), grad L(z')> = sum over layers l of <G_l(z), G_l(z')>
+
+The gradient of one example has as many numbers as the model, so it is never formed. A backward
+pass shows the two factors of each layer's gradient instead (see `gradients.capture`), and products
+are computed from the factors. For a linear layer G = sum_s g_s x_s^T, so that
+
+    <G, G'> = sum_{s,t} <g_s, g'_t> (<x_s, x'_t> + bias)                    (`kernels.gradient_dot`)
+
+which costs S S' (I + O) operations for a pair of examples instead of the I x O of a matrix.
+
+The story of a call: the factors of all layers are held for a block of queries, as many as fit into
+`QUERY_BLOCK_BYTES`. The training examples then pass through the model once per block. The backward
+pass hands over one layer after the other, and each is multiplied with the same layer of all held
+queries and freed. Few passes need large query blocks, and few held bytes need small ones; queries
+are the side that is held because there are far fewer of them.
+
+Why cosines are divided at the end. The norm of an example's gradient runs over all layers and is
+known only after its backward pass, when the first layers have been multiplied and freed. So inner
+products and squared norms are summed side by side, each squared norm once (for queries when their
+block is captured, for training examples during the first block), and the division is one operation
+on the finished matrix. Dividing each example's factors first would need a second pass.
+
+Shape suffixes: Q queries, N training examples, B examples of a batch, S tokens, I in, O out, b
+examples whose gradients are formed at the same time, R x C the shape of a formed gradient.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +38,7 @@ from transformers import PreTrainedModel
 
 from tracmod import kernels
 from tracmod.gradients.capture import Captured, Layer, capture, select_layers
-from tracmod.gradients.lean_pass import LeanColumns, lean
+from tracmod.gradients.lean_pass import lean
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.inputs import (
     as_examples,
@@ -26,8 +52,7 @@ from tracmod.models.inputs import (
 from tracmod.models.modes import frozen, on_device
 from tracmod.subnetworks.head_mask import HeadMask
 
-# Captured query gradients held at a time by `exact_influence`; the training set is passed over once
-# per such block of queries.
+# Bytes of captured factors of queries that are held at the same time.
 QUERY_BLOCK_BYTES = 2 << 30
 
 
@@ -44,27 +69,52 @@ def exact_influence(
     dtype: torch.dtype | None = None,
     preconditioner: Preconditioner | None = None,
 ) -> Tensor:
-    """Inner products (or cosines) of whole gradients, without a projection.
+    """Compute inner products (or cosines) of whole gradients at one checkpoint.
 
-    `<grad L(z), grad L(z')> = sum_l <G_l(z), G_l(z')>` from layer inputs and output gradients: no
-    weight gradient is stored.
+    `score[q, n] = <grad L(query[q]), grad L(train[n])>` over the selected parameters. No weight
+    gradient is stored. Scores of several checkpoints are added with their weights by the caller.
 
     Args:
-        model, parameters, head_mask, device: as in `collect_features`; one checkpoint.
-        train, query: `datasets.Dataset` or sequences of dicts.
-        normalize: None or "cosine".
-        batch_tokens: bound on examples x longest length of a batch.
-        advance: called with the number of training examples done (each counts once per block of
-            queries).
-        dtype: torch.bfloat16 for an autocast pass; None or torch.float32 for none.
-        preconditioner: the metric of the inner products, as in `collect_features`; every layer's
-            gradient is then formed, a few examples at a time.
+        model: BERT-family sequence classifier; left unchanged.
+        train: N examples, a `datasets.Dataset` or a sequence of dicts with `input_ids`,
+            `attention_mask` and `labels`.
+        query: Q examples, likewise.
+        parameters: "encoder", "all", "attention" or "classifier", as in `collect_features`.
+        head_mask: heads to leave out of the forward pass; None for none.
+        normalize: None for inner products or "cosine". A zero gradient has cosine 0 with
+            everything.
+        batch_tokens: bound on the number of examples times the longest length of a batch.
+        device: where to compute; None for the device of the model.
+        advance: called with the number of training examples that just passed through the model;
+            each counts once per block of queries.
+        dtype: torch.bfloat16 for a pass under autocast; None or torch.float32 for float32.
+        preconditioner: metric of the inner products, as in `collect_features`. The gradient of
+            each layer is then formed, for a few examples at a time.
 
     Returns:
-        (Q, N) float32, rows and columns in dataset order, on the device of the pass.
+        (Q, N) float32, in the order of the data sets, on the device of the pass. Positive scores
+        lower the loss of the query.
 
     Raises:
-        ValueError: as in `collect_features`.
+        ValueError: an argument or an example is invalid, as in `collect_features`, or a gradient
+            is not finite (`NotFiniteError`).
+
+    Source: Pruthi et al. 2020, arXiv 2002.08484, equation 1 (the term of one checkpoint).
+
+    Examples:
+        >>> import torch
+        >>> import tracmod as tm
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(
+        ...     vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        ...     intermediate_size=32, num_labels=2,
+        ... )
+        >>> model = BertForSequenceClassification(config)
+        >>> ids = [[2, 7, 9], [2, 8, 8, 5], [2, 6]]
+        >>> examples = [{"input_ids": row, "labels": n % 2} for n, row in enumerate(ids)]
+        >>> scores = tm.exact_influence(model, examples, examples[:1], normalize="cosine")
+        >>> scores.shape, round(scores[0, 0].item(), 4)
+        (torch.Size([1, 3]), 1.0)
     """
     if normalize not in (None, "cosine"):
         raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
@@ -74,14 +124,14 @@ def exact_influence(
     trains, queries = as_examples(train, "train"), as_examples(query, "query")
     check_examples(model, trains, "train")
     check_examples(model, queries, "query")
-    with frozen(model), on_device(model, device), lean(model, head_mask, dtype) as kept:
+    with frozen(model), on_device(model, device), lean(model, head_mask, dtype) as lean_columns:
         layers = select_layers(model, parameters)
         if preconditioner is not None:
             preconditioner.check(layers)
             preconditioner = preconditioner.to(model.device)
-        one_pass = _Pass(model, layers, batch_tokens, dtype, kept, preconditioner)
-        products_QN, squares_Q, squares_N = _exact_products(
-            one_pass, queries, trains, normalize == "cosine", advance
+        products = _Products(model, layers, batch_tokens, dtype, lean_columns, preconditioner)
+        products_QN, squares_Q, squares_N = products.of_all(
+            queries, trains, normalize == "cosine", advance
         )
     _check_finite(products_QN, squares_Q, squares_N)
     if normalize == "cosine":
@@ -90,7 +140,12 @@ def exact_influence(
 
 
 class NotFiniteError(ValueError):
-    """The gradient of a row of `split` ("train" or "query") is NaN or infinite."""
+    """The gradient of an example is NaN or infinite.
+
+    Attributes:
+        split: "train" or "query".
+        row: number of the example in its data set.
+    """
 
     def __init__(self, split: str, row: int) -> None:
         super().__init__(f"{split}: row {row}: expected a finite gradient, got NaN or infinity")
@@ -99,16 +154,23 @@ class NotFiniteError(ValueError):
 
 
 def _check_finite(products_QN: Tensor, squares_Q: Tensor, squares_N: Tensor) -> None:
-    """Name the first example whose squared norm, or every product, is NaN or infinite."""
+    """Check that all products and squared norms are finite.
+
+    An example is to blame if its squared norm is not finite, or all of its products are not.
+
+    Raises:
+        NotFiniteError: for the first example to blame, queries first.
+        ValueError: for the first product, if no example alone is to blame.
+    """
     bad_QN = products_QN.isfinite().logical_not()
     bad_Q, bad_N = (squares.isfinite().logical_not() for squares in (squares_Q, squares_N))
     if not bool(bad_QN.any() | bad_Q.any() | bad_N.any()):
         return
-    by_name = [("query", bad_Q), ("train", bad_N)]
-    by_name += [("query", bad_QN.all(dim=1)), ("train", bad_QN.all(dim=0))]
-    for name, bad in by_name:
-        for row in bad.nonzero().flatten()[:1].tolist():
-            raise NotFiniteError(name, row)
+    candidates = [("query", bad_Q), ("train", bad_N)]
+    candidates += [("query", bad_QN.all(dim=1)), ("train", bad_QN.all(dim=0))]
+    for split, bad in candidates:
+        if bool(bad.any()):
+            raise NotFiniteError(split, int(bad.nonzero()[0]))
     query, train = bad_QN.nonzero()[0].tolist()
     raise ValueError(
         f"query: row {query}, train: row {train}: expected a finite inner product of gradients, "
@@ -117,68 +179,13 @@ def _check_finite(products_QN: Tensor, squares_Q: Tensor, squares_N: Tensor) -> 
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """How examples are passed through a model."""
-
-    model: PreTrainedModel
-    layers: list[Layer]
-    batch_tokens: int
-    dtype: torch.dtype | None
-    kept: LeanColumns
-    preconditioner: Preconditioner | None
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def batches(self, examples: list[dict[str, Any]]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Rows and padded batches, of like lengths."""
-        lengths = [example_length(example) for example in examples]
-        for rows in plan_batches(lengths, self.batch_tokens):
-            batch = collate([examples[row] for row in rows], pad_token_id(self.model), self.device)
-            yield send(torch.tensor(rows), self.device), batch
-
-    def capture(self, batch: dict[str, Tensor], on_captured: Callable[[Captured], None]) -> None:
-        """See `capture.capture`."""
-        capture(self.model, self.layers, batch, on_captured, self.dtype, self.kept)
-
-    def joined(self, captured: Captured) -> Captured:
-        """As it is kept: layers that share x side by side, unless each has a metric of its own."""
-        return captured if self.preconditioner else _side_by_side(captured)
-
-    def add_products(self, query: Captured, train: Captured, out: Tensor) -> None:
-        """out[i, j] += <G_i, G'_j> of a group of layers, in the metric if there is one."""
-        if self.preconditioner is None:
-            _add_products(query, train, out)
-            return
-        for place, layer in enumerate(query.layers):
-            one, other = query.of([place]), train.of([place])
-            if layer.kind == "embedding":
-                scaled = self.preconditioner.scaled
-                _add_products(scaled(one), scaled(other), out)
-                continue
-            for rows, query_bRC in self.preconditioner.gradients(one):
-                for columns, train_bRC in self.preconditioner.gradients(other):
-                    out[rows, columns] += query_bRC.flatten(1) @ train_bRC.flatten(1).T
-
-    def squares(self, captured: Captured) -> Tensor:
-        """(B,) squared norms of a group of layers, in the metric if there is one."""
-        if self.preconditioner is None:
-            return squared_norms(captured)
-        squares_B = torch.zeros(len(captured.x), device=self.device)
-        for place, layer in enumerate(captured.layers):
-            one = captured.of([place])
-            if layer.kind == "embedding":
-                squares_B += squared_norms(self.preconditioner.scaled(one))
-                continue
-            for rows, gradients_bRC in self.preconditioner.gradients(one):
-                squares_B[rows] += gradients_bRC.square().sum(dim=(1, 2))
-        return squares_B
-
-
-@dataclass(frozen=True)
 class _CapturedBatch:
-    """Everything `capture` shows of one batch: whole gradients, in their factors."""
+    """The gradients of one batch of queries, in their factors.
+
+    Attributes:
+        rows: (B,) numbers of the examples.
+        groups: name of the first layer -> factors of the layers that read the same input.
+    """
 
     rows: Tensor
     groups: dict[str, Captured]
@@ -188,60 +195,145 @@ class _CapturedBatch:
         return sum(captured.num_bytes for captured in self.groups.values())
 
 
-def _exact_products(
-    one_pass: _Pass,
-    queries: list[dict[str, Any]],
-    trains: list[dict[str, Any]],
-    norms: bool,
-    advance: Callable[[int], Any] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Inner products (Q, N) and, with `norms`, squared norms (Q,) and (N,), float32."""
-    device = one_pass.device
-    products_QN = torch.zeros(len(queries), len(trains), device=device)
-    squares_Q = torch.zeros(len(queries), device=device)
-    squares_N = torch.zeros(len(trains), device=device)
-    for first, block in _query_blocks(one_pass, queries):
-        if norms:
-            for query_batch in block:
-                for captured in query_batch.groups.values():
-                    squares_Q.index_add_(0, query_batch.rows, one_pass.squares(captured))
-        for rows, batch in one_pass.batches(trains):
-            tiles = [torch.zeros(len(b.rows), len(rows), device=device) for b in block]
+@dataclass(frozen=True)
+class _Products:
+    """Computes the inner products of a model's gradients.
 
-            def multiply(captured: Captured, rows: Tensor = rows, tiles: Any = tiles) -> None:
-                captured = one_pass.joined(captured)
-                for query_batch, tile in zip(block, tiles, strict=True):  # noqa: B023
-                    one_pass.add_products(query_batch.groups[_name(captured)], captured, tile)
-                if norms and first:  # noqa: B023
-                    squares_N.index_add_(0, rows, one_pass.squares(captured))
+    Attributes:
+        model: the model, prepared by `frozen` and `lean`.
+        layers: the layers whose parameters are selected.
+        batch_tokens, dtype, preconditioner: as in `exact_influence`.
+        lean_columns: what `lean` has left of the layers.
+    """
 
-            one_pass.capture(batch, multiply)
+    model: PreTrainedModel
+    layers: list[Layer]
+    batch_tokens: int
+    dtype: torch.dtype | None
+    lean_columns: LeanColumns
+    preconditioner: Preconditioner | None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def of_all(
+        self,
+        queries: list[dict[str, Any]],
+        trains: list[dict[str, Any]],
+        with_norms: bool,
+        advance: Callable[[int], Any] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inner products (Q, N) and squared norms (Q,) and (N,), float32.
+
+        The squared norms are 0 unless `with_norms`.
+        """
+        products_QN = torch.zeros(len(queries), len(trains), device=self.device)
+        squares_Q = torch.zeros(len(queries), device=self.device)
+        squares_N = torch.zeros(len(trains), device=self.device)
+        for number, block in enumerate(self._query_blocks(queries)):
+            if with_norms:
+                for query_batch in block:
+                    for captured in query_batch.groups.values():
+                        squares_Q.index_add_(0, query_batch.rows, self._squares(captured))
+            new_squares_N = squares_N if with_norms and number == 0 else None
+            for rows, batch in self._batches(trains):
+                tiles = self._tiles(block, batch, rows, new_squares_N)
+                for query_batch, tile in zip(block, tiles, strict=True):
+                    products_QN[query_batch.rows[:, None], rows] = tile
+                if advance is not None:
+                    advance(len(rows))
+        return products_QN, squares_Q, squares_N
+
+    def _batches(
+        self, examples: list[dict[str, Any]]
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield the row numbers and the padded inputs of batches of similar lengths."""
+        lengths = [example_length(example) for example in examples]
+        for rows in plan_batches(lengths, self.batch_tokens):
+            batch = collate([examples[row] for row in rows], pad_token_id(self.model), self.device)
+            yield send(torch.tensor(rows), self.device), batch
+
+    def _capture(self, batch: dict[str, Tensor], on_captured: Callable[[Captured], None]) -> None:
+        """Run a batch through the model; see `gradients.capture.capture`.
+
+        Without a preconditioner, layers that share their input are joined before they are handed
+        on. With one they stay apart, because each has a metric of its own.
+        """
+
+        def hand_on(captured: Captured) -> None:
+            on_captured(captured if self.preconditioner else _side_by_side(captured))
+
+        capture(self.model, self.layers, batch, hand_on, self.dtype, self.lean_columns)
+
+    def _query_blocks(self, queries: list[dict[str, Any]]) -> Iterator[list[_CapturedBatch]]:
+        """Yield blocks of captured batches, each of at most `QUERY_BLOCK_BYTES` (or one batch)."""
+        block, size = list[_CapturedBatch](), 0
+        for rows, batch in self._batches(queries):
+            captured: list[Captured] = []
+            self._capture(batch, captured.append)
+            captured_batch = _CapturedBatch(rows, {_name(group): group for group in captured})
+            if block and size + captured_batch.num_bytes > QUERY_BLOCK_BYTES:
+                yield block
+                block, size = [], 0
+            block.append(captured_batch)
+            size += captured_batch.num_bytes
+        if block:
+            yield block
+
+    def _tiles(
+        self,
+        block: list[_CapturedBatch],
+        batch: dict[str, Tensor],
+        rows: Tensor,
+        squares_N: Tensor | None,
+    ) -> list[Tensor]:
+        """Return the inner products of each batch of queries with one batch of training examples.
+
+        The squared norms of the training examples `rows` are added to `squares_N` if it is given.
+        """
+        tiles = [
+            torch.zeros(len(query_batch.rows), len(rows), device=self.device)
+            for query_batch in block
+        ]
+
+        def multiply(captured: Captured) -> None:
             for query_batch, tile in zip(block, tiles, strict=True):
-                products_QN[query_batch.rows[:, None], rows] = tile
-            if advance is not None:
-                advance(len(rows))
-    return products_QN, squares_Q, squares_N
+                self._add_products(query_batch.groups[_name(captured)], captured, tile)
+            if squares_N is not None:
+                squares_N.index_add_(0, rows, self._squares(captured))
 
+        self._capture(batch, multiply)
+        return tiles
 
-def _query_blocks(
-    one_pass: _Pass, queries: list[dict[str, Any]]
-) -> Iterator[tuple[bool, list[_CapturedBatch]]]:
-    """Captured batches of queries, as many at a time as fit; the flag marks the first block."""
-    first, block, size = True, list[_CapturedBatch](), 0
-    for rows, batch in one_pass.batches(queries):
-        captured_batch = _CapturedBatch(rows, {})
+    def _add_products(self, query: Captured, train: Captured, out: Tensor) -> None:
+        """Add <G_i, G'_j> of a group of layers to out[i, j], in the metric if there is one."""
+        if self.preconditioner is None:
+            _add_gradient_dot(query, train, out)
+            return
+        for position, layer in enumerate(query.layers):
+            query_layer, train_layer = query.of([position]), train.of([position])
+            if layer.kind == "embedding":
+                scaled = self.preconditioner.scaled
+                _add_gradient_dot(scaled(query_layer), scaled(train_layer), out)
+                continue
+            for rows, query_bRC in self.preconditioner.gradients(query_layer):
+                for columns, train_bRC in self.preconditioner.gradients(train_layer):
+                    out[rows, columns] += query_bRC.flatten(1) @ train_bRC.flatten(1).T
 
-        def keep(captured: Captured, groups: dict[str, Captured] = captured_batch.groups) -> None:
-            groups[_name(captured)] = one_pass.joined(captured)
-
-        one_pass.capture(batch, keep)
-        if block and size + captured_batch.num_bytes > QUERY_BLOCK_BYTES:
-            yield first, block
-            first, block, size = False, [], 0
-        block.append(captured_batch)
-        size += captured_batch.num_bytes
-    if block:
-        yield first, block
+    def _squares(self, captured: Captured) -> Tensor:
+        """Return the (B,) squared norms of a group of layers, in the metric if there is one."""
+        if self.preconditioner is None:
+            return squared_norms(captured)
+        squares_B = torch.zeros(len(captured.x), device=self.device)
+        for position, layer in enumerate(captured.layers):
+            captured_layer = captured.of([position])
+            if layer.kind == "embedding":
+                squares_B += squared_norms(self.preconditioner.scaled(captured_layer))
+                continue
+            for rows, gradients_bRC in self.preconditioner.gradients(captured_layer):
+                squares_B[rows] += gradients_bRC.square().sum(dim=(1, 2))
+        return squares_B
 
 
 def _name(captured: Captured) -> str:
@@ -249,16 +341,18 @@ def _name(captured: Captured) -> str:
 
 
 def _side_by_side(captured: Captured) -> Captured:
-    """Layers that share x as one layer of all their outputs: x is multiplied once.
+    """Join layers that share x into one layer with all of their outputs.
 
-    `sum_l <g_l, g'_l> <x, x'> = <[g_1, g_2, ...], [g'_1, g'_2, ...]> <x, x'>`
+    `sum_l <g_l, g'_l> <x, x'> = <[g_1, g_2, ...], [g'_1, g'_2, ...]> <x, x'>`, so that the products
+    of x, the wide side of query, key and value, are computed once instead of once per layer.
     """
     if len(captured.g) == 1:
         return captured
     return replace(captured, g=(torch.cat(captured.g, dim=-1),))
 
 
-def _add_products(query: Captured, train: Captured, out: Tensor) -> None:
+def _add_gradient_dot(query: Captured, train: Captured, out: Tensor) -> None:
+    """Add <G_i, G'_j> of one layer, or of joined layers, to out[i, j]."""
     layer = query.layers[0]
     kernels.gradient_dot(
         query.x,
@@ -274,14 +368,24 @@ def _add_products(query: Captured, train: Captured, out: Tensor) -> None:
 
 
 def squared_norms(captured: Captured) -> Tensor:
-    """`|G_b|^2` of every example, (B,) float32: of LayerNorm as it is, else over pairs of tokens.
+    """Compute the squared norm of every example's gradient of a group of layers.
 
-    linear: `sum_{s,t} <g_s, g_t> (<x_s, x_t> + bias)`; embedding: of pairs with the same id. Of
-    layers that share x, the sum over them.
+        linear:     |G|^2 = sum_{s,t} <g_s, g_t> (<x_s, x_t> + bias)
+        embedding:  |G|^2 = sum of <g_s, g_t> over the pairs of tokens with the same id
+        LayerNorm:  |G|^2 = |sum_s g_s * x_s|^2 + bias |sum_s g_s|^2, formed directly
+
+    Layers that share x contribute the sum of their squared norms.
+
+    Args:
+        captured: the factors, with B examples.
+
+    Returns:
+        (B,) float32.
     """
     captured = _side_by_side(captured)
     layer, x, g_BSO = captured.layers[0], captured.x, captured.g[0].float()
     if captured.lengths is not None:
+        # Behind the last attended token, g may be anything that the model has computed there.
         position_S = torch.arange(g_BSO.shape[1], device=g_BSO.device)
         padding_BS = position_S >= captured.lengths[:, None]
         g_BSO = g_BSO.masked_fill(padding_BS[..., None], 0)
@@ -296,4 +400,5 @@ def squared_norms(captured: Captured) -> Tensor:
 
 
 def inverse_root(squares: Tensor) -> Tensor:
+    """Return 1 / sqrt(squares), and 0 where a square is 0, so that a zero gradient has cosine 0."""
     return torch.where(squares > 0, squares.clamp_min(1e-45).rsqrt(), 0)

@@ -1,17 +1,23 @@
-"""Influence: TracIn scores from features or exactly, streaming top-k, sums by language.
+"""Influence scores from features: dense, the strongest per query, sums by group, self-influence.
 
     TracInCP(z, z') = sum_c w_c <g_c(z), g_c(z')>            (Pruthi et al. 2020)
     cosine form:      sum_c w_c cos(g_c(z), g_c(z'))         (Hammoudeh and Lowd 2022)
 
-Positive: the training example lowered the query example's loss (a proponent). With dot products the
-unit is loss; with cosine each checkpoint's term lies in [-w_c, w_c].
+A positive score means that the training example lowered the loss of the query example (a
+proponent), a negative score that it raised it (an opponent). With inner products the unit is that
+of the loss; with cosines the term of each checkpoint lies in [-w_c, w_c].
 
-Shapes: Q queries, N training examples, K projection_dim, C checkpoints, G groups.
+Features may be tensors, arrays or stores on disk, of one checkpoint or of several. This module
+checks them and the options; `streaming` does the search, and results are completed here with the
+names and shares of groups.
+
+Shape suffixes: Q queries, N training examples, K projection_dim, C checkpoints, G groups, P places
+of a ranking, L examples left out by a query.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +31,7 @@ from tracmod.features.store import FeatureStore
 from tracmod.files.durable import identity_differences
 from tracmod.influence.streaming import MEMORY, Search, search_rows
 
-# Of one checkpoint, or of several.
+# Features at one checkpoint, or at several.
 OneOrMore = Features | Sequence[Features]
 
 
@@ -33,13 +39,17 @@ OneOrMore = Features | Sequence[Features]
 class TopInfluences:
     """The k most positive and the k most negative training examples of every query.
 
+    Equal scores are ranked by the number of the training example, lower first.
+
     Attributes:
-        indices, scores: (Q, k) proponents, highest score first.
-        opponent_indices, opponent_scores: (Q, k) opponents, lowest score first.
-        group_names: names of the G groups, None without groups.
-        group_sums: (Q, G) float64 sum of the scores of *all* training examples of each group.
-        group_shares: (Q, G) share of each group among the proponents; rows sum to 1.
-        opponent_group_shares: (Q, G) the same among the opponents.
+        indices: (Q, k) int64, training examples of the proponents, highest score first.
+        scores: (Q, k) float32, their scores.
+        opponent_indices: (Q, k) int64, training examples of the opponents, lowest score first.
+        opponent_scores: (Q, k) float32, their scores.
+        group_names: names of the G groups, sorted; None without groups, like the fields below.
+        group_sums: (Q, G) float64, sum of the scores of *all* training examples of each group.
+        group_shares: (Q, G) float64, share of each group among the proponents; rows sum to 1.
+        opponent_group_shares: (Q, G) float64, the same among the opponents.
     """
 
     indices: Tensor
@@ -52,28 +62,51 @@ class TopInfluences:
     opponent_group_shares: Tensor | None = None
 
 
+# --- scores ----------------------------------------------------------------------------------
+
+
 def influence_scores(
     query_features: OneOrMore,
     train_features: OneOrMore,
     weights: Sequence[float] | None = None,
     normalize: str | None = None,
 ) -> Tensor:
-    """The dense score matrix `sum_c w_c <q_c, t_c>`, or of cosines.
+    """Compute the score of every query with every training example.
+
+    `score[q, n] = sum_c weights[c] <query_c[q], train_c[n]>`, or with cosines in place of inner
+    products.
 
     Args:
-        query_features: (Q, K), or one such per checkpoint: torch or numpy, of any float dtype
-            (computed in float32, bfloat16 pairs as they are), or a `FeatureStore`.
-        train_features: (N, K), or one such per checkpoint, likewise.
-        weights: C numbers, usually the checkpoints' learning rates; None for 1 each.
-        normalize: None or "cosine"; a zero gradient has cosine 0 with everything.
+        query_features: (Q, K) features, or a sequence of these with one entry per checkpoint.
+            Tensors and NumPy arrays of any float dtype, or a `FeatureStore`.
+        train_features: (N, K) features, or a sequence of these, likewise.
+        weights: C weights of the checkpoints, usually their learning rates; None for 1 each.
+        normalize: None for inner products or "cosine". A zero gradient has cosine 0 with
+            everything.
 
     Returns:
-        (Q, N) float32. For large N use `top_influences`, which never stores it.
+        (Q, N) float32, on the device of the query features. For large N use `top_influences`,
+        which never holds all scores.
 
     Raises:
-        ValueError: shapes, number of checkpoints or weights that do not agree.
+        ValueError: shapes, number of checkpoints or weights do not agree, or two stores were made
+            with different models, projections or masks.
+
+    Source: Pruthi et al. 2020, arXiv 2002.08484, section 3 (TracInCP); Hammoudeh and Lowd 2022,
+        arXiv 2201.10600 (cosine).
+
+    Examples:
+        Two queries and three training examples at two checkpoints, weighted by learning rates:
+
+        >>> import torch
+        >>> import tracmod as tm
+        >>> query = [torch.tensor([[1.0, 0.0], [0.0, 1.0]])] * 2
+        >>> train = [torch.tensor([[2.0, 1.0], [0.0, -1.0], [0.0, 0.0]])] * 2
+        >>> tm.influence_scores(query, train, weights=[0.5, 0.25])
+        tensor([[ 1.5000,  0.0000,  0.0000],
+                [ 0.7500, -0.7500,  0.0000]])
     """
-    queries, trains, weights = _checkpoints(query_features, train_features, weights, normalize)
+    queries, trains, weights = _checked(query_features, train_features, weights, normalize)
     scores_QN = torch.zeros(queries[0].shape[0], trains[0].shape[0], device=_device(queries))
     for query, train, weight in zip(queries, trains, weights, strict=True):
         query_QK, train_NK = (rows.read(0, rows.shape[0]).float() for rows in (query, train))
@@ -81,6 +114,12 @@ def influence_scores(
             query_QK, train_NK = _unit(query_QK), _unit(train_NK)
         scores_QN.addmm_(query_QK, train_NK.T, alpha=weight)
     return scores_QN
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Divide rows by their norms; rows of zeros stay zero."""
+    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    return torch.where(norm > 0, features / norm, 0)
 
 
 def top_influences(
@@ -98,41 +137,105 @@ def top_influences(
     passes: int = 1,
     only: int | None = None,
 ) -> TopInfluences:
-    """Strongest proponents and opponents of every query, and sums by group, in one streaming pass.
+    """Find the strongest proponents and opponents of every query, and sum scores by group.
 
-    Of features in stores, a block is read while the one before is scored; no number of training
-    examples needs more memory, and neither `memory` nor an interruption changes the result.
+    The score is that of `influence_scores`, but the score matrix is never stored: training
+    features stream past the queries in blocks, see `tracmod.influence.streaming`. Features in
+    stores need bounded memory, whatever their number, and neither `memory` nor an interruption
+    changes a bit of the result.
 
     Args:
-        query_features, train_features, weights, normalize: as in `influence_scores`.
-        k: how many of each sign; lowered to N where there are fewer training examples. Where fewer
-            than k scores are positive, the proponents go on with the least negative ones.
-        groups: each training example's group, N values (a language, say); None for no sums.
-        memory: bytes that rows from stores may take at a time, with rankings and buffers. Where
-            not all queries fit, the training examples are passed over several times.
-        progress: folder in which the work on stores is kept, so that the same call goes on where
-            it was; to be removed when the results are safe. None: an interrupted call starts anew.
-        device: where scores are computed; None for where the query features are (stores: the CPU).
-        advance: called with the number of scores done; Q x N in all.
-        passes: into how many blocks queries are cut at least, if there are enough: to share the
-            work between processes that have `progress` in common.
-        only: 0 to passes - 1: the share of the blocks that is worked on, and that the result is
-            of; absent: all.
+        query_features: (Q, K) features, or one such entry per checkpoint, as in
+            `influence_scores`. bfloat16 on both sides is multiplied as it is, any other dtype in
+            float32.
+        train_features: (N, K) features, or one such entry per checkpoint.
+        k: length of each ranking; at most N are returned. Where fewer than k scores are positive,
+            the proponents continue with the least negative ones.
+        groups: N values, the group of each training example, such as its language; None for no
+            sums and shares.
+        weights: C weights of the checkpoints; None for 1 each.
+        normalize: None or "cosine".
+        memory: bytes that features from stores may take, with rankings and buffers. Where not all
+            queries fit at once, the training features are read several times.
+        progress: folder for intermediate results of a search in stores, from which the same call
+            resumes after an interruption. Remove it once the results are safe. None starts an
+            interrupted call again from the beginning.
+        device: where scores are computed; None for the device of the query features (for stores
+            the CPU).
+        advance: called with the number of scores just computed; Q x N in total.
+        passes: least number of blocks that the queries are divided into, as far as there are
+            enough, so that several processes with the same `progress` can share the work.
+        only: from 0 to passes - 1: the share of the blocks to work on, and to return; None for
+            all.
+
+    Returns:
+        Rankings (Q, k) and, with groups, sums and shares (Q, G); see `TopInfluences`.
 
     Raises:
-        ValueError: as in `influence_scores`, k below 1, not N groups, too little memory, or a store
-            that is damaged.
+        ValueError: as in `influence_scores`; k is below 1, `groups` does not have N entries, there
+            is too little memory, or a store is damaged.
+
+    Source: Pruthi et al. 2020, arXiv 2002.08484, section 3 (TracInCP); Hammoudeh and Lowd 2022,
+        arXiv 2201.10600 (cosine).
+
+    Examples:
+        >>> import torch
+        >>> import tracmod as tm
+        >>> query = torch.tensor([[1.0, 0.0]])
+        >>> train = torch.tensor([[2.0, 1.0], [-1.0, 0.0], [0.0, 3.0], [0.5, 0.5]])
+        >>> top = tm.top_influences(query, train, k=2, groups=["en", "de", "en", "de"])
+        >>> top.indices, top.scores
+        (tensor([[0, 3]]), tensor([[2.0000, 0.5000]]))
+        >>> top.opponent_indices, top.opponent_scores
+        (tensor([[1, 2]]), tensor([[-1.,  0.]]))
+        >>> top.group_names
+        ['de', 'en']
+        >>> top.group_sums
+        tensor([[-0.5000,  2.0000]], dtype=torch.float64)
+        >>> top.group_shares
+        tensor([[0.5000, 0.5000]], dtype=torch.float64)
     """
-    queries, trains, weights = _checkpoints(query_features, train_features, weights, normalize)
+    queries, trains, weights = _checked(query_features, train_features, weights, normalize)
     num_train = trains[0].shape[0]
     k = _bounded_k(k, num_train)
-    on = _device(queries) if device is None else torch.device(device)
-    names, groups_N = _group_ids(groups, num_train, on)
-    search = Search(queries, trains, k, weights, normalize, groups_N, len(names or ()), on)
+    device = _device(queries) if device is None else torch.device(device)
+    names, groups_N = _number_groups(groups, num_train, device)
+    search = Search(queries, trains, k, weights, normalize, groups_N, len(names or ()), device)
     top = search_rows(search, memory, progress, advance, passes, only)
     return _with_shares(
         top.scores, top.indices, top.opponent_scores, top.opponent_indices, names, groups_N,
         top.group_sums,
+    )  # fmt: skip
+
+
+def top_of_scores(
+    scores_QN: Tensor, k: int = 100, groups: Sequence[Any] | Tensor | None = None
+) -> TopInfluences:
+    """Rank scores that have been computed already, such as those of `exact_influence`.
+
+    Args:
+        scores_QN: (Q, N) scores.
+        k, groups: as in `top_influences`.
+
+    Returns:
+        What `top_influences` would return for these scores, ties included.
+
+    Raises:
+        ValueError: k is below 1, there is no training example, or `groups` does not have N
+            entries.
+    """
+    k = _bounded_k(k, scores_QN.shape[1])
+    names, groups_N = _number_groups(groups, scores_QN.shape[1], scores_QN.device)
+    # Stable sorts keep equal scores in the order of their indices.
+    scores, indices = scores_QN.sort(dim=1, descending=True, stable=True)
+    opponent_scores, opponent_indices = scores_QN.sort(dim=1, stable=True)
+    sums_QG = None
+    if groups_N is not None:
+        sums_QG = torch.zeros(len(scores), len(names or ()), dtype=torch.float64).to(scores.device)
+        sums_QG.index_add_(1, groups_N, scores_QN.double())
+    return _with_shares(
+        scores[:, :k], indices[:, :k], opponent_scores[:, :k], opponent_indices[:, :k], names,
+        groups_N, sums_QG,
     )  # fmt: skip
 
 
@@ -146,23 +249,27 @@ def without_examples(
     weights: Sequence[float] | None = None,
     normalize: str | None = None,
 ) -> TopInfluences:
-    """What `top_influences` would find without some training examples, others for every query.
+    """Return what `top_influences` would find if each query left out some training examples.
 
-    No second pass: they are struck out of rankings that are long enough, and their scores, made
-    directly, are taken from the sums.
+    No second search is needed. The examples are removed from rankings that are long enough to
+    still have k places without them, and their scores, computed directly, are subtracted from the
+    sums.
 
     Args:
-        top: `top_influences` of the same features, groups, weights and normalize, with at least
-            k + the most that a query leaves out places (or all N).
-        left_out: for each of the Q queries, rows of training examples.
-        k: how many of each sign; lowered to the fewest training examples that a query has left.
+        top: result of `top_influences` for the same features, groups, weights and normalize, with
+            at least k + (the most examples that a query leaves out) places, or N.
+        left_out: for each of the Q queries the rows of the training examples to leave out.
+        k: length of each ranking, lowered to the fewest training examples that a query has left.
         query_features, train_features, groups, weights, normalize: as in `top_influences`.
 
+    Returns:
+        Rankings (Q, k), and with groups the sums and shares of the remaining training examples.
+
     Raises:
-        ValueError: as in `top_influences`; not Q lists, a query left with no training example, or
-            rankings that are too short.
+        ValueError: as in `top_influences`; `left_out` does not have Q entries, a query has no
+            training example left, or the rankings of `top` are too short.
     """
-    queries, trains, weights = _checkpoints(query_features, train_features, weights, normalize)
+    queries, trains, weights = _checked(query_features, train_features, weights, normalize)
     num_train, listed = trains[0].shape[0], top.indices.shape[1]
     if len(left_out) != queries[0].shape[0]:
         raise ValueError(f"left_out: expected {queries[0].shape[0]} lists, got {len(left_out)}")
@@ -170,21 +277,22 @@ def without_examples(
     most = max(map(len, left_out), default=0)
     k = _bounded_k(k, num_train - most)
     if listed < min(num_train, k + most):
-        raise ValueError(f"top: expected at least {k + most} places a query, got {listed}")
-    names, groups_N = _group_ids(groups, num_train, top.indices.device)
+        raise ValueError(f"top: expected rankings of at least {k + most} places, got {listed}")
+    names, groups_N = _number_groups(groups, num_train, top.indices.device)
     places, opponent_places = (
-        _places_left(indices, left_out)[:, :k] for indices in (top.indices, top.opponent_indices)
+        _remaining_places(indices, left_out)[:, :k]
+        for indices in (top.indices, top.opponent_indices)
     )
     sums_QG = None
     if groups_N is not None and top.group_sums is not None:
         sums_QG = top.group_sums.clone()
-        for query_rows, train_rows in _blocks_left_out(left_out):
-            query_block = [one.take(query_rows) for one in queries]
-            train_block = [one.take(train_rows) for one in trains]
+        for train_rows, query_rows in _queries_by_left_out(left_out):
+            query_block = [rows.take(query_rows) for rows in queries]
+            train_block = [rows.take(train_rows) for rows in trains]
             scores = influence_scores(query_block, train_block, weights, normalize)
-            of_groups = torch.zeros_like(sums_QG[query_rows])
-            of_groups.index_add_(1, groups_N[train_rows], scores.to(of_groups))
-            sums_QG[query_rows] -= of_groups
+            subtracted_QG = torch.zeros_like(sums_QG[query_rows])
+            subtracted_QG.index_add_(1, groups_N[train_rows], scores.to(subtracted_QG))
+            sums_QG[query_rows] -= subtracted_QG
     return _with_shares(
         top.scores.gather(1, places), top.indices.gather(1, places),
         top.opponent_scores.gather(1, opponent_places),
@@ -192,144 +300,146 @@ def without_examples(
     )  # fmt: skip
 
 
-def _places_left(indices_QP: Tensor, left_out: Sequence[Sequence[int]]) -> Tensor:
-    """(Q, P) the places of a ranking, those of examples that are left out moved to its end."""
+def _remaining_places(indices_QP: Tensor, left_out: Sequence[Sequence[int]]) -> Tensor:
+    """Return the (Q, P) places of each ranking, those of examples that are left out last."""
     most = max(map(len, left_out), default=0)
     padded = [[*rows, *[-1] * (most - len(rows))] for rows in left_out]
-    struck_Qm = torch.tensor(padded, dtype=indices_QP.dtype, device=indices_QP.device)
-    struck_QP = (indices_QP[:, :, None] == struck_Qm.reshape(len(left_out), 1, most)).any(dim=2)
-    return struck_QP.to(torch.int8).argsort(dim=1, stable=True)
+    left_out_QL = torch.tensor(padded, dtype=indices_QP.dtype, device=indices_QP.device)
+    left_out_Q1L = left_out_QL.reshape(len(left_out), 1, most)
+    is_left_out_QP = (indices_QP[:, :, None] == left_out_Q1L).any(dim=2)
+    return is_left_out_QP.to(torch.int8).argsort(dim=1, stable=True)
 
 
-def _blocks_left_out(left_out: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[int]]]:
-    """Queries that leave out the same training examples, with these."""
+def _queries_by_left_out(left_out: Sequence[Sequence[int]]) -> list[tuple[list[int], list[int]]]:
+    """Return each distinct list of training examples, with the queries that leave it out.
+
+    Queries of one parallel group leave out the same examples, so their scores are one product.
+    """
     queries_of: dict[tuple[int, ...], list[int]] = {}
     for query, rows in enumerate(left_out):
         if rows:
             queries_of.setdefault(tuple(rows), []).append(query)
-    for rows, query_rows in queries_of.items():
-        yield query_rows, list(rows)
+    return [(list(rows), queries) for rows, queries in queries_of.items()]
 
 
 def self_influence(features: OneOrMore, weights: Sequence[float] | None = None) -> Tensor:
-    """Influence of every example on itself, `sum_c w_c |g_c(z)|^2`, from its features' norms.
+    """Compute the influence of every example on itself, `sum_c weights[c] |g_c(z)|^2`.
 
-    High for examples that the model learnt by heart, mislabelled ones among them. The cosine form
-    is the sum of the weights for all, so there is none.
+    It is high for examples that the model had to memorise, mislabelled ones among them. There is
+    no cosine form: it would be the sum of the weights for every example.
 
     Args:
-        features: (N, K), or one such per checkpoint, as in `influence_scores`.
-        weights: C numbers; None for 1 each.
+        features: (N, K) features, or a sequence of these with one entry per checkpoint, as in
+            `influence_scores`.
+        weights: C weights of the checkpoints; None for 1 each.
 
     Returns:
         (N,) float64, on the CPU.
 
     Raises:
-        ValueError: checkpoints or weights that do not agree; a store that is damaged.
+        ValueError: checkpoints or weights do not agree, or a store is damaged.
 
-    Source: Pruthi et al. 2020, section 4.2.
+    Source: Pruthi et al. 2020, arXiv 2002.08484, section 4.2.
+
+    Examples:
+        >>> import torch
+        >>> import tracmod as tm
+        >>> tm.self_influence(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), weights=[0.5])
+        tensor([12.5000,  0.5000], dtype=torch.float64)
     """
-    several = _all_rows("features", features)
-    counts = [one.shape[0] for one in several]
+    checkpoints = _as_rows("features", features)
+    counts = [rows.shape[0] for rows in checkpoints]
     if len(set(counts)) != 1:
         raise ValueError(f"features: expected as many rows at every checkpoint, got {counts}")
     total_N = torch.zeros(counts[0], dtype=torch.float64)
-    for one, weight in zip(several, _weights(weights, len(several)), strict=True):
-        total_N += weight * one.norms().double().square()
+    for rows, weight in zip(checkpoints, _checked_weights(weights, len(checkpoints)), strict=True):
+        total_N += weight * rows.norms().double().square()
     return total_N
 
 
-def top_of_scores(
-    scores_QN: Tensor, k: int = 100, groups: Sequence[Any] | Tensor | None = None
-) -> TopInfluences:
-    """`top_influences` of scores that are already there, such as exact ones.
-
-    Ties go to the lower index, as in `top_influences`.
-    """
-    k = _bounded_k(k, scores_QN.shape[1])
-    names, groups_N = _group_ids(groups, scores_QN.shape[1], scores_QN.device)
-    scores, indices = scores_QN.sort(dim=1, descending=True, stable=True)
-    opponent_scores, opponent_indices = scores_QN.sort(dim=1, stable=True)
-    sums_QG = None
-    if groups_N is not None:
-        sums_QG = torch.zeros(len(scores), len(names or ()), dtype=torch.float64).to(scores.device)
-        sums_QG.index_add_(1, groups_N, scores_QN.double())
-    return _with_shares(
-        scores[:, :k], indices[:, :k], opponent_scores[:, :k], opponent_indices[:, :k], names,
-        groups_N, sums_QG,
-    )  # fmt: skip
+# --- checks ----------------------------------------------------------------------------------
 
 
-def _unit(features: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-    return torch.where(norm > 0, features / norm, 0)
-
-
-def _checkpoints(
+def _checked(
     query_features: OneOrMore,
     train_features: OneOrMore,
     weights: Sequence[float] | None,
     normalize: str | None,
 ) -> tuple[list[Rows], list[Rows], list[float]]:
-    queries = _all_rows("query_features", query_features)
-    trains = _all_rows("train_features", train_features)
+    """Return queries, training examples and weights of the C checkpoints.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    queries = _as_rows("query_features", query_features)
+    trains = _as_rows("train_features", train_features)
     _check_same_origin(query_features, train_features)
     if normalize not in (None, "cosine"):
         raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
     if not queries or len(queries) != len(trains):
         raise ValueError(
-            f"features: expected as many checkpoints of queries as of training examples, at least "
-            f"one, got {len(queries)} and {len(trains)}"
+            f"query_features and train_features: expected the same number of checkpoints, at least "
+            f"1, got {len(queries)} and {len(trains)}"
         )
-    for name, features in (("query_features", queries), ("train_features", trains)):
-        for checkpoint, one in enumerate(features):
-            expected = (features[0].shape[0], queries[0].shape[1])
-            if one.shape != expected:
+    for name, checkpoints in (("query_features", queries), ("train_features", trains)):
+        expected = (checkpoints[0].shape[0], queries[0].shape[1])
+        for number, rows in enumerate(checkpoints):
+            if rows.shape != expected:
                 raise ValueError(
-                    f"{name}: checkpoint {checkpoint}: expected shape {expected}, got {one.shape}"
+                    f"{name}: checkpoint {number}: expected shape {expected}, got {rows.shape}"
                 )
-    return queries, trains, _weights(weights, len(queries))
+    return queries, trains, _checked_weights(weights, len(queries))
 
 
-def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    values = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if len(values) != count:
-        raise ValueError(f"weights: expected {count}, one per checkpoint, got {len(values)}")
+def _checked_weights(weights: Sequence[float] | None, num_checkpoints: int) -> list[float]:
+    values = [1.0] * num_checkpoints if weights is None else [float(weight) for weight in weights]
+    if len(values) != num_checkpoints:
+        raise ValueError(
+            f"weights: expected {num_checkpoints}, one per checkpoint, got {len(values)}"
+        )
     return values
 
 
-def _several(features: OneOrMore) -> list[Features]:
+def _as_list(features: OneOrMore) -> list[Features]:
+    """Return the features of each checkpoint."""
     return list(features) if isinstance(features, Sequence) else [features]
 
 
-def _all_rows(name: str, features: OneOrMore) -> list[Rows]:
-    several = _several(features)
-    for checkpoint, one in enumerate(several):
-        if isinstance(one, Tensor | np.ndarray) and one.ndim != 2:
+def _as_rows(name: str, features: OneOrMore) -> list[Rows]:
+    """Return the rows of each checkpoint.
+
+    Raises:
+        ValueError: a tensor or array is not two-dimensional.
+    """
+    checkpoints = _as_list(features)
+    for number, checkpoint in enumerate(checkpoints):
+        if isinstance(checkpoint, Tensor | np.ndarray) and checkpoint.ndim != 2:
             raise ValueError(
-                f"{name}: checkpoint {checkpoint}: expected rows x numbers, got shape "
-                f"{tuple(one.shape)}"
+                f"{name}: checkpoint {number}: expected two dimensions (rows, numbers), got shape "
+                f"{tuple(checkpoint.shape)}"
             )
-    return [as_rows(one) for one in several]
+    return [as_rows(checkpoint) for checkpoint in checkpoints]
 
 
 def _check_same_origin(query_features: OneOrMore, train_features: OneOrMore) -> None:
-    """Refuse stores that were not made by the same model, projection, mask, ... as each other."""
-    both = [
-        list(one) if isinstance(one, Sequence) else [one]
-        for one in (query_features, train_features)
-    ]
-    for checkpoint, (query, train) in enumerate(zip(*both, strict=False)):
+    """Check that both stores of a checkpoint come from the same model, projection and mask.
+
+    Raises:
+        ValueError: they do not; the message says in what they differ.
+    """
+    pairs = zip(_as_list(query_features), _as_list(train_features), strict=False)
+    for number, (query, train) in enumerate(pairs):
         if isinstance(query, FeatureStore) and isinstance(train, FeatureStore):
             differing = identity_differences(train.identity, query.identity, ignore=["data"])
             if differing:
                 raise ValueError(
-                    f"query features {query.path} (checkpoint {checkpoint}) were made otherwise "
-                    f"than the training features {train.path}: {'; '.join(differing)}"
+                    f"query features {query.path} (checkpoint {number}) do not match the training "
+                    f"features {train.path}: {'; '.join(differing)}"
                 )
 
 
 def _device(features: Sequence[Rows]) -> torch.device:
+    """Return the device of tensors, and the CPU for rows on disk."""
     first = features[0]
     return first.tensor.device if isinstance(first, TensorRows) else torch.device("cpu")
 
@@ -338,14 +448,17 @@ def _bounded_k(k: int, num_train: int) -> int:
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
     if num_train < 1:
-        raise ValueError("train_features: expected at least one training example, got none")
+        raise ValueError("train_features: expected at least 1 training example, got none")
     return min(k, num_train)
 
 
-def _group_ids(
+# --- groups ----------------------------------------------------------------------------------
+
+
+def _number_groups(
     groups: Sequence[Any] | Tensor | None, num_train: int, device: torch.device
 ) -> tuple[list[Any] | None, Tensor | None]:
-    """Distinct groups, sorted, and each training example's place among them."""
+    """Return the distinct groups, sorted, and the (N,) number of each training example's group."""
     if groups is None:
         return None, None
     values = groups.tolist() if isinstance(groups, Tensor) else list(groups)
@@ -354,8 +467,8 @@ def _group_ids(
             f"groups: expected {num_train}, one per training example, got {len(values)}"
         )
     names = sorted(set(values))
-    rank = {name: place for place, name in enumerate(names)}
-    return names, torch.tensor([rank[value] for value in values], device=device)
+    number_of = {name: number for number, name in enumerate(names)}
+    return names, torch.tensor([number_of[value] for value in values], device=device)
 
 
 def _with_shares(
@@ -367,6 +480,7 @@ def _with_shares(
     groups_N: Tensor | None,
     sums_QG: Tensor | None,
 ) -> TopInfluences:
+    """Return rankings and sums as `TopInfluences`, with the shares of the groups."""
     shares = opponent_shares = None
     if names is not None and groups_N is not None:
         shares = _shares(groups_N[indices], len(names))
@@ -376,10 +490,11 @@ def _with_shares(
     )
 
 
-def _shares(groups_QK: Tensor, num_groups: int) -> Tensor:
-    num_queries, k = groups_QK.shape
-    first_of_Q = num_groups * torch.arange(num_queries, device=groups_QK.device)
-    counts = (
-        (groups_QK + first_of_Q[:, None]).flatten().bincount(minlength=num_queries * num_groups)
-    )
+def _shares(groups_QP: Tensor, num_groups: int) -> Tensor:
+    """Return the (Q, G) share of each group in rankings that list these groups."""
+    num_queries, k = groups_QP.shape
+    # One count over (query, group) cells, numbered row by row.
+    first_cell_Q = num_groups * torch.arange(num_queries, device=groups_QP.device)
+    cells = (groups_QP + first_cell_Q[:, None]).flatten()
+    counts = cells.bincount(minlength=num_queries * num_groups)
     return counts.reshape(num_queries, num_groups).double() / k

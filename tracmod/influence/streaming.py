@@ -1,14 +1,38 @@
-"""The strongest rows for every query, over rows of any number: bounded memory, resumable.
+"""Top-k search over feature rows on disk: bounded memory, resumable, and exact to the last bit.
 
-    for a block of queries that fits in memory:
-        for a few blocks of training rows:  read and verify them, on all cores
-            for each of them:  top_k_dot, on all cores
+The search is a loop over two kinds of blocks:
 
-`top_k_dot` takes up where it was left, bit for bit; so neither the blocks nor an interruption
-change the result. Memory: see `plan_blocks`. Bytes read: the training rows once per block of
-queries.
+    for each block of queries that fits into memory:            one pass over the training rows
+        for each block of training rows, in row order:          read and verified on all cores
+            merge the block's scores into the rankings          `kernels.top_k_dot`, on all cores
 
-Shape letters: Q queries, N training rows, K numbers per row, C checkpoints, G groups.
+Why in this order. Training rows outnumber queries by orders of magnitude, so they are the side
+that is streamed, and each block of queries costs one pass over them. Bytes read are therefore
+`passes x N x row_bytes`; with enough memory for all queries there is one pass. The reverse nesting
+would read less of the queries but keep the rankings of *all* queries in flight for each block, and
+a search that was interrupted could not finish any query.
+
+Why the result does not depend on the blocks. A ranking is merged with the scores of the next block
+under a total order: better score first, and among equal scores the lower row number first (NaN
+before everything, so that it is noticed). The k first rows of a total order are the same however
+the rows are divided. The products of a score are added in an order of their own, and scores are
+added to the group sums in row order, so `top_k_dot` called block by block with the state of the
+call before gives the bits of a single call. One exception needs care: for up to 8 queries the
+kernel takes another path whose sums round differently, so no block has fewer than 9 queries unless
+there are no more (`_LEAST_QUERIES`).
+
+Cosine needs the norms of whole rows. A row is never divided across blocks, so the kernel sums its
+squares beside its products and needs neither a pass of its own for norms nor normalised copies.
+
+Memory, where Q and N are all queries and training rows and q, t those of a block:
+
+    fixed   32 MiB of kernel buffers + Q rankings + 8 N for group numbers + one shard
+    + q x   (row + 2 rankings)       its features, and its rankings before and after a block
+    + t x   3 rows                   the block scored, the block read ahead, a copy in another dtype
+
+`plan_blocks` chooses q and t so that this stays within the `memory` of the caller.
+
+Shape suffixes: Q queries, N training rows, K numbers per row, C checkpoints, G groups.
 """
 
 from __future__ import annotations
@@ -26,43 +50,29 @@ from torch import Tensor
 from tracmod import kernels
 from tracmod.choices import DEFAULT_MEMORY
 from tracmod.features.rows import Rows, TensorRows, block_ranges, read_blocks
-from tracmod.features.shards import CACHED_SHARDS, READERS
+from tracmod.features.shards import READERS
 from tracmod.files.durable import canonical_json, sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 
 MEMORY = DEFAULT_MEMORY
-SAVE_SECONDS = 30.0
-# What `top_k_dot` works in beside its arguments: scores of 256 x 2048, and some per thread.
+SAVE_SECONDS = 30.0  # at least this long between two saves of the same block of queries
+# Working memory of `top_k_dot`: 256 x 2048 scores, and buffers per thread.
 _KERNEL_BYTES = 32 << 20
-# `top_k_dot` takes another path for up to 8 queries, whose sums round otherwise.
+# `top_k_dot` computes up to 8 queries on another path, whose sums round differently.
 _LEAST_QUERIES = 9
-
-
-class Blocks(NamedTuple):
-    """How the work is cut.
-
-    Attributes:
-        passes: blocks of queries, each of which passes over the training rows once.
-        trains: training rows of a block.
-        at_once: blocks that are read at once.
-    """
-
-    passes: int
-    trains: int
-    at_once: int
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is looked for.
+    """What to search for, and in what.
 
     Attributes:
-        queries: (C,) rows of Q queries.
-        trains: (C,) rows of N training examples.
-        k: places of each ranking.
-        weights: (C,) of the checkpoints.
+        queries: (C,) rows of the Q queries, one entry per checkpoint.
+        trains: (C,) rows of the N training examples.
+        k: length of each ranking.
+        weights: (C,) weight of each checkpoint.
         normalize: None or "cosine".
-        groups_N: the group of every training row, int64, on `device`; None for no sums.
+        groups_N: group number of every training row, int64, on `device`; None for no sums.
         num_groups: G.
         device: where scores are computed.
     """
@@ -78,23 +88,23 @@ class Search:
 
     @property
     def dtype(self) -> torch.dtype:
-        """bfloat16 where all rows are, else float32."""
-        given = {rows.dtype for rows in (*self.queries, *self.trains)}
-        return torch.bfloat16 if given == {torch.bfloat16} else torch.float32
+        """Dtype of the rows given to the kernel: bfloat16 if all rows are, otherwise float32."""
+        dtypes = {rows.dtype for rows in (*self.queries, *self.trains)}
+        return torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
 
     @property
-    def is_fetched(self) -> bool:
-        """Whether training rows come from object storage."""
+    def is_remote(self) -> bool:
+        """Whether training rows are fetched from object storage."""
         return any(rows.kept_bytes for rows in self.trains)
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether rows are read while those before are worked on; see `read_blocks`."""
-        return self.is_fetched or self.device.type != "cpu"
+        """Whether blocks are read while the blocks before are scored; see `read_blocks`."""
+        return self.is_remote or self.device.type != "cpu"
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that the result depends on."""
+        """Everything that the result depends on; saved progress is looked up by it."""
         groups = None if self.groups_N is None else self.groups_N.cpu().numpy().tobytes()
         return {
             "queries": [rows.key for rows in self.queries],
@@ -115,48 +125,57 @@ def search_rows(
     passes: int = 1,
     only: int | None = None,
 ) -> kernels.TopK:
-    """`top_k_dot` of all queries and training rows.
+    """Return the result of `top_k_dot` for all queries and training rows.
 
     Args:
-        search: what is looked for.
-        memory: bytes that rows on disk may take at a time, with the rankings and buffers.
-        progress: folder that keeps rankings between two tries, in files that are named by all that
-            they depend on; the caller removes it when their results are safe.
-        advance: called with the number of scores done; Q x N in all.
-        passes: into how many blocks queries are cut at least, if there are enough of them.
-        only: 0 to passes - 1: a share of these blocks, which alone is searched; absent: all.
+        search: queries, training rows and options.
+        memory: bytes that rows on disk may take, together with rankings and buffers.
+        progress: folder for intermediate rankings, from which an interrupted call resumes. The
+            names of its files are derived from everything they depend on. The caller removes the
+            folder once the results are safe.
+        advance: called with the number of scores just computed; Q x N in total.
+        passes: least number of blocks that the queries are divided into, as far as there are
+            enough queries.
+        only: from 0 to passes - 1: search only the blocks with this number modulo `passes`, so
+            that several processes can share the work. None searches all.
+
+    Returns:
+        `kernels.TopK` of the queries that were searched, in their order.
 
     Raises:
-        ValueError: too little memory; a shard that is missing or damaged.
+        ValueError: too little memory, or a shard that is missing or damaged.
     """
-    blocks, count = plan_blocks(search, memory), search.queries[0].shape[0]
-    cuts = max(blocks.passes, min(passes, count // _LEAST_QUERIES))
-    ends = [place * count // cuts for place in range(cuts + 1)]
-    parts = [
-        _search_block(search, first, stop, blocks, progress, advance)
-        for place, (first, stop) in enumerate(pairwise(ends))
-        if first < stop and (only is None or place % passes == only)
+    plan, num_queries = plan_blocks(search, memory), search.queries[0].shape[0]
+    num_blocks = max(plan.passes, min(passes, num_queries // _LEAST_QUERIES))
+    bounds = [block * num_queries // num_blocks for block in range(num_blocks + 1)]
+    results = [
+        _search_block(search, first, stop, plan, progress, advance)
+        for block, (first, stop) in enumerate(pairwise(bounds))
+        if first < stop and (only is None or block % passes == only)
     ]
-    if not parts:
-        return _nothing_found(search)
-    columns = zip(*parts, strict=True)
-    return kernels.TopK(*(None if one[0] is None else torch.cat(one) for one in columns))  # type: ignore[arg-type]
+    if not results:  # no queries, or none in this share of the work
+        scores, rows = torch.empty(0, search.k), torch.empty(0, search.k, dtype=torch.int64)
+        sums = None if search.groups_N is None else torch.empty(0, search.num_groups).double()
+        results = [kernels.TopK(scores, rows, scores.clone(), rows.clone(), sums)]
+    fields = [
+        None if parts[0] is None else torch.cat(parts).to(search.device)
+        for parts in zip(*results, strict=True)
+    ]
+    return kernels.TopK(*fields)  # type: ignore[arg-type]
 
 
-def _ranking_bytes(k: int, num_groups: int) -> int:
-    """Of a query: scores and rows of both rankings, groups of one to count shares, and sums."""
-    return 40 * k + 24 * num_groups
+# --- memory ----------------------------------------------------------------------------------
 
 
 class Sizes(NamedTuple):
-    """What the memory that a search takes depends on.
+    """Quantities that the memory of a search depends on.
 
     Attributes:
         queries, trains: Q and N.
-        row_bytes: of a row at all checkpoints, as it is computed with.
-        ranking_bytes: of a query's two rankings and its sums by group.
-        mapped_bytes: of the largest shard, which is mapped to be verified; of object storage also
-            the shards that are kept.
+        row_bytes: bytes of one row at all checkpoints, in the dtype of the computation.
+        ranking_bytes: bytes of one query's two rankings and its sums by group.
+        mapped_bytes: bytes of the largest shard, which is mapped whole while it is verified, and
+            of the shards that are kept from object storage.
     """
 
     queries: int
@@ -176,36 +195,61 @@ class Sizes(NamedTuple):
         shard_rows: int,
         on_disk: bool = True,
     ) -> Sizes:
-        """Sizes that are known before there are stores; `row_bytes` as above."""
+        """Return the sizes of a search in stores that need not exist yet.
+
+        Args:
+            queries, trains, row_bytes: as above.
+            k: length of each ranking.
+            num_groups: G.
+            shard_rows: rows per shard.
+            on_disk: False for stores in object storage.
+        """
         mapped_bytes = min(shard_rows, max(queries, trains)) * row_bytes
-        if not on_disk:  # a shard's bytes and tensors, and what is kept of queries and of training
+        if not on_disk:  # the bytes and tensors of a shard, and the cached shards of both sides
             mapped_bytes *= 2 + 2 * CACHED_SHARDS
         return cls(queries, trains, row_bytes, _ranking_bytes(k, num_groups), mapped_bytes)
 
     @property
     def fixed(self) -> int:
-        """Rankings and sums of all queries, groups, a shard, the kernel's buffers."""
+        """Bytes that do not depend on the blocks."""
         rankings = self.queries * self.ranking_bytes
         return _KERNEL_BYTES + rankings + 8 * self.trains + self.mapped_bytes
 
     @property
     def per_query(self) -> int:
-        """A query that is worked on: its rows, its rankings before and after a block."""
+        """Bytes per query of a block: its row, and its rankings before and after a merge."""
         return self.row_bytes + 2 * self.ranking_bytes
 
     @property
     def per_train(self) -> int:
-        """The row worked on, one that is read ahead, a copy in another dtype."""
+        """Bytes per row of a training block: scored, read ahead, and in another dtype."""
         return 3 * self.row_bytes
 
     @property
     def least_queries(self) -> int:
-        """Any number from here on can be cut so that no block has 1 to 8 queries."""
+        """Least number of queries of a block for which memory must suffice.
+
+        Blocks of up to 17 queries can always be formed so that none has fewer than 9: a larger
+        number of queries is divided into blocks whose sizes differ by at most one.
+        """
         return min(self.queries, 2 * _LEAST_QUERIES - 1)
 
 
+def _ranking_bytes(k: int, num_groups: int) -> int:
+    """Return the bytes of one query's results.
+
+    Per place: score and row number in both rankings (24 bytes), and group numbers while the shares
+    of one ranking are counted (16). Per group: the sum and the shares in both rankings (24).
+    """
+    return 40 * k + 24 * num_groups
+
+
 def check_memory(sizes: Sizes, memory: int) -> None:
-    """ValueError where not even a few queries and one training row fit."""
+    """Check that the smallest possible blocks fit into memory.
+
+    Raises:
+        ValueError: they do not; the message says how many bytes are needed.
+    """
     needed = sizes.fixed + sizes.least_queries * sizes.per_query + sizes.per_train
     if memory < needed:
         raise ValueError(
@@ -215,77 +259,93 @@ def check_memory(sizes: Sizes, memory: int) -> None:
         )
 
 
-def plan_blocks(search: Search, memory: int) -> Blocks:
-    """As many queries at a time as fit beside a block of training rows.
+class BlockPlan(NamedTuple):
+    """How a search is divided into blocks.
 
-    Rows that are in memory already cost nothing and are not cut.
+    Attributes:
+        passes: number of blocks of queries, each of which reads all training rows once.
+        train_rows: rows of a training block.
+        at_once: training blocks that are read at the same time.
+    """
+
+    passes: int
+    train_rows: int
+    at_once: int
+
+
+def plan_blocks(search: Search, memory: int) -> BlockPlan:
+    """Choose the blocks of a search so that it stays within `memory` bytes.
+
+    Half of the memory that is left beside the fixed part and the least block of queries is offered
+    to the training rows, which need no more than a shard per reading thread. Queries get the rest,
+    because each further block of them costs another pass. Rows that are in memory already are
+    neither counted nor divided.
 
     Raises:
-        ValueError: not even a few queries and one training row fit.
+        ValueError: not even the smallest blocks fit.
     """
     (num_queries, width), num_trains = search.queries[0].shape, search.trains[0].shape[0]
-    every = (*search.queries, *search.trains)
+    sides = (*search.queries, *search.trains)
     sizes = Sizes(
         num_queries,
         num_trains,
         row_bytes=len(search.trains) * width * search.dtype.itemsize,
         ranking_bytes=_ranking_bytes(search.k, search.num_groups),
-        mapped_bytes=max(one.mapped_bytes for one in every) + sum(one.kept_bytes for one in every),
+        mapped_bytes=max(rows.mapped_bytes for rows in sides)
+        + sum(rows.kept_bytes for rows in sides),
     )
-    if not all(isinstance(rows, TensorRows) for rows in every):
+    if not all(isinstance(rows, TensorRows) for rows in sides):
         check_memory(sizes, memory)
-    free = (memory - sizes.fixed - sizes.least_queries * sizes.per_query) // 2
-    longest = max(
+    for_trains = (memory - sizes.fixed - sizes.least_queries * sizes.per_query) // 2
+    # A block does not cross the end of a shard, so that reading it never copies.
+    largest_shard = max(
         (stop - start for start, stop in pairwise([0, *search.trains[0].ends])), default=0
     )
-    trains = min(longest, max(1, free // sizes.per_train))
-    more = trains * sizes.row_bytes * (2 if search.reads_ahead else 1) + sizes.mapped_bytes
-    room = max(0, free - trains * sizes.per_train) // max(1, more)
-    at_once = 1 if search.is_fetched else 1 + min(room, torch.get_num_threads() - 1, READERS - 1)
-    taken = trains * sizes.per_train + (at_once - 1) * more
-    queries = (memory - sizes.fixed - taken) // sizes.per_query
+    train_rows = min(largest_shard, max(1, for_trains // sizes.per_train))
+    # More blocks at a time let several threads verify checksums; each maps a shard of its own.
+    per_block = train_rows * sizes.row_bytes * (2 if search.reads_ahead else 1)
+    per_block += sizes.mapped_bytes
+    more = max(0, for_trains - train_rows * sizes.per_train) // max(1, per_block)
+    at_once = 1 if search.is_remote else 1 + min(more, torch.get_num_threads() - 1, READERS - 1)
+    used = train_rows * sizes.per_train + (at_once - 1) * per_block
+    block_queries = (memory - sizes.fixed - used) // sizes.per_query
     if all(isinstance(rows, TensorRows) for rows in search.trains):
-        trains = num_trains
+        train_rows = num_trains
     if all(isinstance(rows, TensorRows) for rows in search.queries):
-        queries = num_queries
-    # No block of 1 to 8 queries, unless there are no more.
-    passes = min(-(-num_queries // max(1, queries)), num_queries // _LEAST_QUERIES)
-    return Blocks(max(1, passes), max(1, trains), at_once)
+        block_queries = num_queries
+    passes = min(-(-num_queries // max(1, block_queries)), num_queries // _LEAST_QUERIES)
+    return BlockPlan(max(1, passes), max(1, train_rows), at_once)
 
 
-def _nothing_found(search: Search) -> kernels.TopK:
-    """The result for no queries."""
-    scores, rows = (torch.empty(0, search.k, dtype=one) for one in (torch.float32, torch.int64))
-    sums = None if search.groups_N is None else torch.empty(0, search.num_groups).double()
-    found = (scores, rows, scores.clone(), rows.clone(), sums)
-    return kernels.TopK(*(None if one is None else one.to(search.device) for one in found))  # type: ignore[arg-type]
+# --- one block of queries ---------------------------------------------------------------------
 
 
 def _search_block(
     search: Search,
     first: int,
     stop: int,
-    blocks: Blocks,
+    plan: BlockPlan,
     progress: Path | None,
     advance: Callable[[int], Any] | None,
 ) -> kernels.TopK:
-    """The rankings of the queries [first, stop)."""
+    """Return the rankings of the queries [first, stop), resuming from saved progress."""
     saved = None if progress is None else _Progress(progress, search, first, stop)
     state, done = (None, 0) if saved is None else saved.load()
     if advance is not None and done:
         advance((stop - first) * done)
     if state is not None and done == search.trains[0].shape[0]:
         return state
-    queries = [_ready(rows.read(first, stop), search) for rows in search.queries]
-    # What was done may have ended elsewhere: with another `memory`, blocks were others.
-    every = block_ranges(search.trains[0], blocks.trains)
-    ranges = [(max(start, done), end) for start, end in every if end > done]
-    for start, block in read_blocks(search.trains, ranges, blocks.at_once, search.reads_ahead):
-        count = len(block[0])
+    queries = [_on_device(rows.read(first, stop), search) for rows in search.queries]
+    # With another `memory` the blocks of an interrupted call ended elsewhere: `done` may lie within
+    # a block of this plan, of which only the rest is read.
+    blocks = block_ranges(search.trains[0], plan.train_rows)
+    remaining = [(max(start, done), end) for start, end in blocks if end > done]
+    for start, trains in read_blocks(search.trains, remaining, plan.at_once, search.reads_ahead):
+        count = len(trains[0])
         groups_N = None if search.groups_N is None else search.groups_N[start : start + count]
         state = kernels.top_k_dot(
             queries,
-            [_ready(one, search) for one in block],
+            [_on_device(rows, search) for rows in trains],
             k=search.k,
             weights=search.weights,
             normalize=search.normalize,
@@ -295,43 +355,50 @@ def _search_block(
             index_offset=start,
         )
         if saved is not None:
-            saved.keep(state, start + count)
+            saved.save(state, start + count)
         if advance is not None:
             advance((stop - first) * count)
     assert state is not None
     return state
 
 
-def _ready(rows: Tensor, search: Search) -> Tensor:
+def _on_device(rows: Tensor, search: Search) -> Tensor:
     return rows.to(search.device, search.dtype).contiguous()
 
 
 class _Progress:
-    """The file of a block of queries; a damaged one is made anew."""
+    """The intermediate rankings of one block of queries, in one file.
+
+    The file holds the rankings and the number of training rows that they cover. It is replaced as a
+    whole, so after a kill it is the last complete state. Its name is a digest of the identity of
+    the search and the block, so that a search with other features, weights or groups never reads
+    it. A file that is damaged is ignored, and its work repeated.
+    """
 
     def __init__(self, folder: Path, search: Search, first: int, stop: int) -> None:
         self._identity = {**search.identity, "first": first, "stop": stop}
         self._file = folder / f"{sha256(canonical_json(self._identity))[:32]}.safetensors"
         self._device = search.device
-        self._count = search.trains[0].shape[0]
+        self._num_trains = search.trains[0].shape[0]
         self._saved_at = time.monotonic()
 
     def load(self) -> tuple[kernels.TopK | None, int]:
-        """The rankings so far and the training rows that they are of."""
+        """Return the saved rankings and the number of training rows they cover, or (None, 0)."""
         try:
-            kept = read_tensors(self._file, self._identity)
-        except ValueError:
+            tensors = read_tensors(self._file, self._identity)
+        except ValueError:  # damaged
+            tensors = None
+        if tensors is None:
             return None, 0
-        if kept is None:
-            return None, 0
-        parts = [kept[name].to(self._device) for name in kernels.TopK._fields if name in kept]
-        return kernels.TopK(*parts, *([None] * (5 - len(parts)))), int(kept["done"])
+        fields = [tensors.get(name) for name in kernels.TopK._fields]
+        fields = [None if field is None else field.to(self._device) for field in fields]
+        return kernels.TopK(*fields), int(tensors["done"])  # type: ignore[arg-type]
 
-    def keep(self, state: kernels.TopK, done: int) -> None:
-        """Write the rankings, but not too often."""
+    def save(self, state: kernels.TopK, done: int) -> None:
+        """Write the rankings if they are complete, or if the last save is long ago."""
         now = time.monotonic()
-        if done < self._count and now - self._saved_at < SAVE_SECONDS:
+        if done < self._num_trains and now - self._saved_at < SAVE_SECONDS:
             return
-        tensors = {name: one for name, one in state._asdict().items() if one is not None}
+        tensors = {name: field for name, field in state._asdict().items() if field is not None}
         write_tensors(self._file, {**tensors, "done": torch.tensor(done)}, self._identity)
         self._saved_at = now

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tracmod.analysis.statistics import Settings as Resampling
+from tracmod.analysis.statistics import Resampling
 from tracmod.config import RunConfig
 from tracmod.engine import Engine
 from tracmod.engine.local import LocalEngine

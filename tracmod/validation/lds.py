@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tracmod.analysis.statistics import Settings
+from tracmod.analysis.statistics import Resampling
 
 LDS_SCHEMA = pa.schema(
     [
@@ -43,15 +43,15 @@ class Draws:
     confidence: float
 
     @staticmethod
-    def of(clusters: Sequence[Any] | np.ndarray, others: int, settings: Settings) -> Draws:
+    def of(clusters: Sequence[Any] | np.ndarray, others: int, resampling: Resampling) -> Draws:
         """Draw; `clusters` has the parallel item of each test example."""
-        rng = np.random.default_rng(settings.seed)
+        rng = np.random.default_rng(resampling.seed)
         _, cluster_of_Q = np.unique(np.asarray(clusters), return_inverse=True)
-        items = _times_drawn(int(cluster_of_Q.max()) + 1, settings.bootstrap, rng)
+        items = _times_drawn(int(cluster_of_Q.max()) + 1, resampling.bootstrap, rng)
         return Draws(
             items[:, cluster_of_Q],
-            _times_drawn(others, settings.bootstrap, rng),
-            settings.confidence,
+            _times_drawn(others, resampling.bootstrap, rng),
+            resampling.confidence,
         )
 
     def interval(self, values_B: np.ndarray) -> dict[str, float]:

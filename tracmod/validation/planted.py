@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 from scipy.stats import rankdata
 
-from tracmod.analysis.results import RunResults, View, counts_under
-from tracmod.analysis.statistics import Settings
+from tracmod.analysis.results import RunResults, ViewResults, counts_under
+from tracmod.analysis.statistics import Resampling
 from tracmod.tasks.planted import TEACHER
 
 DUPLICATES_GOAL, AUC_GOAL, SPEARMAN_GOAL = 0.99, 0.9, 0.8
@@ -54,7 +54,7 @@ class Answer:
     right: bool
 
 
-def planted_answers(run_dir: str | Path, settings: Settings) -> pa.Table:
+def planted_answers(run_dir: str | Path, resampling: Resampling) -> pa.Table:
     """`analysis/planted.parquet`: every question that can be put, for each model and view.
 
     duplicates: share of the test examples with a duplicate among the training examples whose
@@ -88,7 +88,7 @@ def planted_answers(run_dir: str | Path, settings: Settings) -> pa.Table:
     rows = [
         {"model": view.model, "view": view.name, **answer.__dict__}
         for view in run.views()
-        for answer in _answers(truth, view, settings)
+        for answer in _answers(truth, view, resampling)
     ]
     return pa.Table.from_pylist(rows, ANSWER_SCHEMA)
 
@@ -138,7 +138,7 @@ class _Truth:
         return np.array(places).reshape(-1, 2), np.array([row["relatedness"] for row in rows])
 
 
-def _answers(truth: _Truth, view: View, settings: Settings) -> Iterator[Answer]:
+def _answers(truth: _Truth, view: ViewResults, resampling: Resampling) -> Iterator[Answer]:
     """The answers of one view, as far as the plants are there."""
     shares_QG = view.measures["share_positive"]
     known_Q = np.isfinite(shares_QG).all(axis=1)
@@ -147,27 +147,27 @@ def _answers(truth: _Truth, view: View, settings: Settings) -> Iterator[Answer]:
     if all(counts_under(name, language) for name in view.folders for language in truth.languages):
         listed = [_listed(truth, folder / "top.parquet") for folder in folders]
         if truth.duplicates:
-            yield _duplicates(truth, [first for first, _ in listed], settings)
+            yield _duplicates(truth, [first for first, _ in listed], resampling)
         if truth.flipped_N.any():
             files = [folder / "self_influence.parquet" for folder in folders]
             if all(file.is_file() for file in files):
                 own_N = np.mean([_self_influence(truth, file) for file in files], axis=0)
-                yield _flipped_by_self_influence(truth, own_N, settings)
+                yield _flipped_by_self_influence(truth, own_N, resampling)
             scores_QN = sum((scores for _, scores in listed[1:]), start=listed[0][1])
-            yield _flipped_by_opponents(truth, scores_QN, settings)
+            yield _flipped_by_opponents(truth, scores_QN, resampling)
         if len(truth.languages) > 2:
-            yield _relatedness(truth, shares_QG, settings)
+            yield _relatedness(truth, shares_QG, resampling)
         if truth.loans:
-            yield _loan(truth, shares_QG, settings)
-    yield from _known_languages(truth, shares_QG, known_Q, settings)
+            yield _loan(truth, shares_QG, resampling)
+    yield from _known_languages(truth, shares_QG, known_Q, resampling)
 
 
-def _duplicates(truth: _Truth, firsts: Sequence[np.ndarray], settings: Settings) -> Answer:
+def _duplicates(truth: _Truth, firsts: Sequence[np.ndarray], resampling: Resampling) -> Answer:
     rows = list(truth.duplicates)
     wanted = np.array([truth.duplicates[row] for row in rows])
     found = np.mean([first_Q[rows] == wanted for first_Q in firsts], axis=0)
     value, low, high = _interval(
-        lambda chosen: float(found[chosen].mean()), truth.languages_Q[rows], settings
+        lambda chosen: float(found[chosen].mean()), truth.languages_Q[rows], resampling
     )
     return Answer(
         "duplicates",
@@ -177,27 +177,27 @@ def _duplicates(truth: _Truth, firsts: Sequence[np.ndarray], settings: Settings)
     )
 
 
-def _flipped_by_self_influence(truth: _Truth, own_N: np.ndarray, settings: Settings) -> Answer:
+def _flipped_by_self_influence(truth: _Truth, own_N: np.ndarray, resampling: Resampling) -> Answer:
     value, low, high = _interval(
         lambda chosen: auc(own_N[chosen], truth.flipped_N[chosen]),
         [f"{a} {b}" for a, b in zip(truth.languages_N, truth.flipped_N, strict=True)],
-        settings,
+        resampling,
     )
     numbers = (value, low, high, 0.5)
     return Answer("flipped_by_self_influence", *numbers, f"at least {AUC_GOAL}", value >= AUC_GOAL)
 
 
-def _flipped_by_opponents(truth: _Truth, scores_QN: csr_array, settings: Settings) -> Answer:
+def _flipped_by_opponents(truth: _Truth, scores_QN: csr_array, resampling: Resampling) -> Answer:
     value, low, high = _interval(
         lambda chosen: auc(-_sum_of_rows(scores_QN, chosen), truth.flipped_N),
         truth.languages_Q,
-        settings,
+        resampling,
     )
     numbers = (value, low, high, 0.5)
     return Answer("flipped_by_opponents", *numbers, f"at least {AUC_GOAL}", value >= AUC_GOAL)
 
 
-def _relatedness(truth: _Truth, shares_QG: np.ndarray, settings: Settings) -> Answer:
+def _relatedness(truth: _Truth, shares_QG: np.ndarray, resampling: Resampling) -> Answer:
     places_P2, relatedness_P = truth.pairs()
     plain = [row for row in range(len(shares_QG)) if row not in truth.loans]
     shares_QG, languages_Q = shares_QG[plain], truth.languages_Q[plain]
@@ -212,32 +212,32 @@ def _relatedness(truth: _Truth, shares_QG: np.ndarray, settings: Settings) -> An
         mutual_GG = (means_GG + means_GG.T) / 2
         return spearman(mutual_GG[places_P2[:, 0], places_P2[:, 1]], relatedness_P)
 
-    value, low, high = _interval(statistic, languages_Q, settings)
+    value, low, high = _interval(statistic, languages_Q, resampling)
     numbers = (value, low, high, 0.0)
     return Answer("relatedness", *numbers, f"at least {SPEARMAN_GOAL}", value >= SPEARMAN_GOAL)
 
 
-def _loan(truth: _Truth, shares_QG: np.ndarray, settings: Settings) -> Answer:
+def _loan(truth: _Truth, shares_QG: np.ndarray, resampling: Resampling) -> Answer:
     rises_G = shares_QG[list(truth.loans)] - shares_QG[list(truth.loans.values())]
     teacher = truth.place(TEACHER)
-    value, low, high = _mean(rises_G[:, teacher], settings)
+    value, low, high = _mean(rises_G[:, teacher], resampling)
     largest = int(np.argmax(rises_G.mean(axis=0))) == teacher
     expected = "above 0, and the largest rise of all languages"
     return Answer("loan", value, low, high, 0.0, expected, low > 0 and largest)
 
 
 def _known_languages(
-    truth: _Truth, shares_QG: np.ndarray, known_Q: np.ndarray, settings: Settings
+    truth: _Truth, shares_QG: np.ndarray, known_Q: np.ndarray, resampling: Resampling
 ) -> Iterator[Answer]:
     of = {name: known_Q & (truth.languages_Q == name) for name in truth.languages}
     if of.get("isolated", known_Q[:0]).any():
         own = shares_QG[of["isolated"], truth.place("isolated")]
-        value, low, high = _mean(own, settings)
+        value, low, high = _mean(own, resampling)
         chance = truth.run.null_shares["isolated"]
         yield Answer("isolated", value, low, high, chance, "above chance", low > chance)
     if "base" in truth.languages and of.get("cipher", known_Q[:0]).any():
         twin = shares_QG[of["cipher"], truth.place("base")]
-        value, low, high = _mean(twin, settings)
+        value, low, high = _mean(twin, resampling)
         chance = truth.run.null_shares["base"]
         yield Answer("cipher", value, low, high, chance, "below chance", high < chance)
 
@@ -259,30 +259,30 @@ def spearman(a_P: np.ndarray, b_P: np.ndarray) -> float:
     return float(np.corrcoef(rankdata(a_P), rankdata(b_P))[0, 1])
 
 
-def _mean(values: np.ndarray, settings: Settings) -> tuple[float, float, float]:
-    return _interval(lambda chosen: float(values[chosen].mean()), np.zeros(len(values)), settings)
+def _mean(values: np.ndarray, resampling: Resampling) -> tuple[float, float, float]:
+    return _interval(lambda chosen: float(values[chosen].mean()), np.zeros(len(values)), resampling)
 
 
 def _interval(
     statistic: Callable[[np.ndarray], float],
     strata: Sequence[str] | np.ndarray,
-    settings: Settings,
+    resampling: Resampling,
 ) -> tuple[float, float, float]:
     """The statistic of all rows, and its percentile bootstrap interval.
 
     Args:
         statistic: of row numbers.
         strata: of each row; as many rows of each are drawn as there are.
-        settings: number of draws, coverage, seed.
+        resampling: number of draws, coverage and seed.
     """
     strata = np.asarray(strata)
     parts = [np.flatnonzero(strata == one) for one in np.unique(strata)]
-    rng = np.random.default_rng(settings.seed)
+    rng = np.random.default_rng(resampling.seed)
     drawn = [
         statistic(np.concatenate([rng.choice(part, len(part)) for part in parts]))
-        for _ in range(settings.bootstrap)
+        for _ in range(resampling.bootstrap)
     ]
-    tail = (1 - settings.confidence) / 2
+    tail = (1 - resampling.confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return statistic(np.arange(len(strata))), float(low), float(high)
 

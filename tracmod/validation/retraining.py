@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from tracmod.analysis.matrix_correlation import permuted_columns
-from tracmod.analysis.statistics import Settings
+from tracmod.analysis.statistics import Resampling
 from tracmod.validation.lds import Draws, by_language, lds_table
 from tracmod.validation.retrained_changes import Changes, Compared
 
@@ -168,7 +168,7 @@ def subset_lds(
     retrained: Retrained,
     languages_Q: Sequence[str],
     clusters_Q: Sequence[Any] | np.ndarray,
-    settings: Settings,
+    resampling: Resampling,
 ) -> pa.Table:
     """`lds_table` of every method, and of the losses of one half of the seeds as the prediction.
 
@@ -177,7 +177,7 @@ def subset_lds(
     """
     number = next(iter(summed.values())).subsets_QS.shape[1]
     losses_RQS = np.stack([retrained.losses[subset_set(s)] for s in range(number)], axis=-1)
-    draws = Draws.of(clusters_Q, number, settings)
+    draws = Draws.of(clusters_Q, number, resampling)
     predicted = {method: one.subsets_QS for method, one in summed.items()}
     table = lds_table(predicted, losses_RQS.mean(axis=0), languages_Q, draws)
     half = len(losses_RQS) // 2
@@ -195,7 +195,7 @@ def removal_table(
     random_removals: int,
     languages_Q: Sequence[str],
     clusters_Q: Sequence[Any] | np.ndarray,
-    settings: Settings,
+    resampling: Resampling,
 ) -> pa.Table:
     """`removal.parquet`: change of loss and accuracy of a language's test examples.
 
@@ -211,7 +211,7 @@ def removal_table(
     }
     groups[RANDOM, RANDOM] = dict.fromkeys(places, tuple(map(random_set, range(random_removals))))
     sets = [name for group in groups.values() for own in group.values() for name in own]
-    changes = _changes(retrained, sets, places, clusters_Q, settings)
+    changes = _changes(retrained, sets, places, clusters_Q, resampling)
     rows = []
     for (method, side), compared in groups.items():
         trainings = len(next(iter(compared.values()))) * len(retrained.losses[ALL])
@@ -241,14 +241,14 @@ def _changes(
     sets: Sequence[str],
     places: Mapping[str, np.ndarray],
     clusters_Q: Sequence[Any] | np.ndarray,
-    settings: Settings,
+    resampling: Resampling,
 ) -> dict[str, Changes]:
     """Of `loss` and `accuracy`, without each of the sets against all examples."""
-    draws = Draws.of(clusters_Q, 1, settings)
+    draws = Draws.of(clusters_Q, 1, resampling)
     first_of: dict[bytes, str] = {}
     same = {n: first_of.setdefault(retrained.losses[n].tobytes(), n) for n in (ALL, *sets)}
     return {
-        name: Changes.of(values, same, ALL, places, draws, settings.seed)
+        name: Changes.of(values, same, ALL, places, draws, resampling.seed)
         for name, values in (("loss", retrained.losses), ("accuracy", retrained.correct))
     }
 
@@ -271,7 +271,7 @@ def leave_one_out_table(
     languages_N: Sequence[str],
     languages_Q: Sequence[str],
     clusters_Q: Sequence[Any] | np.ndarray,
-    settings: Settings,
+    resampling: Resampling,
 ) -> pa.Table:
     """`leave_one_out.parquet`: a row per method, test and training language.
 
@@ -282,7 +282,7 @@ def leave_one_out_table(
     """
     trained, tested = by_language(languages_N), by_language(languages_Q)
     sets = [language_set(left_out) for left_out in trained]
-    change = _changes(retrained, sets, tested, clusters_Q, settings)["loss"]
+    change = _changes(retrained, sets, tested, clusters_Q, resampling)["loss"]
     actual = {
         left_out: dict(change.intervals(dict.fromkeys(tested, (language_set(left_out),))))
         for left_out in trained
@@ -306,7 +306,7 @@ def leave_one_out_table(
     return pa.Table.from_pylist(rows, LEAVE_ONE_OUT_SCHEMA)
 
 
-def leave_one_out_tests(table: pa.Table, settings: Settings) -> list[dict[str, Any]]:
+def leave_one_out_tests(table: pa.Table, resampling: Resampling) -> list[dict[str, Any]]:
     """For each method, Spearman of predicted with actual change over the cells, and its p.
 
     Over all cells, and over those of two different languages (`between_only`). See
@@ -331,8 +331,8 @@ def leave_one_out_tests(table: pa.Table, settings: Settings) -> list[dict[str, A
                 tested,
                 trained,
                 between_only=between_only,
-                permutations=settings.permutations,
-                seed=settings.seed,
+                permutations=resampling.permutations,
+                seed=resampling.seed,
             )
             tests.append({"method": method, "between_only": between_only} | found.__dict__)
     return tests

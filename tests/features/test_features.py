@@ -9,8 +9,9 @@ import torch
 from encoders import ragged_examples, tiny_encoder
 
 import tracmod as tm
-from tracmod.features.collector import Collector, collect_to_store, feature_identity
+from tracmod.features.collector import Collector, collect_to_store
 from tracmod.features.projection import projection_keys
+from tracmod.features.recipe import FeatureRecipe
 from tracmod.gradients.capture import select_layers
 from tracmod.gradients.lean_pass import lean
 from tracmod.kernels import reference
@@ -323,7 +324,7 @@ def test_a_model_with_several_labels_per_text_is_refused():
 
 def test_a_store_is_the_same_however_often_it_was_interrupted(tmp_path):
     model, examples = tiny_encoder().eval(), ragged_examples(11)
-    identity = feature_identity(tm.Projection(200), "encoder", None, "float32", model="m")
+    identity = FeatureRecipe(tm.Projection(200), "encoder", "float32", 30, 64).identity(model="m")
 
     def collect(name, fail_after):
         done = []

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from tracmod.engine import MakeWorker
 from tracmod.engine.dispatch import WorkerEvent, dispatch
+from tracmod.engine.interface import MakeWorker
 
 
 class LocalEngine:

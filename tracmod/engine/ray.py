@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from tracmod.engine import MakeWorker
 from tracmod.engine.dispatch import WorkerEvent, dispatch
+from tracmod.engine.interface import MakeWorker
 from tracmod.engine.local import do_logged, worker_log
 
 try:

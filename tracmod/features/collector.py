@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -327,16 +327,3 @@ def whole_rows(gradients_bRC: Tensor) -> Tensor:
     """Return (b, R) int64: the number of each row of formed gradients, as ids of an embedding."""
     batch, rows, _ = gradients_bRC.shape
     return torch.arange(rows, device=gradients_bRC.device).expand(batch, rows).contiguous()
-
-
-def feature_identity(
-    projection: Projection, parameters: str, head_mask: HeadMask | None, dtype: str, **digests: str
-) -> dict[str, Any]:
-    """Return what features depend on. A store keeps it and compares it when it is opened again."""
-    return {
-        "projection": asdict(projection),
-        "parameters": parameters,
-        "head_mask": None if head_mask is None else head_mask.digest(),
-        "pass_dtype": dtype,
-        **digests,
-    }

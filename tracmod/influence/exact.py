@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 
 from tracmod import kernels
 from tracmod.gradients.capture import Captured, Layer, capture, select_layers
-from tracmod.gradients.lean_pass import lean
+from tracmod.gradients.lean_pass import LeanColumns, lean
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.inputs import (
     as_examples,

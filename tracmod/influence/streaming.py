@@ -50,7 +50,7 @@ from torch import Tensor
 from tracmod import kernels
 from tracmod.choices import DEFAULT_MEMORY
 from tracmod.features.rows import Rows, TensorRows, block_ranges, read_blocks
-from tracmod.features.shards import READERS
+from tracmod.features.shards import CACHED_SHARDS, READERS
 from tracmod.files.durable import canonical_json, sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up: a package may import those before it.
 LAYERS = [
     "choices",
-    "kernels config files",
+    "kernels files",
+    "config",
     "tasks models engine",
     "subnetworks",
     "training gradients",

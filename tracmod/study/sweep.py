@@ -16,9 +16,10 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tracmod.config import RunConfig, parse_config, parse_overrides, read_tree, set_value
+from tracmod.config import RunConfig, parse_config
 from tracmod.engine import Engine
 from tracmod.files.durable import write_csv, write_parquet
+from tracmod.files.yaml_tree import parse_overrides, read_tree, set_value
 from tracmod.study.run_folder import RunFolder
 from tracmod.study.stage_table import stage_named, stages_through
 

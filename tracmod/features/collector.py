@@ -157,8 +157,10 @@ class Collector:
                     size = slot.k_out * slot.k_in
                     out_bK[:, slot.offset : slot.offset + size] += gradients_bRC.flatten(1)
                     continue
+                count, num_rows, _ = gradients_bRC.shape
+                ids_bR = torch.arange(num_rows, device=out_bK.device).expand(count, num_rows)
                 kernels.project_gradients(
-                    whole_rows(gradients_bRC), gradients_bRC, out_bK, layer="embedding",
+                    ids_bR.contiguous(), gradients_bRC, out_bK, layer="embedding",
                     kind=slot.kind, offset=slot.offset, k_out=slot.k_out, k_in=slot.k_in,
                     seed=self.projection.seed, input_key=0, output_key=projection_keys(layer, 0)[1],
                 )  # fmt: skip
@@ -321,9 +323,3 @@ def _write_shard(
     if copied is not None:
         copied.synchronize()
     store.write_shard(shard, features)
-
-
-def whole_rows(gradients_bRC: Tensor) -> Tensor:
-    """Return (b, R) int64: the number of each row of formed gradients, as ids of an embedding."""
-    batch, rows, _ = gradients_bRC.shape
-    return torch.arange(rows, device=gradients_bRC.device).expand(batch, rows).contiguous()

@@ -252,7 +252,10 @@ def capture(
             stack.callback(layer.module.register_forward_hook(groups.hook(layer)).remove)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         inputs["attention_mask"] = _attention_mask(model, batch["attention_mask"])
-        with _autocast(lengths.device.type, dtype):
+        precision = torch.autocast(
+            lengths.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None
+        )
+        with precision:
             loss_B = per_example_loss(model(**inputs).logits, batch["labels"])
         if loss_B.requires_grad:
             torch.autograd.backward(loss_B.sum())
@@ -280,10 +283,6 @@ def _attention_mask(model: Any, mask_BS: Tensor) -> Tensor:
         return mask_BS
     batch, tokens = mask_BS.shape
     return mask_BS.bool()[:, None, None, :].expand(batch, 1, tokens, tokens)
-
-
-def _autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 @dataclass
@@ -357,7 +356,8 @@ class _Groups:
 def _captured(group: _Group, lengths: Tensor, lean_columns: LeanColumns) -> Captured:
     """Bring what was recorded into the form of `Captured`."""
     module = group.layers[0].module
-    gs = [_for_kernels(group.g[layer.name]) for layer in group.layers]
+    gs = [group.g[layer.name] for layer in group.layers]
+    gs = [g if g.dtype in (torch.float32, torch.bfloat16) else g.float() for g in gs]
     # A pooled layer, or the first position of a lean last layer: no padding.
     one_token = gs[0].dim() == 2 or gs[0].shape[1] == 1
     x = group.x
@@ -386,7 +386,3 @@ def _captured(group: _Group, lengths: Tensor, lean_columns: LeanColumns) -> Capt
 def _widened(narrow: Tensor, columns: Tensor, width: int) -> Tensor:
     wide = narrow.new_zeros(*narrow.shape[:-1], width)
     return wide.index_copy_(-1, columns, narrow)
-
-
-def _for_kernels(g: Tensor) -> Tensor:
-    return g if g.dtype in (torch.float32, torch.bfloat16) else g.float()

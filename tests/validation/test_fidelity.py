@@ -1,8 +1,9 @@
-"""The fidelity certificate: what it states, that a bad projection is told, and that it repeats."""
+"""The fidelity certificate: its numbers, its warning about bad projections, its repeatability."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -32,19 +33,19 @@ WRITTEN = ("influence/fidelity.parquet", "analysis/fidelity.json")
 
 
 def by_hand(exact, projected, query_languages, train_languages, k):
-    """Every statistic in plain loops."""
+    """Compute every statistic in plain loops."""
     exact, projected = np.asarray(exact, np.float64), np.asarray(projected, np.float64)
     rows = list(zip(exact, projected, strict=True))
     cells = {}
     overlaps = []
     for (a, b), language in zip(rows, query_languages, strict=True):
         for sign in (1, -1):
-            tops = [np.argsort(-sign * one, kind="stable")[:k].tolist() for one in (a, b)]
+            tops = [np.argsort(-sign * scores, kind="stable")[:k].tolist() for scores in (a, b)]
             overlaps.append(len(set(tops[0]) & set(tops[1])) / k)
             for train in set(train_languages):
                 shares = [np.mean([train_languages[n] == train for n in top]) for top in tops]
                 cells.setdefault((language, sign, train), []).append(shares[1] - shares[0])
-    errors = [abs(np.mean(one)) for one in cells.values()]
+    errors = [abs(np.mean(differences)) for differences in cells.values()]
     return {
         "spearman": np.mean([spearmanr(a, b).statistic for a, b in rows]),
         "pearson": np.mean([np.corrcoef(a, b)[0, 1] for a, b in rows]),
@@ -57,9 +58,9 @@ def by_hand(exact, projected, query_languages, train_languages, k):
 
 def check(certificate, expected):
     for name in STATISTICS:
-        found = certificate[name]
-        assert found["value"] == pytest.approx(expected[name], rel=1e-4, abs=1e-9), name
-        assert found["low"] <= found["value"] <= found["high"], name
+        statistic = certificate[name]
+        assert statistic["value"] == pytest.approx(expected[name], rel=1e-4, abs=1e-9), name
+        assert statistic["low"] <= statistic["value"] <= statistic["high"], name
 
 
 def config(least_spearman):
@@ -93,19 +94,19 @@ def own(inputs, tmp_path):
 
 
 def command(folder, *options):
-    """`tracmod attribute` in a folder of `inputs`, with what it says on stderr."""
-    given = [f"--checkpoint={folder / name}" for name in ("checkpoint-1", "checkpoint-2")]
-    arguments = ["attribute", "--model", folder / "model", *given, "--train",
+    """Run `tracmod attribute` in a folder of `inputs`."""
+    checkpoints = [f"--checkpoint={folder / name}" for name in ("checkpoint-1", "checkpoint-2")]
+    arguments = ["attribute", "--model", folder / "model", *checkpoints, "--train",
                  folder / "train.tsv", "--query", folder / "query.tsv", "--out",
                  folder / "out", *options]  # fmt: skip
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-# --- what it states -------------------------------------------------------------------------
+# --- its numbers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["full", "sparse"])
-def test_the_studys_certificate_is_what_one_computes_by_hand(done, model):
+def test_the_certificate_of_a_study_agrees_with_a_computation_by_hand(done, model):
     """From the checkpoints, the data and the stored features alone."""
     tables = {
         split: pq.read_table(done / "data" / f"{split}.parquet") for split in ("train", "test")
@@ -113,7 +114,10 @@ def test_the_studys_certificate_is_what_one_computes_by_hand(done, model):
     written = pq.read_table(done / WRITTEN[0]).to_pandas()
     written = written[written.model == model]
     ids = {split: tables[split].column("id").to_pylist() for split in tables}
-    rows = {s: [ids[s].index(one) for one in dict.fromkeys(written[f"{s}_id"])] for s in ids}
+    rows = {
+        split: [ids[split].index(name) for name in dict.fromkeys(written[f"{split}_id"])]
+        for split in ids
+    }
     exact = projected = 0
     for checkpoint in load_checkpoints(done / f"models/{model}/checkpoint-{e}" for e in (1, 2)):
         network, tokenizer = load_model(checkpoint.path)
@@ -138,7 +142,7 @@ def test_the_studys_certificate_is_what_one_computes_by_hand(done, model):
     assert json.loads((done / "run.json").read_text())["fidelity"][model] == certificate
 
 
-def test_an_attributions_certificate_is_under_its_mask(own):
+def test_the_certificate_of_an_attribution_is_under_its_head_mask(own):
     tm.HeadMask.from_array([[1, 0, 1], [0, 1, 1]]).save(own / "mask.json")
     result = command(own, "--projection-dim", 96, "--head-mask", own / "mask.json", "-k", 12)
     assert result.exit_code == 0, result.output
@@ -150,12 +154,12 @@ def test_an_attributions_certificate_is_under_its_mask(own):
     mask, exact, projected = tm.HeadMask.load(own / "mask.json"), 0, 0
     for name, rate in (("checkpoint-1", 0.5), ("checkpoint-2", 0.25)):
         model, tokenizer = load_model(own / name)
-        encoded = [encode(tokenizer, one, record["arguments"]["max_length"] or 40, num_labels=3)
-                   for one in (query, train)]  # fmt: skip
+        max_length = record["arguments"]["max_length"] or 40
+        encoded = [encode(tokenizer, table, max_length, num_labels=3) for table in (query, train)]
         exact += rate * tm.exact_influence(model, encoded[1], encoded[0], head_mask=mask,
                                            normalize="cosine")  # fmt: skip
-        rows = [tm.collect_features(model, one, tm.Projection(96), head_mask=mask)
-                for one in encoded]  # fmt: skip
+        rows = [tm.collect_features(model, examples, tm.Projection(96), head_mask=mask)
+                for examples in encoded]  # fmt: skip
         projected += rate * tm.influence_scores(*rows, normalize="cosine")
     certificate = json.loads((own / "out/fidelity.json").read_text())
     assert certificate == record["fidelity"]
@@ -165,7 +169,7 @@ def test_an_attributions_certificate_is_under_its_mask(own):
                                train["language"].to_pylist(), 4))  # fmt: skip
 
 
-def test_the_same_scores_are_certified_and_opposite_ones_are_not():
+def test_equal_scores_are_certified_and_opposite_ones_are_not():
     exact = torch.randn(12, 60, generator=torch.Generator().manual_seed(1))
     languages = ["en", "de", "es"] * 4, ["en", "de", "es"] * 20
     same = certify(exact, exact.clone(), *languages, Terms(100, 600))
@@ -181,31 +185,31 @@ def test_the_same_scores_are_certified_and_opposite_ones_are_not():
     assert opposite["top_k_overlap"]["value"] == 0
 
 
-def test_scores_that_are_all_the_same_agree_only_with_such():
+def test_constant_scores_agree_only_with_constant_scores():
     """A query without a gradient: its scores are 0 in both ways."""
     exact = torch.randn(3, 20, generator=torch.Generator().manual_seed(2))
     exact[1:] = 0
     projected = exact.clone()
     projected[2] = torch.arange(20.0)
-    found = certify(exact, projected, ["en"] * 3, ["en", "de"] * 10, Terms(5, 20))
-    assert found["spearman"]["value"] == pytest.approx(2 / 3)
-    assert found["pearson"]["value"] == pytest.approx(2 / 3)
+    certificate = certify(exact, projected, ["en"] * 3, ["en", "de"] * 10, Terms(5, 20))
+    assert certificate["spearman"]["value"] == pytest.approx(2 / 3)
+    assert certificate["pearson"]["value"] == pytest.approx(2 / 3)
 
 
-def test_the_interval_covers_what_other_queries_give():
+def test_the_interval_covers_the_mean_over_all_queries():
     """Of 200 draws of 20 queries, near 95% of the intervals hold the mean over all queries."""
     draw = torch.Generator().manual_seed(3)
     exact = torch.randn(4000, 40, generator=draw)
     projected = exact + torch.rand(4000, 1, generator=draw) * torch.randn(4000, 40, generator=draw)
     languages = ["en"] * 20, ["en", "de"] * 20
     whole = certify(exact, projected, ["en"] * 4000, languages[1], Terms(5, 40, bootstrap=10))
-    held = 0
-    for place in range(0, 4000, 20):
-        part = slice(place, place + 20)
-        terms = Terms(5, 40, bootstrap=200, seed=place)
-        found = certify(exact[part], projected[part], *languages, terms)["spearman"]
-        held += found["low"] <= whole["spearman"]["value"] <= found["high"]
-    assert 0.86 <= held / 200 <= 0.99
+    covered = 0
+    for start in range(0, 4000, 20):
+        part = slice(start, start + 20)
+        terms = Terms(5, 40, bootstrap=200, seed=start)
+        interval = certify(exact[part], projected[part], *languages, terms)["spearman"]
+        covered += interval["low"] <= whole["spearman"]["value"] <= interval["high"]
+    assert 0.86 <= covered / 200 <= 0.99
 
 
 # --- the sample -----------------------------------------------------------------------------
@@ -214,7 +218,8 @@ def test_the_interval_covers_what_other_queries_give():
 def test_the_sample_has_as_many_queries_of_each_language_and_repeats_by_seed():
     languages = ["en"] * 90 + ["de"] * 9 + ["es"] * 3
     sample = draw_sample(languages, 5000, 100_000, seed=4)
-    counts = [[languages[row] for row in sample.queries].count(one) for one in ("en", "de", "es")]
+    drawn = [languages[row] for row in sample.queries]
+    counts = [drawn.count(language) for language in ("en", "de", "es")]
     assert counts in ([9, 8, 3], [8, 9, 3])
     assert len(sample.trains) == len(set(sample.trains)) == 200
     assert sample.trains == sorted(sample.trains)
@@ -230,59 +235,59 @@ def test_a_small_run_has_a_small_sample(passes, size):
     assert (len(sample.queries), len(sample.trains)) == size
 
 
-def test_a_sample_that_is_asked_for_is_not_made_smaller():
+def test_a_sample_without_a_budget_is_not_reduced():
     sample = draw_sample(["en"] * 50, 300, None, 0, 30, 250)
     assert (len(sample.queries), len(sample.trains)) == (30, 250)
 
 
-def test_a_sample_is_no_larger_than_what_there_is():
+def test_a_sample_is_no_larger_than_the_data():
     sample = draw_sample(["en"] * 2, 3, 100_000, seed=0)
     assert (sample.queries, sample.trains) == ([0, 1], [0, 1, 2])
 
 
-# --- a bad projection is told ---------------------------------------------------------------
+# --- its warning about bad projections -------------------------------------------------------
 
 
-def test_a_tiny_projection_is_told_loudly(own):
+def test_a_tiny_projection_gets_a_warning(own):
     result = command(own, "--projection-dim", 2)
     assert result.exit_code == 0, result.output
-    assert "WARNING: fidelity of these features: scores from features rank" in result.stderr
-    assert "take a larger projection_dim" in result.stderr
+    warning = r"WARNING: fidelity of these features.*\b0\.95\b.*projection_dim"
+    assert re.search(warning, result.stderr)
     record = json.loads((own / "out/run.json").read_text())
     assert record["fidelity"]["passed"] is False
     assert record["fidelity"]["spearman"]["value"] < 0.9
 
 
-def test_a_large_projection_is_not(own):
+def test_a_large_projection_gets_no_warning(own):
     result = command(own, "--projection-dim", 8192)
     assert "WARNING" not in result.stderr
     assert json.loads((own / "out/run.json").read_text())["fidelity"]["passed"] is True
 
 
-def test_a_study_below_the_threshold_says_so_on_stderr_in_run_json_and_in_the_report(
+def test_a_study_below_the_threshold_warns_on_stderr_in_run_json_and_in_the_report(
     done, tmp_path, capsys
 ):
     assert "Fidelity too low" not in (done / "report/index.html").read_text()
     folder = tmp_path / "run"
     shutil.copytree(done, folder)
     run_stages(RunFolder(folder, config(least_spearman=1)))
-    told = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     for model in ("full", "sparse"):
-        assert f"WARNING: fidelity of the {model} model" in told
+        assert f"WARNING: fidelity of the {model} model" in stderr
         assert json.loads((folder / "run.json").read_text())["fidelity"][model]["passed"] is False
     html = (folder / "report/index.html").read_text()
     assert html.count('<p class="alarm" role="alert">Fidelity too low: ') == 2
     assert 'id="fidelity"' in html
-    before, after = (json.loads((one / WRITTEN[1]).read_text()) for one in (done, folder))
+    before, after = (json.loads((run / WRITTEN[1]).read_text()) for run in (done, folder))
     assert before["full"]["spearman"] == after["full"]["spearman"]
 
 
-def test_nothing_is_said_of_a_certificate_that_is_passed(done):
+def test_a_certificate_that_is_passed_has_no_warning(done):
     for certificate in json.loads((done / WRITTEN[1]).read_text()).values():
         assert (failure(certificate, "it") == "") == certificate["passed"]
 
 
-# --- it repeats -----------------------------------------------------------------------------
+# --- its repeatability ------------------------------------------------------------------------
 
 
 def stop_at(monkeypatch, number):
@@ -299,7 +304,7 @@ def stop_at(monkeypatch, number):
     return calls
 
 
-def test_a_study_stopped_within_the_certificate_goes_on_to_the_same(done, tmp_path, monkeypatch):
+def test_a_study_interrupted_in_the_certificate_resumes_to_the_same(done, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(done, folder)
     calls = stop_at(monkeypatch, 4)
@@ -313,7 +318,7 @@ def test_a_study_stopped_within_the_certificate_goes_on_to_the_same(done, tmp_pa
     assert not (folder / "influence/progress").exists()
 
 
-def test_a_run_that_takes_over_an_analysis_takes_its_certificate_into_run_json(done, tmp_path):
+def test_a_run_that_takes_over_an_analysis_has_its_certificate_in_run_json(done, tmp_path):
     run = RunFolder(tmp_path / "run", config(least_spearman=0.9))
     run_stages(run, donors=[RunFolder(done)])
     assert run.record["stages"]["analyze"]["taken_from"] == "run"
@@ -331,23 +336,23 @@ def test_a_run_scored_before_there_were_certificates_has_none(done, tmp_path):
     assert 'id="fidelity"' not in (folder / "report/index.html").read_text()
 
 
-def test_what_was_kept_and_is_damaged_is_made_anew(done, tmp_path, monkeypatch):
+def test_damaged_saved_scores_are_computed_again(done, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(done, folder)
     stop_at(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
         run_stages(RunFolder(folder), ["influence"], again="influence")
-    kept = sorted((folder / "influence/progress").glob("certificate-*"))
-    assert len(kept) == 3
-    data = bytearray(kept[0].read_bytes())
+    saved = sorted((folder / "influence/progress").glob("certificate-*"))
+    assert len(saved) == 3
+    data = bytearray(saved[0].read_bytes())
     data[-3] ^= 1
-    kept[0].write_bytes(data)
-    kept[1].write_bytes(b"")
+    saved[0].write_bytes(data)
+    saved[1].write_bytes(b"")
     run_stages(RunFolder(folder), ["influence", "analyze"], again="influence")
     assert files_of(folder, *WRITTEN) == files_of(done, *WRITTEN)
 
 
-def test_an_attribution_again_and_one_that_was_stopped_write_the_same(own, monkeypatch):
+def test_a_repeated_and_an_interrupted_attribution_write_the_same(own, monkeypatch):
     assert command(own, "--projection-dim", 96).exit_code == 0
     first = (own / "out/fidelity.json").read_bytes()
     assert command(own, "--projection-dim", 96).exit_code == 0
@@ -361,15 +366,15 @@ def test_an_attribution_again_and_one_that_was_stopped_write_the_same(own, monke
     assert not (own / "out/progress").exists()
 
 
-# --- the size of the projection chosen by the certificate ------------------------------------
+# --- the size of the projection, chosen by the certificate ------------------------------------
 
 
 def test_the_smallest_projection_with_a_small_enough_error_is_chosen():
     exact = torch.randn(20, 100, generator=torch.Generator().manual_seed(5))
-    asked = []
+    dims = []
 
     def scores_at(dim):
-        asked.append(dim)
+        dims.append(dim)
         noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(dim))
         return exact + noise * (512 / dim) ** 2
 
@@ -377,10 +382,10 @@ def test_the_smallest_projection_with_a_small_enough_error_is_chosen():
         return certify(exact, scores, ["en", "de"] * 10, ["en", "de"] * 50, Terms(10, 100))
 
     choice = choose_dim(scores_at, certified, 0.03)
-    highs = [one["share_error_mean"]["high"] for one in choice["tried"]]
+    highs = [certificate["share_error_mean"]["high"] for certificate in choice["tried"]]
     assert choice["enough"]
-    assert choice["projection_dim"] == asked[-1] == DIMS[len(asked) - 1]
-    assert 512 < asked[-1] < 16384
+    assert choice["projection_dim"] == dims[-1] == DIMS[len(dims) - 1]
+    assert 512 < dims[-1] < 16384
     assert highs[-1] < 0.03 <= min(highs[:-1])
     assert choose_dim(scores_at, certified, 0.03) == choice
 
@@ -388,30 +393,30 @@ def test_the_smallest_projection_with_a_small_enough_error_is_chosen():
 AUTO = ("--projection-dim", "auto", "--share-error", 0.05, "-k", 12)
 
 
-def test_an_attribution_chooses_its_projection_and_keeps_to_it(own, monkeypatch):
+def test_an_attribution_chooses_its_projection_once(own, monkeypatch):
     result = command(own, *AUTO)
     assert result.exit_code == 0, result.output
     record = json.loads((own / "out/run.json").read_text())
     choice = record["projection_choice"]
     dim = choice["projection_dim"]
     assert choice["enough"]
-    assert f"projection_dim {dim}: the smallest whose error is surely below 0.05" in result.stderr
+    assert re.search(rf"projection_dim {dim}\b.* 0\.05 ", result.stderr)
     assert record["arguments"]["projection_dim"] == dim
     stores = [tm.FeatureStore.open(path.parent) for path in own.glob("out/**/manifest.json")]
     assert {store.dim for store in stores} == {dim}
     # So few examples are the sample, all of them: the errors are those of the stored features.
     query, train = read_model_files([own / "query.tsv", own / "train.tsv"], record["label_names"])
     exact = projected = 0
-    for place, rate in ((1, 0.5), (2, 0.25)):
-        model, tokenizer = load_model(own / f"checkpoint-{place}")
-        encoded = [encode(tokenizer, one, 40, num_labels=3) for one in (train, query)]
+    for number, rate in ((1, 0.5), (2, 0.25)):
+        model, tokenizer = load_model(own / f"checkpoint-{number}")
+        encoded = [encode(tokenizer, table, 40, num_labels=3) for table in (train, query)]
         exact += rate * tm.exact_influence(model, *encoded, normalize="cosine")
         features = [
-            tm.FeatureStore.open(own / f"out/features/checkpoint-{place}/{split}").read()
+            tm.FeatureStore.open(own / f"out/features/checkpoint-{number}/{split}").read()
             for split in ("query", "train")
         ]
         projected += rate * tm.influence_scores(*features, normalize="cosine")
-    languages = [one["language"].to_pylist() for one in (query, train)]
+    languages = [table["language"].to_pylist() for table in (query, train)]
     expected = by_hand(exact, projected, *languages, 12)
     for name in ("share_error_mean", "spearman"):
         assert choice["tried"][-1][name]["value"] == pytest.approx(expected[name], rel=1e-4)
@@ -422,13 +427,13 @@ def test_an_attribution_chooses_its_projection_and_keeps_to_it(own, monkeypatch)
     assert json.loads((own / "out/run.json").read_text())["projection_choice"] == choice
     refused = command(own, *AUTO[:2], "--share-error", 0.01)
     assert refused.exit_code == 2
-    assert "chosen for something else: share_error: expected 0.01, got 0.05" in refused.output
+    assert re.search(r"share_error.*0\.01.*0\.05", refused.output)
     refused = command(own, *AUTO, "--normalize", "none")
     assert refused.exit_code == 2
-    assert "chosen for something else: normalize: expected null" in refused.output
+    assert re.search(r"normalize.*null", refused.output)
 
 
-def test_a_choice_that_was_stopped_is_the_same_when_done_again(own, monkeypatch):
+def test_an_interrupted_choice_is_the_same_when_it_is_repeated(own, monkeypatch):
     import tracmod.attribution.fidelity as module
 
     assert command(own, *AUTO).exit_code == 0
@@ -453,16 +458,15 @@ def test_a_choice_that_was_stopped_is_the_same_when_done_again(own, monkeypatch)
     assert {name for name in first if first[name] != second[name]} <= {"run.json"}  # its seconds
 
 
-def test_an_error_that_no_projection_keeps_below_is_told(own, monkeypatch):
+def test_a_bound_that_no_projection_meets_is_reported(own, monkeypatch):
     monkeypatch.setattr(fidelity, "DIMS", (2, 4))
     result = command(own, "--projection-dim", "auto", "--share-error", 0.0001)
     assert result.exit_code == 0, result.output
-    assert "projection_dim 4: the largest that is tried" in result.stderr
+    assert re.search(r"projection_dim 4\b.* 0\.0001 ", result.stderr)
     assert json.loads((own / "out/run.json").read_text())["projection_choice"]["enough"] is False
 
 
 def test_another_word_than_auto_is_refused(own):
     result = command(own, "--projection-dim", "large")
     assert result.exit_code == 2
-    assert "'--projection-dim'" in result.output
-    assert "got 'large'" in result.output
+    assert re.search(r"projection-dim.*auto.*'large'", result.output)

@@ -1,4 +1,4 @@
-"""`tracmod verify`: every loss and every flipped bit is told, whatever is run afterwards."""
+"""`tracmod verify` reports every missing file and flipped bit, whatever is run afterwards."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def flip(path, byte=100):
         "checksums.json",
     ],
 )
-def test_what_is_gone_is_missed(run, lost):
+def test_missing_files_are_reported(run, lost):
     path = run / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     problems = verify(run)
@@ -87,7 +87,7 @@ def test_a_flipped_bit_is_found(run, damaged):
 
 
 @pytest.mark.parametrize("stage", ["report", "analyze", "influence"])
-def test_damage_is_not_taken_for_sound_by_a_stage_run_after_it(run, stage):
+def test_damage_is_still_reported_after_a_later_stage(run, stage):
     subnetwork, dev = run / "subnetworks/en.json", run / "data/dev.parquet"
     subnetwork.write_text(subnetwork.read_text().replace("}", " }", 1))
     dev.unlink()
@@ -98,13 +98,13 @@ def test_damage_is_not_taken_for_sound_by_a_stage_run_after_it(run, stage):
     assert any(str(subnetwork) in problem and "damaged" in problem for problem in problems)
 
 
-def test_a_stage_answers_for_what_it_made_anew(run):
+def test_a_stage_records_the_checksums_of_files_it_writes_again(run):
     flip(run / "report/index.html")
     run_stages(RunFolder(run), ["report"], again="report")
     assert verify(run) == []
 
 
-def test_checksums_of_a_whole_folder_forget_what_is_gone(tmp_path):
+def test_checksums_of_a_whole_folder_forget_removed_files(tmp_path):
     for name in ("a.txt", "b/c.txt", "features/x/manifest.json", "features/x/ids.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -118,17 +118,17 @@ def test_checksums_of_a_whole_folder_forget_what_is_gone(tmp_path):
     assert not any("a.txt" in problem for problem in verify(tmp_path))
 
 
-def test_a_broken_run_json_is_one_sentence(run):
+def test_an_invalid_run_json_is_an_error(run):
     (run / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run\.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"run\.json"):
         verify(run)
     (run / "run.json").write_text("[1]")
     assert verify(run) == []
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])
-def test_broken_checksums_are_one_sentence(run, text):
+def test_invalid_checksums_are_a_problem(run, text):
     (run / "checksums.json").write_text(text)
     assert f"{run / 'checksums.json'} is damaged" in verify(run)[0]
-    with pytest.raises(ValueError, match=r"checksums\.json is damaged"):
+    with pytest.raises(ValueError, match=r"checksums\.json"):
         run_stages(RunFolder(run), ["report"], again="report")

@@ -1,4 +1,4 @@
-"""The stage `retrain`: what is trained on what, resuming, the report, the plan, and its errors."""
+"""The stage `retrain`: its trainings, scores, report, plan and errors, and resuming it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BARE = {
     "finetune": {"save_seconds": 0.01},  # so that a training can be killed in its middle
 }
 SMALL = {"subsets": 2, "seeds": 1, "methods": ["tracin"], "random_removals": 1}
-# Everything that must not depend on interruptions, or on how many do the work.
+# Everything that must not depend on interruptions or on the number of workers.
 RESULTS = ("retraining/**/*",)
 
 
@@ -86,11 +86,11 @@ def losses_after(checkpoint, folder):
 
 
 def distinct(folder):
-    """How many different sets of examples are left out: two removals may agree, and are one."""
+    """The number of different sets of examples that are left out; two removals may agree."""
     left_out = {}
     for row in table(folder, "left_out").to_pylist():
         left_out.setdefault(row["set"], set()).add(row["train_id"])
-    return len({frozenset(names) for names in left_out.values()}) + 1  # and no example of all
+    return len({frozenset(names) for names in left_out.values()}) + 1  # and the empty set
 
 
 def invoke(*arguments, code=0):
@@ -99,25 +99,24 @@ def invoke(*arguments, code=0):
     return result.output
 
 
-# --- what is trained ------------------------------------------------------------------------
+# --- trainings -------------------------------------------------------------------------------
 
 
-def test_trained_on_all_with_the_runs_seed_the_model_is_the_runs_own_bit_for_bit(done):
-    found, expected = losses_of(done, ALL), losses_after(done / "models/full/checkpoint-2", done)
-    for one, other in zip(found, expected, strict=True):
-        assert np.array_equal(one, other)
+def test_training_on_all_examples_with_the_seed_of_the_run_gives_its_model(done):
+    retrained = losses_of(done, ALL)
+    expected = losses_after(done / "models/full/checkpoint-2", done)
+    for values, expected_values in zip(retrained, expected, strict=True):
+        assert np.array_equal(values, expected_values)
 
 
-def test_a_training_without_examples_is_fine_tuning_on_the_others_from_the_same_start(
-    done, tmp_path
-):
+def test_retraining_fine_tunes_on_the_remaining_examples_from_the_same_start(done, tmp_path):
     study = RunContext(RunFolder(done))
     train = study.table("train")
     left_out = table(done, "left_out").to_pylist()
-    for name, kept in ((subset_set(1), 18), (language_set("de"), 24)):
+    for name, remaining in ((subset_set(1), 18), (language_set("de"), 24)):
         out = {row["train_id"] for row in left_out if row["set"] == name}
-        rows = [row for row, one in enumerate(train["id"].to_pylist()) if one not in out]
-        assert len(rows) == kept
+        rows = [row for row, train_id in enumerate(train["id"].to_pylist()) if train_id not in out]
+        assert len(rows) == remaining
         fine_tune_on(study, train.take(rows), 0, tmp_path / name, name)
         expected = losses_after(tmp_path / name / "checkpoint-2", done)
         assert np.array_equal(losses_of(done, name)[0], expected[0])
@@ -127,7 +126,7 @@ def test_a_training_without_examples_is_fine_tuning_on_the_others_from_the_same_
     }
 
 
-def test_the_folder_holds_results_only_and_is_sound(done):
+def test_the_folder_holds_only_results_and_passes_verification(done):
     folder = done / "retraining"
     names = {path.name for path in folder.iterdir()}
     tables = {f"{t}.{suffix}" for t in ("lds", "removal", "leave_one_out")
@@ -159,7 +158,7 @@ def test_the_plan_counts_the_trainings(done, tmp_path):
     assert left_out == len(table(done, "left_out"))
 
 
-def test_more_subsets_train_only_what_is_missing(copy):
+def test_more_subsets_train_only_the_missing_ones(copy):
     results = copy / "retraining" / "results"
     before = {file.name: file.stat().st_mtime_ns for file in results.iterdir()}
     more = {**SMALL, "subsets": 3, "seeds": 2, "removed": 0, "leave_one_out": False}
@@ -182,25 +181,25 @@ def test_more_subsets_train_only_what_is_missing(copy):
 
 
 def test_sets_that_leave_out_the_same_are_trained_once(done, copy):
-    """TracIn by two names calls the same examples the strongest."""
+    """Two names of TracIn have the same strongest examples."""
     trained = len(list((done / "retraining" / "results").iterdir()))
     both = {**SMALL, "methods": ["tracin", "tracin-cosine"]}
     run_stages(RunFolder(copy, config(retrain=both)))
     assert len(list((copy / "retraining" / "results").iterdir())) == trained
     rows = table(copy, "removal").to_pylist()
-    of = {
+    changes = {
         method: [row["loss_change"] for row in rows if row["method"] == method]
         for method in both["methods"]
     }
-    assert of["tracin"] == of["tracin-cosine"]
-    assert len(of["tracin"]) == 2 * (1 + 3)
+    assert changes["tracin"] == changes["tracin-cosine"]
+    assert len(changes["tracin"]) == 2 * (1 + 3)
     assert json.loads((copy / "retraining/summary.json").read_text())["trainings"] == trained
 
 
 # --- scores ---------------------------------------------------------------------------------
 
 
-def test_every_method_has_scores_of_every_pair_and_tracin_those_of_the_run(copy):
+def test_every_method_scores_every_pair_and_tracin_as_the_run_does(copy):
     study = RunContext(RunFolder(copy))
     scores = {method: method_scores(study, method) for method in METHODS}
     for method, scores_QN in scores.items():
@@ -212,45 +211,43 @@ def test_every_method_has_scores_of_every_pair_and_tracin_those_of_the_run(copy)
     assert not np.allclose(scores["tracin"], scores["tracin-dot"], rtol=0.1, atol=0)
     ids = {split: study.table(split)["id"].to_pylist() for split in ("train", "test")}
     for row in pq.read_table(copy / "influence/full/full/top.parquet").to_pylist():
-        found = scores["tracin"][
-            ids["test"].index(row["test_id"]), ids["train"].index(row["train_id"])
-        ]
-        assert row["score"] == pytest.approx(found, rel=1e-4, abs=1e-9)
+        pair = ids["test"].index(row["test_id"]), ids["train"].index(row["train_id"])
+        assert row["score"] == pytest.approx(scores["tracin"][pair], rel=1e-4, abs=1e-9)
 
 
 def test_scores_in_a_metric_are_those_of_its_preconditioned_gradients(copy):
-    """Adam's from the same training again, its second moment kept this time; then read."""
+    """Adam's second moment comes from repeating the training; scores are then read from disk."""
     study = RunContext(RunFolder(copy))
     scores = {kind: method_scores(study, kind) for kind in ("adam", "ekfac", "ekfac-last")}
     again, checkpoints = copy / "retraining" / "with-second-moment", study.checkpoints("full")
     exact = dict.fromkeys(scores, 0.0)
-    for one in checkpoints:
-        model, tokenizer = study.load(one)
-        folder = again / one.path.name
+    for checkpoint in checkpoints:
+        model, tokenizer = study.load(checkpoint)
+        folder = again / checkpoint.path.name
         assert model_digest(load_classifier(folder)) == model_digest(model)
         train, test = (
             study.encode(tokenizer, study.table(split), model) for split in ("train", "test")
         )
         adam = tm.adam_preconditioner(model, folder)
-        exact["adam"] += one.learning_rate * tm.exact_influence(
+        exact["adam"] += checkpoint.learning_rate * tm.exact_influence(
             model, train, test, preconditioner=adam
         )
         ekfac = tm.fit_ekfac(model, train, batch_tokens=study.config.collect.batch_tokens)
         exact["ekfac-last"] = tm.exact_influence(model, train, test, preconditioner=ekfac)
-        exact["ekfac"] += one.learning_rate * exact["ekfac-last"]
+        exact["ekfac"] += checkpoint.learning_rate * exact["ekfac-last"]
     shutil.rmtree(again)
     for kind, scores_QN in scores.items():
-        found = np.corrcoef(scores_QN.ravel(), exact[kind].numpy().ravel())[0, 1]
-        assert found > 0.95, kind
+        correlation = np.corrcoef(scores_QN.ravel(), exact[kind].numpy().ravel())[0, 1]
+        assert correlation > 0.95, kind
         assert np.array_equal(method_scores(study, kind), scores_QN)
-    assert not again.exists()  # what is kept is looked up before anything is trained
+    assert not again.exists()  # saved scores are read before anything is trained
 
 
 def test_in_a_run_with_a_metric_plain_tracin_stays_plain(copy, tmp_path):
-    """And its own influence is the one in the metric."""
-    asked = config(collect={"preconditioner": "ekfac"})
+    """The run's own influence is the one in the metric."""
+    with_metric = config(collect={"preconditioner": "ekfac"})
     run_stages(
-        RunFolder(tmp_path / "run", asked),
+        RunFolder(tmp_path / "run", with_metric),
         ["data", "finetune", "prune", "sparse-finetune", "collect"],
     )
     plain, other = RunContext(RunFolder(copy)), RunContext(RunFolder(tmp_path / "run"))
@@ -259,22 +256,22 @@ def test_in_a_run_with_a_metric_plain_tracin_stays_plain(copy, tmp_path):
         np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-4 * np.abs(scores[0]).max())
     uniform = {"k": 5, "weights": "uniform"}
     study = RunContext(RunFolder(copy, config(influence=uniform)))
-    assert not np.allclose(method_scores(study, "ekfac"), scores[0])  # kept with other weights
+    assert not np.allclose(method_scores(study, "ekfac"), scores[0])  # saved with other weights
     own = method_scores(other, "tracin")
     assert np.corrcoef(own.ravel(), method_scores(plain, "tracin").ravel())[0, 1] < 0.95
 
 
-def test_left_to_choose_the_methods_are_all_but_tracin_by_another_name():
+def test_the_default_methods_are_all_without_a_second_name_of_tracin():
     for normalize, twin in (("cosine", "tracin-cosine"), ("none", "tracin-dot")):
-        asked = config(retrain={}, influence={"normalize": normalize, "k": 5})
-        assert methods_of(asked) == [name for name in METHODS if name != twin]
+        chosen = config(retrain={}, influence={"normalize": normalize, "k": 5})
+        assert methods_of(chosen) == [name for name in METHODS if name != twin]
     for normalize, twins in (("cosine", set()), ("none", {"ekfac"})):
-        asked = config(
+        chosen = config(
             retrain={},
             influence={"normalize": normalize, "k": 5},
             collect={"preconditioner": "ekfac"},
         )
-        assert set(METHODS) - set(methods_of(asked)) == twins
+        assert set(METHODS) - set(methods_of(chosen)) == twins
     assert set(METHODS) == set(Method.__args__)
     assert set(METHOD_NAMES) == {*METHODS, HALF_OF_SEEDS}
 
@@ -282,7 +279,7 @@ def test_left_to_choose_the_methods_are_all_but_tracin_by_another_name():
 # --- the report and the commands ------------------------------------------------------------
 
 
-def test_the_report_tells_the_numbers_and_says_nothing_where_nothing_was_asked_for(done, copy):
+def test_the_report_has_the_numbers_if_and_only_if_the_stage_is_configured(done, copy):
     page = (done / "report" / "index.html").read_text()
     assert 'href="#retraining"' in page
     assert '<section id="retraining">' in page
@@ -302,7 +299,7 @@ def test_the_report_tells_the_numbers_and_says_nothing_where_nothing_was_asked_f
 
 
 def told(lds, ceiling=None, removal=(0, 0, 0), p=0.01, spread=0.01):
-    """The report's sentences about numbers (value, low, high); of removals the mean changes."""
+    """The sentences of the report about an LDS (value, low, high) and mean changes of removals."""
 
     def row(method, values, **names):
         return {
@@ -337,7 +334,7 @@ def told(lds, ceiling=None, removal=(0, 0, 0), p=0.01, spread=0.01):
     return " ".join(sentences(summary, rows, removals))
 
 
-def test_the_words_follow_the_numbers():
+def test_the_sentences_of_the_report_follow_the_numbers():
     low = "First-order scores have had low values everywhere they were measured"
     assert low in told((0.1, 0.02, 0.2))
     assert "cannot be told from 0" not in told((0.1, 0.02, 0.2))
@@ -354,14 +351,14 @@ def test_the_words_follow_the_numbers():
         ((-0.1, 0.1, 0.1), {less}),
     ):
         text = told((0.6, 0.5, 0.7), removal=removal)
-        assert {one for one in (harm, less, unclear, falls) if one in text} == expected
+        assert {words for words in (harm, less, unclear, falls) if words in text} == expected
     assert "its mean loss changes by +0.300 (+0.290 to +0.310)" in told(
         (0.6, 0.5, 0.7), removal=(0.3, -0.2, 0.1)
     )
     text = told((0.6, 0.5, 0.7), removal=(0.3, -0.2, 0.1), spread=None)
     assert "its mean loss changes by +0.300, without as many" in text
     assert text.count("One seed: no verdict.") == 1
-    assert not [one for one in (harm, less, unclear, falls) if one in text]
+    assert not [words for words in (harm, less, unclear, falls) if words in text]
     assert "to 0.50 (p = 0.010)" in told((0.6, 0.5, 0.7))
     assert "p is from all 6 orders of the languages" in told((0.6, 0.5, 0.7))
 
@@ -370,7 +367,7 @@ def test_a_run_without_the_section_has_no_such_stage(copy):
     run = RunFolder(copy, config(retrain=None))
     assert run.stages == tuple(stage for stage in STAGE_NAMES if stage != "retrain")
     assert [stage for stage in run.stages if not run.is_done(stage)] == ["report"]
-    with pytest.raises(ValueError, match="retrain: the run's config has no section retrain"):
+    with pytest.raises(ValueError, match=r"retrain.*section"):
         run_stages(run, ["retrain"])
 
 
@@ -391,56 +388,56 @@ def test_the_command_adds_the_stage_to_a_finished_run(copy):
     assert "trained again 6 times" in (copy / "report" / "index.html").read_text()
 
 
-# --- what is wrong is said before the work --------------------------------------------------
+# --- errors before the work ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("values", "what"),
     [
-        ({"subsets": 1}, r"retrain.subsets: .*greater than or equal to 2, got 1"),
-        ({"fraction": 1}, r"retrain.fraction: .*less than 1"),
-        ({"fraction": 0.01}, r"retrain.fraction: .*36 training examples, got 0.01"),
-        ({"removed": 0.999}, r"retrain.removed: .*36 training examples, got 0.999"),
-        ({"methods": ["tracin", "bm25", "tracin"]}, "retrain.methods: .*got tracin more than once"),
+        ({"subsets": 1}, r"retrain.subsets.*2.*got 1"),
+        ({"fraction": 1}, r"retrain.fraction.*less than 1"),
+        ({"fraction": 0.01}, r"retrain.fraction.*\b36\b"),
+        ({"removed": 0.999}, r"retrain.removed.*\b36\b.*got 0.999"),
+        ({"methods": ["tracin", "bm25", "tracin"]}, r"retrain.methods.*tracin"),
         ({"methods": ["lucene"]}, "retrain.methods"),
     ],
 )
-def test_a_wrong_value_is_one_sentence(values, what):
+def test_an_invalid_value_is_named(values, what):
     with pytest.raises(ValueError, match=what):
         config(retrain={**SMALL, **values})
 
 
 def test_one_language_cannot_be_left_out():
     task = {"train_languages": ["en"]}
-    with pytest.raises(ValueError, match=r"leave_one_out: .*two languages.* got true with en"):
+    with pytest.raises(ValueError, match=r"leave_one_out.*\ben\b|\ben\b.*leave_one_out"):
         config(task=task)
     config(task=task, retrain={**SMALL, "leave_one_out": False})
 
 
-def test_a_subset_without_a_language_is_found_when_the_data_are_there(tmp_path):
-    asked = config(task={"train_counts": {"es": 1}}, retrain={**SMALL, "subsets": 20})
-    run = RunFolder(tmp_path / "run", asked)
-    with pytest.raises(ValueError, match=r"retrain.fraction: .* got none of es \(1 in all\)"):
+def test_a_subset_without_a_language_is_refused_once_the_data_are_known(tmp_path):
+    rare = config(task={"train_counts": {"es": 1}}, retrain={**SMALL, "subsets": 20})
+    run = RunFolder(tmp_path / "run", rare)
+    with pytest.raises(ValueError, match=r"retrain.fraction.*none of es \(1 in all\)"):
         run_stages(run)
     assert not run.is_done("data")
-    with pytest.raises(ValueError, match=r"retrain.fraction: .* got none of es"):
-        plan_run(RunFolder(tmp_path / "other", asked))
+    with pytest.raises(ValueError, match=r"retrain.fraction.*none of es"):
+        plan_run(RunFolder(tmp_path / "other", rare))
 
 
 def test_scores_that_do_not_fit_are_refused_before_any_training(copy):
     memory = config(influence={"k": 5, "memory": "2KB"}, retrain={**SMALL, "subsets": 4})
-    with pytest.raises(ValueError, match=r"influence.memory: to retrain, .*18 test x 36 training"):
+    with pytest.raises(ValueError, match=r"influence.memory.*\b18\b.*\b36\b"):
         run_stages(RunFolder(copy, memory), ["retrain"])
-    with pytest.raises(ValueError, match=r"influence.memory: to retrain, .*18 test x 36 training"):
+    with pytest.raises(ValueError, match=r"influence.memory.*\b18\b.*\b36\b"):
         plan_run(RunFolder(copy, memory))
 
 
-# --- stopped, and on several workers --------------------------------------------------------
+# --- interrupted, and on several workers -----------------------------------------------------
 
 
 @pytest.fixture
 def begun(done, tmp_path):
-    """The run as it is before any retraining."""
+    """The run without any retraining."""
     shutil.copytree(done, tmp_path / "begun")
     shutil.rmtree(tmp_path / "begun" / "retraining")
     run = RunFolder(tmp_path / "begun")
@@ -449,24 +446,24 @@ def begun(done, tmp_path):
     return tmp_path / "begun"
 
 
-def same(folder, done):
-    found, expected = files_of(folder, *RESULTS), files_of(done, *RESULTS)
-    assert found.keys() == expected.keys()
-    assert [name for name in found if found[name] != expected[name]] == []
+def assert_same_results(folder, done):
+    files, expected = files_of(folder, *RESULTS), files_of(done, *RESULTS)
+    assert files.keys() == expected.keys()
+    assert [name for name in files if files[name] != expected[name]] == []
 
 
 @pytest.mark.slow
 def test_two_workers_give_the_same_bits(done, begun):
     with closing(LocalEngine(2)) as engine:
         run_stages(RunFolder(begun), ["retrain"], engine=engine)
-    same(begun, done)
+    assert_same_results(begun, done)
     logs = "".join(file.read_text() for file in (begun / "logs").glob("worker-*.log"))
     assert logs.count("task retrain_without") == distinct(done)
     assert all(f"worker-{n}.log" in os.listdir(begun / "logs") for n in (0, 1))
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_a_training_it_goes_on_and_trains_nothing_twice(done, begun):
+def test_killed_in_a_training_it_resumes_and_trains_nothing_twice(done, begun):
     command = [sys.executable, "-m", "tracmod.cli", "retrain", str(begun)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     results, written = begun / "retraining" / "results", {}
@@ -491,4 +488,4 @@ def test_killed_in_the_middle_of_a_training_it_goes_on_and_trains_nothing_twice(
     subprocess.run(command, env=environment, check=True)
     now = {file.name: file.stat().st_mtime_ns for file in results.glob("*.parquet")}
     assert written.items() <= now.items()
-    same(begun, done)
+    assert_same_results(begun, done)

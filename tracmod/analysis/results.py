@@ -91,7 +91,7 @@ class RunResults:
         return self.settings.get("config", {}).get(name) or {}
 
     @property
-    def asked_ks(self) -> list[int]:
+    def configured_ks(self) -> list[int]:
         """`influence.k` of the configuration as a list, main number first; [] if not recorded."""
         k = self.section("influence").get("k") or []
         return k if isinstance(k, list) else [k]
@@ -103,7 +103,7 @@ class RunResults:
         Numbers above the number of training examples are lowered to it.
         """
         total = sum(self.num_train.values())
-        return list(dict.fromkeys(min(k, total) for k in self.asked_ks))
+        return list(dict.fromkeys(min(k, total) for k in self.configured_ks))
 
     @cached_property
     def test(self) -> pa.Table:

@@ -96,7 +96,7 @@ def analyze(
     summary = {
         "settings": resampling.__dict__,
         "k": run.ks[0] if run.ks else None,
-        "asked_k": run.asked_ks[0] if run.ks else None,
+        "asked_k": run.configured_ks[0] if run.ks else None,
         "languages": {"test": list(run.num_test), "train": list(run.num_train)},
         "num_test": run.num_test,
         "num_train": run.num_train,

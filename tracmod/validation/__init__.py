@@ -1,1 +1,1 @@
-"""How far results can be trusted: the engine's gradients against autograd, what is on disk."""
+"""How far results can be trusted: gradients, fidelity, retraining, planted answers and files."""

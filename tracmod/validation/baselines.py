@@ -1,6 +1,7 @@
-"""Scores that know no gradients, to set beside influence: BM25, embedding similarity, random.
+"""Scores without gradients to compare influence with: BM25, embedding similarity and random.
 
-Shape legend: Q test examples, N training examples, B examples of a batch, S tokens, D hidden size.
+Shape suffixes: Q test examples, N training examples, B examples of a batch, S tokens, D hidden
+size.
 """
 
 from __future__ import annotations
@@ -16,16 +17,22 @@ from transformers import PreTrainedModel
 
 from tracmod.models.inputs import collate, pad_token_id, plan_batches
 
-# Words as they are, in any script: of one letter too, none left out for being frequent. Where a
-# script puts no spaces, a run of letters is a word.
+# All words of any script count, single letters and frequent words included. In scripts without
+# spaces a run of letters is one word.
 _WORD = r"(?u)\b\w+\b"
 
 
 def bm25_scores(queries: Sequence[str], trains: Sequence[str]) -> np.ndarray:
-    """BM25 of every training text for every test text as the query (bm25s, k1 1.5, b 0.75).
+    """Compute BM25 of every training text for every test text (bm25s, k1 = 1.5, b = 0.75).
+
+    Args:
+        queries: the Q test texts.
+        trains: the N training texts.
 
     Returns:
-        (Q, N) float32, 0 where two texts share no word.
+        (Q, N) float32, 0 where two texts have no word in common.
+
+    Source: Robertson and Zaragoza 2009.
     """
     words_Q, words_N = (
         bm25s.tokenize(
@@ -49,11 +56,11 @@ def embedding_scores(
     queries: Sequence[Mapping[str, Any]],
     trains: Sequence[Mapping[str, Any]],
 ) -> np.ndarray:
-    """Cosine of the means of the last hidden states over the tokens, dropout off.
+    """Compute cosines of mean embeddings, the means of the last hidden states over the tokens.
 
     Args:
-        model: on any device.
-        queries, trains: as `encode` returns them.
+        model: the model, on any device; dropout is off.
+        queries, trains: Q and N examples, as `encode` returns them.
 
     Returns:
         (Q, N) float32.
@@ -69,12 +76,13 @@ def embedding_scores(
 def _mean_hidden(
     model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], batch_tokens: int = 8192
 ) -> Tensor:
-    """(N, D) float32 on the CPU; padding is left out of the means."""
+    """Return (N, D) mean hidden states without padding, float32, on the CPU."""
     was_training = model.training
     model.eval()
     try:
+        lengths = [len(example["input_ids"]) for example in examples]
         means_ND = torch.empty(len(examples), int(model.config.hidden_size))
-        for rows in plan_batches([len(one["input_ids"]) for one in examples], batch_tokens):
+        for rows in plan_batches(lengths, batch_tokens):
             batch = collate([examples[row] for row in rows], pad_token_id(model), model.device)
             batch.pop("labels")
             hidden_BSD = model.base_model(**batch).last_hidden_state.float()
@@ -86,5 +94,5 @@ def _mean_hidden(
 
 
 def random_scores(num_queries: int, num_train: int, seed: int) -> np.ndarray:
-    """(Q, N) float32, normally distributed: what no knowledge at all gives."""
+    """Return (Q, N) float32 scores from a normal distribution, as a lower bound for methods."""
     return np.random.default_rng(seed).standard_normal((num_queries, num_train), dtype=np.float32)

@@ -1,11 +1,11 @@
-"""The fidelity certificate: scores from features against exact ones, on a random sample of pairs.
+"""The fidelity certificate: scores from features compared with exact ones on a sample of pairs.
 
-Some queries and training examples are drawn by seed; their scores are computed from the stored
-features and from whole gradients, over the same checkpoints with the same weights, and compared.
-What differs is what the projection and the dtype of the store cost.
+Some queries and training examples are drawn by seed. Their scores are computed from the stored
+features and from whole gradients, over the same checkpoints with the same weights. The differences
+are the cost of the projection and of the dtype of the store.
 
-Shapes: Q sampled queries, N sampled training examples, G training languages, L query languages, R
-resamples, D = 2 G shares (of proponents and of opponents).
+Shape suffixes: Q sampled queries, N sampled training examples, G training languages, L query
+languages, R resamples, D = 2 G shares (of proponents and of opponents), M = L x D cells.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ from tracmod.influence.exact import exact_influence
 from tracmod.influence.scores import TopInfluences, influence_scores, top_of_scores
 from tracmod.subnetworks.head_mask import HeadMask
 
-# Drawn where the run is large enough; a certificate costs about twice the sample's passes.
+# Largest sample, and its largest share of the passes of a run. A certificate costs about twice the
+# passes of its sample.
 QUERIES, TRAINS = 20, 200
 BUDGET = 0.025
-# Below this many nothing could be said; only of a run of seconds do they cost more than 5%.
+# Smallest sample: a smaller one would say nothing. It costs more than 5% only of runs of seconds.
 LEAST_QUERIES, LEAST_TRAINS = 8, 40
 LEAST_SPEARMAN = 0.95
-# What `choose_dim` chooses from, and the sample it is given: a share averaged over few queries errs
-# more than one of the whole run, several times as much on the certificate's sample.
+# `choose_dim` tries these sizes on a larger sample. A share that is averaged over few queries has a
+# larger error than in the whole run, on the sample of a certificate several times as large.
 CHOICE_QUERIES, CHOICE_TRAINS = 100, 500
 DIMS = (512, 1024, 2048, 4096, 8192, 16384)
 
@@ -48,7 +49,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of the query and of the training examples, ascending."""
+    """A sample of pairs: every sampled query with every sampled training example.
+
+    Attributes:
+        queries: row numbers of the queries, ascending.
+        trains: row numbers of the training examples, ascending.
+    """
 
     queries: list[int]
     trains: list[int]
@@ -56,13 +62,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a certificate is stated in.
+    """Options of a certificate.
 
     Attributes:
-        k: strongest training examples counted in a share, in the whole run.
-        num_train: training examples of the whole run.
-        least_spearman: mean rank correlation below which it is not passed.
-        bootstrap, confidence, seed: of the intervals, over queries.
+        k: number of strongest training examples that shares are counted over in the whole run.
+        num_train: number of training examples of the whole run.
+        least_spearman: mean rank correlation from which the certificate is passed.
+        bootstrap, confidence, seed: options of the intervals, which resample queries.
     """
 
     k: int
@@ -81,28 +87,29 @@ def draw_sample(
     queries: int = QUERIES,
     trains: int = TRAINS,
 ) -> Sample:
-    """Queries, of every language as many, and training examples, all equally likely.
+    """Draw as many queries of every language, and training examples with equal probability.
 
     Args:
-        query_languages: of each query.
-        num_train: how many training examples there are.
-        passes: examples that the run passes through the model at a checkpoint, over all masks. The
-            sample is made smaller where it would be more than a fortieth of them. None: never.
-        seed: of the draw.
-        queries, trains: how many at most.
+        query_languages: language of each query of the run.
+        num_train: number of training examples of the run.
+        passes: number of examples that the run passes through the model at a checkpoint, over all
+            masks. The sample is reduced to at most a fortieth of them. None does not reduce it.
+        seed: seed of the draw.
+        queries, trains: largest numbers to draw.
     """
     share = 1.0 if passes is None else min(1.0, BUDGET * passes / (queries + trains))
     num_queries = max(min(queries, LEAST_QUERIES), int(share * queries))
     num_trains = max(min(trains, LEAST_TRAINS), int(share * trains))
     rng = np.random.default_rng(seed)
-    seen: dict[str, int] = {}
+    # The first query of every language in random order, then the second of every language, ...
+    count_of: dict[str, int] = {}
     turns: list[tuple[int, int, int]] = []
     for row in rng.permutation(len(query_languages)).tolist():
-        turn = seen[query_languages[row]] = seen.get(query_languages[row], 0) + 1
+        turn = count_of[query_languages[row]] = count_of.get(query_languages[row], 0) + 1
         turns.append((turn, len(turns), row))
-    chosen = [row for _, _, row in sorted(turns)[:num_queries]]
-    drawn = rng.choice(num_train, min(num_trains, num_train), replace=False)
-    return Sample(sorted(chosen), sorted(drawn.tolist()))
+    query_rows = [row for _, _, row in sorted(turns)[:num_queries]]
+    train_rows = rng.choice(num_train, min(num_trains, num_train), replace=False)
+    return Sample(sorted(query_rows), sorted(train_rows.tolist()))
 
 
 def exact_sample_scores(
@@ -119,23 +126,26 @@ def exact_sample_scores(
     identity: dict[str, Any],
     preconditioner: Preconditioner | None = None,
 ) -> Tensor:
-    """(Q, N) `exact_influence` at one checkpoint, on the CPU; read where it was made before.
+    """Return `exact_influence` of a sample at one checkpoint, computed once and then read.
 
     Args:
         model, parameters, head_mask, normalize, preconditioner: as in `exact_influence`.
-        queries, trains: the sample's examples, encoded.
-        dtype: float32 or bfloat16, that of the pass for the features.
-        batch_tokens: bound on the tokens of a batch, that of the features' too.
-        keep_in: folder for a file named by `identity`.
-        identity: all that the scores depend on.
+        queries, trains: examples of the sample, encoded.
+        dtype: "float32" or "bfloat16", as in the pass for the features.
+        batch_tokens: bound on the tokens of a batch, as in the pass for the features.
+        keep_in: folder for the scores, in a file named after `identity`.
+        identity: everything that the scores depend on.
+
+    Returns:
+        (Q, N) float32, on the CPU.
     """
     name = sha256(canonical_json(identity))[:32]
     file = keep_in / f"certificate-{name}.safetensors"
     try:
-        kept = read_tensors(file, identity)
-    except ValueError:  # damaged: made anew
-        kept = None
-    if kept is None:
+        tensors = read_tensors(file, identity)
+    except ValueError:  # damaged: computed again
+        tensors = None
+    if tensors is None:
         scores_QN = exact_influence(
             model,
             trains,
@@ -147,17 +157,17 @@ def exact_sample_scores(
             dtype=getattr(torch, dtype),
             preconditioner=preconditioner,
         )
-        kept = {"scores": scores_QN.cpu()}
-        write_tensors(file, kept, identity)
-    return kept["scores"]
+        tensors = {"scores": scores_QN.cpu()}
+        write_tensors(file, tensors, identity)
+    return tensors["scores"]
 
 
 def over_checkpoints(scores: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
-    """(Q, N) the weighted sum of each checkpoint's scores; weights None: 1 each."""
+    """Return the (Q, N) weighted sum of the scores of checkpoints; weights None means 1 each."""
     weights = [1.0] * len(scores) if weights is None else weights
     total_QN = torch.zeros_like(scores[0])
-    for one, weight in zip(scores, weights, strict=True):
-        total_QN += weight * one
+    for scores_QN, weight in zip(scores, weights, strict=True):
+        total_QN += weight * scores_QN
     return total_QN
 
 
@@ -168,22 +178,34 @@ def projected_sample_scores(
     weights: Sequence[float] | None,
     normalize: str | None,
 ) -> Tensor:
-    """(Q, N) scores from features: all checkpoints' of all queries and training examples."""
-    query_rows = [as_rows(one).take(sample.queries).cpu() for one in queries]
-    train_rows = [as_rows(one).take(sample.trains).cpu() for one in trains]
+    """Compute the scores of a sample from features.
+
+    Args:
+        sample: which rows of the features.
+        queries, trains: features of all examples of the run, one entry per checkpoint.
+        weights, normalize: as in `influence_scores`.
+
+    Returns:
+        (Q, N) float32, on the CPU.
+    """
+    query_rows = [as_rows(features).take(sample.queries).cpu() for features in queries]
+    train_rows = [as_rows(features).take(sample.trains).cpu() for features in trains]
     return influence_scores(query_rows, train_rows, weights, normalize)
 
 
 def sample_table(
     model: str, sample: Sample, test: pa.Table, train: pa.Table, exact: Tensor, projected: Tensor
 ) -> pa.Table:
-    """A row per sampled pair, of one model: ids, languages, both scores; see `certify_table`.
+    """Build a table with one row per sampled pair: ids, languages and both scores.
 
     Args:
-        model: `full` or `sparse`.
+        model: "full" or "sparse".
         sample: which rows of `test` and `train`.
         test, train: all examples.
         exact, projected: (Q, N) scores.
+
+    Returns:
+        A table for `certify_table`.
     """
     pairs = [(test, "test", np.repeat(sample.queries, len(sample.trains)))]
     pairs.append((train, "train", np.tile(sample.trains, len(sample.queries))))
@@ -197,21 +219,21 @@ def sample_table(
 
 
 def certify_table(table: pa.Table, terms: Terms) -> dict[str, dict[str, Any]]:
-    """`certify` of each model in tables that `sample_table` made."""
+    """Return the certificate of each model in a table that `sample_table` made."""
     certificates = {}
     for model in table.column("model").unique().to_pylist():
-        mine = table.filter(pc.equal(table.column("model"), model))
-        num_queries = len(mine.column("test_id").unique())
+        pairs = table.filter(pc.equal(table.column("model"), model))
+        num_queries = len(pairs.column("test_id").unique())
         exact_QN, projected_QN = (
-            torch.tensor(mine.column(name).to_numpy()).view(num_queries, -1)
+            torch.tensor(pairs.column(name).to_numpy()).view(num_queries, -1)
             for name in ("exact", "projected")
         )
         num_trains = exact_QN.shape[1]
         certificates[model] = certify(
             exact_QN,
             projected_QN,
-            mine.column("test_language").to_pylist()[::num_trains],
-            mine.column("train_language").to_pylist()[:num_trains],
+            pairs.column("test_language").to_pylist()[::num_trains],
+            pairs.column("train_language").to_pylist()[:num_trains],
             terms,
         )
     return certificates
@@ -224,41 +246,45 @@ def certify(
     train_languages: Sequence[str],
     terms: Terms,
 ) -> dict[str, Any]:
-    """The certificate: how well projected scores stand for exact ones.
+    """State how well projected scores represent exact ones.
 
-    Every statistic has a value and a percentile interval over queries, resampled within their
-    languages. Absolute differences grow by what is left to chance in a sample and again by the
-    resampling, so that share errors are on the safe side: those of a whole run, averaged over more
-    queries and counted over more training examples, are several times smaller.
+    Every statistic has a value and a percentile interval over queries, which are resampled within
+    their languages. Absolute differences include the sampling error of a small sample and again
+    that of the resampling, so share errors are conservative: those of a whole run, which averages
+    over more queries and counts over more training examples, are several times smaller.
 
     Args:
-        exact_QN, projected_QN: scores over all checkpoints.
-        query_languages, train_languages: of the sampled examples.
-        terms: see `Terms`.
+        exact_QN, projected_QN: (Q, N) scores over all checkpoints.
+        query_languages, train_languages: languages of the sampled examples.
+        terms: options of the certificate.
 
     Returns:
-        queries, train, k (the same part of the sample as k is of all training examples), terms,
-        `passed`, and of each statistic {value, low, high}: `spearman` and `pearson` (mean over
-        queries; 1 where both sides are constant, 0 where one is), `top_k_overlap` (of the k
-        strongest of each sign, how many are the same), `rmse` (in the scores' unit),
-        `share_error_mean` and `share_error_largest` (absolute differences of the cells: for each
-        query language the share of each training language among the k strongest of a sign).
+        queries, train, k (the same share of the sample as k is of all training examples),
+        least_spearman, bootstrap, confidence, seed, `passed`, and {value, low, high} for each of
+
+        - spearman, pearson: mean over queries; 1 where both sides are constant, 0 where one is;
+        - top_k_overlap: common share of the k strongest of each sign;
+        - rmse: root mean square error, in the unit of the scores;
+        - share_error_mean, share_error_largest: over cells, the absolute difference in the share of
+          a training language among the k strongest of a sign, for a query language.
     """
     num_train = exact_QN.shape[1]
     k = min(num_train, max(1, round(terms.k * num_train / terms.num_train)))
-    both = [one.double().numpy() for one in (exact_QN, projected_QN)]
-    tops = [top_of_scores(one, k, train_languages) for one in (exact_QN, projected_QN)]
-    listed = [torch.cat([t.indices, t.opponent_indices + num_train], 1).numpy() for t in tops]
-    shares_QD = [_shares(top) for top in tops]
-    compared = _Compared(
-        _correlations(*(rankdata(one, axis=1) for one in both)),
-        _correlations(*both),
+    sides = (exact_QN, projected_QN)
+    exact, projected = (scores_QN.double().numpy() for scores_QN in sides)
+    tops = [top_of_scores(scores_QN, k, train_languages) for scores_QN in sides]
+    # An example may be among both signs; as an opponent it has a number of its own.
+    listed = [torch.cat([top.indices, top.opponent_indices + num_train], 1).numpy() for top in tops]
+    exact_shares_QD, projected_shares_QD = (_shares(top) for top in tops)
+    comparison = _Comparison(
+        _correlations(rankdata(exact, axis=1), rankdata(projected, axis=1)),
+        _correlations(exact, projected),
         _overlaps(listed),
-        np.square(both[1] - both[0]).mean(axis=1),
-        shares_QD[1] - shares_QD[0],
+        np.square(projected - exact).mean(axis=1),
+        projected_shares_QD - exact_shares_QD,
         np.asarray(query_languages),
     )
-    intervals = compared.intervals(terms)
+    intervals = comparison.intervals(terms)
     return {
         "queries": len(exact_QN),
         "train": num_train,
@@ -273,52 +299,53 @@ def certify(
 
 
 def _shares(top: TopInfluences) -> Array:
-    """(Q, D) shares of the training languages among proponents, then among opponents."""
+    """Return (Q, D) shares of the training languages among proponents, then among opponents."""
     sides = (top.group_shares, top.opponent_group_shares)
     return np.concatenate([side.numpy() for side in sides if side is not None], axis=1)
 
 
 def _correlations(a_QN: Array, b_QN: Array) -> Array:
-    """(Q,) Pearson correlation of every row."""
-    a_QN, b_QN = (one - one.mean(axis=1, keepdims=True) for one in (a_QN, b_QN))
-    lengths = [np.linalg.norm(one, axis=1) for one in (a_QN, b_QN)]
-    constant = [length == 0 for length in lengths]
-    product = np.where(constant[0] | constant[1], 1.0, lengths[0] * lengths[1])
-    correlations = (a_QN * b_QN).sum(axis=1) / product
-    return np.where(constant[0] & constant[1], 1.0, correlations)
+    """Return the (Q,) Pearson correlation of every row, as defined in `certify`."""
+    a_QN = a_QN - a_QN.mean(axis=1, keepdims=True)
+    b_QN = b_QN - b_QN.mean(axis=1, keepdims=True)
+    a_Q, b_Q = np.linalg.norm(a_QN, axis=1), np.linalg.norm(b_QN, axis=1)
+    product_Q = np.where((a_Q == 0) | (b_Q == 0), 1.0, a_Q * b_Q)
+    return np.where((a_Q == 0) & (b_Q == 0), 1.0, (a_QN * b_QN).sum(axis=1) / product_Q)
 
 
-def _overlaps(found: Sequence[NDArray[np.int64]]) -> Array:
-    """(Q,) what part of each row's distinct entries the two have in common."""
-    same = [len(np.intersect1d(*rows)) for rows in zip(*found, strict=True)]
-    return np.array(same) / found[0].shape[1]
+def _overlaps(listed: Sequence[NDArray[np.int64]]) -> Array:
+    """Return the (Q,) share of entries that two lists have in common in every row."""
+    common = [len(np.intersect1d(*rows)) for rows in zip(*listed, strict=True)]
+    return np.array(common) / listed[0].shape[1]
 
 
 @dataclass(frozen=True)
-class _Compared:
-    """What each query says: (Q,) numbers, and (Q, D) differences of shares."""
+class _Comparison:
+    """Comparison of projected with exact scores, per query."""
 
     spearman_Q: Array
     pearson_Q: Array
     overlap_Q: Array
-    squared_Q: Array
+    squared_error_Q: Array
     differences_QD: Array
     languages_Q: NDArray[Any]
 
     def intervals(self, terms: Terms) -> dict[str, dict[str, float]]:
-        """Every statistic's value and interval."""
+        """Return the value and interval of every statistic."""
         values = self._statistics(np.ones((1, len(self.spearman_Q))))
         resampled = self._statistics(self._resamples(terms))
         tail = (1 - terms.confidence) / 2
         intervals = {}
         for name, (value,) in values.items():
             low, high = np.quantile(resampled[name], [tail, 1 - tail])
-            ends = {"low": min(low, value), "high": max(high, value)}
-            intervals[name] = {"value": float(value)} | {key: float(v) for key, v in ends.items()}
+            # Absolute differences are biased upwards by resampling, so that the value itself may
+            # lie outside the percentiles.
+            low, high = min(low, value), max(high, value)
+            intervals[name] = {"value": float(value), "low": float(low), "high": float(high)}
         return intervals
 
     def _resamples(self, terms: Terms) -> Array:
-        """(R, Q) how often each query is drawn: of its language as many as there are."""
+        """Return (R, Q) how often each query is drawn, as many per language as there are."""
         rng = np.random.default_rng(terms.seed)
         times_RQ = np.zeros((terms.bootstrap, len(self.languages_Q)))
         for language in np.unique(self.languages_Q):
@@ -329,33 +356,39 @@ class _Compared:
         return times_RQ
 
     def _statistics(self, times_RQ: Array) -> dict[str, Array]:
-        """Each statistic of every resample, (R,)."""
+        """Return each statistic of every resample, (R,)."""
         total_R = times_RQ.sum(axis=1)
-        cells_RLD = []
+        cells_LRD = []
         for language in np.unique(self.languages_Q):
-            mine_RQ = times_RQ[:, self.languages_Q == language]
-            sums_RD = mine_RQ @ self.differences_QD[self.languages_Q == language]
-            cells_RLD.append(np.abs(sums_RD) / mine_RQ.sum(axis=1, keepdims=True))
-        cells_RM = np.concatenate(cells_RLD, axis=1)
+            own_Q = self.languages_Q == language
+            own_times_RQ = times_RQ[:, own_Q]
+            sums_RD = own_times_RQ @ self.differences_QD[own_Q]
+            cells_LRD.append(np.abs(sums_RD) / own_times_RQ.sum(axis=1, keepdims=True))
+        cells_RM = np.concatenate(cells_LRD, axis=1)
         return {
             "spearman": times_RQ @ self.spearman_Q / total_R,
             "pearson": times_RQ @ self.pearson_Q / total_R,
             "top_k_overlap": times_RQ @ self.overlap_Q / total_R,
-            "rmse": np.sqrt(times_RQ @ self.squared_Q / total_R),
+            "rmse": np.sqrt(times_RQ @ self.squared_error_Q / total_R),
             "share_error_mean": cells_RM.mean(axis=1),
             "share_error_largest": cells_RM.max(axis=1),
         }
 
 
-def failure(certificate: Mapping[str, Any], what: str) -> str:
-    """What is to be said, loudly, of a certificate that is not passed; "" of one that is."""
+def failure(certificate: Mapping[str, Any], subject: str) -> str:
+    """Return the warning for a certificate that is not passed, and "" for one that is.
+
+    Args:
+        certificate: result of `certify`.
+        subject: what was certified, for the message.
+    """
     if certificate["passed"]:
         return ""
     return (
-        f"fidelity of {what}: scores from features rank training examples as exact scores do only "
-        f"to a Spearman correlation of {certificate['spearman']['value']:.3f}, expected "
-        f"{certificate['least_spearman']} or more; take a larger projection_dim, and do not rely "
-        f"on the rankings of this run"
+        f"fidelity of {subject}: expected a Spearman correlation of at least "
+        f"{certificate['least_spearman']} between scores from features and exact scores, got "
+        f"{certificate['spearman']['value']:.3f}; use a larger projection_dim, and do not rely on "
+        f"the rankings of this run"
     )
 
 
@@ -364,18 +397,19 @@ def choose_dim(
     certified: Callable[[Tensor], Mapping[str, Any]],
     share_error: float,
 ) -> dict[str, Any]:
-    """The smallest of `DIMS` whose mean error in language shares is surely below `share_error`.
+    """Choose the smallest of `DIMS` whose mean error in language shares is below a bound.
 
-    Surely: the upper end of its interval is. Where none is small enough, the largest.
+    The upper end of the interval of the error must be below it. If that is so for none of the
+    sizes, the largest is chosen.
 
     Args:
-        scores_at: (Q, N) scores of the sample from features of so many numbers.
-        certified: `certify` of such scores.
-        share_error: what the error is to stay below.
+        scores_at: returns the (Q, N) scores of the sample from features of a given size.
+        certified: returns `certify` of such scores.
+        share_error: the bound.
 
     Returns:
-        projection_dim, share_error (as asked), enough (whether it stays below), and of each size
-        that was tried its `share_error_mean` and `spearman`.
+        projection_dim, share_error, enough (whether the error is below the bound), and `tried`: the
+        `share_error_mean` and `spearman` of each projection_dim that was tried.
     """
     tried: list[dict[str, Any]] = []
     for dim in DIMS:
@@ -393,15 +427,13 @@ def choose_dim(
 
 
 def describe_choice(choice: Mapping[str, Any]) -> str:
-    """What `choose_dim` chose and why, in one sentence."""
+    """Describe in one sentence what `choose_dim` chose and why."""
     error = choice["tried"][-1]["share_error_mean"]
-    found = f"error in language shares {error['value']:.3f}, at most {error['high']:.3f}"
     if choice["enough"]:
-        return (
-            f"projection_dim {choice['projection_dim']}: the smallest whose error is surely below "
-            f"{choice['share_error']} on a sample scored exactly ({found})"
-        )
+        reason = "the smallest whose mean error in language shares is below the bound"
+    else:
+        reason = "the largest that is tried; the mean error in language shares is above the bound"
     return (
-        f"projection_dim {choice['projection_dim']}: the largest that is tried; no projection's "
-        f"error is surely below {choice['share_error']} on a sample scored exactly ({found})"
+        f"projection_dim {choice['projection_dim']}: {reason} of {choice['share_error']} on a "
+        f"sample with exact scores ({error['value']:.3f}, upper bound {error['high']:.3f})"
     )

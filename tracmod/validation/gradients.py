@@ -1,4 +1,4 @@
-"""The engine's per-example gradients against plain autograd, one example at a time."""
+"""Comparison of the engine's per-example gradients with autograd, one example at a time."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tracmod.subnetworks.head_mask import HeadMask, masked
 
 @dataclass(frozen=True)
 class GradientError:
-    """Error of one kind of parameter.
+    """Error of the gradients of one kind of parameter.
 
     Attributes:
-        kind: such as `encoder linear weight`.
-        num_parameters: parameter tensors of this kind.
-        engine: `|engine - autograd64| / |autograd64|`, largest over the examples, the norm taken
+        kind: such as "encoder linear weight".
+        num_parameters: number of parameter tensors of this kind.
+        engine: `|engine - autograd64| / |autograd64|`, the largest over the examples; norms run
             over all parameters of the kind.
-        autograd: the same of plain float32 autograd: the error that float32 itself makes.
+        autograd: the same for float32 autograd, the error of float32 itself.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class GradientError:
 
     @property
     def passed(self) -> bool:
-        """Within twice plain autograd's own error, with a floor of 1e-5."""
+        """Whether the error is at most twice that of float32 autograd, or 1e-5."""
         return self.engine <= max(2 * self.autograd, 1e-5)
 
 
@@ -52,8 +52,17 @@ def check_model(
     num_examples: int = 8,
     max_length: int = 128,
 ) -> list[GradientError]:
-    """`check_gradients` of a model folder on the first examples of a file."""
-    # Here, because tasks need pydantic, which a GPU machine that tests the engine may lack.
+    """Run `check_gradients` for a model folder on the first examples of a file.
+
+    Args:
+        source: transformers folder with its tokenizer, or a Hub name.
+        data: example file.
+        parameters: as in `collect_features`.
+        head_mask: file of a head mask; None for none.
+        num_examples: number of examples to take.
+        max_length: longest length in tokens, lowered to that of the tokenizer.
+    """
+    # Imported here because tasks need pydantic, which a GPU machine that tests the engine may lack.
     from tracmod.tasks.files import read_model_examples
 
     model, tokenizer = load_model(source)
@@ -71,26 +80,29 @@ def check_gradients(
     parameters: str = "all",
     head_mask: HeadMask | None = None,
 ) -> list[GradientError]:
-    """Compare the gradients the engine captures with one-example autograd in float64.
+    """Compare the gradients that the engine captures with one-example autograd in float64.
 
     All examples go through the engine as one padded batch, and through autograd one by one without
-    padding, so that padding, masks and the scale of the loss are part of the comparison. One
-    example's gradients are held at a time: memory is a few times the model's.
+    padding, so that padding, masks and the scale of the loss are part of the comparison. The
+    gradients of one example are held at a time: memory is a few times that of the model.
 
     Args:
-        model: float32, on the CPU.
-        examples: as `model.encode` returns them.
+        model: a float32 model on the CPU.
+        examples: encoded examples, as `encode` returns them.
         parameters: as in `collect_features`.
-        head_mask: applied on both sides.
+        head_mask: mask to apply on both sides; None for none.
+
+    Returns:
+        One error per kind of parameter.
 
     Raises:
-        ValueError: no examples.
+        ValueError: there are no examples.
     """
     if not examples:
-        raise ValueError("check: expected examples, got none")
+        raise ValueError("examples: expected at least 1, got none")
     double = copy.deepcopy(model).double()
-    with frozen(model), lean(model, head_mask) as kept:
-        engine = engine_gradients(model, examples, parameters, kept)
+    with frozen(model), lean(model, head_mask) as lean_columns:
+        engine = engine_gradients(model, examples, parameters, lean_columns)
     by_kind: dict[str, list[str]] = {}
     for layer in select_layers(model, parameters):
         for name in layer.parameter_names:
@@ -98,8 +110,8 @@ def check_gradients(
     with masked(model, head_mask), masked(double, head_mask):
         errors = torch.tensor(
             [
-                _errors(model, double, example, found, by_kind)
-                for example, found in zip(examples, engine, strict=True)
+                _errors(model, double, example, gradients, by_kind)
+                for example, gradients in zip(examples, engine, strict=True)
             ]
         )
     return [
@@ -115,7 +127,7 @@ def _errors(
     engine: Mapping[str, Tensor],
     by_kind: Mapping[str, list[str]],
 ) -> list[tuple[float, float]]:
-    """One example's relative errors (engine, autograd) of every kind."""
+    """Return the relative errors (engine, autograd) of one example for every kind."""
     names = [name for members in by_kind.values() for name in members]
     truth = autograd_gradients(double, example, names)
     plain = autograd_gradients(model, example, names)
@@ -126,10 +138,13 @@ def _errors(
 
 
 def _relative_error(
-    found: Mapping[str, Tensor], truth: Mapping[str, Tensor], names: Sequence[str]
+    gradients: Mapping[str, Tensor], truth: Mapping[str, Tensor], names: Sequence[str]
 ) -> float:
-    difference = sum(float((found[n].double() - truth[n]).square().sum()) for n in names)
-    norm = sum(float(truth[n].square().sum()) for n in names)
+    """Return |gradients - truth| / |truth|, or |gradients - truth| where truth is 0."""
+    difference = sum(
+        float((gradients[name].double() - truth[name]).square().sum()) for name in names
+    )
+    norm = sum(float(truth[name].square().sum()) for name in names)
     return (difference / norm) ** 0.5 if norm > 0 else difference**0.5
 
 
@@ -137,22 +152,30 @@ def engine_gradients(
     model: PreTrainedModel,
     examples: Sequence[Mapping[str, Any]],
     parameters: str = "all",
-    kept: LeanColumns | None = None,
+    lean_columns: LeanColumns | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Whole gradients by parameter name of each example of one padded batch, one at a time.
+    """Yield the whole gradients of each example of one padded batch, by name of the parameter.
 
-    Used within `frozen(model)`; for checks only: it forms what the engine is there to avoid.
-    A parameter of which the engine shows nothing has a gradient of zeros.
+    Only for checks, within `frozen(model)`: the engine exists in order not to form them.
+
+    Args:
+        model: the model.
+        examples: encoded examples.
+        parameters: as in `collect_features`.
+        lean_columns: what `lean` has left of the layers, if it is used.
+
+    Yields:
+        One example's gradients; zeros for a parameter that the engine shows nothing of.
     """
     layers = select_layers(model, parameters)
     batch = collate(examples, pad_token_id(model), next(model.parameters()).device)
     captured: dict[str, Captured] = {}
 
     def keep(group: Captured) -> None:
-        for place, layer in enumerate(group.layers):
-            captured[layer.name] = group.of([place]).with_all_columns()
+        for position, layer in enumerate(group.layers):
+            captured[layer.name] = group.of([position]).with_all_columns()
 
-    capture(model, layers, batch, keep, lean_columns=kept)
+    capture(model, layers, batch, keep, lean_columns=lean_columns)
 
     def example_gradients(row: int) -> dict[str, Tensor]:
         gradients: dict[str, Tensor] = {}
@@ -168,8 +191,12 @@ def engine_gradients(
 
 
 def _whole_gradients(captured: Captured, row: int) -> list[Tensor]:
-    layer, one = captured.layers[0], slice(row, row + 1)
-    x, g = captured.x[one], captured.g[0][one]
+    """Return the gradients of a layer's weight and, if selected, bias for one example.
+
+    The projection kernel with the projection "identity" forms them.
+    """
+    layer, only = captured.layers[0], slice(row, row + 1)
+    x, g = captured.x[only], captured.g[0][only]
     if layer.kind == "embedding":
         gradient = torch.zeros(layer.in_features, layer.out_features, device=g.device)
         return [gradient.index_add_(0, x[0], g[0])]
@@ -181,7 +208,7 @@ def _whole_gradients(captured: Captured, row: int) -> list[Tensor]:
         x,
         g,
         out,
-        lengths=None if captured.lengths is None else captured.lengths[one],
+        lengths=None if captured.lengths is None else captured.lengths[only],
         layer=layer.kind,
         kind="identity",
         k_out=k_out,
@@ -200,7 +227,16 @@ def _whole_gradients(captured: Captured, row: int) -> list[Tensor]:
 def autograd_gradients(
     model: PreTrainedModel, example: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Plain autograd's gradient of one example's loss, dropout off; zeros where unused."""
+    """Compute the gradient of one example's loss with autograd, with dropout off.
+
+    Args:
+        model: the model, in any floating dtype.
+        example: an encoded example.
+        names: names of the parameters.
+
+    Returns:
+        Gradient by name; zeros for parameters that the loss does not depend on.
+    """
     parameters = dict(model.named_parameters())
     was_training = model.training
     model.eval()
@@ -209,16 +245,17 @@ def autograd_gradients(
         labels = batch.pop("labels")
         loss = per_example_loss(model(**batch).logits, labels).sum()
         selected = [parameters[name] for name in names]
-        found = torch.autograd.grad(loss, selected, allow_unused=True)
+        gradients = torch.autograd.grad(loss, selected, allow_unused=True)
     finally:
         model.train(was_training)
     return {
         name: torch.zeros_like(parameters[name]) if gradient is None else gradient
-        for name, gradient in zip(names, found, strict=True)
+        for name, gradient in zip(names, gradients, strict=True)
     }
 
 
 def _kind(model: PreTrainedModel, name: str) -> str:
+    """Return the kind of a parameter, such as "encoder linear weight"."""
     module_name, _, parameter = name.rpartition(".")
     module = type(model.get_submodule(module_name)).__name__.lower()
     base = model.base_model_prefix + "."

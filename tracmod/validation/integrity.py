@@ -1,4 +1,4 @@
-"""Whether what is on disk is what was written: `tracmod verify`."""
+"""Checks that the files of a run or store are complete and unchanged (`tracmod verify`)."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from tracmod.files.durable import CHECKSUMS, read_checksums, read_json, unseal
 from tracmod.files.object_storage import Location, entries, file_sha256, file_size, location
 
 
-def verify(place: StorePath) -> list[str]:
-    """Every problem of a run folder, a folder of `tracmod attribute` or a feature store.
+def verify(folder: StorePath) -> list[str]:
+    """Check a run folder, a folder of `tracmod attribute` or a feature store.
 
-    What a finished stage wrote is compared with checksums.json; the shards of feature stores and
-    the files of an index with the checksums that they carry.
+    The files of finished stages are compared with checksums.json, the shards of feature stores and
+    the files of an index with the checksums that they contain.
 
     Args:
-        place: the folder; of a feature store also its URL.
+        folder: path of the folder; for a feature store also a URL.
 
     Returns:
-        One sentence per problem, none where all is sound.
+        One sentence per problem; an empty list if there is none.
 
     Raises:
-        ValueError: nothing of ours there; run.json is not JSON.
+        ValueError: the folder is none of these, or run.json is not valid JSON.
     """
-    path = location(place)
+    path = location(folder)
     if (path / "manifest.json").is_file():
         return _store_problems([path])
     if not isinstance(path, Path) or not (path / "run.json").is_file():
-        raise ValueError(f"{path}: expected a run folder or a feature store, found neither")
+        raise ValueError(f"{path}: expected a run folder or a feature store, got neither")
     features = _features_path(path)
     problems = list(_checksum_problems(path, features)) + list(_index_problems(path))
     stores = [manifest.parent for manifest in features.rglob("manifest.json")]
@@ -39,14 +39,15 @@ def verify(place: StorePath) -> list[str]:
 
 
 def _features_path(path: Path) -> Location:
-    """features/, or where the run's `collect.features` has them."""
-    found = read_json(path / "run.json")
+    """Return the folder of the feature stores: `collect.features` of the run, or features/."""
+    value = read_json(path / "run.json")
     for key in ("config", "collect", "features"):
-        found = found.get(key) if isinstance(found, dict) else None
-    return path / "features" if found is None else location(found)
+        value = value.get(key) if isinstance(value, dict) else None
+    return path / "features" if value is None else location(value)
 
 
 def _store_problems(stores: Sequence[Location]) -> list[str]:
+    """Return the problems of feature stores."""
     files = [file for store in stores for file in entries(store)]
     sizes = [file_size(file) for file in files if file.name.startswith("shard-")]
     with tqdm(total=sum(sizes), desc="verify", unit="B", unit_scale=True, disable=None) as bar:
@@ -54,6 +55,7 @@ def _store_problems(stores: Sequence[Location]) -> list[str]:
 
 
 def _checksum_problems(path: Path, features: Location) -> Iterator[str]:
+    """Yield the files that are missing or differ from checksums.json."""
     if not (path / CHECKSUMS).is_file():
         yield f"{path / CHECKSUMS} is missing: no stage has been finished, or it was removed"
         return
@@ -63,8 +65,8 @@ def _checksum_problems(path: Path, features: Location) -> Iterator[str]:
         yield str(error)
         return
     for name, expected in tqdm(sums.items(), desc="verify", unit="file", disable=None):
-        of_features = name.removeprefix("features/")
-        file = path / name if of_features == name else features / of_features
+        in_features = name.removeprefix("features/")
+        file = path / name if in_features == name else features / in_features
         if not file.is_file():
             yield f"{file} is missing"
         elif file_sha256(file) != expected and not _has_grown(file):
@@ -72,12 +74,15 @@ def _checksum_problems(path: Path, features: Location) -> Iterator[str]:
 
 
 def _has_grown(file: Location) -> bool:
-    """Whether it is the manifest of a store with appended rows; its own checksum is in it."""
+    """Return whether this is the manifest of a store with rows that were appended later.
+
+    Such a manifest is replaced after the stage that created it; it contains its own checksum.
+    """
     return file.name == "manifest.json" and b'"appended": [' in file.read_bytes()
 
 
 def _index_problems(path: Path) -> Iterator[str]:
-    """What is wrong with the files of `tracmod index`; needs no FAISS."""
+    """Yield the problems of the files of `tracmod index`; FAISS is not needed."""
     folders = {file.parent for file in path.glob("index/**/index.*")}
     for folder in tqdm(sorted(folders), desc="verify", unit="index", disable=None):
         meta, index = folder / "index.json", folder / "index.faiss"
@@ -91,4 +96,4 @@ def _index_problems(path: Path) -> Iterator[str]:
             yield str(error)
             continue
         if file_sha256(index) != expected:
-            yield f"{index} is damaged, or not of this {meta.name}: build the index again"
+            yield f"{index} is damaged or does not belong to {meta.name}: build the index again"

@@ -1,10 +1,14 @@
-"""The linear datamodelling score: do sums of influence predict the losses of retrained models?
+"""The linear datamodelling score: do sums of scores predict the losses of retrained models?
 
     LDS(z) = Spearman over subsets S of ( sum_{i in S} score(z, i), -loss(z; trained on S) )
 
+Its intervals account for the choice of the subsets and of the test examples. Both are resampled at
+once: a draw of the bootstrap counts how often each is drawn, and all statistics are computed with
+these counts as weights, for many draws in one array operation.
+
 Source: Park et al. 2023 (TRAK), section 2; Ilyas et al. 2022 (datamodels).
 
-Shape legend: Q test examples, S subsets, B draws of the bootstrap (the first is what was observed).
+Shape suffixes: Q test examples, S subsets, B draws of the bootstrap (the first is the observation).
 """
 
 from __future__ import annotations
@@ -30,12 +34,12 @@ _BLOCK_NUMBERS = 1 << 22
 
 @dataclass(frozen=True)
 class Draws:
-    """Bootstrap draws: how often each thing is drawn, first everything once.
+    """Draws of a bootstrap as counts; in the first draw everything is drawn once.
 
     Attributes:
-        tests_BQ: of test examples, whole parallel items together.
-        others_BS: of subsets, or of retrainings; drawn independently of the test examples.
-        confidence: of the percentile intervals.
+        tests_BQ: how often each test example is drawn; examples of a parallel item together.
+        others_BS: how often each subset is drawn, independently of the test examples.
+        confidence: coverage of the percentile intervals.
     """
 
     tests_BQ: np.ndarray
@@ -44,7 +48,13 @@ class Draws:
 
     @staticmethod
     def of(clusters: Sequence[Any] | np.ndarray, others: int, resampling: Resampling) -> Draws:
-        """Draw; `clusters` has the parallel item of each test example."""
+        """Draw test examples and subsets.
+
+        Args:
+            clusters: (Q,) parallel item of each test example.
+            others: S.
+            resampling: number of draws, coverage and seed.
+        """
         rng = np.random.default_rng(resampling.seed)
         _, cluster_of_Q = np.unique(np.asarray(clusters), return_inverse=True)
         items = _times_drawn(int(cluster_of_Q.max()) + 1, resampling.bootstrap, rng)
@@ -55,7 +65,7 @@ class Draws:
         )
 
     def interval(self, values_B: np.ndarray) -> dict[str, float]:
-        """`value` as observed, `low` and `high`; draws without any value are left out."""
+        """Return the observed `value` with `low` and `high`; draws that are NaN are left out."""
         tail = (1 - self.confidence) / 2
         drawn = values_B[1:][np.isfinite(values_B[1:])]
         low, high = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else [values_B[0]] * 2
@@ -63,26 +73,26 @@ class Draws:
 
 
 def _times_drawn(number: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(1 + draws, number) float64: ones, then how often each is drawn of `number` with return."""
+    """Return (1 + draws, number) counts of draws with replacement, of which the first are 1."""
     drawn = rng.multinomial(number, np.full(number, 1 / number), size=draws)
     return np.concatenate([np.ones((1, number)), drawn])
 
 
 def weighted_mean(values_BQ: np.ndarray, weights_BQ: np.ndarray) -> np.ndarray:
-    """(B,) means over the last axis; NaN where all weights are 0."""
+    """Return (B,) weighted means over the last axis; NaN where all weights are 0."""
     total = weights_BQ.sum(axis=-1)
     sums = (values_BQ * weights_BQ).sum(axis=-1)
     return np.where(total > 0, sums / np.where(total > 0, total, 1.0), np.nan)
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Spearman over the last axis, where each place counts `counts` times; ties have mean ranks.
+    """Compute Spearman's correlation over the last axis, with counts as weights.
 
-    The same as of a sample in which every place is repeated so often. 0 where one side has no order
-    at all.
+    The result is that of a sample in which each entry is repeated `counts` times. Ties have mean
+    ranks. It is 0 where one side does not vary.
 
     Args:
-        x, y, counts: (..., S), of shapes that broadcast.
+        x, y, counts: (..., S) float, of shapes that can be broadcast.
     """
     ranks_x, ranks_y = _ranks(x, counts), _ranks(y, counts)
     total = counts.sum(axis=-1, keepdims=True)
@@ -95,7 +105,11 @@ def rank_correlation(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.nda
 
 
 def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Mean ranks but for a constant: how many are below, and half of those equal."""
+    """Return mean ranks up to a constant: the count of lower entries plus half that of equal ones.
+
+    All pairs of entries are compared. That costs S^2 operations but is the same for every draw of
+    the bootstrap, whose counts then enter as one matrix product.
+    """
     below = (values[..., None, :] < values[..., :, None]).astype(np.float64)
     below += 0.5 * (values[..., None, :] == values[..., :, None])
     return np.matmul(below, counts[..., :, None])[..., 0]
@@ -107,25 +121,29 @@ def lds_table(
     languages_Q: Sequence[str],
     draws: Draws,
 ) -> pa.Table:
-    """`lds.parquet`: `LDS_SCHEMA`, a row per method, level and language, and one of all.
+    """Build `lds.parquet`: one row per method, level and language, and one for all languages.
 
-    Level `example`: the mean of LDS(z) over test examples. Level `language`: the same Spearman of
-    the *mean* loss over a language's test examples and the mean predicted effect on them, which is
-    what the tables of influence between languages rest on; of all languages, the mean of theirs.
-    `over_first`: the difference from the first method, null for that one itself. Its interval is of
-    the same draws for both, so it tells them apart where their own intervals overlap.
+    At the level "example" the value is the mean of LDS(z) over test examples. At the level
+    "language" it is the Spearman correlation of the *mean* loss over a language's test examples
+    with the mean predicted effect on them, on which the tables of influence between languages rely;
+    for all languages it is the mean of theirs. `over_first` is the difference from the first
+    method, null for the first method itself. Its interval uses the same draws for both methods, so
+    it can separate methods whose own intervals overlap.
 
     Args:
         predicted: method -> (Q, S) sums of its scores over each subset.
         losses_QS: loss of each test example after training on each subset.
-        languages_Q: of the test examples.
-        draws: over subsets and test examples, both drawn again.
+        languages_Q: language of each test example.
+        draws: draws of subsets and test examples.
+
+    Returns:
+        A table with `LDS_SCHEMA`.
     """
     rows = []
     first: dict[tuple[str, str | None], np.ndarray] = {}
     for method, predicted_QS in predicted.items():
-        for level, of in (("example", _by_example), ("language", _by_language)):
-            for language, values_B in of(predicted_QS, -losses_QS, languages_Q, draws):
+        for level, lds in (("example", _example_lds), ("language", _language_lds)):
+            for language, values_B in lds(predicted_QS, -losses_QS, languages_Q, draws):
                 row: dict[str, Any] = {"method": method, "level": level, "test_language": language}
                 row |= draws.interval(values_B)
                 if (level, language) in first:
@@ -138,10 +156,10 @@ def lds_table(
     return pa.Table.from_pylist(rows, LDS_SCHEMA)
 
 
-def _by_example(
+def _example_lds(
     predicted_QS: np.ndarray, effect_QS: np.ndarray, languages_Q: Sequence[str], draws: Draws
 ) -> Iterator[tuple[str | None, np.ndarray]]:
-    """(B,) mean LDS of all test examples (None) and of each language's."""
+    """Yield (B,) mean LDS of all test examples (None), then of those of each language."""
     counts_B1S = draws.others_BS[:, None, :]
     size = max(1, _BLOCK_NUMBERS // draws.others_BS.size)
     lds_BQ = np.concatenate(
@@ -160,15 +178,15 @@ def _by_example(
         yield language, weighted_mean(lds_BQ[:, own_Q], draws.tests_BQ[:, own_Q])
 
 
-def _by_language(
+def _language_lds(
     predicted_QS: np.ndarray, effect_QS: np.ndarray, languages_Q: Sequence[str], draws: Draws
 ) -> Iterator[tuple[str | None, np.ndarray]]:
-    """(B,) Spearman of each language's means over the subsets, and their mean (None)."""
-    found = {}
+    """Yield (B,) mean over languages of the LDS of their means (None), then that of each."""
+    lds_of = {}
     size = max(1, _BLOCK_NUMBERS // draws.others_BS.shape[1] ** 2)
     for language, own_Q in by_language(languages_Q).items():
         weights_BQ = draws.tests_BQ[:, own_Q]
-        # Sums order the subsets as means do, but for draws without an example of the language.
+        # Sums rank the subsets like means, except in draws without an example of the language.
         sums = [weights_BQ @ values_QS[own_Q] for values_QS in (predicted_QS, effect_QS)]
         values_B = np.concatenate(
             [
@@ -180,12 +198,12 @@ def _by_language(
                 for start in range(0, len(weights_BQ), size)
             ]
         )
-        found[language] = np.where(weights_BQ.sum(axis=1) > 0, values_B, np.nan)
-    yield None, np.mean(list(found.values()), axis=0)
-    yield from found.items()
+        lds_of[language] = np.where(weights_BQ.sum(axis=1) > 0, values_B, np.nan)
+    yield None, np.mean(list(lds_of.values()), axis=0)
+    yield from lds_of.items()
 
 
 def by_language(languages_Q: Sequence[str]) -> dict[str, np.ndarray]:
-    """Language -> places of its examples, in the order in which languages come."""
+    """Return the indices of each language's examples, languages in order of appearance."""
     names = np.asarray(languages_Q)
     return {language: np.flatnonzero(names == language) for language in dict.fromkeys(languages_Q)}

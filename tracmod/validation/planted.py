@@ -1,6 +1,6 @@
-"""Which of the answers that the task `planted` makes known a run's influence gets right.
+"""Comparison of a run's influence with the answers that are known for the task `planted`.
 
-Shape legend: Q test examples, N training examples, G languages, P pairs of languages.
+Shape suffixes: Q test examples, N training examples, G languages, P pairs of languages.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ ANSWER_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Answer:
-    """One question's answer.
+    """The answer to a question.
 
     Attributes:
-        question: `duplicates`, `flipped_by_self_influence`, `flipped_by_opponents`,
-            `relatedness`, `loan`, `isolated` or `cipher`.
+        question: "duplicates", "flipped_by_self_influence", "flipped_by_opponents",
+            "relatedness", "loan", "isolated" or "cipher"; see `planted_answers`.
         value, low, high: the number and its bootstrap interval.
-        chance: the number if influence told nothing.
-        expected: what the number has to be, in words.
-        right: whether it is.
+        chance: the number that random scores would give.
+        expected: the condition that the number must meet, in words.
+        right: whether it does.
     """
 
     question: str
@@ -55,34 +55,41 @@ class Answer:
 
 
 def planted_answers(run_dir: str | Path, resampling: Resampling) -> pa.Table:
-    """`analysis/planted.parquet`: every question that can be put, for each model and view.
+    """Build `analysis/planted.parquet`: the answer to every applicable question, per view.
 
-    duplicates: share of the test examples with a duplicate among the training examples whose
-        strongest proponent it is.
-    flipped_by_self_influence, flipped_by_opponents: area under the ROC curve of telling mislabelled
-        training examples from the others; by self-influence (under the example's own language's
-        mask), and by how far an example is an opponent of the test examples of its language: minus
-        the sum of its scores where `top.parquet` lists it.
-    relatedness: Spearman correlation, over pairs of languages a and b, of relatedness with
+    duplicates: share of the test examples with a duplicate in the training examples for which the
+        duplicate is the strongest proponent.
+    flipped_by_self_influence, flipped_by_opponents: area under the ROC curve for telling
+        mislabelled training examples from others, by self-influence (under the mask of the
+        example's own language), or by how strongly an example opposes the test examples of its
+        language: minus the sum of its scores where `top.parquet` lists it.
+    relatedness: Spearman correlation over pairs of languages a and b of their relatedness with
         (share of b among the proponents of a's test examples + share of a among b's) / 2.
-    loan: by how much the teacher's share among the proponents rises, from a test example of the
-        learner to the same with a word that the teacher alone teaches and on which the label
-        hangs; it has to be above 0 and more than any other language's rise.
+    loan: increase of the teacher's share among the proponents from a test example of the learner
+        to the same example with a word that only the teacher teaches and that decides the label;
+        it must be above 0 and larger than the increase of any other language.
     isolated: share of `isolated` among the proponents of its own test examples.
-    cipher: share of `base` among the proponents of `cipher`'s test examples: letter by letter the
-        same language, but the model cannot know, so it has to be below chance.
+    cipher: share of `base` among the proponents of the test examples of `cipher`. The two are the
+        same language letter by letter, but the model cannot know, so it must be below chance.
 
-    Intervals are percentile bootstraps over the test examples, those of a language by itself; of
-    self-influence, which is of no test example, over the training examples. Test examples with a
-    loan are left out of relatedness. Of several draws of a view (`random`), means are taken.
+    Intervals are percentile bootstraps over test examples, stratified by language, and over
+    training examples for self-influence, which involves no test example. Test examples with a loan
+    word are left out of relatedness. Several draws of a view (`random`) are averaged.
+
+    Args:
+        run_dir: folder of a run of the task `planted`.
+        resampling: options of the intervals.
+
+    Returns:
+        A table with `ANSWER_SCHEMA`.
 
     Raises:
-        ValueError: not a run folder of the task planted.
+        ValueError: not a run folder, or not of the task planted.
     """
     run = RunResults(run_dir)
     if not (run.path / "data" / "planted.parquet").is_file():
         raise ValueError(
-            f"{run.path}: expected a run of the task planted, found no data/planted.parquet"
+            f"{run.path}: expected a run of the task planted, but data/planted.parquet is missing"
         )
     truth = _Truth(run)
     rows = [
@@ -94,7 +101,15 @@ def planted_answers(run_dir: str | Path, resampling: Resampling) -> pa.Table:
 
 
 class _Truth:
-    """What is planted in a run, as rows of its examples."""
+    """What was planted in a run, in terms of the rows of its examples.
+
+    Attributes:
+        run: the run.
+        planted: content of data/planted.parquet.
+        test_rows, train_rows: id -> row.
+        languages_Q, languages_N: language of each test example and training example.
+        languages: the G training languages.
+    """
 
     def __init__(self, run: RunResults) -> None:
         self.run = run
@@ -107,47 +122,49 @@ class _Truth:
         self.languages = list(run.num_train)
 
     def _ids(self, kind: str, *columns: str) -> list[list[str]]:
+        """Return the ids in some columns of the planted items of one kind."""
         rows = self.planted.filter(pc.equal(self.planted["kind"], kind))
         return [rows[column].to_pylist() for column in columns]
 
     @cached_property
     def duplicates(self) -> dict[int, int]:
-        """Test row -> row of the training example that is its duplicate."""
+        """Row of a test example -> row of the training example that is its duplicate."""
         pairs = zip(*self._ids("duplicate", "test_id", "train_id"), strict=True)
         return {self.test_rows[test]: self.train_rows[train] for test, train in pairs}
 
     @cached_property
     def flipped_N(self) -> np.ndarray:
+        """Whether the label of each training example was flipped, bool."""
         flipped = np.zeros(len(self.languages_N), dtype=bool)
         flipped[[self.train_rows[name] for name in self._ids("flipped", "train_id")[0]]] = True
         return flipped
 
     @cached_property
     def loans(self) -> dict[int, int]:
-        """Test row with a loan -> test row of the same with the native word."""
+        """Row of a test example with a loan word -> row of the same with the native word."""
         pairs = zip(*self._ids("loan", "test_id", "native_id"), strict=True)
         return {self.test_rows[loan]: self.test_rows[native] for loan, native in pairs}
 
-    def place(self, language: str) -> int:
-        return self.languages.index(language)
-
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """(P, 2) places of two languages, and (P,) their relatedness."""
+        """Return the (P, 2) columns of pairs of languages, and their (P,) relatedness."""
         rows = pq.read_table(self.run.path / "data" / "relatedness.parquet").to_pylist()
-        places = [(self.place(row["language_a"]), self.place(row["language_b"])) for row in rows]
-        return np.array(places).reshape(-1, 2), np.array([row["relatedness"] for row in rows])
+        pairs = [
+            [self.languages.index(row[name]) for name in ("language_a", "language_b")]
+            for row in rows
+        ]
+        return np.array(pairs).reshape(-1, 2), np.array([row["relatedness"] for row in rows])
 
 
 def _answers(truth: _Truth, view: ViewResults, resampling: Resampling) -> Iterator[Answer]:
-    """The answers of one view, as far as the plants are there."""
+    """Yield the answers of one view to the questions that the run was planted for."""
     shares_QG = view.measures["share_positive"]
     known_Q = np.isfinite(shares_QG).all(axis=1)
     folders = [truth.run.path / "influence" / view.model / name for name in view.folders]
-    # Some views, such as `other`, are of a part of the test examples.
+    # Some views, such as `other`, cover only a part of the test examples.
     if all(counts_under(name, language) for name in view.folders for language in truth.languages):
         listed = [_listed(truth, folder / "top.parquet") for folder in folders]
         if truth.duplicates:
-            yield _duplicates(truth, [first for first, _ in listed], resampling)
+            yield _duplicates(truth, [first_Q for first_Q, _ in listed], resampling)
         if truth.flipped_N.any():
             files = [folder / "self_influence.parquet" for folder in folders]
             if all(file.is_file() for file in files):
@@ -164,10 +181,10 @@ def _answers(truth: _Truth, view: ViewResults, resampling: Resampling) -> Iterat
 
 def _duplicates(truth: _Truth, firsts: Sequence[np.ndarray], resampling: Resampling) -> Answer:
     rows = list(truth.duplicates)
-    wanted = np.array([truth.duplicates[row] for row in rows])
-    found = np.mean([first_Q[rows] == wanted for first_Q in firsts], axis=0)
+    duplicates = np.array([truth.duplicates[row] for row in rows])
+    hits = np.mean([first_Q[rows] == duplicates for first_Q in firsts], axis=0)
     value, low, high = _interval(
-        lambda chosen: float(found[chosen].mean()), truth.languages_Q[rows], resampling
+        lambda drawn: float(hits[drawn].mean()), truth.languages_Q[rows], resampling
     )
     return Answer(
         "duplicates",
@@ -179,8 +196,11 @@ def _duplicates(truth: _Truth, firsts: Sequence[np.ndarray], resampling: Resampl
 
 def _flipped_by_self_influence(truth: _Truth, own_N: np.ndarray, resampling: Resampling) -> Answer:
     value, low, high = _interval(
-        lambda chosen: auc(own_N[chosen], truth.flipped_N[chosen]),
-        [f"{a} {b}" for a, b in zip(truth.languages_N, truth.flipped_N, strict=True)],
+        lambda drawn: auc(own_N[drawn], truth.flipped_N[drawn]),
+        [
+            f"{language} {flipped}"
+            for language, flipped in zip(truth.languages_N, truth.flipped_N, strict=True)
+        ],
         resampling,
     )
     numbers = (value, low, high, 0.5)
@@ -188,29 +208,29 @@ def _flipped_by_self_influence(truth: _Truth, own_N: np.ndarray, resampling: Res
 
 
 def _flipped_by_opponents(truth: _Truth, scores_QN: csr_array, resampling: Resampling) -> Answer:
-    value, low, high = _interval(
-        lambda chosen: auc(-_sum_of_rows(scores_QN, chosen), truth.flipped_N),
-        truth.languages_Q,
-        resampling,
-    )
+    def statistic(drawn: np.ndarray) -> float:
+        times_drawn_Q = np.bincount(drawn, minlength=scores_QN.shape[0])
+        return auc(-(times_drawn_Q @ scores_QN), truth.flipped_N)
+
+    value, low, high = _interval(statistic, truth.languages_Q, resampling)
     numbers = (value, low, high, 0.5)
     return Answer("flipped_by_opponents", *numbers, f"at least {AUC_GOAL}", value >= AUC_GOAL)
 
 
 def _relatedness(truth: _Truth, shares_QG: np.ndarray, resampling: Resampling) -> Answer:
-    places_P2, relatedness_P = truth.pairs()
+    pairs_P2, relatedness_P = truth.pairs()
     plain = [row for row in range(len(shares_QG)) if row not in truth.loans]
     shares_QG, languages_Q = shares_QG[plain], truth.languages_Q[plain]
 
-    def statistic(chosen: np.ndarray) -> float:
+    def statistic(drawn: np.ndarray) -> float:
         means_GG = np.stack(
             [
-                shares_QG[chosen][languages_Q[chosen] == language].mean(axis=0)
+                shares_QG[drawn][languages_Q[drawn] == language].mean(axis=0)
                 for language in truth.languages
             ]
         )
         mutual_GG = (means_GG + means_GG.T) / 2
-        return spearman(mutual_GG[places_P2[:, 0], places_P2[:, 1]], relatedness_P)
+        return spearman(mutual_GG[pairs_P2[:, 0], pairs_P2[:, 1]], relatedness_P)
 
     value, low, high = _interval(statistic, languages_Q, resampling)
     numbers = (value, low, high, 0.0)
@@ -219,7 +239,7 @@ def _relatedness(truth: _Truth, shares_QG: np.ndarray, resampling: Resampling) -
 
 def _loan(truth: _Truth, shares_QG: np.ndarray, resampling: Resampling) -> Answer:
     rises_G = shares_QG[list(truth.loans)] - shares_QG[list(truth.loans.values())]
-    teacher = truth.place(TEACHER)
+    teacher = truth.languages.index(TEACHER)
     value, low, high = _mean(rises_G[:, teacher], resampling)
     largest = int(np.argmax(rises_G.mean(axis=0))) == teacher
     expected = "above 0, and the largest rise of all languages"
@@ -229,38 +249,43 @@ def _loan(truth: _Truth, shares_QG: np.ndarray, resampling: Resampling) -> Answe
 def _known_languages(
     truth: _Truth, shares_QG: np.ndarray, known_Q: np.ndarray, resampling: Resampling
 ) -> Iterator[Answer]:
-    of = {name: known_Q & (truth.languages_Q == name) for name in truth.languages}
-    if of.get("isolated", known_Q[:0]).any():
-        own = shares_QG[of["isolated"], truth.place("isolated")]
-        value, low, high = _mean(own, resampling)
-        chance = truth.run.null_shares["isolated"]
-        yield Answer("isolated", value, low, high, chance, "above chance", low > chance)
-    if "base" in truth.languages and of.get("cipher", known_Q[:0]).any():
-        twin = shares_QG[of["cipher"], truth.place("base")]
-        value, low, high = _mean(twin, resampling)
-        chance = truth.run.null_shares["base"]
-        yield Answer("cipher", value, low, high, chance, "below chance", high < chance)
+    """Yield the answers about `isolated` and `cipher`, as far as the run has these languages."""
+    for question, language in (("isolated", "isolated"), ("cipher", "base")):
+        rows_Q = known_Q & (truth.languages_Q == question)
+        if not {question, language} <= set(truth.languages) or not rows_Q.any():
+            continue
+        shares = shares_QG[rows_Q, truth.languages.index(language)]
+        value, low, high = _mean(shares, resampling)
+        chance = truth.run.null_shares[language]
+        if question == "isolated":
+            yield Answer(question, value, low, high, chance, "above chance", low > chance)
+        else:
+            yield Answer(question, value, low, high, chance, "below chance", high < chance)
 
 
 # --- statistics -----------------------------------------------------------------------------
 
 
 def auc(scores_N: np.ndarray, marked_N: np.ndarray) -> float:
-    """Probability that a marked example's score is above an unmarked one's; ties count half."""
+    """Compute the area under the ROC curve.
+
+    It is the probability that the score of a marked example is above that of an unmarked one; ties
+    count half.
+    """
     ranks_N, marked = rankdata(scores_N), int(marked_N.sum())
     wins = ranks_N[marked_N].sum() - marked * (marked + 1) / 2
     return float(wins / (marked * (len(marked_N) - marked)))
 
 
 def spearman(a_P: np.ndarray, b_P: np.ndarray) -> float:
-    """Rank correlation; 0 where one side has no order at all."""
+    """Compute Spearman's correlation; 0 if one side does not vary."""
     if np.ptp(a_P) == 0 or np.ptp(b_P) == 0:
         return 0.0
     return float(np.corrcoef(rankdata(a_P), rankdata(b_P))[0, 1])
 
 
 def _mean(values: np.ndarray, resampling: Resampling) -> tuple[float, float, float]:
-    return _interval(lambda chosen: float(values[chosen].mean()), np.zeros(len(values)), resampling)
+    return _interval(lambda drawn: float(values[drawn].mean()), np.zeros(len(values)), resampling)
 
 
 def _interval(
@@ -268,15 +293,15 @@ def _interval(
     strata: Sequence[str] | np.ndarray,
     resampling: Resampling,
 ) -> tuple[float, float, float]:
-    """The statistic of all rows, and its percentile bootstrap interval.
+    """Compute a statistic of all rows, and its percentile bootstrap interval.
 
     Args:
-        statistic: of row numbers.
-        strata: of each row; as many rows of each are drawn as there are.
+        statistic: function of row numbers.
+        strata: stratum of each row; as many rows of each stratum are drawn as it has.
         resampling: number of draws, coverage and seed.
     """
     strata = np.asarray(strata)
-    parts = [np.flatnonzero(strata == one) for one in np.unique(strata)]
+    parts = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
     rng = np.random.default_rng(resampling.seed)
     drawn = [
         statistic(np.concatenate([rng.choice(part, len(part)) for part in parts]))
@@ -287,17 +312,11 @@ def _interval(
     return statistic(np.arange(len(strata))), float(low), float(high)
 
 
-def _sum_of_rows(scores_QN: csr_array, rows: np.ndarray) -> np.ndarray:
-    """(N,) the sum of some rows, each as often as it is named."""
-    counts_Q = np.bincount(rows, minlength=scores_QN.shape[0])
-    return counts_Q @ scores_QN
-
-
 # --- reading --------------------------------------------------------------------------------
 
 
 def _listed(truth: _Truth, path: Path) -> tuple[np.ndarray, csr_array]:
-    """From `top.parquet`: (Q,) first proponents; (Q, N) listed scores within a language."""
+    """Read the (Q,) first proponents and the (Q, N) listed scores within a language."""
     top = pq.read_table(path)
     tests = np.array([truth.test_rows[name] for name in top["test_id"].to_pylist()])
     trains = np.array([truth.train_rows[name] for name in top["train_id"].to_pylist()])
@@ -310,7 +329,7 @@ def _listed(truth: _Truth, path: Path) -> tuple[np.ndarray, csr_array]:
 
 
 def _self_influence(truth: _Truth, path: Path) -> np.ndarray:
-    """(N,) self-influence, where there are masks under that of the example's own language."""
+    """Read the (N,) self-influence, under the mask of the example's own language if masked."""
     own_N = np.full(len(truth.languages_N), np.nan)
     for row in pq.read_table(path).to_pylist():
         if row["mask_language"] in (None, row["train_language"]):

@@ -1,12 +1,16 @@
-"""What is left out when a model is trained again, and what that says of a method's scores.
+"""Which examples to leave out of retraining, and how the results agree with a method's scores.
 
-Shape legend: N training examples, Q test examples, S subsets, R trainings (seeds) of each set,
+Three checks, each of which compares scores with the losses of models that were retrained without
+some training examples: random subsets (`subset_lds`), the strongest proponents and opponents of a
+test language (`removal_table`), and whole training languages (`leave_one_out_table`).
+
+Shape suffixes: N training examples, Q test examples, S subsets, R trainings (seeds) on each set,
 L test languages, G training languages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +48,11 @@ LEAVE_ONE_OUT_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Summed:
-    """What of a method's (Q, N) scores the checks need.
+    """The sums and means of a method's (Q, N) scores that the checks need.
 
     Attributes:
         subsets_QS: sum of the scores over each subset.
-        means_LN: mean of each training example's scores over the test examples of each language.
+        means_LN: mean of the scores of each training example over each language's test examples.
     """
 
     subsets_QS: np.ndarray
@@ -56,7 +60,13 @@ class Summed:
 
     @staticmethod
     def of(scores_QN: np.ndarray, members_SN: np.ndarray, languages_Q: Sequence[str]) -> Summed:
-        """Sums in float64, a test example at a time: scores may be many."""
+        """Sum in float64, one test example at a time because the scores may be large.
+
+        Args:
+            scores_QN: scores of a method.
+            members_SN: which training examples each subset holds, bool.
+            languages_Q: language of each test example.
+        """
         members_NS = members_SN.T.astype(np.float64)
         means = [
             scores_QN[own_Q].mean(axis=0, dtype=np.float64)
@@ -68,20 +78,36 @@ class Summed:
 
 @dataclass(frozen=True)
 class Retrained:
-    """Test examples after trainings: set -> (R, Q) `losses` and `correct` (0 or 1), by seed."""
+    """Results on the test examples after retraining.
+
+    Attributes:
+        losses: set -> (R, Q) loss, by seed.
+        correct: set -> (R, Q) 1 for a correct prediction, otherwise 0.
+    """
 
     losses: Mapping[str, np.ndarray]
     correct: Mapping[str, np.ndarray]
 
 
-# --- what is left out -----------------------------------------------------------------------
+# --- sets of training examples ---------------------------------------------------------------
 
 
 def draw_subsets(languages_N: Sequence[str], number: int, fraction: float, seed: int) -> np.ndarray:
-    """(S, N) bool: which training examples each subset holds, drawn without return.
+    """Draw random subsets of the training examples, without replacement.
+
+    More subsets with the same seed begin with the same ones, so that none is retrained in vain.
+
+    Args:
+        languages_N: language of each training example.
+        number: S.
+        fraction: share of the training examples in each subset.
+        seed: seed of the draw.
+
+    Returns:
+        (S, N) bool, whether a subset holds a training example.
 
     Raises:
-        ValueError: a subset without any training example of a language.
+        ValueError: a subset has no training example of some language.
     """
     rng, total = np.random.default_rng([seed, 1]), len(languages_N)
     members_SN = np.zeros((number, total), dtype=bool)
@@ -99,35 +125,44 @@ def draw_subsets(languages_N: Sequence[str], number: int, fraction: float, seed:
 
 
 def strongest(scores_N: np.ndarray, number: int, seed: int) -> dict[str, np.ndarray]:
-    """Rows of the `number` highest scores (proponents) and of the lowest; equal ones at random."""
+    """Return the rows of the highest scores ("proponents") and of the lowest ("opponents").
+
+    Args:
+        scores_N: score of each training example.
+        number: how many of each.
+        seed: seed of the random order of equal scores.
+    """
     chance_N = np.random.default_rng([seed, 2]).random(len(scores_N))
     ascending = np.lexsort((chance_N, scores_N))
     return {"proponents": np.sort(ascending[-number:]), "opponents": np.sort(ascending[:number])}
 
 
 def subset_set(number: int) -> str:
-    """Name of the set of a subset."""
+    """Return the name of the set that holds a random subset."""
     return f"subset {number}"
 
 
 def removal_set(method: str, side: str, language: str) -> str:
-    """Name of the set without a method's strongest examples for a test language."""
+    """Return the name of the set without a method's strongest examples for a test language."""
     return f"without {side} by {method} of {language}"
 
 
 def random_set(draw: int) -> str:
-    """Name of the set without examples drawn at random."""
+    """Return the name of the set without random examples."""
     return f"without random {draw}"
 
 
 def language_set(language: str) -> str:
-    """Name of the set without a training language."""
+    """Return the name of the set without a training language."""
     return f"without language {language}"
 
 
 def subsets_left_out(members_SN: np.ndarray) -> dict[str, np.ndarray]:
-    """Set -> rows that are not in the subset."""
-    return {subset_set(place): np.flatnonzero(~one) for place, one in enumerate(members_SN)}
+    """Return the rows that each random subset leaves out, by name of the set."""
+    return {
+        subset_set(number): np.flatnonzero(~members_N)
+        for number, members_N in enumerate(members_SN)
+    }
 
 
 def removals_left_out(
@@ -137,7 +172,15 @@ def removals_left_out(
     random_removals: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Set -> rows of the strongest of every method, side and test language, and random rows."""
+    """Return the rows that each removal leaves out, by name of the set.
+
+    Args:
+        summed: method -> its sums; the method `random` is left out.
+        languages: the L test languages.
+        removed: number of examples of each removal.
+        random_removals: number of removals of random examples.
+        seed: seed of the draws.
+    """
     total = next(iter(summed.values())).means_LN.shape[1]
     rng = np.random.default_rng([seed, 3])
     sets = {
@@ -152,15 +195,15 @@ def removals_left_out(
 
 
 def languages_left_out(languages_N: Sequence[str]) -> dict[str, np.ndarray]:
-    """Set -> rows of the one language that it is without."""
+    """Return the rows of each training language, by name of the set without it."""
     return {language_set(name): own_N for name, own_N in by_language(languages_N).items()}
 
 
-def _not_random(methods: Mapping[str, Any]) -> list[str]:
+def _not_random(methods: Iterable[str]) -> list[str]:
     return [method for method in methods if method != RANDOM]
 
 
-# --- what it says ---------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------
 
 
 def subset_lds(
@@ -170,15 +213,21 @@ def subset_lds(
     clusters_Q: Sequence[Any] | np.ndarray,
     resampling: Resampling,
 ) -> pa.Table:
-    """`lds_table` of every method, and of the losses of one half of the seeds as the prediction.
+    """Compute `lds_table` of every method, and with half of the seeds as the prediction.
 
-    The last (`HALF_OF_SEEDS`) says how far the losses can be known at all: a method that misses
-    what two trainings on the same examples do not agree on misses nothing.
+    The latter (`HALF_OF_SEEDS`) is a ceiling: no method can predict differences in which two
+    trainings on the same examples disagree. With a single seed it is left out.
+
+    Args:
+        summed: method -> its sums.
+        retrained: losses after training on each subset.
+        languages_Q, clusters_Q: language and parallel item of each test example.
+        resampling: options of the intervals.
     """
     number = next(iter(summed.values())).subsets_QS.shape[1]
     losses_RQS = np.stack([retrained.losses[subset_set(s)] for s in range(number)], axis=-1)
     draws = Draws.of(clusters_Q, number, resampling)
-    predicted = {method: one.subsets_QS for method, one in summed.items()}
+    predicted = {method: sums.subsets_QS for method, sums in summed.items()}
     table = lds_table(predicted, losses_RQS.mean(axis=0), languages_Q, draws)
     half = len(losses_RQS) // 2
     if half == 0:
@@ -197,41 +246,53 @@ def removal_table(
     clusters_Q: Sequence[Any] | np.ndarray,
     resampling: Resampling,
 ) -> pa.Table:
-    """`removal.parquet`: change of loss and accuracy of a language's test examples.
+    """Build `removal.parquet`: change of loss and accuracy when strong examples are removed.
 
-    A row per method, side and test language, and one of all (the mean over languages). A change is
-    against the model trained on all examples with the same seed. Random removals are the same
-    examples for every test language. Bounds are as in `Changes`, null with one seed.
+    It has one row per method, side and test language, and one for the mean over languages. A change
+    is relative to the model that was trained on all examples with the same seed. Random removals
+    remove the same examples for every test language. Bounds are those of `Changes`, null with a
+    single seed.
+
+    Args:
+        methods: names of the methods.
+        retrained: results after training on each set.
+        removed: number of examples of each removal.
+        random_removals: number of removals of random examples.
+        languages_Q, clusters_Q: language and parallel item of each test example.
+        resampling: options of the intervals.
+
+    Returns:
+        A table with `REMOVAL_SCHEMA`.
     """
-    places = by_language(languages_Q)
+    rows_of = by_language(languages_Q)
     groups: dict[tuple[str, str], Compared] = {
-        (method, side): {name: (removal_set(method, side, name),) for name in places}
-        for method in _not_random(dict.fromkeys(methods))
+        (method, side): {name: (removal_set(method, side, name),) for name in rows_of}
+        for method in _not_random(methods)
         for side in SIDES
     }
-    groups[RANDOM, RANDOM] = dict.fromkeys(places, tuple(map(random_set, range(random_removals))))
-    sets = [name for group in groups.values() for own in group.values() for name in own]
-    changes = _changes(retrained, sets, places, clusters_Q, resampling)
+    groups[RANDOM, RANDOM] = dict.fromkeys(rows_of, tuple(map(random_set, range(random_removals))))
+    sets = [name for compared in groups.values() for names in compared.values() for name in names]
+    changes = _changes(retrained, sets, rows_of, clusters_Q, resampling)
     rows = []
     for (method, side), compared in groups.items():
         trainings = len(next(iter(compared.values()))) * len(retrained.losses[ALL])
         names = {"method": method, "side": side, "removed": removed, "trainings": trainings}
-        intervals = {name: dict(one.intervals(compared)) for name, one in changes.items()}
+        intervals = {name: dict(change.intervals(compared)) for name, change in changes.items()}
         rows += [
             {**names, "test_language": language, **_bounds(intervals, language)}
-            for language in (None, *places)
+            for language in (None, *rows_of)
         ]
-    _add_before(rows, retrained, places)
+    _add_before(rows, retrained, rows_of)
     return pa.Table.from_pylist(rows, REMOVAL_SCHEMA)
 
 
 def _bounds(
     intervals: Mapping[str, Mapping[str | None, Mapping[str, float | None]]], language: str | None
 ) -> dict[str, float | None]:
-    """A language's columns of `REMOVAL_SCHEMA`, from the intervals of `loss` and `accuracy`."""
+    """Return a language's columns of `REMOVAL_SCHEMA` from intervals of loss and accuracy."""
     return {
-        f"{name}_change{suffix}": of_language[language][bound]
-        for name, of_language in intervals.items()
+        f"{name}_change{suffix}": interval_of[language][bound]
+        for name, interval_of in intervals.items()
         for suffix, bound in (("", "value"), ("_low", "low"), ("_high", "high"))
     }
 
@@ -239,26 +300,33 @@ def _bounds(
 def _changes(
     retrained: Retrained,
     sets: Sequence[str],
-    places: Mapping[str, np.ndarray],
+    rows_of: Mapping[str, np.ndarray],
     clusters_Q: Sequence[Any] | np.ndarray,
     resampling: Resampling,
 ) -> dict[str, Changes]:
-    """Of `loss` and `accuracy`, without each of the sets against all examples."""
+    """Return the changes of "loss" and "accuracy" by training on sets instead of all examples.
+
+    Sets that leave out the same examples were trained once; they are recognised by equal losses.
+    """
     draws = Draws.of(clusters_Q, 1, resampling)
-    first_of: dict[bytes, str] = {}
-    same = {n: first_of.setdefault(retrained.losses[n].tobytes(), n) for n in (ALL, *sets)}
+    first_with: dict[bytes, str] = {}
+    same = {
+        name: first_with.setdefault(retrained.losses[name].tobytes(), name) for name in (ALL, *sets)
+    }
     return {
-        name: Changes.of(values, same, ALL, places, draws, resampling.seed)
+        name: Changes.of(values, same, ALL, rows_of, draws, resampling.seed)
         for name, values in (("loss", retrained.losses), ("accuracy", retrained.correct))
     }
 
 
 def _add_before(
-    rows: Sequence[dict[str, Any]], retrained: Retrained, places: Mapping[str, np.ndarray]
+    rows: Sequence[dict[str, Any]], retrained: Retrained, rows_of: Mapping[str, np.ndarray]
 ) -> None:
-    """Loss and accuracy of the models trained on all examples."""
-    for name, of in (("loss", retrained.losses), ("accuracy", retrained.correct)):
-        before = {language: float(of[ALL][:, own_Q].mean()) for language, own_Q in places.items()}
+    """Add the loss and accuracy of the models that were trained on all examples."""
+    for name, values in (("loss", retrained.losses), ("accuracy", retrained.correct)):
+        before = {
+            language: float(values[ALL][:, own_Q].mean()) for language, own_Q in rows_of.items()
+        }
         mean = float(np.mean(list(before.values())))
         for row in rows:
             language = row["test_language"]
@@ -273,12 +341,23 @@ def leave_one_out_table(
     clusters_Q: Sequence[Any] | np.ndarray,
     resampling: Resampling,
 ) -> pa.Table:
-    """`leave_one_out.parquet`: a row per method, test and training language.
+    """Build `leave_one_out.parquet`: one row per method, test language and training language.
 
-    predicted: sum over the language's training examples of their mean score on the test language's
-        examples: what the loss is to rise by without them, in the method's own unit.
-    actual: change of the test language's mean loss without that training language, against the
-        models trained on all examples with the same seeds; bounds as in `removal_table`.
+    `predicted` is the sum over the training language's examples of their mean score on the test
+    language's examples: the predicted increase of the loss without them, in the unit of the method.
+    `actual` is the change of the test language's mean loss without the training language, relative
+    to the models that were trained on all examples with the same seeds; bounds as in
+    `removal_table`.
+
+    Args:
+        summed: method -> its sums.
+        retrained: results after training on each set.
+        languages_N: language of each training example.
+        languages_Q, clusters_Q: language and parallel item of each test example.
+        resampling: options of the intervals.
+
+    Returns:
+        A table with `LEAVE_ONE_OUT_SCHEMA`.
     """
     trained, tested = by_language(languages_N), by_language(languages_Q)
     sets = [language_set(left_out) for left_out in trained]
@@ -288,29 +367,34 @@ def leave_one_out_table(
         for left_out in trained
     }
     rows = []
-    for method, one in summed.items():
-        for place, test_language in enumerate(tested):
+    for method, sums in summed.items():
+        for test_language, means_N in zip(tested, sums.means_LN, strict=True):
             for train_language, own_N in trained.items():
-                found = actual[train_language][test_language]
+                interval = actual[train_language][test_language]
                 rows.append(
                     {
                         "method": method,
                         "test_language": test_language,
                         "train_language": train_language,
-                        "predicted": float(one.means_LN[place, own_N].sum()),
-                        "actual": found["value"],
-                        "actual_low": found["low"],
-                        "actual_high": found["high"],
+                        "predicted": float(means_N[own_N].sum()),
+                        "actual": interval["value"],
+                        "actual_low": interval["low"],
+                        "actual_high": interval["high"],
                     }
                 )
     return pa.Table.from_pylist(rows, LEAVE_ONE_OUT_SCHEMA)
 
 
 def leave_one_out_tests(table: pa.Table, resampling: Resampling) -> list[dict[str, Any]]:
-    """For each method, Spearman of predicted with actual change over the cells, and its p.
+    """Correlate predicted with actual changes over the cells, for each method.
 
-    Over all cells, and over those of two different languages (`between_only`). See
-    `permuted_columns` for the test: it asks whether the scores tell which *other* languages matter.
+    Spearman's correlation over all cells, and over those of two different languages
+    (`between_only`), with the test of `permuted_columns`: do the scores tell which *other*
+    languages matter?
+
+    Args:
+        table: result of `leave_one_out_table`.
+        resampling: options of the test.
     """
     tests = []
     rows = table.to_pylist()
@@ -325,7 +409,7 @@ def leave_one_out_tests(table: pa.Table, resampling: Resampling) -> list[dict[st
             for name in ("predicted", "actual")
         )
         for between_only in (False, True):
-            found = permuted_columns(
+            result = permuted_columns(
                 predicted_LG,
                 actual_LG,
                 tested,
@@ -334,5 +418,5 @@ def leave_one_out_tests(table: pa.Table, resampling: Resampling) -> list[dict[st
                 permutations=resampling.permutations,
                 seed=resampling.seed,
             )
-            tests.append({"method": method, "between_only": between_only} | found.__dict__)
+            tests.append({"method": method, "between_only": between_only} | result.__dict__)
     return tests

@@ -87,7 +87,7 @@ def test_a_run_in_another_metric_is_that_of_its_preconditioned_gradients(tmp_pat
     answer = tm.Attributor(out).query("The king sleeps.", "The king is asleep.", k=3)
     assert len(answer["proponents"]) == 3
     page = (out / "report" / "index.html").read_text(encoding="utf-8")
-    assert f"TracIn in the metric of {'EK-FAC' if kind == 'ekfac' else 'Adam'}" in page
+    assert f"TracIn, {'EK-FAC' if kind == 'ekfac' else 'Adam'} preconditioner" in page
 
 
 def test_the_run_folder_is_as_the_contract_says(done):

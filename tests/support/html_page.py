@@ -1,4 +1,4 @@
-"""An HTML page as tests read it: its tags, scripts and text."""
+"""Reads the tags, scripts and text of an HTML page."""
 
 import base64
 import gzip
@@ -9,7 +9,7 @@ VOID = {"meta", "br", "input", "link", "img", "hr"}
 
 
 class Page(HTMLParser):
-    """Collects what a test asks about; raises where tags do not match."""
+    """The tags, scripts and text of a page; fails if its tags do not match."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -39,6 +39,6 @@ class Page(HTMLParser):
             self.text += data
 
     def json(self, name: str) -> list | dict:
-        """Content of a script element, unpacked."""
+        """Return the content of a script element, unpacked."""
         data = next(data for attrs, data in self.scripts if attrs.get("id") == name)
         return json.loads(gzip.decompress(base64.b64decode(data)))

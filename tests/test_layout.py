@@ -36,6 +36,7 @@ ONLY_IN = {
     "bm25s": {"tracmod/validation/baselines.py"},
     "click": {"cli/"},
     "matplotlib": {"tracmod/report/paper/matplotlib_plots.py"},
+    "plotly": {"tracmod/report/html/plotly_plots.py"},
     "gradio": {"tracmod/attribution/explore.py"},
 }
 FORBIDDEN = re.compile(r"^\s*(import|from) pickle|torch\.load\(|trust_remote_code=True", re.M)

@@ -312,8 +312,8 @@ def test_seeds_and_label_balance_are_controls_of_the_partial_test(tmp_path: Path
     pair = _entry(pairs, language_a="en", language_b="zh")
     assert pair["seed_similarity"] == pytest.approx((within["en"] + within["zh"]) / 2)
     text = write_report(run).read_text(encoding="utf-8")
-    assert "With other differences taken out" in text
-    assert "Diagonal: from seed to seed within one language" in text
+    assert "Controlling for other differences" in text
+    assert "Diagonal: similarity between seeds of one language" in text
 
 
 def test_distances_are_compared_with_influence(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_distances_are_compared_with_influence(tmp_path: Path) -> None:
     assert "at least 3 items" in found["genetic"]["reason"]
     text = write_report(run).read_text(encoding="utf-8")
     assert "geographic_km is not known for ar." in text
-    assert "It is their syntactic" in text
+    assert "This holds for the distance syntactic" in text
 
 
 def _pairs(run: Path) -> Path:

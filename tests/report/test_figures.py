@@ -1,4 +1,4 @@
-"""`tracmod figures`: valid files, the tables' numbers, and text that is there and can be read."""
+"""`tracmod figures`: valid files with the numbers of the tables, and readable text."""
 
 from __future__ import annotations
 
@@ -10,33 +10,20 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from make_run import LANGUAGES, add_retraining, make_run
+from make_run import LANGUAGES, add_blocks, add_courses, add_retraining, make_run
 from PIL import Image
 
 from tracmod.analysis import analyze
 from tracmod.cli import main
-from tracmod.report.paper.figures import (
-    AnalysisTables,
-    accuracy,
-    course,
-    draw_figures,
-    influence,
-    reliance,
-    similarity,
-    write_figures,
-)
-from tracmod.report.paper.matplotlib_plots import (
-    MOST_HEIGHT,
-    WIDTHS,
-    Matrix,
-    heatmaps,
-    palette,
-    saved,
-)
+from tracmod.report.content.analysis_tables import AnalysisTables
+from tracmod.report.content.figures import HeatMaps, Matrix
+from tracmod.report.content.influence import accuracy, course, influence, reliance
+from tracmod.report.content.subnetworks import similarity
+from tracmod.report.paper.figures import draw_figures, write_figures
+from tracmod.report.paper.matplotlib_plots import MOST_HEIGHT, WIDTHS, draw, palette, saved
 
 VIEWS = ("full", "subnetwork", "random-0", "other-de")
 EXPECTED = {
@@ -55,35 +42,9 @@ EXPECTED = {
 }  # fmt: skip
 
 
-def add_blocks(run: Path, languages: tuple[str, ...] = LANGUAGES) -> None:
-    rng = np.random.default_rng(0)
-    places = [(la, h) for la in range(6) for h in (*range(8), None)] + [(None, None)]
-    rows = [
-        {"layer": layer, "head": head, "test_language": a, "train_language": b,
-         "influence": float(rng.normal(1e-5 * (a == b), 2e-6))}
-        for a in languages for b in languages for layer, head in places
-    ]  # fmt: skip
-    for model in ("full", "sparse"):
-        for view in ("full", "subnetwork"):
-            path = run / "influence" / model / view / "blocks.parquet"
-            pq.write_table(pa.Table.from_pylist(rows), path)
-
-
-def add_courses(run: Path) -> None:
-    rng = np.random.default_rng(1)
-    for path in (run / "subnetworks").glob("*.json"):
-        entry = json.loads(path.read_text())
-        entry["course"] = [
-            {"heads": heads, "score": 0.74 - 0.002 * (48 - heads),
-             "importance": rng.random((6, 8)).tolist()}
-            for heads in (48, 40, 30, 20)
-        ]  # fmt: skip
-        path.write_text(json.dumps(entry))
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with everything that figures are drawn from."""
+    """A run from which every kind of figure can be drawn."""
     path = make_run(tmp_path_factory.mktemp("figures") / "run", views=VIEWS, mask_seeds=2)
     add_blocks(path)
     add_courses(path)
@@ -100,15 +61,15 @@ def page(run: Path) -> dict:
     return dict(draw_figures(run, WIDTHS["page"]))
 
 
-def rows_of(run: Path, table: str, **named) -> list[dict]:
+def rows_of(run: Path, table: str, **values) -> list[dict]:
     rows = pq.read_table(run / "analysis" / f"{table}.parquet").to_pylist()
-    return [row for row in rows if all(row[key] == value for key, value in named.items())]
+    return [row for row in rows if values.items() <= row.items()]
 
 
 def texts_of(figure) -> list:
-    """Every text that is drawn, with its box in pixels."""
+    """Return every text that is drawn, with its box in pixels."""
     figure.draw_without_rendering()
-    beyond = [
+    outside = [  # labels of ticks beyond the ends of an axis
         label
         for panel in figure.axes
         for axis in (panel.xaxis, panel.yaxis)
@@ -116,9 +77,9 @@ def texts_of(figure) -> list:
         if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
         for label in (tick.label1, tick.label2)
     ]
-    found = figure.findobj(lambda artist: hasattr(artist, "get_fontsize"))
-    shown = [text for text in found if text.get_text().strip() and text.get_visible()]
-    shown = [text for text in shown if text not in beyond]
+    texts = figure.findobj(lambda artist: hasattr(artist, "get_fontsize"))
+    shown = [text for text in texts if text.get_text().strip() and text.get_visible()]
+    shown = [text for text in shown if text not in outside]
     return [(text, text.get_window_extent()) for text in shown]
 
 
@@ -127,13 +88,13 @@ def test_every_figure_is_valid_in_every_format(page, form):
     assert page.keys() == EXPECTED
     for name, figure in page.items():
         if form != "svg" and ("sparse" in name or "opponents" in name):
-            continue  # drawn as the others are
+            continue  # drawn like the others
         content = saved(figure, form)
         if form == "pdf":
             assert content.startswith(b"%PDF-1.")
             assert content.rstrip().endswith(b"%%EOF")
             assert b"/Type /Page" in content
-            assert b"/FontFile2" in content  # TrueType, in the file
+            assert b"/FontFile2" in content  # TrueType, embedded
             assert b"/Type3" not in content
             assert b"CreationDate" not in content
         elif form == "svg":
@@ -161,7 +122,7 @@ def test_the_command_writes_and_names_every_figure(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
-def test_text_is_large_enough_within_the_figure_and_covers_no_other(run, width):
+def test_texts_are_large_enough_inside_the_figure_and_do_not_overlap(run, width):
     for name, figure in draw_figures(run, WIDTHS[width]):
         texts = texts_of(figure)
         across, up = figure.bbox.width, figure.bbox.height
@@ -174,13 +135,12 @@ def test_text_is_large_enough_within_the_figure_and_covers_no_other(run, width):
             assert box.x0 >= -1 and box.y0 >= -1, where  # noqa: PT018
             assert box.x1 <= across + 1 and box.y1 <= up + 1, where  # noqa: PT018
         boxes = [(text.get_text(), box) for text, box in texts]
-        for place, (text, box) in enumerate(boxes):
-            for other, other_box in boxes[:place]:
-                apart = box.padded(-2)
-                assert not apart.overlaps(other_box.padded(-2)), (name, text, other)
+        for position, (text, box) in enumerate(boxes):
+            for other, other_box in boxes[:position]:
+                assert not box.padded(-2).overlaps(other_box.padded(-2)), (name, text, other)
 
 
-def test_heat_maps_are_the_tables(run, page):
+def test_heat_maps_show_the_tables(run, page):
     panels = page["influence-proponents-sparse"].axes
     views = ["all heads", "own subnetwork", "random masks", "other subnetworks"]
     assert [panel.get_title() for panel in panels[:4]] == views
@@ -194,13 +154,12 @@ def test_heat_maps_are_the_tables(run, page):
     assert "null 20" in [label.get_text() for label in panels[4].get_xticklabels()]
 
 
-def test_differences_are_the_table_and_bold_where_they_are_clear(run, page):
+def test_differences_show_the_table_and_clear_ones_are_bold(run, page):
     figure = page["change-mean-influence-sparse"]
     rows = rows_of(run, "changes", model="sparse", base_model="sparse", view="subnetwork",
                    base_view="full")  # fmt: skip
-    panel = next(
-        one for one in figure.axes if one.get_title() == "own subnetwork \N{MINUS SIGN} all heads"
-    )
+    title = "own subnetwork \N{MINUS SIGN} all heads"
+    panel = next(panel for panel in figure.axes if panel.get_title() == title)
     values = panel.collections[0].get_array()
     unit = figure.axes[-1].get_title()
     exponent = -int(re.search("10⁻([⁰-⁹¹²³]+)", unit)[1].translate(
@@ -217,28 +176,28 @@ def test_differences_are_the_table_and_bold_where_they_are_clear(run, page):
     assert 0 < clear < len(rows)
 
 
-def test_bars_and_whiskers_are_the_table(run, page):
+def test_bars_and_whiskers_show_the_table(run, page):
     panel = page["reliance-proponents"].axes[1]
     assert panel.get_title() == "Sparse fine-tuning"
     assert [label.get_text() for label in panel.get_xticklabels()] == ["all", *LANGUAGES]
-    bars = next(one for one in panel.containers if one.get_label() == "own subnetwork")
+    bars = next(bars for bars in panel.containers if bars.get_label() == "own subnetwork")
     whiskers = bars.errorbar.lines[2][0].get_segments()
     summary = json.loads((run / "analysis" / "summary.json").read_text())
-    total = next(one for one in summary["in_language"]
-                 if (one["model"], one["view"]) == ("sparse", "subnetwork"))  # fmt: skip
+    total = next(entry for entry in summary["in_language"]
+                 if (entry["model"], entry["view"]) == ("sparse", "subnetwork"))  # fmt: skip
     assert bars[0].get_height() == pytest.approx(100 * total["share_positive"]["value"])
     for row in rows_of(run, "matrices", model="sparse", view="subnetwork"):
         if row["test_language"] == row["train_language"]:
-            place = 1 + LANGUAGES.index(row["test_language"])
-            assert bars[place].get_height() == pytest.approx(100 * row["share_positive"])
+            position = 1 + LANGUAGES.index(row["test_language"])
+            assert bars[position].get_height() == pytest.approx(100 * row["share_positive"])
             ends = [100 * row[f"share_positive_{end}"] for end in ("low", "high")]
-            assert whiskers[place][:, 1].tolist() == pytest.approx(ends)
+            assert whiskers[position][:, 1].tolist() == pytest.approx(ends)
     assert bars[0].get_facecolor()[:3] == pytest.approx(
         [int(palette()["subnetwork"][i : i + 2], 16) / 255 for i in (1, 3, 5)]
     )
 
 
-def test_lines_are_the_tables(run, page):
+def test_lines_show_the_tables(run, page):
     panel = page["course-subnetwork"].axes[0]
     series = panel.containers[LANGUAGES.index("ru")].lines[0]
     rows = rows_of(run, "course", model="full", view="subnetwork", test_language="ru")
@@ -250,21 +209,21 @@ def test_lines_are_the_tables(run, page):
     assert kept.get_ydata() == pytest.approx(expected)
 
 
-def test_points_are_the_table_and_the_test_is_told(run, page):
+def test_points_show_the_table_and_the_result_of_the_test(run, page):
     panel = page["similarity-proponents-full"].axes[1]
     rows = rows_of(run, "pairs", model="full", view="subnetwork")
     drawn = panel.lines[0].get_xydata().tolist()
     assert drawn == [pytest.approx([r["jaccard"], 100 * r["share_positive"]]) for r in rows]
     summary = json.loads((run / "analysis" / "summary.json").read_text())
-    test = next(one for one in summary["similarity_influence"]
-                if (one["model"], one["view"], one["measure"])
+    test = next(test for test in summary["similarity_influence"]
+                if (test["model"], test["view"], test["measure"])
                 == ("full", "subnetwork", "share_positive"))  # fmt: skip
     note = panel.get_title().splitlines()[1]
     assert note.startswith(f"ρ = {test['correlation']:.2f}".replace("-", "\N{MINUS SIGN}"))
     assert f"{test['p_value']:.3f}" in note
 
 
-def test_subnetworks_and_their_overlap_are_the_masks(run, page):
+def test_subnetworks_and_their_overlap_show_the_masks(run, page):
     masks = {path.stem: np.array(json.loads(path.read_text())["mask"])
              for path in (run / "subnetworks").glob("*.json")}  # fmt: skip
     for language, panel in zip(LANGUAGES, page["subnetworks"].axes, strict=True):
@@ -275,7 +234,7 @@ def test_subnetworks_and_their_overlap_are_the_masks(run, page):
     assert np.array_equal(overlap, sum(masks.values()))
 
 
-def test_blocks_are_the_table(run, page):
+def test_blocks_show_the_table(run, page):
     rows = rows_of(run, "blocks", model="full", view="full")
     values = page["blocks-heads-full"].axes[0].collections[0].get_array()
     ratio = {values[r["layer"], r["head"]] / r["in_language"] for r in rows
@@ -290,42 +249,48 @@ def test_blocks_are_the_table(run, page):
     assert heads[2].get_height() == pytest.approx(100 * of_layer / total)
 
 
-def test_scores_of_methods_and_their_whiskers_are_the_table(run, page):
+def test_scores_of_methods_and_their_whiskers_show_the_table(run, page):
     [panel] = page["lds"].axes
     methods = ["tracin", "bm25", "random"]
     assert [label.get_text() for label in panel.get_xticklabels()] == methods
     rows = pq.read_table(run / "retraining" / "lds.parquet").to_pylist()
     names = {"example": "loss of a test example", "language": "mean loss of a test language"}
     for level, name in names.items():
-        bars = next(one for one in panel.containers if one.get_label() == name)
+        bars = next(bars for bars in panel.containers if bars.get_label() == name)
         whiskers = bars.errorbar.lines[2][0].get_segments()
-        for place, method in enumerate(methods):
+        for position, method in enumerate(methods):
             [row] = [r for r in rows if (r["method"], r["level"], r["test_language"])
                      == (method, level, None)]  # fmt: skip
-            assert bars[place].get_height() == pytest.approx(row["value"])
-            assert whiskers[place][:, 1].tolist() == pytest.approx([row["low"], row["high"]])
+            assert bars[position].get_height() == pytest.approx(row["value"])
+            assert whiskers[position][:, 1].tolist() == pytest.approx([row["low"], row["high"]])
 
 
-@pytest.mark.parametrize("kind", [influence, reliance, similarity])
-def test_the_same_run_gives_the_same_bytes(run, kind):
-    once, again = (dict(kind(AnalysisTables(run), WIDTHS["page"])) for _ in range(2))
+@pytest.mark.parametrize("build", [influence, reliance, similarity])
+def test_the_same_run_gives_the_same_bytes(run, build):
+    first, second = (
+        [draw(figure, WIDTHS["page"]) for figure in build(AnalysisTables(run))] for _ in range(2)
+    )
     for form in ("pdf", "svg", "png"):
-        for name in once:
-            assert saved(once[name], form) == saved(again[name], form), (name, form)
+        for one, other in zip(first, second, strict=True):
+            assert saved(one, form) == saved(other, form), form
 
 
-def test_the_users_own_matplotlib_style_changes_nothing(run):
+def test_the_style_of_the_user_changes_nothing(run):
     import matplotlib as mpl
+
+    def accuracy_figure() -> bytes:
+        [figure] = accuracy(AnalysisTables(run))
+        return saved(draw(figure, WIDTHS["page"]), "svg")
 
     with mpl.rc_context(
         {"font.size": 3, "savefig.dpi": 20, "axes.grid": True, "text.usetex": True}
     ):
-        again = saved(dict(accuracy(AnalysisTables(run), WIDTHS["page"]))["accuracy"], "svg")
+        styled = accuracy_figure()
         assert mpl.rcParams["font.size"] == 3
-    assert again == saved(dict(accuracy(AnalysisTables(run), WIDTHS["page"]))["accuracy"], "svg")
+    assert styled == accuracy_figure()
 
 
-def test_what_has_no_table_is_left_out_and_said(tmp_path):
+def test_figures_without_a_table_are_left_out_and_reported(tmp_path):
     run = make_run(tmp_path / "run", num_test=2, models=("full",), views=("full",))
     shutil.rmtree(run / "subnetworks")
     shutil.rmtree(run / "models")
@@ -336,43 +301,45 @@ def test_what_has_no_table_is_left_out_and_said(tmp_path):
     assert written == {"influence-proponents-full", "influence-opponents-full",
                        "influence-mean-influence-full", "reliance-proponents",
                        "reliance-opponents", "course", "course-full"}  # fmt: skip
-    for what in ("differences", "accuracy", "subnetworks", "pruning curves", "influence by head",
-                 "linear datamodelling score"):  # fmt: skip
-        assert f"left out: {what}" in result.stderr
+    for kind in ("differences", "accuracy", "subnetworks", "pruning curves", "influence by head",
+                 "linear datamodeling score"):  # fmt: skip
+        assert f"left out: {kind}" in result.stderr
 
 
 def test_many_languages_and_long_names_stay_readable(tmp_path):
     languages = tuple(f"lng{i}_Latn" for i in range(14))
     run = make_run(tmp_path / "run", languages=languages, num_train=8, num_test=3)
     analyze(run, bootstrap=20, permutations=500)
-    tables, width, kinds = AnalysisTables(run), WIDTHS["column"], (influence, reliance, course)
-    found = dict(drawn for kind in kinds for drawn in kind(tables, width))
-    figure = found["influence-proponents-full"]
-    assert not figure.axes[0].texts
-    assert figure.axes[0].get_xticklabels()[0].get_rotation() == 90
+    tables = AnalysisTables(run)
+    figures = {figure.name: draw(figure, WIDTHS["column"])
+               for build in (influence, reliance, course) for figure in build(tables)}  # fmt: skip
+    panel = figures["influence-proponents-full"].axes[0]
+    assert not panel.texts
+    assert panel.get_xticklabels()[0].get_rotation() == 90
     for name in ("influence-proponents-full", "reliance-proponents", "course-full"):
-        for text, box in texts_of(found[name]):
-            inside = box.x0 >= -1 and box.x1 <= found[name].bbox.width + 1
+        for text, box in texts_of(figures[name]):
+            inside = box.x0 >= -1 and box.x1 <= figures[name].bbox.width + 1
             assert inside, (name, text.get_text())
 
 
-def test_dots_stand_for_bold_where_there_is_no_room_for_numbers():
-    names = [f"l{place}" for place in range(30)]
+def test_dots_replace_bold_numbers_where_there_is_no_room_for_numbers():
+    names = [f"l{number}" for number in range(30)]
     clear_RC = np.zeros((30, 30), bool)
     clear_RC[[0, 4, 29], [1, 3, 29]] = True
-    figure = heatmaps(
-        [Matrix("", np.full((30, 30), 12.3), names, names, clear_RC)], WIDTHS["column"],
-        scale="diverging", limits=(-20, 20), axes=("x", "y"), unit="unit", signed=True,
+    matrix = Matrix("", np.full((30, 30), 12.3), names, names, bold_RC=clear_RC)
+    figure = HeatMaps(
+        name="dots", x_axis="x", y_axis="y", panels=[matrix], color_axis="value",
+        scale="diverging", limits=(-20, 20), signed=True,
     )  # fmt: skip
-    panel = figure.axes[0]
+    panel = draw(figure, WIDTHS["column"]).axes[0]
     assert not panel.texts
     assert panel.lines[0].get_xydata().tolist() == [[1.5, 0.5], [3.5, 4.5], [29.5, 29.5]]
 
 
-def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
+def test_a_run_without_analysis_and_an_unknown_format_are_errors(tmp_path):
     run = make_run(tmp_path / "run", num_test=1, models=())
     result = CliRunner().invoke(main, ["figures", str(run)])
     assert result.exit_code == 2
-    assert "run `tracmod analyze` first" in result.output
-    with pytest.raises(ValueError, match="expected a format of pdf, svg, png"):
+    assert "tracmod analyze" in result.output
+    with pytest.raises(ValueError, match=r"pdf, svg, png .*got gif"):
         write_figures(run, tmp_path / "out", form="gif")

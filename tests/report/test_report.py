@@ -1,4 +1,4 @@
-"""The report: complete, safe with hostile texts, self-contained, and content with little."""
+"""The report: complete, self-contained, safe with hostile texts, and possible with little data."""
 
 import base64
 import gzip
@@ -43,7 +43,7 @@ def page(html: str) -> Page:
     return Page(html)
 
 
-def test_every_section_and_figure_is_there(page: Page) -> None:
+def test_the_page_has_every_section_and_figure(page: Page) -> None:
     sections = {attrs["id"] for tag, attrs in page.tags if tag == "section"}
     assert sections == {
         *("summary", "reading", "accuracy", "influence", "changes", "reliance", "course"),
@@ -51,9 +51,9 @@ def test_every_section_and_figure_is_there(page: Page) -> None:
     }
     links = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
     assert links == {f"#{name}" for name in sections}
-    placed = [int(attrs["data-figure"]) for _, attrs in page.tags if "data-figure" in attrs]
+    numbers = [int(attrs["data-figure"]) for _, attrs in page.tags if "data-figure" in attrs]
     figures = page.json("figure-data")
-    assert placed == list(range(len(figures)))
+    assert numbers == list(range(len(figures)))
     # 2 accuracy; 6 views and 8 comparisons x 3 measures; bars x 2 signs; course of the mean and
     # of 3 views; 4 similarities; 6 scatters x 2 measures.
     assert len(figures) == 2 + 3 * 6 + 3 * 8 + 2 * 2 + 2 * 4 + 4 + 2 * 6
@@ -62,7 +62,7 @@ def test_every_section_and_figure_is_there(page: Page) -> None:
 
 
 def test_the_sections_of_a_study_with_everything(tmp_path: Path) -> None:
-    """Seeds, several k, distances, shared parallel items and pairs of subnetworks."""
+    """A study with seeds, several k, distances, shared parallel items and pairs of subnetworks."""
     views = ("full", "subnetwork", "subnetwork-own", "subnetwork-test", "union-en+de")
     run = make_run(tmp_path / "run", num_train=8, num_test=3, views=views, mask_seeds=2)
     settings = json.loads((run / "run.json").read_text())
@@ -70,22 +70,21 @@ def test_the_sections_of_a_study_with_everything(tmp_path: Path) -> None:
     (run / "run.json").write_text(json.dumps(settings))
     train = pq.read_table(run / "data" / "train.parquet")
     groups = [group.replace("train", "test") for group in train["group"].to_pylist()]
-    place = train.schema.get_field_index("group")
-    pq.write_table(
-        train.set_column(place, "group", pa.array(groups)), run / "data" / "train.parquet"
-    )
+    column = train.schema.get_field_index("group")
+    train = train.set_column(column, "group", pa.array(groups))
+    pq.write_table(train, run / "data" / "train.parquet")
     lines = ["language_a,language_b,<b>km</b>"]
     lines += [f"{a},{b},{len(a + b) + i}" for i, a in enumerate(LANGUAGES) for b in LANGUAGES[:i]]
     (tmp_path / "distances.csv").write_text("\n".join(lines))
     analyze(run, bootstrap=20, permutations=20, distances=tmp_path / "distances.csv")
-    found = Page(write_report(run).read_text(encoding="utf-8"))
-    sections = {attrs["id"] for tag, attrs in found.tags if tag == "section"}
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    sections = {attrs["id"] for tag, attrs in page.tags if tag == "section"}
     assert {"translations", "distances", "similarity"} <= sections
-    assert {attrs["href"] for tag, attrs in found.tags if tag == "a"} == {f"#{s}" for s in sections}
-    figures = found.json("figure-data")
-    placed = [int(attrs["data-figure"]) for _, attrs in found.tags if "data-figure" in attrs]
-    assert placed == list(range(len(figures)))
-    by_k = [f for f in figures if f["layout"]["xaxis"]["title"]["text"].startswith("k, strongest")]
+    assert {attrs["href"] for tag, attrs in page.tags if tag == "a"} == {f"#{s}" for s in sections}
+    figures = page.json("figure-data")
+    numbers = [int(attrs["data-figure"]) for _, attrs in page.tags if "data-figure" in attrs]
+    assert numbers == list(range(len(figures)))
+    by_k = [f for f in figures if f["layout"]["xaxis"]["title"]["text"].startswith("k, number")]
     assert len(by_k) == 2 * 2
     assert by_k[0]["data"][0]["x"] == ["5", "20"]
     assert by_k[0]["layout"]["shapes"][0]["y0"] == pytest.approx(20)
@@ -105,27 +104,27 @@ def _certificate(spearman: float) -> dict:
 
 
 @pytest.mark.parametrize(("sparse", "alarms"), [(0.97, 0), (0.9, 1)])
-def test_the_certificate_has_a_section_and_an_alarm_where_it_is_not_passed(
+def test_the_certificate_has_a_section_and_a_warning_if_it_failed(
     tmp_path: Path, sparse: float, alarms: int
 ) -> None:
     run = make_run(tmp_path / "run", num_train=8, num_test=3)
     analyze(run, bootstrap=10, permutations=10)
     certificates = {"full": _certificate(0.99), "sparse": _certificate(sparse)}
     (run / "analysis" / "fidelity.json").write_text(json.dumps(certificates))
-    found = Page(write_report(run).read_text(encoding="utf-8"))
-    sections = {attrs["id"] for tag, attrs in found.tags if tag == "section"}
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    sections = {attrs["id"] for tag, attrs in page.tags if tag == "section"}
     assert "fidelity" in sections
-    assert {attrs["href"] for tag, attrs in found.tags if tag == "a"} == {f"#{s}" for s in sections}
-    assert f"to a Spearman correlation of {sparse:.3f} ({sparse - 0.005:.3f}" in found.text
-    assert "the sample's language shares differ by 2.0 points (1.0 to 3.0) on average" in found.text
-    alarmed = [attrs for _, attrs in found.tags if attrs.get("role") == "alert"]
-    assert len(alarmed) == alarms == found.text.count("Fidelity too low")
-    assert found.text.count("not passed") == alarms
+    assert {attrs["href"] for tag, attrs in page.tags if tag == "a"} == {f"#{s}" for s in sections}
+    assert f"with a Spearman correlation of {sparse:.3f} ({sparse - 0.005:.3f}" in page.text
+    assert "shares of the sample differ by 2.0 points (1.0 to 3.0) on average" in page.text
+    alarmed = [attrs for _, attrs in page.tags if attrs.get("role") == "alert"]
+    assert len(alarmed) == alarms == page.text.count("Fidelity too low")
+    assert page.text.count("not passed") == alarms
 
 
-def test_fewer_training_examples_than_k_is_said() -> None:
+def test_the_report_says_if_there_are_fewer_training_examples_than_k() -> None:
     texts = how_sure({**_summary(0.05, 0.04), "k": 36, "asked_k": 100})
-    assert "there are 36, so all of them are counted and every share is the null" in texts[1]
+    assert "there are only 36. All of them are counted, so every share equals the null" in texts[1]
 
 
 def test_every_figure_names_its_axes(page: Page) -> None:
@@ -134,7 +133,7 @@ def test_every_figure_names_its_axes(page: Page) -> None:
             assert figure["layout"][axis]["title"]["text"]
 
 
-def test_heatmap_cells_are_the_table(run: Path, page: Page) -> None:
+def test_heat_maps_show_the_table(run: Path, page: Page) -> None:
     rows = pq.read_table(run / "influence" / "full" / "full" / "languages.parquet").to_pylist()
     first = next(f for f in page.json("figure-data") if f["data"][0]["type"] == "heatmap")
     trace = first["data"][0]
@@ -144,7 +143,7 @@ def test_heatmap_cells_are_the_table(run: Path, page: Page) -> None:
     assert trace["y"] == list(LANGUAGES)
 
 
-def test_nothing_is_loaded_from_anywhere(html: str, page: Page) -> None:
+def test_the_page_loads_nothing(html: str, page: Page) -> None:
     for tag, attrs in page.tags:
         assert tag not in {"link", "iframe", "img", "object", "embed"}
         assert "src" not in attrs
@@ -157,7 +156,7 @@ def test_nothing_is_loaded_from_anywhere(html: str, page: Page) -> None:
     assert len(html.encode()) < 10e6
 
 
-def test_hostile_texts_stay_texts(html: str, page: Page) -> None:
+def test_hostile_texts_are_shown_as_text(html: str, page: Page) -> None:
     assert HOSTILE not in html
     assert len(re.findall(r"<script\b", html.split("<script>")[0])) == 3
     data = page.json("explorer-data")
@@ -165,7 +164,7 @@ def test_hostile_texts_stay_texts(html: str, page: Page) -> None:
     assert len(page.scripts) == 4
 
 
-def test_hostile_names_stay_texts(tmp_path: Path) -> None:
+def test_hostile_names_are_shown_as_text(tmp_path: Path) -> None:
     hostile = '<img src=x onerror="alert(1)">'
     run = make_run(tmp_path / "run", num_test=2, models=("full",), views=("full",))
     for path in [*run.glob("data/*.parquet"), *run.glob("influence/**/*.parquet")]:
@@ -180,10 +179,10 @@ def test_hostile_names_stay_texts(tmp_path: Path) -> None:
     settings["config"]["name"] = settings["device"] = hostile
     (run / "run.json").write_text(json.dumps(settings))
     analyze(run, bootstrap=10)
-    found = Page(write_report(run).read_text(encoding="utf-8"))
-    assert hostile in found.text
-    assert not any(tag == "img" for tag, _ in found.tags)
-    for figure in found.json("figure-data"):
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert hostile in page.text
+    assert not any(tag == "img" for tag, _ in page.tags)
+    for figure in page.json("figure-data"):
         assert "<img" not in json.dumps(figure)
 
 
@@ -191,17 +190,15 @@ def _array(text: str, dtype: str, *shape: int) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), dtype).reshape(shape)
 
 
-@pytest.mark.parametrize("place", [0, 4])
-def test_the_examples_of_the_page_are_those_of_the_tables(
-    run: Path, page: Page, place: int
-) -> None:
-    """Every test example, its shares, and its strongest training examples in order."""
+@pytest.mark.parametrize("position", [0, 4])
+def test_the_explorer_shows_the_tables(run: Path, page: Page, position: int) -> None:
+    """Check every test example, its shares, and its strongest training examples in order."""
     data = page.json("explorer-data")
     titles = [view["title"] for view in data["views"]]
-    folder = run / "influence" / ("full/full" if place == 0 else "sparse/subnetwork")
+    folder = run / "influence" / ("full/full" if position == 0 else "sparse/subnetwork")
     assert titles[0] == "Full fine-tuning, all heads"
     assert titles[4] == "Sparse fine-tuning, own subnetwork"
-    view, num = data["views"][place], len(data["test"]["label"])
+    view, num = data["views"][position], len(data["test"]["label"])
     places = _array(view["places"], "<u2", num, 2, data["shown"])
     scores = view["unit"] * _array(view["scores"], "<f2", num, 2, data["shown"]).astype(float)
     shares = _array(view["shares"], "<u2", num, 2, len(LANGUAGES)) / 10_000
@@ -224,8 +221,8 @@ def test_the_examples_of_the_page_are_those_of_the_tables(
         assert predictions[q] == row["test_prediction"]
 
 
-def test_examples_that_do_not_fit_are_left_out_and_said(run: Path) -> None:
-    """First fewer training examples are listed, then fewer test examples, of every language."""
+def test_examples_that_do_not_fit_are_left_out(run: Path) -> None:
+    """First fewer training examples are listed, then fewer test examples of every language."""
     results = RunResults(run)
 
     def fitted(largest: int) -> dict:
@@ -244,8 +241,8 @@ def test_examples_that_do_not_fit_are_left_out_and_said(run: Path) -> None:
     assert fitted(1)["test"]["language"] == list(LANGUAGES)
 
 
-def test_a_view_without_an_example_says_so_in_its_data(tmp_path: Path) -> None:
-    """Of a language without a subnetwork there are no rows under it."""
+def test_the_explorer_marks_examples_that_a_view_does_not_have(tmp_path: Path) -> None:
+    """The view `subnetwork` has no rows of a language without a subnetwork."""
     run = make_run(tmp_path / "run", num_test=2, models=("full",), views=("full", "subnetwork"))
     for path in (run / "influence" / "full" / "subnetwork").glob("*.parquet"):
         table = pq.read_table(path)
@@ -260,7 +257,7 @@ def test_a_view_without_an_example_says_so_in_its_data(tmp_path: Path) -> None:
     assert not subnetwork["shares"][zh].any()
 
 
-def test_reproduction_and_sign_are_stated(page: Page) -> None:
+def test_the_page_states_how_to_reproduce_it_and_what_the_sign_means(page: Page) -> None:
     assert "tracmod run config.yaml --out runs/synthetic" in page.text
     assert "train_per_language: 40" in page.text
     assert "transformers" in page.text
@@ -269,11 +266,11 @@ def test_reproduction_and_sign_are_stated(page: Page) -> None:
     assert "33.3%" in page.text
 
 
-def test_same_folder_gives_the_same_page(run: Path, html: str) -> None:
+def test_the_same_folder_gives_the_same_page(run: Path, html: str) -> None:
     assert write_report(run).read_text(encoding="utf-8") == html
 
 
-def test_a_run_with_little_in_it(tmp_path: Path) -> None:
+def test_a_run_with_few_results_has_fewer_sections(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", num_test=1, languages=("en", "de"), models=("full",))
     shutil.rmtree(run / "subnetworks")
     shutil.rmtree(run / "models")
@@ -281,19 +278,19 @@ def test_a_run_with_little_in_it(tmp_path: Path) -> None:
     for path in (*run.glob("influence/*/*/epochs.parquet"), *run.glob("influence/*/*/top.parquet")):
         path.unlink()
     analyze(run, bootstrap=10)
-    found = Page(write_report(run).read_text(encoding="utf-8"))
-    sections = {attrs["id"] for tag, attrs in found.tags if tag == "section"}
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    sections = {attrs["id"] for tag, attrs in page.tags if tag == "section"}
     assert sections >= {"summary", "accuracy", "influence", "examples"}
     assert not sections & {"course", "subnetworks", "similarity"}
 
 
-def test_without_analysis_the_command_is_named(tmp_path: Path) -> None:
+def test_without_an_analysis_the_error_names_the_command(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", num_test=1, models=())
     with pytest.raises(ValueError, match="tracmod analyze"):
         write_report(run)
     (run / "analysis").mkdir()
     (run / "analysis" / "summary.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"earlier version of tracmod; run `tracmod analyze`"):
+    with pytest.raises(ValueError, match=r"earlier version .*tracmod analyze"):
         write_report(run)
 
 
@@ -340,44 +337,42 @@ def _summary(change: float, control: float, p_adjusted: float = 0.004) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("change", "control", "said"),
+    ("change", "control", "phrases"),
     [
-        (0.05, 0.04, ("raises the share", "more than removing")),
-        (0.05, 0.01, ("raises the share", "cannot be told")),
-        (0.01, 0.01, ("does not clearly change", "cannot be told")),
-        (-0.05, -0.03, ("lowers the share", "less than removing")),
+        (0.05, 0.04, ("raises the own", "higher than under random masks")),
+        (0.05, 0.01, ("raises the own", "cannot be distinguished")),
+        (0.01, 0.01, ("does not clearly change", "cannot be distinguished")),
+        (-0.05, -0.03, ("lowers the own", "lower than under random masks")),
     ],
 )
-def test_the_summary_says_what_the_intervals_allow(
-    change: float, control: float, said: tuple[str, str]
+def test_the_summary_claims_what_the_intervals_allow(
+    change: float, control: float, phrases: tuple[str, str]
 ) -> None:
     texts = findings(_summary(change, control))
-    assert texts[0].startswith("In sw the fine-tuned model is not clearly better than chance. ")
+    assert texts[0].startswith("In sw, the fine-tuned model is not clearly better than chance. ")
     assert "30.0% (28.0 to 32.0)" in texts[1]
     assert "more than on the others" in texts[1]
     for text in texts:
         verdict, rest = words.verdict(text)
         assert not any(sign.isdigit() for sign in verdict)
         assert f"{verdict} {rest}" == text
-    assert all(words in texts[2] for words in said)
+    assert all(phrase in texts[2] for phrase in phrases)
     assert len(texts) == 3
     assert "1,000 bootstrap resamples of 100 test examples" in how_sure(_summary(0, 0))[0]
 
 
-def test_a_change_is_none_where_its_adjusted_p_is_above_the_level() -> None:
+def test_a_change_is_not_clear_if_its_adjusted_p_is_above_the_level() -> None:
     text = findings(_summary(0.05, 0.04, p_adjusted=0.06))[2]
     assert "does not clearly change" in text
-    assert "cannot be told" in text
+    assert "cannot be distinguished" in text
     assert "adjusted p = 0.060, d = 0.30" in text
     texts = how_sure(_summary(0, 0))
     assert "adjusted for 2 comparisons" in texts[1]
-    assert (
-        "of only 5 parallel items: before it is adjusted, the smallest p of a change is 0.062"
-        in texts[2]
-    )
+    assert "only 5 parallel items" in texts[2]
+    assert texts[2].endswith("is 0.062.")
 
 
-def test_translations_seeds_partial_tests_and_distances_are_said() -> None:
+def test_the_summary_mentions_translations_seeds_partial_tests_and_distances() -> None:
     summary = _summary(0.05, 0.04)
     share = {"share_positive": _interval(0.3, 0.02), "null_share": 0.2}
     view = {"model": "full", "view": "full", "strongest": 0.9, "within_k": 1.0, "with": share}
@@ -399,17 +394,17 @@ def test_translations_seeds_partial_tests_and_distances_are_said() -> None:
     ]
     text = "\n".join(findings(summary))
     assert "40 of 100 test examples have training examples of their own parallel item" in text
-    assert "strongest proponent of 90.0% of them (by chance 0.4%)" in text
-    assert "Leaving them out lowers the share of the own language" in text
-    assert "Jaccard similarity of 0.60 on average (beyond chance 0.20), those of two" in text
-    assert "only the difference speaks for language" in text
+    assert "strongest proponent for 90.0% of them (0.4% by chance)" in text
+    assert "Leaving them out lowers the own-language share" in text
+    assert "mean Jaccard similarity of 0.60 (0.20 beyond chance), those of two" in text
+    assert "Only the difference is evidence" in text
     summary["seed_baseline"]["within"]["jaccard"] = 0.4
-    assert "no more alike than those of two, so that these masks say nothing" in seeds(summary)
-    assert "With different label balance and agreement from seed to seed taken out" in text
-    assert "It is their syntactic (Spearman \N{MINUS SIGN}0.70, adjusted p = 0.020)" in text
+    assert "no more alike than those of two languages, so these masks are no" in seeds(summary)
+    assert "Controlling for differences in label balance and agreement between seeds" in text
+    assert "syntactic (Spearman \N{MINUS SIGN}0.70, adjusted p = 0.020)" in text
 
 
-def test_numbers_are_written_plainly() -> None:
+def test_formats_of_numbers() -> None:
     assert percent(0.2034) == "20.3%"
     assert points(-0.0312) == "\N{MINUS SIGN}3.1"
     assert points(-0.0001) == "+0.0"

@@ -1,4 +1,4 @@
-"""The report in a browser: drawn, quiet, alone, quick, usable by keyboard, readable, on paper."""
+"""The report in a browser: figures, explorer, keyboard, contrast, printing, no network use."""
 
 import base64
 import itertools
@@ -39,30 +39,30 @@ SCROLL = """async () => {
 }"""
 VISIBLE_DRAWN = """() => [...document.querySelectorAll(".plot")]
   .filter((one) => one.offsetWidth).every((one) => one.dataset.drawn)"""
-# Number of each visible figure -> what is drawn inside its axes.
-MARKS = """() => [...document.querySelectorAll(".plot")].map((one, place) => [place,
+# For each figure its number and the number of marks inside its axes; -1 if it is hidden.
+MARKS = """() => [...document.querySelectorAll(".plot")].map((one, number) => [number,
   one.offsetWidth ? one.querySelectorAll(
     ".heatmaplayer image, .barlayer path, .scatterlayer :is(path, text)").length : -1])"""
 
 
 class Visit:
-    """An open page, and what it said and asked for meanwhile."""
+    """An open page, with its messages, errors and dialogs, and the addresses it requested."""
 
     def __init__(self, page: playwright.Page, path: Path) -> None:
-        self.page, self.said, self.asked = page, [], []
-        page.on("console", lambda message: self.said.append(message.text))
-        page.on("pageerror", lambda error: self.said.append(str(error)))
-        page.on("dialog", lambda dialog: (self.said.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: self.asked.append(request.url))
+        self.page, self.messages, self.requested = page, [], []
+        page.on("console", lambda message: self.messages.append(message.text))
+        page.on("pageerror", lambda error: self.messages.append(str(error)))
+        page.on("dialog", lambda dialog: (self.messages.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda request: self.requested.append(request.url))
         page.goto(path.as_uri())
 
     def scroll(self) -> None:
-        """Through the whole page, until what is visible is drawn."""
+        """Scroll through the whole page, and wait until every visible figure is drawn."""
         self.page.evaluate(SCROLL)
         self.page.wait_for_function(VISIBLE_DRAWN)
 
     def explorer(self) -> None:
-        """To the examples, until they are there."""
+        """Scroll to the explorer, and wait until it is ready."""
         self.page.locator("#examples").scroll_into_view_if_needed()
         self.page.wait_for_selector("#examples[data-ready]", state="attached")
 
@@ -90,15 +90,15 @@ def visit(browser: playwright.Browser, path: Path) -> Iterator[Visit]:
     context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
     visit = Visit(context.new_page(), path)
     yield visit
-    assert visit.said == []
-    assert {url.partition(":")[0] for url in visit.asked} == {"file"}
+    assert visit.messages == []
+    assert {url.partition(":")[0] for url in visit.requested} == {"file"}
     context.close()
 
 
 def test_every_figure_of_every_panel_is_drawn(visit: Visit) -> None:
     page = visit.page
     drawn = set()
-    most = max(page.locator(f"[name={one}]").count() for one in _switches(page))
+    most = max(page.locator(f"[name={name}]").count() for name in _switches(page))
     for choice in range(most):
         for name in _switches(page):
             radios = page.locator(f"[name={name}]")
@@ -108,7 +108,7 @@ def test_every_figure_of_every_panel_is_drawn(visit: Visit) -> None:
         visit.scroll()
         marks = page.evaluate(MARKS)
         assert all(count != 0 for _, count in marks)
-        drawn |= {place for place, count in marks if count > 0}
+        drawn |= {number for number, count in marks if count > 0}
     assert len(drawn) == page.locator(".plot").count() > 60
     assert page.locator("svg.heads rect.kept").count() > 50
 
@@ -118,7 +118,7 @@ def _switches(page: playwright.Page) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def test_figures_are_drawn_when_they_come_near_and_not_before(visit: Visit) -> None:
+def test_figures_are_drawn_only_when_the_reader_comes_near(visit: Visit) -> None:
     visit.page.wait_for_function("() => window.Plotly")
     visit.page.wait_for_timeout(200)
     assert visit.page.locator(".plot[data-drawn]").count() == 0
@@ -130,7 +130,7 @@ def test_figures_are_drawn_when_they_come_near_and_not_before(visit: Visit) -> N
 
 def test_the_first_paint_is_quick(browser: playwright.Browser, path: Path) -> None:
     times = []
-    for _ in range(2):  # one more try: the machine may be busy
+    for _ in range(2):  # a second try, because the machine may be busy
         page = browser.new_page()
         page.goto(path.as_uri())
         page.wait_for_function("() => performance.getEntriesByType('paint').length > 0")
@@ -156,7 +156,7 @@ def test_two_views_are_compared_by_their_difference(visit: Visit, path: Path, pa
     assert compare.locator("figcaption").inner_text() == caption
     plot = compare.locator(".plot[data-drawn]")
     trace = plot.evaluate("(one) => one.data[0]")
-    a, b = (figures[int(one.input_value())]["data"][0]["z"] for one in (shown, base))
+    a, b = (figures[int(view.input_value())]["data"][0]["z"] for view in (shown, base))
     expected = [[x - y for x, y in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)]
     assert trace["z"] == [pytest.approx(row) for row in expected]
     assert trace["zmax"] == pytest.approx(max(abs(x) for row in expected for x in row))
@@ -166,15 +166,15 @@ def test_two_views_are_compared_by_their_difference(visit: Visit, path: Path, pa
 
 
 def _counted(page: playwright.Page) -> int:
-    said = page.locator("#choose-count").inner_text().split(", chosen")[0]
-    return 0 if said == "No such example." else int(said.rpartition(" of ")[2].replace(",", ""))
+    text = page.locator("#choose-count").inner_text().split(", chosen")[0]
+    return 0 if text == "No example matches." else int(text.rpartition(" of ")[2].replace(",", ""))
 
 
 def _predictions(data: dict, view: int) -> list[int]:
     return np.frombuffer(base64.b64decode(data["views"][view]["prediction"]), "<i2").tolist()
 
 
-def test_filters_and_search_find_what_is_in_the_data(visit: Visit, data: dict) -> None:
+def test_filters_and_search_agree_with_the_data(visit: Visit, data: dict) -> None:
     visit.explorer()
     page, test = visit.page, data["test"]
     rows = list(zip(test["language"], test["label"], _predictions(data, 0), strict=True))
@@ -186,9 +186,9 @@ def test_filters_and_search_find_what_is_in_the_data(visit: Visit, data: dict) -
                 page.select_option("#choose-language", language)
                 page.select_option("#choose-label", label=name)
                 page.select_option("#choose-outcome", outcome)
-                found = [p == gold for la, gold, p in rows if (la, gold) == (language, label)]
-                right = {"": len(found), "right": sum(found), "wrong": found.count(False)}
-                assert _counted(page) == right[outcome]
+                right = [p == gold for la, gold, p in rows if (la, gold) == (language, label)]
+                expected = {"": len(right), "right": sum(right), "wrong": right.count(False)}
+                assert _counted(page) == expected[outcome]
     for name in ("language", "label", "outcome"):
         page.select_option(f"#choose-{name}", "")
     for words in ("учитель", "老师 在", "ÄRZTIN", "alert('x')", "no such words"):
@@ -199,7 +199,9 @@ def test_filters_and_search_find_what_is_in_the_data(visit: Visit, data: dict) -
         assert page.locator("#explorer").is_visible() == (expected > 0)
 
 
-def test_an_example_is_shown_with_its_strongest_and_its_shares(visit: Visit, data: dict) -> None:
+def test_an_example_is_shown_with_its_strongest_training_examples_and_shares(
+    visit: Visit, data: dict
+) -> None:
     visit.explorer()
     page = visit.page
     page.select_option("#choose-language", "ar")
@@ -226,26 +228,28 @@ def test_an_example_is_shown_with_its_strongest_and_its_shares(visit: Visit, dat
     assert set(tags) == {"ar"}
     page.select_option("#train-language", "=zh")
     page.select_option("#train-label", "same")
-    found = page.locator("#listed tbody tr").all_inner_texts()
+    listed = page.locator("#listed tbody tr").all_inner_texts()
     label = data["labels"][data["test"]["label"][first]]
-    assert all("zh" in row and label in row and "item train-" in row for row in found)
+    assert all("zh" in row and label in row and "item train-" in row for row in listed)
     chinese = page.locator("#listed .listed-text").first
-    if found:
+    if listed:
         assert chinese.get_attribute("lang") == "zh"
 
 
-def test_an_old_browser_is_told_what_it_lacks(browser: playwright.Browser, path: Path) -> None:
+def test_an_old_browser_shows_a_message_and_the_summary(
+    browser: playwright.Browser, path: Path
+) -> None:
     page = browser.new_page()
     page.add_init_script("delete window.DecompressionStream")
     visit = Visit(page, path)
     assert "need a browser of May 2023" in page.locator("main > p").first.inner_text()
     assert page.locator("#summary .findings li").count() > 3
     page.evaluate(SCROLL)
-    assert visit.said == []
+    assert visit.messages == []
     page.close()
 
 
-def test_the_list_is_read_page_by_page(visit: Visit) -> None:
+def test_the_list_has_pages(visit: Visit) -> None:
     visit.explorer()
     page = visit.page
     assert page.locator("#previous-page").is_disabled()
@@ -262,7 +266,7 @@ def test_the_list_is_read_page_by_page(visit: Visit) -> None:
     assert page.locator("#explorer-text .text").first.inner_text().startswith(start)
 
 
-def test_ten_thousand_examples_are_filtered_at_once(
+def test_ten_thousand_examples_are_filtered_without_delay(
     browser: playwright.Browser, tmp_path: Path
 ) -> None:
     run = make_run(
@@ -284,30 +288,30 @@ def test_ten_thousand_examples_are_filtered_at_once(
         }}"""
         times[name, value] = statistics.median(page.evaluate(change) for _ in range(3))
     assert all(time < FILTERED for time in times.values()), times
-    assert visit.said == []
+    assert visit.messages == []
     page.close()
 
 
-def test_the_keyboard_reaches_every_control_and_shows_where_it_is(visit: Visit) -> None:
+def test_the_keyboard_reaches_every_control_and_the_focus_is_visible(visit: Visit) -> None:
     visit.explorer()
     page = visit.page
     page.evaluate("() => { scrollTo(0, 0); document.activeElement.blur(); }")
     reached, links = [], 0
     for _ in range(200):
         page.keyboard.press("Tab")
-        one = page.evaluate("""() => {
-          const one = document.activeElement;
-          const ring = one.closest(".switch") ? one.nextElementSibling : one;
+        focused = page.evaluate("""() => {
+          const focused = document.activeElement;
+          const ring = focused.closest(".switch") ? focused.nextElementSibling : focused;
           const style = getComputedStyle(ring);
-          const seen = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2;
-          const id = one.id || one.name || one.dataset.copy || one.hash || "";
-          return { tag: one.tagName, id, seen };
+          const visible = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2;
+          const id = focused.id || focused.name || focused.dataset.copy || focused.hash || "";
+          return { tag: focused.tagName, id, visible };
         }""")
-        if one["tag"] == "BODY":
+        if focused["tag"] == "BODY":
             break
-        assert one["seen"], one
-        reached.append(one["id"])
-        links += one["tag"] == "A"
+        assert focused["visible"], focused
+        reached.append(focused["id"])
+        links += focused["tag"] == "A"
     assert reached[0] == "#summary"  # the skip link
     assert links == 1 + page.locator("nav a").count()
     assert set(_switches(page)) <= set(reached)
@@ -346,26 +350,28 @@ def test_controls_figures_and_headings_are_named_and_in_order(visit: Visit) -> N
     assert page.get_attribute("html", "lang") == "en"
 
 
-# Every visible text with its colour, and the first colour behind it that is not see-through.
+# Every visible text with its colour, and the first colour behind it that is not transparent.
 TEXTS = """() => {
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), texts = [];
   while (walker.nextNode()) {
-    const one = walker.currentNode.parentElement;
+    const element = walker.currentNode.parentElement;
     const text = walker.currentNode.data.trim();
-    if (!text || !one.getClientRects().length || one.closest(".heads, .textpoint")) continue;
-    const style = getComputedStyle(one);
-    let behind = one, back = "rgba(0, 0, 0, 0)";
+    if (!text || !element.getClientRects().length) continue;
+    if (element.closest(".heads, .textpoint")) continue;
+    const style = getComputedStyle(element);
+    let behind = element, back = "rgba(0, 0, 0, 0)";
     while (behind && back.endsWith(", 0)")) {
       back = getComputedStyle(behind).backgroundColor;
       behind = behind.parentElement;
     }
-    found.push([text, one.namespaceURI.endsWith("svg") ? style.fill : style.color, back]);
+    texts.push([text, element.namespaceURI.endsWith("svg") ? style.fill : style.color, back]);
   }
-  return found;
+  return texts;
 }"""
 
 
-# Of each number on a half transparent square: its colour, the square's, how opaque, the page's.
+# For each number on a half transparent square: its colour, colour and opacity of the square, and
+# the colour of the page.
 COUNTS = """() => [...document.querySelectorAll(".heads .count")].map((one) => {
   const square = getComputedStyle(one.previousElementSibling);
   return [getComputedStyle(one).fill, square.fill, Number(square.fillOpacity),
@@ -391,7 +397,7 @@ def _channels(color: str) -> list[float]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_texts_stand_out_from_what_is_behind_them(visit: Visit, scheme: str) -> None:
+def test_texts_have_enough_contrast(visit: Visit, scheme: str) -> None:
     page = visit.page
     page.emulate_media(color_scheme=scheme)
     visit.explorer()
@@ -411,7 +417,7 @@ def test_texts_stand_out_from_what_is_behind_them(visit: Visit, scheme: str) -> 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_numbers_in_heatmaps_stand_out_from_their_cells(visit: Visit, scheme: str) -> None:
+def test_numbers_in_heat_maps_have_enough_contrast(visit: Visit, scheme: str) -> None:
     visit.page.emulate_media(color_scheme=scheme)
     visit.scroll()
     heatmaps = visit.page.eval_on_selector_all(
@@ -422,18 +428,18 @@ def test_numbers_in_heatmaps_stand_out_from_their_cells(visit: Visit, scheme: st
         values = [v for row in heatmap["z"] for v in row if v is not None]
         assert len(values) == len(numbers["textfont"]["color"])
         for value, ink in zip(values, numbers["textfont"]["color"], strict=True):
-            place = (value - heatmap["zmin"]) / (heatmap["zmax"] - heatmap["zmin"])
-            cell = _on_scale(heatmap["colorscale"], min(1.0, max(0.0, place)))
+            position = (value - heatmap["zmin"]) / (heatmap["zmax"] - heatmap["zmin"])
+            cell = _on_scale(heatmap["colorscale"], min(1.0, max(0.0, position)))
             assert _contrast(_channels(ink), cell) >= CONTRAST
 
 
-def _on_scale(steps: list, place: float) -> list[float]:
+def _on_scale(steps: list, position: float) -> list[float]:
     for (start, a), (end, b) in itertools.pairwise(steps):
-        if place <= end:
-            share = (place - start) / (end - start)
+        if position <= end:
+            share = (position - start) / (end - start)
             pairs = zip(_channels(a), _channels(b), strict=True)
             return [x + share * (y - x) for x, y in pairs]
-    raise AssertionError(place)
+    raise AssertionError(position)
 
 
 def test_figures_follow_the_colour_scheme(visit: Visit) -> None:
@@ -445,7 +451,7 @@ def test_figures_follow_the_colour_scheme(visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_paper_is_light_and_has_every_panel_whole(
+def test_the_printed_page_is_light_and_has_every_panel(
     visit: Visit, scheme: str, tmp_path: Path
 ) -> None:
     page = visit.page
@@ -478,7 +484,7 @@ def test_paper_is_light_and_has_every_panel_whole(
 
 
 @pytest.mark.parametrize("width", [390, 800, 1600])
-def test_nothing_sticks_out_at_any_width(visit: Visit, width: int) -> None:
+def test_nothing_overflows_at_any_width(visit: Visit, width: int) -> None:
     visit.page.set_viewport_size({"width": width, "height": 800})
     visit.explorer()
     visit.scroll()
@@ -498,7 +504,7 @@ def test_the_page_of_a_sweep_draws_its_figures(
     marks = visit.page.evaluate(MARKS)
     assert len(marks) >= 6
     assert all(count > 0 for _, count in marks)
-    assert visit.said == []
+    assert visit.messages == []
     visit.page.close()
 
 

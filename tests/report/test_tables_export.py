@@ -1,4 +1,4 @@
-"""`tracmod tables`: every table of the analysis, the same numbers in CSV, LaTeX and Markdown."""
+"""`tracmod tables`: every table of a run, with the same numbers in CSV, LaTeX and Markdown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pyarrow import csv
 
 from tracmod.analysis import analyze
 from tracmod.cli import main
-from tracmod.report.paper.tables import _latex, write_tables
+from tracmod.report.content.tables import Column, Table
+from tracmod.report.paper.tables import latex, write_tables
 
 ENDINGS = {"csv": "csv", "latex": "tex", "markdown": "md"}
 
@@ -35,13 +36,13 @@ def written(run: Path) -> dict[str, Path]:
     for form in ENDINGS:
         result = CliRunner().invoke(main, ["tables", str(run), "--format", form])
         assert result.exit_code == 0, result.output
-        told = [Path(line) for line in result.output.splitlines()]
-        assert {*told} == {*(run / "tables").glob(f"*.{ENDINGS[form]}")}
+        printed = {Path(line) for line in result.output.splitlines()}
+        assert printed == {*(run / "tables").glob(f"*.{ENDINGS[form]}")}
     return {path.name: path for path in (run / "tables").iterdir()}
 
 
 def body(text: str) -> list[list[str]]:
-    """Header and rows of LaTeX or Markdown, as plain text."""
+    """Return the header and rows of LaTeX or Markdown as plain text."""
     lines = text.splitlines()
     if "\\begin{tabular}" in text:
         for command, plain in [("$-$", "-"), (r"\_", "_"), (r"\%", "%"), (r"$\times$", "x"),
@@ -53,7 +54,7 @@ def body(text: str) -> list[list[str]]:
     return [row.replace("\N{MINUS SIGN}", "-").split(" | ") for row in rows]
 
 
-def test_every_table_is_there_in_every_form(run, written):
+def test_every_table_is_written_in_every_format(run, written):
     names = {path.stem for path in (run / "analysis").glob("*.parquet")}
     names |= {"in_language", "in_language_changes", "accuracy", "subnetworks", "strongest",
               "similarity_influence"}  # fmt: skip
@@ -70,29 +71,28 @@ def test_every_table_is_there_in_every_form(run, written):
     assert stems["csv"] == stems["tex"] == stems["md"]
 
 
-def test_csv_holds_every_digit(run, written):
+def test_csv_has_every_digit(run, written):
     empty_is_none = csv.ConvertOptions(strings_can_be_null=True)
     paths = [*(run / "analysis").glob("*.parquet"), *(run / "retraining").glob("*.parquet")]
     assert len(paths) > 6
     for path in paths:
         expected = pd.read_parquet(path)
-        name = written[f"{path.stem}.csv"]
-        found = csv.read_csv(name, convert_options=empty_is_none).to_pandas()
-        assert list(found.columns) == list(expected.columns)
-        pd.testing.assert_frame_equal(found, expected, check_dtype=False, check_exact=True)
+        file = written[f"{path.stem}.csv"]
+        table = csv.read_csv(file, convert_options=empty_is_none).to_pandas()
+        assert list(table.columns) == list(expected.columns)
+        pd.testing.assert_frame_equal(table, expected, check_dtype=False, check_exact=True)
 
 
-def test_a_matrix_in_csv_is_the_long_table(run, written):
-    found = pd.read_csv(written["influence-proponents-sparse-subnetwork.csv"]).set_index(
-        "test_language"
-    )
+def test_a_matrix_in_csv_has_the_numbers_of_the_long_table(run, written):
+    file = written["influence-proponents-sparse-subnetwork.csv"]
+    matrix = pd.read_csv(file).set_index("test_language")
     rows = pd.read_parquet(run / "analysis" / "matrices.parquet")
     rows = rows[(rows["model"] == "sparse") & (rows["view"] == "subnetwork")]
-    assert list(found.index) == list(LANGUAGES)
-    assert [name for name in found.columns if "_" not in name] == list(LANGUAGES)
+    assert list(matrix.index) == list(LANGUAGES)
+    assert [name for name in matrix.columns if "_" not in name] == list(LANGUAGES)
     for row in rows.to_dict("records"):
         for end in ("", "_low", "_high"):
-            value = found.loc[row["test_language"], f"{row['train_language']}{end}"]
+            value = matrix.loc[row["test_language"], f"{row['train_language']}{end}"]
             assert value == pytest.approx(row[f"share_positive{end}"], rel=1e-12)
 
 
@@ -111,17 +111,17 @@ def test_a_matrix_for_reading_has_the_same_numbers(run, written, ending, name, m
     table = pd.read_parquet(run / "analysis" / "matrices.parquet")
     table = table[(table["model"] == key[0]) & (table["view"] == key[1])]
     cells = {(r["test_language"], r["train_language"]): r for r in table.to_dict("records")}
-    factor, room = 100.0, 0.0501
+    factor, rounding = 100.0, 0.0501
     if measure == "mean_influence":
         exponent = re.search("10⁻([⁰¹²³⁴-⁹])", text)[1]
-        factor, room = 10.0 ** "⁰¹²³⁴⁵⁶⁷⁸⁹".index(exponent), 0.00501
+        factor, rounding = 10.0 ** "⁰¹²³⁴⁵⁶⁷⁸⁹".index(exponent), 0.00501
         assert "cosine × learning rate" in text
     for language, *values in rows:
         for other, value in zip(LANGUAGES, values, strict=True):
-            numbers = [float(one) for one in re.findall(r"[-+]?\d+\.\d+", value)]
+            numbers = [float(number) for number in re.findall(r"[-+]?\d+\.\d+", value)]
             ends = (measure, f"{measure}_low", f"{measure}_high")
             expected = [factor * cells[language, other][end] for end in ends]
-            assert numbers == pytest.approx(expected, abs=room)
+            assert numbers == pytest.approx(expected, abs=rounding)
     assert "in brackets: 95% interval" in text
 
 
@@ -134,7 +134,7 @@ def test_long_tables_for_reading_have_units_and_the_same_numbers(run, written, e
     p_column = header.index("share among proponents p adjusted")
     for cells, entry in zip(rows, summary, strict=True):
         change = entry["share_positive"]
-        numbers = [float(one) for one in re.findall(r"[-+]?\d+\.\d+", cells[column])]
+        numbers = [float(text) for text in re.findall(r"[-+]?\d+\.\d+", cells[column])]
         expected = [100 * change[key] for key in ("value", "low", "high")]
         assert numbers == pytest.approx(expected, abs=0.0501)
         assert float(cells[p_column].removeprefix("< ")) == pytest.approx(
@@ -149,19 +149,17 @@ def test_long_tables_for_reading_have_units_and_the_same_numbers(run, written, e
     )
 
 
-def test_languages_left_out_are_matrices_of_what_happened_and_what_each_method_predicts(
-    run, written
-):
+def test_languages_left_out_are_matrices_of_actual_and_predicted_changes(run, written):
     rows = pd.read_parquet(run / "retraining" / "leave_one_out.parquet")
     for name, method, measure in (("actual", "random", "actual"),
                                   ("predicted-bm25", "bm25", "predicted"),
                                   ("predicted-tracin", "tracin", "predicted")):  # fmt: skip
-        found = pd.read_csv(written[f"leave-one-out-{name}.csv"]).set_index("test_language")
-        assert list(found.index) == list(LANGUAGES)
-        assert [one for one in found.columns if "_" not in one] == list(LANGUAGES)
+        matrix = pd.read_csv(written[f"leave-one-out-{name}.csv"]).set_index("test_language")
+        assert list(matrix.index) == list(LANGUAGES)
+        assert [column for column in matrix.columns if "_" not in column] == list(LANGUAGES)
         for row in rows[rows["method"] == method].to_dict("records"):
             for end in ("", "_low", "_high") if measure == "actual" else ("",):
-                value = found.loc[row["test_language"], f"{row['train_language']}{end}"]
+                value = matrix.loc[row["test_language"], f"{row['train_language']}{end}"]
                 assert value == pytest.approx(row[f"{measure}{end}"], rel=1e-12)
     for ending in ("tex", "md"):
         text = written[f"leave-one-out-predicted-tracin.{ending}"].read_text(encoding="utf-8")
@@ -169,9 +167,11 @@ def test_languages_left_out_are_matrices_of_what_happened_and_what_each_method_p
         factor = 10.0 ** "⁰¹²³⁴⁵⁶⁷⁸⁹".index(exponent)
         of_method = rows[rows["method"] == "tracin"].set_index(["test_language", "train_language"])
         for language, *values in body(text)[1:]:
-            expected = [factor * of_method.loc[(language, one), "predicted"] for one in LANGUAGES]
+            expected = [
+                factor * of_method.loc[(language, other), "predicted"] for other in LANGUAGES
+            ]
             assert [float(value) for value in values] == pytest.approx(expected, abs=0.00501)
-        assert "predicted change of mean loss, in the method's own unit (10" in text.lower()
+        assert "predicted change in mean loss, in the method's own unit (10" in text.lower()
 
 
 @pytest.mark.parametrize("ending", ["tex", "md"])
@@ -182,7 +182,7 @@ def test_tables_of_retraining_for_reading_have_units_and_the_same_numbers(run, w
         return header, list(zip(rows, table, strict=True))
 
     def numbers(cell: str) -> list[float]:
-        return [float(one) for one in re.findall(r"[-+]?\d+\.\d+", cell)]
+        return [float(number) for number in re.findall(r"[-+]?\d+\.\d+", cell)]
 
     def ends(row: dict, name: str, factor: float = 1.0) -> list[float]:
         return [factor * row[f"{name}{end}"] for end in ("", "_low", "_high")]
@@ -204,22 +204,22 @@ def test_tables_of_retraining_for_reading_have_units_and_the_same_numbers(run, w
         over = cells[header.index("over first")]
         assert (over == "-") == (row["method"] == "tracin")
     header, rows = read("leave_one_out")
-    column = header.index("predicted change of mean loss, in the method's own unit")
-    for cells, row in rows:  # in units of their own, so that no column of decimals fits all
+    column = header.index("predicted change in mean loss, in the method's own unit")
+    for cells, row in rows:  # every method has its own unit, so no number of decimals fits all
         assert float(cells[column]) == pytest.approx(row["predicted"], rel=0.00501)
 
 
-def test_what_an_earlier_retraining_left_is_no_table_of_a_run_without_one(run, tmp_path):
+def test_files_of_an_earlier_retraining_are_no_tables_of_a_run_without_one(run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     record = json.loads((copy / "run.json").read_text())
     record["config"]["retrain"] = None
     (copy / "run.json").write_text(json.dumps(record))
     names = {path.stem for path in write_tables(copy, tmp_path / "out")}
     assert "accuracy" in names
-    assert not [one for one in names if one in ("lds", "removal") or one.startswith("leave")]
+    assert not [name for name in names if name in ("lds", "removal") or name.startswith("leave")]
 
 
-def test_latex_is_whole_and_plain(written):
+def test_latex_is_complete_and_plain(written):
     for name, path in written.items():
         if name.endswith(".tex"):
             text = path.read_text(encoding="utf-8")
@@ -234,6 +234,11 @@ def test_latex_is_whole_and_plain(written):
 
 
 HOSTILE = r"[a]_b & 100% \x {c} #1 $d ~ ^ <e> | f"
+HOSTILE_TABLE = Table(
+    "hostile",
+    pd.DataFrame({"texts": [HOSTILE, "*"], "numbers": ["[1]", "2"]}),
+    [Column("texts", HOSTILE, is_number=False), Column("numbers", "n\N{SUPERSCRIPT MINUS}¹²")],
+)
 
 
 def compiled(folder: Path, files: list[Path]) -> str:
@@ -251,24 +256,21 @@ def compiled(folder: Path, files: list[Path]) -> str:
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex")
 def test_latex_compiles_with_booktabs_alone(written, tmp_path):
     hostile = tmp_path / "hostile.tex"
-    table = pd.DataFrame({HOSTILE: ["*", HOSTILE], "n\N{SUPERSCRIPT MINUS}¹²": ["[1]", "2"]})
-    hostile.write_text(_latex(table, [False, True], ""), encoding="utf-8")
+    hostile.write_text(latex(HOSTILE_TABLE), encoding="utf-8")
     files = [path for name, path in sorted(written.items()) if name.endswith(".tex")]
     assert compiled(tmp_path, [*files, hostile]) == ""
 
 
-def test_hostile_names_do_not_break_a_row(tmp_path):
-    table = pd.DataFrame({"language": [HOSTILE, "*"], "n": ["1", "2"]})
-    text = _latex(table, [False, True], "")
-    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+def test_hostile_names_do_not_break_a_row():
+    rows = [line for line in latex(HOSTILE_TABLE).splitlines() if line.endswith(r"\\")]
     assert rows[1].startswith(r"{}[a]\_b \& 100\% ")
     assert rows[2] == r"{}* & 2 \\"
 
 
-def test_what_cannot_be_written_is_one_sentence(run, tmp_path):
+def test_a_run_without_analysis_and_an_unknown_format_are_errors(run, tmp_path):
     bare = make_run(tmp_path / "run", num_test=1, models=())
     result = CliRunner().invoke(main, ["tables", str(bare)])
     assert result.exit_code == 2
-    assert "run `tracmod analyze` first" in result.output
-    with pytest.raises(ValueError, match="expected a format of csv, latex, markdown, got html"):
+    assert "tracmod analyze" in result.output
+    with pytest.raises(ValueError, match="csv, latex, markdown, got html"):
         write_tables(run, tmp_path / "out", "html")

@@ -93,7 +93,7 @@ def test_scores_of_a_preconditioned_run_are_those_of_preconditioned_gradients(tm
     answer = tm.Attributor(out).query("The king sleeps.", "The king is asleep.", k=3)
     assert len(answer["proponents"]) == 3
     page = (out / "report" / "index.html").read_text(encoding="utf-8")
-    assert ("EK-FAC" if kind == "ekfac" else "Adam") in page
+    assert f"TracIn, {'EK-FAC' if kind == 'ekfac' else 'Adam'} preconditioner" in page
 
 
 def test_the_run_folder_has_the_documented_files(done):

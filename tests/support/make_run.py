@@ -1,6 +1,7 @@
-"""Makes a small run folder with planted influence, as the pipeline would leave it, for tests.
+"""Makes small run folders with planted influence, as the pipeline would write them.
 
-`python tests/make_run.py DIR [per_language_train per_language_test k]` writes one and its report.
+`python tests/support/make_run.py DIR [per_language_train per_language_test k]` writes a run folder
+and its report.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SENTENCES = {
     "zh": "老师 在 花园 里 读 一 封 旧 信 孩子 听着",
     "ar": "المعلم يقرأ رسالة قديمة في الحديقة والطفل يستمع",
 }
-# How strongly a model and view rest on the test example's own language (planted).
+# How strongly a model relies on the test example's own language under a view (planted).
 OWN = {
     ("full", "full"): 0.8,
     ("full", "subnetwork"): 1.1,
@@ -57,7 +58,7 @@ def make_run(
     seed: int = 0,
     mask_seeds: int = 0,
 ) -> Path:
-    """Write a run folder: data, metrics, subnetworks and influence; no analysis, no report."""
+    """Write a run folder: data, metrics, subnetworks and influence, without analysis or report."""
     rng = np.random.default_rng(seed)
     train = _examples(rng, "train", languages, num_train)
     test = _examples(rng, "test", languages, num_test)
@@ -122,18 +123,18 @@ def _write_subnetworks(path: Path, rng: Any, languages: Any) -> dict[str, np.nda
 
 
 def _write_seeds(path: Path, masks: dict[str, np.ndarray], number: int) -> None:
-    """Masks of single seeds: the language's, with every twelfth head the other way."""
+    """Write masks of single seeds: the language's mask with every twelfth head flipped."""
     for seed in range(number):
         (path / "subnetworks" / "seeds" / str(seed)).mkdir(parents=True)
-        for place, (language, mask) in enumerate(masks.items()):
-            flip = (np.arange(48).reshape(6, 8) + 5 * seed + place) % 12 == 0
+        for position, (language, mask) in enumerate(masks.items()):
+            flip = (np.arange(48).reshape(6, 8) + 5 * seed + position) % 12 == 0
             entry = {"language": language, "num_layers": 6, "num_heads": 8, "seed": seed}
             entry |= {"mask": np.where(flip, 1 - mask, mask).tolist()}
             _write_json(path / "subnetworks" / "seeds" / str(seed) / f"{language}.json", entry)
 
 
 def _affinity(languages: Any, masks: dict[str, np.ndarray]) -> np.ndarray:
-    """Training languages pull on test languages as their masks overlap (the planted relation)."""
+    """Return the planted relation: influence between languages grows as their masks overlap."""
     n = len(languages)
     affinity = np.zeros((n, n))
     for i, a in enumerate(languages):
@@ -172,9 +173,9 @@ def _write_view(
     k: int,
 ) -> None:
     languages = list(dict.fromkeys(train["language"].to_pylist()))
-    place = {language: index for index, language in enumerate(languages)}
-    train_N = np.array([place[name] for name in train["language"].to_pylist()])
-    test_Q = np.array([place[name] for name in test["language"].to_pylist()])
+    index_of = {language: index for index, language in enumerate(languages)}
+    train_N = np.array([index_of[name] for name in train["language"].to_pylist()])
+    test_Q = np.array([index_of[name] for name in test["language"].to_pylist()])
     own = OWN[model, view.split("-")[0]]
     labels_N, labels_Q = (np.array(table["label"].to_pylist()) for table in (train, test))
     planted_QN = affinity[np.ix_(test_Q, train_N)] + own * (test_Q[:, None] == train_N)
@@ -191,7 +192,7 @@ def _write_view(
     examples = _table(total_QN, train, test, languages, train_N, guesses, k)
     pq.write_table(examples, folder / "examples.parquet")
     pq.write_table(epoch_table(of_epoch), folder / "epochs.parquet")
-    sizes = {name: int(np.sum(train_N == index)) for name, index in place.items()}
+    sizes = {name: int(np.sum(train_N == index)) for name, index in index_of.items()}
     pq.write_table(language_table(examples, sizes, bootstrap=50), folder / "languages.parquet")
     pq.write_table(_top_table(total_QN, train, test, k), folder / "top.parquet")
 
@@ -242,8 +243,36 @@ def _top_table(scores_QN: np.ndarray, train: pa.Table, test: pa.Table, k: int) -
     return pa.Table.from_pylist(rows)
 
 
+def add_blocks(path: Path, languages: tuple[str, ...] = LANGUAGES) -> None:
+    """Add influence by head and layer for two views of both models."""
+    rng = np.random.default_rng(0)
+    blocks = [(layer, h) for layer in range(6) for h in (*range(8), None)] + [(None, None)]
+    rows = [
+        {"layer": layer, "head": head, "test_language": a, "train_language": b,
+         "influence": float(rng.normal(1e-5 * (a == b), 2e-6))}
+        for a in languages for b in languages for layer, head in blocks
+    ]  # fmt: skip
+    for model in ("full", "sparse"):
+        for view in ("full", "subnetwork"):
+            file = path / "influence" / model / view / "blocks.parquet"
+            pq.write_table(pa.Table.from_pylist(rows), file)
+
+
+def add_courses(path: Path) -> None:
+    """Add the course of pruning to every subnetwork."""
+    rng = np.random.default_rng(1)
+    for file in (path / "subnetworks").glob("*.json"):
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        entry["course"] = [
+            {"heads": heads, "score": 0.74 - 0.002 * (48 - heads),
+             "importance": rng.random((6, 8)).tolist()}
+            for heads in (48, 40, 30, 20)
+        ]  # fmt: skip
+        _write_json(file, entry)
+
+
 def add_retraining(path: Path, languages: tuple[str, ...] = LANGUAGES) -> None:
-    """Tables of a retraining that the config asks for, of three methods in units of their own."""
+    """Add a retraining and its section of the config: three methods, each in its own unit."""
     rng = np.random.default_rng(2)
     units = {"tracin": 1e-5, "bm25": 1e3, "random": 1.0}
     rows: dict[str, list[dict[str, Any]]] = {"lds": [], "removal": [], "leave_one_out": []}
@@ -267,10 +296,10 @@ def add_retraining(path: Path, languages: tuple[str, ...] = LANGUAGES) -> None:
                  **numbers("loss_change", "accuracy_change")}
                 for language in (None, *languages)
             ]  # fmt: skip
-    happened = {(a, b): numbers("actual") for a in languages for b in languages}
+    actual = {(a, b): numbers("actual") for a in languages for b in languages}
     rows["leave_one_out"] = [
         {"method": method, "test_language": a, "train_language": b,
-         "predicted": float(unit * rng.normal()), **happened[a, b]}
+         "predicted": float(unit * rng.normal()), **actual[a, b]}
         for method, unit in units.items() for a in languages for b in languages
     ]  # fmt: skip
     (path / "retraining").mkdir()
@@ -278,12 +307,15 @@ def add_retraining(path: Path, languages: tuple[str, ...] = LANGUAGES) -> None:
     for (name, of_table), schema in zip(rows.items(), schemas, strict=True):
         table = pa.Table.from_pylist(of_table, schema)
         pq.write_table(table, path / "retraining" / f"{name}.parquet")
+    settings = {"subsets": 4, "fraction": 0.5, "seeds": 2, "leave_one_out": True}
     tests = [{"method": method, "between_only": between, "correlation": 0.25, "p_value": 0.125,
               "permutations": 120, "exact": True, "cells": 20 if between else 25}
              for method in units for between in (False, True)]  # fmt: skip
-    _write_json(path / "retraining" / "summary.json", {"leave_one_out": tests})
+    summary = {"settings": settings, "methods": list(units), "trainings": 33, "num_train": 80,
+               "removed": 4, "confidence": 0.95, "leave_one_out": tests}  # fmt: skip
+    _write_json(path / "retraining" / "summary.json", summary)
     record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    record["config"]["retrain"] = {"subsets": 4, "seeds": 1}
+    record["config"]["retrain"] = settings
     _write_json(path / "run.json", record)
 
 
@@ -317,8 +349,8 @@ def _write_run_json(
         "seeds": {"run": seed},
         "label_names": ["entailment", "neutral", "contradiction"],
         "stages": {
-            name: {"state": "done", "seconds": 3.5 * (place + 1)}
-            for place, name in enumerate(stages)
+            name: {"state": "done", "seconds": 3.5 * number}
+            for number, name in enumerate(stages, start=1)
         },
     }
     _write_json(path / "run.json", record)

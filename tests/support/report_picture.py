@@ -1,6 +1,7 @@
-"""Makes the pictures of a report for the README: `python tests/report_picture.py RUN FOLDER`.
+"""Makes pictures of a report for the docs: `python tests/support/report_picture.py RUN FOLDER`.
 
-Writes report.png (summary and heatmaps) and examples.png (a test example and what moved it).
+Writes report.png (summary and heat maps) and examples.png (a test example and its strongest
+training examples).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 WIDTH = 1200
-# What a picture leaves out of the page.
+# Styles that hide the parts of the page that a picture does not show.
 REPORT = """
 nav, .pair, #summary ~ section:not(#influence), .findings li:nth-child(n+4), .compare,
 #influence .plots ~ h3, #influence .plots ~ .plots { display: none !important; }
@@ -34,7 +35,7 @@ def _open(page: Page, path: Path, style: str) -> None:
 
 def _draw(page: Page, path: Path) -> None:
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-    picture.convert("RGB").quantize(255).save(path, optimize=True)  # a third of the size
+    picture.convert("RGB").quantize(255).save(path, optimize=True)  # saves two thirds
 
 
 def main(run: Path, folder: Path) -> None:

@@ -21,7 +21,7 @@ from tracmod.analysis.sweeps import sweep_rows
 from tracmod.cli import main
 from tracmod.config import TaskConfig, load_config
 from tracmod.models.tokenizer import train_tokenizer
-from tracmod.report.html.planted import QUESTIONS
+from tracmod.report.wording.labels import QUESTIONS
 from tracmod.study.pipeline import run_stages
 from tracmod.study.run_folder import RunFolder
 from tracmod.tasks import load_task
@@ -441,8 +441,8 @@ def test_a_run_writes_the_planted_tables_the_answers_and_their_section(tmp_path)
     page = (run.path / "report" / "index.html").read_text(encoding="utf-8")
     right = sum(answers["right"].to_pylist())
     assert '<section id="planted">' in page
-    assert f"Of {len(answers)} answers {right} are right." in page
-    assert page.count("<small>right: ") == len(QUESTIONS)
+    assert f"{right} of {len(answers)} answers are right." in page
+    assert page.count("<small>expected: ") == len(QUESTIONS)
     counted = {(row["model"], row["view"]): row for row in sweep_rows(run.path)}
     assert counted.keys() == answered
     assert sum(row["known_answers"] for row in counted.values()) == right

@@ -25,7 +25,7 @@ from tracmod.engine.local import LocalEngine
 from tracmod.models.digests import model_digest
 from tracmod.models.inputs import encode, per_example_loss, predict
 from tracmod.models.loading import load_classifier, load_model
-from tracmod.report.html.retraining import METHOD_NAMES, sentences
+from tracmod.report.wording.retraining import METHOD_NAMES, sentences
 from tracmod.study.context import RunContext
 from tracmod.study.pipeline import run_stages
 from tracmod.study.plan import plan_run
@@ -171,8 +171,8 @@ def test_more_subsets_train_only_the_missing_ones(copy):
     assert not (copy / "retraining" / "removal.parquet").exists()
     assert not (copy / "retraining" / "leave_one_out.csv").exists()
     page = (copy / "report" / "index.html").read_text()
-    assert "Linear datamodelling score: over 3 random subsets" in page
-    assert "Change of mean loss without the strongest" not in page
+    assert "Linear datamodeling score: over 3 random subsets" in page
+    assert "Change in mean loss without the strongest" not in page
     assert "Language left out, Spearman" not in page
     assert {row["set"] for row in table(copy, "losses").to_pylist()} == {
         subset_set(place) for place in range(3)
@@ -284,13 +284,13 @@ def test_the_report_has_the_numbers_if_and_only_if_the_stage_is_configured(done,
     assert 'href="#retraining"' in page
     assert '<section id="retraining">' in page
     assert f"The full model was trained again {distinct(done)} times" in page
-    assert "Linear datamodelling score: over 2 random subsets of 50%" in page
+    assert "Linear datamodeling score: over 2 random subsets of 50%" in page
     row = next(row for row in table(done, "lds").to_pylist() if row["level"] == "example")
     assert f"{row['value']:.2f}".replace("-", "\N{MINUS SIGN}") in page
-    assert "Change of mean loss without the strongest" in page
+    assert "Change in mean loss without the strongest" in page
     assert "Language left out, Spearman" in page
-    assert "One seed: no verdict." in page
-    assert "of one seed, so without intervals" in page
+    assert "One seed allows no verdict." in page
+    assert "from one seed and therefore have no intervals" in page
     assert "None" not in page[page.index('<section id="retraining">') :].split("</table>")[0]
     run_stages(RunFolder(copy, config(retrain=None)))
     page = (copy / "report" / "index.html").read_text()
@@ -334,16 +334,16 @@ def told(lds, ceiling=None, removal=(0, 0, 0), p=0.01, spread=0.01):
     return " ".join(sentences(summary, rows, removals))
 
 
-def test_the_sentences_of_the_report_follow_the_numbers():
-    low = "First-order scores have had low values everywhere they were measured"
+def test_the_words_follow_the_numbers():
+    low = "First-order scores have been low wherever they were measured"
     assert low in told((0.1, 0.02, 0.2))
-    assert "cannot be told from 0" not in told((0.1, 0.02, 0.2))
-    assert "cannot be told from 0" in told((0.1, -0.02, 0.2))
+    assert "cannot be distinguished from 0" not in told((0.1, 0.02, 0.2))
+    assert "cannot be distinguished from 0" in told((0.1, -0.02, 0.2))
     assert low not in told((0.6, 0.5, 0.7))
     assert "a perfect prediction would reach about 0.82" in told((0.6, 0.5, 0.7), ceiling=0.5)
     assert "no score can be judged" in told((0.6, 0.5, 0.7), ceiling=-0.1)
-    harm, less = "does more harm than removing others", "does less harm than removing others"
-    unclear, falls = "is not clearly different from removing others", "Removing opponents lowers"
+    harm, less = "does more harm than removing random", "does less harm than removing random"
+    unclear, falls = "is not clearly different from removing random", "Removing opponents lowers"
     for removal, expected in (
         ((0.3, -0.2, 0.1), {harm, falls}),
         ((0.3, 0.05, 0.1), {harm}),
@@ -356,11 +356,11 @@ def test_the_sentences_of_the_report_follow_the_numbers():
         (0.6, 0.5, 0.7), removal=(0.3, -0.2, 0.1)
     )
     text = told((0.6, 0.5, 0.7), removal=(0.3, -0.2, 0.1), spread=None)
-    assert "its mean loss changes by +0.300, without as many" in text
-    assert text.count("One seed: no verdict.") == 1
+    assert "its mean loss changes by +0.300; without as many" in text
+    assert text.count("One seed allows no verdict.") == 1
     assert not [words for words in (harm, less, unclear, falls) if words in text]
-    assert "to 0.50 (p = 0.010)" in told((0.6, 0.5, 0.7))
-    assert "p is from all 6 orders of the languages" in told((0.6, 0.5, 0.7))
+    assert "of 0.50 (p = 0.010)" in told((0.6, 0.5, 0.7))
+    assert "from all 6 orders of the languages" in told((0.6, 0.5, 0.7))
 
 
 def test_a_run_without_the_section_has_no_such_stage(copy):

@@ -1,1 +1,1 @@
-"""The HTML report."""
+"""The HTML report of a run, and the page of a sweep."""

@@ -1,10 +1,10 @@
-/* Test examples to filter, search and read, with their proponents and opponents.
-   Unpacked when the section comes near. Every text is set as text, never as markup. */
+/* Explorer: filter, search and read test examples with their proponents and opponents.
+   Its data is unpacked when the reader comes near. Texts are inserted as text, never as markup. */
 (function () {
   const PER_PAGE = 8, FIRST_LISTED = 5;
   const byId = (id) => document.getElementById(id);
   const section = byId("examples");
-  if (!window.DecompressionStream) return; // page.js says so
+  if (!window.DecompressionStream) return; // page.js tells the reader
   let data = null, matching = [], page = 0, chosen = -1, view = 0, listedAll = false, searched = null;
 
   function make(tag, attributes, ...children) {
@@ -31,30 +31,31 @@
 
   async function open() {
     data = JSON.parse(await unpacked("explorer-data"));
-    const Place = data.train.label.length < 65535 ? Uint16Array : Uint32Array;
-    for (const one of data.views) {
-      one.prediction = array(one.prediction, Int16Array);
-      one.shares = array(one.shares, Uint16Array);
-      one.places = array(one.places, Place);
-      one.scores = array(one.scores, Uint16Array);
+    const Position = data.train.label.length < 65535 ? Uint16Array : Uint32Array;
+    for (const entry of data.views) {
+      entry.prediction = array(entry.prediction, Int16Array);
+      entry.shares = array(entry.shares, Uint16Array);
+      entry.places = array(entry.places, Position);
+      entry.scores = array(entry.scores, Uint16Array);
     }
   }
 
-  /* Of a test example in a view: shares and listed training examples, side 0: proponents, 1: opponents. */
-  function sharesOf(one, test, side) {
+  /* Shares of the languages for a test example in a view. Side 0: proponents, side 1: opponents. */
+  function sharesOf(entry, test, side) {
     const start = (2 * test + side) * data.languages.length;
-    return one.shares.subarray(start, start + data.languages.length);
+    return entry.shares.subarray(start, start + data.languages.length);
   }
 
-  function listedOf(one, test, side) {
-    const start = (2 * test + side) * data.shown, found = [];
+  /* Listed training examples of a test example in a view: pairs of position and score. */
+  function listedOf(entry, test, side) {
+    const start = (2 * test + side) * data.shown, listed = [];
     for (let i = start; i < start + data.shown; i++) {
-      if (one.places[i] < data.train.label.length) found.push([one.places[i], one.unit * half(one.scores[i])]);
+      if (entry.places[i] < data.train.label.length) listed.push([entry.places[i], entry.unit * half(entry.scores[i])]);
     }
-    return found;
+    return listed;
   }
 
-  const seenIn = (one, test) => sharesOf(one, test, 0).some((share) => share > 0);
+  const seenIn = (entry, test) => sharesOf(entry, test, 0).some((share) => share > 0);
 
   /* --- the list ------------------------------------------------------------------------------------ */
   function isRight(test) {
@@ -84,7 +85,7 @@
   function showPage() {
     const first = page * PER_PAGE, last = Math.min(matching.length, first + PER_PAGE);
     const whole = data.test.label.length;
-    byId("choose-count").textContent = matching.length === 0 ? "No such example."
+    byId("choose-count").textContent = matching.length === 0 ? "No example matches."
       : count(first + 1) + "–" + count(last) + " of " + count(matching.length)
         + (matching.length < whole ? ", chosen from " + count(whole) : "");
     byId("previous-page").disabled = page === 0;
@@ -108,26 +109,26 @@
     }));
   }
 
-  /* --- one example ---------------------------------------------------------------------------------- */
-  function texts(examples, place, name) {
-    return [examples.text_a[place], examples.text_b[place]].filter(Boolean).map((text) =>
-      make("p", { class: name, lang: languageTag(examples.language[place]), dir: "auto" }, text));
+  /* --- the chosen example ----------------------------------------------------------------------------- */
+  function texts(examples, position, name) {
+    return [examples.text_a[position], examples.text_b[position]].filter(Boolean).map((text) =>
+      make("p", { class: name, lang: languageTag(examples.language[position]), dir: "auto" }, text));
   }
 
-  /* The own language first, so that the strips of several views compare; names where they fit. */
+  /* The own language comes first, so that strips of several views can be compared; names appear where they fit. */
   function strip(shares, own, width) {
-    const order = data.languages.map((_, place) => place).sort((a, b) =>
+    const order = data.languages.map((_, position) => position).sort((a, b) =>
       (data.languages[b] === own) - (data.languages[a] === own));
-    const shown = order.filter((place) => shares[place] > 0);
-    const spoken = shown.map((place) => data.languages[place] + " " + percent(shares[place])).join(", ");
-    const parts = shown.map((place) => {
-      const language = data.languages[place], text = language + " " + percent(shares[place]);
+    const shown = order.filter((position) => shares[position] > 0);
+    const description = shown.map((position) => data.languages[position] + " " + percent(shares[position])).join(", ");
+    const parts = shown.map((position) => {
+      const language = data.languages[position], text = language + " " + percent(shares[position]);
       const part = make("span", { title: text, class: language === own ? "mine" : "" },
-        [text, language].find((one) => 7.4 * one.length + 6 < (width * shares[place]) / 10000) || "");
-      part.style.width = shares[place] / 100 + "%";
+        [text, language].find((name) => 7.4 * name.length + 6 < (width * shares[position]) / 10000) || "");
+      part.style.width = shares[position] / 100 + "%";
       return part;
     });
-    return make("div", { class: "strip", role: "img", "aria-label": spoken || "none" }, ...parts);
+    return make("div", { class: "strip", role: "img", "aria-label": description || "none" }, ...parts);
   }
 
   function showExample() {
@@ -146,10 +147,10 @@
   }
 
   function showStrips(own) {
-    data.views.forEach((one, place) => {
-      const cells = byId("explorer-views").querySelectorAll("label")[place].querySelectorAll(".strips > div");
-      [0, 1].forEach((side) => cells[side].replaceChildren(seenIn(one, chosen)
-        ? strip(sharesOf(one, chosen, side), own, cells[side].clientWidth) : make("span", { class: "under" }, "not computed")));
+    data.views.forEach((entry, position) => {
+      const cells = byId("explorer-views").querySelectorAll("label")[position].querySelectorAll(".strips > div");
+      [0, 1].forEach((side) => cells[side].replaceChildren(seenIn(entry, chosen)
+        ? strip(sharesOf(entry, chosen, side), own, cells[side].clientWidth) : make("span", { class: "under" }, "not computed")));
     });
   }
 
@@ -160,34 +161,34 @@
     return digits.replace("-", "\u2212") + "\u00a0×\u00a010" + raised.join("");
   }
 
-  function isWanted(place) {
+  function isWanted(position) {
     const language = byId("train-language").value, wanted = byId("train-label").value;
-    const own = data.test.language[chosen], found = data.train.language[place];
-    if (language === "own" && found !== own || language === "other" && found === own) return false;
-    if (language.startsWith("=") && found !== language.slice(1)) return false;
-    return !wanted || (wanted === "same") === (data.train.label[place] === data.test.label[chosen]);
+    const own = data.test.language[chosen], trained = data.train.language[position];
+    if (language === "own" && trained !== own || language === "other" && trained === own) return false;
+    if (language.startsWith("=") && trained !== language.slice(1)) return false;
+    return !wanted || (wanted === "same") === (data.train.label[position] === data.test.label[chosen]);
   }
 
-  function row([place, score]) {
-    const language = data.train.language[place], group = data.train.group[place];
+  function row([position, score]) {
+    const language = data.train.language[position], group = data.train.group[position];
     const same = group !== null && group === data.test.group[chosen];
     return make("tr", same ? { class: "same-item" } : {},
       make("td", { class: "tag" + (language === data.test.language[chosen] ? " own" : "") }, language),
-      make("td", {}, ...texts(data.train, place, "listed-text"),
-        make("small", {}, label(data.train.label[place]) + (group === null ? "" : " · item " + group)
+      make("td", {}, ...texts(data.train, position, "listed-text"),
+        make("small", {}, label(data.train.label[position]) + (group === null ? "" : " · item " + group)
           + (same ? " · same item as the test example" : ""))),
       make("td", { class: "n" }, scientific(score)));
   }
 
   function listing(title, side) {
-    const all = listedOf(data.views[view], chosen, side), wanted = all.filter(([place]) => isWanted(place));
+    const all = listedOf(data.views[view], chosen, side), wanted = all.filter(([position]) => isWanted(position));
     const shown = listedAll ? wanted : wanted.slice(0, FIRST_LISTED);
     const head = make("thead", {}, make("tr", {}, ...["Language", "Training example", "Score"].map((name) =>
       make("th", { scope: "col", class: name === "Score" ? "n" : "" }, name))));
-    const said = wanted.length === all.length
+    const summary = wanted.length === all.length
       ? "The " + shown.length + " strongest of " + all.length + " listed here."
-      : wanted.length + " of the " + all.length + " listed here are such" + (shown.length < wanted.length ? "; " + shown.length + " shown." : ".");
-    return make("div", {}, make("h3", {}, title), make("p", { class: "under" }, said),
+      : wanted.length + " of the " + all.length + " listed here match" + (shown.length < wanted.length ? "; " + shown.length + " shown." : ".");
+    return make("div", {}, make("h3", {}, title), make("p", { class: "under" }, summary),
       make("table", {}, head, make("tbody", {}, ...shown.map(row))));
   }
 
@@ -197,21 +198,21 @@
   }
 
   /* --- controls --------------------------------------------------------------------------------------- */
-  function viewChoice(one, place) {
-    const input = make("input", { type: "radio", name: "explorer-view", value: place });
-    input.checked = place === view;
+  function viewChoice(entry, position) {
+    const input = make("input", { type: "radio", name: "explorer-view", value: position });
+    input.checked = position === view;
     input.addEventListener("change", () => {
-      view = place;
-      search(); // what is right or wrong depends on the view
+      view = position;
+      search(); // whether a prediction is right depends on the view
     });
-    return make("label", {}, input, make("span", { class: "name" }, one.title),
+    return make("label", {}, input, make("span", { class: "name" }, entry.title),
       make("span", { class: "strips" }, make("div"), make("div")));
   }
 
   function fill() {
     const languages = [...new Set(data.test.language)];
     byId("choose-language").append(...languages.map((name) => option(name, name)));
-    byId("choose-label").append(...data.labels.map((name, place) => option(place, name)));
+    byId("choose-label").append(...data.labels.map((name, position) => option(position, name)));
     byId("train-language").append(...data.languages.map((name) => option("=" + name, name)));
     byId("explorer-views").append(...data.views.map(viewChoice));
     for (const id of ["choose-language", "choose-label", "choose-outcome"]) byId(id).addEventListener("change", search);

@@ -1,4 +1,4 @@
-"""Large parts of a page, compressed in the page and unpacked by its script when they are needed."""
+"""Compresses large parts of a page, which the page's script unpacks when they are needed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from markupsafe import Markup
 
 
 def packed(text: str) -> Markup:
-    """Base64 of the gzipped text: it stands in a script element and cannot end it."""
+    """Return base64 of the gzipped text, which cannot end the script element that holds it."""
     return Markup(base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode())
 
 
 def packed_json(content: Any) -> Markup:
-    """The same of JSON; arrays in it as the base64 of their bytes, lowest byte first."""
+    """Pack content as JSON, with arrays as base64 of their little-endian bytes."""
     compact = (",", ":")
     return packed(
         json.dumps(content, ensure_ascii=False, separators=compact, allow_nan=False, default=_bytes)

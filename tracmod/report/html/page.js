@@ -1,5 +1,5 @@
 "use strict";
-/* Draws the figures in the page's colours when they come near, switches panels, compares views, prints. */
+/* Draws figures in the theme's colours when the reader comes near, switches tabs, compares views, and prints. */
 
 function bytesOf(base64) {
   const text = atob(base64), bytes = new Uint8Array(text.length);
@@ -7,7 +7,7 @@ function bytesOf(base64) {
   return bytes;
 }
 
-/* The text of a script element that holds base64 of gzip. */
+/* Return the text of a script element that holds base64 of gzip. */
 async function unpacked(id) {
   const stream = new Blob([bytesOf(document.getElementById(id).textContent)]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).text();
@@ -20,14 +20,14 @@ async function unpacked(id) {
     document.querySelector("main").prepend(note);
     return;
   }
-  let figures = null; // Plotly's data of each, once unpacked
+  let figures = null; // Plotly's data of each plot, once unpacked
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
   function color(name) {
     return getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
   }
 
-  /* Pixels; smaller on paper, where figures are narrower. */
+  /* Text size in pixels; smaller on paper, where figures are narrower. */
   const textSize = () => (document.documentElement.dataset.paper ? 9.5 : 12);
 
   function scale(kind) {
@@ -39,28 +39,28 @@ async function unpacked(id) {
     return [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
   }
 
-  /* Relative luminance (WCAG) of a place 0..1 on a colour scale. */
-  function luminance(steps, place) {
-    const step = Math.min(3, Math.floor(4 * place));
+  /* Return the relative luminance (WCAG) of a position from 0 to 1 on a colour scale. */
+  function luminance(steps, position) {
+    const step = Math.min(3, Math.floor(4 * position));
     const [low, high] = [channels(steps[step][1]), channels(steps[step + 1][1])];
     const linear = low.map((value, i) => {
-      const part = (value + (high[i] - value) * (4 * place - step)) / 255;
+      const part = (value + (high[i] - value) * (4 * position - step)) / 255;
       return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
     });
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
   }
 
-  /* The numbers in a heatmap's cells, dark or light by what reads better on each cell. */
+  /* Return a trace of the numbers in a heat map's cells, dark or light depending on each cell's colour. */
   function numbers(trace, steps) {
     const text = { type: "scatter", mode: "text", x: [], y: [], text: [], hoverinfo: "skip",
       showlegend: false, textfont: { size: textSize(), color: [] } };
     trace.z.forEach((row, i) => row.forEach((value, j) => {
       if (value === null) return;
-      const place = Math.min(1, Math.max(0, (value - trace.zmin) / (trace.zmax - trace.zmin)));
+      const position = Math.min(1, Math.max(0, (value - trace.zmin) / (trace.zmax - trace.zmin)));
       text.x.push(trace.x[j]);
       text.y.push(trace.y[i]);
       text.text.push(trace.text[i][j]);
-      text.textfont.color.push(luminance(steps, place) > 0.179 ? "#000000" : "#ffffff");
+      text.textfont.color.push(luminance(steps, position) > 0.179 ? "#000000" : "#ffffff");
     }));
     return text;
   }
@@ -108,7 +108,7 @@ async function unpacked(id) {
     };
   }
 
-  /* --- drawing: all is unpacked once, at leisure; each figure drawn when it comes near --------------- */
+  /* --- drawing: everything is unpacked once, when idle; a figure is drawn when the reader comes near --- */
   async function unpack() {
     const [source, data] = await Promise.all([unpacked("plotly"), unpacked("figure-data")]);
     const script = document.createElement("script");
@@ -128,21 +128,21 @@ async function unpacked(id) {
     const figure = themed(own ? compared(own) : figures[Number(element.dataset.figure)]);
     element.dataset.drawn = "yes";
     Plotly.react(element, figure.data, figure.layout, { responsive: true, displayModeBar: false });
-    const ruler = document.getElementById("js-plotly-tester"); // Plotly measures texts in it, unseen
+    const ruler = document.getElementById("js-plotly-tester"); // an invisible element in which Plotly measures texts
     if (ruler) ruler.setAttribute("aria-hidden", "true");
   }
 
   const plots = Array.from(document.querySelectorAll(".plot"));
   const waiting = [];
 
-  /* One figure at a time, so that the page answers in between. */
+  /* Draw one figure at a time, so that the page stays responsive. */
   function drawNext() {
     const element = waiting.shift();
     if (waiting.length) setTimeout(drawNext);
     if (element && !element.dataset.drawn && !element.closest("[hidden]")) draw(element);
   }
 
-  const seen = new IntersectionObserver((entries) => {
+  const nearby = new IntersectionObserver((entries) => {
     const near = entries.filter((entry) => entry.isIntersecting).map((entry) => entry.target);
     if (near.length === 0) return;
     withPlotly().then(() => {
@@ -151,23 +151,23 @@ async function unpacked(id) {
       if (idle) setTimeout(drawNext);
     });
   }, { rootMargin: "500px" });
-  plots.forEach((element) => seen.observe(element));
+  plots.forEach((element) => nearby.observe(element));
   if (plots.length) {
-    const atLeisure = window.requestIdleCallback || ((work) => setTimeout(work, 300));
-    window.addEventListener("load", () => setTimeout(() => atLeisure(withPlotly), 100));
+    const whenIdle = window.requestIdleCallback || ((work) => setTimeout(work, 300));
+    window.addEventListener("load", () => setTimeout(() => whenIdle(withPlotly), 100));
   }
   const redraw = () => plots.filter((element) => element.dataset.drawn).forEach(draw);
   dark.addEventListener("change", redraw);
 
-  /* --- panels: one of a section's is shown ----------------------------------------------------------- */
+  /* --- tabs: one panel of a section is shown --------------------------------------------------------- */
   for (const input of document.querySelectorAll(".switch input")) {
     input.addEventListener("change", () => {
       const panels = input.closest(".switched").querySelectorAll(":scope > .panel");
-      panels.forEach((panel, place) => { panel.hidden = place !== Number(input.value); });
+      panels.forEach((panel, position) => { panel.hidden = position !== Number(input.value); });
     });
   }
 
-  /* --- two views compared: the second's numbers taken from the first's ------------------------------- */
+  /* --- comparison: the numbers of one view minus those of another ------------------------------------ */
   function signed(value) {
     const text = value.toFixed(1);
     return (Number(text) < 0 ? "\u2212" : "+") + text.replace("-", "");
@@ -187,7 +187,7 @@ async function unpacked(id) {
     trace.meta = { scale: "diverging" };
     const cells = (write) => trace.z.map((row, i) => row.map((value, j) => value === null ? "" : write(value, i, j)));
     if (trace.text) trace.text = cells(signed);
-    trace.hovertext = cells((value, i, j) => "test " + trace.y[i] + ", training " + trace.x[j] + "<br>" + signed(value));
+    trace.hovertext = cells((value, i, j) => "test language " + trace.y[i] + ", training language " + trace.x[j] + "<br>" + signed(value));
     return figure;
   }
 
@@ -205,13 +205,13 @@ async function unpacked(id) {
     show();
   }
 
-  /* --- paper: light, as wide as the sheet, every panel and table open -------------------------------- */
+  /* --- printing: light theme, as wide as the sheet, every panel and table open ------------------------ */
   let restore = null;
   window.addEventListener("beforeprint", () => {
     if (restore) return;
     const closed = document.querySelectorAll("details:not([open])");
-    closed.forEach((one) => { one.open = true; });
-    restore = () => closed.forEach((one) => { one.open = false; });
+    closed.forEach((details) => { details.open = true; });
+    restore = () => closed.forEach((details) => { details.open = false; });
     document.documentElement.dataset.paper = "yes";
     if (figures) plots.filter((element) => element.offsetWidth).forEach(draw);
   });
@@ -223,14 +223,14 @@ async function unpacked(id) {
     redraw();
   });
 
-  /* --- the section being read, in the table of contents ---------------------------------------------- */
+  /* --- the current section is marked in the table of contents ---------------------------------------- */
   const links = new Map(Array.from(document.querySelectorAll("nav a"), (link) => [link.hash.slice(1), link]));
-  const reading = new IntersectionObserver((entries) => {
-    for (const entry of entries.filter((one) => one.isIntersecting)) {
+  const current = new IntersectionObserver((entries) => {
+    for (const entry of entries.filter((other) => other.isIntersecting)) {
       links.forEach((link, id) => link.setAttribute("aria-current", String(id === entry.target.id)));
     }
   }, { rootMargin: "-20% 0px -75% 0px" });
-  document.querySelectorAll("main > section").forEach((section) => reading.observe(section));
+  document.querySelectorAll("main > section").forEach((section) => current.observe(section));
 
   for (const button of document.querySelectorAll("button[data-copy]")) {
     button.addEventListener("click", async () => {
@@ -239,7 +239,7 @@ async function unpacked(id) {
         await navigator.clipboard.writeText(source.textContent);
         button.textContent = "Copied";
       } catch {
-        getSelection().selectAllChildren(source); // where a page may not write: one key is left to press
+        getSelection().selectAllChildren(source); // the page may not write to the clipboard
         button.textContent = "Selected: press Ctrl+C";
       }
       setTimeout(() => { button.textContent = "Copy"; }, 2000);

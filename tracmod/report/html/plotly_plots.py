@@ -1,407 +1,318 @@
-"""Kinds of plots: heatmap, bars, lines, scatter, as Plotly figures without colours.
+"""Draws figures with Plotly, without colours: one plot per panel, as Plotly's JSON.
 
-Colours come in the page, from its light or dark theme: a trace's `meta` names a scale or a series.
+The page's script adds the colours of its light or dark theme: the `meta` of a trace names them.
 """
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+import plotly.offline
 
+from tracmod.report.content.figures import (
+    BarCharts,
+    Chart,
+    Figure,
+    HeatMaps,
+    LineCharts,
+    Matrix,
+    Points,
+    ScatterPlots,
+    Series,
+    with_unit,
+)
 from tracmod.report.wording.labels import number
 
+# Wider matrices have no numbers in their cells; larger clouds have no names at their points.
 SHOW_NUMBERS_UP_TO = 10
-NAME_POINTS_UP_TO = 15
+_NAME_POINTS_UP_TO = 15
 
 
 @dataclass(frozen=True)
-class Legend:
-    """A colour scale drawn once for several heatmaps; `mark` = (place 0..1, text)."""
-
-    scale: str
-    low: str
-    high: str
-    mark: tuple[float, str] | None = None
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One plot: its title, what to say under it, and Plotly's JSON."""
+class Plot:
+    """A panel of a figure: its title, Plotly's JSON, its height in pixels, and its caption."""
 
     title: str
-    plot: dict[str, Any]
+    json: dict[str, Any]
     height: int
     caption: str = ""
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Groups of figures shown together, each group under its heading (or none).
-
-    The panels of a section are switched between.
-    """
-
-    label: str
-    groups: list[tuple[str, list[Figure]]]
-    legend: Legend | None = None
-    note: str = ""
-    least_columns: int = 2
-
-    @property
-    def columns(self) -> int:
-        """Figures side by side where the page is wide enough."""
-        most = max((len(figures) for _, figures in self.groups), default=1)
-        return max(self.least_columns, min(3, most))
+def _escaped(text: str) -> str:
+    """Return a text that Plotly, which knows some HTML, shows as it is."""
+    return html.escape(text, quote=False)
 
 
-def heatmap(
-    title: str,
-    values: np.ndarray,
-    text: list[list[str]],
-    hover: list[list[str]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
-    scale: str,
-    limits: tuple[float, float],
-    axes: tuple[str, str],
-    caption: str = "",
-) -> Figure:
-    """A matrix; rows from top to bottom. `scale`: sequential or diverging."""
+def plotly_script() -> str:
+    """Return Plotly's JavaScript, 4.8 MB."""
+    return plotly.offline.get_plotlyjs()
+
+
+def plots(figure: Figure) -> list[Plot]:
+    """Draw every panel of a figure."""
+    match figure:
+        case HeatMaps():
+            return [_heat_map(figure, panel) for panel in figure.panels]
+        case BarCharts():
+            return [_bars(figure, panel) for panel in figure.panels]
+        case LineCharts():
+            return [_lines(figure, panel) for panel in figure.panels]
+        case ScatterPlots():
+            return [_scatter(figure, panel) for panel in figure.panels]
+
+
+def _plot(title: str, traces: list[Any], layout: dict[str, Any], height: int, caption: str) -> Plot:
+    drawn = go.Figure(traces, {"template": go.layout.Template(), **layout})
+    return Plot(title, json.loads(drawn.to_json()), height, caption)
+
+
+# --- heat maps ------------------------------------------------------------------------------
+
+
+def _heat_map(figure: HeatMaps, panel: Matrix) -> Plot:
+    """Rows run from top to bottom."""
+    columns, rows = list(map(_escaped, panel.columns)), list(map(_escaped, panel.rows))
+    lowest, highest = figure.limits_of(panel)
+    few = len(columns) <= SHOW_NUMBERS_UP_TO
     trace = go.Heatmap(
-        z=[_finite(row) for row in values],
-        x=[html.escape(name) for name in columns],
-        y=[html.escape(name) for name in rows],
-        # The page writes the text itself, dark or light by each cell's own colour.
-        text=text if len(columns) <= SHOW_NUMBERS_UP_TO else None,
-        hovertext=hover,
+        z=[_finite(row) for row in panel.values_RC],
+        x=columns,
+        y=rows,
+        # The page draws the numbers itself, dark or light depending on each cell's colour.
+        text=_cells(panel, lambda i, j: _cell_text(figure, panel, i, j)) if few else None,
+        hovertext=_cells(panel, lambda i, j: _cell_hover(figure, panel, i, j)),
         hovertemplate="%{hovertext}<extra></extra>",
         hoverongaps=False,
-        zmin=limits[0],
-        zmax=limits[1],
+        zmin=lowest,
+        zmax=highest,
         showscale=False,
         xgap=2,
         ygap=2,
-        meta={"scale": scale},
+        meta={"scale": figure.scale},
     )
+    axis = {"type": "category", "showgrid": False, "dtick": 1}
     layout = {
-        "xaxis": {
-            "title": {"text": axes[0]},
-            "type": "category",
-            "showgrid": False,
-            "dtick": 1,
-        },
-        "yaxis": {
-            "title": {"text": axes[1]},
-            "type": "category",
-            "autorange": "reversed",
-            "showgrid": False,
-            "dtick": 1,
-        },
+        "xaxis": {"title": {"text": figure.x_axis}, **axis},
+        "yaxis": {"title": {"text": figure.y_axis}, "autorange": "reversed", **axis},
     }
-    if len(columns) <= SHOW_NUMBERS_UP_TO:
+    if few:
         height = 70 + 40 * len(rows)
-    else:  # names of columns are turned upright
-        height = 60 + 18 * len(rows) + 7 * max(len(name) for name in columns)
-    return _figure(title, [trace], layout, height, caption)
+    else:  # the names of columns are upright
+        height = 60 + 18 * len(rows) + 7 * max(len(name) for name in panel.columns)
+    return _plot(panel.title, [trace], layout, height, panel.caption)
 
 
-def head_map(
-    title: str, values_LH: np.ndarray, *, scale: str, limits: tuple[float, float], digits: int = 2
-) -> Figure:
-    """A heat map of a value per attention head: layers from 0 downwards, heads from 0 across."""
-    layers, heads = values_LH.shape
-    text = [[number(value, digits) for value in row] for row in values_LH]
-    hover = [
-        [f"layer {la}, head {h}<br>{number(values_LH[la, h], digits + 1)}" for h in range(heads)]
-        for la in range(layers)
+def _cells(panel: Matrix, text: Callable[[int, int], str]) -> list[list[str]]:
+    rows, columns = panel.values_RC.shape
+    return [
+        [text(i, j) if np.isfinite(panel.values_RC[i, j]) else "" for j in range(columns)]
+        for i in range(rows)
     ]
-    return heatmap(
-        title,
-        values_LH,
-        text,
-        hover,
-        [str(layer) for layer in range(layers)],
-        [str(head) for head in range(heads)],
-        scale=scale,
-        limits=limits,
-        axes=("head", "layer"),
-    )
 
 
-def bars(
-    title: str,
-    names: Sequence[str],
-    series: Sequence[dict[str, Any]],
-    *,
-    marks: Sequence[float | None],
-    axes: tuple[str, str],
-    upper: float,
-    caption: str = "",
-) -> Figure:
-    """Groups of bars with intervals, and a dashed mark across each group.
+def _cell_text(figure: HeatMaps, panel: Matrix, i: int, j: int) -> str:
+    value = float(panel.values_RC[i, j])
+    text = number(value, figure.digits[0] if figure.digits else 2, figure.signed)
+    if len(panel.columns) > 5 and len(text) > 4:  # it would run into the next cell
+        text = number(value, figure.digits[-1] if figure.digits else 2, figure.signed)
+    return f"<b>{text}</b>" if panel.bold_RC is not None and panel.bold_RC[i, j] else text
 
-    Args:
-        names: the groups.
-        series: name, color, value, low, high (lists over the groups, None = no bar).
-        marks: height of each group's dashed mark.
-        axes: titles of x and y; values are percentages.
-        upper: end of the y axis, so that figures beside each other compare.
-    """
-    labels = [html.escape(name) for name in names]
+
+def _cell_hover(figure: HeatMaps, panel: Matrix, i: int, j: int) -> str:
+    digits = 1 + (figure.digits[0] if figure.digits else 2)
+
+    def written(values_RC: np.ndarray) -> str:
+        return number(float(values_RC[i, j]), digits, figure.signed)
+
+    value = written(panel.values_RC)
+    if panel.intervals:
+        low, high = map(written, panel.intervals)
+        value += f" ({low} to {high})"
+    where = f"{figure.y_axis} {panel.rows[i]}, {figure.x_axis} {panel.columns[j]}"
+    notes = panel.notes[i][j] if panel.notes else []
+    return "<br>".join(map(_escaped, [where, value, *notes]))
+
+
+# --- bars and lines -------------------------------------------------------------------------
+
+
+def _bars(figure: BarCharts, panel: Chart) -> Plot:
     traces = []
-    for one in series:
-        value = [np.nan if v is None else v for v in one["value"]]
-        up = [np.nan if v is None else v for v in one["high"]]
-        down = [np.nan if v is None else v for v in one["low"]]
+    for series in panel.series:
+        label = _escaped(series.name)
+        labels = list(map(_escaped, series.x))
+        ends = (series.y, series.low or series.y, series.high or series.y)
+        y, low, high = map(_finite, ends)
         hover = [
-            f"{label}, {one['name']}<br>{v:.1f}% ({lo:.1f} to {hi:.1f})"
-            for label, v, lo, hi in zip(labels, value, down, up, strict=True)
+            f"{name}, {label}<br>{_value(figure.unit, *value)}"
+            for name, *value in zip(labels, y, low, high, strict=True)
         ]
         traces.append(
             go.Bar(
-                name=one["name"],
+                name=label,
                 x=labels,
-                y=_finite(value),
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": _finite(np.subtract(up, value)),
-                    "arrayminus": _finite(np.subtract(value, down)),
-                    "thickness": 1.2,
-                    "width": 3,
-                },
+                y=y,
+                error_y=_whiskers(series),
                 hovertext=hover,
                 hovertemplate="%{hovertext}<extra></extra>",
-                meta={"color": one["color"]},
+                meta={"color": series.color},
             )
         )
-    shapes = [
-        {"type": "line", "x0": i - 0.46, "x1": i + 0.46, "y0": m, "y1": m, "line": {"dash": "dash"}}
-        for i, m in enumerate(marks)
-        if m is not None
-    ]
-    layout = {
-        "barmode": "group",
+    layout: dict[str, Any] = {
+        "barmode": "relative" if figure.stacked else "group",
         "bargap": 0.22,
-        "bargroupgap": 0.08,
-        "shapes": shapes,
-        "xaxis": {"title": {"text": axes[0]}, "type": "category", "showgrid": False},
-        "yaxis": {"title": {"text": axes[1]}, "range": [0, upper], "ticksuffix": "%"},
-        "showlegend": len(series) > 1,
+        "bargroupgap": 0 if figure.stacked else 0.08,
+        "shapes": [
+            _dashed(mark, x0=position - 0.46, x1=position + 0.46)
+            for position, mark in enumerate(panel.marks)
+            if mark is not None and np.isfinite(mark)
+        ],
+        "xaxis": {"title": {"text": figure.x_axis}, "type": "category", "showgrid": False},
+        "yaxis": _value_axis(figure),
+        "showlegend": len(panel.series) > 1,
     }
-    return _figure(title, traces, layout, 360, caption)
+    if not figure.stacked:  # one scale for all panels
+        heights = [value for chart in figure.panels for series in chart.series
+                   for value in _finite([*(series.high or series.y), *chart.marks])]  # fmt: skip
+        top = 1.08 * max((value for value in heights if value is not None), default=1.0)
+        layout["yaxis"]["range"] = [0, min(100.0, top) if figure.unit == "%" else top]
+    return _plot(panel.title, traces, layout, 360, "")
 
 
-def stacked_bars(
-    title: str,
-    names: Sequence[str],
-    series: Sequence[dict[str, Any]],
-    *,
-    axes: tuple[str, str],
-    caption: str = "",
-) -> Figure:
-    """Bars of parts upon each other, those below 0 downwards.
-
-    Args:
-        names: the bars.
-        series: name, color, value (a list over the bars); values are percentages.
-        axes: titles of x and y.
-    """
-    labels = [html.escape(name) for name in names]
-    traces = [
-        go.Bar(
-            name=one["name"],
-            x=labels,
-            y=_finite(one["value"]),
-            hovertemplate=f"%{{x}}, {html.escape(one['name'])}<br>%{{y:.1f}}%<extra></extra>",
-            meta={"color": one["color"]},
-        )
-        for one in series
-    ]
-    layout = {
-        "barmode": "relative",
-        "bargap": 0.22,
-        "xaxis": {"title": {"text": axes[0]}, "type": "category", "showgrid": False},
-        "yaxis": {"title": {"text": axes[1]}, "ticksuffix": "%"},
-        "showlegend": len(series) > 1,
-    }
-    return _figure(title, traces, layout, 360, caption)
-
-
-def lines(
-    title: str,
-    series: Sequence[dict[str, Any]],
-    *,
-    axes: tuple[str, str],
-    limits: tuple[float, float],
-    mark: tuple[float, str] | None = None,
-    caption: str = "",
-    even: bool = False,
-) -> Figure:
-    """Percentages over a count (epochs, heads). `series`: name, color, x, y, optionally `bold`.
-
-    `even`: the values of x stand at equal distances, whatever they are.
-    """
+def _lines(figure: LineCharts, panel: Chart) -> Plot:
+    whiskers = any(series.low is not None for series in panel.series)
     traces = []
-    for place, one in enumerate(series):
-        name = html.escape(one["name"])
+    for position, series in enumerate(panel.series):
+        label = _escaped(series.name)
+        line = {"width": 1.5, "dash": "dot"} if series.dotted else {"width": 1.8}
+        mode = "lines" if series.dotted else "lines+markers" if figure.joined else "markers"
+        is_number = not figure.evenly_spaced
         traces.append(
             go.Scatter(
-                name=name,
-                x=one["x"],
-                y=_finite(one["y"]),
-                mode="lines+markers",
+                name=label,
+                x=list(series.x) if is_number else [_escaped(str(x)) for x in series.x],
+                y=_finite(series.y),
+                mode=mode,
                 cliponaxis=False,
-                line={"width": 3 if one.get("bold") else 1.8},
-                marker={"size": 7, "symbol": place % 7},
-                hovertemplate=f"{name}<br>{axes[0]} %{{x}}: %{{y:.1f}}%<extra></extra>",
-                meta={"color": one["color"]},
+                line=line,
+                marker={"size": 7, "symbol": position % 7},
+                error_y=_whiskers(series),
+                hovertemplate=f"{label}<br>{figure.x_axis} %{{x}}: %{{y:.1f}}%<extra></extra>",
+                offsetgroup=label if whiskers and not series.dotted else None,
+                meta={"color": series.color},
             )
         )
-    xaxis: dict[str, Any] = {"title": {"text": axes[0]}, "showgrid": False}
-    if even:
-        xaxis["type"] = "category"
-    elif counts := sorted({count for one in series for count in one["x"]}):
-        if len(counts) <= 12:
-            xaxis["tickvals"] = counts
-        else:
-            xaxis["dtick"] = max(1, (counts[-1] - counts[0] + 1) // 12)
-        xaxis["range"] = [counts[0] - 0.3, counts[-1] + 0.3]
     layout: dict[str, Any] = {
-        "xaxis": xaxis,
-        "yaxis": {"title": {"text": axes[1]}, "range": list(limits), "ticksuffix": "%"},
+        "xaxis": {"title": {"text": figure.x_axis}, "showgrid": False},
+        "yaxis": _value_axis(figure) | {"range": list(figure.limits)},
         "showlegend": True,
     }
-    if mark is not None:
-        layout["shapes"] = [
-            {
-                "type": "line",
-                "xref": "paper",
-                "x0": 0,
-                "x1": 1,
-                "y0": mark[0],
-                "y1": mark[0],
-                "line": {"dash": "dash"},
-            }
-        ]
+    if whiskers:  # points stand side by side, so that their whiskers can be told apart
+        layout |= {"scattermode": "group", "scattergap": 0.8}
+    if figure.evenly_spaced:
+        layout["xaxis"] |= {"type": "category", "dtick": 1}
+    else:
+        layout["xaxis"] |= _number_axis(sorted({x for one in panel.series for x in one.x}))
+    if figure.mark is not None:
+        layout["shapes"] = [_dashed(figure.mark.value, xref="paper", x0=0, x1=1)]
         layout["annotations"] = [
             {
                 "xref": "paper",
                 "x": 1,
-                "y": mark[0],
+                "y": figure.mark.value,
                 "xanchor": "right",
                 "yanchor": "bottom",
-                "text": mark[1],
+                "text": figure.mark.name,
                 "showarrow": False,
             }
         ]
-    return _figure(title, traces, layout, 340, caption)
+    return _plot(panel.title, traces, layout, 380 if whiskers else 340, "")
 
 
-def interval_lines(
-    title: str,
-    series: Sequence[dict[str, Any]],
-    *,
-    axes: tuple[str, str],
-    limits: tuple[float, float],
-    numeric: bool,
-) -> Figure:
-    """Percentages with intervals over the points of a sweep, side by side at each point.
+def _number_axis(values: Sequence[float]) -> dict[str, Any]:
+    """Ticks at the values, if they are few, and a range with room for markers at its ends."""
+    if not values:
+        return {}
+    room = 0.3 * min((b - a for a, b in pairwise(values)), default=1.0)
+    ticks: dict[str, Any] = {"tickvals": list(values)}
+    if len(values) > 12:
+        ticks = {"dtick": max(1, (values[-1] - values[0] + 1) // 12)}
+    return ticks | {"range": [values[0] - room, values[-1] + room]}
 
-    Args:
-        title: what is shown.
-        series: name, color, x, y, and low and high, None where there is no interval; `dash` draws
-            a thin broken line.
-        axes: titles of x and y.
-        limits: ends of the y axis.
-        numeric: whether x are numbers; otherwise they are names, in the order given, and points are
-            not joined.
-    """
-    traces = []
-    for one in series:
-        name, y = html.escape(one["name"]), np.array(_finite(one["y"]), dtype=float)
-        low, high = (np.array(_finite(one[end]), dtype=float) for end in ("low", "high"))
-        traces.append(
-            go.Scatter(
-                name=name,
-                x=one["x"] if numeric else [html.escape(x) for x in one["x"]],
-                y=_finite(y),
-                mode="lines" if one.get("dash") else "lines+markers" if numeric else "markers",
-                line={"width": 1.5, "dash": "dot"} if one.get("dash") else {"width": 1.8},
-                marker={"size": 7},
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": _finite(high - y),
-                    "arrayminus": _finite(y - low),
-                    "thickness": 1.4,
-                    "width": 3,
-                },
-                hovertemplate=f"{name}<br>%{{x}}: %{{y:.1f}}%<extra></extra>",
-                offsetgroup=None if one.get("dash") else name,
-                meta={"color": one["color"]},
-            )
-        )
-    layout: dict[str, Any] = {
-        "scattermode": "group",
-        "scattergap": 0.8,
-        "xaxis": {"title": {"text": axes[0]}, "showgrid": False},
-        "yaxis": {"title": {"text": axes[1]}, "range": list(limits), "ticksuffix": "%"},
-        "showlegend": True,
+
+def _value_axis(figure: BarCharts | LineCharts | ScatterPlots) -> dict[str, Any]:
+    if figure.unit == "%":
+        return {"title": {"text": figure.y_axis}, "ticksuffix": "%"}
+    return {"title": {"text": with_unit(figure.y_axis, figure.unit)}}
+
+
+def _value(unit: str, value: float | None, low: float | None, high: float | None) -> str:
+    suffix = "%" if unit == "%" else ""
+    interval = "" if low == high else f" ({number(low, 1)} to {number(high, 1)})"
+    return f"{number(value, 1)}{suffix}{interval}"
+
+
+def _whiskers(series: Series) -> dict[str, Any] | None:
+    if series.low is None or series.high is None:
+        return None
+    y, low, high = (
+        np.array(_finite(ends), dtype=float) for ends in (series.y, series.low, series.high)
+    )
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": _finite(high - y),
+        "arrayminus": _finite(y - low),
+        "thickness": 1.2,
+        "width": 3,
     }
-    if numeric:  # the values that there are, as the points stand a little beside them
-        layout["xaxis"]["tickvals"] = sorted({x for one in series for x in one["x"]})
-    else:
-        layout["xaxis"] |= {"type": "category", "dtick": 1}
-    return _figure(title, traces, layout, 380, "")
 
 
-def scatter(
-    title: str,
-    x: Sequence[float],
-    y: Sequence[float],
-    names: Sequence[str],
-    *,
-    axes: tuple[str, str],
-    suffix: str = "",
-    caption: str = "",
-) -> Figure:
-    """Points with a name; names that would cover others are left to the hover text."""
-    labels, places = _place_labels(x, y, names)
-    hover = [
-        f"{html.escape(name)}<br>{html.escape(axes[0])}: {a:.3f}<br>"
-        f"{html.escape(axes[1])}: {b:.3g}{suffix}"
-        for name, a, b in zip(names, x, y, strict=True)
-    ]
+def _dashed(height: float, **span: Any) -> dict[str, Any]:
+    return {"type": "line", "y0": height, "y1": height, "line": {"dash": "dash"}, **span}
+
+
+# --- points ---------------------------------------------------------------------------------
+
+
+def _scatter(figure: ScatterPlots, panel: Points) -> Plot:
+    """Points with their names; names that would cover others appear on hover only."""
+    names = list(map(_escaped, panel.names))
+    labels, sides = _place_labels(panel.x, panel.y, names)
+    x_title, y_title = _escaped(figure.x_axis), _escaped(figure.y_axis)
+    suffix = "%" if figure.unit == "%" else ""
     trace = go.Scatter(
-        x=list(x),
-        y=list(y),
+        x=list(panel.x),
+        y=list(panel.y),
         mode="markers+text",
         text=labels,
-        textposition=places,
+        textposition=sides,
         textfont={"size": 11},
         cliponaxis=False,
         marker={"size": 9},
-        hovertext=hover,
+        hovertext=[
+            f"{name}<br>{x_title}: {x:.3f}<br>{y_title}: {y:.3g}{suffix}"
+            for name, x, y in zip(names, panel.x, panel.y, strict=True)
+        ],
         hovertemplate="%{hovertext}<extra></extra>",
         meta={"color": "full"},
     )
     layout = {
-        "xaxis": {"title": {"text": axes[0]}, "range": _padded(x, 0.18)},
-        "yaxis": {"title": {"text": axes[1]}, "range": _padded(y, 0.14), "ticksuffix": suffix},
+        "xaxis": {"title": {"text": figure.x_axis}, "range": _padded(panel.x, 0.18)},
+        "yaxis": _value_axis(figure) | {"range": _padded(panel.y, 0.14)},
     }
-    return _figure(title, [trace], layout, 340, caption)
+    return _plot(panel.title, [trace], layout, 340, panel.caption)
 
 
 def _padded(values: Sequence[float], share: float) -> list[float]:
-    """Range of an axis that leaves room for labels beside the outermost points."""
+    """Return the range of an axis that leaves room for labels beside the outermost points."""
     margin = share * ((max(values) - min(values)) or abs(max(values)) or 1.0)
     return [min(values) - margin, max(values) + margin]
 
@@ -409,8 +320,8 @@ def _padded(values: Sequence[float], share: float) -> list[float]:
 def _place_labels(
     x: Sequence[float], y: Sequence[float], names: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Greedily give each point's name the first free side, in a plot of about 220 x 200 pixels."""
-    if len(names) > NAME_POINTS_UP_TO:
+    """Give each point's name the first free side, in a plot of about 220 x 200 pixels."""
+    if len(names) > _NAME_POINTS_UP_TO:
         return [""] * len(names), ["top center"] * len(names)
     points = [
         (
@@ -420,7 +331,7 @@ def _place_labels(
         for a, b in zip(x, y, strict=True)
     ]
     taken = [(a - 6, b - 6, a + 6, b + 6) for a, b in points]
-    labels, places = [], []
+    labels, positions = [], []
     for (a, b), name in zip(points, names, strict=True):
         width = 6.5 * len(name)
         sides = {
@@ -432,25 +343,19 @@ def _place_labels(
         free = [
             side
             for side, box in sides.items()
-            if box[0] > -40 and box[2] < 260 and not any(_meet(box, other) for other in taken)
+            if box[0] > -40 and box[2] < 260 and not any(_overlap(box, other) for other in taken)
         ]
-        labels.append(html.escape(name) if free else "")
-        places.append(free[0] if free else "top center")
+        labels.append(name if free else "")
+        positions.append(free[0] if free else "top center")
         if free:
             taken.append(sides[free[0]])
-    return labels, places
+    return labels, positions
 
 
-def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _finite(values: Any) -> list[float | None]:
+    """Return floats, None where a value is missing or not finite."""
     return [float(v) if v is not None and np.isfinite(v) else None for v in values]
-
-
-def _figure(
-    title: str, traces: list[Any], layout: dict[str, Any], height: int, caption: str
-) -> Figure:
-    figure = go.Figure(traces, {"template": go.layout.Template(), **layout})
-    return Figure(title, json.loads(figure.to_json()), height, caption)

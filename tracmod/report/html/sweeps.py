@@ -1,39 +1,43 @@
-"""Writes sweep.html: a sweep's figures and table in one file, no network."""
+"""Writes sweep.html: the figures and the table of a sweep in one file that needs no network."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jinja2
+import pandas as pd
 import pyarrow as pa
 
 from tracmod.files.durable import write_file
-from tracmod.report.html.page import framed
-from tracmod.report.html.plotly_plots import Figure, interval_lines
+from tracmod.report.content.figures import Chart, LineCharts, Series, series_color
+from tracmod.report.content.tables import Column, Row, Table, fixed
+from tracmod.report.html.page import page
 from tracmod.report.wording import labels as words
 
-Row = dict[str, Any]
-_OWN_COLORS = ("full", "subnetwork", "random", "other")
-_SHARE_NOTE = (
-    "How many of a test example's strongest proponents are in its own language, with interval, "
-    "over the test languages with training data. Dotted: by chance, the language's part of the "
-    "training data."
-)
-_CHANGE_NOTE = "Paired: the same test example seen both ways. In percentage points, with interval."
-# Column, heading, note.
+_VIEW_COLORS = ("full", "subnetwork", "random", "other")
+_CHANGE_CAPTION = "Paired by test example, in percentage points, with intervals."
+# Column, heading, caption.
 _MEASURES = (
-    ("in_language_share", "Reliance on the own language", _SHARE_NOTE),
-    ("accuracy", "Accuracy", "Mean over the test languages, under the view's masks."),
+    (
+        "in_language_share",
+        "Reliance on the own language",
+        "Own-language share among the strongest proponents, with intervals, over the test "
+        "languages with training data. Dotted: the null share, the language's share of the "
+        "training data.",
+    ),
+    ("accuracy", "Accuracy", "Mean over the test languages, under the masks of the view."),
     (
         "accuracy_zero_shot",
         "Accuracy without training data",
         "Mean over the test languages that the model was not fine-tuned on.",
     ),
-    ("view_change", "Change of the share from all heads", _CHANGE_NOTE),
-    ("sparse_change", "Change of the share from full to sparse fine-tuning", _CHANGE_NOTE),
+    ("view_change", "Change in own-language share from all heads", _CHANGE_CAPTION),
+    (
+        "sparse_change",
+        "Change in own-language share from full to sparse fine-tuning",
+        _CHANGE_CAPTION,
+    ),
 )
 
 
@@ -42,97 +46,94 @@ def write_sweep_page(path: Path, name: str, settings: Sequence[str], table: pa.T
 
     Args:
         path: the file.
-        name: the sweep's.
-        settings: the columns that hold what varies.
+        name: name of the sweep.
+        settings: names of the columns that hold the settings that vary.
         table: columns point, the settings, and those of `analysis.sweeps.sweep_rows`.
     """
     rows = table.to_pylist()
-    plots: list[dict[str, Any]] = []
-    groups = []
-    for column, heading, note in _MEASURES:
-        placed = []
-        for figure in _figures(rows, column, settings):
-            placed.append((len(plots), figure))
-            plots.append(figure.plot)
-        if placed:
-            groups.append((heading, note, placed))
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = resources.files("tracmod.report.html").joinpath("sweep.html.j2")
-    body = environment.from_string(template.read_text(encoding="utf-8")).render(
-        name=name,
-        points=len({row["point"] for row in rows}),
-        settings=settings,
-        groups=groups,
-        rows=rows,
-        words=words,
-    )
-    write_file(path, framed(name, body, plots).encode())
+    figures = [_figure(rows, column, heading, caption, settings)
+               for column, heading, caption in _MEASURES
+               if any(row[column] is not None for row in rows)]  # fmt: skip
+    context = {
+        "name": name,
+        "points": len({row["point"] for row in rows}),
+        "settings": settings,
+        "figures": figures,
+        "table": _points_table(rows, settings),
+    }
+    write_file(path, page("sweep.html.j2", name, context).encode())
 
 
-def _figures(rows: list[Row], column: str, settings: Sequence[str]) -> list[Figure]:
-    """One figure per model, all with the same y axis, of the rows that have the measure."""
+def _figure(
+    rows: list[Row], column: str, heading: str, caption: str, settings: Sequence[str]
+) -> LineCharts:
+    """Return a measure over the points of the sweep, a panel per model, a series per view."""
     known = [row for row in rows if row[column] is not None]
-    limits = _limits(known, column)
     values = [row[settings[0]] for row in rows]
-    # One number varies, and no two points share it: it is the x axis. Otherwise the points are.
-    numeric = len(settings) == 1 and all(_is_number(value) for value in values)
-    numeric = numeric and len(set(values)) == len({row["point"] for row in rows})
-    x_name = settings[0] if numeric else "point"
-    figures = []
+    # If only one number varies, and each point has its own, it is the x axis; else the points are.
+    is_number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    is_number &= len(settings) == 1 and len(set(values)) == len({row["point"] for row in rows})
+    x_axis = settings[0] if is_number else "point"
+    if is_number:
+        known.sort(key=lambda row: row[x_axis])
+    panels = []
     for model in dict.fromkeys(row["model"] for row in known):
         own = [row for row in known if row["model"] == model]
-        if numeric:
-            own = sorted(own, key=lambda row: row[x_name])
-        series = [
-            _series([row for row in own if row["view"] == view], column, x_name, place)
-            for place, view in enumerate(dict.fromkeys(row["view"] for row in own))
-        ]
+        series = []
+        for position, view in enumerate(dict.fromkeys(row["view"] for row in own)):
+            of_view = [row for row in own if row["view"] == view]
+            color = view if view in _VIEW_COLORS else series_color(position)
+            y, low, high = (
+                [None if row.get(name) is None else 100 * row[name] for row in of_view]
+                for name in (column, f"{column}_low", f"{column}_high")
+            )
+            x = [row[x_axis] for row in of_view]
+            series.append(Series(words.VIEW_NAMES.get(view, view), color, x, y, low, high))
         if column == "in_language_share":
-            series.append(_null_series(own, x_name))
-        unit = "percentage points" if column.endswith("_change") else "percent"
-        title, axes = words.MODEL_NAMES[model], (x_name, unit)
-        figures.append(interval_lines(title, series, axes=axes, limits=limits, numeric=numeric))
-    return figures
+            nulls = {row[x_axis]: 100 * row["null_share"] for row in own}
+            x, y = list(nulls), list(nulls.values())
+            series.append(Series("null share", "muted", x, y, dotted=True))
+        panels.append(Chart(words.MODEL_NAMES[model], series))
+    return LineCharts(
+        name=column,
+        tab=heading,
+        caption=caption,
+        x_axis=x_axis,
+        y_axis="percentage points" if column.endswith("_change") else "percent",
+        unit="%",
+        panels=panels,
+        evenly_spaced=not is_number,
+        joined=is_number,
+        from_zero=column != "in_language_share",
+    )
 
 
-def _series(rows: list[Row], column: str, x_name: str, place: int) -> dict[str, Any]:
-    view = rows[0]["view"]
+def _points_table(rows: list[Row], settings: Sequence[str]) -> Table:
+    """Return the main numbers of every point, model and view."""
+    percent = fixed(100, 1)
 
-    def percentages(name: str) -> list[float | None]:
-        return [None if row.get(name) is None else 100 * row[name] for row in rows]
+    def p_value(key: str, row: Row) -> str:
+        return "" if row.get(f"{key}_p") is None else words.p_value(row[f"{key}_p"])
 
-    return {
-        "name": words.VIEW_NAMES.get(view, view),
-        "color": view if view in _OWN_COLORS else f"series-{place % 8}",
-        "x": [row[x_name] for row in rows],
-        "y": percentages(column),
-        "low": percentages(f"{column}_low"),
-        "high": percentages(f"{column}_high"),
-    }
+    def heads(row: Row) -> str:
+        return f"of {row['heads']:.0f}"
 
-
-def _null_series(rows: list[Row], x_name: str) -> dict[str, Any]:
-    of_point = {row[x_name]: 100 * row["null_share"] for row in rows}
-    nothing = [None] * len(of_point)
-    x, y = list(of_point), list(of_point.values())
-    shown = {"name": "by chance", "color": "muted", "dash": True}
-    return {**shown, "x": x, "y": y, "low": nothing, "high": nothing}
-
-
-def _limits(rows: list[Row], column: str) -> tuple[float, float]:
-    """What there is and a margin, in percent; accuracy from 0, and 0 among the changes."""
-    names = (column, f"{column}_low", f"{column}_high")
-    values = [row[name] for row in rows for name in names if row.get(name) is not None]
-    if column == "in_language_share":
-        values += [row["null_share"] for row in rows]
-    else:
-        values.append(0.0)
-    low, high = 100 * min(values, default=0.0), 100 * max(values, default=1.0)
-    margin = 0.06 * (high - low) or 1.0
-    return (low - margin if low else 0.0), high + margin
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    shown = pd.DataFrame(rows, dtype=object)  # integers stay integers beside missing values
+    shown["influence"] = [words.view_title(row["model"], row["view"]) for row in rows]
+    columns = [Column("point", "point", is_number=False)]
+    columns += [Column(name, name) for name in settings]
+    columns += [
+        Column("influence", "model and view", is_number=False),
+        Column("accuracy", "accuracy", percent, "%"),
+        Column("heads_kept", "heads kept", fixed(digits=1), note=heads),
+    ]
+    for key, header, write, unit in (
+        ("in_language_share", "own-language share among proponents", percent, "%"),
+        ("null_share", "null share", percent, "%"),
+        ("view_change", "change from all heads", words.points, "points"),
+        ("sparse_change", "change from full fine-tuning", words.points, "points"),
+    ):
+        ends = (f"{key}_low", f"{key}_high") if f"{key}_low" in shown else None
+        note = partial(p_value, key)
+        columns.append(Column(key, header, write, unit, ends, note=note))
+    return Table("points", shown, columns)

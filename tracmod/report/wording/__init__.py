@@ -1,1 +1,1 @@
-"""The words of the report."""
+"""Names, number formats and sentences of the report."""

@@ -1,0 +1,1 @@
+"""What a report and a paper show, as data: figures and tables built from a run's results."""

@@ -213,3 +213,22 @@ def test_without_examples_lowers_k_to_what_is_left_and_refuses_short_rankings():
         without_examples(top, [[0]], query, train, 3)
     with pytest.raises(ValueError, match=r"train_features.*none"):
         without_examples(top, [list(range(5)), []], query, train, 3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("side", ["query_features", "train_features"])
+def test_rows_that_are_not_finite_are_refused_by_number(side, dtype, value):
+    features = {name: [torch.ones(9, 5, dtype=dtype)] * 2 for name in (
+        "query_features", "train_features")}  # fmt: skip
+    wrong = torch.ones(9, 5, dtype=dtype)
+    wrong[7, 2] = value
+    features[side] = [features[side][0], wrong]
+    for function in (tm.influence_scores, tm.top_influences):
+        for normalize in (None, "cosine"):
+            with pytest.raises(ValueError, match=f"{side}: checkpoint 1: row 7"):
+                function(**features, normalize=normalize)
+    with pytest.raises(ValueError, match="checkpoint 1: row 7"):
+        tm.self_influence(features[side])
+    with pytest.raises(ValueError, match="row 7"):
+        tm.influence_scores(wrong.float().numpy(), wrong.float().numpy())

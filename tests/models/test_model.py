@@ -6,16 +6,26 @@ import gzip
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, SENTENCES, table, tiny_examples, tiny_model, tiny_tokenizer
-from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    BertModel,
+    GPT2Config,
+)
 from transformers import GPT2ForSequenceClassification as GPT2Classifier
 
+import tracmod as tm
 from tracmod.models.architecture import attention_layers, embeddings_module
 from tracmod.models.checkpoints import load_checkpoints
 from tracmod.models.digests import model_digest, tokenizer_digest
@@ -564,3 +574,95 @@ def test_model_digest_of_eleven_classes_is_unchanged_by_saving(tokenizer, tmp_pa
     model = create_model(tokenizer, names, layers=1, hidden=16, heads=2)
     model.save_pretrained(tmp_path)
     assert model_digest(load_classifier(tmp_path)) == model_digest(model)
+
+
+# --- The loaded model is the one that was trained -------------------------------------------
+
+
+def add_tensors(folder, **tensors):
+    """Add tensors to model.safetensors; `__` in a name stands for a dot."""
+    weights = load_file(folder / "model.safetensors")
+    weights |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "roberta__encoder__layer__0__output__adapters__task__down__weight",  # bottleneck adapter
+        "roberta__encoder__layer__2__output__dense__weight",  # a layer more than the config has
+        "roberta__encoder__layer__0__attention__self__distance_embedding__weight",
+        "roberta__pooler__attention__weight",  # a pooling layer of one's own
+        "classifier__extra__weight",
+    ],
+)
+def test_weights_without_a_place_in_the_model_are_refused_by_name(saved, name):
+    add_tensors(saved, **{name: torch.ones(2, 2)})
+    with pytest.raises(ValueError, match=re.escape(name.replace("__", "."))):
+        load_model(saved)
+
+
+def test_leftovers_of_pretraining_are_accepted(saved):
+    expected = model_digest(load_classifier(saved))
+    add_tensors(
+        saved,
+        roberta__embeddings__position_ids=torch.arange(4),
+        roberta__pooler__dense__weight=torch.ones(2, 2),
+        roberta__pooler__dense__bias=torch.ones(2),
+        lm_head__dense__weight=torch.ones(2, 2),
+        cls__predictions__bias=torch.ones(2),
+        vocab_projector__bias=torch.ones(2),
+    )
+    assert model_digest(load_classifier(saved)) == expected
+
+
+def test_an_adapter_beside_a_model_or_alone_is_refused(saved, tmp_path):
+    alone = tmp_path / "adapter"
+    alone.mkdir()
+    for folder in (saved, alone):
+        (folder / "adapter_config.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"adapter_config\.json"):
+            load_model(folder)
+
+
+def test_a_model_trained_as_another_class_is_refused(saved):
+    file = saved / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"architectures": ["MyPooledClassifier"]}))
+    with pytest.raises(ValueError, match="MyPooledClassifier"):
+        load_model(saved)
+    file.write_text(json.dumps({k: v for k, v in config.items() if k != "architectures"}))
+    load_model(saved)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_truncated_weights_are_refused_by_folder(saved, size):
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match=re.escape(str(saved))):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("head", [BertModel, BertForTokenClassification, BertForQuestionAnswering])
+def test_a_model_that_is_no_classifier_of_texts_is_refused(head):
+    shape = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 8}
+    model = head(BertConfig(vocab_size=60, num_hidden_layers=1, **shape)).eval()
+    rows = [{"input_ids": [1, 2], "labels": 0}]
+    for function in (
+        lambda: tm.collect_features(model, rows, tm.Projection(64)),
+        lambda: tm.exact_influence(model, rows, rows),
+        lambda: tm.fit_ekfac(model, rows),
+    ):
+        with pytest.raises(ValueError, match=head.__name__):
+            function()
+
+
+def test_data_that_are_no_rows_are_refused():
+    model = tiny_model(dtype=torch.float32)
+    for dataset, named in (
+        ({"input_ids": [[1, 2]], "labels": [0]}, "input_ids, labels"),
+        ([[1, 2, 3]], "row 0.*list"),
+        (["a text"], "row 0.*str"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            tm.collect_features(model, dataset, tm.Projection(64))

@@ -409,14 +409,27 @@ def _as_rows(name: str, features: OneOrMore) -> list[Rows]:
     """Return the rows of each checkpoint.
 
     Raises:
-        ValueError: a tensor or array is not two-dimensional.
+        ValueError: a tensor or array is not two-dimensional, or a row is not finite. Rows of stores
+            were checked when they were written.
     """
     checkpoints = _as_list(features)
     for number, checkpoint in enumerate(checkpoints):
-        if isinstance(checkpoint, Tensor | np.ndarray) and checkpoint.ndim != 2:
+        if not isinstance(checkpoint, Tensor | np.ndarray):
+            continue
+        if checkpoint.ndim != 2:
             raise ValueError(
                 f"{name}: checkpoint {number}: expected two dimensions (rows, numbers), got shape "
                 f"{tuple(checkpoint.shape)}"
+            )
+        # Its largest absolute value is NaN or infinite if any number of a row is: one read, no copy.
+        if not checkpoint.shape[1]:
+            continue
+        largest_N = torch.linalg.vector_norm(torch.as_tensor(checkpoint), torch.inf, dim=1)
+        if not bool(largest_N.isfinite().all()):
+            row = int(largest_N.isfinite().logical_not().nonzero()[0])
+            raise ValueError(
+                f"{name}: checkpoint {number}: row {row}: expected finite numbers, got NaN or "
+                f"infinity"
             )
     return [as_rows(checkpoint) for checkpoint in checkpoints]
 

@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tracmod.models.architecture import embeddings_module, max_positions
 
@@ -99,11 +103,21 @@ def as_examples(
         name: name of the dataset in error messages.
 
     Raises:
-        ValueError: a row has no input_ids, no labels or no tokens, or its mask or token types have
-            another length than its input_ids.
+        ValueError: the dataset is a dict of columns, a row is no dict, has no input_ids, no labels
+            or no tokens, or its mask or token types have another length than its input_ids.
     """
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"{name}: expected a sequence of rows, got a {type(dataset).__name__} of columns "
+            f"({', '.join(map(str, dataset))}); `datasets.Dataset.from_dict` makes rows of it"
+        )
     examples = []
     for row, example in enumerate(dataset):
+        if not isinstance(example, Mapping):
+            raise ValueError(
+                f"{name}: row {row}: expected a dict with input_ids and labels, got "
+                f"{type(example).__name__}"
+            )
         plain = {
             column: value.tolist() if hasattr(value, "tolist") else value
             for column, value in example.items()
@@ -164,6 +178,7 @@ def check_examples(
             token types are in some rows only or unknown to the model, or the model has several
             labels per text.
     """
+    check_classifier(model)
     if model.config.problem_type == "multi_label_classification":
         raise ValueError(
             f"{type(model).__name__}: expected a model with one label per text, "
@@ -185,6 +200,21 @@ def check_examples(
             problem = "token_type_ids in all rows or in none, got them in some"
         if problem:
             raise ValueError(f"{name}: row {row}: expected {problem}")
+
+
+def check_classifier(model: PreTrainedModel) -> None:
+    """Raise an error for a model of transformers that is no sequence classifier.
+
+    A class from elsewhere is not judged by its name.
+
+    Raises:
+        ValueError: it is a bare encoder, or has the head of another task.
+    """
+    kind = type(model)
+    expected = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
+    if kind.__module__.startswith("transformers.") and kind is not expected:
+        name = expected.__name__ if expected else "a sequence classifier"
+        raise ValueError(f"model: expected {name}, got {kind.__name__}")
 
 
 def _label_problem(label: Any, num_labels: int) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -31,6 +33,13 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "vocab.txt",
     "vocab.json",
+)
+
+# Tensors that published encoders carry and a classifier does not read: buffers of older versions of
+# transformers, the heads of pretraining, and the pooler of models whose classifier has its own.
+LEFTOVERS = re.compile(
+    r"(.*\.)?position_ids|(lm_head|cls|vocab_\w+|\w*predictions|mask_predictions)\..*"
+    r"|(.*\.)?pooler\.dense\.(weight|bias)"
 )
 
 
@@ -110,8 +119,10 @@ def load_model(
 
     Raises:
         ValueError: there is no such folder or Hub name, it has no tokenizer, no classifier or one
-            of other classes, or its architecture has no attention heads that `attention_layers`
-            finds.
+            of other classes, its weights are damaged, or the loaded model would not be the one that
+            was trained: the folder holds an adapter, weights that the architecture has no place
+            for, or a model of another class. Also if its architecture has no attention heads that
+            `attention_layers` finds.
     """
     name, folder = str(source), Path(source)
     check_model_source(source)
@@ -133,6 +144,13 @@ def load_model(
     if len(tokenizer) > rows:
         raise ValueError(
             f"model {name}: its tokenizer has {len(tokenizer)} ids, its embeddings only {rows} rows"
+        )
+    types: Any = getattr(embeddings, "token_type_embeddings", None)
+    given = max(tokenizer("a", "b").get("token_type_ids", [0]))
+    if types is not None and given >= types.num_embeddings:
+        raise ValueError(
+            f"model {name}: its tokenizer gives token_type_ids up to {given}, expected less than "
+            f"{types.num_embeddings}, the types that the model has"
         )
     tokenizer.model_max_length = max_tokens(model, tokenizer)
     return model, tokenizer
@@ -158,6 +176,19 @@ def load_classifier(
         raise ValueError(f"model {name}: weights are missing from the folder, first {lost[0]}")
     if missing and label_names is None:
         raise ValueError(f"model {name}: not a sequence classifier, it has no {missing[0]}")
+    unread = [key for key in loading_info["unexpected_keys"] if not LEFTOVERS.fullmatch(key)]
+    if unread:
+        raise ValueError(
+            f"model {name}: expected the weights of a {type(model).__name__}, got {len(unread)} "
+            f"more that it has no place for, such as {sorted(unread)[0]}: the loaded model would "
+            f"not be the one that was trained"
+        )
+    trained_as = model.config.architectures or []
+    if not missing and trained_as and type(model).__name__ not in trained_as:
+        raise ValueError(
+            f"model {name}: expected architectures {type(model).__name__} in config.json, got "
+            f"{', '.join(trained_as)}: the loaded model would not be the one that was trained"
+        )
     attention_layers(model)
     return model.float().eval()
 
@@ -186,10 +217,16 @@ def check_model_source(source: str | Path) -> None:
     """Check that a source is a transformers folder, or that the Hub can be asked for it.
 
     Raises:
-        ValueError: the folder does not exist or has no config.json, or the Hub cannot be reached.
+        ValueError: the folder does not exist, has no config.json or holds an adapter, or the Hub
+            cannot be reached.
     """
     name, folder = str(source), Path(source)
     if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"model {name}: expected a whole model, found an adapter (adapter_config.json); "
+                f"merge it into its base model first, for example with PEFT's merge_and_unload"
+            )
         if not (folder / "config.json").is_file():
             raise ValueError(f"model {name}: expected a transformers folder, found no config.json")
         return
@@ -233,6 +270,11 @@ def _load_weights(
         where = "the folder" if Path(name).is_dir() else "the Hub"
         raise ValueError(
             f"model {name}: cannot be loaded from {where}: {first_line_of(error)}"
+        ) from None
+    except SafetensorError as error:
+        raise ValueError(
+            f"model {name}: its weights are damaged or were not copied whole: "
+            f"{first_line_of(error)}"
         ) from None
     except (KeyError, ValueError) as error:
         raise ValueError(

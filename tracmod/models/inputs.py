@@ -211,7 +211,7 @@ def check_classifier(model: PreTrainedModel) -> None:
         ValueError: it is a bare encoder, or has the head of another task.
     """
     kind = type(model)
-    expected = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
+    expected: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
     if kind.__module__.startswith("transformers.") and kind is not expected:
         name = expected.__name__ if expected else "a sequence classifier"
         raise ValueError(f"model: expected {name}, got {kind.__name__}")

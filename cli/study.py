@@ -14,7 +14,7 @@ import click
 from tracmod.choices import ExportForm, ModelName
 from tracmod.cli.errors import fail
 from tracmod.cli.options import EXISTING, FOLDER, JSON, RUN_OPTIONS, choice, with_options
-from tracmod.study.stage_table import STAGES, Stage, stage_named
+from tracmod.study.stage_table import STAGES, Stage, stage_named, stages_through
 
 if TYPE_CHECKING:
     from tracmod.engine import Engine
@@ -147,7 +147,9 @@ def _stage_command(stage: Stage) -> click.Command:
             if stage.requires and getattr(folder.config, stage.requires) is None:
                 overrides = (f"{stage.requires}={{}}", *overrides)
             folder = RunFolder(run_dir, override_config(folder.config, overrides))
-        stages = ["data", stage.name] if stage.name == "finetune" else [stage.name]
+        stages = [stage.name]
+        if stage.name == "finetune":  # it also does what comes before it
+            stages = [earlier.name for earlier in stages_through(stage.name)]
         _run_stages(folder, stages, options, again=stage.name)
 
     return command

@@ -139,7 +139,7 @@ def _exact(context: AttributionContext) -> TopInfluences:
     with context.bar(num_train) as bar:
         for checkpoint, weight in zip(context.checkpoints, context.weights, strict=True):
             scores_QN += weight * _exact_scores(context, checkpoint, bar.update)
-    return top_of_scores(scores_QN, context.options.k, context.languages("train"))
+    return top_of_scores(scores_QN, context.options.k, context.example_languages("train"))
 
 
 def _exact_scores(
@@ -200,7 +200,7 @@ def _projected(context: AttributionContext, details: dict[str, Any]) -> TopInflu
             queries,
             trains,
             options.k,
-            context.languages("train"),
+            context.example_languages("train"),
             context.weights,
             options.normalize,
             memory=options.memory,
@@ -214,7 +214,7 @@ def _check_memory(context: AttributionContext) -> None:
     """Refuse a bound on memory that is too small for scoring now, not after collecting."""
     num_queries, num_train = len(context.tables["query"]), len(context.tables["train"])
     row_bytes = 4 * context.recipe().projection.dim * len(context.checkpoints)
-    k, num_groups = min(context.options.k, num_train), len(set(context.languages("train")))
+    k, num_groups = min(context.options.k, num_train), len(set(context.example_languages("train")))
     sizes = Sizes.of_stores(num_queries, num_train, row_bytes, k, num_groups, SHARD_ROWS)
     check_memory(sizes, context.options.memory)
 

@@ -1,4 +1,4 @@
-"""An attribution: checked options, checkpoints, examples and the feature stores they lead to."""
+"""An attribution: checked options, checkpoints, examples and feature stores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tracmod.models.digests import tokenizer_digest
 from tracmod.models.inputs import encode
 from tracmod.models.loading import class_names, load_classifier, load_model
 from tracmod.models.modes import frozen, resolve_device, to_device
-from tracmod.subnetworks.head_mask import HeadMask, masked
+from tracmod.subnetworks.head_mask import HeadMask, matching_layers
 from tracmod.tasks.examples import rows_digest
 from tracmod.tasks.files import read_model_files
 
@@ -45,7 +45,7 @@ class AttributionContext:
     Attributes:
         options: The options.
         device: The device to compute on.
-        mask: The head mask that is applied to both gradients, or None.
+        mask: The head mask that is applied to train and query gradients, or None.
         checkpoints: (C,) the checkpoints, `epoch` being their position from 1.
         weights: (C,) the weights of the checkpoints in the scores.
         label_names: The names of the labels, in order.
@@ -71,8 +71,8 @@ class AttributionContext:
         self.checkpoints = _numbered_checkpoints(options)
         self.weights = _weights(self.checkpoints)
         model, self.tokenizer = load_model(options.model)
-        with masked(model, self.mask):  # refuses a mask of another shape
-            pass
+        if self.mask is not None:
+            matching_layers(model, self.mask)  # refuses a mask of another shape
         for path in options.checkpoints:
             check_checkpoint(path, model.config)
         if options.preconditioner == "adam":
@@ -88,7 +88,7 @@ class AttributionContext:
 
     @cached_property
     def tables(self) -> dict[str, pa.Table]:
-        """The examples of both files; one file shows whether labels in the other are names."""
+        """The examples of both files; each file shows whether labels are names or numbers."""
         files = [self.options.train, self.options.query]
         return dict(zip(SPLITS, read_model_files(files, self.label_names), strict=True))
 
@@ -97,7 +97,7 @@ class AttributionContext:
         """The examples of both files, encoded."""
         return {split: self.encode(table) for split, table in self.tables.items()}
 
-    def languages(self, split: str) -> list[str]:
+    def example_languages(self, split: str) -> list[str]:
         """Return the language of every example of a file."""
         return self.tables[split].column("language").to_pylist()
 
@@ -112,7 +112,7 @@ class AttributionContext:
 
     @contextmanager
     def naming_examples(self, rows: Mapping[str, Sequence[int]]) -> Iterator[None]:
-        """Have an error about a gradient that is not finite name the example.
+        """Add the example's id to an error about a gradient that is not finite.
 
         Args:
             rows: Split -> the rows of its table that are worked on.
@@ -164,7 +164,7 @@ class AttributionContext:
     def _fitted_on(self, folder: Path) -> str:
         """Return the digest of the training examples that preconditioners are fitted on.
 
-        These are the examples that were there first. Later ones may only follow them.
+        These are the examples of the first call; new ones must come after them.
         """
         file, table = folder / "fitted-on.json", self.tables["train"]
         if not file.is_file():
@@ -172,8 +172,8 @@ class AttributionContext:
         first = read_json(file)
         if rows_digest(table, 0, first["rows"]) != first["digest"]:
             raise ValueError(
-                f"{folder}: fitted on other training examples than {self.options.train} begins "
-                f"with; take another --out or remove this one"
+                f"{folder}: the saved preconditioner was fitted on examples that are not the first "
+                f"rows of {self.options.train}; take another --out or remove this one"
             )
         return str(first["digest"])
 

@@ -121,7 +121,9 @@ def _choice_settings(context: AttributionContext) -> dict[str, Any]:
 
 def _sample(context: AttributionContext, passes: int | None, *most: int) -> Sample:
     num_train = len(context.tables["train"])
-    return draw_sample(context.languages("query"), num_train, passes, context.options.seed, *most)
+    return draw_sample(
+        context.example_languages("query"), num_train, passes, context.options.seed, *most
+    )
 
 
 def _encoded(

@@ -19,7 +19,7 @@ from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import tokenizer_digest
 from tracmod.study.context import MODELS, RunContext
-from tracmod.study.run_features import open_stores, recipe, run_preconditioner
+from tracmod.study.run_features import open_stores, preconditioner_of_run, recipe
 from tracmod.study.run_folder import RunFolder
 from tracmod.subnetworks.head_mask import HeadMask
 
@@ -179,7 +179,7 @@ class RunSource:
     @cached_property
     def _preconditioners(self) -> list[Preconditioner | None]:
         return [
-            run_preconditioner(self.context, self.model, checkpoint, *loaded)
+            preconditioner_of_run(self.context, self.model, checkpoint, *loaded)
             for checkpoint, loaded in zip(self.checkpoints, self.models, strict=True)
         ]
 

@@ -10,6 +10,9 @@ PRECONDITIONERS = "preconditioners"
 class RunPaths:
     """The paths of a run folder; nothing needs to be there.
 
+    Feature stores are not among them: `RunFolder.features` names them, since a config may put them
+    elsewhere.
+
     Attributes:
         path: The folder.
     """

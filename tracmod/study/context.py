@@ -1,4 +1,4 @@
-"""A run as its stages see it: config, data, checkpoints, views and masks, read once and kept."""
+"""A run as its stages see it: config, data, checkpoints, views and masks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class RunContext:
 
     @cached_property
     def device(self) -> str:
-        """The device to compute on."""
+        """The device to compute on; a worker sets it to its own GPU."""
         return resolve_device(self.config.device)
 
     def bar(self, name: str, total: int, unit: str = "example") -> Any:
@@ -98,6 +98,10 @@ class RunContext:
         table = self.table(split)
         return table.filter(pa.compute.equal(table.column("language"), language))
 
+    def example_languages(self, split: str) -> list[str]:
+        """Return the language of every example of a split."""
+        return self.table(split).column("language").to_pylist()
+
     def data_digest(self, split: str) -> str:
         """Return the SHA-256 of data/<split>.parquet, computed once."""
         if split not in self._data_digests:
@@ -105,12 +109,12 @@ class RunContext:
         return self._data_digests[split]
 
     def rows(self, split: str, language: str | None) -> list[int]:
-        """Return the rows of a split that one mask of a view is applied to.
+        """Return the row numbers of the examples that one mask of a view applies to.
 
         These are all training examples, and the test examples of the mask's language (all of them
         if the mask is for no language in particular).
         """
-        languages = self.table(split).column("language").to_pylist()
+        languages = self.example_languages(split)
         if split == "train" or language is None:
             return list(range(len(languages)))
         return [row for row, other in enumerate(languages) if other == language]
@@ -125,15 +129,15 @@ class RunContext:
     # --- checkpoints ------------------------------------------------------------------------
 
     def counted_epochs(self, model_name: str) -> list[int]:
-        """Return the epochs whose checkpoints count for influence: every n-th, and the last."""
+        """Return the epochs whose checkpoints are used for influence: every n-th, and the last."""
         last, every = self._epochs(model_name), self.config.collect.every
         return sorted({*range(every, last + 1, every), last})
 
     def checkpoints(self, model_name: str) -> list[Checkpoint]:
-        """Return the checkpoints that count for influence.
+        """Return the checkpoints that are used for influence.
 
-        A checkpoint stands for the steps since the previous one that counts, so its learning rate
-        is the mean over the epochs between them.
+        Each represents the steps since the previous one, so its learning rate is the mean over the
+        epochs between them.
 
         Raises:
             ValueError: One of them has no learning rate, and the weights are learning rates.
@@ -143,16 +147,16 @@ class RunContext:
         all_checkpoints = load_checkpoints(folder / f"checkpoint-{epoch}" for epoch in epochs)
         counted = self.counted_epochs(model_name)
         checkpoints = []
-        for previous, epoch in zip([0, *counted], counted, strict=False):
+        for previous, epoch in zip([0, *counted[:-1]], counted, strict=True):
             rate = None
             if self.config.influence.weights != "uniform":
-                rates = checkpoint_weights(all_checkpoints[previous:epoch])
+                rates = learning_rates(all_checkpoints[previous:epoch])
                 rate = sum(rates) / len(rates)
             checkpoints.append(replace(all_checkpoints[epoch - 1], learning_rate=rate))
         return checkpoints
 
     def checkpoint(self, model_name: str, epoch: int) -> Checkpoint:
-        """Return the checkpoint of an epoch that counts for influence."""
+        """Return the checkpoint of an epoch that is used for influence."""
         return next(c for c in self.checkpoints(model_name) if c.epoch == epoch)
 
     def _epochs(self, model_name: str) -> int:
@@ -167,7 +171,7 @@ class RunContext:
         """Return the weight of each checkpoint in the scores; None stands for 1 each."""
         if self.config.influence.weights == "uniform":
             return None
-        return checkpoint_weights(checkpoints)
+        return learning_rates(checkpoints)
 
     @property
     def normalize(self) -> str | None:
@@ -210,14 +214,14 @@ class RunContext:
         return dict(_named(self.views_at(model_name, epoch), view_name).masks)[language]
 
     def passes(self, views: Sequence[View]) -> Iterator[tuple[View, str | None, HeadMask | None]]:
-        """Yield every view with features of its own, and the masks they are collected under."""
+        """Yield (view, language, mask) for every collection pass at one checkpoint."""
         for view in views:
             if view.collected:
                 for language, mask in view.masks:
                     yield view, language, mask
 
     def examples_per_checkpoint(self) -> int:
-        """Count the examples that features are collected of at one checkpoint, over all masks."""
+        """Count the examples processed at one checkpoint, over all masks."""
         return sum(
             len(self.rows(split, language))
             for _, language, _ in self.passes(self.views)
@@ -235,7 +239,7 @@ class RunContext:
         )
 
 
-def checkpoint_weights(checkpoints: Sequence[Checkpoint]) -> list[float]:
+def learning_rates(checkpoints: Sequence[Checkpoint]) -> list[float]:
     """Return TracIn's eta_c, the learning rates of the checkpoints.
 
     Raises:

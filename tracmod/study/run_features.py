@@ -63,7 +63,7 @@ def recipe(context: RunContext, mask: HeadMask | None = None) -> FeatureRecipe:
 # --- checkpoints ----------------------------------------------------------------------------
 
 
-def run_preconditioner(
+def preconditioner_of_run(
     context: RunContext,
     model_name: str,
     checkpoint: Checkpoint,
@@ -108,7 +108,7 @@ def preconditioner_of_kind(
 
 
 class LoadedCheckpoint(NamedTuple):
-    """A checkpoint as features are made of it."""
+    """A loaded checkpoint with all that collecting needs."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -121,7 +121,7 @@ def load_checkpoint(
 ) -> LoadedCheckpoint:
     """Load a checkpoint, on the device, with the preconditioner of the run's features."""
     model, tokenizer = context.load(checkpoint)
-    preconditioner = run_preconditioner(context, model_name, checkpoint, model, tokenizer)
+    preconditioner = preconditioner_of_run(context, model_name, checkpoint, model, tokenizer)
     digests = checkpoint_digests(model, tokenizer_digest(tokenizer), preconditioner)
     return LoadedCheckpoint(model, tokenizer, preconditioner, digests)
 
@@ -132,14 +132,14 @@ def load_checkpoint(
 def store_identity(
     context: RunContext, split: str, mask: HeadMask | None, digests: Digests
 ) -> dict[str, Any]:
-    """Return what the features of a split depend on at the checkpoint of these digests."""
+    """Return the identity of a store, for a split, a mask and the digests of a checkpoint."""
     return recipe(context, mask).identity(data=context.data_digest(split), **digests)
 
 
 def create_store(
     context: RunContext, key: StoreKey, mask: HeadMask | None, digests: Digests
 ) -> FeatureStore:
-    """Make a store, or open it to continue; take the shards that a donor has already."""
+    """Make a store, or open it to continue; link the shards that a donor run already has."""
     collect, rows = context.config.collect, context.rows(key.split, key.language)
     store = FeatureStore.create(
         context.run.features(*key),
@@ -162,7 +162,7 @@ def open_stores(
     split: str,
     digests: Sequence[Digests],
 ) -> list[FeatureStore]:
-    """Open the feature stores of one pass over a split, one per checkpoint that counts.
+    """Open the feature stores of one pass over a split, one per checkpoint that is used.
 
     Args:
         context: The run.
@@ -190,8 +190,10 @@ def view_features(
 ) -> list[Rows]:
     """Return (C,) features that a view compares, for one of its masks and one split.
 
-    The stores that were opened last stay open: each verifies a shard once, and many rankings read
-    the same ones.
+    The most recent stores stay open, because many rankings read them and each store verifies a
+    shard only once. Those of both splits stay open together, hence the split in the kind. Digests
+    are compared when stores are opened; they do not change within a process, so they are not part
+    of the key.
     """
 
     def stored_rows(view_name: str, language: str | None) -> list[Rows]:
@@ -208,7 +210,7 @@ def view_features(
             return stored_rows("full", None)
         # Each training example's features under its own language's mask.
         own = {other: stored_rows(view.source, other) for other in context.languages}
-        train_languages = context.table("train").column("language").to_pylist()
+        train_languages = context.example_languages("train")
         return [
             ChosenRows({other: rows[position] for other, rows in own.items()}, train_languages)
             for position in range(len(digests))

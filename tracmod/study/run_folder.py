@@ -84,7 +84,7 @@ class RunFolder(RunPaths):
                         f"another --out, or delete the folder"
                     )
 
-    # --- features, which may lie elsewhere --------------------------------------------------
+    # --- features: not in RunPaths, because the config says where they lie ------------------
 
     @property
     def features_path(self) -> Location:
@@ -172,8 +172,9 @@ class RunFolder(RunPaths):
             exclude_defaults=True,
             exclude={"influence": {"memory"}, "collect": {"features"}},
         )
-        # A section without values is as if it were absent, except `retrain`: it adds a stage.
-        tree = {name: values for name, values in tree.items() if values != {} or name == "retrain"}
+        # A section without values is as if it were absent, unless its presence adds a stage.
+        adds_stage = {stage.requires for stage in STAGES}
+        tree = {name: values for name, values in tree.items() if values != {} or name in adds_stage}
         sections = [
             section
             for earlier in stages_through(stage)

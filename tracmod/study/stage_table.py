@@ -5,8 +5,8 @@ A stage is a module `tracmod.study.stages.<name>` with two functions:
     run(context)        does the stage; files that are there and right are not made again
     estimate(forecast)  says what the stage would do, before it does it (`tracmod run --check`)
 
-To add a stage, write its module and its record here. The pipeline, the command line, `--check`,
-`tracmod status`, sweeps and checksums all iterate over this table.
+To add a stage, write its module and its record here. The pipeline, the commands of single stages,
+`--check`, `tracmod status`, sweeps and checksums iterate over this table.
 """
 
 from __future__ import annotations

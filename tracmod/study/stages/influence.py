@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tracmod.analysis.influence_tables import InfluenceTables, self_influence_table
@@ -32,6 +33,7 @@ from tracmod.influence.scores import (
     top_influences,
     without_examples,
 )
+from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.inputs import predict
 from tracmod.study.context import MODELS, RunContext
 from tracmod.study.forecast import Estimate, Forecast
@@ -48,7 +50,7 @@ TASKS_PER_WORKER = 4
 
 
 def run(context: RunContext) -> None:
-    """Score influence with both models, afresh but for the parts of an interrupted attempt."""
+    """Compute influence for both models; reuse only what an interrupted attempt saved."""
     paths, with_blocks = context.run, context.config.influence.blocks
     # Views of an earlier config must not be left in the folder.
     kept = [paths.progress, paths.blocks] if with_blocks else [paths.progress]
@@ -59,17 +61,19 @@ def run(context: RunContext) -> None:
     sampled: list[pa.Table] = []
     with context.bar("influence", _count_scores(context), "score") as bar:
         for model_name in MODELS:
+            checkpoints = context.checkpoints(model_name)
             digests, exact = [], []
-            for checkpoint in context.checkpoints(model_name):
-                loaded = load_checkpoint(context, model_name, checkpoint)
-                digests.append(loaded.digests)
-                exact.append(score_sample(context, loaded, keep_in=paths.progress))
+            for checkpoint in checkpoints:
+                its_digests, scores = _score_sample_at(context, model_name, checkpoint)
+                digests.append(its_digests)
+                exact.append(scores)
             sampled.append(compare_sample(context, model_name, digests, exact))
             run_tasks(context, _ranking_tasks(context, model_name, digests), bar.update)
             # Predictions and masks are those of the last checkpoint.
-            test = context.encode(loaded.tokenizer, context.table("test"), loaded.model)
-            for view in context.views_at(model_name, checkpoint.epoch):
-                predictions = _predictions(context, loaded.model, test, view)
+            model, tokenizer = context.load(checkpoints[-1])
+            test = context.encode(tokenizer, context.table("test"), model)
+            for view in context.views_at(model_name, checkpoints[-1].epoch):
+                predictions = _predictions(context, model, test, view)
                 _write_view(context, model_name, view, digests, predictions)
             if with_blocks:
                 block_files |= influence_by_block(context, model_name, digests)
@@ -80,8 +84,16 @@ def run(context: RunContext) -> None:
     shutil.rmtree(paths.progress, ignore_errors=True)
 
 
+def _score_sample_at(
+    context: RunContext, model_name: str, checkpoint: Checkpoint
+) -> tuple[Digests, Tensor]:
+    """Return the digests of a checkpoint and its exact scores of the sample; keep no model."""
+    loaded = load_checkpoint(context, model_name, checkpoint)
+    return loaded.digests, score_sample(context, loaded, keep_in=context.run.progress)
+
+
 def _count_scores(context: RunContext) -> int:
-    """Count the scores over all checkpoints together, and over each alone."""
+    """Count the scores to compute: over all checkpoints together, and at each."""
     tests = sum(
         len(context.rows("test", language)) for view in context.views for language, _ in view.masks
     )
@@ -115,7 +127,11 @@ class Ranking:
     def compute(
         self, context: RunContext, part: int | None = None, advance: Advance | None = None
     ) -> TopInfluences:
-        """Compute one part, or put all parts together; those in influence/progress/ are read."""
+        """Compute one part. Without `part`, return the whole ranking, reusing saved parts.
+
+        Parts are saved in influence/progress/ under their number and the number of parts. An
+        attempt with another number of workers may cut differently and then computes them again.
+        """
         queries, trains = (
             view_features(context, self.model, self.view, self.language, split, self.digests)
             for split in ("test", "train")
@@ -130,7 +146,7 @@ class Ranking:
             queries,
             trains,
             k,
-            context.table("train").column("language").to_pylist(),
+            context.example_languages("train"),
             weights,
             context.normalize,
             memory=config.memory,
@@ -177,10 +193,13 @@ def _ranking(
     epoch: int | None,
     digests: Sequence[Digests],
 ) -> Ranking:
-    """Describe a ranking, cut into so many parts that all workers have work."""
+    """Describe a ranking, with enough parts to keep all workers busy."""
     parts = 1
     if context.engine.workers > 1:
-        num_rankings = sum(len(view.masks) for view in context.views)
+        masks = sum(len(view.masks) for view in context.views)
+        num_rankings = masks * (1 + len(context.checkpoints(model_name)))
+        # Rounded up. One part where there are enough rankings: each further part of a ranking reads
+        # the training rows once more.
         parts = -(-TASKS_PER_WORKER * context.engine.workers // num_rankings)
     return Ranking(model_name, view.name, language, epoch, parts, tuple(digests))
 
@@ -188,8 +207,8 @@ def _ranking(
 def num_ranked(context: RunContext, language: str | None) -> int:
     """Return how many training examples are ranked for the test examples of a mask.
 
-    Those of a test example's own group (its translations) are left out of some tables, so as many
-    more are ranked as any of them has.
+    Some tables leave out a test example's own group (its translations), so the number is k plus the
+    largest number of training examples in the group of any of them.
     """
     same_group = _same_group(context)
     largest = max((len(same_group[row]) for row in context.rows("test", language)), default=0)
@@ -212,7 +231,7 @@ def _predictions(
     context: RunContext, model: PreTrainedModel, test: Sequence[dict[str, Any]], view: View
 ) -> list[int]:
     """Return the predicted label of every test example, under the view's mask."""
-    predicted = np.full(len(test), -1)
+    predicted = np.full(len(test), -1)  # every row is set: the masks of a view cover all languages
     for language, mask in view.masks:
         rows = context.rows("test", language)
         with masked(model, mask):
@@ -231,7 +250,7 @@ def _write_view(
     """Write the tables of a view, from rankings whose parts are in influence/progress/."""
     checkpoints, ks = context.checkpoints(model_name), context.config.influence.ks
     train, test = context.table("train"), context.table("test")
-    train_languages = train.column("language").to_pylist()
+    train_languages = context.example_languages("train")
     weights, same_group = context.weights(checkpoints), _same_group(context)
     tables, without_group = (InfluenceTables(train, test, predictions, ks) for _ in range(2))
     self_influences: list[pa.Table] = []

@@ -100,7 +100,7 @@ def _by_language(
     context: RunContext, split: str, examples: Sequence[dict[str, Any]], language: str | None
 ) -> dict[str, list[dict[str, Any]]]:
     """Group the examples of a split that a mask is applied to by their own language."""
-    languages = context.table(split).column("language").to_pylist()
+    languages = context.example_languages(split)
     grouped: dict[str, list[dict[str, Any]]] = {}
     for row in context.rows(split, language):
         grouped.setdefault(languages[row], []).append(examples[row])

@@ -32,7 +32,7 @@ def _sample(context: RunContext) -> Sample:
     """Draw the pairs of the certificate, the same at every checkpoint of both models."""
     config = context.config.influence.certify
     return draw_sample(
-        context.table("test").column("language").to_pylist(),
+        context.example_languages("test"),
         len(context.table("train")),
         context.examples_per_checkpoint(),
         context.config.seed,

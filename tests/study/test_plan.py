@@ -218,8 +218,7 @@ def test_bad_data_is_found_before_the_work(tmp_path):
     task |= {"languages": ["en", "de"], "train_per_language": 3, "dev_per_language": 2}
     task |= {"test_per_language": 2}
     config = tiny_config(task=task, views={"other": []})
-    what = "dev, language de: expected examples of several classes, got 2, all good"
-    with pytest.raises(ValueError, match=what):
+    with pytest.raises(ValueError, match=r"dev, language de: .* got 2, all good"):
         plan_run(RunFolder(tmp_path / "run", config))
     task["languages"] = ["en", "fr"]
     with pytest.raises(ValueError, match="fr"):

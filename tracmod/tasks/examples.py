@@ -65,8 +65,8 @@ def check_classes(data: TaskData) -> TaskData:
         labels = pc.unique(table["label"]).to_pylist()
         if len(labels) == 1 and len(table) > 1:
             raise ValueError(
-                f"task: {name}: expected examples of several classes, got {len(table)} examples of "
-                f"class {data.label_names[labels[0]]} only"
+                f"task: {name}: expected examples of several classes, got {len(table)}, all "
+                f"{data.label_names[labels[0]]}"
             )
     return data
 

@@ -351,10 +351,9 @@ def self_influence(features: OneOrMore, weights: Sequence[float] | None = None) 
     counts = [rows.shape[0] for rows in checkpoints]
     if len(set(counts)) != 1:
         raise ValueError(f"features: expected as many rows at every checkpoint, got {counts}")
+    weights = checkpoint_weights(weights, len(checkpoints))
     total_N = torch.zeros(counts[0], dtype=torch.float64)
-    for rows, weight in zip(
-        checkpoints, checkpoint_weights(weights, len(checkpoints)), strict=True
-    ):
+    for rows, weight in zip(checkpoints, weights, strict=True):
         total_N += weight * rows.norms().double().square()
     return total_N
 

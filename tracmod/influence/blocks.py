@@ -36,7 +36,12 @@ from transformers import PreTrainedModel
 
 from tracmod.gradients.capture import Captured, Layer, capture, select_layers
 from tracmod.gradients.lean_pass import lean
-from tracmod.influence.exact import inverse_root, squared_norms
+from tracmod.influence.exact import (
+    NotFiniteError,
+    autocast_dtype,
+    inverse_root,
+    squared_norms,
+)
 from tracmod.models.architecture import attention_layers
 from tracmod.models.inputs import (
     as_examples,
@@ -139,11 +144,7 @@ def block_influence(
         >>> [(row["layer"], row["head"]) for row in table.slice(0, 4).to_pylist()]
         [(0, 0), (0, 1), (0, None), (None, None)]
     """
-    if normalize not in (None, "cosine"):
-        raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype: expected None, torch.float32 or torch.bfloat16, got {dtype}")
-    dtype = None if dtype is torch.float32 else dtype
+    dtype = autocast_dtype(normalize, dtype)
     tests = {name: _checked(model, rows, f"test {name}") for name, rows in test.items()}
     trains = {name: _checked(model, rows, f"train {name}") for name, rows in train.items()}
     layers = select_layers(model, parameters)
@@ -266,7 +267,9 @@ class _Means:
                 capture(self.model, self.layers, batch, groups.append, self.dtype, lean_columns)
                 # The norm of a gradient needs all of its layers, so they are added only now.
                 squares_B = torch.stack([squared_norms(captured) for captured in groups]).sum(dim=0)
-                _check_finite(name, rows, squares_B)
+                not_finite = squares_B.isfinite().logical_not().nonzero()
+                if len(not_finite):
+                    raise NotFiniteError(name, rows[int(not_finite[0])])
                 ones_B = torch.ones_like(squares_B)
                 weights_B = inverse_root(squares_B) if self.normalize == "cosine" else ones_B
                 for captured in groups:
@@ -274,13 +277,6 @@ class _Means:
                 if self.advance is not None:
                     self.advance(len(rows))
         return mean
-
-
-def _check_finite(name: str, rows: Sequence[int], squares_B: Tensor) -> None:
-    finite_B = squares_B.isfinite()
-    if not bool(finite_B.all()):
-        row = rows[int(finite_B.logical_not().nonzero()[0])]
-        raise ValueError(f"{name}: row {row}: expected a finite gradient, got NaN or infinity")
 
 
 def _add_gradients(captured: Captured, weights_B: Tensor, total: Gradient) -> None:

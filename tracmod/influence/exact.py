@@ -116,11 +116,7 @@ def exact_influence(
         >>> scores.shape, round(scores[0, 0].item(), 4)
         (torch.Size([1, 3]), 1.0)
     """
-    if normalize not in (None, "cosine"):
-        raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype: expected None, torch.float32 or torch.bfloat16, got {dtype}")
-    dtype = None if dtype is torch.float32 else dtype
+    dtype = autocast_dtype(normalize, dtype)
     trains, queries = as_examples(train, "train"), as_examples(query, "query")
     check_examples(model, trains, "train")
     check_examples(model, queries, "query")
@@ -139,11 +135,24 @@ def exact_influence(
     return products_QN
 
 
+def autocast_dtype(normalize: str | None, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Check two options of a pass; return the dtype for autocast, None for a float32 pass.
+
+    Raises:
+        ValueError: normalize is neither None nor "cosine", or dtype is not supported.
+    """
+    if normalize not in (None, "cosine"):
+        raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype: expected None, torch.float32 or torch.bfloat16, got {dtype}")
+    return None if dtype is torch.float32 else dtype
+
+
 class NotFiniteError(ValueError):
     """The gradient of an example is NaN or infinite.
 
     Attributes:
-        split: "train" or "query".
+        split: name of the examples, such as "train" or "query".
         row: number of the example in its data set.
     """
 

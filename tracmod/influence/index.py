@@ -74,6 +74,7 @@ from tracmod.files.durable import (
     unseal,
     write_file,
 )
+from tracmod.influence.scores import checkpoint_weights
 
 try:
     import faiss as _faiss
@@ -739,9 +740,7 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     Raises:
         ValueError: not one per checkpoint, negative or not finite.
     """
-    values = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if len(values) != count:
-        raise ValueError(f"weights: expected {count}, one per checkpoint, got {len(values)}")
+    values = checkpoint_weights(weights, count)
     if not all(0 <= weight < math.inf for weight in values):
         raise ValueError(f"weights of an index: expected finite and not negative, got {values}")
     return values

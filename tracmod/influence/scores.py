@@ -351,8 +351,9 @@ def self_influence(features: OneOrMore, weights: Sequence[float] | None = None) 
     counts = [rows.shape[0] for rows in checkpoints]
     if len(set(counts)) != 1:
         raise ValueError(f"features: expected as many rows at every checkpoint, got {counts}")
+    weights = checkpoint_weights(weights, len(checkpoints))
     total_N = torch.zeros(counts[0], dtype=torch.float64)
-    for rows, weight in zip(checkpoints, _checked_weights(weights, len(checkpoints)), strict=True):
+    for rows, weight in zip(checkpoints, weights, strict=True):
         total_N += weight * rows.norms().double().square()
     return total_N
 
@@ -388,10 +389,15 @@ def _checked(
                 raise ValueError(
                     f"{name}: checkpoint {number}: expected shape {expected}, got {rows.shape}"
                 )
-    return queries, trains, _checked_weights(weights, len(queries))
+    return queries, trains, checkpoint_weights(weights, len(queries))
 
 
-def _checked_weights(weights: Sequence[float] | None, num_checkpoints: int) -> list[float]:
+def checkpoint_weights(weights: Sequence[float] | None, num_checkpoints: int) -> list[float]:
+    """Return the weights of the checkpoints, 1 each by default.
+
+    Raises:
+        ValueError: not one per checkpoint.
+    """
     values = [1.0] * num_checkpoints if weights is None else [float(weight) for weight in weights]
     if len(values) != num_checkpoints:
         raise ValueError(

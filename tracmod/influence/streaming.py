@@ -154,12 +154,14 @@ def search_rows(
         if first < stop and (only is None or block % passes == only)
     ]
     if not results:  # no queries, or none in this share of the work
-        scores, rows = torch.empty(0, search.k), torch.empty(0, search.k, dtype=torch.int64)
-        sums = None if search.groups_N is None else torch.empty(0, search.num_groups).double()
-        results = [kernels.TopK(scores, rows, scores.clone(), rows.clone(), sums)]
+        scores = torch.empty(0, search.k, device=search.device)
+        sums = torch.empty(0, search.num_groups, dtype=torch.float64, device=search.device)
+        rows = scores.long()
+        results = [
+            kernels.TopK(scores, rows, scores, rows, None if search.groups_N is None else sums)
+        ]
     fields = [
-        None if parts[0] is None else torch.cat(parts).to(search.device)
-        for parts in zip(*results, strict=True)
+        None if parts[0] is None else torch.cat(parts) for parts in zip(*results, strict=True)
     ]
     return kernels.TopK(*fields)  # type: ignore[arg-type]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tracmod.models.inputs import collate, pad_token_id, plan_batches
+from tracmod.models.modes import frozen
 
 # All words of any script count, single letters and frequent words included. In scripts without
 # spaces a run of letters is one word.
@@ -72,14 +73,11 @@ def embedding_scores(
     return (query_QD @ train_ND.T).numpy()
 
 
-@torch.no_grad()
 def _mean_hidden(
     model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], batch_tokens: int = 8192
 ) -> Tensor:
     """Return (N, D) mean hidden states without padding, float32, on the CPU."""
-    was_training = model.training
-    model.eval()
-    try:
+    with frozen(model), torch.no_grad():
         lengths = [len(example["input_ids"]) for example in examples]
         means_ND = torch.empty(len(examples), int(model.config.hidden_size))
         for rows in plan_batches(lengths, batch_tokens):
@@ -88,9 +86,7 @@ def _mean_hidden(
             hidden_BSD = model.base_model(**batch).last_hidden_state.float()
             mask_BS1 = batch["attention_mask"][..., None].float()
             means_ND[rows] = ((hidden_BSD * mask_BS1).sum(dim=1) / mask_BS1.sum(dim=1)).cpu()
-        return means_ND
-    finally:
-        model.train(was_training)
+    return means_ND
 
 
 def random_scores(num_queries: int, num_train: int, seed: int) -> np.ndarray:

@@ -183,19 +183,21 @@ def _duplicates(truth: _Truth, firsts: Sequence[np.ndarray], resampling: Resampl
     rows = list(truth.duplicates)
     duplicates = np.array([truth.duplicates[row] for row in rows])
     hits = np.mean([first_Q[rows] == duplicates for first_Q in firsts], axis=0)
-    value, low, high = _interval(
+    interval = _interval(
         lambda drawn: float(hits[drawn].mean()), truth.languages_Q[rows], resampling
     )
-    return Answer(
-        "duplicates",
-        *(value, low, high, 1 / len(truth.languages_N)),
-        f"at least {DUPLICATES_GOAL}",
-        value >= DUPLICATES_GOAL,
-    )
+    return _at_least(DUPLICATES_GOAL, "duplicates", interval, 1 / len(truth.languages_N))
+
+
+def _at_least(
+    goal: float, question: str, interval: tuple[float, float, float], chance: float
+) -> Answer:
+    """Return the answer to a question whose value must reach a goal."""
+    return Answer(question, *interval, chance, f"at least {goal}", interval[0] >= goal)
 
 
 def _flipped_by_self_influence(truth: _Truth, own_N: np.ndarray, resampling: Resampling) -> Answer:
-    value, low, high = _interval(
+    interval = _interval(
         lambda drawn: auc(own_N[drawn], truth.flipped_N[drawn]),
         [
             f"{language} {flipped}"
@@ -203,8 +205,7 @@ def _flipped_by_self_influence(truth: _Truth, own_N: np.ndarray, resampling: Res
         ],
         resampling,
     )
-    numbers = (value, low, high, 0.5)
-    return Answer("flipped_by_self_influence", *numbers, f"at least {AUC_GOAL}", value >= AUC_GOAL)
+    return _at_least(AUC_GOAL, "flipped_by_self_influence", interval, 0.5)
 
 
 def _flipped_by_opponents(truth: _Truth, scores_QN: csr_array, resampling: Resampling) -> Answer:
@@ -212,9 +213,8 @@ def _flipped_by_opponents(truth: _Truth, scores_QN: csr_array, resampling: Resam
         times_drawn_Q = np.bincount(drawn, minlength=scores_QN.shape[0])
         return auc(-(times_drawn_Q @ scores_QN), truth.flipped_N)
 
-    value, low, high = _interval(statistic, truth.languages_Q, resampling)
-    numbers = (value, low, high, 0.5)
-    return Answer("flipped_by_opponents", *numbers, f"at least {AUC_GOAL}", value >= AUC_GOAL)
+    interval = _interval(statistic, truth.languages_Q, resampling)
+    return _at_least(AUC_GOAL, "flipped_by_opponents", interval, 0.5)
 
 
 def _relatedness(truth: _Truth, shares_QG: np.ndarray, resampling: Resampling) -> Answer:
@@ -232,9 +232,9 @@ def _relatedness(truth: _Truth, shares_QG: np.ndarray, resampling: Resampling) -
         mutual_GG = (means_GG + means_GG.T) / 2
         return spearman(mutual_GG[pairs_P2[:, 0], pairs_P2[:, 1]], relatedness_P)
 
-    value, low, high = _interval(statistic, languages_Q, resampling)
-    numbers = (value, low, high, 0.0)
-    return Answer("relatedness", *numbers, f"at least {SPEARMAN_GOAL}", value >= SPEARMAN_GOAL)
+    return _at_least(
+        SPEARMAN_GOAL, "relatedness", _interval(statistic, languages_Q, resampling), 0.0
+    )
 
 
 def _loan(truth: _Truth, shares_QG: np.ndarray, resampling: Resampling) -> Answer:

@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,10 @@ from torch.nn import functional as F
 
 from tracmod.choices import ParameterSet
 from tracmod.gradients.lean_pass import Columns, LeanColumns
+from tracmod.kernels import LayerKind
 from tracmod.models.architecture import attention_layers, embeddings_module
 from tracmod.models.inputs import per_example_loss
 
-LayerKind = Literal["linear", "elementwise", "embedding"]
 PARAMETER_SETS = get_args(ParameterSet)
 
 

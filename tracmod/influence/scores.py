@@ -421,7 +421,7 @@ def _as_rows(name: str, features: OneOrMore) -> list[Rows]:
                 f"{name}: checkpoint {number}: expected two dimensions (rows, numbers), got shape "
                 f"{tuple(checkpoint.shape)}"
             )
-        # Its largest absolute value is NaN or infinite if any number of a row is: one read, no copy.
+        # The largest absolute value is NaN or infinite if any number is: one read, no copy.
         if not checkpoint.shape[1]:
             continue
         largest_N = torch.linalg.vector_norm(torch.as_tensor(checkpoint), torch.inf, dim=1)

@@ -365,7 +365,7 @@ def top_k_dot(
         raise ValueError("top_k_dot: queries: expected at least one tensor, got none")
     expected_groups = None if groups is None else num_groups
     if state is None:
-        result = _empty_ranking(queries[0], k, expected_groups)
+        result = empty_ranking(len(queries[0]), k, expected_groups, queries[0].device)
     else:
         state_groups = None if state.group_sums is None else state.group_sums.shape[-1]
         if state_groups != expected_groups:
@@ -394,12 +394,11 @@ def top_k_dot(
     return result
 
 
-def _empty_ranking(query_QK: Tensor, k: int, num_groups: int | None) -> TopK:
+def empty_ranking(num_queries: int, k: int, num_groups: int | None, device: torch.device) -> TopK:
     """Return the ranking of no training rows, from which `top_k_dot` starts."""
-    device, shape = query_QK.device, (len(query_QK), k)
-    sums = None
+    shape, sums = (num_queries, k), None
     if num_groups is not None:
-        sums = torch.zeros(len(query_QK), num_groups, dtype=torch.float64, device=device)
+        sums = torch.zeros(num_queries, num_groups, dtype=torch.float64, device=device)
     return TopK(
         torch.full(shape, -torch.inf, device=device),
         torch.full(shape, -1, dtype=torch.int64, device=device),

@@ -148,6 +148,22 @@ def test_attention_that_counts_its_heads_is_only_masked():
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_model_is_put_back_if_the_probe_fails():
+    model = tiny_encoder()
+    before = dict(model.named_parameters())
+
+    def fails(module, inputs, output):
+        if output.shape[-1] != 24:
+            raise TypeError("expected 3 heads")
+
+    hook = attention_layers(model)[0].query.register_forward_hook(fails)
+    with pytest.raises(TypeError, match="3 heads"), lean(model, MASK):
+        pass
+    hook.remove()
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_model_is_put_back(dtype):
     model = tiny_encoder()

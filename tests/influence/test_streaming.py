@@ -262,7 +262,7 @@ def test_a_share_without_queries_reads_nothing(tmp_path, monkeypatch):
     _, trains = stored(tmp_path, "train", 40)
     monkeypatch.setattr(FeatureStore, "read", None)
     groups = [LANGUAGES[row % 3] for row in range(40)]
-    top = tm.top_influences(queries, trains, 4, groups, passes=8, only=5)
+    top = tm.top_influences(queries, trains, 4, groups, parts=8, part=5)
     assert top.indices.shape == (0, 4)
     assert top.group_shares.shape == (0, 3)
 

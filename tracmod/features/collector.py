@@ -5,8 +5,8 @@ E <f(z), f(z')> = <grad L(z), grad L(z')>. A batch takes one forward and one bac
 the backward pass, `capture` passes on the inputs and output gradients of each layer, and a kernel
 adds their projection to the layer's slot of the rows.
 
-Shape suffixes: B examples of a batch, b some of them, N examples, K projection_dim, k numbers of
-some examples' rows, R rows and C columns of a formed gradient.
+Shape suffixes: B examples of a batch, b some of them, N examples, K projection_dim, S tokens, O, I
+rows and columns of a formed gradient (of LayerNorm 1 + bias and D).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Collector:
 
         Args:
             examples: Checked examples with `input_ids`, `labels` and possibly more columns.
-            advance: Called with the number of examples of each batch after it.
+            advance: Called after each batch with its number of examples.
         """
         with lean(self.model, self.head_mask, self.dtype) as lean_columns:
             return self.collect_lean(examples, lean_columns, advance)
@@ -100,7 +100,7 @@ class Collector:
         lean_columns: LeanColumns,
         advance: Callable[[int], Any] | None = None,
     ) -> Tensor:
-        """Do the same in the context of `lean`, which yields the columns; never wait for a GPU."""
+        """Like `collect`, for callers already inside `lean`. Never waits for the GPU."""
         device = next(self.model.parameters()).device
         features = torch.zeros(len(examples), self.projection.dim, device=device)
         lengths = [example_length(example) for example in examples]
@@ -129,7 +129,7 @@ class Collector:
         return out_BK
 
     def _by_slot(self, captured: Captured) -> Iterator[tuple[Captured, Slot]]:
-        """Yield the layers that share input and slot together, the others separately.
+        """Yield one part per slot.
 
         An exact slot has a number for every parameter, so left-out columns are filled with zeros.
         """
@@ -143,30 +143,33 @@ class Collector:
     ) -> None:
         """Form gradients in the metric and add their count sketch to the slots.
 
-        The sketch of a formed gradient is that of an embedding in which token r has the id r and
-        row r of the gradient: the kernel for embeddings serves for both.
+        We sketch a gradient as an embedding's: row r is the output gradient of a token with id r.
         """
         for position, layer in enumerate(captured.layers):
             slot, captured_layer = self.slots[layer.name], captured.of([position])
+            output_key = projection_keys(layer, draw=0).output
             if layer.kind == "embedding":
                 self._project(preconditioner.scaled(captured_layer), slot, out_BK)
                 continue
-            for chosen, gradients_bRC in preconditioner.gradients(captured_layer):
-                out_bK = out_BK[chosen]
+            for chosen, gradients_bOI in preconditioner.gradients(captured_layer):
+                out_bK = out_BK[chosen]  # a view of out_BK, because `chosen` is a slice
                 if slot.kind == "identity":
                     size = slot.k_out * slot.k_in
-                    out_bK[:, slot.offset : slot.offset + size] += gradients_bRC.flatten(1)
+                    out_bK[:, slot.offset : slot.offset + size] += gradients_bOI.flatten(1)
                     continue
-                count, num_rows, _ = gradients_bRC.shape
-                ids_bR = torch.arange(num_rows, device=out_bK.device).expand(count, num_rows)
+                count, num_rows, _ = gradients_bOI.shape
+                ids_bO = torch.arange(num_rows, device=out_bK.device).expand(count, num_rows)
                 kernels.project_gradients(
-                    ids_bR.contiguous(), gradients_bRC, out_bK, layer="embedding",
+                    ids_bO.contiguous(), gradients_bOI, out_bK, layer="embedding",
                     kind=slot.kind, offset=slot.offset, k_out=slot.k_out, k_in=slot.k_in,
-                    seed=self.projection.seed, input_key=0, output_key=projection_keys(layer, 0)[1],
+                    seed=self.projection.seed, input_key=0, output_key=output_key,
                 )  # fmt: skip
 
     def _project(self, captured: Captured, slot: Slot, out_BK: Tensor) -> None:
-        """Add the projection of layers that share input and slot to the rows."""
+        """Add the projection of layers that share input and slot to the rows.
+
+        Draws are averaged: see `POOLED_DRAWS`.
+        """
         layer, g = captured.layers[0], captured.g
         if slot.draws > 1:
             g = tuple(g_BSO / math.sqrt(slot.draws) for g_BSO in g)
@@ -188,8 +191,8 @@ class Collector:
                 k_out=slot.k_out,
                 k_in=slot.k_in,
                 seed=self.projection.seed,
-                input_key=keys[0][0],
-                output_key=[output_key for _, output_key in keys],
+                input_key=keys[0].input,
+                output_key=[key.output for key in keys],
                 input_columns=input_columns,
                 output_columns=captured.output_columns,
             )
@@ -235,7 +238,7 @@ def collect_features(
 
     Raises:
         ValueError: An example is invalid or its gradient is not finite (the message names its row),
-            `parameters` is unknown, or the mask has not the shape of the model.
+            `parameters` is unknown, or the mask's shape does not match the model.
 
     Examples:
         >>> import tracmod as tm
@@ -287,7 +290,7 @@ def collect_to_store(
         collector: Computes the features.
         examples: The examples of all rows of the store.
         store: The store, open for writing.
-        advance: Called with the number of examples of each batch after it.
+        advance: Called after each batch with its number of examples.
         shards: The numbers of the shards, or None for all that are missing.
 
     Raises:
@@ -307,7 +310,7 @@ def collect_to_store(
 
 
 def _to_host(features: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Start a copy to (pinned) host memory; return it, and the event that ends it for a GPU."""
+    """Start a copy to (pinned) memory; return it and the event that signals its end on a GPU."""
     if features.device.type != "cuda":
         return features, None
     pinned = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)

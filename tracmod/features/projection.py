@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tracmod.choices import ProjectionKind, ProjectionLayers
 from tracmod.gradients.capture import Layer
@@ -149,12 +149,20 @@ def _draws(layer: Layer) -> int:
     return POOLED_DRAWS if layer.pooled else 1
 
 
-def projection_keys(layer: Layer, draw: int) -> tuple[int, int]:
-    """Return `input_key` and `output_key` of one draw of a layer's projection.
+class ProjectionKeys(NamedTuple):
+    """The keys of a layer's random matrices, as for `kernels.project_gradients`."""
+
+    input: int
+    output: int
+
+
+def projection_keys(layer: Layer, draw: int) -> ProjectionKeys:
+    """Return the keys of one draw of a layer's projection.
 
     Input keys are even and output keys odd, and draws differ in the high bits, so no two are equal.
     """
-    return 2 * layer.input_position + (draw << 32), 2 * layer.position + 1 + (draw << 32)
+    high_bits = draw << 32
+    return ProjectionKeys(2 * layer.input_position + high_bits, 2 * layer.position + 1 + high_bits)
 
 
 def _grid(size: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,10 @@ from torch.nn import functional as F
 
 from tracmod.choices import ParameterSet
 from tracmod.gradients.lean_pass import Columns, LeanColumns
+from tracmod.kernels import LayerKind
 from tracmod.models.architecture import attention_layers, embeddings_module
 from tracmod.models.inputs import per_example_loss
 
-LayerKind = Literal["linear", "elementwise", "embedding"]
 PARAMETER_SETS = get_args(ParameterSet)
 
 
@@ -49,8 +49,8 @@ class Layer:
         bias: Whether its bias is selected, too.
         position: Rank among all layers of the model, selected or not. The key of the layer's
             projection is made from it, so a parameter has the same signs in every selection.
-        input_position: Rank of the layer whose position stands for the input. Query, key and value
-            have the same one.
+        input_position: Position of the first layer that reads the same input, by which layers that
+            share an input (query, key and value) are recognised.
         pooled: Whether the layer is outside the encoder's layers (pooler, classifier), where an
             example is a single vector and its gradient a single product g x^T.
     """
@@ -160,7 +160,7 @@ def select_layers(model: nn.Module, parameters: str = "encoder") -> list[Layer]:
     for layer in _all_layers(model):
         weight, bias = f"{layer.name}.weight" in selected, f"{layer.name}.bias" in selected
         if weight:
-            layers.append(Layer(**{**vars(layer), "bias": bias}))
+            layers.append(replace(layer, bias=bias))
             selected -= {f"{layer.name}.weight", f"{layer.name}.bias"}
     if selected:
         raise ValueError(
@@ -252,10 +252,8 @@ def capture(
             stack.callback(layer.module.register_forward_hook(groups.hook(layer)).remove)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         inputs["attention_mask"] = _attention_mask(model, batch["attention_mask"])
-        precision = torch.autocast(
-            lengths.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None
-        )
-        with precision:
+        # Entered without a dtype, too: it then turns off any autocast of the caller.
+        with torch.autocast(lengths.device.type, dtype, enabled=dtype is not None):
             loss_B = per_example_loss(model(**inputs).logits, batch["labels"])
         if loss_B.requires_grad:
             torch.autograd.backward(loss_B.sum())
@@ -287,9 +285,9 @@ def _attention_mask(model: Any, mask_BS: Tensor) -> Tensor:
 
 @dataclass
 class _Group:
-    """Layers of one pass that read the same tensor, and the gradients that are there so far."""
+    """Layers of one pass that read the same tensor, and the gradients received so far."""
 
-    x: Tensor
+    x: Tensor  # keeps the memory of the input alive, so no other group can have its address
     layers: list[Layer] = field(default_factory=list)
     g: dict[str, Tensor] = field(default_factory=dict)
 
@@ -326,7 +324,8 @@ class _Groups:
             if output.shape[0] != batch:
                 output = output.expand(batch, *output.shape[1:])
             # The position says which layers read the same input in the architecture; the tensor
-            # says whether they do in this pass. In a lean last layer the query does not.
+            # says whether they do in this pass. In a lean last layer the query does not. An
+            # address identifies the tensor, because the group keeps its memory from being reused.
             key = (layer.input_position, args[0].data_ptr(), args[0].shape)
             self.groups.setdefault(key, _Group(args[0].detach())).layers.append(layer)
 
@@ -346,7 +345,7 @@ class _Groups:
         self.on_captured(_captured(self.groups.pop(key), self.lengths, self.lean_columns))
 
     def finish(self) -> None:
-        """Pass on groups for which the loss reached only some of the layers."""
+        """Pass on groups in which only some layers received a gradient."""
         for key, group in list(self.groups.items()):
             group.layers = [layer for layer in group.layers if layer.name in group.g]
             if group.layers:
@@ -354,7 +353,7 @@ class _Groups:
 
 
 def _captured(group: _Group, lengths: Tensor, lean_columns: LeanColumns) -> Captured:
-    """Bring what was recorded into the form of `Captured`."""
+    """Convert a complete group to `Captured`."""
     module = group.layers[0].module
     gs = [group.g[layer.name] for layer in group.layers]
     gs = [g if g.dtype in (torch.float32, torch.bfloat16) else g.float() for g in gs]

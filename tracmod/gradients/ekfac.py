@@ -7,8 +7,8 @@ mean square of the gradients rotated by them. So two passes over the data are ne
 covariances and one for the eigenvalues.
 
 Shape suffixes: B examples, S tokens, T all tokens of a batch, I in (including the bias's column of
-ones), O out, D either of them, N examples, b examples whose gradients are formed together, R rows
-and C columns of a gradient, P distinct pairs of example and id.
+ones), O out, D either of them, N examples, b examples whose gradients are formed together, P
+distinct pairs of example and id.
 """
 
 from __future__ import annotations
@@ -222,8 +222,8 @@ class _Curvature:
             return
         for position, layer in enumerate(captured.layers):
             metric = Metric(torch.ones((), device=captured.x.device), *self._rotation(layer.name))
-            for _, gradients_bRC in formed_gradients(captured.of([position]), metric):
-                self._sum(layer, captured.x.device).add_(gradients_bRC.square().sum(dim=0))
+            for _, gradients_bOI in formed_gradients(captured.of([position]), metric):
+                self._sum(layer, captured.x.device).add_(gradients_bOI.square().sum(dim=0))
 
     def _add_embedding(self, captured: Captured) -> None:
         """Add the squares of the rows of an embedding's gradients, without forming whole ones.

@@ -65,7 +65,7 @@ def lean(
         The layers from which columns were taken out, with the columns that remain.
 
     Raises:
-        ValueError: The mask has not the shape of the model.
+        ValueError: The mask's shape does not match the model.
     """
     probe = probe_inputs(model)
     with ExitStack() as stack:
@@ -92,16 +92,15 @@ def _remove_masked_heads(
     """Take masked heads out of the matrices, or only mask them if the model needs its heads."""
     with mask.apply(model):
         expected = probe_logits(model, probe)
-    attempt = ExitStack()
     lean_columns: dict[nn.Module, Columns] = {}
-    for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):
-        if not kept_H.all():
-            lean_columns |= _narrow(attempt, layer, torch.from_numpy(kept_H.copy()))
-    with suppress(RuntimeError, ValueError):  # raised by a model that relies on its number of heads
-        if logits_agree(probe_logits(model, probe), expected):
-            stack.push(attempt)
-            return lean_columns
-    attempt.close()
+    with ExitStack() as attempt:  # restores the weights unless `stack` takes over
+        for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):
+            if not kept_H.all():
+                lean_columns |= _narrow(attempt, layer, torch.from_numpy(kept_H.copy()))
+        with suppress(RuntimeError, ValueError):  # from a model that relies on its number of heads
+            if logits_agree(probe_logits(model, probe), expected):
+                stack.push(attempt.pop_all())
+                return lean_columns
     stack.enter_context(mask.apply(model))
     return {}
 

@@ -15,7 +15,7 @@ one on the output. The gradient cannot be projected through its two factors, as 
 It has to be formed, a few examples at a time, and is projected by a count sketch.
 
 Shape suffixes: B examples, b some of them, S tokens, I in (including the bias's column of ones),
-O out, R rows and C columns of a gradient, N examples.
+O out, N examples. The gradient of LayerNorm has O = 1 + bias and I = D.
 """
 
 from __future__ import annotations

@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tracmod.choices import DEFAULT_MEMORY
 from tracmod.features.rows import Features, Rows, TensorRows, as_rows
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import identity_differences
-from tracmod.influence.streaming import MEMORY, Search, search_rows
+from tracmod.influence.streaming import Search, search_rows
 
 # Features at one checkpoint, or at several.
 OneOrMore = Features | Sequence[Features]
@@ -130,12 +131,12 @@ def top_influences(
     weights: Sequence[float] | None = None,
     normalize: str | None = None,
     *,
-    memory: int = MEMORY,
+    memory: int = DEFAULT_MEMORY,
     progress: Path | None = None,
     device: torch.device | str | None = None,
     advance: Callable[[int], Any] | None = None,
-    passes: int = 1,
-    only: int | None = None,
+    parts: int = 1,
+    part: int | None = None,
 ) -> TopInfluences:
     """Find the strongest proponents and opponents of every query, and sum scores by group.
 
@@ -163,10 +164,9 @@ def top_influences(
         device: where scores are computed; None for the device of the query features (for stores
             the CPU).
         advance: called with the number of scores just computed; Q x N in total.
-        passes: least number of blocks that the queries are divided into, as far as there are
-            enough, so that several processes with the same `progress` can share the work.
-        only: from 0 to passes - 1: the share of the blocks to work on, and to return; None for
-            all.
+        parts: minimum number of blocks of queries, fewer if there are too few queries, so that
+            several processes with the same `progress` can share the work.
+        part: from 0 to parts - 1: the part of the blocks to search and return; None for all.
 
     Returns:
         Rankings (Q, k) and, with groups, sums and shares (Q, G); see `TopInfluences`.
@@ -201,7 +201,7 @@ def top_influences(
     device = _device(queries) if device is None else torch.device(device)
     names, groups_N = _number_groups(groups, num_train, device)
     search = Search(queries, trains, k, weights, normalize, groups_N, len(names or ()), device)
-    top = search_rows(search, memory, progress, advance, passes, only)
+    top = search_rows(search, memory, progress, advance, parts, part)
     return _with_shares(
         top.scores, top.indices, top.opponent_scores, top.opponent_indices, names, groups_N,
         top.group_sums,

@@ -54,7 +54,6 @@ from tracmod.features.shards import CACHED_SHARDS, READERS
 from tracmod.files.durable import canonical_json, sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 
-MEMORY = DEFAULT_MEMORY
 SAVE_SECONDS = 30.0  # at least this long between two saves of the same block of queries
 # Working memory of `top_k_dot`: 256 x 2048 scores, and buffers per thread.
 _KERNEL_BYTES = 32 << 20
@@ -64,7 +63,7 @@ _LEAST_QUERIES = 9
 
 @dataclass(frozen=True)
 class Search:
-    """What to search for, and in what.
+    """Inputs and options of a search.
 
     Attributes:
         queries: (C,) rows of the Q queries, one entry per checkpoint.
@@ -119,11 +118,11 @@ class Search:
 
 def search_rows(
     search: Search,
-    memory: int = MEMORY,
+    memory: int = DEFAULT_MEMORY,
     progress: Path | None = None,
     advance: Callable[[int], Any] | None = None,
-    passes: int = 1,
-    only: int | None = None,
+    parts: int = 1,
+    part: int | None = None,
 ) -> kernels.TopK:
     """Return the result of `top_k_dot` for all queries and training rows.
 
@@ -134,10 +133,9 @@ def search_rows(
             names of its files are derived from everything they depend on. The caller removes the
             folder once the results are safe.
         advance: called with the number of scores just computed; Q x N in total.
-        passes: least number of blocks that the queries are divided into, as far as there are
-            enough queries.
-        only: from 0 to passes - 1: search only the blocks with this number modulo `passes`, so
-            that several processes can share the work. None searches all.
+        parts: minimum number of query blocks; fewer if there are too few queries.
+        part: from 0 to parts - 1: search only the blocks with this number modulo `parts`, so that
+            several processes can share the work. None searches all.
 
     Returns:
         `kernels.TopK` of the queries that were searched, in their order.
@@ -146,22 +144,19 @@ def search_rows(
         ValueError: too little memory, or a shard that is missing or damaged.
     """
     plan, num_queries = plan_blocks(search, memory), search.queries[0].shape[0]
-    num_blocks = max(plan.passes, min(passes, num_queries // _LEAST_QUERIES))
+    num_blocks = max(plan.passes, min(parts, num_queries // _LEAST_QUERIES))
     bounds = [block * num_queries // num_blocks for block in range(num_blocks + 1)]
     results = [
         _search_block(search, first, stop, plan, progress, advance)
         for block, (first, stop) in enumerate(pairwise(bounds))
-        if first < stop and (only is None or block % passes == only)
+        if first < stop and (part is None or block % parts == part)
     ]
-    if not results:  # no queries, or none in this share of the work
-        scores = torch.empty(0, search.k, device=search.device)
-        sums = torch.empty(0, search.num_groups, dtype=torch.float64, device=search.device)
-        rows = scores.long()
-        results = [
-            kernels.TopK(scores, rows, scores, rows, None if search.groups_N is None else sums)
-        ]
+    if not results:  # no queries, or none in this part
+        num_groups = None if search.groups_N is None else search.num_groups
+        results = [kernels.empty_ranking(0, search.k, num_groups, search.device)]
     fields = [
-        None if parts[0] is None else torch.cat(parts) for parts in zip(*results, strict=True)
+        None if blocks[0] is None else torch.cat(blocks).to(search.device)
+        for blocks in zip(*results, strict=True)
     ]
     return kernels.TopK(*fields)  # type: ignore[arg-type]
 
@@ -173,15 +168,15 @@ class Sizes(NamedTuple):
     """Quantities that the memory of a search depends on.
 
     Attributes:
-        queries, trains: Q and N.
+        num_queries, num_trains: Q and N.
         row_bytes: bytes of one row at all checkpoints, in the dtype of the computation.
         ranking_bytes: bytes of one query's two rankings and its sums by group.
         mapped_bytes: bytes of the largest shard, which is mapped whole while it is verified, and
             of the shards that are kept from object storage.
     """
 
-    queries: int
-    trains: int
+    num_queries: int
+    num_trains: int
     row_bytes: int
     ranking_bytes: int
     mapped_bytes: int
@@ -189,8 +184,8 @@ class Sizes(NamedTuple):
     @classmethod
     def of_stores(
         cls,
-        queries: int,
-        trains: int,
+        num_queries: int,
+        num_trains: int,
         row_bytes: int,
         k: int,
         num_groups: int,
@@ -200,22 +195,37 @@ class Sizes(NamedTuple):
         """Return the sizes of a search in stores that need not exist yet.
 
         Args:
-            queries, trains, row_bytes: as above.
+            num_queries, num_trains, row_bytes: as above.
             k: length of each ranking.
             num_groups: G.
             shard_rows: rows per shard.
             on_disk: False for stores in object storage.
         """
-        mapped_bytes = min(shard_rows, max(queries, trains)) * row_bytes
+        mapped_bytes = min(shard_rows, max(num_queries, num_trains)) * row_bytes
         if not on_disk:  # the bytes and tensors of a shard, and the cached shards of both sides
             mapped_bytes *= 2 + 2 * CACHED_SHARDS
-        return cls(queries, trains, row_bytes, _ranking_bytes(k, num_groups), mapped_bytes)
+        ranking_bytes = _ranking_bytes(k, num_groups)
+        return cls(num_queries, num_trains, row_bytes, ranking_bytes, mapped_bytes)
+
+    @classmethod
+    def of_search(cls, search: Search) -> Sizes:
+        """Return the sizes of a search in rows that exist."""
+        sides = (*search.queries, *search.trains)
+        num_queries, width = search.queries[0].shape
+        return cls(
+            num_queries,
+            search.trains[0].shape[0],
+            row_bytes=len(search.trains) * width * search.dtype.itemsize,
+            ranking_bytes=_ranking_bytes(search.k, search.num_groups),
+            mapped_bytes=max(rows.mapped_bytes for rows in sides)
+            + sum(rows.kept_bytes for rows in sides),
+        )
 
     @property
     def fixed(self) -> int:
         """Bytes that do not depend on the blocks."""
-        rankings = self.queries * self.ranking_bytes
-        return _KERNEL_BYTES + rankings + 8 * self.trains + self.mapped_bytes
+        rankings = self.num_queries * self.ranking_bytes
+        return _KERNEL_BYTES + rankings + 8 * self.num_trains + self.mapped_bytes
 
     @property
     def per_query(self) -> int:
@@ -231,10 +241,10 @@ class Sizes(NamedTuple):
     def least_queries(self) -> int:
         """Least number of queries of a block for which memory must suffice.
 
-        Blocks of up to 17 queries can always be formed so that none has fewer than 9: a larger
-        number of queries is divided into blocks whose sizes differ by at most one.
+        If a block may hold 17 queries, any number of at least 9 can be split evenly into blocks of
+        9 to 17.
         """
-        return min(self.queries, 2 * _LEAST_QUERIES - 1)
+        return min(self.num_queries, 2 * _LEAST_QUERIES - 1)
 
 
 def _ranking_bytes(k: int, num_groups: int) -> int:
@@ -255,9 +265,9 @@ def check_memory(sizes: Sizes, memory: int) -> None:
     needed = sizes.fixed + sizes.least_queries * sizes.per_query + sizes.per_train
     if memory < needed:
         raise ValueError(
-            f"memory: expected at least {needed:,} bytes for {sizes.queries:,} queries and "
-            f"{sizes.trains:,} training rows of {sizes.row_bytes:,} bytes over all checkpoints, "
-            f"got {memory:,}"
+            f"memory: expected at least {needed:,} bytes for {sizes.num_queries:,} queries "
+            f"and {sizes.num_trains:,} training rows of {sizes.row_bytes:,} bytes over all "
+            f"checkpoints, got {memory:,}"
         )
 
 
@@ -278,28 +288,25 @@ class BlockPlan(NamedTuple):
 def plan_blocks(search: Search, memory: int) -> BlockPlan:
     """Choose the blocks of a search so that it stays within `memory` bytes.
 
-    Half of the memory that is left beside the fixed part and the least block of queries is offered
-    to the training rows, which need no more than a shard per reading thread. Queries get the rest,
-    because each further block of them costs another pass. Rows that are in memory already are
-    neither counted nor divided.
+    Training rows get at most half of what remains after the fixed part and the smallest query
+    block; they need no more than a shard per reading thread. Queries get the rest, because each
+    further block of them costs another pass. Rows that are in memory already are neither counted
+    nor divided.
 
     Raises:
         ValueError: not even the smallest blocks fit.
     """
-    (num_queries, width), num_trains = search.queries[0].shape, search.trains[0].shape[0]
-    sides = (*search.queries, *search.trains)
-    sizes = Sizes(
-        num_queries,
-        num_trains,
-        row_bytes=len(search.trains) * width * search.dtype.itemsize,
-        ranking_bytes=_ranking_bytes(search.k, search.num_groups),
-        mapped_bytes=max(rows.mapped_bytes for rows in sides)
-        + sum(rows.kept_bytes for rows in sides),
+    sizes = Sizes.of_search(search)
+    queries_in_memory, trains_in_memory = (
+        all(isinstance(rows, TensorRows) for rows in side)
+        for side in (search.queries, search.trains)
     )
-    if not all(isinstance(rows, TensorRows) for rows in sides):
+    if not (queries_in_memory and trains_in_memory):
         check_memory(sizes, memory)
     for_trains = (memory - sizes.fixed - sizes.least_queries * sizes.per_query) // 2
-    # A block does not cross the end of a shard, so that reading it never copies.
+    # A block does not cross the end of a shard, so that reading it does not copy. Shards of other
+    # checkpoints usually end at the same rows. If they do not, reading is still correct: a block
+    # that crosses one of their ends is copied from two shards.
     largest_shard = max(
         (stop - start for start, stop in pairwise([0, *search.trains[0].ends])), default=0
     )
@@ -311,11 +318,12 @@ def plan_blocks(search: Search, memory: int) -> BlockPlan:
     at_once = 1 if search.is_remote else 1 + min(more, torch.get_num_threads() - 1, READERS - 1)
     used = train_rows * sizes.per_train + (at_once - 1) * per_block
     block_queries = (memory - sizes.fixed - used) // sizes.per_query
-    if all(isinstance(rows, TensorRows) for rows in search.trains):
-        train_rows = num_trains
-    if all(isinstance(rows, TensorRows) for rows in search.queries):
-        block_queries = num_queries
-    passes = min(-(-num_queries // max(1, block_queries)), num_queries // _LEAST_QUERIES)
+    if trains_in_memory:
+        train_rows = sizes.num_trains
+    if queries_in_memory:
+        block_queries = sizes.num_queries
+    needed = -(-sizes.num_queries // max(1, block_queries))
+    passes = min(needed, sizes.num_queries // _LEAST_QUERIES)
     return BlockPlan(max(1, passes), max(1, train_rows), at_once)
 
 

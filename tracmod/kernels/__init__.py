@@ -26,7 +26,7 @@ from torch.utils.dlpack import to_dlpack
 
 from tracmod import _C
 
-Layer = Literal["linear", "elementwise", "embedding"]
+LayerKind = Literal["linear", "elementwise", "embedding"]
 Kind = Literal["rademacher", "sjlt", "identity"]
 _MASK_64 = (1 << 64) - 1  # seeds and keys are any Python integers, taken modulo 2^64
 
@@ -38,7 +38,7 @@ def project_gradients(
     *,
     lengths: Tensor | None = None,
     offset: int = 0,
-    layer: Layer = "linear",
+    layer: LayerKind = "linear",
     kind: Kind = "rademacher",
     k_out: int,
     k_in: int,
@@ -66,21 +66,22 @@ def project_gradients(
     every device and for every batch.
 
     Layers that read the same x can be passed in one call, with sequences for `g` and `output_key`.
-    They share one slot of the features, and x is projected only once::
+    They are added to the same columns, and x is projected only once::
 
         out[b, ...] += sum_j vec(R_out_j G_bj R_in^T) = vec((sum_j g_bj R_out_j^T)^T (x_b R_in^T))
 
     An `elementwise` layer (LayerNorm) has the weight gradient `v_d = sum_s g_sd x_sd`, where x is
     the normalised input, and with `bias` also `u_d = sum_s g_sd`. Both are added by a count sketch
-    into the slot of k_out * k_in numbers. In the gradient of an `embedding`, row `id` is the sum of
-    the g_s with `x_s = id`; it is added by a count sketch, too.
+    to columns `offset` to `offset + k_out * k_in`. In the gradient of an `embedding`, row `id` is
+    the sum of the g_s with `x_s = id`; it is added by a count sketch, too.
 
     The result for an example depends on its own tokens only: not on the other examples of the
     batch, the padding or the number of threads.
 
     Args:
         x: Input of the layer, contiguous. linear: (B, S, I) float32 or bfloat16; elementwise: the
-            normalised input (B, S, D); embedding: (B, S) int64 ids. Without S, one token each.
+            normalised input (B, S, D); embedding: (B, S) int64 ids. A 2-d input means one token
+            per example.
         g: Loss gradient at the output of the layer, (B, S, O), or (B, S, D) unless linear; dtype
             and device of a floating-point x, contiguous. For linear layers, unless `kind` is
             identity, also a sequence of 1 to 4 such tensors; O may differ between them.
@@ -88,7 +89,7 @@ def project_gradients(
         lengths: (B,) int64 numbers of tokens; later tokens are padding and are skipped. Lengths on
             the CPU are checked. Lengths on a GPU are not, since that would have to wait for the
             GPU; there, an invalid length turns its row of `out` into NaN.
-        offset: First column of the slot in `out`.
+        offset: First of the k_out * k_in columns of `out` that are added to (the layer's slot).
         layer: Type of the layer: `linear`, `elementwise` or `embedding`.
         kind: Type of the projection: `rademacher`, `sjlt` or `identity` (not for embeddings).
         k_out: Rows of the projected gradient. For identity O (elementwise: 1 + bias).
@@ -107,8 +108,8 @@ def project_gradients(
             one tensor or None per layer if `g` is a sequence.
 
     Raises:
-        ValueError: An argument has an invalid dtype, shape, device, layout or value, or the slot
-            exceeds the K columns of `out`. The message names the argument.
+        ValueError: An argument has an invalid dtype, shape, device, layout or value, or
+            `offset + k_out * k_in` exceeds the K columns of `out`. The message names the argument.
 
     Examples:
         >>> import torch
@@ -208,7 +209,7 @@ def gradient_dot(
     *,
     lengths1: Tensor | None = None,
     lengths2: Tensor | None = None,
-    layer: Layer = "linear",
+    layer: LayerKind = "linear",
     bias: bool = False,
 ) -> None:
     """Add the exact inner products of two batches' per-example gradients of one layer.
@@ -364,7 +365,7 @@ def top_k_dot(
         raise ValueError("top_k_dot: queries: expected at least one tensor, got none")
     expected_groups = None if groups is None else num_groups
     if state is None:
-        result = _empty_ranking(queries[0], k, expected_groups)
+        result = empty_ranking(len(queries[0]), k, expected_groups, queries[0].device)
     else:
         state_groups = None if state.group_sums is None else state.group_sums.shape[-1]
         if state_groups != expected_groups:
@@ -393,12 +394,11 @@ def top_k_dot(
     return result
 
 
-def _empty_ranking(query_QK: Tensor, k: int, num_groups: int | None) -> TopK:
+def empty_ranking(num_queries: int, k: int, num_groups: int | None, device: torch.device) -> TopK:
     """Return the ranking of no training rows, from which `top_k_dot` starts."""
-    device, shape = query_QK.device, (len(query_QK), k)
-    sums = None
+    shape, sums = (num_queries, k), None
     if num_groups is not None:
-        sums = torch.zeros(len(query_QK), num_groups, dtype=torch.float64, device=device)
+        sums = torch.zeros(num_queries, num_groups, dtype=torch.float64, device=device)
     return TopK(
         torch.full(shape, -torch.inf, device=device),
         torch.full(shape, -1, dtype=torch.int64, device=device),
@@ -527,7 +527,7 @@ def _stream(device: torch.device) -> int:
 
 
 def _lengths(lengths: Tensor | None, like: Tensor, g: Tensor, op: str, argument: str) -> Any:
-    """Return the capsule of lengths, checked on the CPU if they are there, on the data's device."""
+    """Return lengths as a capsule on the data's device; check them first if they are on the CPU."""
     if lengths is None:
         return None
     if lengths.device.type == "cpu" and like.device.type != "cpu":
@@ -538,7 +538,7 @@ def _lengths(lengths: Tensor | None, like: Tensor, g: Tensor, op: str, argument:
 
 
 def _columns(columns: Tensor | None, like: Tensor, op: str, argument: str) -> Any:
-    """Return the capsule of column numbers, checked and moved as `_lengths` does."""
+    """Return columns as a capsule on the data's device; check them first if they are on the CPU."""
     if columns is None:
         return None
     if columns.device.type == "cpu" and like.device.type != "cpu":
@@ -549,7 +549,7 @@ def _columns(columns: Tensor | None, like: Tensor, op: str, argument: str) -> An
 
 __all__ = [
     "Kind",
-    "Layer",
+    "LayerKind",
     "QuantizedRows",
     "TopK",
     "build_info",

@@ -153,8 +153,8 @@ class Ranking:
             progress=context.run.progress,
             device=context.device,
             advance=advance,
-            passes=self.parts,
-            only=part,
+            parts=self.parts,
+            part=part,
         )
 
 

@@ -577,7 +577,7 @@ def test_stages_queries_and_verify_on_a_run_folder(tmp_path):
 
     config, run = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(tiny_config().model_dump(mode="json")))
-    assert "no run.json there" in invoke("finetune", run, code=2)
+    assert "no run.json" in invoke("finetune", run, code=2)
     invoke("finetune", run, "--config", config, "--set", "finetune.epochs=1")
     assert "collect needs prune" in invoke("collect", run, code=2)
     for stage in ("prune", "sparse-finetune", "collect", "influence", "analyze", "report"):

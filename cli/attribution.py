@@ -250,6 +250,9 @@ def query(
 
     attributor = Attributor(folder, model, view, mask)
     answer = attributor.query(text, text_b, label, k, languages or None)
+    if attributor.is_cut(text, text_b):
+        length = attributor.source.max_length
+        click.echo(f"tracmod: the text is longer than {length} tokens and was cut", err=True)
     if as_json:
         click.echo(json.dumps(answer, ensure_ascii=False, indent=1))
         return

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -103,6 +104,7 @@ def attribute(options: AttributionOptions) -> None:
     context = AttributionContext(options)
     context.examples  # noqa: B018 (read and checked before the long part begins)
     details: dict[str, Any] = {"projection_choice": None, "fidelity": None}
+    details["cut_texts"] = _report_cut_texts(context)
     top = _exact(context) if options.exact else _projected(context, details)
     num_queries = len(context.tables["query"])
     tables = InfluenceTables(
@@ -131,6 +133,19 @@ def _check_out(out: Path, exact: bool) -> None:
             f"out {out}: holds {other}/ of an attribution {way} --exact; take another folder or "
             f"remove this one"
         )
+
+
+def _report_cut_texts(context: AttributionContext) -> dict[str, int]:
+    """Return how many examples of each file were cut at the maximum length, and print it."""
+    cut = {split: context.num_cut(split) for split in SPLITS}
+    for split, count in cut.items():
+        if count:
+            tqdm.write(
+                f"tracmod: {count} of {len(context.tables[split])} {split} examples are longer "
+                f"than {context.max_length} tokens and were cut (--max-length)",
+                file=sys.stderr,
+            )
+    return cut
 
 
 # --- scores from whole gradients ------------------------------------------------------------

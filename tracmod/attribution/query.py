@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tracmod.attribution.context import num_cut
 from tracmod.attribution.sources import AttributionSource, RunSource, Source
 from tracmod.features.rows import SomeRows, StoreRows
 from tracmod.features.store import FeatureStore
@@ -182,6 +183,12 @@ class Attributor:
             "proponents": self._examples(top.indices[0], top.scores[0]),
             "opponents": self._examples(top.opponent_indices[0], top.opponent_scores[0]),
         }
+
+    def is_cut(self, text_a: str, text_b: str | None = None) -> bool:
+        """Return whether an example has more tokens than the model is given."""
+        table = pa.table({"text_a": [text_a], "text_b": pa.array([text_b], pa.string())})
+        tokenizer = self.source.models[-1][1]
+        return num_cut(tokenizer, table, self.source.max_length) > 0
 
     @cached_property
     def train_stores(self) -> list[FeatureStore]:

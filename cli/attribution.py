@@ -17,6 +17,9 @@ from tracmod.cli.options import (
     VIEW_OPTIONS,
     Bytes,
     CountOrAuto,
+    GivenPath,
+    RealNumber,
+    WholeNumber,
     choice,
     field_option,
     options_of,
@@ -36,7 +39,7 @@ _MODEL_AND_CHECKPOINTS = [
     click.option(
         "--checkpoints",
         "folder",
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        type=GivenPath(exists=True, file_okay=False),
         help="Output folder of a training; every checkpoint-<number> in it is used, in the order "
         "of the numbers.",
     ),
@@ -128,7 +131,7 @@ def attribute(
 )
 @click.option(
     "--recall",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=RealNumber(0, 1, min_open=True),
     default=0.95,
     show_default=True,
     help="Share of the exact top 100 that a search should find; searches are widened to reach it.",
@@ -210,7 +213,11 @@ def _print_index(built: InfluenceIndex, path: Path) -> None:
 )
 @with_options(VIEW_OPTIONS)
 @click.option(
-    "-k", default=5, show_default=True, help="Number of proponents and of opponents to show."
+    "-k",
+    type=WholeNumber(min=1),
+    default=5,
+    show_default=True,
+    help="Number of proponents and of opponents to show.",
 )
 @JSON
 def query(
@@ -243,6 +250,9 @@ def query(
 
     attributor = Attributor(folder, model, view, mask)
     answer = attributor.query(text, text_b, label, k, languages or None)
+    if attributor.is_cut(text, text_b):
+        length = attributor.source.max_length
+        click.echo(f"tracmod: the text is longer than {length} tokens and was cut", err=True)
     if as_json:
         click.echo(json.dumps(answer, ensure_ascii=False, indent=1))
         return
@@ -260,7 +270,7 @@ def query(
 @click.argument("folder", metavar="RUN", type=EXISTING)
 @click.option(
     "--port",
-    type=click.IntRange(1, 65535),
+    type=WholeNumber(1, 65535),
     default=7860,
     show_default=True,
     help="Port to listen on.",

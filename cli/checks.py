@@ -11,7 +11,7 @@ import click
 from tracmod import __version__
 from tracmod.choices import ParameterSet, PassDtype
 from tracmod.cli.errors import fail
-from tracmod.cli.options import EXISTING, JSON, PathOrUrl, choice
+from tracmod.cli.options import EXISTING, JSON, GivenPath, PathOrUrl, WholeNumber, choice
 
 
 @click.command()
@@ -27,12 +27,18 @@ from tracmod.cli.options import EXISTING, JSON, PathOrUrl, choice
 @click.option("--head-mask", type=EXISTING, help="JSON file of a head mask to apply.")
 @click.option(
     "--examples",
-    type=click.IntRange(min=1),
+    type=WholeNumber(min=1),
     default=8,
     show_default=True,
     help="Number of examples, from the start of the file.",
 )
-@click.option("--max-length", default=128, show_default=True, help="Tokens per example.")
+@click.option(
+    "--max-length",
+    type=WholeNumber(),
+    default=128,
+    show_default=True,
+    help="Tokens per example.",
+)
 def check(
     model: str, data: Path, parameters: str, head_mask: Path | None, examples: int, max_length: int
 ) -> None:
@@ -148,9 +154,7 @@ def doctor(as_json: bool) -> None:
 @click.option(
     "--full", is_flag=True, help="Time all cases (minutes) instead of a few (less than a minute)."
 )
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="File to write the results to."
-)
+@click.option("--json", "json_path", type=GivenPath(), help="File to write the results to.")
 def bench(device: str, dtype: str, full: bool, json_path: Path | None) -> None:
     """Check the native ops against float64, then time them.
 

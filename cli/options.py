@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -15,19 +17,56 @@ from tracmod.choices import EngineName, ModelName
 
 Option = Callable[[Any], Any]  # a decorator, as `click.option` returns it
 
-EXISTING = click.Path(exists=True, path_type=Path)
-FOLDER = click.Path(file_okay=False, path_type=Path)
+LARGEST_INT = 2**63 - 1  # of tensors and tables
 
 
-class PathOrUrl(click.Path):
-    """A path, or the URL of object storage as text (a Path would lose one of its slashes)."""
+class GivenPath(click.Path):
+    """A path that is not empty: an empty one, of an unset variable, would be the current folder."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the checked Path."""
+        if not str(value):
+            self.fail("expected a path, got ''.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+EXISTING = GivenPath(exists=True)
+FOLDER = GivenPath(file_okay=False)
+
+
+class PathOrUrl(GivenPath):
+    """A path, or the URL of object storage as text (a Path would lose one of its slashes)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return a URL unchanged and anything else as a checked Path."""
         return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+class WholeNumber(click.IntRange):
+    """A whole number within bounds, and within those of int64."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number."""
+        number = int(super().convert(value, param, ctx))
+        if abs(number) > LARGEST_INT:
+            self.fail(f"expected at most {LARGEST_INT}, got {value}.", param, ctx)
+        return number
+
+
+class RealNumber(click.FloatRange):
+    """A finite number within bounds; NaN would pass any of them."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, got {value}.", param, ctx)
+        return number
 
 
 class Bytes(click.ParamType):
@@ -39,7 +78,13 @@ class Bytes(click.ParamType):
         """Return the number of bytes."""
         from tracmod.config import parse_bytes
 
-        return parse_bytes(value)
+        try:
+            size = parse_bytes(str(value))
+        except (ValueError, OverflowError) as error:
+            self.fail(f"{error}.", param, ctx)
+        if size > LARGEST_INT:
+            self.fail(f"expected at most {LARGEST_INT} bytes, got {value!r}.", param, ctx)
+        return size
 
 
 class CountOrAuto(click.ParamType):
@@ -53,7 +98,8 @@ class CountOrAuto(click.ParamType):
         """Return the number, or None for `auto`."""
         if value == "auto":
             return None
-        if not str(value).isdecimal() or int(value) < 1:
+        is_number = re.fullmatch("[0-9]{1,18}", str(value)) is not None
+        if not is_number or int(value) < 1:
             self.fail(f"expected a whole number from 1 on, or auto, got {value!r}.", param, ctx)
         return int(value)
 
@@ -113,9 +159,8 @@ def field_option(model: type, name: str, **overrides: Any) -> Option:
         settings |= {"type": Bytes(), "default": f"{default / 1e9:g}GB"}
     elif get_origin(annotation) is Literal:
         settings["type"] = choice(annotation)
-    elif bounds:
-        number = click.IntRange if annotation is int else click.FloatRange
-        settings["type"] = number(**bounds)
+    elif annotation in (int, float):
+        settings["type"] = (WholeNumber if annotation is int else RealNumber)(**bounds)
     else:
         settings["type"] = EXISTING if annotation is Path else annotation
     option = f"-{name}" if len(name) == 1 else f"--{name.replace('_', '-')}"
@@ -145,18 +190,19 @@ RUN_OPTIONS = [
     ),
     click.option(
         "--workers",
-        type=click.IntRange(min=1),
+        type=WholeNumber(min=1),
         help="Number of parallel tasks. Default: locally 1, or one per GPU; on Ray as many as fit.",
     ),
     click.option(
         "--worker-cpus",
-        type=click.IntRange(min=1),
+        type=WholeNumber(min=1),
         default=1,
         show_default=True,
         help="Cores and threads of each worker on Ray.",
     ),
     click.option(
         "--memory",
+        type=Bytes(),
         help="Memory for features, rankings and buffers while scoring, such as 4GB (the default). "
         "It suffices for any number of training examples. Short for --set influence.memory=4GB.",
     ),

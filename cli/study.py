@@ -155,7 +155,7 @@ def _stage_command(stage: Stage) -> click.Command:
     return command
 
 
-def _overrides(overrides: tuple[str, ...], memory: str | None, **_: Any) -> tuple[str, ...]:
+def _overrides(overrides: tuple[str, ...], memory: int | None, **_: Any) -> tuple[str, ...]:
     """Return the overrides of the configuration that the options of a run stand for."""
     return overrides if memory is None else (*overrides, f"influence.memory={memory}")
 

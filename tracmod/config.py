@@ -35,7 +35,7 @@ from tracmod.files.yaml_tree import parse_overrides, read_tree, set_value
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TaskConfig(_Section):

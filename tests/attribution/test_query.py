@@ -7,6 +7,7 @@ import re
 import shutil
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -314,7 +315,7 @@ def test_a_model_without_checkpoints_has_weight_1(copy):
     assert answer["proponents"][0]["score"] == pytest.approx(1, rel=1e-5)
 
 
-def test_labels_of_a_model_with_one_output_are_whole_numbers(tmp_path):
+def test_labels_of_a_model_with_one_output_are_numbers(tmp_path):
     save_checkpoints(tmp_path, num_labels=1)
     write_examples(tmp_path / "train.tsv", 10, labels=["1", "5", "3"])
     write_examples(tmp_path / "query.tsv", 3, labels=["1", "5"])
@@ -325,6 +326,38 @@ def test_labels_of_a_model_with_one_output_are_whole_numbers(tmp_path):
     assert ask(tmp_path / "out")["label"] == ask(tmp_path / "out")["prediction"]
     error = invoke("query", tmp_path / "out", TEXT, "--label", "good", code=2)
     assert re.search("label: .*got good", error)
+
+
+def test_targets_of_a_model_with_one_output_are_real_numbers(tmp_path):
+    """The sign of the residual, and with it that of every cosine, depends on the very target."""
+    save_checkpoints(tmp_path, num_labels=1)
+    labels = ["0.25", "-2.75", "1e-3"]
+    write_examples(tmp_path / "train.tsv", 10, labels=labels)
+    write_examples(tmp_path / "query.tsv", 3, labels=labels)
+    attribute(tmp_path, "--projection-dim", 64)
+    examples = pq.read_table(tmp_path / "out/examples.parquet").to_pylist()
+    assert {row["test_label"] for row in examples} == {0.25, -2.75, 0.001}
+    assert "sound" in invoke("verify", tmp_path / "out")
+    attributor = tm.Attributor(tmp_path / "out")
+    for row in attributor.source.train.to_pylist()[:4]:
+        answer = ask(tmp_path / "out", "--label", str(row["label"]), text=row["text_a"])
+        assert answer["label"] == str(row["label"])
+        assert answer["proponents"][0]["score"] == pytest.approx(sum(RATES), rel=1e-4)
+        assert {row["label"] for row in answer["proponents"]} <= {"0.25", "-2.75", "0.001"}
+    below, above = (
+        ask(tmp_path / "out", f"--label={label}")["proponents"] for label in ("-1e3", "1e3")
+    )
+    assert below[0]["id"] != above[0]["id"]
+    for label in ("nan", "inf", "1e39", "1_0", "", "True"):
+        error = invoke("query", tmp_path / "out", TEXT, f"--label={label}", code=2)
+        assert re.search("label: expected a finite number", error), label
+
+
+@pytest.mark.parametrize("name", ["text", "text_b", "label"])
+def test_half_a_surrogate_pair_in_a_query_is_refused(made, name):
+    texts = {"text": TEXT, "text_b": None, "label": None} | {name: "a \ud83d"}
+    with pytest.raises(ValueError, match=rf"^{name} .*U\+D83D"):
+        tm.Attributor(made / "out").query(*texts.values())
 
 
 def test_relative_paths_are_resolved_from_any_working_directory(copy, tmp_path, monkeypatch):

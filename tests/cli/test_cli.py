@@ -93,6 +93,25 @@ def test_attribute_with_little_memory_gives_the_same_result(model_dir, files, tm
         assert shown in output
 
 
+def test_the_number_of_cut_texts_is_printed_and_recorded(model_dir, tmp_path):
+    train, query = write_examples(tmp_path / "t.tsv", 13), write_examples(tmp_path / "q.tsv", 5)
+    tokenizer = load_model(model_dir)[1]
+    texts = [line.split("\t")[2] for line in train.read_text().splitlines()[1:]]
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    limit = max(lengths) - 1  # an example of exactly this length is not cut
+    out = tmp_path / "out"
+    output = invoke(*attribute_command(model_dir, (train, query), out, "--max-length", limit))
+    count = sum(length > limit for length in lengths)
+    assert 0 < count < 13
+    assert f"{count} of 13 train examples are longer than {limit} tokens" in output
+    assert json.loads((out / "run.json").read_text())["cut_texts"]["train"] == count
+    assert f"longer than {limit} tokens" in invoke("query", out, " ".join(TEXTS))
+    assert "longer than" not in invoke("query", out, "the cat")
+    whole = tmp_path / "whole"
+    assert "longer than" not in invoke(*attribute_command(model_dir, (train, query), whole))
+    assert json.loads((whole / "run.json").read_text())["cut_texts"] == {"train": 0, "query": 0}
+
+
 def test_self_influence_is_that_of_the_features(model_dir, files, tmp_path):
     out = tmp_path / "out"
     invoke(*attribute_command(model_dir, files, out))
@@ -577,7 +596,7 @@ def test_stages_queries_and_verify_on_a_run_folder(tmp_path):
 
     config, run = tmp_path / "tiny.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(tiny_config().model_dump(mode="json")))
-    assert "no run.json there" in invoke("finetune", run, code=2)
+    assert "no run.json" in invoke("finetune", run, code=2)
     invoke("finetune", run, "--config", config, "--set", "finetune.epochs=1")
     assert "collect needs prune" in invoke("collect", run, code=2)
     for stage in ("prune", "sparse-finetune", "collect", "influence", "analyze", "report"):

@@ -14,7 +14,31 @@ from click.testing import CliRunner
 from tracmod.attribution.options import AttributionOptions
 from tracmod.choices import MetricKind, Normalization, ParameterSet, PassDtype, StoreDtype
 from tracmod.cli import main
-from tracmod.cli.options import field_option, options_of, with_options
+from tracmod.cli.options import (
+    LARGEST_INT,
+    Bytes,
+    CountOrAuto,
+    GivenPath,
+    RealNumber,
+    WholeNumber,
+    field_option,
+    options_of,
+    with_options,
+)
+
+PARAMETERS = [
+    pytest.param(command, parameter, id=f"{name} {parameter.opts[-1]}")
+    for name, command in main.commands.items()
+    for parameter in command.params
+    if not isinstance(parameter.type, (click.Choice, type(click.STRING), type(click.BOOL)))
+]
+OUT_OF_RANGE = {
+    WholeNumber: ["0.5", "nan", "one", "", str(LARGEST_INT + 1), "9" * 5000],
+    RealNumber: ["nan", "inf", "-inf", "1e999", "half", ""],
+    CountOrAuto: ["0", "-1", "1.5", "nan", "Auto", "", "²", "9" * 5000],
+    Bytes: ["0", "-1GB", "nan", "infGB", "1e400GB", "much", "", "9" * 30],
+    GivenPath: [""],
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +90,58 @@ def test_a_value_out_of_bounds_is_refused_by_name(command, tmp_path, option, val
     assert result.exit_code == 2
     assert f"'{option}'" in result.output
     assert value in result.output
+
+
+@pytest.mark.parametrize(("command", "parameter"), PARAMETERS)
+def test_values_out_of_range_are_refused_by_every_command(command, parameter):
+    """By type: an option of a command to come is refused here if its type checks nothing."""
+    (values,) = [
+        values for kind, values in OUT_OF_RANGE.items() if isinstance(parameter.type, kind)
+    ]
+    minimum = getattr(parameter.type, "min", None)
+    if minimum is not None:
+        values = [*values, str(minimum - 1), *(["0"] if parameter.type.min_open else [])]
+    for value in values:
+        with pytest.raises(click.BadParameter) as caught:
+            parameter.type_cast_value(
+                click.Context(command), (value,) if parameter.multiple else value
+            )
+        assert caught.value.param is parameter, value
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--projection-dim", "0"),
+        ("--share-error", "nan"),
+        ("-k", "0"),
+        ("--max-length", str(LARGEST_INT + 1)),
+        ("--batch-tokens", "-1"),
+        ("--memory", "0"),
+        ("--seed", str(2**64)),
+        ("--out", ""),
+        ("--head-mask", ""),
+    ],
+)
+def test_attribute_refuses_a_value_out_of_range_by_option(tmp_path, option, value):
+    file = tmp_path / "x.tsv"
+    file.write_text("")
+    given = {"--train": str(file), "--query": str(file), "--out": str(tmp_path / "out")}
+    given |= {"--model": str(tmp_path), option: value}
+    arguments = [part for pair in given.items() for part in pair]
+    result = CliRunner().invoke(main, ["attribute", *arguments])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_number_of_a_configuration_is_finite(tmp_path):
+    for override in ("finetune.learning_rate=.nan", "finetune.learning_rate=.inf"):
+        run = ["run", "demo", "--out", str(tmp_path / "run"), "--set", override, "--check"]
+        result = CliRunner().invoke(main, run)
+        assert result.exit_code == 2, result.output
+        assert "finetune.learning_rate" in result.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_attribute_has_the_defaults_and_choices_of_its_dataclass():

@@ -12,12 +12,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -88,7 +91,7 @@ def attribute(options: AttributionOptions) -> None:
     since, only their features are collected; any other change of the examples is refused.
 
     `test_prediction` in examples.parquet is that of the last checkpoint; for a model with one
-    output it is the output rounded to a whole number.
+    output it is the output rounded to a whole number, and `test_label` is float64.
 
     Raises:
         ValueError: Files or labels are not valid, the mask has another shape, the device is not
@@ -101,6 +104,7 @@ def attribute(options: AttributionOptions) -> None:
     context = AttributionContext(options)
     context.examples  # noqa: B018 (read and checked before the long part begins)
     details: dict[str, Any] = {"projection_choice": None, "fidelity": None}
+    details["cut_texts"] = _report_cut_texts(context)
     top = _exact(context) if options.exact else _projected(context, details)
     num_queries = len(context.tables["query"])
     tables = InfluenceTables(
@@ -108,6 +112,8 @@ def attribute(options: AttributionOptions) -> None:
     )
     tables.add(list(range(num_queries)), top)
     tables.write(options.out, bootstrap=1000, confidence=0.95, seed=options.seed)
+    if len(context.label_names) == 1:
+        _write_targets(context)
     seconds = round(time.perf_counter() - started, 3)
     write_json(options.out / "run.json", _record(context, details, seconds))
     shutil.rmtree(options.out / PROGRESS, ignore_errors=True)
@@ -127,6 +133,19 @@ def _check_out(out: Path, exact: bool) -> None:
             f"out {out}: holds {other}/ of an attribution {way} --exact; take another folder or "
             f"remove this one"
         )
+
+
+def _report_cut_texts(context: AttributionContext) -> dict[str, int]:
+    """Return how many examples of each file were cut at the maximum length, and print it."""
+    cut = {split: context.num_cut(split) for split in SPLITS}
+    for split, count in cut.items():
+        if count:
+            tqdm.write(
+                f"tracmod: {count} of {len(context.tables[split])} {split} examples are longer "
+                f"than {context.max_length} tokens and were cut (--max-length)",
+                file=sys.stderr,
+            )
+    return cut
 
 
 # --- scores from whole gradients ------------------------------------------------------------
@@ -232,6 +251,16 @@ def _predictions(context: AttributionContext) -> list[int]:
     if logits_QC.shape[1] == 1:
         return logits_QC[:, 0].round().long().tolist()
     return logits_QC.argmax(dim=1).tolist()
+
+
+def _write_targets(context: AttributionContext) -> None:
+    """Put the targets of a regression into examples.parquet, whose labels are whole numbers."""
+    file = context.options.out / "examples.parquet"
+    examples, queries = pq.read_table(file), context.tables["query"]
+    target_of = dict(zip(queries["id"].to_pylist(), queries["label"].to_pylist(), strict=True))
+    targets = pa.array([target_of[name] for name in examples["test_id"].to_pylist()], pa.float64())
+    position = examples.column_names.index("test_label")
+    write_parquet(file, examples.set_column(position, "test_label", targets))
 
 
 def _record(context: AttributionContext, details: dict[str, Any], seconds: float) -> dict[str, Any]:

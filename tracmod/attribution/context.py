@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.attribution.options import AttributionOptions
 from tracmod.features.collector import collect_to_store
@@ -105,6 +105,14 @@ class AttributionContext:
         """Encode examples as the model takes them."""
         num_labels = len(self.label_names)
         return encode(self.tokenizer, table, self.max_length, num_labels=num_labels)
+
+    def num_cut(self, split: str) -> int:
+        """Return how many examples of a file have more than `max_length` tokens, and were cut."""
+        lengths = [len(example["input_ids"]) for example in self.examples[split]]
+        full = [row for row, length in enumerate(lengths) if length >= self.max_length]
+        return num_cut(
+            self.tokenizer, self.tables[split].take(pa.array(full, pa.int64())), self.max_length
+        )
 
     def data_digest(self, split: str) -> str:
         """Return the SHA-256 of an example file."""
@@ -268,6 +276,16 @@ class AttributionContext:
         """Open a progress bar over the examples of all checkpoints."""
         total = per_checkpoint * len(self.checkpoints)
         return tqdm(total=total, desc="attribute", unit="example", disable=None)
+
+
+def num_cut(tokenizer: PreTrainedTokenizerBase, table: pa.Table, max_length: int) -> int:
+    """Return how many examples of a table have more than `max_length` tokens."""
+    texts = zip(table["text_a"].to_pylist(), table["text_b"].to_pylist(), strict=True)
+    # verbose=False: no warning about a text that is too long for the model, since none is given it.
+    return sum(
+        len(tokenizer(text_a, text_b, truncation=False, verbose=False)["input_ids"]) > max_length
+        for text_a, text_b in texts
+    )
 
 
 def _numbered_checkpoints(options: AttributionOptions) -> list[Checkpoint]:

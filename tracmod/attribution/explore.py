@@ -16,6 +16,7 @@ import jinja2
 
 from tracmod.attribution.query import Attributor
 from tracmod.report.wording.labels import MODEL_NAMES, VIEW_NAMES, influence_unit, power_of_ten
+from tracmod.tasks.files import target_text
 
 try:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported
@@ -48,7 +49,7 @@ class Explorer:
         masks: The languages with a subnetwork; empty for an attribution.
         languages: The languages of the test examples.
         train_languages: The languages of the training examples.
-        labels: The names of the labels; empty for a model with one output, whose labels are whole
+        labels: The names of the labels; empty for a model with one output, whose labels are
             numbers.
         has_pairs: Whether examples have a second text.
         unit: The unit of the scores.
@@ -83,7 +84,7 @@ class Explorer:
         chosen: dict[str, dict[str, list[str]]] = {name: {} for name in self.languages}
         for row in rows:
             by_label = chosen[row["language"]]
-            label = self.labels[row["label"]] if self.labels else str(row["label"])
+            label = self.labels[row["label"]] if self.labels else target_text(row["label"])
             if len(by_label) < EXAMPLES_PER_LANGUAGE and label not in by_label:
                 by_label[label] = [row["text_a"], row["text_b"] or "", row["language"], label]
         return [example for by_label in chosen.values() for example in by_label.values()]

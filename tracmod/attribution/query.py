@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tracmod.attribution.context import num_cut
 from tracmod.attribution.sources import AttributionSource, RunSource, Source
 from tracmod.features.rows import SomeRows, StoreRows
 from tracmod.features.store import FeatureStore
@@ -23,6 +24,7 @@ from tracmod.influence.scores import TopInfluences, top_influences
 from tracmod.models.inputs import as_examples, encode, predict
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import masked
+from tracmod.tasks.files import target_of, target_text, text_fault
 
 # An inexact index returns this many candidates per example wanted, and at least so many in all;
 # exact scores decide among them.
@@ -138,8 +140,9 @@ class Attributor:
 
         Args:
             text_a, text_b: The texts.
-            label: The name of its label (for a model with one output, a whole number). None stands
-                for the prediction of the last checkpoint: the answer then explains it.
+            label: The name of its label (for a model with one output, a number). None stands for
+                the prediction of the last checkpoint, which the answer then explains (for a model
+                with one output, the output rounded to a whole number).
             k: The number of proponents, and of opponents.
             languages: The languages whose training examples are considered; None for all.
 
@@ -156,6 +159,10 @@ class Attributor:
         """
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}")
+        for name, text in (("text", text_a), ("text_b", text_b), ("label", label)):
+            fault = None if text is None else text_fault(text)
+            if fault is not None:
+                raise ValueError(f"{name} {fault}")
         label_number = None if label is None else self._label_number(label)
         rows = self._rows_of(languages)
         table = pa.table(
@@ -176,6 +183,12 @@ class Attributor:
             "proponents": self._examples(top.indices[0], top.scores[0]),
             "opponents": self._examples(top.opponent_indices[0], top.opponent_scores[0]),
         }
+
+    def is_cut(self, text_a: str, text_b: str | None = None) -> bool:
+        """Return whether an example has more tokens than the model is given."""
+        table = pa.table({"text_a": [text_a], "text_b": pa.array([text_b], pa.string())})
+        tokenizer = self.source.models[-1][1]
+        return num_cut(tokenizer, table, self.source.max_length) > 0
 
     @cached_property
     def train_stores(self) -> list[FeatureStore]:
@@ -200,19 +213,20 @@ class Attributor:
 
     # --- the example ------------------------------------------------------------------------
 
-    def _label_number(self, label: str) -> int:
+    def _label_number(self, label: str) -> int | float:
         names = self.source.label_names
         if len(names) == 1:
-            if not label.isdecimal():
-                raise ValueError(f"label: expected a whole number, got {label}")
-            return int(label)
+            target = target_of(label.strip())
+            if target is None:
+                raise ValueError(f"label: expected a finite number, got {label}")
+            return target
         if label not in names:
             raise ValueError(f"label: expected one of {', '.join(names)}, got {label}")
         return names.index(label)
 
-    def _label_name(self, label: int) -> str:
+    def _label_name(self, label: int | float) -> str:
         names = self.source.label_names
-        return str(label) if len(names) == 1 else names[label]
+        return target_text(label) if len(names) == 1 else names[int(label)]
 
     def _predict(self, table: pa.Table) -> tuple[int, dict[str, float] | None]:
         """Return the last checkpoint's label, and its probability of every label."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,10 @@ import pyarrow as pa
 
 from tracmod.config import TaskConfig
 from tracmod.tasks.examples import POOL_SCHEMA, SCHEMA, SPLITS, Corpus, Pool
-from tracmod.tasks.readers import read_rows
+from tracmod.tasks.readers import read_rows, stated_class_names
+
+LARGEST_TARGET = 3.4028234e38  # of float32, in which losses are computed
+MOST_DIGITS = 18  # of a whole number that int64 holds
 
 
 def read_examples(
@@ -28,23 +34,25 @@ def read_examples(
         language: the language of all rows; the file then needs no language column.
         label_names: the names of the classes. Numbers (of JSON or Parquet) are class numbers. Text
             is the name of a class if all labels of the file are names, and a class number
-            otherwise. With None, whole numbers are class numbers, and other labels are numbered in
-            sorted order.
+            otherwise. With a single name, labels are real numbers. With None, the classes are those
+            that the schema of the file names, if it does; else whole numbers are class numbers, and
+            other labels are numbered in sorted order.
 
     Returns:
-        A table with `SCHEMA`, rows in the order of the file.
+        A table with `SCHEMA`, rows in the order of the file. With a single name of a class, the
+        labels are float64.
 
     Raises:
         ValueError: a malformed row; the message names file and line.
     """
     file = _RawFile.read(path, columns or {}, language)
-    if label_names is None:
-        label_names = _distinct_labels([file])
-        if _are_numbers(label_names):
-            label_names = [str(number) for number in range(int(label_names[-1]) + 1)]
-        return file.table(label_names).select(SCHEMA.names)
-    by_name = _labels_are_names([file], label_names)
-    return file.table(label_names, by_name).select(SCHEMA.names)
+    if label_names is not None:
+        return _model_tables([file], label_names)[0]
+    label_names = file.class_names or _distinct_labels([file])
+    number_of = _numbered(label_names)
+    if file.class_names is None and _are_numbers(label_names):
+        number_of = {label: int(label) for label in label_names}
+    return file.numbered_table(number_of).select(SCHEMA.names)
 
 
 def read_model_examples(path: str | Path, label_names: Sequence[str]) -> pa.Table:
@@ -55,22 +63,38 @@ def read_model_examples(path: str | Path, label_names: Sequence[str]) -> pa.Tabl
 def read_model_files(paths: Sequence[str | Path], label_names: Sequence[str]) -> list[pa.Table]:
     """Read files of examples whose labels are the classes of a model, by name or by number.
 
-    Whether labels are names or numbers is decided for all files together, because one file may not
-    tell: if the classes 0 to 4 have the names 1 to 5, a file with the labels 3 and 4 only is
-    ambiguous.
+    - Numbers of JSON lines and Parquet are class numbers.
+    - Where the schema of a Parquet file names the classes of its numbers (`datasets` does), these
+      names count.
+    - Text is names or class numbers. This is decided for all files together, because one file may
+      not tell: if the classes 0 to 4 have the names 1 to 5, a file with the labels 3 and 4 only is
+      ambiguous. Where the files together are neither, each is decided by itself: names in one file
+      and numbers in the other are accepted.
+    - True and false are the classes of these names, or 0 and 1 of two classes without names of
+      their own (`LABEL_0`, `LABEL_1`).
 
     Args:
         paths: files, as for `read_examples`.
         label_names: the model's `id2label`, in the order of the classes. With a single name the
-            model has one output, and labels are any whole numbers.
+            model has one output, and labels are real numbers.
 
     Raises:
-        ValueError: a malformed row (the message names file and line), or labels that could be both
-            names and numbers, of different classes.
+        ValueError: a malformed row (the message names file and line), labels that could be both
+            names and numbers, of different classes, or files whose schemas name other classes.
     """
-    files = [_RawFile.read(path, {}, None) for path in paths]
-    by_name = _labels_are_names(files, label_names)
-    return [file.table(label_names, by_name).select(SCHEMA.names) for file in files]
+    return _model_tables([_RawFile.read(path, {}, None) for path in paths], label_names)
+
+
+def _model_tables(files: Sequence[_RawFile], label_names: Sequence[str]) -> list[pa.Table]:
+    """Return the rows of files, labels as numbers of a model's classes or as its targets."""
+    if len(label_names) == 1:
+        return [file.target_table().select(SCHEMA.names) for file in files]
+    _check_stated_names(files, label_names)
+    by_name = _text_is_names(files, label_names)
+    return [
+        file.class_table(label_names, names).select(SCHEMA.names)
+        for file, names in zip(files, by_name, strict=True)
+    ]
 
 
 def load_files(config: TaskConfig) -> Corpus:
@@ -91,7 +115,9 @@ def load_files(config: TaskConfig) -> Corpus:
         )
     pools = [
         Pool(
-            pa.concat_tables([file.table(label_names) for file in files_of[template]]),
+            pa.concat_tables(
+                [file.numbered_table(_numbered(label_names)) for file in files_of[template]]
+            ),
             tuple(splits),
         )
         for template, splits in splits_of.items()
@@ -138,13 +164,16 @@ class _RawFile:
         path: the file.
         lines: the line number of each row.
         values: column name -> value of each row.
-        typed: whether the label of each row is a number in the file, rather than text.
+        label_kinds: what the label of each row is in the file: text, number, boolean, or stated (a
+            number that the schema of the file has a name for; its value is the name).
+        class_names: the names of the label numbers, if the schema of the file states them.
     """
 
     path: Path
     lines: list[int]
     values: dict[str, list[Any]]
-    typed: list[bool]
+    label_kinds: list[str]
+    class_names: list[str] | None
 
     @classmethod
     def read(cls, path: str | Path, columns: Mapping[str, str], language: str | None) -> _RawFile:
@@ -168,63 +197,148 @@ class _RawFile:
         required = {"id", "text_a", "label", *columns}
         if language is None:
             required.add("language")
-        file = cls(Path(path), [], {name: [] for name in POOL_SCHEMA.names}, [])
+        values: dict[str, list[Any]] = {name: [] for name in POOL_SCHEMA.names}
+        lines: list[int] = []
+        label_kinds: list[str] = []
+        class_names: list[str] | None = None
         ids: set[str] = set()
         for line, row in read_rows(path):
             # Checked in the first row only: later rows of JSON lines may leave out empty values.
-            if not file.lines:
+            if not lines:
                 missing = sorted({names_in_file[name] for name in required} - set(row))
                 if missing:
                     raise ValueError(
                         f"{path}: expected a column {', '.join(missing)}, got {', '.join(row)}"
                     )
-            values = {name: row.get(name_in_file) for name, name_in_file in names_in_file.items()}
+                class_names = stated_class_names(path).get(names_in_file["label"])
+            cells = {name: row.get(name_in_file) for name, name_in_file in names_in_file.items()}
             if language is not None:
-                values["language"] = language
-            file.typed.append(isinstance(values["label"], (int, float)))
-            fault = _clean(values)
-            if fault is None and values["id"] in ids:
-                fault = f"id {values['id']!r} occurs twice"
+                cells["language"] = language
+            kind = _label_kind(cells["label"])
+            fault = _clean(cells)
+            if fault is None and class_names is not None and kind == "number":
+                kind, number = "stated", str(cells["label"])
+                if _are_numbers([number]) and int(number) < len(class_names):
+                    cells["label"] = class_names[int(number)]
+                else:
+                    fault = (
+                        f"unknown label {number}, expected a number from 0 to "
+                        f"{len(class_names) - 1}: the schema names {', '.join(class_names)}"
+                    )
+            if fault is None and cells["id"] in ids:
+                fault = f"id {cells['id']!r} occurs twice"
             if fault is not None:
                 raise ValueError(f"{path}:{line}: {fault}")
-            ids.add(str(values["id"]))
-            file.lines.append(line)
-            for name, value in values.items():
-                file.values[name].append(value)
-        if not file.lines:
+            ids.add(str(cells["id"]))
+            lines.append(line)
+            label_kinds.append(kind)
+            for name, value in cells.items():
+                values[name].append(value)
+        if not lines:
             raise ValueError(f"{path}: expected examples, got none")
-        texts = file.values["text_b"]
+        texts = values["text_b"]
         if any(texts) and not all(texts):
-            line = file.lines[texts.index(None)]
+            line = lines[texts.index(None)]
             raise ValueError(f"{path}:{line}: empty text_b, but other rows have one")
-        return file
+        return cls(Path(path), lines, values, label_kinds, class_names)
 
-    def table(self, label_names: Sequence[str], by_name: bool = True) -> pa.Table:
+    def labels(self, kind: str) -> set[str]:
+        """Return the distinct labels of a kind."""
+        pairs = zip(self.values["label"], self.label_kinds, strict=True)
+        return {label for label, label_kind in pairs if label_kind == kind}
+
+    def numbered_table(self, number_of: Mapping[str, int]) -> pa.Table:
+        """Return the rows with `POOL_SCHEMA`, with the class number of every label, as text."""
+        numbers = [number_of[label] for label in self.values["label"]]
+        return pa.table(self.values | {"label": numbers}, POOL_SCHEMA)
+
+    def class_table(self, label_names: Sequence[str], text_is_names: bool) -> pa.Table:
         """Return the rows as a table with `POOL_SCHEMA`, labels as class numbers.
 
         Args:
             label_names: the names of the classes.
-            by_name: whether labels may be names of classes; else they are class numbers.
+            text_is_names: whether labels of the kind text are names of classes, not numbers.
 
         Raises:
             ValueError: a label is neither.
         """
-        labels = self.values["label"]
-        number_of = {name: number for number, name in enumerate(label_names)}
-        if by_name and all(label in number_of for label in set(labels)):
-            numbers = [number_of[label] for label in labels]
-            return pa.table(self.values | {"label": numbers}, POOL_SCHEMA)
-        # A single name stands for a model with one output, whose labels are values, not classes.
-        limit = len(label_names) if len(label_names) != 1 else None
-        all_numbers = _are_numbers(labels)
-        for line, label in zip(self.lines, labels, strict=True):
-            known = limit is None or int(label) < limit if all_numbers else label in number_of
-            if not known:
+        number_of: dict[tuple[str, str], int | None] = {}
+        numbers = []
+        for line, label, kind in zip(
+            self.lines, self.values["label"], self.label_kinds, strict=True
+        ):
+            if (label, kind) not in number_of:
+                number_of[label, kind] = self._class_number(label, kind, label_names, text_is_names)
+            number = number_of[label, kind]
+            if number is None:
                 raise ValueError(
                     f"{self.path}:{line}: unknown label {label!r}, expected one of "
                     f"{', '.join(label_names)}, or their numbers from 0"
                 )
-        return pa.table(self.values | {"label": [int(label) for label in labels]}, POOL_SCHEMA)
+            numbers.append(number)
+        return pa.table(self.values | {"label": numbers}, POOL_SCHEMA)
+
+    def _class_number(
+        self, label: str, kind: str, label_names: Sequence[str], text_is_names: bool
+    ) -> int | None:
+        """Return the class of a label, or None if it has none."""
+        if kind == "boolean":
+            name = _boolean_name(label, label_names)
+            if name is not None:
+                return label_names.index(name)
+            # A name such as `not_entailment` for class 1 may mean either.
+            unnamed = len(label_names) == 2 and _are_unnamed(label_names)
+            return int(label == "True") if unnamed else None
+        if kind == "stated" and self.class_names is not None:
+            if not _stated_by_number(self.class_names, label_names):
+                return label_names.index(label) if label in label_names else None
+            label = str(self.class_names.index(label))
+        if kind == "text" and text_is_names:
+            name = _boolean_name(label, label_names) or label
+            return label_names.index(name) if name in label_names else None
+        return int(label) if _are_numbers([label]) and int(label) < len(label_names) else None
+
+    def target_table(self) -> pa.Table:
+        """Return the rows with `POOL_SCHEMA`, but labels as float64, the targets of a regression.
+
+        Raises:
+            ValueError: a label is not a number, or too large for float32.
+        """
+        targets = []
+        for line, label, kind in zip(
+            self.lines, self.values["label"], self.label_kinds, strict=True
+        ):
+            target = target_of(label) if kind in ("text", "number") else None
+            if target is None:
+                raise ValueError(
+                    f"{self.path}:{line}: unknown label {label!r}, expected a finite number, "
+                    "because the model has one output"
+                )
+            targets.append(target)
+        label_field = pa.field("label", pa.float64())
+        schema = POOL_SCHEMA.set(POOL_SCHEMA.get_field_index("label"), label_field)
+        return pa.table(self.values | {"label": targets}, schema)
+
+
+def target_of(text: str) -> float | None:
+    """Return the number that a text is, or None if it is none or not finite in float32."""
+    # Not float() alone, which takes `1_000`, `nan` and the digits of other scripts.
+    if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) is None:
+        return None
+    number = float(text)
+    return number if abs(number) <= LARGEST_TARGET else None
+
+
+def target_text(target: float) -> str:
+    """Return the text of a target, without decimals where it is whole."""
+    return repr(float(target)).removesuffix(".0")
+
+
+def _label_kind(label: Any) -> str:
+    """Return what a label is in its file: boolean, number or text."""
+    if isinstance(label, bool):
+        return "boolean"
+    return "number" if isinstance(label, (int, float, Decimal)) else "text"
 
 
 def _clean(row: dict[str, Any]) -> str | None:
@@ -234,8 +348,13 @@ def _clean(row: dict[str, Any]) -> str | None:
     """
     for name in ("id", "language", "group", "split_group", "label"):
         value = row[name]
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # readers give a column of whole numbers with gaps as floats
+        if isinstance(value, (list, tuple, dict, bytes)):
+            return f"{name} is neither text nor a number: {value!r}"
+        if isinstance(value, (float, Decimal)):
+            if not math.isfinite(value):
+                return f"{name} is not finite: {value}"
+            if value == int(value):
+                value = int(value)  # readers give a column of whole numbers with gaps as floats
         row[name] = ("" if value is None else str(value).strip()) or None
     for name in ("id", "language", "label"):
         if row[name] is None:
@@ -244,31 +363,106 @@ def _clean(row: dict[str, Any]) -> str | None:
         if row[name] is not None and not isinstance(row[name], str):
             return f"{name} is not text: {row[name]!r}"
         row[name] = row[name] if row[name] and not row[name].isspace() else None
+    for name, value in row.items():
+        fault = None if value is None else text_fault(value)
+        if fault is not None:
+            return f"{name} {fault}"
     return "empty text_a" if row["text_a"] is None else None
 
 
+def text_fault(text: str) -> str | None:
+    """Return why a text is not Unicode, to follow its name in a message; None if it is."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        surrogate = ord(text[error.start])
+        return f"is not valid Unicode: half of a surrogate pair, U+{surrogate:04X}"
+    return None
+
+
+def _numbered(label_names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(label_names)}
+
+
 def _are_numbers(labels: Iterable[str]) -> bool:
-    return all(label.isascii() and label.isdigit() for label in labels)
+    return all(
+        label.isascii() and label.isdigit() and len(label) <= MOST_DIGITS for label in labels
+    )
 
 
-def _labels_are_names(files: Sequence[_RawFile], label_names: Sequence[str]) -> bool:
-    """Return whether the labels of the files are names of classes rather than their numbers."""
-    if all(all(file.typed) for file in files):
+def _are_unnamed(label_names: Sequence[str]) -> bool:
+    """Return whether names of classes are their numbers only, as transformers gives them."""
+    pattern = re.compile(r"(?:label_)?([0-9]+)", re.IGNORECASE)
+    matches = [pattern.fullmatch(name) for name in label_names]
+    return all(match and match[1] == str(number) for number, match in enumerate(matches))
+
+
+def _boolean_name(label: str, label_names: Sequence[str]) -> str | None:
+    """Return the class that is named true or false like a label, in any case."""
+    if label in label_names or label.casefold() not in ("true", "false"):
+        return label if label in label_names else None
+    same = [name for name in label_names if name.casefold() == label.casefold()]
+    return same[0] if len(same) == 1 else None
+
+
+def _stated_by_number(class_names: Sequence[str], label_names: Sequence[str]) -> bool:
+    """Return whether the numbers of a file are a model's, because one of both has no names."""
+    if set(class_names) <= set(label_names):
         return False
-    labels = set(_distinct_labels(files))
-    numbers = [str(number) for number in range(len(label_names))]
-    if not labels <= set(label_names):
-        return False
-    if labels <= set(numbers) and any(label_names[int(label)] != label for label in labels):
+    return _are_unnamed(class_names) or _are_unnamed(label_names)
+
+
+def _check_stated_names(files: Sequence[_RawFile], label_names: Sequence[str]) -> None:
+    """Refuse files whose schemas give the same numbers other names, where numbers count."""
+    stated = [
+        (file.path, file.class_names)
+        for file in files
+        if file.class_names is not None and _stated_by_number(file.class_names, label_names)
+        and not _are_unnamed(file.class_names)
+    ]  # fmt: skip
+    for path, class_names in stated[1:]:
+        if class_names != stated[0][1]:
+            raise ValueError(
+                f"{path}: expected the classes {', '.join(stated[0][1])} in its schema, as in "
+                f"{stated[0][0]}, got {', '.join(class_names)}; the model has no names that could "
+                "tell which are which"
+            )
+
+
+def _text_is_names(files: Sequence[_RawFile], label_names: Sequence[str]) -> list[bool]:
+    """Return, for each file, whether labels that are text are names of classes, not numbers."""
+    texts = [
+        {_boolean_name(label, label_names) or label for label in file.labels("text")}
+        for file in files
+    ]
+    labels, names = set().union(*texts), set(label_names)
+    if not labels <= names:
+        # In one file names, in another one numbers; or else a label that is neither.
+        numbers = _are_numbers(labels)
+        return [not numbers and (own <= names or not _are_numbers(own)) for own in texts]
+    digits = [str(number) for number in range(len(label_names))]
+    # Numbers beside names that are numbers, too: were they meant as names?
+    typed = {
+        label
+        for file in files
+        for label in file.labels("number")
+        if labels and label in names and label_names.index(label) != int(label)
+    }
+    ambiguous = labels <= set(digits) and any(label_names[int(label)] != label for label in labels)
+    if ambiguous or typed:
         raise ValueError(
-            f"{files[0].path}: labels {', '.join(sorted(labels))} are names of the classes "
+            f"{files[0].path}: labels {', '.join(sorted(labels | typed))} are names of the classes "
             f"{', '.join(label_names)} and could also be their numbers from 0; "
             f"write class numbers as numbers, in JSON lines or Parquet"
         )
-    return True
+    return [True] * len(files)
 
 
 def _distinct_labels(files: Iterable[_RawFile]) -> list[str]:
-    """Return the labels of the files, sorted as numbers if all are numbers."""
+    """Return the labels of the files, in the order of their schemas, of numbers or of text."""
+    files = list(files)
     labels = {label for file in files for label in file.values["label"]}
+    stated = files[0].class_names
+    if stated is not None and all(file.class_names == stated for file in files):
+        return [name for name in stated if name in labels]
     return sorted(labels, key=int) if _are_numbers(labels) else sorted(labels)

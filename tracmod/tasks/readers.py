@@ -45,6 +45,39 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     return _with_clear_errors(reader, path)
 
 
+def stated_class_names(path: str | Path) -> dict[str, list[str]]:
+    """Return the names of the classes that a Parquet file states in its schema, by column.
+
+    `datasets` writes the columns of its feature `ClassLabel` as numbers, and the name of each
+    number into the metadata of the schema. Other formats state nothing. (Dictionaries of Arrow need
+    no such care: their rows are read as the names themselves.)
+    """
+    path = Path(path)
+    if ".parquet" not in [suffix.lower() for suffix in path.suffixes[-2:]]:
+        return {}
+    try:
+        with _open(path) as file:
+            metadata = pq.read_schema(io.BytesIO(file.read())).metadata or {}
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if feature.get("_type") == "ClassLabel" and feature.get("names")
+        }
+    except KeyError:
+        return {}  # not written by `datasets`, or without features
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        pa.ArrowException,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise ValueError(f"{path}: the schema cannot be read: {error}") from None
+
+
 def _with_clear_errors(reader: Callable[[Path], Iterator[Row]], path: Path) -> Iterator[Row]:
     """Yield the rows, and turn the errors of reading and decompressing into ValueErrors."""
     try:
@@ -122,25 +155,58 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON: {error.msg}") from None
+            row = json.loads(line, object_pairs_hook=_distinct_keys)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise ValueError(f"{path}:{number}: not valid JSON: {reason}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
         yield number, row
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict; of a repeated key, json would take the last value."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"expected distinct keys, got {', '.join(repeated)} twice")
+    return row
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with _open(path) as file:
             source = pq.ParquetFile(io.BytesIO(file.read()))
+            names = source.schema_arrow.names
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise ValueError(
+                    f"{path}: expected distinct columns, got {', '.join(repeated)} twice"
+                )
             number = 0
             for batch in source.iter_batches():
-                for row in batch.to_pylist():
+                for row in _parquet_rows(path, number, batch):
                     number += 1
                     yield number, row
     except pa.ArrowException as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from None
+
+
+def _parquet_rows(path: Path, before: int, batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Return the rows of a batch; a value that is no Python value is named by its row.
+
+    Such values are text that is not UTF-8, and dates beyond those of Python.
+    """
+    try:
+        return cast(list[dict[str, Any]], batch.to_pylist())
+    except (ValueError, OverflowError) as error:
+        for position in range(len(batch)):
+            try:
+                batch.slice(position, 1).to_pylist()
+            except (ValueError, OverflowError) as fault:
+                raise ValueError(f"{path}:{before + position + 1}: {fault}") from None
+        raise ValueError(f"{path}: {error}") from None
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -250,6 +250,25 @@ def test_checkpoints_saved_by_steps_are_taken_in_their_order(model_dir, files, t
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [((0.0,), "above 0.*got 0"), ((0.0, 0.0), "above 0.*got 0"), ((0.1, -0.2), r"got -0\.2")],
+)
+def test_learning_rates_that_make_no_weights_are_refused(
+    model_dir, files, tmp_path, rates, message
+):
+    given = []
+    for step, rate in enumerate(rates, 1):
+        path = trainer_checkpoint(model_dir, tmp_path / f"checkpoint-{step}", step, step)
+        state = json.loads((path / "trainer_state.json").read_text())
+        state["log_history"][0]["learning_rate"] = rate
+        (path / "trainer_state.json").write_text(json.dumps(state))
+        given += ["--checkpoint", path]
+    error = invoke(*attribute_command(model_dir, files, tmp_path / "out", *given), code=2)
+    assert re.search(message, error)
+    assert not (tmp_path / "out").exists()
+
+
 def test_long_texts_are_cut_where_the_tokenizer_states_no_limit(model_dir, files, tmp_path):
     folder = tmp_path / "unlimited"
     shutil.copytree(model_dir, folder)

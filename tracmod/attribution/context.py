@@ -300,7 +300,11 @@ def _numbered_checkpoints(options: AttributionOptions) -> list[Checkpoint]:
 
 
 def _weights(checkpoints: Sequence[Checkpoint]) -> list[float]:
-    """Return the learning rates of the checkpoints, or 1 each where no checkpoint has one."""
+    """Return the learning rates of the checkpoints, or 1 each where no checkpoint has one.
+
+    Raises:
+        ValueError: Only some have one, one is negative, or all are 0.
+    """
     rates = [checkpoint.learning_rate for checkpoint in checkpoints]
     if all(rate is None for rate in rates):
         return [1.0] * len(rates)
@@ -310,4 +314,15 @@ def _weights(checkpoints: Sequence[Checkpoint]) -> list[float]:
                 f"{checkpoint.path}: expected a learning rate, as the other checkpoints have, in "
                 f"tracmod.json or trainer_state.json, found none"
             )
+        if checkpoint.learning_rate < 0:
+            raise ValueError(
+                f"{checkpoint.path}: expected a learning rate of 0 or more, got "
+                f"{checkpoint.learning_rate}"
+            )
+    if not any(rates):
+        raise ValueError(
+            f"{checkpoints[0].path}: expected a learning rate above 0 at one checkpoint or more, "
+            f"got 0 at all {len(rates)}: every score would be 0. A scheduler's last logged rate is "
+            f"0; tracmod.TracInCallback records the mean rate of the steps instead"
+        )
     return [float(rate) for rate in rates if rate is not None]

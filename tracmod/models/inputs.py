@@ -23,6 +23,21 @@ from tracmod.models.architecture import embeddings_module, max_positions
 Example = dict[str, Any]  # input_ids, attention_mask, labels and perhaps token_type_ids
 
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
+# Inputs of some models that the engine does not pass on. Without them the model would compute
+# something else than the user's, so a dataset that has them is refused.
+OTHER_INPUTS = (
+    "position_ids",
+    "inputs_embeds",
+    "bbox",
+    "lang_ids",
+    "langs",
+    "entity_ids",
+    "entity_attention_mask",
+    "entity_position_ids",
+    "global_attention_mask",
+    "visual_embeds",
+    "pixel_values",
+)
 
 # Largest number of padding tokens in a batch. Computing that many costs about as much as starting
 # another batch does on a CPU; without a limit, a few examples of many lengths would make a batch of
@@ -104,7 +119,8 @@ def as_examples(
 
     Raises:
         ValueError: the dataset is a dict of columns, a row is no dict, has no input_ids, no labels
-            or no tokens, or its mask or token types have another length than its input_ids.
+            or no tokens, has an input that is not passed to the model, such as position_ids, or its
+            mask or token types have another length than its input_ids.
     """
     if isinstance(dataset, Mapping):
         raise ValueError(
@@ -135,7 +151,12 @@ def as_examples(
 
 
 def _column_problem(example: Mapping[str, Any]) -> str | None:
-    """Return what a row lacks, to follow "expected" in a message, or None if it is complete."""
+    """Return what is wrong with a row, to follow "expected" in a message, or None."""
+    for column in OTHER_INPUTS:
+        if column in example:
+            return (
+                f"none of the inputs {', '.join(OTHER_INPUTS)}, which are not passed, got {column}"
+            )
     for column in ("input_ids", "labels"):
         if column not in example:
             return f"{column}, got only {', '.join(example)}"

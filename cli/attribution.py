@@ -80,7 +80,7 @@ def attribute(
     normalize: str,
     **options: Any,
 ) -> None:
-    """Attribute predictions of any model to training examples.
+    """Attribute predictions of your own classifier to training examples.
 
     Finds the training examples that raised or lowered the loss of each query, and sums their
     influence by language.
@@ -282,7 +282,7 @@ def query(
     help="Address to listen on. Any address but the default lets other machines send queries.",
 )
 def explore(folder: Path, port: int, host: str) -> None:
-    """Serve a page with the proponents of a typed sentence.
+    """Serve a page that shows the proponents of a sentence that you type.
 
     RUN is a run folder or a folder of `tracmod attribute` (which has no subnetworks). For a typed
     sentence, the page shows the prediction, the languages of the strongest training examples, and

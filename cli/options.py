@@ -181,11 +181,11 @@ RUN_OPTIONS = [
         type=choice(EngineName),
         default="local",
         show_default=True,
-        help="Where pruning, collecting and scoring run: on this machine, or on a Ray cluster.",
+        help="Where pruning, collecting, scoring and retraining run: here or on a Ray cluster.",
     ),
     click.option(
         "--address",
-        help="Address of the Ray cluster; auto: the one begun on this machine with `ray start`. "
+        help="Address of the Ray cluster; auto: the one started on this machine with `ray start`. "
         "Default: Ray on this machine, for this command only.",
     ),
     click.option(
@@ -204,7 +204,7 @@ RUN_OPTIONS = [
         "--memory",
         type=Bytes(),
         help="Memory for features, rankings and buffers while scoring, such as 4GB (the default). "
-        "It suffices for any number of training examples. Short for --set influence.memory=4GB.",
+        "Features are read in blocks within it. The same as --set influence.memory=SIZE.",
     ),
 ]
 VIEW_OPTIONS = [

@@ -155,8 +155,7 @@ def search_rows(
         num_groups = None if search.groups_N is None else search.num_groups
         results = [kernels.empty_ranking(0, search.k, num_groups, search.device)]
     fields = [
-        None if blocks[0] is None else torch.cat(blocks).to(search.device)
-        for blocks in zip(*results, strict=True)
+        None if blocks[0] is None else torch.cat(blocks) for blocks in zip(*results, strict=True)
     ]
     return kernels.TopK(*fields)  # type: ignore[arg-type]
 

@@ -279,6 +279,15 @@ class TopK(NamedTuple):
         opponent_scores: (Q, k) float32, ascending.
         opponent_indices: (Q, k) int64.
         group_sums: (Q, G) float64 sums of the scores of all training rows of each group, or None.
+
+    Examples:
+        >>> import torch
+        >>> from tracmod import kernels
+        >>> top = kernels.top_k_dot([torch.eye(2)], [torch.tensor([[2.0, 5.0], [3.0, 1.0]])], k=1)
+        >>> top.scores, top.indices
+        (tensor([[3.],
+                [5.]]), tensor([[1],
+                [0]]))
     """
 
     scores: Tensor
@@ -414,6 +423,14 @@ class QuantizedRows(NamedTuple):
     Attributes:
         codes: (N, K) int8, from -127 to 127.
         scales: (N,) float32, the value of a code of 1 in each row.
+
+    Examples:
+        >>> import torch
+        >>> from tracmod import kernels
+        >>> rows = kernels.quantize_rows(torch.tensor([[127.0, -50.0], [0.0, 0.0]]))
+        >>> rows.codes, rows.scales
+        (tensor([[127, -50],
+                [  0,   0]], dtype=torch.int8), tensor([1., 0.]))
     """
 
     codes: Tensor

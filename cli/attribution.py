@@ -214,7 +214,7 @@ def _print_index(built: InfluenceIndex, path: Path) -> None:
 @with_options(VIEW_OPTIONS)
 @click.option(
     "-k",
-    type=WholeNumber(min=1),
+    type=WholeNumber(),
     default=5,
     show_default=True,
     help="Number of proponents and of opponents to show.",

@@ -353,6 +353,14 @@ def test_targets_of_a_model_with_one_output_are_real_numbers(tmp_path):
         assert re.search("label: expected a finite number", error), label
 
 
+def test_an_empty_text_is_refused_and_an_empty_second_text_is_none(made):
+    for text in ("", " \n"):
+        with pytest.raises(ValueError, match=r"^text: .*empty"):
+            tm.Attributor(made / "out").query(text)
+    attributor = tm.Attributor(made / "out")
+    assert attributor.query(TEXT, " ") == attributor.query(TEXT)
+
+
 @pytest.mark.parametrize("name", ["text", "text_b", "label"])
 def test_half_a_surrogate_pair_in_a_query_is_refused(made, name):
     texts = {"text": TEXT, "text_b": None, "label": None} | {name: "a \ud83d"}

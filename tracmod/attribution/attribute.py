@@ -104,7 +104,6 @@ def attribute(options: AttributionOptions) -> None:
     context = AttributionContext(options)
     context.examples  # noqa: B018 (read and checked before the long part begins)
     details: dict[str, Any] = {"projection_choice": None, "fidelity": None}
-    details["cut_texts"] = _report_cut_texts(context)
     top = _exact(context) if options.exact else _projected(context, details)
     num_queries = len(context.tables["query"])
     tables = InfluenceTables(
@@ -114,6 +113,7 @@ def attribute(options: AttributionOptions) -> None:
     tables.write(options.out, bootstrap=1000, confidence=0.95, seed=options.seed)
     if len(context.label_names) == 1:
         _write_targets(context)
+    details["cut_texts"] = _report_cut_texts(context)  # at the end: a refusal is one line
     seconds = round(time.perf_counter() - started, 3)
     write_json(options.out / "run.json", _record(context, details, seconds))
     shutil.rmtree(options.out / PROGRESS, ignore_errors=True)

@@ -163,6 +163,9 @@ class Attributor:
             fault = None if text is None else text_fault(text)
             if fault is not None:
                 raise ValueError(f"{name} {fault}")
+        if not text_a.strip():
+            raise ValueError("text: expected a text, got an empty one")
+        text_b = text_b if text_b and not text_b.isspace() else None  # as in files
         label_number = None if label is None else self._label_number(label)
         rows = self._rows_of(languages)
         table = pa.table(

@@ -271,9 +271,11 @@ class _RawFile:
                 number_of[label, kind] = self._class_number(label, kind, label_names, text_is_names)
             number = number_of[label, kind]
             if number is None:
+                expected = f"one of {', '.join(label_names)}, or their numbers from 0"
+                if kind == "boolean":
+                    expected += " (a boolean only for two classes without names)"
                 raise ValueError(
-                    f"{self.path}:{line}: unknown label {label!r}, expected one of "
-                    f"{', '.join(label_names)}, or their numbers from 0"
+                    f"{self.path}:{line}: unknown label {label!r}, expected {expected}"
                 )
             numbers.append(number)
         return pa.table(self.values | {"label": numbers}, POOL_SCHEMA)

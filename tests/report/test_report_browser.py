@@ -350,7 +350,7 @@ def test_controls_figures_and_headings_are_named_and_in_order(visit: Visit) -> N
     assert page.get_attribute("html", "lang") == "en"
 
 
-# Every visible text with its colour, and the first colour behind it that is not transparent.
+# Every visible text with its color, and the first color behind it that is not transparent.
 TEXTS = """() => {
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), texts = [];
   while (walker.nextNode()) {
@@ -370,8 +370,8 @@ TEXTS = """() => {
 }"""
 
 
-# For each number on a half transparent square: its colour, colour and opacity of the square, and
-# the colour of the page.
+# For each number on a half transparent square: its color, color and opacity of the square, and
+# the color of the page.
 COUNTS = """() => [...document.querySelectorAll(".heads .count")].map((one) => {
   const square = getComputedStyle(one.previousElementSibling);
   return [getComputedStyle(one).fill, square.fill, Number(square.fillOpacity),
@@ -442,7 +442,7 @@ def _on_scale(steps: list, position: float) -> list[float]:
     raise AssertionError(position)
 
 
-def test_figures_follow_the_colour_scheme(visit: Visit) -> None:
+def test_figures_follow_the_color_scheme(visit: Visit) -> None:
     visit.page.locator("#reliance").scroll_into_view_if_needed()
     plot = visit.page.locator("#reliance .plot[data-drawn]").first
     light = plot.evaluate("(one) => one.layout.font.color")

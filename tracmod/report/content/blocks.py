@@ -17,7 +17,7 @@ from tracmod.report.content.figures import BarCharts, Chart, HeatMaps, Series
 from tracmod.report.content.subnetworks import head_matrix
 from tracmod.report.wording import labels as words
 
-# Part of a layer -> its name and colour.
+# Part of a layer -> its name and color.
 _PARTS = {
     "heads": ("heads", "series-0"),
     "layers": ("rest of the layer", "series-4"),
@@ -26,7 +26,7 @@ _PARTS = {
 
 
 def blocks(tables: AnalysisTables) -> Iterator[HeatMaps | BarCharts]:
-    """In-language influence through each head and by layer, a panel per view."""
+    """Yield in-language influence through each head and by layer, with a panel per view."""
     table = tables.table("blocks")
     known = table[table["in_language"].notna()] if len(table) else table
     if not len(known):
@@ -59,7 +59,7 @@ def blocks(tables: AnalysisTables) -> Iterator[HeatMaps | BarCharts]:
 
 
 def block_differences(tables: AnalysisTables) -> Iterator[HeatMaps]:
-    """In-language minus cross-language influence through each head, a panel per view."""
+    """Yield in-language minus cross-language influence through each head, with a panel per view."""
     table = tables.table("blocks")
     if len(table):
         heads = table.dropna(subset=["head", "in_language", "cross_language"])
@@ -79,7 +79,7 @@ def _head_maps(
     color_axis: str,
     caption: str,
 ) -> Iterator[HeatMaps]:
-    """Return a figure per model with a map of layers and heads per view, on one scale."""
+    """Yield a figure per model with a map of layers and heads per view, on one scale."""
     factor, unit = tables.scaling(values)
     top = float(values.abs().max() * factor) or 1.0
     heads = heads.assign(value=factor * values)

@@ -1,7 +1,7 @@
 """Figures as data: what a figure shows, independent of the library that draws it.
 
 A figure has one or more panels that share their axes, unit and scale. `html/plotly_plots.py` and
-`paper/matplotlib_plots.py` draw it. Colours are names in `html/page.css`: of a view such as
+`paper/matplotlib_plots.py` draw it. Colors are names in `html/page.css`: of a view such as
 `subnetwork`, or `series-0` to `series-7`.
 
 Shape legend: R rows, C columns of a heat map.
@@ -94,7 +94,7 @@ class _Figure:
     Attributes:
         name: file name of the figure in a paper, without ending.
         x_axis, y_axis: what the axes show.
-        unit: unit of the values (of a chart's y axis, or of a heat map's colours).
+        unit: unit of the values (of a chart's y axis, or of a heat map's colors).
         tab: the report shows the figures of a section that have the same tab together.
         heading: heading above the figure in the report.
         caption: how to read the figures of the tab.
@@ -115,13 +115,13 @@ class HeatMaps(_Figure):
 
     Attributes:
         panels: the matrices.
-        color_axis: what the colours show; "": the figure has no scale of colours.
+        color_axis: what the colors show; "": the figure has no scale of colors.
         scale: `mask` is for 0 and 1.
-        limits: values at the ends of the colour scale. None: each matrix has a scale of its own,
+        limits: values at the ends of the color scale. None: each matrix has a scale of its own,
             from minus to plus its largest absolute value.
         digits: decimals of the numbers in the cells, in order of preference.
         signed: positive numbers have a plus sign.
-        mark: a value that is marked on the colour scale.
+        mark: a value that is marked on the color scale.
         bold: what bold numbers are.
     """
 
@@ -135,7 +135,7 @@ class HeatMaps(_Figure):
     bold: str = ""
 
     def limits_of(self, matrix: Matrix) -> tuple[float, float]:
-        """Return the values at the ends of a matrix's colour scale."""
+        """Return the values at the ends of a matrix's color scale."""
         if self.limits is not None:
             return self.limits
         top = float(np.nanmax(np.abs(matrix.values_RC))) or 1.0
@@ -202,5 +202,5 @@ def with_unit(text: str, unit: str) -> str:
 
 
 def series_color(position: int) -> str:
-    """Colour of the series at a position; colours repeat after eight."""
+    """Color of the series at a position; colors repeat after eight."""
     return f"series-{position % 8}"

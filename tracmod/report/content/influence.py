@@ -1,4 +1,7 @@
-"""Figures of influence between languages: matrices, changes, own-language shares, accuracy."""
+"""Figures of influence between languages: matrices, changes, own-language shares, accuracy.
+
+Shape legend: R test languages, C training languages.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,9 @@ _MATRIX_CAPTIONS = {
 
 
 def influence(tables: AnalysisTables) -> Iterator[HeatMaps]:
-    """Test language x training language per measure and model, a panel per view.
+    """Yield test language x training language per measure and model, with a panel per view.
 
-    All matrices of a measure share one colour scale.
+    All matrices of a measure share one color scale.
     """
     table = tables.table("matrices")
     for measure in MEASURES if len(table) else ():
@@ -71,7 +74,7 @@ def influence(tables: AnalysisTables) -> Iterator[HeatMaps]:
 
 
 def changes(tables: AnalysisTables) -> Iterator[HeatMaps]:
-    """Differences between views and between models, a panel per comparison; clear ones are bold."""
+    """Yield differences between views and models, with a panel per comparison; clear ones bold."""
     table = tables.table("changes")
     for measure in MEASURES if len(table) else ():
         factor, color_axis, unit = measure_axis(tables, table, measure, change=True)
@@ -171,7 +174,7 @@ def _common_null_share(table: pd.DataFrame) -> float | None:
 
 
 def reliance(tables: AnalysisTables) -> Iterator[BarCharts]:
-    """Own-language share over all test examples and per language: a bar per view."""
+    """Yield own-language shares, over all test examples and per language, with a bar per view."""
     table = tables.table("matrices")
     own = table[table["test_language"] == table["train_language"]] if len(table) else table
     for measure in SHARES if len(own) else ():
@@ -209,7 +212,7 @@ def reliance(tables: AnalysisTables) -> Iterator[BarCharts]:
 
 
 def reliance_by_k(tables: AnalysisTables) -> Iterator[LineCharts]:
-    """Own-language share against the number of strongest examples that are counted."""
+    """Yield own-language shares against the number of strongest examples that are counted."""
     table = tables.table("shares_by_k")
     for measure in SHARES if len(table) and table["k"].nunique() > 1 else ():
         panels = []
@@ -235,7 +238,7 @@ def reliance_by_k(tables: AnalysisTables) -> Iterator[LineCharts]:
 
 
 def course(tables: AnalysisTables) -> Iterator[LineCharts]:
-    """Own-language share at each epoch alone: mean over languages, and per language by view."""
+    """Yield own-language shares at each epoch: mean over languages, and per language and view."""
     table = tables.table("course")
     if not len(table):
         return
@@ -294,7 +297,7 @@ def _in_order(
 
 
 def accuracy(tables: AnalysisTables) -> Iterator[LineCharts]:
-    """Test accuracy over the epochs, a line per language, a panel per model."""
+    """Yield test accuracy over the epochs, with a line per language and a panel per model."""
     results = tables.summary["accuracy"]
     panels = [
         Chart(words.MODEL_NAMES[model], [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ _PROBABILITIES = ("p_value", "p_adjusted", "probability")
 
 
 def result_tables(tables: AnalysisTables) -> Iterator[Table]:
-    """Return each table of `analysis/` and `retraining/`, and each language x language matrix."""
+    """Yield each table of `analysis/` and `retraining/`, and each language x language matrix."""
     for path in sorted(tables.folder.glob("*.parquet")):
         if len(rows := pd.read_parquet(path)):
             yield table_of(tables, path.stem, rows)
@@ -92,7 +93,7 @@ def fidelity(tables: AnalysisTables) -> Table:
 
 
 def _influence_matrices(tables: AnalysisTables) -> Iterator[Table]:
-    """Return a matrix per measure, model and view, and per comparison of these."""
+    """Yield a matrix per measure, model and view, and per comparison of these."""
     for source, keys, kind in (
         ("matrices", ["model", "view"], "influence"),
         ("changes", ["model", "view", "base_model", "base_view"], "change"),
@@ -173,19 +174,16 @@ def _matrix(
     note: str = "",
 ) -> Table:
     """Return a matrix of test languages x training languages, in one unit and format."""
-    suffixes = [end for end in ("", "_low", "_high") if f"{measure}{end}" in rows.columns]
-    wide, languages = spread(
-        rows, "test_language", ["train_language"], {end: f"{measure}{end}" for end in suffixes}
-    )
+    ends = (f"{measure}_low", f"{measure}_high") if f"{measure}_low" in rows else None
+    column = Column(measure, measure, ends=ends)
+    wide, spread_columns = spread(rows, "test_language", ["train_language"], column)
     write, unit = _format(measure, wide.iloc[:, 1:], is_change, tables.unit)
     columns = [Column("test_language", "test language", is_number=False)]
-    for (language,) in languages:
-        ends = (f"{language}_low", f"{language}_high") if len(suffixes) > 1 else None
-        columns.append(Column(language, language, write, ends=ends))
+    columns += [replace(one, write=write) for one in spread_columns.values()]
     what = f"{'change in ' if is_change else ''}{_HEADERS[measure]}"
     notes = [f"{what} ({unit})" if unit else what, "rows: language of the test examples",
              "columns: language of the training examples"]  # fmt: skip
-    if len(suffixes) > 1:
+    if ends:
         notes.append(f"in brackets: {tables.summary['settings']['confidence']:.0%} interval")
     return Table(name, wide, columns, "; ".join([*notes, *([note] if note else [])]))
 

@@ -1,4 +1,7 @@
-"""Figures of the comparison of influence with actual retraining, from `retraining/`."""
+"""Figures of the comparison of influence with actual retraining, from `retraining/`.
+
+Shape legend: R rows, C columns of a matrix.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from tracmod.report.wording.labels import power_of_ten, superscript
 from tracmod.report.wording.retraining import method_name
 from tracmod.validation.retraining import RANDOM
 
-# Level of the score -> name of its bars, and their colour.
+# Level of the score -> name of its bars, and their color.
 _LEVELS = {
     "example": ("loss of a test example", "series-0"),
     "language": ("mean loss of a test language", "series-4"),
@@ -20,7 +23,7 @@ _LEVELS = {
 
 
 def lds(tables: AnalysisTables) -> Iterator[BarCharts]:
-    """Linear datamodeling score of each method, for test examples and for test languages."""
+    """Yield the linear datamodeling score of each method, for test examples and test languages."""
     table = tables.retraining_table("lds")
     if not len(table):
         return
@@ -39,7 +42,7 @@ def lds(tables: AnalysisTables) -> Iterator[BarCharts]:
 
 
 def leave_one_out(tables: AnalysisTables) -> Iterator[HeatMaps]:
-    """What leaving a language out changed, and what each method predicts."""
+    """Yield what leaving a language out changed, and what each method predicts."""
     table = tables.retraining_table("leave_one_out")
     if not len(table):
         return
@@ -58,7 +61,7 @@ def leave_one_out(tables: AnalysisTables) -> Iterator[HeatMaps]:
         tab="Without a language",
         caption="Blue: the loss of the test language rises when the training language is left out; "
         "orange: it falls. Predictions are sums of the scores of the training language's examples, "
-        "in the unit of the method; each matrix has its own colour scale.",
+        "in the unit of the method; each matrix has its own color scale.",
         x_axis="language left out",
         y_axis="test language",
         panels=panels,
@@ -69,7 +72,7 @@ def leave_one_out(tables: AnalysisTables) -> Iterator[HeatMaps]:
 
 
 def removal(tables: AnalysisTables) -> Iterator[HeatMaps]:
-    """Change in loss and accuracy of each test language without each method's strongest."""
+    """Yield the change in loss and accuracy per test language without the strongest examples."""
     table = tables.retraining_table("removal")
     own = table[table["test_language"].notna()] if len(table) else table
     if not len(own):

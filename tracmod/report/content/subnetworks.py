@@ -44,7 +44,7 @@ _SIMILARITIES = {
 
 
 def subnetworks(tables: AnalysisTables) -> Iterator[HeatMaps]:
-    """Which heads each language's subnetwork keeps, and how many languages keep each head."""
+    """Yield which heads each language's subnetwork keeps, and how many languages keep each head."""
     masks = tables.run.masks
     if not masks:
         return
@@ -79,7 +79,7 @@ def subnetworks(tables: AnalysisTables) -> Iterator[HeatMaps]:
 
 
 def pruning(tables: AnalysisTables) -> Iterator[LineCharts | HeatMaps]:
-    """The score that is left while heads are masked, and the importance that orders the heads."""
+    """Yield the score that is left while heads are masked, and the importance of the heads."""
     entries = tables.run.subnetworks
     courses = {language: entry["course"] for language, entry in entries.items()
                if entry.get("course") and entry.get("full_score")}  # fmt: skip
@@ -132,7 +132,7 @@ def head_matrix(title: str, values_LH: np.ndarray, caption: str = "") -> Matrix:
 
 
 def similarity(tables: AnalysisTables) -> Iterator[HeatMaps]:
-    """Similarity of the subnetworks of two languages; on the diagonal, of two seeds of one."""
+    """Yield the similarity of two languages' subnetworks; on the diagonal, of two seeds of one."""
     pairs, seeds = tables.table("similarity"), tables.table("similarity_seeds")
     if not len(pairs):
         return
@@ -179,7 +179,7 @@ def _similarity_notes(row: Mapping[str, Any] | None) -> list[str]:
 
 
 def similarity_influence(tables: AnalysisTables) -> Iterator[ScatterPlots]:
-    """Influence between two languages against the similarity of their subnetworks, with a test."""
+    """Yield influence between languages against similarity of their subnetworks, with a test."""
     pairs = tables.table("pairs")
     tests = {(test["model"], test["view"], test["measure"]): test
              for test in tables.summary["similarity_influence"]}  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -105,24 +105,30 @@ def fixed(factor: float = 1.0, digits: int = 3, signed: bool = False) -> Callabl
 
 
 def spread(
-    rows: pd.DataFrame, index: str, across: Sequence[str], values: Mapping[str, str]
-) -> tuple[pd.DataFrame, list[tuple[str, ...]]]:
-    """Spread long rows over columns, in the order in which they appear.
+    rows: pd.DataFrame, index: str, across: Sequence[str], column: Column, more: Sequence[str] = ()
+) -> tuple[pd.DataFrame, dict[tuple[Any, ...], Column]]:
+    """Spread a column of long rows over several columns, in the order of the rows.
 
     Args:
         rows: at most one row for each value of `index` and combination of `across`.
         index: column whose values become the rows.
         across: columns whose combinations become columns.
-        values: suffix of the new columns -> column that holds their values.
+        column: the column that is spread, with the ends of its intervals.
+        more: further columns that are spread, for notes.
 
     Returns:
-        The new rows, with columns `index` and `<combination, joined by spaces><suffix>`; and the
-        combinations.
+        The new rows, with columns `index` and, for each combination, `<name>`, `<name>_low` and
+        `<name>_high` if there are intervals, and `<name>_<more>`; and the column of each
+        combination. A name is the combination joined by spaces.
     """
-    groups = dict(list(rows.groupby(list(across), sort=False)))
-    wide = {index: pd.Series(rows[index].unique())}
-    for combination, own in groups.items():
-        own = own.set_index(index)
-        for suffix, column in values.items():
-            wide[" ".join(map(str, combination)) + suffix] = wide[index].map(own[column])
-    return pd.DataFrame(wide), list(groups)
+    parts = {"": column.key} | {f"_{name}": name for name in more}
+    if column.ends:
+        parts |= {"_low": column.ends[0], "_high": column.ends[1]}
+    wide, columns = {index: pd.Series(rows[index].unique())}, {}
+    for combination, own in rows.groupby(list(across), sort=False):
+        name, own = " ".join(map(str, combination)), own.set_index(index)
+        for suffix, key in parts.items():
+            wide[name + suffix] = wide[index].map(own[key])
+        ends = (f"{name}_low", f"{name}_high") if column.ends else None
+        columns[combination] = replace(column, key=name, header=name, unit="", ends=ends)
+    return pd.DataFrame(wide), columns

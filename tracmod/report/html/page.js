@@ -1,5 +1,5 @@
 "use strict";
-/* Draws figures in the theme's colours when the reader comes near, switches tabs, compares views, and prints. */
+/* Draws figures in the theme's colors when the reader comes near, switches tabs, compares views, and prints. */
 
 function bytesOf(base64) {
   const text = atob(base64), bytes = new Uint8Array(text.length);
@@ -39,7 +39,7 @@ async function unpacked(id) {
     return [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
   }
 
-  /* Return the relative luminance (WCAG) of a position from 0 to 1 on a colour scale. */
+  /* Return the relative luminance (WCAG) of a position from 0 to 1 on a color scale. */
   function luminance(steps, position) {
     const step = Math.min(3, Math.floor(4 * position));
     const [low, high] = [channels(steps[step][1]), channels(steps[step + 1][1])];
@@ -50,7 +50,7 @@ async function unpacked(id) {
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
   }
 
-  /* Return a trace of the numbers in a heat map's cells, dark or light depending on each cell's colour. */
+  /* Return a trace of the numbers in a heat map's cells, dark or light depending on each cell's color. */
   function numbers(trace, steps) {
     const text = { type: "scatter", mode: "text", x: [], y: [], text: [], hoverinfo: "skip",
       showlegend: false, textfont: { size: textSize(), color: [] } };

@@ -1,12 +1,15 @@
-"""Draws figures with Plotly, without colours: one plot per panel, as Plotly's JSON.
+"""Draws figures with Plotly, without colors: one plot per panel, as Plotly's JSON.
 
-The page's script adds the colours of its light or dark theme: the `meta` of a trace names them.
+The page's script adds the colors of its light or dark theme: the `meta` of a trace names them.
+
+Shape legend: R rows, C columns of a heat map.
 """
 
 from __future__ import annotations
 
 import html
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -77,7 +80,7 @@ def _plot(title: str, traces: list[Any], layout: dict[str, Any], height: int, ca
 
 
 def _heat_map(figure: HeatMaps, panel: Matrix) -> Plot:
-    """Rows run from top to bottom."""
+    """Draw a matrix with its first row at the top."""
     columns, rows = list(map(_escaped, panel.columns)), list(map(_escaped, panel.rows))
     lowest, highest = figure.limits_of(panel)
     few = len(columns) <= SHOW_NUMBERS_UP_TO
@@ -85,7 +88,7 @@ def _heat_map(figure: HeatMaps, panel: Matrix) -> Plot:
         z=[_finite(row) for row in panel.values_RC],
         x=columns,
         y=rows,
-        # The page draws the numbers itself, dark or light depending on each cell's colour.
+        # The page draws the numbers itself, dark or light depending on each cell's color.
         text=_cells(panel, lambda i, j: _cell_text(figure, panel, i, j)) if few else None,
         hovertext=_cells(panel, lambda i, j: _cell_hover(figure, panel, i, j)),
         hovertemplate="%{hovertext}<extra></extra>",
@@ -237,7 +240,7 @@ def _lines(figure: LineCharts, panel: Chart) -> Plot:
 
 
 def _number_axis(values: Sequence[float]) -> dict[str, Any]:
-    """Ticks at the values, if they are few, and a range with room for markers at its ends."""
+    """Return ticks at the values, if they are few, and a range with room at its ends."""
     if not values:
         return {}
     room = 0.3 * min((b - a for a, b in pairwise(values)), default=1.0)
@@ -248,9 +251,10 @@ def _number_axis(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _value_axis(figure: BarCharts | LineCharts | ScatterPlots) -> dict[str, Any]:
-    if figure.unit == "%":
-        return {"title": {"text": figure.y_axis}, "ticksuffix": "%"}
-    return {"title": {"text": with_unit(figure.y_axis, figure.unit)}}
+    """Return the y axis; its title has lines that fit beside a low plot."""
+    title = figure.y_axis if figure.unit == "%" else with_unit(figure.y_axis, figure.unit)
+    axis = {"title": {"text": "<br>".join(textwrap.wrap(title, 24))}}
+    return axis | ({"ticksuffix": "%"} if figure.unit == "%" else {})
 
 
 def _value(unit: str, value: float | None, low: float | None, high: float | None) -> str:
@@ -283,7 +287,7 @@ def _dashed(height: float, **span: Any) -> dict[str, Any]:
 
 
 def _scatter(figure: ScatterPlots, panel: Points) -> Plot:
-    """Points with their names; names that would cover others appear on hover only."""
+    """Draw points with their names; names that would cover others appear on hover only."""
     names = list(map(_escaped, panel.names))
     labels, sides = _place_labels(panel.x, panel.y, names)
     x_title, y_title = _escaped(figure.x_axis), _escaped(figure.y_axis)

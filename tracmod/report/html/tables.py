@@ -38,7 +38,7 @@ def selected(table: Table, headers: Mapping[str, str]) -> Table:
 
 
 def accuracy_table(tables: AnalysisTables) -> Table:
-    """Accuracy per test language under each view, with the numbers of examples."""
+    """Return the accuracy per test language under each view, with the numbers of examples."""
     summary, table = tables.summary, accuracy(tables)
     rows = table.rows[~table.rows["view"].isin(_SAME_TEST_MASK)] if len(table.rows) else table.rows
     languages = summary["languages"]["test"]
@@ -52,7 +52,7 @@ def accuracy_table(tables: AnalysisTables) -> Table:
     wide["test"] = [summary["num_test"][language] for language in languages]
     columns = [
         Column("language", "language", is_number=False),
-        *(replace(column, unit="") for column in columns),
+        *columns,
         Column("majority", "most frequent label", _percent),
         Column("train", "training", "{:,}".format, group="Examples"),
         Column("test", "test", "{:,}".format, group="Examples"),
@@ -64,20 +64,16 @@ def _by_model_and_view(
     table: Table, rows: pd.DataFrame, index: str, key: str, more: Sequence[str] = ()
 ) -> Table:
     """Return a table with a column of `key` per model and view, below the name of the model."""
-    column = table.column(key)
-    values = {"": key} | {f" {name}": name for name in (*(column.ends or ()), *more)}
-    wide, combinations = spread(rows, index, ["model", "view"], values)
+    wide, spread_columns = spread(rows, index, ["model", "view"], table.column(key), more)
     columns = [table.column(index)]
-    for model, view in combinations:
-        name = f"{model} {view}"
-        ends = (f"{name} {column.ends[0]}", f"{name} {column.ends[1]}") if column.ends else None
+    for (model, view), column in spread_columns.items():
         group, header = words.MODEL_NAMES[model], words.view_name(view)
-        columns.append(replace(column, key=name, header=header, ends=ends, group=group))
+        columns.append(replace(column, header=header, group=group))
     return replace(table, rows=wide, columns=columns)
 
 
 def planted_table(tables: AnalysisTables) -> Table | None:
-    """The answers to the questions whose right answers are known, per model and view."""
+    """Return the answers to the questions whose right answers are known, per model and view."""
     rows = tables.table("planted")
     if not len(rows):
         return None
@@ -88,8 +84,8 @@ def planted_table(tables: AnalysisTables) -> Table | None:
     question = replace(question, note=lambda row: f"expected: {expected[row['question']]}")
 
     def verdict(key: str, row: Row) -> str:
-        right = "right" if row[f"{key} right"] else "wrong"
-        return f"{right}; by chance {words.number(row[f'{key} chance'], 3)}"
+        right = "right" if row[f"{key}_right"] else "wrong"
+        return f"{right}; by chance {words.number(row[f'{key}_chance'], 3)}"
 
     columns = [replace(column, note=partial(verdict, column.key)) for column in columns]
     ordered = table.rows.set_index("question").reindex(words.QUESTIONS).dropna(how="all")
@@ -98,7 +94,7 @@ def planted_table(tables: AnalysisTables) -> Table | None:
 
 
 def fidelity_table(tables: AnalysisTables) -> Table | None:
-    """Agreement of projected with exact scores, per model."""
+    """Return the agreement of projected with exact scores, per model."""
     if not tables.certificates:
         return None
     table = selected(
@@ -117,7 +113,7 @@ def fidelity_table(tables: AnalysisTables) -> Table | None:
 
 
 def changes_table(tables: AnalysisTables) -> Table | None:
-    """Changes of the own-language share between views and models."""
+    """Return the changes in own-language share between views and models."""
     if not tables.summary["changes"]:
         return None
     table = summary_table(tables, "changes")
@@ -139,11 +135,13 @@ def changes_table(tables: AnalysisTables) -> Table | None:
 
 
 def translations_table(tables: AnalysisTables) -> Table | None:
-    """Strength of the test examples' translations, and the own-language share without them."""
+    """Return the strength of the test examples' translations, and the shares without them."""
     translations = tables.summary.get("same_group")
     if not translations:
         return None
-    table = table_of(tables, "translations", flat(translations["views"]))
+    rows = flat(translations["views"])
+    titles = [words.view_title(view["model"], view["view"]) for view in translations["views"]]
+    table = table_of(tables, "translations", rows.assign(influence=titles))
 
     def null(kind: str, row: Row) -> str:
         return f"null share {words.percent(row[f'{kind}_null_share'])}"
@@ -151,7 +149,7 @@ def translations_table(tables: AnalysisTables) -> Table | None:
     def tested(row: Row) -> str:
         return words.tested(words.of_measure(row, "change_share_positive"))
 
-    columns = [table.column("model"), table.column("view")]
+    columns = [table.column("influence")]
     group = "Own translation, if there is one, is"
     for key, header in (("strongest", "strongest proponent"),
                         ("within_k", f"among the {tables.summary['k']} strongest")):  # fmt: skip
@@ -167,7 +165,7 @@ def translations_table(tables: AnalysisTables) -> Table | None:
 
 
 def thresholds_table(tables: AnalysisTables) -> Table | None:
-    """Heads kept at the run's threshold and at its other thresholds; None if there is only one."""
+    """Return the heads kept at each of a run's thresholds; None if there is only one."""
     kept: list[dict[str, Any]] = []
     for language, entry in tables.run.subnetworks.items():
         files = (tables.run.path / "subnetworks" / "thresholds").glob(f"*/{language}.json")
@@ -187,7 +185,7 @@ def thresholds_table(tables: AnalysisTables) -> Table | None:
 
 
 def heads_table(tables: AnalysisTables) -> Table | None:
-    """Number of heads that all, one or none of the languages keep."""
+    """Return the number of heads that all, one or none of the languages keep."""
     heads = tables.summary["heads"]
     if not heads:
         return None
@@ -206,7 +204,7 @@ def heads_table(tables: AnalysisTables) -> Table | None:
 
 
 def similarity_table(tables: AnalysisTables) -> Table | None:
-    """Similarity of the subnetworks of each pair of languages; None if there are no pairs."""
+    """Return the similarity of the subnetworks of each pair of languages; None without pairs."""
     rows = tables.table("similarity")
     if not len(rows):
         return None
@@ -224,7 +222,7 @@ def similarity_table(tables: AnalysisTables) -> Table | None:
 
 
 def tests_table(tables: AnalysisTables, name: str) -> Table | None:
-    """Mantel tests of summary.json; None if there are none."""
+    """Return the Mantel tests of summary.json; None if there are none."""
     if not tables.summary[name]:
         return None
     headers = {"model": "", "view": "", "measure": ""}
@@ -234,7 +232,7 @@ def tests_table(tables: AnalysisTables, name: str) -> Table | None:
 
 
 def blocks_table(tables: AnalysisTables) -> Table | None:
-    """Shares of influence through the heads, the rest of the layers and outside of them."""
+    """Return the shares of influence through heads, rest of the layers, and outside of them."""
     if not tables.summary["blocks"]:
         return None
     table = selected(
@@ -251,7 +249,7 @@ def blocks_table(tables: AnalysisTables) -> Table | None:
 
 
 def retraining_overview(tables: AnalysisTables) -> Table:
-    """One row per method: its score, the effect of removals, and predictions of languages."""
+    """Return per method its score, the effect of removals, and its predictions of languages."""
     lds, removal = (tables.retraining_table(name) for name in ("lds", "removal"))
     tests = retraining_table(tables, "leave_one_out_tests").rows
     sides = {side: side for side in SIDES} | {RANDOM: "random examples"}
@@ -264,18 +262,16 @@ def retraining_overview(tables: AnalysisTables) -> Table:
         parts.append(_over_all(tests, "Language left out, Spearman", "between_only", "correlation",
                                {False: "all cells", True: "two languages"}))  # fmt: skip
     rows = pd.concat(parts).reindex(columns=[*parts[0].columns, "p_value"])
-    values = {"": "value", " low": "low", " high": "high", " p": "p_value"}
-    wide, combinations = spread(rows, "method", ["group", "header"], values)
+    value = Column("value", "value", ends=("low", "high"))
+    wide, spread_columns = spread(rows, "method", ["group", "header"], value, ["p_value"])
 
     def p_value(key: str, row: Row) -> str:
-        return "" if pd.isna(row[f"{key} p"]) else words.p_value(row[f"{key} p"])
+        return "" if pd.isna(row[f"{key}_p_value"]) else words.p_value(row[f"{key}_p_value"])
 
     columns = [Column("method", "scores", method_name, is_number=False)]
-    for group, header in combinations:
-        key = f"{group} {header}"
-        write = fixed(signed=group.startswith("Change"))
-        ends, note = (f"{key} low", f"{key} high"), partial(p_value, key)
-        columns.append(Column(key, header, write, ends=ends, group=group, note=note))
+    for (group, header), column in spread_columns.items():
+        write, note = fixed(signed=group.startswith("Change")), partial(p_value, column.key)
+        columns.append(replace(column, header=header, group=group, write=write, note=note))
     return Table("retraining", wide, columns)
 
 
@@ -289,15 +285,9 @@ def _over_all(
 
 
 def lds_by_language(tables: AnalysisTables, level: str) -> Table:
-    """Linear datamodeling score of each method by test language."""
+    """Return the linear datamodeling score of each method by test language."""
     lds = retraining_table(tables, "lds")
     rows = lds.rows[(lds.rows["level"] == level) & lds.rows["test_language"].notna()]
-    parts = {"": "value", " low": "low", " high": "high"}
-    wide, languages = spread(rows, "method", ["test_language"], parts)
-    value = lds.column("value")
-    columns = [Column("method", "scores", method_name, is_number=False)]
-    columns += [
-        replace(value, key=name, header=name, ends=(f"{name} low", f"{name} high"))
-        for (name,) in languages
-    ]
-    return Table("lds_by_language", wide, columns)
+    wide, columns = spread(rows, "method", ["test_language"], lds.column("value"))
+    method = Column("method", "scores", method_name, is_number=False)
+    return Table("lds_by_language", wide, [method, *columns.values()])

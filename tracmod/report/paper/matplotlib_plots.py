@@ -1,4 +1,4 @@
-"""Draws figures for papers with matplotlib: colours as in the report, text of 7 points or more.
+"""Draws figures for papers with matplotlib: colors as in the report, text of 7 points or more.
 
 Shape legend: R rows, C columns of a heat map.
 """
@@ -75,13 +75,13 @@ _STYLE: dict[str, Any] = {
     "svg.hashsalt": "tracmod",
 }
 _DATES = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
-# Seven markers and eight colours: a pair of them repeats only after 56 series.
+# Seven markers and eight colors: a pair of them repeats only after 56 series.
 _MARKERS = "os^Dv<>"
 
 
 @cache
 def palette() -> dict[str, str]:
-    """Return the colours of the report's light theme, by their names in page.css."""
+    """Return the colors of the report's light theme, by their names in page.css."""
     css = resources.files("tracmod.report.html").joinpath("page.css").read_text(encoding="utf-8")
     colors: dict[str, str] = {}
     for name, color in re.findall(r"--([\w-]+):\s*(#[0-9a-f]{6})", css):
@@ -405,7 +405,7 @@ def _panels(
         width: width of the figure, in inches.
         height: height of a panel without its labels, in inches.
         least: smallest width of a panel, in inches.
-        above: height for a legend or a colour bar, in inches.
+        above: height for a legend or a color bar, in inches.
         **shared: see `matplotlib.figure.Figure.subplots`.
     """
     columns = max(1, min(count, int(width / least)))
@@ -438,7 +438,7 @@ def _lay_out(
     rows, columns = spec.get_gridspec().get_geometry()
     width, height = drawing.get_size_inches()
     drawing.supxlabel(_wrapped(x_axis, width))
-    drawing.supylabel(_wrapped(y_axis, height))
+    drawing.supylabel(_wrapped(y_axis, 0.75 * height))
     wrapped = [_wrapped(title, width / columns - 0.6) for title in titles]
     for (panel, _), title in zip(panels, wrapped, strict=True):
         panel.set_title(title, pad=3, linespacing=1.25)

@@ -458,7 +458,7 @@ def test_two_workers_give_the_same_bits(done, begun):
         run_stages(RunFolder(begun), ["retrain"], engine=engine)
     assert_same_results(begun, done)
     logs = "".join(file.read_text() for file in (begun / "logs").glob("worker-*.log"))
-    assert logs.count("task retrain_without") == distinct(done)
+    assert logs.count("task RetrainWithout") == distinct(done)
     assert all(f"worker-{n}.log" in os.listdir(begun / "logs") for n in (0, 1))
 
 

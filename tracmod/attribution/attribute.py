@@ -114,6 +114,12 @@ def attribute(options: AttributionOptions) -> None:
     if len(context.label_names) == 1:
         _write_targets(context)
     details["cut_texts"] = _report_cut_texts(context)  # at the end: a refusal is one line
+    if all(checkpoint.learning_rate is None for checkpoint in context.checkpoints):
+        tqdm.write(
+            "tracmod: no checkpoint has a learning rate in tracmod.json or trainer_state.json: "
+            "each has weight 1",
+            file=sys.stderr,
+        )
     seconds = round(time.perf_counter() - started, 3)
     write_json(options.out / "run.json", _record(context, details, seconds))
     shutil.rmtree(options.out / PROGRESS, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -308,11 +307,6 @@ def _weights(checkpoints: Sequence[Checkpoint]) -> list[float]:
     """
     rates = [checkpoint.learning_rate for checkpoint in checkpoints]
     if all(rate is None for rate in rates):
-        tqdm.write(
-            "tracmod: no checkpoint has a learning rate in tracmod.json or trainer_state.json: "
-            "each has weight 1",
-            file=sys.stderr,
-        )
         return [1.0] * len(rates)
     for checkpoint in checkpoints:
         if checkpoint.learning_rate is None:

@@ -427,16 +427,15 @@ def _as_rows(name: str, features: OneOrMore) -> list[Rows]:
                 f"{name}: checkpoint {number}: expected two dimensions (rows, numbers), got shape "
                 f"{tuple(checkpoint.shape)}"
             )
-        # The largest absolute value is NaN or infinite if any number is: one read, no copy.
-        if not checkpoint.shape[1]:
-            continue
-        largest_N = torch.linalg.vector_norm(torch.as_tensor(checkpoint), torch.inf, dim=1)
-        if not bool(largest_N.isfinite().all()):
-            row = int(largest_N.isfinite().logical_not().nonzero()[0])
-            raise ValueError(
-                f"{name}: checkpoint {number}: row {row}: expected finite numbers, got NaN or "
-                f"infinity"
-            )
+        tensor = torch.as_tensor(checkpoint)
+        # A sum is not finite if a number is not, and costs one fast read. Sums of huge numbers may
+        # overflow too, so the numbers of such rows are looked at.
+        for row in tensor.sum(dim=1).isfinite().logical_not().nonzero().flatten().tolist():
+            if not bool(tensor[row].isfinite().all()):
+                raise ValueError(
+                    f"{name}: checkpoint {number}: row {row}: expected finite numbers, got NaN or "
+                    f"infinity"
+                )
     return [as_rows(checkpoint) for checkpoint in checkpoints]
 
 

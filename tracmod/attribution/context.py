@@ -40,7 +40,7 @@ SPLITS = ("train", "query")
 
 
 class AttributionContext:
-    """What an attribution works with; the examples are read at their first use.
+    """The inputs of an attribution; the examples are read at their first use.
 
     Attributes:
         options: The options.

@@ -1,4 +1,4 @@
-"""What an engine and a worker are: the protocols that every kind of engine follows."""
+"""Protocols of engines and workers, which every kind of engine follows."""
 
 from __future__ import annotations
 

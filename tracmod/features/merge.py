@@ -25,7 +25,7 @@ class Source:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """What must be the same in all of them, except for `data`."""
+        """The identity, which must be the same in all parts except for `data`."""
         manifest = self.manifest
         return {"dim": manifest.dim, "dtype": manifest.content["dtype"], **manifest.identity}
 

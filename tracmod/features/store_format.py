@@ -144,7 +144,7 @@ class Manifest:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the features were made with; `data` is a list if rows were appended."""
+        """The settings that the features depend on; `data` is a list if rows were appended."""
         identity: dict[str, Any] = self.content["identity"]
         appended = self.content.get("appended", [])
         if not appended:

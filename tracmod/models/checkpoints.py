@@ -134,7 +134,7 @@ def load_second_moment(folder: str | Path) -> dict[str, Tensor]:
 
 
 class _TrainingRecord(NamedTuple):
-    """What a checkpoint's folder says about the training until then."""
+    """State of the training when a checkpoint was saved, as read from its folder."""
 
     epoch: int = 0
     step: int = 0

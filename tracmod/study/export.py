@@ -19,7 +19,7 @@ FORMS = ("masked", "pruned")
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export_subnetwork` wrote.
+    """The result of `export_subnetwork`.
 
     Attributes:
         mask: The heads that are left.

@@ -1,4 +1,4 @@
-"""What the loaders of published corpora share: files, the Hub, labels, and rows without text."""
+"""Shared parts of the loaders of published corpora: files, the Hub, labels, and rows without text."""
 
 from __future__ import annotations
 

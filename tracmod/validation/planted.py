@@ -101,7 +101,7 @@ def planted_answers(run_dir: str | Path, resampling: Resampling) -> pa.Table:
 
 
 class _Truth:
-    """What was planted in a run, in terms of the rows of its examples.
+    """The planted facts of a run, in terms of the rows of its examples.
 
     Attributes:
         run: the run.

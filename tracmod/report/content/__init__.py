@@ -1,1 +1,1 @@
-"""What a report and a paper show, as data: figures and tables built from a run's results."""
+"""The content of reports and papers as data: figures and tables built from a run's results."""

@@ -89,7 +89,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class _Figure:
-    """What all kinds of figures have.
+    """Fields that all kinds of figures have.
 
     Attributes:
         name: file name of the figure in a paper, without ending.

@@ -78,7 +78,7 @@ class Table:
 
     @property
     def cells(self) -> Iterator[list[Cell]]:
-        """What is written, row by row."""
+        """The cells of the table, row by row."""
         for row in self.rows.to_dict("records"):
             yield [column.cell(row) for column in self.columns]
 

@@ -11,7 +11,7 @@ from tracmod.study.stage_table import Stage
 
 
 class StageModule(Protocol):
-    """What the module of every stage has."""
+    """The functions that the module of every stage has."""
 
     def run(self, context: RunContext) -> None:
         """Do the stage; files that are there and right are not made again."""

@@ -1,4 +1,4 @@
-"""What estimates of a run's stages are made from: counts of its work, and short measurements.
+"""Counts and short measurements from which the estimates of a run's stages are made.
 
 Times are those of this machine as it is now: one training step, one forward pass, one gradient
 feature and one score are timed for a second or two each on the run's own examples.
@@ -40,7 +40,7 @@ LONG_ENOUGH = 0.5  # seconds
 
 
 class Estimate(NamedTuple):
-    """What a stage would do.
+    """The estimated work of a stage.
 
     Attributes:
         work: The work in words.

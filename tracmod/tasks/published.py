@@ -1,4 +1,4 @@
-"""Shared parts of the loaders of published corpora: files, the Hub, labels, and rows without text."""
+"""Shared parts of loaders of published corpora: files, the Hub, labels, rows without text."""
 
 from __future__ import annotations
 

@@ -267,6 +267,16 @@ class FinetuneConfig(_Section):
         description="proportional: every example once per epoch; uniform: the same number of "
         "examples per epoch, equally many of each language.",
     )
+    dtype: PassDtype = Field(
+        "float32",
+        description="Precision of the forward and backward pass. Weights and optimizer state are "
+        "float32 in either case.",
+    )
+    train_embeddings: bool = Field(
+        True,
+        description="false: the embeddings stay those of the pretrained model. With a large "
+        "vocabulary this saves memory and, on a CPU, time.",
+    )
 
 
 class SparseFinetuneConfig(FinetuneConfig):
@@ -351,6 +361,11 @@ class CollectConfig(_Section):
         1,
         ge=1,
         description="Epochs between the checkpoints that are used. The last is always used.",
+    )
+    untrained: bool = Field(
+        False,
+        description="Also use the full model before its fine-tuning, as epoch 0. This control is "
+        "shown in the course over the epochs; its weight in all scores is 0.",
     )
     parameters: ParameterSet = Field(
         "encoder",
@@ -631,6 +646,15 @@ class RunConfig(_Section):
             raise ValueError(
                 "collect.preconditioner: expected none with influence.blocks, which uses plain "
                 f"gradients, got {self.collect.preconditioner}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_untrained(self) -> RunConfig:
+        if self.collect.untrained and self.collect.preconditioner == "adam":
+            raise ValueError(
+                "collect.untrained: expected false with collect.preconditioner adam, which needs "
+                "a second moment that a model has only after steps of training, got true"
             )
         return self
 

@@ -126,8 +126,9 @@ class Forecast:
         return len(languages) if language is None else languages.count(language)
 
     def checkpoints_of(self, model_name: str) -> int:
-        """Count the checkpoints of a model that count for influence."""
-        return len(self._context.counted_epochs(model_name))
+        """Count the checkpoints of a model that are used for influence."""
+        untrained = self._context.has_untrained(model_name)
+        return len(self._context.counted_epochs(model_name)) + untrained
 
     def num_checkpoints(self) -> int:
         """Count the checkpoints of both models that count for influence."""
@@ -166,7 +167,9 @@ class Forecast:
         """The measured rates; measuring takes some seconds."""
         batch_size, device = self.config.finetune.batch_size, self._context.device
         examples = self._examples("train", max(*TIMED_EXAMPLES, batch_size))
-        retrain_passes = preconditioned_passes(self.config, self.checkpoints_of("full"))
+        retrain_passes = preconditioned_passes(
+            self.config, len(self._context.counted_epochs("full"))
+        )
         features: dict[MetricKind, float] = {}
         for kind in {self.preconditioner} | {kind for kind, _ in retrain_passes}:
             metric = self._placeholder(kind, self._model.device)

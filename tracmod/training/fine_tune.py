@@ -29,7 +29,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tracmod.choices import Sampling, SharedParameters
+from tracmod.choices import PassDtype, Sampling, SharedParameters
+from tracmod.models.architecture import embeddings_module
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import model_digest
 from tracmod.models.inputs import collate, pad_token_id, per_example_loss
@@ -68,6 +69,11 @@ class TrainingSettings:
         reestimate_every: only with masks: epochs between two estimates of dynamic masks, see
             `fine_tune`; None for static masks.
         keep: `all` keeps the checkpoint of every epoch, `last` that of the last epoch.
+        dtype: `bfloat16` runs the passes under autocast. Weights, gradients and optimizer state are
+            float32 in either case.
+        train_embeddings: whether the embeddings are trained. If not, they stay bitwise as they
+            were, with no optimizer state. AdamW updates every row of a table of embeddings in every
+            step, whichever of them the batch has, so a large vocabulary costs much time on a CPU.
     """
 
     epochs: int = 3
@@ -81,6 +87,8 @@ class TrainingSettings:
     shared: SharedParameters = "trained"
     reestimate_every: int | None = None
     keep: Literal["all", "last"] = "all"
+    dtype: PassDtype = "float32"
+    train_embeddings: bool = True
 
     @property
     def kept_epochs(self) -> range:
@@ -160,7 +168,7 @@ def fine_tune(
         module: torch.nn.Module = model
         module.to(model.device if device is None else device)
         on_gpu = [model.device] if model.device.type == "cuda" else []
-        with _trainable(model, settings.shared), torch.random.fork_rng(devices=on_gpu):
+        with _trainable(model, settings), torch.random.fork_rng(devices=on_gpu):
             training = _Training(
                 model=model,
                 tokenizer=tokenizer,
@@ -280,15 +288,19 @@ def _derived_seed(seed: int, purpose: str, number: int) -> int:
 
 
 @contextmanager
-def _trainable(model: PreTrainedModel, shared: str) -> Iterator[None]:
-    """Freeze what `TrainingSettings.shared` does not train within the context."""
+def _trainable(model: PreTrainedModel, settings: TrainingSettings) -> Iterator[None]:
+    """Freeze within the context what `shared` and `train_embeddings` do not train."""
+    shared = settings.shared
+    fixed = set() if settings.train_embeddings else set(embeddings_module(model).parameters())
     of_heads = {part.name for part in head_slices(model)}  # heads divide these without remainder
     base = set(model.base_model.parameters())
     frozen = [
         parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name not in of_heads
-        if shared == "frozen" or (shared == "classifier" and parameter in base)
+        if shared == "frozen"
+        or (shared == "classifier" and parameter in base)
+        or parameter in fixed
     ]
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -381,8 +393,12 @@ class _Training:
         examples = [self.examples[row] for row in batch]
         inputs = collate(examples, pad_token_id(self.model), self.model.device)
         labels_B = inputs.pop("labels")
+        dtype = getattr(torch, self.settings.dtype)
+        autocast = torch.autocast(labels_B.device.type, dtype, enabled=dtype != torch.float32)
         with masked(self.model, mask):
-            loss = per_example_loss(self.model(**inputs).logits, labels_B).mean()
+            with autocast:
+                logits_BC = self.model(**inputs).logits
+            loss = per_example_loss(logits_BC, labels_B).mean()
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         # Checked before the update: a loss or gradient that is not finite must not reach a state.

@@ -75,9 +75,11 @@ class TrainingFolder:
 
     def is_complete(self, epochs: int, kept: Iterable[int]) -> bool:
         """Return whether the folder has the metrics of all epochs and the kept checkpoints."""
-        return len(self._metrics()) == epochs and all(
-            self._checkpoint(epoch).is_dir() for epoch in kept
-        )
+        return len(self._metrics()) == epochs and all(map(self.has_checkpoint, kept))
+
+    def has_checkpoint(self, epoch: int) -> bool:
+        """Return whether the checkpoint of an epoch has been written."""
+        return self._checkpoint(epoch).is_dir()
 
     def checkpoints(self, epochs: Iterable[int]) -> list[Checkpoint]:
         """Return the checkpoints of these epochs, in the order given."""

@@ -22,8 +22,10 @@ from tracmod.study.run_features import (
     load_checkpoint,
     recipe,
 )
+from tracmod.study.run_training import initial_model
 from tracmod.study.stages.influence import num_ranked
 from tracmod.study.worker import Advance, run_tasks
+from tracmod.training.folder import TrainingFolder
 
 # Shards per task when several workers share a store. One worker alone is given a store at a time.
 SHARDS_PER_TASK = 4
@@ -32,6 +34,8 @@ SHARDS_PER_TASK = 4
 def run(context: RunContext) -> None:
     """Make the stores, then have the engine fill the shards that are missing."""
     _check_memory(context)
+    if context.config.collect.untrained:
+        _write_untrained(context)
     checkpoints = sum(len(context.checkpoints(model_name)) for model_name in MODELS)
     with context.bar("collect", context.examples_per_checkpoint() * checkpoints) as bar:
         tasks: list[CollectShards] = []
@@ -45,10 +49,18 @@ def run(context: RunContext) -> None:
             leftover.unlink(missing_ok=True)
 
 
+def _write_untrained(context: RunContext) -> None:
+    """Write the model that fine-tuning begins with, as the checkpoint of epoch 0."""
+    folder = TrainingFolder(context.run.model("full"))
+    if not folder.has_checkpoint(0):
+        model, tokenizer = initial_model(context)
+        folder.write_checkpoint(model, tokenizer, epoch=0, step=0, learning_rate=0.0)
+
+
 def _check_memory(context: RunContext) -> None:
     """Refuse an `influence.memory` too small for scoring now, not after collecting."""
     collect, influence = context.config.collect, context.config.influence
-    checkpoints = max(len(context.counted_epochs(model_name)) for model_name in MODELS)
+    checkpoints = max(len(context.checkpoints(model_name)) for model_name in MODELS)
     train, test = len(context.table("train")), len(context.table("test"))
     sizes = Sizes.of_stores(
         test,

@@ -43,6 +43,14 @@ COMPARISONS = (
     ("sparse", "random", "full", "random"),
     ("sparse", "other", "full", "other"),
     ("sparse", "subnetwork", "full", "full"),
+    ("full", "full", "untrained", "full"),
+    ("full", "subnetwork", "untrained", "subnetwork"),
+    ("full", "random", "untrained", "random"),
+    ("full", "subnetwork-own", "untrained", "subnetwork-own"),
+    ("sparse", "full", "untrained", "full"),
+    ("sparse", "subnetwork", "untrained", "subnetwork"),
+    ("untrained", "subnetwork", "untrained", "random"),
+    ("untrained", "subnetwork-own", "untrained", "random-own"),
 )
 
 

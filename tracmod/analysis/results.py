@@ -21,7 +21,9 @@ from tracmod.analysis.languages import MEASURES, pivot_examples
 from tracmod.choices import ModelName
 from tracmod.files.durable import read_json
 
-MODELS = get_args(ModelName)
+# The run's models, and the model before fine-tuning, a control that some runs have.
+UNTRAINED = "untrained"
+MODELS = (*get_args(ModelName), UNTRAINED)
 VIEWS = (
     "full",
     "subnetwork",
@@ -43,7 +45,7 @@ class ViewResults:
     """Influence under one kind of head mask, in the order of `data/test.parquet`.
 
     Attributes:
-        model: "full" or "sparse".
+        model: one of `MODELS`.
         name: one of `VIEWS`.
         folders: names of the view folders that were averaged, one per draw.
         measures: name -> (Q, G) float64; NaN for test examples that the view does not have.

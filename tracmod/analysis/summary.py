@@ -28,7 +28,7 @@ from tracmod.analysis.changes import (
 from tracmod.analysis.dynamics import in_language_course
 from tracmod.analysis.language_pairs import distance_influence, read_distances, similarity_influence
 from tracmod.analysis.reliance import in_language, interval_table, own_share_by_k
-from tracmod.analysis.results import MODELS, RunResults, ViewResults, counts_under
+from tracmod.analysis.results import MODELS, UNTRAINED, RunResults, ViewResults, counts_under
 from tracmod.analysis.same_group import same_group_summary
 from tracmod.analysis.similarity import (
     seed_baseline,
@@ -200,12 +200,17 @@ def _view_matrix(run: RunResults, view: ViewResults, resampling: Resampling) -> 
 
 
 def _course(run: RunResults) -> pa.Table | None:
-    """Return the in-language course of every model and view folder, draws under their own names."""
+    """Return the in-language course of every model and view folder, draws under their own names.
+
+    Both fine-tunings begin with the control, so its epoch 0 is the first of their courses.
+    """
     tables = []
     for model in MODELS:
-        for view in run.view_folders(model):
-            path = run.path / "influence" / model / view / "epochs.parquet"
-            if path.is_file():
+        for view in run.view_folders(model) if model != UNTRAINED else []:
+            for source in (UNTRAINED, model):
+                path = run.path / "influence" / source / view / "epochs.parquet"
+                if not path.is_file():
+                    continue
                 table = in_language_course(pq.read_table(path))
                 counted = [counts_under(view, name) for name in table["test_language"].to_pylist()]
                 table = table.filter(pa.array(counted, pa.bool_()))

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tracmod.analysis.results import UNTRAINED
 from tracmod.analysis.statistics import Resampling
 from tracmod.config import RunConfig
 from tracmod.engine import Engine
@@ -128,8 +129,15 @@ class RunContext:
 
     # --- checkpoints ------------------------------------------------------------------------
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models whose influence is computed: full, sparse, and the control if there is one."""
+        return (*MODELS, UNTRAINED) if self.config.collect.untrained else MODELS
+
     def counted_epochs(self, model_name: str) -> list[int]:
         """Return the epochs whose checkpoints are used for influence: every n-th, and the last."""
+        if model_name == UNTRAINED:
+            return [0]
         last, every = self._epochs(model_name), self.config.collect.every
         return sorted({*range(every, last + 1, every), last})
 
@@ -137,19 +145,18 @@ class RunContext:
         """Return the checkpoints that are used for influence.
 
         Each represents the steps since the previous one, so its learning rate is the mean over the
-        epochs between them. The full model's may begin with the control `untrained`, epoch 0, which
-        represents no steps: its learning rate, and so its weight in all scores, is 0.
+        epochs between them. The control `untrained` has one checkpoint, of epoch 0, with weight 1.
 
         Raises:
             ValueError: One of them has no learning rate, and the weights are learning rates.
         """
         folder = self.run.model(model_name)
+        if model_name == UNTRAINED:
+            return [Checkpoint(folder / "checkpoint-0", epoch=0, step=0, learning_rate=1.0)]
         epochs = range(1, self._epochs(model_name) + 1)
         all_checkpoints = load_checkpoints(folder / f"checkpoint-{epoch}" for epoch in epochs)
         counted = self.counted_epochs(model_name)
         checkpoints = []
-        if self.has_untrained(model_name):
-            checkpoints.append(Checkpoint(folder / "checkpoint-0", 0, 0, 0.0))
         for previous, epoch in zip([0, *counted[:-1]], counted, strict=True):
             rate = None
             if self.config.influence.weights != "uniform":
@@ -157,14 +164,6 @@ class RunContext:
                 rate = sum(rates) / len(rates)
             checkpoints.append(replace(all_checkpoints[epoch - 1], learning_rate=rate))
         return checkpoints
-
-    def trained_checkpoints(self, model_name: str) -> list[Checkpoint]:
-        """Return the checkpoints that count in scores: all that are used but the control."""
-        return [checkpoint for checkpoint in self.checkpoints(model_name) if checkpoint.epoch > 0]
-
-    def has_untrained(self, model_name: str) -> bool:
-        """Return whether the initial model is used as a control, as epoch 0 of a model."""
-        return model_name == "full" and self.config.collect.untrained
 
     def checkpoint(self, model_name: str, epoch: int) -> Checkpoint:
         """Return the checkpoint of an epoch that is used for influence."""
@@ -181,8 +180,6 @@ class RunContext:
     def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float] | None:
         """Return the weight of each checkpoint in the scores; None stands for 1 each."""
         if self.config.influence.weights == "uniform":
-            if any(checkpoint.epoch == 0 for checkpoint in checkpoints):
-                return [float(checkpoint.epoch > 0) for checkpoint in checkpoints]
             return None
         return learning_rates(checkpoints)
 

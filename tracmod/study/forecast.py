@@ -23,7 +23,7 @@ from tracmod.influence.scores import top_influences
 from tracmod.models.architecture import attention_layers
 from tracmod.models.inputs import collate, pad_token_id, per_example_loss, predict
 from tracmod.models.modes import frozen, to_device
-from tracmod.study.context import MODELS, SPLITS, RunContext
+from tracmod.study.context import SPLITS, RunContext
 from tracmod.study.retrain_scores import preconditioned_passes
 from tracmod.study.run_features import recipe
 from tracmod.study.run_folder import RunFolder
@@ -125,14 +125,18 @@ class Forecast:
         languages = self.tables[split].column("language").to_pylist()
         return len(languages) if language is None else languages.count(language)
 
+    @property
+    def num_models(self) -> int:
+        """The number of models whose influence is computed."""
+        return len(self._context.models)
+
     def checkpoints_of(self, model_name: str) -> int:
         """Count the checkpoints of a model that are used for influence."""
-        untrained = self._context.has_untrained(model_name)
-        return len(self._context.counted_epochs(model_name)) + untrained
+        return len(self._context.counted_epochs(model_name))
 
     def num_checkpoints(self) -> int:
-        """Count the checkpoints of both models that count for influence."""
-        return sum(map(self.checkpoints_of, MODELS))
+        """Count the checkpoints of all models that are used for influence."""
+        return sum(map(self.checkpoints_of, self._context.models))
 
     def passes(self) -> list[Pass]:
         """Return the passes of collecting at one checkpoint of one model."""
@@ -167,9 +171,7 @@ class Forecast:
         """The measured rates; measuring takes some seconds."""
         batch_size, device = self.config.finetune.batch_size, self._context.device
         examples = self._examples("train", max(*TIMED_EXAMPLES, batch_size))
-        retrain_passes = preconditioned_passes(
-            self.config, len(self._context.counted_epochs("full"))
-        )
+        retrain_passes = preconditioned_passes(self.config, self.checkpoints_of("full"))
         features: dict[MetricKind, float] = {}
         for kind in {self.preconditioner} | {kind for kind, _ in retrain_passes}:
             metric = self._placeholder(kind, self._model.device)

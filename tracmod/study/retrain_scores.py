@@ -80,13 +80,13 @@ def method_scores(context: RunContext, method: Method) -> np.ndarray:
         case "tracin-cosine":
             return _plain_scores(context, "cosine")
         case "adam" | "ekfac":
-            return _cached_scores(context, method, context.trained_checkpoints("full"), None)
+            return _cached_scores(context, method, context.checkpoints("full"), None)
         case "ekfac-last":
-            return _cached_scores(context, "ekfac", context.trained_checkpoints("full")[-1:], None)
+            return _cached_scores(context, "ekfac", context.checkpoints("full")[-1:], None)
         case "bm25":
             return bm25_scores(_texts(test), _texts(train))
         case "embedding":
-            model, tokenizer = context.load(context.trained_checkpoints("full")[-1])
+            model, tokenizer = context.load(context.checkpoints("full")[-1])
             queries, trains = (context.encode(tokenizer, table, model) for table in (test, train))
             return embedding_scores(model, queries, trains)
         case "random":
@@ -102,7 +102,7 @@ def _plain_scores(context: RunContext, normalize: Normalize) -> np.ndarray:
     """Return scores of plain gradients: from the stores, unless those are preconditioned."""
     if context.config.collect.preconditioner == "none":
         return full_model_scores(context, normalize).numpy()
-    return _cached_scores(context, "none", context.trained_checkpoints("full"), normalize)
+    return _cached_scores(context, "none", context.checkpoints("full"), normalize)
 
 
 def _cached_scores(

@@ -26,7 +26,7 @@ CONTROLS = {
 
 def findings(summary: Row) -> list[str]:
     """Return the findings, a few sentences each, the most important first."""
-    texts = [_accuracy(summary), _reliance(summary), same_group(summary)]
+    texts = [_accuracy(summary), _reliance(summary), _training(summary), same_group(summary)]
     texts += [_subnetworks(summary, "full"), _sparse(summary), _subnetworks(summary, "sparse")]
     texts += [seeds(summary), _similarity(summary), _distances(summary)]
     return [text for text in texts if text]
@@ -190,6 +190,23 @@ def _reliance(summary: Row) -> str:
         f"its loss), {percent_interval(share)} are in its own language; the null share, expected "
         f"if language played no role, is {percent(null)}. Among the strongest opponents, the "
         f"own-language share is {percent_interval(entry['share_negative'])}."
+    )
+
+
+def _training(summary: Row) -> str:
+    """Return what fine-tuning changed, compared with the same model before it; "" without that."""
+    change = _change(summary, ("full", "full"), ("untrained", "full"))
+    before = _find(summary["in_language"], model="untrained", view="full")
+    if not change or not before:
+        return ""
+    verdict = {
+        1: "Fine-tuning made the model rely more on a test example's own language",
+        0: "Fine-tuning did not clearly change how much the model relies on the own language",
+        -1: "Fine-tuning made the model rely less on a test example's own language",
+    }[_direction(change)]
+    return (
+        f"{verdict}. Before it, {percent_interval(before['share_positive'])} of the strongest "
+        f"proponents are in that language. Fine-tuning {_effect(change)}."
     )
 
 

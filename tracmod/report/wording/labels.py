@@ -11,7 +11,11 @@ from tracmod.analysis.results import view_kind
 MINUS = "\N{MINUS SIGN}"
 # A change is clear if its adjusted p is at most this and its interval excludes 0.
 LEVEL = 0.05
-MODEL_NAMES = {"full": "Full fine-tuning", "sparse": "Sparse fine-tuning"}
+MODEL_NAMES = {
+    "full": "Full fine-tuning",
+    "sparse": "Sparse fine-tuning",
+    "untrained": "Before fine-tuning",
+}
 VIEW_NAMES = {
     "full": "all heads",
     "subnetwork": "own subnetwork",

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tracmod.analysis.results import UNTRAINED
 from tracmod.features.collector import collect_to_store
 from tracmod.features.store import FeatureStore
 from tracmod.features.store_format import DTYPES
 from tracmod.influence.streaming import Sizes, check_memory
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.modes import frozen
-from tracmod.study.context import MODELS, RunContext
+from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_features import (
     LoadedCheckpoint,
@@ -36,10 +37,10 @@ def run(context: RunContext) -> None:
     _check_memory(context)
     if context.config.collect.untrained:
         _write_untrained(context)
-    checkpoints = sum(len(context.checkpoints(model_name)) for model_name in MODELS)
+    checkpoints = sum(len(context.checkpoints(model_name)) for model_name in context.models)
     with context.bar("collect", context.examples_per_checkpoint() * checkpoints) as bar:
         tasks: list[CollectShards] = []
-        for model_name in MODELS:
+        for model_name in context.models:
             for checkpoint in context.checkpoints(model_name):
                 tasks += _begin_stores(context, model_name, checkpoint, bar.update)
         run_tasks(context, tasks, bar.update)
@@ -50,17 +51,17 @@ def run(context: RunContext) -> None:
 
 
 def _write_untrained(context: RunContext) -> None:
-    """Write the model that fine-tuning begins with, as the checkpoint of epoch 0."""
-    folder = TrainingFolder(context.run.model("full"))
+    """Write the model that both fine-tunings begin with, as the checkpoint of epoch 0."""
+    folder = TrainingFolder(context.run.model(UNTRAINED))
     if not folder.has_checkpoint(0):
         model, tokenizer = initial_model(context)
-        folder.write_checkpoint(model, tokenizer, epoch=0, step=0, learning_rate=0.0)
+        folder.write_checkpoint(model, tokenizer, epoch=0, step=0, learning_rate=1.0)
 
 
 def _check_memory(context: RunContext) -> None:
     """Refuse an `influence.memory` too small for scoring now, not after collecting."""
     collect, influence = context.config.collect, context.config.influence
-    checkpoints = max(len(context.checkpoints(model_name)) for model_name in MODELS)
+    checkpoints = max(len(context.checkpoints(model_name)) for model_name in context.models)
     train, test = len(context.table("train")), len(context.table("test"))
     sizes = Sizes.of_stores(
         test,

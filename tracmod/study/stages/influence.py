@@ -35,7 +35,7 @@ from tracmod.influence.scores import (
 )
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.inputs import predict
-from tracmod.study.context import MODELS, RunContext
+from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_features import Digests, load_checkpoint, view_features
 from tracmod.study.stages.influence_blocks import BLOCK_VIEWS, influence_by_block
@@ -50,7 +50,7 @@ TASKS_PER_WORKER = 4
 
 
 def run(context: RunContext) -> None:
-    """Compute influence for both models; reuse only what an interrupted attempt saved."""
+    """Compute influence for every model; reuse only what an interrupted attempt saved."""
     paths, with_blocks = context.run, context.config.influence.blocks
     # Views of an earlier config must not be left in the folder.
     kept = [paths.progress, paths.blocks] if with_blocks else [paths.progress]
@@ -60,7 +60,7 @@ def run(context: RunContext) -> None:
     block_files: set[Path] = set()
     sampled: list[pa.Table] = []
     with context.bar("influence", _count_scores(context), "score") as bar:
-        for model_name in MODELS:
+        for model_name in context.models:
             checkpoints = context.checkpoints(model_name)
             digests, exact = [], []
             for checkpoint in checkpoints:
@@ -97,7 +97,7 @@ def _count_scores(context: RunContext) -> int:
     tests = sum(
         len(context.rows("test", language)) for view in context.views for language, _ in view.masks
     )
-    rankings = sum(1 + len(context.checkpoints(model_name)) for model_name in MODELS)
+    rankings = sum(1 + len(context.checkpoints(model_name)) for model_name in context.models)
     return rankings * tests * len(context.table("train"))
 
 
@@ -304,7 +304,7 @@ def estimate(forecast: Forecast) -> Estimate:
     # All checkpoints together, then each alone.
     products = 2 * views * forecast.num_checkpoints()
     products *= forecast.count("test") * forecast.count("train")
-    work = f"{views} views of {len(MODELS)} models, {products} inner products"
+    work = f"{views} views of {forecast.num_models} models, {products} inner products"
     seconds = products * rates.score
     if config.influence.blocks:
         passes = [one for one in forecast.passes() if one.view in BLOCK_VIEWS]

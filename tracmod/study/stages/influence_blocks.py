@@ -31,10 +31,9 @@ def influence_by_block(
     context: RunContext, model_name: str, digests: Sequence[Digests]
 ) -> set[Path]:
     """Write blocks.parquet of the views full and subnetwork; return the files it is the sum of."""
-    checkpoints, used_files = context.trained_checkpoints(model_name), set[Path]()
+    checkpoints, used_files = context.checkpoints(model_name), set[Path]()
     tables: dict[str, list[pa.Table]] = {}
-    # The digests of the control, if there is one, come before those of trained checkpoints.
-    for checkpoint, its_digests in zip(checkpoints, digests[-len(checkpoints) :], strict=True):
+    for checkpoint, its_digests in zip(checkpoints, digests, strict=True):
         for view in context.views_at(model_name, checkpoint.epoch):
             if view.name not in BLOCK_VIEWS:
                 continue

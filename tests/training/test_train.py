@@ -495,6 +495,34 @@ def test_every_step_leaves_masked_heads_bitwise_unchanged(
     assert (masks != DISJOINT) == (every is not None)
 
 
+@pytest.mark.parametrize("masks", [None, MASKS], ids=["full", "sparse"])
+def test_embeddings_that_are_not_trained_stay_and_have_no_state(tokenizer, tmp_path, masks):
+    before = new_model().state_dict()
+    settings = replace(SETTINGS, train_embeddings=False, epochs=1)
+    (checkpoint,) = train(tokenizer, tmp_path, masks=masks, settings=settings, second_moment=True)
+    after = load_file(checkpoint.path / "model.safetensors")
+    moments = load_file(checkpoint.path / "second_moment.safetensors")
+    fixed = {name for name in before if ".embeddings." in name}
+    assert len(fixed) >= 4
+    for name in after:
+        assert torch.equal(after[name], before[name]) == (name in fixed), name
+    assert not fixed & {name for name, moment in moments.items() if moment.any()}
+
+
+def test_a_training_in_bfloat16_follows_that_in_float32(tokenizer, tmp_path):
+    """The weights are float32, and their moves point the same way; no pass is in float32."""
+    moves = {}
+    for dtype in ("float32", "bfloat16"):
+        settings = replace(SETTINGS, dtype=dtype, epochs=1)
+        (checkpoint,) = train(tokenizer, tmp_path / dtype, settings=settings)
+        after = load_file(checkpoint.path / "model.safetensors")
+        assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+        before = new_model().state_dict()
+        moves[dtype] = torch.cat([(after[name] - before[name]).flatten() for name in sorted(after)])
+    assert not torch.equal(moves["float32"], moves["bfloat16"])
+    assert torch.cosine_similarity(moves["float32"], moves["bfloat16"], dim=0) > 0.9
+
+
 def test_frozen_parameters_need_gradients_again_after_the_training(tokenizer, tmp_path):
     model, (examples, languages) = new_model(), data()
     model.classifier.dense.bias.requires_grad_(False)
@@ -648,7 +676,16 @@ def test_a_training_stopped_between_its_masks_resumes_to_the_same_bits(
     check_stopped_and_resumed(tokenizer, tmp_path, monkeypatch, MASKS, DYNAMIC, "save", call)
 
 
-@pytest.mark.parametrize("change", [{"sampling": "uniform"}, {"shared": "frozen"}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampling": "uniform"},
+        {"shared": "frozen"},
+        {"dtype": "bfloat16"},
+        {"train_embeddings": False},
+    ],
+    ids=str,
+)
 def test_every_kind_of_sparse_fine_tuning_resumes(tokenizer, tmp_path, monkeypatch, change):
     settings = replace(DYNAMIC, **change)
     check_stopped_and_resumed(tokenizer, tmp_path, monkeypatch, MASKS, settings, "step", 9)

@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tracmod import kernels
-from tracmod.gradients.capture import Captured, Layer, capture, select_layers
+from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
 from tracmod.gradients.lean_pass import LeanColumns, lean
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.inputs import (
@@ -68,6 +68,8 @@ def exact_influence(
     advance: Callable[[int], Any] | None = None,
     dtype: torch.dtype | None = None,
     preconditioner: Preconditioner | None = None,
+    *,
+    include_frozen: bool = False,
 ) -> Tensor:
     """Compute inner products (or cosines) of whole gradients at one checkpoint.
 
@@ -90,6 +92,8 @@ def exact_influence(
         dtype: torch.bfloat16 for a pass under autocast; None or torch.float32 for float32.
         preconditioner: metric of the inner products, as in `collect_features`. The gradient of
             each layer is then formed, for a few examples at a time.
+        include_frozen: whether parameters with `requires_grad=False` count, as in
+            `collect_features`.
 
     Returns:
         (Q, N) float32, in the order of the data sets, on the device of the pass. Positive scores
@@ -120,8 +124,9 @@ def exact_influence(
     trains, queries = as_examples(train, "train"), as_examples(query, "query")
     check_examples(model, trains, "train")
     check_examples(model, queries, "query")
+    warn_of_frozen(model, parameters, include_frozen)
+    layers = select_layers(model, parameters, include_frozen)
     with frozen(model), on_device(model, device), lean(model, head_mask, dtype) as lean_columns:
-        layers = select_layers(model, parameters)
         if preconditioner is not None:
             preconditioner.check(layers)
             preconditioner = preconditioner.to(model.device)

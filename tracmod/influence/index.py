@@ -213,7 +213,7 @@ class InfluenceIndex:
             ids=_ids(trains, ids, count),
             languages=None if languages is None else list(languages),
             dims=dims,
-            weights=_weights(weights, len(trains)),
+            weights=checkpoint_weights(weights, len(trains)),
             normalize=normalize,
             identities=[
                 features.identity if isinstance(features, FeatureStore) else None
@@ -282,7 +282,7 @@ class InfluenceIndex:
         """
         expected: dict[str, Any] = {
             "normalize": normalize,
-            "weights": _weights(weights, len(trains)),
+            "weights": checkpoint_weights(weights, len(trains)),
         }
         built: dict[str, Any] = {"weights": self.weights, "normalize": self.normalize}
         for checkpoint, store in enumerate(trains):
@@ -732,18 +732,6 @@ def _ids(trains: Sequence[IndexFeatures], ids: Sequence[str] | None, count: int)
         if store.ids != list(ids):
             raise ValueError(f"{store.path}: its examples, or their order, differ from `ids`")
     return list(ids)
-
-
-def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Return the weights of the checkpoints, 1 each by default.
-
-    Raises:
-        ValueError: not one per checkpoint, negative or not finite.
-    """
-    values = checkpoint_weights(weights, count)
-    if not all(0 <= weight < math.inf for weight in values):
-        raise ValueError(f"weights of an index: expected finite and not negative, got {values}")
-    return values
 
 
 @contextmanager

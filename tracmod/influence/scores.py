@@ -396,12 +396,31 @@ def checkpoint_weights(weights: Sequence[float] | None, num_checkpoints: int) ->
     """Return the weights of the checkpoints, 1 each by default.
 
     Raises:
-        ValueError: not one per checkpoint.
+        ValueError: not one per checkpoint; one is not a number from 0 to the largest float32; or
+            all are 0 (or so small that they are 0 in float32), which would make every score 0.
     """
-    values = [1.0] * num_checkpoints if weights is None else [float(weight) for weight in weights]
+    if weights is None:
+        return [1.0] * num_checkpoints
+    try:
+        values = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        values = []
+    if isinstance(weights, str) or (not values and num_checkpoints):
+        raise ValueError(f"weights: expected a list of numbers, got {weights!r}")
     if len(values) != num_checkpoints:
         raise ValueError(
             f"weights: expected {num_checkpoints}, one per checkpoint, got {len(values)}"
+        )
+    limits = torch.finfo(torch.float32)
+    for value in values:
+        if not 0 <= value <= limits.max:
+            raise ValueError(
+                f"weights: expected finite numbers of at least 0, got {value} in {values}"
+            )
+    if values and max(values) < limits.tiny:
+        raise ValueError(
+            f"weights: expected a weight above 0 at one checkpoint or more, got {values}: every "
+            f"score would be 0"
         )
     return values
 

@@ -39,7 +39,9 @@ from tracmod.gradients.lean_pass import lean
 from tracmod.influence.exact import (
     NotFiniteError,
     autocast_dtype,
+    gradient_exponents,
     inverse_root,
+    scaled_gradients,
     squared_norms,
 )
 from tracmod.models.architecture import attention_layers
@@ -270,12 +272,16 @@ class _Means:
                 batch = collate([examples[row] for row in rows], pad_token_id(self.model), device)
                 groups: list[Captured] = []
                 capture(self.model, self.layers, batch, groups.append, self.dtype, lean_columns)
+                exponents_B = gradient_exponents(groups[0])
+                groups = [scaled_gradients(captured, exponents_B) for captured in groups]
                 # The norm of a gradient needs all of its layers, so they are added only now.
                 squares_B = torch.stack([squared_norms(captured) for captured in groups]).sum(dim=0)
                 not_finite = squares_B.isfinite().logical_not().nonzero()
                 if len(not_finite):
                     raise NotFiniteError(name, rows[int(not_finite[0])])
                 ones_B = torch.ones_like(squares_B)
+                if exponents_B is not None:
+                    ones_B = torch.exp2(exponents_B).float()  # undoes the division
                 weights_B = inverse_root(squares_B) if self.normalize == "cosine" else ones_B
                 for captured in groups:
                     _add_gradients(captured, weights_B / len(examples), mean)

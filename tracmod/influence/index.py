@@ -64,6 +64,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tracmod.choices import IndexKind
+from tracmod.features.rows import (
+    LARGEST_MAGNITUDE,
+    SMALLEST_MAGNITUDE,
+    extreme_exponents,
+    scaled_rows,
+)
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import (
     file_sha256,
@@ -550,10 +556,20 @@ class InfluenceIndex:
         for rows, weight in zip(features, self.weights, strict=True):
             rows = rows.to("cpu", torch.float32)
             if self.normalize == "cosine":
+                largest = torch.linalg.vector_norm(rows, ord=math.inf, dim=1)
+                rows = scaled_rows(rows, extreme_exponents(largest))
                 norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
                 rows = rows / norms.float().masked_fill(norms == 0, 1)
             encoded_BD[:, start : start + rows.shape[1]] = math.sqrt(weight) * rows
             start += rows.shape[1]
+        # FAISS adds products in float32, which cannot represent those of extreme numbers.
+        largest = float(encoded_BD.abs().max()) if encoded_BD.numel() else 0.0
+        if largest > LARGEST_MAGNITUDE or 0 < largest < SMALLEST_MAGNITUDE:
+            raise ValueError(
+                f"features of an index: expected the largest number, times the root of its weight, "
+                f"from {SMALLEST_MAGNITUDE:.0e} to {LARGEST_MAGNITUDE:.0e}, got {largest:.1e}; "
+                f"multiply the features by a constant or use normalize='cosine'"
+            )
         return encoded_BD
 
     # --- searching ----------------------------------------------------------------------------

@@ -164,6 +164,9 @@ class AttributionContext:
         options, unmoved_names, trained = self.options, list[str](), trained_names(model)
         if len(self.checkpoints) > 1:
             digests = [tensor_digests(checkpoint.path) for checkpoint in self.checkpoints]
+            for checkpoint, its_digests in zip(self.checkpoints, digests, strict=True):
+                if its_digests.keys() != digests[0].keys():
+                    load_classifier(checkpoint.path)  # refuses tensors that have no place in it
             self.notes += checkpoint_notes(self.checkpoints, digests)
             unmoved_names = [name for name in unmoved(digests) if name in trained]
         self.checkpoints = [

@@ -19,7 +19,6 @@ from transformers import AutoConfig
 
 from tracmod.files.durable import read_json
 from tracmod.models.loading import (
-    WEIGHTS_FILES,
     check_model_source,
     config_class_names,
     first_line_of,
@@ -160,8 +159,6 @@ def check_checkpoint(path: Path, config: Any) -> None:
             classes or another shape.
     """
     check_model_source(path)
-    if not any((path / file).is_file() for file in WEIGHTS_FILES):
-        raise ValueError(f"{path}: no weights in the folder, expected {WEIGHTS_FILES[0]}")
     try:
         own = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (KeyError, OSError, ValueError) as error:

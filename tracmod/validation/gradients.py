@@ -253,14 +253,19 @@ def autograd_gradients(
     parameters = dict(model.named_parameters())
     was_training = model.training
     model.eval()
+    selected = [parameters[name] for name in names]
+    required = [parameter.requires_grad for parameter in selected]
     try:
+        for parameter in selected:
+            parameter.requires_grad_(True)
         batch = collate([example], pad_token_id(model), next(model.parameters()).device)
         labels = batch.pop("labels")
         loss = per_example_loss(model(**batch).logits, labels).sum()
-        selected = [parameters[name] for name in names]
         gradients = torch.autograd.grad(loss, selected, allow_unused=True)
     finally:
         model.train(was_training)
+        for parameter, requires_grad in zip(selected, required, strict=True):
+            parameter.requires_grad_(requires_grad)
     return {
         name: torch.zeros_like(parameters[name]) if gradient is None else gradient
         for name, gradient in zip(names, gradients, strict=True)

@@ -103,14 +103,17 @@ def test_checks_blocks_and_metrics_leave_out_the_same(rule):
     moments = {name: torch.rand(p.shape) + 0.1 for name, p in model.named_parameters()}
     with pytest.warns(FrozenParametersWarning):
         adam = tm.adam_preconditioner(model, moments)
+    with pytest.warns(FrozenParametersWarning):
         scores = tm.exact_influence(model, EXAMPLES, EXAMPLES, preconditioner=adam)
     metric_P = torch.cat([1 / (moments[name].double().sqrt() + 1e-8).flatten() for name in trained])
     expected_NN = (gradients_NP * metric_P) @ gradients_NP.T
     assert (scores - expected_NN).abs().max() < 1e-4 * expected_NN.abs().max()
+    concatenated = tm.Projection(40_000, layers="concatenate")
     with pytest.warns(FrozenParametersWarning):
         fitted = tm.fit_ekfac(model, EXAMPLES, labels="given")
+    with pytest.warns(FrozenParametersWarning):
         exact = tm.exact_influence(model, EXAMPLES, EXAMPLES, preconditioner=fitted)
-        concatenated = tm.Projection(40_000, layers="concatenate")
+    with pytest.warns(FrozenParametersWarning):
         features = tm.collect_features(model, EXAMPLES, concatenated, preconditioner=fitted)
     projected = tm.influence_scores(features, features)
     assert (exact - projected).abs().max() < 1e-4 * exact.abs().max()

@@ -564,7 +564,7 @@ class InfluenceIndex:
             start += rows.shape[1]
         # FAISS adds products in float32, which cannot represent those of extreme numbers.
         largest = float(encoded_BD.abs().max()) if encoded_BD.numel() else 0.0
-        if largest > LARGEST_MAGNITUDE or 0 < largest < SMALLEST_MAGNITUDE:
+        if LARGEST_MAGNITUDE < largest < math.inf or 0 < largest < SMALLEST_MAGNITUDE:
             raise ValueError(
                 f"features of an index: expected the largest number, times the root of its weight, "
                 f"from {SMALLEST_MAGNITUDE:.0e} to {LARGEST_MAGNITUDE:.0e}, got {largest:.1e}; "

@@ -178,7 +178,7 @@ def load_classifier(
         _check_no_pipeline(Path(source))
     with quiet_transformers():
         model, loading_info = _load_weights(name, label_names, seed)
-    for key, got, expected in loading_info["mismatched_keys"]:
+    for key, got, expected in sorted(loading_info["mismatched_keys"]):
         raise ValueError(
             f"model {name}: expected {key} of shape {tuple(expected)}, got {tuple(got)}"
         )

@@ -111,7 +111,7 @@ class TensorRows:
         return torch.linalg.vector_norm(self.tensor.double(), dim=1).cpu()
 
     def magnitudes(self, start: int, stop: int) -> Tensor:
-        return torch.linalg.vector_norm(self.tensor[start:stop], ord=torch.inf, dim=1).cpu()
+        return row_magnitudes(self.tensor[start:stop]).cpu()
 
     def will_read(self, start: int, stop: int) -> None:
         pass
@@ -311,6 +311,20 @@ def as_rows(features: Features) -> Rows:
 # Rows of a larger or smaller magnitude than these are scaled before they are multiplied. Products
 # of two rows between them, and sums of their squares, are far from the limits of float32.
 SMALLEST_MAGNITUDE, LARGEST_MAGNITUDE = 2.0**-40, 2.0**40
+
+
+def row_magnitudes(rows: Tensor) -> Tensor:
+    """Return numbers from the largest absolute value of each row to its L2 norm, on its device.
+
+    L2 norms take an eighth of the time of largest values. Where the squares of a row leave the
+    range of its dtype, the norm is extreme, and the largest value is taken instead.
+    """
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    ordinary = (norms >= SMALLEST_MAGNITUDE) & (norms <= LARGEST_MAGNITUDE)
+    unsure = ordinary.logical_not().nonzero().flatten()
+    if len(unsure):
+        norms[unsure] = torch.linalg.vector_norm(rows[unsure], ord=torch.inf, dim=1)
+    return norms
 
 
 def extreme_exponents(magnitudes: Tensor) -> Tensor | None:

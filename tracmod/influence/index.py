@@ -68,6 +68,7 @@ from tracmod.features.rows import (
     LARGEST_MAGNITUDE,
     SMALLEST_MAGNITUDE,
     extreme_exponents,
+    row_magnitudes,
     scaled_rows,
 )
 from tracmod.features.store import FeatureStore
@@ -556,8 +557,7 @@ class InfluenceIndex:
         for rows, weight in zip(features, self.weights, strict=True):
             rows = rows.to("cpu", torch.float32)
             if self.normalize == "cosine":
-                largest = torch.linalg.vector_norm(rows, ord=math.inf, dim=1)
-                rows = scaled_rows(rows, extreme_exponents(largest))
+                rows = scaled_rows(rows, extreme_exponents(row_magnitudes(rows)))
                 norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
                 rows = rows / norms.float().masked_fill(norms == 0, 1)
             encoded_BD[:, start : start + rows.shape[1]] = math.sqrt(weight) * rows

@@ -19,6 +19,7 @@ from tracmod.cli.options import (
     CountOrAuto,
     GivenPath,
     RealNumber,
+    Weights,
     WholeNumber,
     choice,
     field_option,
@@ -62,6 +63,11 @@ _MODEL_AND_CHECKPOINTS = [
             "model": _MODEL_AND_CHECKPOINTS,
             "checkpoints": [],
             "out": [field_option(AttributionOptions, "out", type=FOLDER)],
+            "weights": [
+                field_option(
+                    AttributionOptions, "weights", type=Weights(), metavar="W,W,...|uniform"
+                )
+            ],
             "projection_dim": [
                 field_option(
                     AttributionOptions, "projection_dim", type=CountOrAuto(), metavar="K|auto"
@@ -97,7 +103,7 @@ def attribute(
 
     The weight of a checkpoint is the mean learning rate of its steps. It is read from tracmod.json,
     which tracmod.TracInCallback makes a transformers Trainer write, or else from the log of the
-    Trainer.
+    Trainer, or set by --weights. What is a guess is printed and written to run.json.
 
     \b
     Examples:

@@ -39,8 +39,19 @@ from tracmod.cli.options import EXISTING, JSON, GivenPath, PathOrUrl, WholeNumbe
     show_default=True,
     help="Tokens per example.",
 )
+@click.option(
+    "--include-frozen",
+    is_flag=True,
+    help="Also compare parameters that tracmod.json names as frozen.",
+)
 def check(
-    model: str, data: Path, parameters: str, head_mask: Path | None, examples: int, max_length: int
+    model: str,
+    data: Path,
+    parameters: str,
+    head_mask: Path | None,
+    examples: int,
+    max_length: int,
+    include_frozen: bool,
 ) -> None:
     """Compare the engine's gradients with plain autograd.
 
@@ -54,7 +65,7 @@ def check(
     """
     from tracmod.validation.gradients import check_model
 
-    errors = check_model(model, data, parameters, head_mask, examples, max_length)
+    errors = check_model(model, data, parameters, head_mask, examples, max_length, include_frozen)
     click.echo(f"{'parameters':44} {'tensors':>7} {'engine':>9} {'autograd':>9}")
     for error in errors:
         verdict = "ok" if error.passed else "WRONG"

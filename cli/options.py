@@ -69,6 +69,22 @@ class RealNumber(click.FloatRange):
         return number
 
 
+class Weights(RealNumber):
+    """Real numbers separated by commas, not all 0, or `uniform`."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the numbers as a tuple, or `uniform`."""
+        if value == "uniform":
+            return value
+        numbers = tuple(super(Weights, self).convert(x, param, ctx) for x in str(value).split(","))
+        if not any(numbers):
+            self.fail(f"expected a number above 0, got {value!r}.", param, ctx)
+        return numbers
+
+
 class Bytes(click.ParamType):
     """A number of bytes, given as 4GB, 512MiB or 1000."""
 

@@ -678,6 +678,15 @@ class RunConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _check_trained(self) -> RunConfig:
+        if self.collect.parameters == "classifier" and self.sparse.shared == "frozen":
+            raise ValueError(
+                "collect.parameters: expected some that sparse_finetune.shared frozen trains, got "
+                "classifier"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_view_languages(self) -> RunConfig:
         unknown = sorted(self.views.named_languages - set(self.task.languages))
         if unknown:

@@ -121,6 +121,11 @@ def test_values_out_of_range_are_refused_by_every_command(command, parameter):
         ("--seed", str(2**64)),
         ("--out", ""),
         ("--head-mask", ""),
+        ("--weights", "0.1,"),
+        ("--weights", "0.1,-0.2"),
+        ("--weights", "0.1,nan"),
+        ("--weights", "0,0.0"),
+        ("--weights", "Uniform"),
     ],
 )
 def test_attribute_refuses_a_value_out_of_range_by_option(tmp_path, option, value):

@@ -532,6 +532,27 @@ def test_frozen_parameters_need_gradients_again_after_the_training(tokenizer, tm
     assert left_out == ["classifier.dense.bias"]
 
 
+@pytest.mark.parametrize("shared", ["trained", "classifier", "frozen"])
+def test_checkpoints_record_the_parameters_that_were_not_trained(tokenizer, tmp_path, shared):
+    model, (examples, languages) = new_model(), data()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    settings = replace(SETTINGS, shared=shared, epochs=1, warmup=0.0)
+    (checkpoint,) = fine_tune(
+        model, tokenizer, examples, languages, tmp_path, settings, masks=MASKS
+    )
+    unmoved = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert set(checkpoint.frozen) == unmoved
+    assert bool(unmoved) == (shared != "trained")
+
+
+def test_a_schedule_whose_rates_are_all_0_is_refused_before_the_training(tokenizer, tmp_path):
+    examples, languages = data()
+    settings = replace(SETTINGS, epochs=1, batch_size=len(examples), warmup=1.0)
+    with pytest.raises(ValueError, match=r"learning rate above 0.*warmup 1\.0"):
+        fine_tune(new_model(), tokenizer, examples, languages, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
 def best_heads(model, examples, size, mask=None):
     importance = head_importance(model, examples, mask).reshape(-1)
     return sorted(sorted(range(importance.size), key=lambda head: -importance[head])[:size])

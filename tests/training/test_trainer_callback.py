@@ -486,3 +486,60 @@ def test_wrong_combinations_of_options_are_reported_in_one_sentence(training, fi
         assert message in output
         assert len(output.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+# --- frozen parameters ----------------------------------------------------------------------
+
+
+def frozen_of(out):
+    """Return the frozen parameters that every checkpoint records, by step."""
+    records = [json.loads(path.read_text()) for path in Path(out).glob("checkpoint-*/tracmod.json")]
+    return {record["step"]: set(record.get("frozen_parameters", ())) for record in records}
+
+
+@pytest.mark.parametrize("how", ["requires_grad", "in no group", "rate 0"])
+def test_parameters_that_the_steps_do_not_move_are_recorded(tmp_path, how):
+    trainer = make_trainer(tmp_path, tm.TracInCallback())
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    body = [p for name, p in trainer.model.named_parameters() if "classifier" not in name]
+    head = [p for name, p in trainer.model.named_parameters() if "classifier" in name]
+    if how == "requires_grad":
+        for parameter in body:
+            parameter.requires_grad_(False)
+    elif how == "in no group":
+        trainer.optimizer = torch.optim.AdamW(head, lr=PEAK)
+    else:
+        groups = [{"params": body, "lr": 0.0}, {"params": head, "lr": PEAK}]
+        trainer.optimizer = torch.optim.AdamW(groups, lr=PEAK, weight_decay=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    unmoved = {n for n, p in trainer.model.named_parameters() if torch.equal(p, before[n])}
+    assert unmoved
+    assert frozen_of(tmp_path) == {7: unmoved, 14: unmoved}
+    assert recorded(tmp_path) == pytest.approx({7: mean_rate(0, 7), 14: mean_rate(7, 14)})
+    (first, second) = load_checkpoints(checkpoint_folders(tmp_path))
+    assert set(first.frozen) == set(second.frozen) == unmoved
+
+
+def test_every_checkpoint_records_the_parameters_of_its_own_steps(tmp_path):
+    """Layers may be unfrozen one after the other (ULMFiT)."""
+
+    class Unfreeze(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            kwargs["model"].requires_grad_(True)
+
+    trainer = make_trainer(tmp_path, tm.TracInCallback(), Unfreeze())
+    trainer.model.base_model.requires_grad_(False)
+    trainer.create_optimizer()
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=PEAK)
+    trainer.train()
+    base = {name for name, _ in trainer.model.named_parameters() if name.startswith("roberta.")}
+    assert frozen_of(tmp_path) == {7: base, 14: set()}
+
+
+def test_a_training_of_all_parameters_records_none(tmp_path):
+    make_trainer(tmp_path, tm.TracInCallback(), warmup_steps=3).train()
+    assert frozen_of(tmp_path) == {7: set(), 14: set()}
+    steps = [json.loads(p.read_text())["steps"] for p in tmp_path.glob("*/tracmod.json")]
+    assert steps == [7, 7]

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,7 @@ from tracmod.features.store import SHARD_ROWS
 from tracmod.files.durable import read_json, write_checksums, write_json, write_parquet
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 from tracmod.files.versions import versions
+from tracmod.gradients.capture import FrozenParametersWarning
 from tracmod.influence.exact import exact_influence
 from tracmod.influence.scores import (
     TopInfluences,
@@ -99,6 +101,13 @@ def attribute(options: AttributionOptions) -> None:
             holds results of other options.
         OSError: `out` cannot be written.
     """
+    with warnings.catch_warnings():
+        # Its place is among the notes: once, and with the name of the command-line option.
+        warnings.simplefilter("ignore", FrozenParametersWarning)
+        _attribute(options)
+
+
+def _attribute(options: AttributionOptions) -> None:
     started = time.perf_counter()
     _check_out(options.out, options.exact)
     context = AttributionContext(options)
@@ -114,12 +123,7 @@ def attribute(options: AttributionOptions) -> None:
     if len(context.label_names) == 1:
         _write_targets(context)
     details["cut_texts"] = _report_cut_texts(context)  # at the end: a refusal is one line
-    if all(checkpoint.learning_rate is None for checkpoint in context.checkpoints):
-        tqdm.write(
-            "tracmod: no checkpoint has a learning rate in tracmod.json or trainer_state.json: "
-            "each has weight 1",
-            file=sys.stderr,
-        )
+    context.say_notes()
     seconds = round(time.perf_counter() - started, 3)
     write_json(options.out / "run.json", _record(context, details, seconds))
     shutil.rmtree(options.out / PROGRESS, ignore_errors=True)
@@ -154,6 +158,25 @@ def _report_cut_texts(context: AttributionContext) -> dict[str, int]:
     return cut
 
 
+def _saying_notes_first(
+    context: AttributionContext, advance: Callable[[int], Any]
+) -> Callable[[int], Any]:
+    """Return `advance` that prints the notes at its first call, when nothing is refused any more.
+
+    They are printed again at the end, below all progress bars.
+    """
+    is_first = True
+
+    def advance_and_say(count: int) -> None:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            context.say_notes()
+        advance(count)
+
+    return advance_and_say
+
+
 # --- scores from whole gradients ------------------------------------------------------------
 
 
@@ -162,8 +185,9 @@ def _exact(context: AttributionContext) -> TopInfluences:
     num_queries, num_train = len(context.examples["query"]), len(context.examples["train"])
     scores_QN = torch.zeros(num_queries, num_train)
     with context.bar(num_train) as bar:
+        advance = _saying_notes_first(context, bar.update)
         for checkpoint, weight in zip(context.checkpoints, context.weights, strict=True):
-            scores_QN += weight * _exact_scores(context, checkpoint, bar.update)
+            scores_QN += weight * _exact_scores(context, checkpoint, advance)
     return top_of_scores(scores_QN, context.options.k, context.example_languages("train"))
 
 
@@ -191,6 +215,7 @@ def _exact_scores(
             advance=advance,
             dtype=getattr(torch, options.dtype),
             preconditioner=context.preconditioner(checkpoint, model),
+            include_frozen=options.include_frozen,
         ).cpu()
     write_tensors(file, {"scores": scores_QN}, identity)
     return scores_QN
@@ -211,7 +236,8 @@ def _projected(context: AttributionContext, details: dict[str, Any]) -> TopInflu
         details["projection_choice"] = choose_projection_dim(context, progress)
     _check_memory(context)
     with context.bar(sum(len(context.examples[split]) for split in SPLITS)) as bar:
-        stores = [context.collect(checkpoint, bar.update) for checkpoint in context.checkpoints]
+        advance = _saying_notes_first(context, bar.update)
+        stores = [context.collect(checkpoint, advance) for checkpoint in context.checkpoints]
     queries, trains = ([store[split] for store in stores] for split in ("query", "train"))
     self_influences = self_influence(trains, context.weights)
     table = self_influence_table(context.tables["train"], self_influences)
@@ -276,11 +302,29 @@ def _record(context: AttributionContext, details: dict[str, Any], seconds: float
         if arguments[name] is not None:
             arguments[name] = _absolute(arguments[name])
     arguments["checkpoints"] = [_absolute(one.path) for one in context.checkpoints]
+    arguments["weights"] = context.weights  # the ones that queries are to use as well
     arguments["projection_dim"] = context.projection_dim
     return {
         "arguments": arguments,
         **details,
         "weights": context.weights,
+        "checkpoints": [
+            {
+                "path": _absolute(checkpoint.path),
+                "step": checkpoint.step,
+                "weight": weight,
+                "weight_source": source,
+                "left_out": left_out,
+            }
+            for checkpoint, weight, source, left_out in zip(
+                context.checkpoints,
+                context.weights,
+                context.weight_sources,
+                context.left_out,
+                strict=True,
+            )
+        ],
+        "notes": context.notes,
         "label_names": context.label_names,
         "versions": versions(),
         "device": context.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,24 +15,29 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.attribution.options import AttributionOptions
+from tracmod.attribution.weights import checkpoint_notes, choose_weights
 from tracmod.features.collector import collect_to_store
 from tracmod.features.projection import Projection
 from tracmod.features.recipe import FeatureRecipe, checkpoint_digests
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import file_sha256, read_json, write_json
+from tracmod.gradients.capture import describe_frozen, frozen_names, select_layers
 from tracmod.gradients.ekfac import checkpoint_preconditioner
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.influence.exact import NotFiniteError
 from tracmod.models.checkpoints import (
     Checkpoint,
     check_checkpoint,
+    freeze,
     load_checkpoints,
     load_second_moment,
+    recorded_frozen,
 )
 from tracmod.models.digests import tokenizer_digest
 from tracmod.models.inputs import encode
 from tracmod.models.loading import class_names, load_classifier, load_model
-from tracmod.models.modes import frozen, resolve_device, to_device
+from tracmod.models.modes import frozen, resolve_device, to_device, trained_names
+from tracmod.models.weight_files import tensor_digests, unmoved
 from tracmod.subnetworks.head_mask import HeadMask, matching_layers
 from tracmod.tasks.examples import rows_digest
 from tracmod.tasks.files import read_model_files
@@ -48,6 +54,9 @@ class AttributionContext:
         mask: The head mask that is applied to train and query gradients, or None.
         checkpoints: (C,) the checkpoints, `epoch` being their position from 1.
         weights: (C,) the weights of the checkpoints in the scores.
+        weight_sources: (C,) phrases that say where the weights come from.
+        left_out: (C,) the names of the selected parameters that are frozen and left out.
+        notes: Sentences about what was guessed or left out, for stderr and run.json.
         label_names: The names of the labels, in order.
         max_length: The number of tokens at which texts are cut.
         projection_dim: The numbers per feature row; None until it is chosen.
@@ -69,12 +78,15 @@ class AttributionContext:
             Projection(options.projection_dim)  # refuses a dimension out of range
         self.mask = None if options.head_mask is None else HeadMask.load(options.head_mask)
         self.checkpoints = _numbered_checkpoints(options)
-        self.weights = _weights(self.checkpoints)
+        self.weights, self.weight_sources, self.notes = choose_weights(
+            self.checkpoints, options.weights
+        )
         model, self.tokenizer = load_model(options.model)
         if self.mask is not None:
             matching_layers(model, self.mask)  # refuses a mask of another shape
         for path in options.checkpoints:
             check_checkpoint(path, model.config)
+        self._compare_checkpoints(model)
         if options.preconditioner == "adam":
             for checkpoint in self.checkpoints:
                 load_second_moment(checkpoint.path)  # refuses a checkpoint without one
@@ -133,11 +145,62 @@ class AttributionContext:
                 f"{error.split} example {name!r}: expected a finite gradient, got NaN or infinity"
             ) from None
 
+    def say_notes(self) -> None:
+        """Print on stderr what was guessed or left out."""
+        for note in self.notes:
+            tqdm.write(f"tracmod: {note}", file=sys.stderr)
+
     # --- checkpoints ------------------------------------------------------------------------
 
+    def _compare_checkpoints(self, model: PreTrainedModel) -> None:
+        """Note what does not fit together, and which selected parameters training did not move.
+
+        These are the ones that a checkpoint's tracmod.json names, and those that are the same at
+        all checkpoints.
+
+        Raises:
+            ValueError: A file of weights is damaged, or no selected parameter was trained.
+        """
+        options, unmoved_names, trained = self.options, list[str](), trained_names(model)
+        if len(self.checkpoints) > 1:
+            digests = [tensor_digests(checkpoint.path) for checkpoint in self.checkpoints]
+            for checkpoint, its_digests in zip(self.checkpoints, digests, strict=True):
+                if its_digests.keys() != digests[0].keys():
+                    load_classifier(checkpoint.path)  # refuses tensors that have no place in it
+            self.notes += checkpoint_notes(self.checkpoints, digests)
+            unmoved_names = [name for name in unmoved(digests) if name in trained]
+        self.checkpoints = [
+            replace(checkpoint, frozen=tuple(sorted({*checkpoint.frozen, *unmoved_names})))
+            for checkpoint in self.checkpoints
+        ]
+        self.left_out: list[list[str]] = []
+        for checkpoint in self.checkpoints:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in trained)
+            self._freeze(model, checkpoint)
+            try:
+                select_layers(model, options.parameters, options.include_frozen)
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.path}: {error}") from None
+            self.left_out.append(
+                [] if options.include_frozen else frozen_names(model, options.parameters)
+            )
+        if any(self.left_out):
+            where = ""
+            if any(names != self.left_out[0] for names in self.left_out):
+                where = ", others at other checkpoints"
+            first = next(names for names in self.left_out if names)
+            self.notes.append(f"{describe_frozen(first)}{where}; --include-frozen includes them")
+
+    def _freeze(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+        if not self.options.include_frozen:
+            freeze(model, checkpoint.frozen, checkpoint.path)
+
     def load(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        """Load a checkpoint's model, on the device."""
-        return to_device(load_classifier(checkpoint.path), self.device)
+        """Load a checkpoint's model, on the device, with the parameters frozen that it names."""
+        model = load_classifier(checkpoint.path)
+        self._freeze(model, checkpoint)
+        return to_device(model, self.device)
 
     def preconditioner(
         self, checkpoint: Checkpoint, model: PreTrainedModel
@@ -152,7 +215,7 @@ class AttributionContext:
         if number not in self._preconditioners:
             folder = options.out / "preconditioners"
             identity = self._settings_digests() | checkpoint_digests(
-                model, self._tokenizer_digest, None
+                model, self._tokenizer_digest, None, options.include_frozen
             )
             if options.preconditioner == "ekfac":
                 identity["data"] = self._fitted_on(folder)
@@ -165,6 +228,7 @@ class AttributionContext:
                 batch_tokens=options.batch_tokens,
                 keep_in=folder / f"checkpoint-{number}.safetensors",
                 identity=identity,
+                include_frozen=options.include_frozen,
             )
             self._preconditioners = {number: preconditioner}  # one: as large as several models
         return self._preconditioners[number]
@@ -194,7 +258,9 @@ class AttributionContext:
     def digests(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
         """Return the digests of all that scores depend on at a checkpoint, apart from examples."""
         preconditioner = self.preconditioner(checkpoint, model)
-        digests = checkpoint_digests(model, self._tokenizer_digest, preconditioner)
+        digests = checkpoint_digests(
+            model, self._tokenizer_digest, preconditioner, self.options.include_frozen
+        )
         return digests | self._settings_digests()
 
     def exact_identity(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
@@ -222,6 +288,7 @@ class AttributionContext:
             options.batch_tokens,
             self.max_length,
             self.mask,
+            options.include_frozen,
         )
 
     def feature_identity(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
@@ -294,35 +361,7 @@ def _numbered_checkpoints(options: AttributionOptions) -> list[Checkpoint]:
     `epoch` is the position, because the Trainer saves at fractions of epochs too.
     """
     if not options.checkpoints:
-        return [Checkpoint(Path(options.model), epoch=1, step=0, learning_rate=1.0)]
+        path, source = Path(options.model), "the model alone has weight 1"
+        return [Checkpoint(path, 1, 0, 1.0, source, frozen=recorded_frozen(path))]
     loaded = load_checkpoints(options.checkpoints)
     return [replace(checkpoint, epoch=number) for number, checkpoint in enumerate(loaded, 1)]
-
-
-def _weights(checkpoints: Sequence[Checkpoint]) -> list[float]:
-    """Return the learning rates of the checkpoints, or 1 each where no checkpoint has one.
-
-    Raises:
-        ValueError: Only some have one, one is negative, or all are 0.
-    """
-    rates = [checkpoint.learning_rate for checkpoint in checkpoints]
-    if all(rate is None for rate in rates):
-        return [1.0] * len(rates)
-    for checkpoint in checkpoints:
-        if checkpoint.learning_rate is None:
-            raise ValueError(
-                f"{checkpoint.path}: expected a learning rate, as the other checkpoints have, in "
-                f"tracmod.json or trainer_state.json, found none"
-            )
-        if checkpoint.learning_rate < 0:
-            raise ValueError(
-                f"{checkpoint.path}: expected a learning rate of 0 or more, got "
-                f"{checkpoint.learning_rate}"
-            )
-    if not any(rates):
-        raise ValueError(
-            f"{checkpoints[0].path}: expected a learning rate above 0 at one checkpoint or more, "
-            f"got 0 at all {len(rates)}: every score would be 0. A scheduler's last logged rate is "
-            f"0; tracmod.TracInCallback records the mean rate of the steps instead"
-        )
-    return [float(rate) for rate in rates if rate is not None]

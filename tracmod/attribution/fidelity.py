@@ -153,6 +153,7 @@ def _exact_scores(context: AttributionContext, sample: Sample, progress: Path) -
                 keep_in=progress,
                 identity=context.exact_identity(checkpoint, model) | {"sample": asdict(sample)},
                 preconditioner=context.preconditioner(checkpoint, model),
+                include_frozen=options.include_frozen,
             )
         scores.append(exact_QN)
     return over_checkpoints(scores, context.weights)
@@ -174,6 +175,7 @@ def _projected_scores(context: AttributionContext, sample: Sample, dim: int) -> 
                 options.batch_tokens,
                 dtype=getattr(torch, options.dtype),
                 preconditioner=preconditioner,
+                include_frozen=options.include_frozen,
             )
             for examples in _encoded(context, sample)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tracmod.choices import DEFAULT_MEMORY, MetricKind, ParameterSet, PassDtype, StoreDtype
 
@@ -27,6 +28,13 @@ class AttributionOptions:
         metadata={
             "help": "Folders saved during training, in order. Without any, the model itself is "
             "used, with weight 1."
+        },
+    )
+    weights: Sequence[float] | Literal["uniform"] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the checkpoints in the scores: numbers separated by commas, or "
+            "uniform for 1 each. Default: the mean learning rate of each checkpoint's steps."
         },
     )
     k: int = field(
@@ -75,6 +83,13 @@ class AttributionOptions:
         metadata={
             "help": "Parameters whose gradients are used: all but the embeddings, all, those of "
             "the attention heads, or those of the classifier."
+        },
+    )
+    include_frozen: bool = field(
+        default=False,
+        metadata={
+            "help": "Also use parameters that training did not move. They are known from "
+            "tracmod.json, or because they are the same at all checkpoints."
         },
     )
     preconditioner: MetricKind = field(

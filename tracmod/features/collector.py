@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from tracmod import kernels
 from tracmod.features.projection import Projection, Slot, projection_keys
 from tracmod.features.store import FeatureStore
-from tracmod.gradients.capture import Captured, Layer, capture, select_layers
+from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
 from tracmod.gradients.lean_pass import LeanColumns, lean
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.inputs import (
@@ -48,8 +48,8 @@ class Collector:
 
     Attributes:
         model: The classifier.
-        projection, parameters, batch_tokens, dtype, head_mask, preconditioner: As for
-            `collect_features`.
+        projection, parameters, batch_tokens, dtype, head_mask, preconditioner, include_frozen: As
+            for `collect_features`.
         layers: The layers whose parameters are selected.
         slots: Each layer's slot of the feature row, by the layer's name.
     """
@@ -61,6 +61,7 @@ class Collector:
     dtype: torch.dtype | None = None
     head_mask: HeadMask | None = None
     preconditioner: Preconditioner | None = None
+    include_frozen: bool = False
     layers: list[Layer] = field(init=False)
     slots: dict[str, Slot] = field(init=False)
 
@@ -74,11 +75,10 @@ class Collector:
             )
         if self.dtype is torch.float32:
             self.dtype = None
-        self.layers = select_layers(self.model, self.parameters)
+        self.layers = select_layers(self.model, self.parameters, self.include_frozen)
         self.slots = self.projection.slots(self.layers)
         if self.preconditioner is not None:
             self.preconditioner.check(self.layers)
-            self.preconditioner = self.preconditioner.to(self.model.device)
 
     def collect(
         self, examples: Sequence[Mapping[str, Any]], advance: Callable[[int], Any] | None = None
@@ -102,6 +102,8 @@ class Collector:
     ) -> Tensor:
         """Like `collect`, for callers already inside `lean`. Never waits for the GPU."""
         device = next(self.model.parameters()).device
+        if self.preconditioner is not None:
+            self.preconditioner = self.preconditioner.to(device)
         features = torch.zeros(len(examples), self.projection.dim, device=device)
         lengths = [example_length(example) for example in examples]
         for rows in plan_batches(lengths, self.batch_tokens):
@@ -208,6 +210,8 @@ def collect_features(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     preconditioner: Preconditioner | None = None,
+    *,
+    include_frozen: bool = False,
 ) -> Tensor:
     """Collect the projected per-example gradients of a dataset, in one pass over it.
 
@@ -232,13 +236,16 @@ def collect_features(
         preconditioner: A metric for the inner products (`fit_ekfac`, `adam_preconditioner`), which
             must be the same for train and query examples. G_l(z) is then formed, multiplied by the
             square root of the metric, and projected by a count sketch.
+        include_frozen: Whether parameters with `requires_grad=False` count, too. Training does not
+            move them, so by default they are left out, with a warning.
 
     Returns:
         (N, K) float32 on `device`, rows in the order of the dataset.
 
     Raises:
         ValueError: An example is invalid or its gradient is not finite (the message names its row),
-            `parameters` is unknown, or the mask's shape does not match the model.
+            `parameters` is unknown or all of them are frozen, or the mask's shape does not match
+            the model.
 
     Examples:
         >>> import tracmod as tm
@@ -261,10 +268,18 @@ def collect_features(
     """
     examples = as_examples(dataset)
     check_examples(model, examples)
+    warn_of_frozen(model, parameters, include_frozen)
+    collector = Collector(
+        model,
+        projection,
+        parameters,
+        batch_tokens,
+        dtype,
+        head_mask,
+        preconditioner,
+        include_frozen,
+    )
     with frozen(model), on_device(model, device):
-        collector = Collector(
-            model, projection, parameters, batch_tokens, dtype, head_mask, preconditioner
-        )
         features = collector.collect(examples)
     finite_N = torch.isfinite(features).all(dim=1)
     if not bool(finite_N.all()):

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from tracmod.features.collector import Collector
 from tracmod.features.projection import Projection
+from tracmod.files.durable import canonical_json, sha256
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.digests import model_digest
+from tracmod.models.modes import trained_names
 from tracmod.subnetworks.head_mask import HeadMask
 
 
@@ -31,6 +33,7 @@ class FeatureRecipe:
         batch_tokens: The bound on the tokens of a batch.
         max_length: The number of tokens at which texts are cut.
         head_mask: The mask that is applied in both passes, or None for all heads.
+        include_frozen: Whether parameters that training does not move count, too.
     """
 
     projection: Projection
@@ -39,6 +42,7 @@ class FeatureRecipe:
     batch_tokens: int
     max_length: int
     head_mask: HeadMask | None = None
+    include_frozen: bool = False
 
     def under(self, head_mask: HeadMask | None) -> FeatureRecipe:
         """Return the same recipe under another mask."""
@@ -61,6 +65,7 @@ class FeatureRecipe:
             getattr(torch, self.dtype),
             self.head_mask,
             preconditioner,
+            self.include_frozen,
         )
 
     def identity(self, **digests: str) -> dict[str, Any]:
@@ -82,7 +87,10 @@ class FeatureRecipe:
 
 
 def checkpoint_digests(
-    model: PreTrainedModel, tokenizer_digest: str, preconditioner: Preconditioner | None
+    model: PreTrainedModel,
+    tokenizer_digest: str,
+    preconditioner: Preconditioner | None,
+    include_frozen: bool = False,
 ) -> dict[str, str]:
     """Return the digests of all that features depend on at one checkpoint.
 
@@ -90,8 +98,13 @@ def checkpoint_digests(
         model: The checkpoint's model.
         tokenizer_digest: The digest of its tokenizer.
         preconditioner: Its preconditioner, if there is one.
+        include_frozen: Whether frozen parameters count, too.
     """
     digests = {"model": model_digest(model), "tokenizer": tokenizer_digest}
+    trained = trained_names(model)
+    left_out = sorted(name for name, _ in model.named_parameters() if name not in trained)
+    if left_out and not include_frozen:
+        digests["frozen"] = sha256(canonical_json(left_out))
     if preconditioner is not None:
         digests["preconditioner"] = preconditioner.digest
     return digests

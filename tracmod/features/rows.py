@@ -61,6 +61,9 @@ class Rows(Protocol):
     def norms(self) -> Tensor:
         """Return the L2 norms of the rows, (N,), on the CPU."""
 
+    def magnitudes(self, start: int, stop: int) -> Tensor:
+        """Return numbers from the largest absolute value of each row to its L2 norm, on the CPU."""
+
     def will_read(self, start: int, stop: int) -> None:
         """Tell the operating system that the rows [start, stop) will be read soon."""
 
@@ -107,6 +110,9 @@ class TensorRows:
     def norms(self) -> Tensor:
         return torch.linalg.vector_norm(self.tensor.double(), dim=1).cpu()
 
+    def magnitudes(self, start: int, stop: int) -> Tensor:
+        return row_magnitudes(self.tensor[start:stop]).cpu()
+
     def will_read(self, start: int, stop: int) -> None:
         pass
 
@@ -150,6 +156,9 @@ class StoreRows:
 
     def norms(self) -> Tensor:
         return self.store.norms()
+
+    def magnitudes(self, start: int, stop: int) -> Tensor:
+        return self.store.norms(start, stop)
 
     def will_read(self, start: int, stop: int) -> None:
         self.store.will_read(start, stop)
@@ -219,6 +228,15 @@ class ChosenRows:
             chosen[rows] = self.sources[name].norms()[rows]
         return chosen
 
+    def magnitudes(self, start: int, stop: int) -> Tensor:
+        chosen = torch.empty(stop - start)
+        for name, rows in self._rows_of.items():
+            low, high = np.searchsorted(rows, [start, stop])
+            if low < high:
+                own = torch.from_numpy(rows[low:high] - start)
+                chosen[own] = self.sources[name].magnitudes(start, stop).float()[own]
+        return chosen
+
     def will_read(self, start: int, stop: int) -> None:
         for source in self.sources.values():
             source.will_read(start, stop)
@@ -270,6 +288,13 @@ class SomeRows:
     def norms(self) -> Tensor:
         return self.source.norms()[self.chosen]
 
+    def magnitudes(self, start: int, stop: int) -> Tensor:
+        chosen = self.chosen[start:stop]
+        if not len(chosen):
+            return torch.zeros(0)
+        first, end = int(chosen[0]), int(chosen[-1]) + 1
+        return self.source.magnitudes(first, end)[chosen - first]
+
     def will_read(self, start: int, stop: int) -> None:
         self.source.will_read(int(self.chosen[start]), int(self.chosen[stop - 1]) + 1)
 
@@ -281,6 +306,54 @@ def as_rows(features: Features) -> Rows:
     if isinstance(features, Tensor | np.ndarray):
         return TensorRows(torch.as_tensor(features))
     return features
+
+
+# Rows of a larger or smaller magnitude than these are scaled before they are multiplied. Products
+# of two rows between them, and sums of their squares, are far from the limits of float32.
+SMALLEST_MAGNITUDE, LARGEST_MAGNITUDE = 2.0**-40, 2.0**40
+
+
+def row_magnitudes(rows: Tensor) -> Tensor:
+    """Return numbers from the largest absolute value of each row to its L2 norm, on its device.
+
+    L2 norms take an eighth of the time of largest values. Where the squares of a row leave the
+    range of its dtype, the norm is extreme, and the largest value is taken instead.
+    """
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    ordinary = (norms >= SMALLEST_MAGNITUDE) & (norms <= LARGEST_MAGNITUDE)
+    unsure = ordinary.logical_not().nonzero().flatten()
+    if len(unsure):
+        norms[unsure] = torch.linalg.vector_norm(rows[unsure], ord=torch.inf, dim=1)
+    return norms
+
+
+def extreme_exponents(magnitudes: Tensor) -> Tensor | None:
+    """Return the binary exponents of extreme magnitudes, and 0 for others; None if all are 0.
+
+    Args:
+        magnitudes: Non-negative numbers.
+
+    Returns:
+        float64 in the shape of `magnitudes`. A row divided by 2 to this power has a magnitude
+        around 1, and the division is exact.
+    """
+    magnitudes = magnitudes.double()
+    extreme = (magnitudes < SMALLEST_MAGNITUDE) & (magnitudes > 0)
+    extreme |= (magnitudes > LARGEST_MAGNITUDE) & magnitudes.isfinite()
+    if not bool(extreme.any()):
+        return None
+    return torch.where(extreme, magnitudes.frexp().exponent.double(), 0)
+
+
+def scaled_rows(rows: Tensor, exponents: Tensor | None) -> Tensor:
+    """Divide rows by 2 to the power of their exponents; None leaves them as they are."""
+    if exponents is None:
+        return rows
+    rows, chosen = rows.clone(), exponents.nonzero().flatten()
+    factors = torch.exp2(-exponents[chosen])[:, None].to(rows.device)
+    chosen = chosen.to(rows.device)
+    rows[chosen] = (rows[chosen].double() * factors).to(rows.dtype)
+    return rows
 
 
 def block_ranges(rows: Rows, most: int) -> list[tuple[int, int]]:

@@ -439,7 +439,25 @@ class FeatureStore:
                 f"example {self.ids[rows[int(not_finite[0])]]!r}: its features are NaN, infinite "
                 f"or too large for {self.dtype}; shard {shard} was not written"
             )
+        self._check_not_too_small(shard, features, restored_nK)
         self._shards.write(shard, tensors, self._writer)
+
+    def _check_not_too_small(self, shard: int, features: Tensor, stored_nK: Tensor) -> None:
+        """Refuse rows whose largest number changes by more than 5% because it is so small."""
+        if self.dtype == torch.float32:
+            return
+        largest, stored = (
+            torch.linalg.vector_norm(rows.float(), ord=torch.inf, dim=1)
+            for rows in (features, stored_nK)
+        )
+        lost = torch.nonzero((stored - largest).abs() > 0.05 * largest)
+        if len(lost):
+            row = int(lost[0])
+            raise ValueError(
+                f"example {self.ids[self.shard_range(shard)[row]]!r}: its features, at most "
+                f"{float(largest[row]):.1e}, are too small for {self.dtype}; shard {shard} was not "
+                f"written; use float32"
+            )
 
     def _require_writer(self) -> None:
         if self._lock is None and not self._writer:

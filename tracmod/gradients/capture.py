@@ -19,6 +19,7 @@ Shape suffixes: B examples, S tokens, I in, O out, D width of LayerNorm or embed
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from tracmod.gradients.lean_pass import Columns, LeanColumns
 from tracmod.kernels import LayerKind
 from tracmod.models.architecture import attention_layers, embeddings_module
 from tracmod.models.inputs import per_example_loss
+from tracmod.models.modes import trained_names
 
 PARAMETER_SETS = get_args(ParameterSet)
 
@@ -47,6 +49,9 @@ class Layer:
             `embedding` (g_s is added to row id_s).
         module: The module.
         bias: Whether its bias is selected, too.
+        only_bias: Whether its bias alone is selected. It is then treated as the weight of a layer
+            without bias whose input is a column of ones (for LayerNorm, all ones), and `bias` is
+            False.
         position: Rank among all layers of the model, selected or not. The key of the layer's
             projection is made from it, so a parameter has the same signs in every selection.
         input_position: Position of the first layer that reads the same input, by which layers that
@@ -62,6 +67,7 @@ class Layer:
     position: int
     input_position: int
     pooled: bool
+    only_bias: bool = False
 
     # The sizes are those of the module, because `lean` may replace its weight by a narrower one.
 
@@ -70,7 +76,7 @@ class Layer:
         """I of a linear layer, D of LayerNorm, the number of ids of an embedding."""
         module: Any = self.module
         if self.kind == "linear":
-            return module.in_features
+            return 1 if self.only_bias else module.in_features
         return module.weight.numel() if self.kind == "elementwise" else module.num_embeddings
 
     @property
@@ -84,6 +90,8 @@ class Layer:
     @property
     def parameter_names(self) -> list[str]:
         """Full names of the selected parameters."""
+        if self.only_bias:
+            return [f"{self.name}.bias"]
         return [f"{self.name}.weight"] + ([f"{self.name}.bias"] if self.bias else [])
 
 
@@ -138,8 +146,14 @@ class Captured:
         return self.x.nbytes + sum(g.nbytes for g in self.g)
 
 
-def select_layers(model: nn.Module, parameters: str = "encoder") -> list[Layer]:
+def select_layers(
+    model: nn.Module, parameters: str = "encoder", include_frozen: bool = False
+) -> list[Layer]:
     """Return the layers with the selected parameters, in the order of the model.
+
+    Training does not move a parameter with `requires_grad=False`, so its gradient has no part in
+    the influence of an example. Such parameters are left out, unless they are frozen only within
+    `models.modes.frozen`.
 
     Args:
         model: A BERT-family sequence classifier of transformers.
@@ -147,20 +161,32 @@ def select_layers(model: nn.Module, parameters: str = "encoder") -> list[Layer]:
             (what belongs to heads: query, key and value with biases, and the weight of the
             attention output projection, whose bias belongs to no head) or `classifier` (outside
             the base model).
+        include_frozen: Whether parameters with `requires_grad=False` are selected, too.
 
     Raises:
-        ValueError: The selection is unknown, or a selected parameter is not part of a Linear,
-            LayerNorm or Embedding module; it would be left out silently.
+        ValueError: The selection is unknown, all of its parameters are frozen, or a selected
+            parameter is not part of a Linear, LayerNorm or Embedding module; it would be left out
+            silently.
     """
     if parameters not in PARAMETER_SETS:
         expected = ", ".join(PARAMETER_SETS)
         raise ValueError(f"parameters: expected one of {expected}, got {parameters!r}")
     selected = _selected_names(model, parameters)
+    if not include_frozen:
+        frozen = set(frozen_names(model, parameters))
+        if frozen and frozen >= selected:
+            raise ValueError(
+                f"parameters {parameters!r}: expected some that training moves, all "
+                f"{len(frozen)} are frozen (requires_grad=False); set requires_grad of those that "
+                f"were trained, or include frozen ones (include_frozen=True, --include-frozen)"
+            )
+        selected -= frozen
     layers = []
     for layer in _all_layers(model):
         weight, bias = f"{layer.name}.weight" in selected, f"{layer.name}.bias" in selected
-        if weight:
-            layers.append(replace(layer, bias=bias))
+        if weight or bias:
+            only_bias = bias and not weight
+            layers.append(replace(layer, bias=bias and weight, only_bias=only_bias))
             selected -= {f"{layer.name}.weight", f"{layer.name}.bias"}
     if selected:
         raise ValueError(
@@ -168,6 +194,35 @@ def select_layers(model: nn.Module, parameters: str = "encoder") -> list[Layer]:
             f"got {', '.join(sorted(selected)[:5])}"
         )
     return layers
+
+
+def frozen_names(model: nn.Module, parameters: str = "encoder") -> list[str]:
+    """Return the selected parameters with `requires_grad=False`, in the order of the model."""
+    selected, trained = _selected_names(model, parameters), trained_names(model)
+    return [
+        name for name, _ in model.named_parameters() if name in selected and name not in trained
+    ]
+
+
+def warn_of_frozen(model: nn.Module, parameters: str, include_frozen: bool) -> None:
+    """Warn the caller of a public function of the frozen parameters that it leaves out."""
+    names = [] if include_frozen else frozen_names(model, parameters)
+    if names:
+        warnings.warn(
+            f"{describe_frozen(names)}; include_frozen=True includes them",
+            FrozenParametersWarning,
+            stacklevel=3,
+        )
+
+
+class FrozenParametersWarning(UserWarning):
+    """Selected parameters are left out because they are frozen."""
+
+
+def describe_frozen(names: Sequence[str]) -> str:
+    """Return a clause that says which frozen parameters are left out."""
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} frozen parameters (not trained) are left out: {some}"
 
 
 def _all_layers(model: nn.Module) -> list[Layer]:
@@ -326,7 +381,14 @@ class _Groups:
             # The position says which layers read the same input in the architecture; the tensor
             # says whether they do in this pass. In a lean last layer the query does not. An
             # address identifies the tensor, because the group keeps its memory from being reused.
-            key = (layer.input_position, args[0].data_ptr(), args[0].shape)
+            # Whether weight and bias are selected is the same for all layers of a group.
+            key = (
+                layer.input_position,
+                args[0].data_ptr(),
+                args[0].shape,
+                layer.bias,
+                layer.only_bias,
+            )
             self.groups.setdefault(key, _Group(args[0].detach())).layers.append(layer)
 
             def gradient_hook(g: Tensor) -> None:
@@ -369,6 +431,9 @@ def _captured(group: _Group, lengths: Tensor, lean_columns: LeanColumns) -> Capt
             gs = [g.masked_fill((x == module.padding_idx)[..., None], 0) for g in gs]
     else:
         x = x.to(gs[0].dtype)
+    only_bias = group.layers[0].only_bias
+    if only_bias:
+        x = torch.ones_like(x if isinstance(module, nn.LayerNorm) else x[..., :1])
     if gs[0].dim() == 2:
         x, gs = x[:, None], [g[:, None] for g in gs]
     columns = [lean_columns.get(layer.module, Columns(None, None)) for layer in group.layers]
@@ -377,7 +442,7 @@ def _captured(group: _Group, lengths: Tensor, lean_columns: LeanColumns) -> Capt
         x.contiguous(),
         tuple(g.contiguous() for g in gs),
         None if one_token else lengths,
-        columns[0].input,
+        None if only_bias else columns[0].input,
         tuple(layer_columns.output for layer_columns in columns),
     )
 

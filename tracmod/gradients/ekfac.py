@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from tracmod.gradients.capture import Captured, Layer, capture, select_layers
+from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
 from tracmod.gradients.lean_pass import lean
 from tracmod.gradients.preconditioner import (
     Metric,
@@ -63,6 +63,7 @@ def fit_ekfac(
     device: torch.device | str | None = None,
     seed: int = 0,
     advance: Callable[[int], Any] | None = None,
+    include_frozen: bool = False,
 ) -> Preconditioner:
     """Fit the inverse of the EK-FAC approximation of a model's Fisher matrix as a metric.
 
@@ -88,6 +89,7 @@ def fit_ekfac(
         seed: Seed of the sampled labels. The label of an example depends on its position in the
             dataset, but not on the batches.
         advance: Called with the number of examples that were processed, 2 N in total.
+        include_frozen: As for `collect_features`.
 
     Returns:
         The preconditioner, on the device of the passes.
@@ -123,7 +125,8 @@ def fit_ekfac(
     if not examples:
         raise ValueError("dataset: expected at least one example, got none")
     check_examples(model, examples)
-    layers = select_layers(model, parameters)
+    warn_of_frozen(model, parameters, include_frozen)
+    layers = select_layers(model, parameters, include_frozen)
     with frozen(model), on_device(model, device), lean(model) as lean_columns:
         if labels == "sampled":
             examples = _with_sampled_labels(model, examples, batch_tokens, seed)
@@ -273,6 +276,7 @@ def checkpoint_preconditioner(
     batch_tokens: int,
     keep_in: Path,
     identity: Mapping[str, Any],
+    include_frozen: bool = False,
 ) -> Preconditioner:
     """Return the preconditioner of a checkpoint: Adam's from its folder, or EK-FAC's.
 
@@ -289,13 +293,14 @@ def checkpoint_preconditioner(
         damping: As for `fit_ekfac`.
         keep_in: The file in which the fitted preconditioner is saved.
         identity: What it depends on otherwise: digests of the model and of the data.
+        include_frozen: As for `collect_features`.
 
     Raises:
         ValueError: The folder has no second moment, or the saved file is damaged or has another
             identity.
     """
     if kind == "adam":
-        return adam_preconditioner(model, folder, parameters)
+        return adam_preconditioner(model, folder, parameters, include_frozen=include_frozen)
     identity = {**identity, "parameters": parameters, "damping": damping}
     saved = Preconditioner.load(keep_in, "ekfac", identity)
     if saved is not None:
@@ -313,6 +318,7 @@ def checkpoint_preconditioner(
             damping=damping,
             batch_tokens=batch_tokens,
             advance=bar.update,
+            include_frozen=include_frozen,
         )
     fitted.save(keep_in, identity)
     return fitted

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from tracmod.files.durable import sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
-from tracmod.gradients.capture import Captured, Layer, select_layers
+from tracmod.gradients.capture import Captured, Layer, select_layers, warn_of_frozen
 from tracmod.models.checkpoints import load_second_moment
 
 ADAM_EPS = 1e-8  # the default of torch.optim.AdamW and of transformers' Trainer
@@ -244,6 +244,8 @@ def adam_preconditioner(
     second_moment: Mapping[str, Tensor] | str | Path,
     parameters: str = "encoder",
     eps: float = ADAM_EPS,
+    *,
+    include_frozen: bool = False,
 ) -> Preconditioner:
     """Return the metric of Adam at a checkpoint, in which a gradient is the step taken for it.
 
@@ -258,6 +260,7 @@ def adam_preconditioner(
             checkpoint in which `tracmod` or `TracInCallback(second_moment=True)` has saved it.
         parameters: As for `collect_features`.
         eps: The epsilon of Adam.
+        include_frozen: As for `collect_features`.
 
     Returns:
         The preconditioner, on the device of the model.
@@ -290,9 +293,12 @@ def adam_preconditioner(
     if isinstance(second_moment, str | Path):
         second_moment = load_second_moment(second_moment)
     metrics = {}
-    for layer in select_layers(model, parameters):
+    warn_of_frozen(model, parameters, include_frozen)
+    for layer in select_layers(model, parameters, include_frozen):
         parts = [_moment_of(second_moment, model, name) for name in layer.parameter_names]
-        if layer.kind == "linear":
+        if layer.kind == "linear" and layer.only_bias:
+            whole = parts[0][:, None]
+        elif layer.kind == "linear":
             whole = torch.cat([parts[0], *(bias[:, None] for bias in parts[1:])], dim=1)
         else:
             whole = torch.stack(parts) if layer.kind == "elementwise" else parts[0]

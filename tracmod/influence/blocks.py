@@ -34,12 +34,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tracmod.gradients.capture import Captured, Layer, capture, select_layers
+from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
 from tracmod.gradients.lean_pass import lean
 from tracmod.influence.exact import (
     NotFiniteError,
     autocast_dtype,
+    gradient_exponents,
     inverse_root,
+    scaled_gradients,
     squared_norms,
 )
 from tracmod.models.architecture import attention_layers
@@ -96,6 +98,8 @@ def block_influence(
     batch_tokens: int = BATCH_TOKENS,
     dtype: torch.dtype | None = None,
     advance: Callable[[int], Any] | None = None,
+    *,
+    include_frozen: bool = False,
 ) -> pa.Table:
     """Compute the mean influence between languages at one checkpoint, divided among blocks.
 
@@ -117,6 +121,8 @@ def block_influence(
         batch_tokens: bound on the number of examples times the longest length of a batch.
         dtype: torch.bfloat16 for a pass under autocast; None or torch.float32 for float32.
         advance: called with the number of examples that just passed through the model.
+        include_frozen: whether parameters with `requires_grad=False` count, as in
+            `collect_features`.
 
     Returns:
         A table with the columns test_language, train_language, layer and head (int32, null as in
@@ -147,7 +153,8 @@ def block_influence(
     dtype = autocast_dtype(normalize, dtype)
     tests = {name: _checked(model, rows, f"test {name}") for name, rows in test.items()}
     trains = {name: _checked(model, rows, f"train {name}") for name, rows in train.items()}
-    layers = select_layers(model, parameters)
+    warn_of_frozen(model, parameters, include_frozen)
+    layers = select_layers(model, parameters, include_frozen)
     blocks = parameter_blocks(model, [name for layer in layers for name in layer.parameter_names])
     means = _Means(model, layers, head_mask, normalize, batch_tokens, dtype, advance)
     test_means = {name: means.of(examples, f"test {name}") for name, examples in tests.items()}
@@ -265,12 +272,16 @@ class _Means:
                 batch = collate([examples[row] for row in rows], pad_token_id(self.model), device)
                 groups: list[Captured] = []
                 capture(self.model, self.layers, batch, groups.append, self.dtype, lean_columns)
+                exponents_B = gradient_exponents(groups[0])
+                groups = [scaled_gradients(captured, exponents_B) for captured in groups]
                 # The norm of a gradient needs all of its layers, so they are added only now.
                 squares_B = torch.stack([squared_norms(captured) for captured in groups]).sum(dim=0)
                 not_finite = squares_B.isfinite().logical_not().nonzero()
                 if len(not_finite):
                     raise NotFiniteError(name, rows[int(not_finite[0])])
                 ones_B = torch.ones_like(squares_B)
+                if exponents_B is not None:
+                    ones_B = torch.exp2(exponents_B).float()  # undoes the division
                 weights_B = inverse_root(squares_B) if self.normalize == "cosine" else ones_B
                 for captured in groups:
                     _add_gradients(captured, weights_B / len(examples), mean)
@@ -298,7 +309,10 @@ def _add_gradients(captured: Captured, weights_B: Tensor, total: Gradient) -> No
         weights_BS = weights_BS * (position_S < captured.lengths[:, None])
     for layer, g_BSO in zip(captured.layers, captured.g, strict=True):
         g_TO = (g_BSO.float() * weights_BS[..., None]).flatten(0, 1)
-        weight = total[f"{layer.name}.weight"]
+        weight = total[layer.parameter_names[0]]
+        if layer.only_bias:
+            weight += (g_TO * x_BSI.flatten(0, 1)).sum(dim=0)  # x is 1
+            continue
         if layer.kind == "linear":
             weight.addmm_(g_TO.T, x_BSI.flatten(0, 1))
         elif layer.kind == "elementwise":

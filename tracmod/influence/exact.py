@@ -22,6 +22,11 @@ products and squared norms are summed side by side, each squared norm once (for 
 block is captured, for training examples during the first block), and the division is one operation
 on the finished matrix. Dividing each example's factors first would need a second pass.
 
+Gradients of extreme magnitude. The gradient of an example that the model is certain of may be so
+small that float32 cannot represent its square. The factors of such an example are divided by a
+power of two when they are captured; inner products are multiplied by it at the end, and cosines do
+not depend on it.
+
 Shape suffixes: Q queries, N training examples, B examples of a batch, S tokens, I in, O out, b
 examples whose gradients are formed at the same time, R x C the shape of a formed gradient.
 """
@@ -37,7 +42,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tracmod import kernels
-from tracmod.gradients.capture import Captured, Layer, capture, select_layers
+from tracmod.features.rows import extreme_exponents
+from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
 from tracmod.gradients.lean_pass import LeanColumns, lean
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.inputs import (
@@ -68,6 +74,8 @@ def exact_influence(
     advance: Callable[[int], Any] | None = None,
     dtype: torch.dtype | None = None,
     preconditioner: Preconditioner | None = None,
+    *,
+    include_frozen: bool = False,
 ) -> Tensor:
     """Compute inner products (or cosines) of whole gradients at one checkpoint.
 
@@ -90,6 +98,8 @@ def exact_influence(
         dtype: torch.bfloat16 for a pass under autocast; None or torch.float32 for float32.
         preconditioner: metric of the inner products, as in `collect_features`. The gradient of
             each layer is then formed, for a few examples at a time.
+        include_frozen: whether parameters with `requires_grad=False` count, as in
+            `collect_features`.
 
     Returns:
         (Q, N) float32, in the order of the data sets, on the device of the pass. Positive scores
@@ -120,8 +130,9 @@ def exact_influence(
     trains, queries = as_examples(train, "train"), as_examples(query, "query")
     check_examples(model, trains, "train")
     check_examples(model, queries, "query")
+    warn_of_frozen(model, parameters, include_frozen)
+    layers = select_layers(model, parameters, include_frozen)
     with frozen(model), on_device(model, device), lean(model, head_mask, dtype) as lean_columns:
-        layers = select_layers(model, parameters)
         if preconditioner is not None:
             preconditioner.check(layers)
             preconditioner = preconditioner.to(model.device)
@@ -193,10 +204,12 @@ class _CapturedBatch:
 
     Attributes:
         rows: (B,) numbers of the examples.
+        exponents: (B,) binary exponents by which the factors are divided, or None.
         groups: name of the first layer -> factors of the layers that read the same input.
     """
 
     rows: Tensor
+    exponents: Tensor | None
     groups: dict[str, Captured]
 
     @property
@@ -235,7 +248,8 @@ class _Products:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return inner products (Q, N) and squared norms (Q,) and (N,), float32.
 
-        The squared norms are 0 unless `with_norms`.
+        Without `with_norms`, the squared norms are 0. With it, the products and squared norms of
+        examples whose gradients have extreme magnitudes are those of scaled gradients.
         """
         products_QN = torch.zeros(len(queries), len(trains), device=self.device)
         squares_Q = torch.zeros(len(queries), device=self.device)
@@ -247,8 +261,10 @@ class _Products:
                         squares_Q.index_add_(0, query_batch.rows, self._squares(captured))
             new_squares_N = squares_N if with_norms and number == 0 else None
             for rows, batch in self._batches(trains):
-                tiles = self._tiles(block, batch, rows, new_squares_N)
+                tiles, exponents_B = self._tiles(block, batch, rows, new_squares_N)
                 for query_batch, tile in zip(block, tiles, strict=True):
+                    if not with_norms:
+                        _unscale(tile, query_batch.exponents, exponents_B)
                     products_QN[query_batch.rows[:, None], rows] = tile
                 if advance is not None:
                     advance(len(rows))
@@ -263,25 +279,36 @@ class _Products:
             batch = collate([examples[row] for row in rows], pad_token_id(self.model), self.device)
             yield send(torch.tensor(rows), self.device), batch
 
-    def _capture(self, batch: dict[str, Tensor], on_captured: Callable[[Captured], None]) -> None:
+    def _capture(
+        self, batch: dict[str, Tensor], on_captured: Callable[[Captured], None]
+    ) -> Tensor | None:
         """Run a batch through the model; see `gradients.capture.capture`.
 
         Without a preconditioner, layers that share their input are joined before they are handed
         on. With one they stay apart, because each has a metric of its own.
+
+        Returns:
+            The binary exponents (B,) by which the gradients were divided, or None.
         """
+        exponents: list[Tensor | None] = []
 
         def hand_on(captured: Captured) -> None:
+            if not exponents:
+                exponents.append(gradient_exponents(captured))
+            captured = scaled_gradients(captured, exponents[0])
             on_captured(captured if self.preconditioner else _side_by_side(captured))
 
         capture(self.model, self.layers, batch, hand_on, self.dtype, self.lean_columns)
+        return exponents[0] if exponents else None
 
     def _query_blocks(self, queries: list[dict[str, Any]]) -> Iterator[list[_CapturedBatch]]:
         """Yield blocks of captured batches, each of at most `QUERY_BLOCK_BYTES` (or one batch)."""
         block, size = list[_CapturedBatch](), 0
         for rows, batch in self._batches(queries):
             captured: list[Captured] = []
-            self._capture(batch, captured.append)
-            captured_batch = _CapturedBatch(rows, {_name(group): group for group in captured})
+            exponents_B = self._capture(batch, captured.append)
+            groups = {_name(group): group for group in captured}
+            captured_batch = _CapturedBatch(rows, exponents_B, groups)
             if block and size + captured_batch.num_bytes > QUERY_BLOCK_BYTES:
                 yield block
                 block, size = [], 0
@@ -296,9 +323,10 @@ class _Products:
         batch: dict[str, Tensor],
         rows: Tensor,
         squares_N: Tensor | None,
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Return the inner products of each batch of queries with one batch of training examples.
 
+        Second, the binary exponents by which the gradients of the training examples were divided.
         The squared norms of the training examples `rows` are added to `squares_N` if it is given.
         """
         tiles = [
@@ -312,8 +340,8 @@ class _Products:
             if squares_N is not None:
                 squares_N.index_add_(0, rows, self._squares(captured))
 
-        self._capture(batch, multiply)
-        return tiles
+        exponents_B = self._capture(batch, multiply)
+        return tiles, exponents_B
 
     def _add_products(self, query: Captured, train: Captured, out: Tensor) -> None:
         """Add <G_i, G'_j> of a group of layers to out[i, j], in the metric if there is one."""
@@ -343,6 +371,36 @@ class _Products:
             for rows, gradients_bRC in self.preconditioner.gradients(captured_layer):
                 squares_B[rows] += gradients_bRC.square().sum(dim=(1, 2))
         return squares_B
+
+
+def gradient_exponents(captured: Captured) -> Tensor | None:
+    """Return `extreme_exponents` of a batch's gradients, judged by one group of layers.
+
+    The gradients of other layers follow from those of the first group that the backward pass
+    reaches, so their magnitudes are similar.
+    """
+    largest = [g_BSO.float().abs().amax(dim=(1, 2)) for g_BSO in captured.g]
+    return extreme_exponents(torch.stack(largest).amax(dim=0))
+
+
+def scaled_gradients(captured: Captured, exponents_B: Tensor | None) -> Captured:
+    """Divide the gradients of each example by 2 to the power of its exponent."""
+    if exponents_B is None:
+        return captured
+    factors_B11 = torch.exp2(-exponents_B)[:, None, None]
+    return replace(captured, g=tuple((g.double() * factors_B11).to(g.dtype) for g in captured.g))
+
+
+def _unscale(products_QB: Tensor, query: Tensor | None, train: Tensor | None) -> None:
+    """Multiply products of scaled gradients by the powers of two of both sides, in place."""
+    if query is None and train is None:
+        return
+    exponents_QB = torch.zeros_like(products_QB, dtype=torch.float64)
+    if query is not None:
+        exponents_QB += query[:, None]
+    if train is not None:
+        exponents_QB += train
+    products_QB.copy_(products_QB.double() * torch.exp2(exponents_QB))
 
 
 def _name(captured: Captured) -> str:

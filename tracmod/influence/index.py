@@ -64,6 +64,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tracmod.choices import IndexKind
+from tracmod.features.rows import (
+    LARGEST_MAGNITUDE,
+    SMALLEST_MAGNITUDE,
+    extreme_exponents,
+    row_magnitudes,
+    scaled_rows,
+)
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import (
     file_sha256,
@@ -213,7 +220,7 @@ class InfluenceIndex:
             ids=_ids(trains, ids, count),
             languages=None if languages is None else list(languages),
             dims=dims,
-            weights=_weights(weights, len(trains)),
+            weights=checkpoint_weights(weights, len(trains)),
             normalize=normalize,
             identities=[
                 features.identity if isinstance(features, FeatureStore) else None
@@ -282,7 +289,7 @@ class InfluenceIndex:
         """
         expected: dict[str, Any] = {
             "normalize": normalize,
-            "weights": _weights(weights, len(trains)),
+            "weights": checkpoint_weights(weights, len(trains)),
         }
         built: dict[str, Any] = {"weights": self.weights, "normalize": self.normalize}
         for checkpoint, store in enumerate(trains):
@@ -550,10 +557,19 @@ class InfluenceIndex:
         for rows, weight in zip(features, self.weights, strict=True):
             rows = rows.to("cpu", torch.float32)
             if self.normalize == "cosine":
+                rows = scaled_rows(rows, extreme_exponents(row_magnitudes(rows)))
                 norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
                 rows = rows / norms.float().masked_fill(norms == 0, 1)
             encoded_BD[:, start : start + rows.shape[1]] = math.sqrt(weight) * rows
             start += rows.shape[1]
+        # FAISS adds products in float32, which cannot represent those of extreme numbers.
+        largest = float(encoded_BD.abs().max()) if encoded_BD.numel() else 0.0
+        if LARGEST_MAGNITUDE < largest < math.inf or 0 < largest < SMALLEST_MAGNITUDE:
+            raise ValueError(
+                f"features of an index: expected the largest number, times the root of its weight, "
+                f"from {SMALLEST_MAGNITUDE:.0e} to {LARGEST_MAGNITUDE:.0e}, got {largest:.1e}; "
+                f"multiply the features by a constant or use normalize='cosine'"
+            )
         return encoded_BD
 
     # --- searching ----------------------------------------------------------------------------
@@ -732,18 +748,6 @@ def _ids(trains: Sequence[IndexFeatures], ids: Sequence[str] | None, count: int)
         if store.ids != list(ids):
             raise ValueError(f"{store.path}: its examples, or their order, differ from `ids`")
     return list(ids)
-
-
-def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Return the weights of the checkpoints, 1 each by default.
-
-    Raises:
-        ValueError: not one per checkpoint, negative or not finite.
-    """
-    values = checkpoint_weights(weights, count)
-    if not all(0 <= weight < math.inf for weight in values):
-        raise ValueError(f"weights of an index: expected finite and not negative, got {values}")
-    return values
 
 
 @contextmanager

@@ -27,10 +27,17 @@ import torch
 from torch import Tensor
 
 from tracmod.choices import DEFAULT_MEMORY
-from tracmod.features.rows import Features, Rows, TensorRows, as_rows
+from tracmod.features.rows import (
+    Features,
+    Rows,
+    TensorRows,
+    as_rows,
+    extreme_exponents,
+    scaled_rows,
+)
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import identity_differences
-from tracmod.influence.streaming import Search, search_rows
+from tracmod.influence.streaming import Search, check_scores, query_exponents, search_rows
 
 # Features at one checkpoint, or at several.
 OneOrMore = Features | Sequence[Features]
@@ -108,17 +115,31 @@ def influence_scores(
                 [ 0.7500, -0.7500,  0.0000]])
     """
     queries, trains, weights = _checked(query_features, train_features, weights, normalize)
-    scores_QN = torch.zeros(queries[0].shape[0], trains[0].shape[0], device=_device(queries))
-    for query, train, weight in zip(queries, trains, weights, strict=True):
+    num_queries, num_train = queries[0].shape[0], trains[0].shape[0]
+    scores_QN = torch.zeros(num_queries, num_train, device=_device(queries))
+    exponents = query_exponents(queries, 0, num_queries, normalize)
+    for query, train, weight, query_exponent in zip(
+        queries, trains, weights, exponents, strict=True
+    ):
         query_QK, train_NK = (rows.read(0, rows.shape[0]).float() for rows in (query, train))
+        query_QK = scaled_rows(query_QK, query_exponent)
         if normalize == "cosine":
-            query_QK, train_NK = _unit(query_QK), _unit(train_NK)
+            train_exponent = extreme_exponents(train.magnitudes(0, num_train))
+            query_QK, train_NK = _unit(query_QK), _unit(scaled_rows(train_NK, train_exponent))
         scores_QN.addmm_(query_QK, train_NK.T, alpha=weight)
+    if not scores_QN.numel():
+        return scores_QN
+    computed_Q = scores_QN.abs().amax(dim=1)
+    if normalize != "cosine" and exponents[0] is not None:
+        factors_Q1 = torch.exp2(exponents[0])[:, None].to(scores_QN.device)
+        scores_QN = (scores_QN * factors_Q1).float()
+    search = Search(queries, trains, 1, weights, normalize, None, 0, scores_QN.device)
+    check_scores(search, 0, computed_Q, scores_QN, scores_QN)
     return scores_QN
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Divide rows by their norms; rows of zeros stay zero."""
+    """Divide rows of a magnitude that is not extreme by their norms; rows of zeros stay zero."""
     norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     return torch.where(norm > 0, features / norm, 0)
 
@@ -396,12 +417,31 @@ def checkpoint_weights(weights: Sequence[float] | None, num_checkpoints: int) ->
     """Return the weights of the checkpoints, 1 each by default.
 
     Raises:
-        ValueError: not one per checkpoint.
+        ValueError: not one per checkpoint; one is not a number from 0 to the largest float32; or
+            all are 0 (or so small that they are 0 in float32), which would make every score 0.
     """
-    values = [1.0] * num_checkpoints if weights is None else [float(weight) for weight in weights]
+    if weights is None:
+        return [1.0] * num_checkpoints
+    try:
+        values = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        values = []
+    if isinstance(weights, str) or (not values and num_checkpoints):
+        raise ValueError(f"weights: expected a list of numbers, got {weights!r}")
     if len(values) != num_checkpoints:
         raise ValueError(
             f"weights: expected {num_checkpoints}, one per checkpoint, got {len(values)}"
+        )
+    limits = torch.finfo(torch.float32)
+    for value in values:
+        if not 0 <= value <= limits.max:
+            raise ValueError(
+                f"weights: expected finite numbers of at least 0, got {value} in {values}"
+            )
+    if values and max(values) < limits.tiny:
+        raise ValueError(
+            f"weights: expected a weight above 0 at one checkpoint or more, got {values}: every "
+            f"score would be 0"
         )
     return values
 

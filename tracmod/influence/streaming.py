@@ -49,7 +49,14 @@ from torch import Tensor
 
 from tracmod import kernels
 from tracmod.choices import DEFAULT_MEMORY
-from tracmod.features.rows import Rows, TensorRows, block_ranges, read_blocks
+from tracmod.features.rows import (
+    Rows,
+    TensorRows,
+    block_ranges,
+    extreme_exponents,
+    read_blocks,
+    scaled_rows,
+)
 from tracmod.features.shards import CACHED_SHARDS, READERS
 from tracmod.files.durable import canonical_json, sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
@@ -338,13 +345,17 @@ def _search_block(
     advance: Callable[[int], Any] | None,
 ) -> kernels.TopK:
     """Return the rankings of the queries [first, stop), resuming from saved progress."""
+    exponents = query_exponents(search.queries, first, stop, search.normalize)
     saved = None if progress is None else _Progress(progress, search, first, stop)
     state, done = (None, 0) if saved is None else saved.load()
     if advance is not None and done:
         advance((stop - first) * done)
     if state is not None and done == search.trains[0].shape[0]:
-        return state
-    queries = [_on_device(rows.read(first, stop), search) for rows in search.queries]
+        return _unscaled(state, search, exponents, first)
+    queries = [
+        scaled_rows(_on_device(rows.read(first, stop), search), its_exponents)
+        for rows, its_exponents in zip(search.queries, exponents, strict=True)
+    ]
     # With another `memory` the blocks of an interrupted call ended elsewhere: `done` may lie within
     # a block of this plan, of which only the rest is read.
     blocks = block_ranges(search.trains[0], plan.train_rows)
@@ -354,7 +365,7 @@ def _search_block(
         groups_N = None if search.groups_N is None else search.groups_N[start : start + count]
         state = kernels.top_k_dot(
             queries,
-            [_on_device(rows, search) for rows in trains],
+            _train_rows(search, trains, start),
             k=search.k,
             weights=search.weights,
             normalize=search.normalize,
@@ -368,7 +379,106 @@ def _search_block(
         if advance is not None:
             advance((stop - first) * count)
     assert state is not None
-    return state
+    return _unscaled(state, search, exponents, first)
+
+
+def query_exponents(
+    queries: Sequence[Rows], first: int, stop: int, normalize: str | None
+) -> list[Tensor | None]:
+    """Return by which powers of two the queries of a block are divided at each checkpoint.
+
+    Most queries are not divided. Those of extreme magnitude would make products that float32 cannot
+    represent. A cosine does not depend on the magnitude, so each row may have its own power; for
+    inner products, a query has the same one at all checkpoints.
+    """
+    magnitudes = [rows.magnitudes(first, stop).double() for rows in queries]
+    if normalize != "cosine":
+        magnitudes = [torch.stack(magnitudes).amax(dim=0)] * len(magnitudes)
+    return [extreme_exponents(its_magnitudes) for its_magnitudes in magnitudes]
+
+
+def _train_rows(search: Search, trains: Sequence[Tensor], start: int) -> list[Tensor]:
+    """Return a block of training rows on the device, for cosines without extreme magnitudes."""
+    rows = [_on_device(block, search) for block in trains]
+    if search.normalize != "cosine":
+        return rows
+    stop = start + len(trains[0])
+    return [
+        scaled_rows(block, extreme_exponents(source.magnitudes(start, stop)))
+        for block, source in zip(rows, search.trains, strict=True)
+    ]
+
+
+def _unscaled(
+    state: kernels.TopK, search: Search, exponents: Sequence[Tensor | None], first: int
+) -> kernels.TopK:
+    """Return rankings with the scores of the queries before they were scaled, checked."""
+    scores, opponent_scores, sums = state.scores, state.opponent_scores, state.group_sums
+    best = torch.stack([scores[:, :1], opponent_scores[:, :1]]).abs().amax(dim=0)
+    if search.normalize != "cosine" and exponents[0] is not None:
+        factors_Q1 = torch.exp2(exponents[0])[:, None].to(scores.device)
+        scores, opponent_scores = (
+            (values * factors_Q1).float() for values in (scores, opponent_scores)
+        )
+        sums = None if sums is None else sums * factors_Q1
+    check_scores(search, first, best[:, 0], scores, opponent_scores)
+    return state._replace(scores=scores, opponent_scores=opponent_scores, group_sums=sums)
+
+
+# Sums of products below this would be sums of numbers that float32 cannot represent fully.
+SMALLEST_SCORE = 1e-30
+
+
+def check_scores(
+    search: Search, first: int, computed_Q: Tensor, scores_QP: Tensor, opponents_QP: Tensor
+) -> None:
+    """Check that float32 can represent the largest and smallest scores of queries.
+
+    Args:
+        search: the search; of its fields those of rows, weights and normalize are read.
+        first: row number of the first query.
+        computed_Q: largest absolute scores of the queries, scaled as they were computed.
+        scores_QP, opponents_QP: scores of the queries; rankings need only their first places.
+
+    Raises:
+        ValueError: a score is too large, or all scores of a query are too small.
+    """
+    if not scores_QP.numel():
+        return
+    ends = torch.stack([scores_QP, opponents_QP])
+    finite_Q = ends.isfinite().all(dim=2).all(dim=0)
+    rows_Q = torch.arange(first, first + len(computed_Q))
+    if not bool(finite_Q.all()):
+        row = int(rows_Q[finite_Q.logical_not().cpu()][0])
+        raise ValueError(
+            f"query_features: row {row}: expected scores up to {torch.finfo(torch.float32).max:.1e}"
+            f" (float32), got larger ones; divide the features or the weights by a constant"
+        )
+    if search.normalize == "cosine":
+        return
+    largest_Q = ends.abs().amax(dim=2).amax(dim=0)
+    limits = torch.finfo(torch.float32)
+    vanished_Q = (computed_Q > 0) & (largest_Q < limits.tiny)
+    small_Q = (computed_Q < SMALLEST_SCORE).cpu()
+    if bool(small_Q.any()):
+        # Either there is nothing to add, or the products were too small to be added.
+        magnitudes = [rows.magnitudes(first, first + len(computed_Q)) for rows in search.queries]
+        largest_N = [rows.magnitudes(0, rows.shape[0]).double().max() for rows in search.trains]
+        bound_Q = sum(
+            weight * (magnitude_Q.double() > 0) * largest
+            for weight, magnitude_Q, largest in zip(
+                search.weights, magnitudes, largest_N, strict=True
+            )
+        )
+        assert isinstance(bound_Q, Tensor)
+        vanished_Q |= (small_Q & (bound_Q > 0) & (bound_Q < SMALLEST_SCORE)).to(vanished_Q.device)
+    if bool(vanished_Q.any()):
+        row = int(rows_Q[vanished_Q.cpu()][0])
+        raise ValueError(
+            f"query_features: row {row}: expected scores of at least {limits.tiny:.1e} (float32), "
+            f"all of its scores are smaller; multiply the features or the weights by a constant, "
+            f"or use normalize='cosine'"
+        )
 
 
 def _on_device(rows: Tensor, search: Search) -> Tensor:

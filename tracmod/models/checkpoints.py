@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from tracmod.files.durable import read_json
 from tracmod.models.loading import (
-    WEIGHTS_FILES,
     check_model_source,
     config_class_names,
     first_line_of,
@@ -36,16 +38,22 @@ class Checkpoint:
         step: number of optimizer steps taken.
         learning_rate: mean learning rate of the steps since the previous checkpoint, or None if it
             is unknown.
+        rate_source: a phrase that says where the learning rate comes from.
+        is_guess: whether the learning rate may differ from the mean of those that were used.
+        frozen: full names of the parameters that these steps did not train.
     """
 
     path: Path
     epoch: int
     step: int
     learning_rate: float | None
+    rate_source: str = "no learning rate is recorded or logged"
+    is_guess: bool = False
+    frozen: tuple[str, ...] = ()
 
 
 def load_checkpoints(paths: Iterable[str | Path]) -> list[Checkpoint]:
-    """Read epoch, step and learning rate of checkpoint folders, in the order given.
+    """Read epoch, step, learning rate and frozen parameters of checkpoint folders, in order.
 
     A folder that tracmod or `TracInCallback` wrote has them in `tracmod.json`. Otherwise they come
     from the Trainer's `trainer_state.json`, where the epoch is rounded and the learning rate is the
@@ -53,20 +61,75 @@ def load_checkpoints(paths: Iterable[str | Path]) -> list[Checkpoint]:
     the last rate logged before. A folder with neither file has its position in the list as epoch,
     step 0 and no learning rate.
 
+    An entry of the Trainer's log has the rate of the step that it is made at, so the mean is exact
+    if every step is logged. Before version 4.51 it had the rate of the step after, so the mean was
+    off by one step.
+
     Raises:
-        ValueError: a folder does not exist, or one of the two files is malformed.
+        ValueError: a folder does not exist or is given twice, or one of the two files is malformed.
+
+    Source: transformers#36973 (which step's rate is logged).
     """
     folders = [Path(path) for path in paths]
+    _check_different(folders)
     records = [_training_record(folder) for folder in folders]
     steps = sorted({record.step for record in records})
     checkpoints = []
     for position, (folder, record) in enumerate(zip(folders, records, strict=True), start=1):
-        rate = record.learning_rate
-        if rate is None:
-            previous = max((step for step in steps if step < record.step), default=0)
-            rate = _mean_logged_rate(record.logged_rates, previous, record.step)
-        checkpoints.append(Checkpoint(folder, record.epoch or position, record.step, rate))
+        previous = max((step for step in steps if step < record.step), default=0)
+        rate = record.learning_rate_since(previous)
+        checkpoints.append(
+            Checkpoint(folder, record.epoch or position, record.step, *rate, record.frozen)
+        )
     return checkpoints
+
+
+def _check_different(folders: Sequence[Path]) -> None:
+    """Refuse a folder that is given twice, also under another name or through a link."""
+    first_of: dict[Path, Path] = {}
+    for folder in folders:
+        first = first_of.setdefault(folder.resolve(), folder)
+        if first is not folder:
+            also = "" if first == folder else f", also as {first}"
+            raise ValueError(
+                f"checkpoint {folder}: expected every checkpoint once, got it twice{also}: its "
+                f"steps would count twice"
+            )
+
+
+def training_conflicts(paths: Sequence[Path]) -> list[str]:
+    """Return a sentence for each sign that checkpoints are not of one training, in its order.
+
+    A later checkpoint's log has all that an earlier one of the same training has, and the number of
+    steps per epoch is the same at all of them.
+
+    Args:
+        paths: checkpoint folders, in the order given.
+    """
+    all_records = [(path, _training_record(path)) for path in paths]
+    records = [(path, record) for path, record in all_records if record.step > 0]
+    conflicts = []
+    for (path, record), (later_path, later) in pairwise(records):
+        if later.step < record.step:
+            conflicts.append(
+                f"{later_path.name} (step {later.step}) is given after {path.name} (step "
+                f"{record.step}): the last checkpoint given makes the predictions"
+            )
+    ordered = sorted(records, key=lambda pair: pair[1].step)
+    for (path, record), (later_path, later) in pairwise(ordered):
+        names = f"{path} and {later_path} are not of one training"
+        if record.step == later.step:
+            conflicts.append(f"{names}, or one is a copy: both are of step {record.step}")
+        elif record.log and later.log and not record.log <= later.log:
+            conflicts.append(f"{names}: the logs of their Trainer differ")
+    # epoch = round(step / steps per epoch), so each checkpoint bounds the steps per epoch.
+    known = [record for _, record in records if record.epoch > 0]
+    least = max((record.step / (record.epoch + 0.5) for record in known), default=0)
+    most = min((record.step / (record.epoch - 0.5) for record in known), default=0)
+    if not conflicts and least > most:
+        epochs = ", ".join(f"{record.epoch} at step {record.step}" for record in known)
+        conflicts.append(f"the checkpoints are not of one training: their epochs are {epochs}")
+    return conflicts
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -96,8 +159,6 @@ def check_checkpoint(path: Path, config: Any) -> None:
             classes or another shape.
     """
     check_model_source(path)
-    if not any((path / file).is_file() for file in WEIGHTS_FILES):
-        raise ValueError(f"{path}: no weights in the folder, expected {WEIGHTS_FILES[0]}")
     try:
         own = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (KeyError, OSError, ValueError) as error:
@@ -113,6 +174,28 @@ def check_checkpoint(path: Path, config: Any) -> None:
                 f"{path}: expected the model's {name}, {getattr(config, name)}, "
                 f"got {getattr(own, name)}"
             )
+
+
+def recorded_frozen(source: str | Path) -> tuple[str, ...]:
+    """Return the frozen parameters that a folder's `tracmod.json` names; none without the file."""
+    folder = Path(source)
+    return _training_record(folder).frozen if (folder / "tracmod.json").is_file() else ()
+
+
+def freeze(model: nn.Module, names: Iterable[str], source: str | Path) -> None:
+    """Set `requires_grad=False` for the parameters of a model that its training did not move.
+
+    Raises:
+        ValueError: the model has no such parameter.
+    """
+    parameters = dict(model.named_parameters())
+    for name in names:
+        if name not in parameters:
+            raise ValueError(
+                f"{source}: expected frozen_parameters in tracmod.json to name parameters of the "
+                f"model, got {name}"
+            )
+        parameters[name].requires_grad_(False)
 
 
 def load_second_moment(folder: str | Path) -> dict[str, Tensor]:
@@ -133,13 +216,57 @@ def load_second_moment(folder: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: expected a safetensors file, it is damaged: {error}") from None
 
 
+class _Rate(NamedTuple):
+    """The learning rate of a checkpoint; see `Checkpoint`."""
+
+    learning_rate: float | None
+    rate_source: str
+    is_guess: bool
+
+
 class _TrainingRecord(NamedTuple):
-    """State of the training when a checkpoint was saved, as read from its folder."""
+    """State of the training when a checkpoint was saved, as read from its folder.
+
+    Attributes:
+        epoch, step, learning_rate, frozen: as for `Checkpoint`; 0, None or () where unknown.
+        num_steps: number of steps that `learning_rate` is the mean of, or None if unknown.
+        logged_rates: step -> the rate that the Trainer logged at it.
+        log: the entries of the Trainer's log, as JSON.
+        logged_late: whether the version of transformers logged the rate of the step after.
+    """
 
     epoch: int = 0
     step: int = 0
     learning_rate: float | None = None
-    logged_rates: tuple[tuple[int, float], ...] = ()  # (step, rate), in the order logged
+    num_steps: int | None = None
+    frozen: tuple[str, ...] = ()
+    logged_rates: Mapping[int, float] = MappingProxyType({})
+    log: frozenset[str] = frozenset()
+    logged_late: bool = False
+
+    def learning_rate_since(self, previous: int) -> _Rate:
+        """Return the mean rate of the steps after step `previous`, and where it comes from."""
+        num_steps = self.step - previous
+        if self.learning_rate is not None:
+            source, is_guess = "the mean rate of its steps is recorded", False
+            if self.num_steps not in (None, num_steps):
+                source = (
+                    f"the mean rate of {self.num_steps} steps is recorded for {num_steps} steps"
+                )
+                is_guess = True
+            return _Rate(self.learning_rate, source, is_guess)
+        until_now = {step: rate for step, rate in self.logged_rates.items() if step <= self.step}
+        since = [rate for step, rate in until_now.items() if step > previous]
+        late = ", each with the rate of the step after" if self.logged_late else ""
+        if since:
+            source = f"rates of {len(since)} of {num_steps} steps are logged{late}"
+            is_guess = len(since) < num_steps or self.logged_late
+            return _Rate(sum(since) / len(since), source, is_guess)
+        if until_now:
+            last = max(until_now)
+            source = f"rates of 0 of {num_steps} steps are logged; that of step {last} is used"
+            return _Rate(until_now[last], source + late, is_guess=True)
+        return _Rate(None, "no learning rate is recorded or logged", is_guess=True)
 
 
 def _training_record(folder: Path) -> _TrainingRecord:
@@ -152,7 +279,13 @@ def _training_record(folder: Path) -> _TrainingRecord:
             raise ValueError(f"{ours}: expected epoch, step and learning_rate, got {sorted(tree)}")
         epoch, step = int(_number(ours, tree, "epoch")), int(_number(ours, tree, "step"))
         known = tree["learning_rate"] is not None
-        return _TrainingRecord(epoch, step, _number(ours, tree, "learning_rate") if known else None)
+        return _TrainingRecord(
+            epoch,
+            step,
+            _number(ours, tree, "learning_rate") if known else None,
+            int(_number(ours, tree, "steps")) if "steps" in tree else None,
+            _names(ours, tree, "frozen_parameters"),
+        )
     if theirs.is_file():
         tree = {"epoch": 0, "global_step": 0, "log_history": []} | _read_object(theirs)
         log = tree["log_history"]
@@ -161,24 +294,30 @@ def _training_record(folder: Path) -> _TrainingRecord:
         return _TrainingRecord(
             round(_number(theirs, tree, "epoch")),
             int(_number(theirs, tree, "global_step")),
-            logged_rates=tuple(
-                (int(_number(theirs, row, "step")), _number(theirs, row, "learning_rate"))
+            logged_rates={
+                int(_number(theirs, row, "step")): _number(theirs, row, "learning_rate")
                 for row in log
                 if "learning_rate" in row
-            ),
+            },
+            log=frozenset(json.dumps(row, sort_keys=True) for row in log),
+            logged_late=_transformers_version(folder) < (4, 51),
         )
     return _TrainingRecord()
 
 
-def _mean_logged_rate(
-    logged_rates: Iterable[tuple[int, float]], previous: int, step: int
-) -> float | None:
-    """Return the mean rate logged in steps (previous, step], or the last one logged before."""
-    until_now = [(logged, rate) for logged, rate in logged_rates if logged <= step]
-    since = [rate for logged, rate in until_now if logged > previous]
-    if since:
-        return sum(since) / len(since)
-    return until_now[-1][1] if until_now else None
+def _transformers_version(folder: Path) -> tuple[int, ...]:
+    """Return the version that saved a folder's model, or infinity if the config has none."""
+    file = folder / "config.json"
+    version = str(_read_object(file).get("transformers_version")) if file.is_file() else ""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (sys.maxsize,) if match is None else tuple(map(int, match.groups()))
+
+
+def _names(file: Path, tree: dict[str, Any], name: str) -> tuple[str, ...]:
+    values = tree.get(name, [])
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{file}: expected {name} to be a list of names, got {json.dumps(values)}")
+    return tuple(values)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -190,6 +329,11 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _number(file: Path, tree: dict[str, Any], name: str) -> float:
     value = tree.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # JSON has NaN, and whole numbers that no float can hold.
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not abs(value) <= sys.float_info.max
+    ):
         raise ValueError(f"{file}: expected {name} to be a number, got {json.dumps(value)}")
     return float(value)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from tracmod.files.durable import read_json
 from tracmod.models.architecture import attention_layers, embeddings_module, max_positions
 
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -38,8 +39,19 @@ TOKENIZER_FILES = (
 # Tensors that published encoders carry and a classifier does not read: buffers of older versions of
 # transformers, the heads of pretraining, and the pooler of models whose classifier has its own.
 LEFTOVERS = re.compile(
-    r"(.*\.)?position_ids|(lm_head|cls|vocab_\w+|\w*predictions|mask_predictions)\..*"
-    r"|(.*\.)?pooler\.dense\.(weight|bias)"
+    r"(.*\.)?position_ids|(.*\.)?pooler\.dense\.(weight|bias)"
+    r"|(lm_head|generator_lm_head|sop_classifier|cls\.(predictions|seq_relationship)"
+    r"|vocab_(transform|layer_norm|projector)|(lm_|mask_|generator_|discriminator_)?predictions"
+    r")\..*"
+)
+
+# Files of an adapter, whose base model alone would be loaded.
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "adapter.safetensors",
+    "pytorch_adapter.bin",
 )
 
 
@@ -162,9 +174,11 @@ def load_classifier(
     """Load the model of `load_model` from a source that need not have a tokenizer."""
     name = str(source)
     check_model_source(source)
+    if label_names is None and Path(source).is_dir():
+        _check_no_pipeline(Path(source))
     with quiet_transformers():
         model, loading_info = _load_weights(name, label_names, seed)
-    for key, got, expected in loading_info["mismatched_keys"]:
+    for key, got, expected in sorted(loading_info["mismatched_keys"]):
         raise ValueError(
             f"model {name}: expected {key} of shape {tuple(expected)}, got {tuple(got)}"
         )
@@ -173,7 +187,11 @@ def load_classifier(
     in_encoder = f"{model.base_model_prefix}."
     lost = [key for key in missing if key.startswith(in_encoder) and ".pooler." not in key]
     if lost:
-        raise ValueError(f"model {name}: weights are missing from the folder, first {lost[0]}")
+        unread = sorted(loading_info["unexpected_keys"])
+        instead = f"; it has {unread[0]}, ..." if unread else ""
+        raise ValueError(
+            f"model {name}: weights are missing from the folder, first {lost[0]}{instead}"
+        )
     if missing and label_names is None:
         raise ValueError(f"model {name}: not a sequence classifier, it has no {missing[0]}")
     unread = [key for key in loading_info["unexpected_keys"] if not LEFTOVERS.fullmatch(key)]
@@ -222,13 +240,15 @@ def check_model_source(source: str | Path) -> None:
     """
     name, folder = str(source), Path(source)
     if folder.is_dir():
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(
-                f"model {name}: expected a whole model, found an adapter (adapter_config.json); "
-                f"merge it into its base model first, for example with PEFT's merge_and_unload"
-            )
+        for file in ADAPTER_FILES:
+            if (folder / file).is_file():
+                raise ValueError(
+                    f"model {name}: expected a whole model, found an adapter ({file}); merge it "
+                    f"into its base model first, for example with PEFT's merge_and_unload"
+                )
         if not (folder / "config.json").is_file():
             raise ValueError(f"model {name}: expected a transformers folder, found no config.json")
+        _check_weights_files(folder)
         return
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"model {name}: no such folder")
@@ -245,12 +265,104 @@ def check_model_source(source: str | Path) -> None:
         ) from None
 
 
+def _check_weights_files(folder: Path) -> None:
+    """Check that a folder has whole safetensors weights whose numbers are not quantized."""
+    single, index = (folder / file for file in WEIGHTS_FILES)
+    shards = [single]
+    if not single.is_file() and index.is_file():
+        tree = read_json(index)
+        weight_map = tree.get("weight_map") if isinstance(tree, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: expected a weight_map from tensors to files, got none")
+        shards = [folder / str(file) for file in sorted(set(weight_map.values()))]
+    elif not single.is_file():
+        files = sorted(path.name for path in folder.iterdir())
+        others = [file for file in files if re.search(r"(?i)model|weights|fsdp|zero|global", file)]
+        raise ValueError(
+            f"model {folder}: no weights in the folder, expected {WEIGHTS_FILES[0]}, found "
+            f"{', '.join(others[:3]) or 'none'}; save the whole model as safetensors"
+        )
+    for shard in shards:
+        if not shard.is_file():
+            raise ValueError(f"model {folder}: weights are missing, expected {shard.name}")
+        try:
+            with safe_open(shard, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (it is no dict)
+                    dtype = tensors.get_slice(key).get_dtype()
+                    is_parameter = key.endswith(("weight", "bias"))
+                    if is_parameter and dtype not in ("F64", "F32", "F16", "BF16"):
+                        raise ValueError(
+                            f"model {folder}: expected weights that are not quantized, got {key} "
+                            f"of dtype {dtype}"
+                        )
+        except SafetensorError as error:
+            raise ValueError(
+                f"{shard}: the weights are damaged or were not copied whole: {first_line_of(error)}"
+            ) from None
+
+
+def _check_no_pipeline(folder: Path) -> None:
+    """Refuse a model that is only the first part of what was trained."""
+    modules = folder / "modules.json"
+    tree = read_json(modules) if modules.is_file() else []
+    types = [str(row.get("type")) for row in tree if isinstance(row, dict)]
+    parts = [kind for kind in types if kind.endswith((".Pooling", ".Dense"))]
+    parts += [file for file in ("model_head.pkl", "model_head.skops") if (folder / file).is_file()]
+    if parts:
+        raise ValueError(
+            f"model {folder}: expected a sequence classifier of transformers, found one of "
+            f"sentence-transformers or SetFit with further parts: {', '.join(parts)}"
+        )
+
+
+def _config_fault(config: Any) -> str | None:
+    """Return what would make transformers build another model than was trained, or None."""
+    if getattr(config, "quantization_config", None):
+        return "expected weights that are not quantized, got a quantization_config in config.json"
+    own_code = [key for key in getattr(config, "auto_map", None) or {} if "AutoModel" in key]
+    if own_code:
+        return (
+            f"expected a model of transformers itself, got code of its own (auto_map of "
+            f"config.json: {own_code[0]}), which is not run"
+        )
+    if getattr(config, "pruned_heads", None):
+        return (
+            f"expected no pruned_heads in config.json, got {config.pruned_heads}: transformers "
+            f"does not apply them any more"
+        )
+    numbers, names = sorted(config.id2label), list(config.id2label.values())
+    if numbers != list(range(len(numbers))):
+        return (
+            f"expected id2label of config.json to have the numbers 0 to {len(numbers) - 1}, got "
+            f"{', '.join(map(str, numbers))}"
+        )
+    repeated = next((label for label in names if names.count(label) > 1), None)
+    if repeated is not None:
+        return f"expected different names of classes, got {repeated} twice"
+    numbers_by_name = {label: number for number, label in config.id2label.items()}
+    for label, number in (getattr(config, "label2id", None) or {}).items():
+        if numbers_by_name.get(label, number) != number:
+            return (
+                f"id2label and label2id of config.json contradict each other: {label} is "
+                f"{numbers_by_name[label]} and {number}"
+            )
+    return None
+
+
 def _load_weights(
     name: str, label_names: Sequence[str] | None, seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load the weights; return the model and what transformers reports of missing weights."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (ImportError, KeyError, OSError, ValueError) as error:
+        where = "the folder" if Path(name).is_dir() else "the Hub"
+        raise ValueError(
+            f"model {name}: its config cannot be loaded from {where}: {first_line_of(error)}"
+        ) from None
+    if (fault := _config_fault(config)) is not None:
+        raise ValueError(f"model {name}: {fault}")
+    try:
         own_names = config_class_names(config)
         if label_names is not None:
             for key, value in _label_config(label_names).items():
@@ -276,6 +388,8 @@ def _load_weights(
             f"model {name}: its weights are damaged or were not copied whole: "
             f"{first_line_of(error)}"
         ) from None
+    except ImportError as error:
+        raise ValueError(f"model {name}: cannot be loaded: {first_line_of(error)}") from None
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"model {name}: not a sequence classifier of transformers: {first_line_of(error)}"

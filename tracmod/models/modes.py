@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Autograd records within the context, also when the caller is inside `torch.no_grad()` or
     `torch.inference_mode()`: gradients with respect to hidden states are needed.
     """
+    outermost = model not in _trained_names
+    if outermost:
+        _trained_names[model] = trained_names(model)
     training = [(module, module.training) for module in model.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval().requires_grad_(False)
@@ -28,6 +32,21 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, requires_grad in required:
             parameter.requires_grad_(requires_grad)
+        if outermost:
+            del _trained_names[model]
+
+
+# The parameters that required a gradient when a model entered `frozen`.
+_trained_names: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+
+
+def trained_names(model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that require a gradient, or did outside of `frozen`."""
+    if model in _trained_names:
+        return _trained_names[model]
+    return frozenset(
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    )
 
 
 def on_device(model: PreTrainedModel, device: torch.device | str | None) -> ExitStack:

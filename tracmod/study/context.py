@@ -18,7 +18,7 @@ from tracmod.config import RunConfig
 from tracmod.engine import Engine
 from tracmod.engine.local import LocalEngine
 from tracmod.files.durable import file_sha256
-from tracmod.models.checkpoints import Checkpoint, load_checkpoints
+from tracmod.models.checkpoints import Checkpoint, freeze, load_checkpoints
 from tracmod.models.inputs import encode
 from tracmod.models.loading import load_model
 from tracmod.models.modes import resolve_device, to_device
@@ -163,6 +163,11 @@ class RunContext:
                 rates = learning_rates(all_checkpoints[previous:epoch])
                 rate = sum(rates) / len(rates)
             checkpoints.append(replace(all_checkpoints[epoch - 1], learning_rate=rate))
+        if all(checkpoint.learning_rate == 0 for checkpoint in checkpoints):
+            raise ValueError(
+                f"{folder}: expected a learning rate above 0 at one checkpoint or more, got 0 at "
+                f"all {len(checkpoints)}: every score would be 0; use uniform weights"
+            )
         return checkpoints
 
     def checkpoint(self, model_name: str, epoch: int) -> Checkpoint:
@@ -175,6 +180,7 @@ class RunContext:
     def load(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load a checkpoint's model, on the device, and its tokenizer."""
         model, tokenizer = load_model(checkpoint.path)
+        freeze(model, checkpoint.frozen, checkpoint.path)
         return to_device(model, self.device), tokenizer
 
     def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float] | None:

@@ -1,15 +1,18 @@
 """A callback that makes the Trainer's checkpoints record what influence needs of them.
 
 TracIn sums over checkpoints c, each weighted by the learning rate eta_c of the steps that it stands
-for. The Trainer does not record these rates: its `trainer_state.json` has those of the logged steps
-only, a few out of hundreds by default, and the rate at the moment of saving says little (at the end
-of a linear schedule it is 0). Its `optimizer.pt` has the second moment by a parameter's number, not
-by name, and in a format that is not safe to load. The callback therefore watches every optimizer
-step and writes both into the checkpoint folder, in files that `tracmod.models.checkpoints` reads.
+for, and over the parameters that these steps moved. The Trainer does not record these rates: its
+`trainer_state.json` has those of the logged steps only, a few out of hundreds by default, and the
+rate at the moment of saving says little (at the end of a linear schedule it is 0). Its
+`optimizer.pt` has the second moment by a parameter's number, not by name, and in a format that is
+not safe to load. A saved model does not say which of its parameters were frozen. The callback
+therefore watches every optimizer step and writes all this into the checkpoint folder, in files that
+`tracmod.models.checkpoints` reads.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -35,15 +38,17 @@ class TracInCallback(TrainerCallback):
     """Makes every checkpoint of a Trainer one that `tracmod attribute --checkpoints` can weight.
 
     Beside each checkpoint that the Trainer saves, the callback writes `tracmod.json`: {epoch, step,
-    learning_rate}, where learning_rate is the mean rate of the optimizer steps since the previous
-    checkpoint. Steps are the optimizer's, also with gradient accumulation.
+    learning_rate, steps}, where learning_rate is the mean rate of the optimizer steps since the
+    previous checkpoint, and steps their number. Steps are the optimizer's, also with gradient
+    accumulation. If these steps trained only some parameters, `frozen_parameters` names the others:
+    those with `requires_grad=False`, in no parameter group, or in groups whose rate was 0.
 
     A training resumed from a checkpoint records the same rates as an uninterrupted one: the sum
     over the steps starts anew at each checkpoint, so there is nothing to carry over.
 
-    With several parameter groups, the rate is that of the first group, which is also what the
-    Trainer logs. If all groups share a schedule, their rates differ from it by a factor that is the
-    same at all checkpoints.
+    With several parameter groups, the rate is that of the first group whose rate is not 0. If all
+    groups share a schedule, their rates differ from it by a factor that is the same at all
+    checkpoints.
 
     Examples:
         >>> import json, pathlib, tempfile
@@ -68,7 +73,7 @@ class TracInCallback(TrainerCallback):
         ...     _ = trainer.train()
         ...     json.loads(pathlib.Path(folder, "checkpoint-2", "tracmod.json").read_text())
         {'train_runtime': ...}
-        {'epoch': 1, 'step': 2, 'learning_rate': 0.0035}
+        {'epoch': 1, 'step': 2, 'learning_rate': 0.0035, 'steps': 2}
     """
 
     def __init__(
@@ -99,6 +104,10 @@ class TracInCallback(TrainerCallback):
         # Sum of the learning rates and number of optimizer steps since the previous checkpoint.
         self._rate_sum = 0.0
         self._steps = 0
+        # Names of the parameters that these steps moved, and of those that they would have moved if
+        # no rate had been 0.
+        self._moved: set[str] = set()
+        self._trainable: set[str] = set()
         self._warned: set[str] = set()
 
     def on_train_begin(
@@ -114,7 +123,7 @@ class TracInCallback(TrainerCallback):
             ValueError: the model is not an encoder of the BERT family, the training is part of a
                 hyperparameter search, or `save_strategy` would undo `every`.
         """
-        self._rate_sum, self._steps = 0.0, 0  # an earlier training of this object may have failed
+        self._begin_checkpoint()  # an earlier training of this object may have failed
         attention_layers(kwargs["model"])
         if state.is_hyper_param_search:
             raise ValueError("TracInCallback: expected one training, got a hyperparameter search")
@@ -149,8 +158,11 @@ class TracInCallback(TrainerCallback):
                 "the parameter groups have different learning rates; influence weights all "
                 "gradients with the first group's rate",
             )
-        self._rate_sum += rates[0]
+        self._rate_sum += next((rate for rate in rates if rate), 0.0)
         self._steps += 1
+        trainable = _trainable(kwargs["model"], kwargs["optimizer"])
+        self._trainable |= trainable.keys()
+        self._moved |= {name for name, rate in trainable.items() if rate}
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -172,15 +184,16 @@ class TracInCallback(TrainerCallback):
             ValueError: the checkpoint is not a whole model in safetensors (shards of FSDP are not),
                 or the optimizer has no second moment.
         """
-        rate_sum, steps = self._rate_sum, self._steps
-        self._rate_sum, self._steps = 0.0, 0
+        rate_sum, steps, trained = self._rate_sum, self._steps, self._moved or self._trainable
+        self._begin_checkpoint()
         # Without a step in between, the Trainer has saved the same step again: its record is there.
         # Every process of a distributed training gets this event; the first one writes.
         if not steps or not state.is_world_process_zero:
             return
         assert args.output_dir is not None  # the Trainer has just saved there
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        check_checkpoint(folder, kwargs["model"].config)
+        model = kwargs["model"]
+        check_checkpoint(folder, model.config)
         if self.tokenizer is not None and not has_tokenizer(folder):
             self.tokenizer.save_pretrained(folder)
         if not has_tokenizer(folder):
@@ -190,20 +203,55 @@ class TracInCallback(TrainerCallback):
                 "`tracmod attribute` a --model that has it",
             )
         if self.second_moment:
-            moments = _second_moment(kwargs["model"], kwargs["optimizer"])
+            moments = _second_moment(model, kwargs["optimizer"])
             save_file(moments, folder / SECOND_MOMENT)
-        record = {
+        record: dict[str, Any] = {
             "epoch": round(state.epoch),
             "step": state.global_step,
             "learning_rate": rate_sum / steps,
+            "steps": steps,
         }
+        frozen = sorted({_plain_name(name) for name, _ in model.named_parameters()} - trained)
+        if frozen:
+            record["frozen_parameters"] = frozen
         write_json(folder / "tracmod.json", record)
+
+    def _begin_checkpoint(self) -> None:
+        """Forget the steps before a checkpoint."""
+        self._rate_sum, self._steps = 0.0, 0
+        self._moved, self._trainable = set(), set()
 
     def _warn(self, state: TrainerState, sentence: str) -> None:
         """Warn once, and from the first process only."""
         if state.is_world_process_zero and sentence not in self._warned:
             self._warned.add(sentence)
             warnings.warn(sentence, stacklevel=3)
+
+
+def _trainable(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the learning rate of every parameter that the optimizer trains, by name.
+
+    An optimizer that has none of the model's parameters trains copies of them (as DeepSpeed does);
+    which, nothing says, so all that require a gradient count as trained.
+    """
+    rate_of = {
+        id(parameter): float(group["lr"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not any(id(parameter) in rate_of for _, parameter in trainable):
+        return {_plain_name(name): 1.0 for name, _ in trainable}
+    return {
+        _plain_name(name): rate_of[id(parameter)]
+        for name, parameter in trainable
+        if id(parameter) in rate_of
+    }
+
+
+def _plain_name(name: str) -> str:
+    """Return the name of a parameter without the prefixes of wrappers."""
+    return re.sub(r"^((_orig_mod|module)\.)+", "", name)
 
 
 def _second_moment(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -161,6 +161,13 @@ def fine_tune(
         RuntimeError: a loss or gradient is not finite; the message has the step and the examples.
     """
     _check_inputs(model, examples, languages, settings, masks, dev)
+    plan = _BatchPlan(languages, settings, by_language=masks is not None)
+    first_steps = range(min(2, plan.total_steps))
+    if not any(scheduled_rate(step, plan.total_steps, settings) for step in first_steps):
+        raise ValueError(
+            f"fine-tuning: expected a learning rate above 0 at one step or more, got 0 at all "
+            f"{plan.total_steps} (warmup {settings.warmup}, learning_rate {settings.learning_rate})"
+        )
     folder = TrainingFolder(out_dir)
     identity = _identity(model, examples, languages, settings, masks, dev)
     folder.claim(identity, defaults=asdict(TrainingSettings()))
@@ -179,7 +186,7 @@ def fine_tune(
                 masks=masks,
                 dev=dev,
                 folder=folder,
-                plan=_BatchPlan(languages, settings, by_language=masks is not None),
+                plan=plan,
                 optimizer=HeadwiseAdamW(
                     model, weight_decay=settings.weight_decay, split_heads=masks is not None
                 ),

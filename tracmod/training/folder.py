@@ -100,7 +100,10 @@ class TrainingFolder:
         with quiet_transformers():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-        record = {"epoch": epoch, "step": step, "learning_rate": learning_rate}
+        record: dict[str, Any] = {"epoch": epoch, "step": step, "learning_rate": learning_rate}
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        if frozen:
+            record["frozen_parameters"] = frozen
         write_json(temporary / "tracmod.json", record)
         if second_moment is not None:
             save_file(dict(second_moment), temporary / SECOND_MOMENT)

@@ -125,11 +125,13 @@ def exact_sample_scores(
     keep_in: Path,
     identity: dict[str, Any],
     preconditioner: Preconditioner | None = None,
+    include_frozen: bool = False,
 ) -> Tensor:
     """Return `exact_influence` of a sample at one checkpoint, computed once and then read.
 
     Args:
-        model, parameters, head_mask, normalize, preconditioner: as in `exact_influence`.
+        model, parameters, head_mask, normalize, preconditioner, include_frozen: as in
+            `exact_influence`.
         queries, trains: examples of the sample, encoded.
         dtype: "float32" or "bfloat16", as in the pass for the features.
         batch_tokens: bound on the tokens of a batch, as in the pass for the features.
@@ -156,6 +158,7 @@ def exact_sample_scores(
             min(batch_tokens, 4096),
             dtype=getattr(torch, dtype),
             preconditioner=preconditioner,
+            include_frozen=include_frozen,
         )
         tensors = {"scores": scores_QN.cpu()}
         write_tensors(file, tensors, identity)

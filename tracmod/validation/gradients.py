@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tracmod import kernels
-from tracmod.gradients.capture import Captured, capture, select_layers
+from tracmod.gradients.capture import Captured, capture, select_layers, warn_of_frozen
 from tracmod.gradients.lean_pass import LeanColumns, lean
+from tracmod.models.checkpoints import freeze, recorded_frozen
 from tracmod.models.inputs import collate, encode, pad_token_id, per_example_loss
 from tracmod.models.loading import class_names, load_model
 from tracmod.models.modes import frozen
@@ -51,6 +52,7 @@ def check_model(
     head_mask: Path | None = None,
     num_examples: int = 8,
     max_length: int = 128,
+    include_frozen: bool = False,
 ) -> list[GradientError]:
     """Run `check_gradients` for a model folder on the first examples of a file.
 
@@ -61,6 +63,7 @@ def check_model(
         head_mask: file of a head mask; None for none.
         num_examples: number of examples to take.
         max_length: longest length in tokens, lowered to that of the tokenizer.
+        include_frozen: as in `collect_features`.
     """
     # Imported here because tasks need pydantic, which a GPU machine that tests the engine may lack.
     from tracmod.tasks.files import read_model_examples
@@ -71,7 +74,9 @@ def check_model(
     table = read_model_examples(data, labels).slice(0, num_examples)
     max_length = min(max_length, tokenizer.model_max_length)
     examples = encode(tokenizer, table, max_length, num_labels=len(labels))
-    return check_gradients(model, examples, parameters, mask)
+    if not include_frozen:
+        freeze(model, recorded_frozen(source), source)
+    return check_gradients(model, examples, parameters, mask, include_frozen)
 
 
 def check_gradients(
@@ -79,6 +84,7 @@ def check_gradients(
     examples: Sequence[Mapping[str, Any]],
     parameters: str = "all",
     head_mask: HeadMask | None = None,
+    include_frozen: bool = False,
 ) -> list[GradientError]:
     """Compare the gradients that the engine captures with one-example autograd in float64.
 
@@ -91,6 +97,7 @@ def check_gradients(
         examples: encoded examples, as `encode` returns them.
         parameters: as in `collect_features`.
         head_mask: mask to apply on both sides; None for none.
+        include_frozen: as in `collect_features`.
 
     Returns:
         One error per kind of parameter.
@@ -100,11 +107,13 @@ def check_gradients(
     """
     if not examples:
         raise ValueError("examples: expected at least 1, got none")
+    warn_of_frozen(model, parameters, include_frozen)
+    layers = select_layers(model, parameters, include_frozen)
     double = copy.deepcopy(model).double()
     with frozen(model), lean(model, head_mask) as lean_columns:
-        engine = engine_gradients(model, examples, parameters, lean_columns)
+        engine = engine_gradients(model, examples, parameters, lean_columns, include_frozen)
     by_kind: dict[str, list[str]] = {}
-    for layer in select_layers(model, parameters):
+    for layer in layers:
         for name in layer.parameter_names:
             by_kind.setdefault(_kind(model, name), []).append(name)
     with masked(model, head_mask), masked(double, head_mask):
@@ -153,6 +162,7 @@ def engine_gradients(
     examples: Sequence[Mapping[str, Any]],
     parameters: str = "all",
     lean_columns: LeanColumns | None = None,
+    include_frozen: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the whole gradients of each example of one padded batch, by name of the parameter.
 
@@ -163,11 +173,12 @@ def engine_gradients(
         examples: encoded examples.
         parameters: as in `collect_features`.
         lean_columns: what `lean` has left of the layers, if it is used.
+        include_frozen: as in `collect_features`.
 
     Yields:
         One example's gradients; zeros for a parameter that the engine shows nothing of.
     """
-    layers = select_layers(model, parameters)
+    layers = select_layers(model, parameters, include_frozen)
     batch = collate(examples, pad_token_id(model), next(model.parameters()).device)
     captured: dict[str, Captured] = {}
 
@@ -221,6 +232,8 @@ def _whole_gradients(captured: Captured, row: int) -> list[Tensor]:
     whole = out.view(k_out, k_in)
     if layer.kind == "elementwise":
         return list(whole)
+    if layer.only_bias:
+        return [whole[:, 0]]
     return [whole[:, : layer.in_features], *([whole[:, -1]] if layer.bias else [])]
 
 
@@ -240,14 +253,19 @@ def autograd_gradients(
     parameters = dict(model.named_parameters())
     was_training = model.training
     model.eval()
+    selected = [parameters[name] for name in names]
+    required = [parameter.requires_grad for parameter in selected]
     try:
+        for parameter in selected:
+            parameter.requires_grad_(True)
         batch = collate([example], pad_token_id(model), next(model.parameters()).device)
         labels = batch.pop("labels")
         loss = per_example_loss(model(**batch).logits, labels).sum()
-        selected = [parameters[name] for name in names]
         gradients = torch.autograd.grad(loss, selected, allow_unused=True)
     finally:
         model.train(was_training)
+        for parameter, requires_grad in zip(selected, required, strict=True):
+            parameter.requires_grad_(requires_grad)
     return {
         name: torch.zeros_like(parameters[name]) if gradient is None else gradient
         for name, gradient in zip(names, gradients, strict=True)

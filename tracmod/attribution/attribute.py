@@ -113,6 +113,8 @@ def attribute(options: AttributionOptions) -> None:
     tables.write(options.out, bootstrap=1000, confidence=0.95, seed=options.seed)
     if len(context.label_names) == 1:
         _write_targets(context)
+    for note in context.notes:
+        tqdm.write(f"tracmod: {note}", file=sys.stderr)
     details["cut_texts"] = _report_cut_texts(context)  # at the end: a refusal is one line
     if all(checkpoint.learning_rate is None for checkpoint in context.checkpoints):
         tqdm.write(
@@ -275,6 +277,7 @@ def _record(context: AttributionContext, details: dict[str, Any], seconds: float
     for name in ("model", "train", "query", "out", "head_mask"):
         if arguments[name] is not None:
             arguments[name] = _absolute(arguments[name])
+    arguments["columns"] = dict(context.options.columns)
     arguments["checkpoints"] = [_absolute(one.path) for one in context.checkpoints]
     arguments["projection_dim"] = context.projection_dim
     return {

@@ -29,12 +29,13 @@ from tracmod.models.checkpoints import (
     load_second_moment,
 )
 from tracmod.models.digests import tokenizer_digest
-from tracmod.models.inputs import encode
+from tracmod.models.inputs import encode, other_inputs
 from tracmod.models.loading import class_names, load_classifier, load_model
 from tracmod.models.modes import frozen, resolve_device, to_device
 from tracmod.subnetworks.head_mask import HeadMask, matching_layers
+from tracmod.tasks.columns import check_columns
 from tracmod.tasks.examples import rows_digest
-from tracmod.tasks.files import read_model_files
+from tracmod.tasks.files import check_language, read_model_files
 
 SPLITS = ("train", "query")
 
@@ -49,6 +50,7 @@ class AttributionContext:
         checkpoints: (C,) the checkpoints, `epoch` being their position from 1.
         weights: (C,) the weights of the checkpoints in the scores.
         label_names: The names of the labels, in order.
+        notes: Sentences on what the files do not say, once they are read.
         max_length: The number of tokens at which texts are cut.
         projection_dim: The numbers per feature row; None until it is chosen.
     """
@@ -63,6 +65,9 @@ class AttributionContext:
         for name, value in (("k", options.k), ("batch_tokens", options.batch_tokens)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_columns(options.columns)
+        if options.language is not None:
+            check_language(options.language)
         self.device = resolve_device(options.device)
         self.projection_dim = options.projection_dim
         if options.projection_dim is not None:
@@ -79,6 +84,8 @@ class AttributionContext:
             for checkpoint in self.checkpoints:
                 load_second_moment(checkpoint.path)  # refuses a checkpoint without one
         self.label_names = class_names(model)
+        self._model_inputs = other_inputs(model)
+        self.notes: list[str] = []  # on the files, once they are read
         longest = min(512, self.tokenizer.model_max_length)
         self.max_length = longest if options.max_length is None else options.max_length
         self._tokenizer_digest = tokenizer_digest(self.tokenizer)
@@ -89,8 +96,16 @@ class AttributionContext:
     @cached_property
     def tables(self) -> dict[str, pa.Table]:
         """The examples of both files; each file shows whether labels are names or numbers."""
-        files = [self.options.train, self.options.query]
-        return dict(zip(SPLITS, read_model_files(files, self.label_names), strict=True))
+        options = self.options
+        tables = read_model_files(
+            [options.train, options.query],
+            self.label_names,
+            options.columns,
+            options.language,
+            model_inputs=self._model_inputs,
+            notes=self.notes,
+        )
+        return dict(zip(SPLITS, tables, strict=True))
 
     @cached_property
     def examples(self) -> dict[str, list[dict[str, Any]]]:
@@ -185,6 +200,11 @@ class AttributionContext:
             )
         return str(first["digest"])
 
+    def _reading(self) -> dict[str, Any]:
+        """Return how the files are read, where it is not by their own columns alone."""
+        reading = {"columns": dict(self.options.columns), "language": self.options.language}
+        return {name: value for name, value in reading.items() if value}
+
     def _settings_digests(self) -> dict[str, str]:
         return {
             "max_length": str(self.max_length),
@@ -206,6 +226,7 @@ class AttributionContext:
             "normalize": options.normalize,
             "pass_dtype": options.dtype,
             **{split: self.data_digest(split) for split in SPLITS},
+            **self._reading(),
             **self.digests(checkpoint, model),
         }
 

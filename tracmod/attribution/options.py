@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,21 @@ class AttributionOptions:
     train: Path = field(metadata={"help": "File of the training examples."})
     query: Path = field(metadata={"help": "File of the query examples, which are to be explained."})
     out: Path = field(metadata={"help": "Folder for the results."})
+    columns: Mapping[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Names of the columns in the files where they differ from id, language, "
+            "text_a, text_b, label and group, such as text_a=premise,text_b=hypothesis. An empty "
+            "name (text_b=) leaves a column out. Can be repeated."
+        },
+    )
+    language: str | None = field(
+        default=None,
+        metadata={
+            "help": "Language of the examples of files without a column of languages. "
+            "Default: und (undetermined)."
+        },
+    )
     checkpoints: Sequence[Path] = field(
         default=(),
         metadata={

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +49,13 @@ class Attributor:
     """
 
     def __init__(
-        self, folder: str | Path, model: str = "full", view: str = "full", mask: str | None = None
+        self,
+        folder: str | Path,
+        model: str = "full",
+        view: str = "full",
+        mask: str | None = None,
+        *,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         """Open a run folder or a folder of `tracmod attribute`.
 
@@ -60,16 +66,21 @@ class Attributor:
             view: For a run, a view with features of its own, such as `full`, `subnetwork`,
                 `random-<i>` or `other-<language>`.
             mask: The language whose mask is applied, for views with one mask per language.
+            columns: For an attribution, names of columns that its example files have been given
+                since; those of the attribution itself are in its run.json.
 
         Raises:
-            ValueError: There is no such folder, view or mask, or it has no features.
+            ValueError: There is no such folder, view or mask, it has no features, or columns are
+                given for a run folder.
         """
         folder = Path(folder)
         file = folder / "run.json"
         record = read_json(file) if file.is_file() else {}
         self.source: Source
         if isinstance(record, dict) and "arguments" in record:
-            self.source = AttributionSource(folder, record["weights"], (model, view, mask))
+            self.source = AttributionSource(folder, record["weights"], (model, view, mask), columns)
+        elif columns:
+            raise ValueError(f"columns: expected none for a run folder, {folder}, got {columns}")
         else:
             self.source = RunSource(folder, model, view, mask)
 

@@ -259,7 +259,7 @@ def collect_features(
     Source: Pruthi et al. 2020, arXiv 2002.08484 (TracIn); Choe et al. 2024 (LoGra), arXiv
         2405.13954, section 3 (projection from both sides).
     """
-    examples = as_examples(dataset)
+    examples = as_examples(dataset, "dataset", model)
     check_examples(model, examples)
     with frozen(model), on_device(model, device):
         collector = Collector(

@@ -119,7 +119,7 @@ def fit_ekfac(
         raise ValueError(f"damping: expected a number above 0, got {damping}")
     if labels not in ("sampled", "given"):
         raise ValueError(f"labels: expected sampled or given, got {labels!r}")
-    examples = as_examples(dataset)
+    examples = as_examples(dataset, "dataset", model)
     if not examples:
         raise ValueError("dataset: expected at least one example, got none")
     check_examples(model, examples)

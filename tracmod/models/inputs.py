@@ -204,13 +204,13 @@ def _column_problem(example: Mapping[str, Any], refused: frozenset[str]) -> str 
             return f"one list of {column}, got lists within it, as of a batch"
     if not example["input_ids"] or not any(example.get("attention_mask", [1])):
         return "at least one token, got none"
-    other_values = set(example.get("attention_mask", ())) - {0, 1}
+    other_values = [value for value in example.get("attention_mask", ()) if value not in (0, 1)]
     if other_values:
-        return f"an attention_mask of 0 and 1, got {other_values.pop()!r}"
+        return f"an attention_mask of 0 and 1, got {other_values[0]!r}"
     for column in LABEL_COLUMNS:
-        other = example.get(column, example["labels"])
-        if not isinstance(other, str) and other != example["labels"]:
-            return f"one label, got labels {example['labels']!r} and {column} {other!r}"
+        label, other = example["labels"], example.get(column, example["labels"])
+        if other is not label and not isinstance(other, str) and other != label:
+            return f"one label, got labels {label!r} and {column} {other!r}"
     expected = len(example["input_ids"])
     for column in TOKEN_COLUMNS:
         if len(example.get(column, example["input_ids"])) != expected:

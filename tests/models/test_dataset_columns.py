@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
+from transformers import AutoModelForSequenceClassification as Classifier
 from transformers import (
     BartConfig,
     LayoutLMConfig,
@@ -18,7 +19,6 @@ from transformers import (
     XLMConfig,
     XmodConfig,
 )
-from transformers import AutoModelForSequenceClassification as Classifier
 
 import tracmod as tm
 from tracmod.models.inputs import as_examples, other_inputs
@@ -175,7 +175,7 @@ def test_a_dataset_that_numbers_the_classes_of_the_model_otherwise_is_refused(co
     swapped = Rows(rows, **{column: ["positive", "negative"]})
     with pytest.raises(ValueError, match=f"{column}: expected positive to be class 1 .* class 0"):
         tm.collect_features(model, swapped, PROJECTION)
-    with pytest.raises(ValueError, match="query: .*positive"):
+    with pytest.raises(ValueError, match=r"query: .*positive"):
         tm.exact_influence(model, rows, swapped)
 
 

@@ -13,11 +13,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from tracmod.choices import EngineName, ModelName
+from tracmod.choices import LARGEST_INT, EngineName, ModelName
 
 Option = Callable[[Any], Any]  # a decorator, as `click.option` returns it
-
-LARGEST_INT = 2**63 - 1  # of tensors and tables
 
 
 class GivenPath(click.Path):

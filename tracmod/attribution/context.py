@@ -33,9 +33,8 @@ from tracmod.models.inputs import encode, other_inputs
 from tracmod.models.loading import class_names, load_classifier, load_model
 from tracmod.models.modes import frozen, resolve_device, to_device
 from tracmod.subnetworks.head_mask import HeadMask, matching_layers
-from tracmod.tasks.columns import check_columns
 from tracmod.tasks.examples import rows_digest
-from tracmod.tasks.files import check_language, read_model_files
+from tracmod.tasks.files import read_model_files
 
 SPLITS = ("train", "query")
 
@@ -62,16 +61,8 @@ class AttributionContext:
             ValueError: See `attribute`.
         """
         self.options = options
-        for name, value in (("k", options.k), ("batch_tokens", options.batch_tokens)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        check_columns(options.columns)
-        if options.language is not None:
-            check_language(options.language)
         self.device = resolve_device(options.device)
         self.projection_dim = options.projection_dim
-        if options.projection_dim is not None:
-            Projection(options.projection_dim)  # refuses a dimension out of range
         self.mask = None if options.head_mask is None else HeadMask.load(options.head_mask)
         self.checkpoints = _numbered_checkpoints(options)
         self.weights = _weights(self.checkpoints)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from tracmod.attribution.context import num_cut
 from tracmod.attribution.sources import AttributionSource, RunSource, Source
+from tracmod.choices import whole_number
 from tracmod.features.rows import SomeRows, StoreRows
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import read_json
@@ -24,7 +25,8 @@ from tracmod.influence.scores import TopInfluences, top_influences
 from tracmod.models.inputs import as_examples, encode, predict
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import masked
-from tracmod.tasks.files import target_of, target_text, text_fault
+from tracmod.tasks.files import target_of, target_text
+from tracmod.tasks.readers import text_fault
 
 # An inexact index returns this many candidates per example wanted, and at least so many in all;
 # exact scores decide among them.
@@ -168,8 +170,7 @@ class Attributor:
             ValueError: There is no such label or language, or the features or the index were made
                 with another model, mask, data or projection than there is now.
         """
-        if k < 1:
-            raise ValueError(f"k: expected at least 1, got {k}")
+        k = whole_number("k", k)
         for name, text in (("text", text_a), ("text_b", text_b), ("label", label)):
             fault = None if text is None else text_fault(text)
             if fault is not None:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tracmod.choices import whole_number
 from tracmod.models.architecture import embeddings_module, max_positions
 
 Example = dict[str, Any]  # input_ids, attention_mask, labels and perhaps token_type_ids
@@ -356,8 +357,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     Raises:
         ValueError: `batch_tokens` is less than 1.
     """
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
+    batch_tokens = whole_number("batch_tokens", batch_tokens)
     order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
     batches: list[list[int]] = []
     longest = padding = 0

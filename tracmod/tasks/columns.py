@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tracmod.tasks.readers import shown_names
+from tracmod.tasks.readers import shown_names, text_fault
 
 COLUMNS = ("id", "language", "text_a", "text_b", "label", "group")
 OPTIONAL = ("id", "language", "text_b", "group")
@@ -81,6 +81,8 @@ def check_columns(columns: Mapping[str, str], known: Iterable[str] = COLUMNS) ->
         ValueError: a column is unknown, a column that every file must have is left out, or both
             texts are the same column.
     """
+    if not isinstance(columns, Mapping):
+        raise ValueError(f"columns: expected a dict of names, got {columns!r}")
     known = tuple(known)
     unknown = sorted(set(columns) - set(known))
     if unknown:
@@ -96,6 +98,19 @@ def check_columns(columns: Mapping[str, str], known: Iterable[str] = COLUMNS) ->
         raise ValueError(
             f"columns: expected two columns for text_a and text_b, got {columns['text_b']} for both"
         )
+
+
+def check_language(language: str) -> None:
+    """Refuse a language that is blank or not Unicode.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not isinstance(language, str) or not language.strip():
+        raise ValueError(f"language: expected a name, got {language!r}")
+    fault = text_fault(language)
+    if fault is not None:
+        raise ValueError(f"language {fault}")
 
 
 def choose_columns(

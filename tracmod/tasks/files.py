@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 
 from tracmod.config import TaskConfig
-from tracmod.tasks.columns import NO_LANGUAGE, check_columns, choose_columns
+from tracmod.tasks.columns import NO_LANGUAGE, check_columns, check_language, choose_columns
 from tracmod.tasks.examples import POOL_SCHEMA, SCHEMA, SPLITS, Corpus, Pool
-from tracmod.tasks.readers import read_rows, shown, shown_names, stated_class_names
+from tracmod.tasks.readers import read_rows, shown, shown_names, stated_class_names, text_fault
 
 LARGEST_TARGET = 3.4028234e38  # of float32, in which losses are computed
 MOST_DIGITS = 18  # of a whole number that int64 holds
@@ -130,19 +130,6 @@ def read_model_files(
     if notes is not None:
         notes.extend(note for file in files for note in file.notes)
     return tables
-
-
-def check_language(language: str) -> None:
-    """Refuse a language that is blank or not Unicode.
-
-    Raises:
-        ValueError: it is.
-    """
-    if not isinstance(language, str) or not language.strip():
-        raise ValueError(f"language: expected a name, got {language!r}")
-    fault = text_fault(language)
-    if fault is not None:
-        raise ValueError(f"language {fault}")
 
 
 def _model_tables(files: Sequence[_RawFile], label_names: Sequence[str]) -> list[pa.Table]:
@@ -529,16 +516,6 @@ def _clean(row: dict[str, Any]) -> str | None:
         if fault is not None:
             return f"{name} {fault}"
     return "empty text_a" if row["text_a"] is None else None
-
-
-def text_fault(text: str) -> str | None:
-    """Return why a text is not Unicode, to follow its name in a message; None if it is."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        surrogate = ord(text[error.start])
-        return f"is not valid Unicode: half of a surrogate pair, U+{surrogate:04X}"
-    return None
 
 
 def _numbered(label_names: Sequence[str]) -> dict[str, int]:

@@ -355,3 +355,13 @@ def shown_names(names: Sequence[str]) -> str:
     ]
     more = len(names) - MOST_SHOWN
     return ", ".join(listed + ([f"and {more} more"] if more > 0 else []))
+
+
+def text_fault(text: str) -> str | None:
+    """Return why a text is not Unicode, to follow its name in a message; None if it is."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        surrogate = ord(text[error.start])
+        return f"is not valid Unicode: half of a surrogate pair, U+{surrogate:04X}"
+    return None

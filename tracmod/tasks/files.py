@@ -263,17 +263,23 @@ class _RawFile:
         ids: set[str] = set()
         is_tsv = ".tsv" in [suffix.lower() for suffix in Path(path).suffixes[-2:]]
         for row_number, (line, row) in enumerate(read_rows(path)):
-            # Checked in the first row only: later rows of JSON lines may leave out empty values.
+            fault = None
+            # Later rows of JSON lines may leave out empty values, and have further columns.
+            new_names = [name for name in row if name not in names_in_file]
+            if new_names:
+                names_in_file += new_names
+                _check_refused(path, new_names, refused)
+            if not required and (new_names or not row_number):
+                choice = choose_columns(path, names_in_file, columns, language)
+                late = {"id", "language"} & (choice.names.keys() - names.keys())
+                if row_number and late:
+                    fault = f"column {', '.join(late)}, which the first row does not have"
+                # A second text or a group may also come later.
+                optional = {name: columns.get(name, name) for name in ("text_b", "group")}
+                names, notes = optional | choice.names, choice.notes
             if not row_number:
-                names_in_file = list(row)
                 if required:
                     _check_required(path, names_in_file, names, columns, language)
-                else:
-                    choice = choose_columns(path, names_in_file, columns, language)
-                    # A second text or a group may come in later rows of JSON lines only.
-                    late = {name: columns.get(name, name) for name in ("text_b", "group")}
-                    names, notes = late | choice.names, choice.notes
-                _check_refused(path, names_in_file, refused)
                 stated = stated_class_names(path)
                 class_names = stated.get(names["label"])
                 language_names = stated.get(names.get("language", ""))
@@ -285,7 +291,7 @@ class _RawFile:
             elif language_names is not None:
                 cells["language"] = _stated_name(cells["language"], language_names)
             kind = _label_kind(cells["label"])
-            fault = _late_column(row, names_in_file, names, columns) or _clean(cells)
+            fault = fault or _clean(cells)
             if fault is None and is_tsv:
                 fault = _quoted_text(cells)
             if fault is None and class_names is not None and kind == "number":
@@ -439,22 +445,6 @@ def _check_refused(
             f"{path}: column {', '.join(inputs)}: expected none of the inputs of the model, which "
             "takes only texts from a file"
         )
-
-
-def _late_column(
-    row: Mapping[str, Any],
-    names_in_file: Sequence[str],
-    names: Mapping[str, str],
-    columns: Mapping[str, str],
-) -> str | None:
-    """Return what is wrong with a row of JSON lines that has a column the first row has not."""
-    if row.keys() <= set(names_in_file):
-        return None
-    for name in ("id", "language"):
-        late = columns.get(name, name)
-        if late and name not in names and row.get(late) is not None:
-            return f"column {late}, which the first row does not have"
-    return None
 
 
 def _stated_name(number: Any, names: Sequence[str]) -> Any:

@@ -184,7 +184,10 @@ def _csv_records(
                 if [f.lstrip(" ") for f in record] != [f.lstrip(" ") for f in stripped]:
                     raise csv.Error("spaces before a quotation mark at the start of a field")
         except csv.Error as error:
-            raise ValueError(f"{path}:{start}: not valid CSV: {error}") from None
+            reason = str(error)
+            if reason.startswith("new-line character"):
+                reason = "a carriage return, without a line feed, outside quotation marks"
+            raise ValueError(f"{path}:{start}: not valid CSV: {reason}") from None
         yield start, record
 
 

@@ -200,7 +200,7 @@ def _with_header(
         if fields in ([], [""]):
             continue
         if header is None:
-            header = fields
+            header = [name.strip(" ") for name in fields]  # as after the comma of "text, label"
             repeated = sorted({name for name in header if name and header.count(name) > 1})
             if repeated:
                 raise ValueError(

@@ -71,8 +71,6 @@ def check_model(
     model, tokenizer = load_model(source)
     mask = None if head_mask is None else HeadMask.load(head_mask)
     labels = class_names(model)
-    # Languages do not matter here, and a file need not have any.
-    columns = {"language": "", **(columns or {})}
     table = read_model_examples(data, labels, columns).slice(0, num_examples)
     max_length = min(max_length, tokenizer.model_max_length)
     examples = encode(tokenizer, table, max_length, num_labels=len(labels))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import pytest
 import torch
 from tiny_models import tiny_model
 
 import tracmod as tm
 from tracmod.attribution.options import AttributionOptions
+from tracmod.config import load_config
 from tracmod.influence.index import InfluenceIndex
 
 ROWS = [{"input_ids": [5, 6, 7], "labels": 1}, {"input_ids": [8, 9], "labels": 0}]
@@ -143,6 +145,25 @@ def test_options_of_an_attribution_are_checked_when_they_are_made(name, values):
             AttributionOptions(
                 "model", Path("train.tsv"), Path("query.tsv"), Path("out"), **{name: value}
             )
+
+
+def _numbers(section: pydantic.BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the name and value of every setting that is a number, sections within it included."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, pydantic.BaseModel):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif type(value) in (int, float):
+            yield prefix + name, value
+
+
+@pytest.mark.parametrize("name", [name for name, _ in _numbers(load_config("demo", []))])
+def test_numbers_of_a_configuration_are_numbers_within_bounds(name):
+    for value in ("true", "'3'", ".nan", ".inf", str(-(2**70)), str(2**70), "[[1]]", "-1.5"):
+        if value == str(2**70) and isinstance(dict(_numbers(load_config("demo", [])))[name], float):
+            continue
+        with pytest.raises(ValueError, match=name):
+            load_config("demo", [f"{name}={value}"])
 
 
 def test_every_public_function_is_tried():

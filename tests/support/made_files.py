@@ -271,7 +271,8 @@ def _late_id(draw: random.Random, case: Case, columns: dict[str, str]) -> None:
             row.pop(columns[name], None)
         case.train.rows[-1] |= {columns[name]: "late"}
         # An id under another name that is not mapped is left out, as in other files.
-        known = name == "language" or columns[name] == name or "not mapped" not in case.story
+        mapped = any(f"id={columns['id']}" in option for option in case.options)
+        known = name == "language" or columns[name] == name or mapped
         case.expect("refuse" if known and columns[name] not in OWN_NAMES else "any")
 
 

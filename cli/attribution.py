@@ -11,11 +11,13 @@ import click
 from tracmod.attribution.options import AttributionOptions
 from tracmod.choices import IndexKind, Normalization
 from tracmod.cli.options import (
+    COLUMNS,
     EXISTING,
     FOLDER,
     JSON,
     VIEW_OPTIONS,
     Bytes,
+    ColumnNames,
     CountOrAuto,
     GivenPath,
     RealNumber,
@@ -23,6 +25,7 @@ from tracmod.cli.options import (
     WholeNumber,
     choice,
     field_option,
+    merged_columns,
     options_of,
     with_options,
 )
@@ -63,6 +66,7 @@ _MODEL_AND_CHECKPOINTS = [
             "model": _MODEL_AND_CHECKPOINTS,
             "checkpoints": [],
             "out": [field_option(AttributionOptions, "out", type=FOLDER)],
+            "columns": [COLUMNS],
             "weights": [
                 field_option(
                     AttributionOptions, "weights", type=Weights(), metavar="W,W,...|uniform"
@@ -91,12 +95,14 @@ def attribute(
     Finds the training examples that raised or lowered the loss of each query, and sums their
     influence by language.
 
-    Example files (.tsv, .csv, .jsonl, .parquet, each also .gz) have the columns id, language,
-    text_a, text_b (optional), label and group (optional). Writes to --out: top.parquet,
-    languages.parquet, examples.parquet, self_influence.parquet, fidelity.json (agreement with exact
-    scores on a sample), run.json and features/; with --exact, the scores of each checkpoint in
-    exact/ instead of features. A positive score means that the training example lowered the loss of
-    the query.
+    Example files (.tsv, .csv, .jsonl, .json, .parquet, each also .gz) have the columns text_a and
+    label, and perhaps text_b, id, language and group; --columns gives other names. Without ids,
+    they are the numbers of the rows from 0; without languages, all examples are one group.
+
+    Writes to --out: top.parquet, languages.parquet, examples.parquet, self_influence.parquet,
+    fidelity.json (agreement with exact scores on a sample), run.json and features/; with --exact,
+    the scores of each checkpoint in exact/ instead of features. A positive score means that the
+    training example lowered the loss of the query.
 
     Run the same command again to resume. If examples were added at the end of a file, only they are
     processed.
@@ -108,6 +114,8 @@ def attribute(
     \b
     Examples:
       tracmod attribute --checkpoints my-training --train train.tsv --query test.tsv --out influence
+      tracmod attribute --model my-model --train nli.csv --query dev.csv --out influence \\
+          --columns text_a=premise,text_b=hypothesis,label=gold_label --language en
       tracmod attribute --model my-model --checkpoint my-model/checkpoint-500 \\
           --checkpoint my-model/checkpoint-1000 --train train.tsv --query test.tsv --out influence
     """
@@ -225,6 +233,14 @@ def _print_index(built: InfluenceIndex, path: Path) -> None:
     show_default=True,
     help="Number of proponents and of opponents to show.",
 )
+@click.option(
+    "--columns",
+    type=ColumnNames(),
+    multiple=True,
+    callback=merged_columns,
+    help="Names of columns that the files of an attribution have been given since. Default: those "
+    "of the attribution.",
+)
 @JSON
 def query(
     folder: Path,
@@ -236,6 +252,7 @@ def query(
     view: str,
     mask: str | None,
     k: int,
+    columns: dict[str, str],
     as_json: bool,
 ) -> None:
     """Show the proponents and opponents of a new example.
@@ -254,7 +271,7 @@ def query(
     """
     from tracmod.attribution.query import Attributor
 
-    attributor = Attributor(folder, model, view, mask)
+    attributor = Attributor(folder, model, view, mask, columns=columns)
     answer = attributor.query(text, text_b, label, k, languages or None)
     if attributor.is_cut(text, text_b):
         length = attributor.source.max_length

@@ -11,12 +11,21 @@ import click
 from tracmod import __version__
 from tracmod.choices import ParameterSet, PassDtype
 from tracmod.cli.errors import fail
-from tracmod.cli.options import EXISTING, JSON, GivenPath, PathOrUrl, WholeNumber, choice
+from tracmod.cli.options import (
+    COLUMNS,
+    EXISTING,
+    JSON,
+    GivenPath,
+    PathOrUrl,
+    WholeNumber,
+    choice,
+)
 
 
 @click.command()
 @click.option("--model", required=True, help="Transformers folder with the model and tokenizer.")
 @click.option("--data", required=True, type=EXISTING, help="Example file.")
+@COLUMNS
 @click.option(
     "--parameters",
     type=choice(ParameterSet),
@@ -47,6 +56,7 @@ from tracmod.cli.options import EXISTING, JSON, GivenPath, PathOrUrl, WholeNumbe
 def check(
     model: str,
     data: Path,
+    columns: dict[str, str],
     parameters: str,
     head_mask: Path | None,
     examples: int,
@@ -65,7 +75,9 @@ def check(
     """
     from tracmod.validation.gradients import check_model
 
-    errors = check_model(model, data, parameters, head_mask, examples, max_length, include_frozen)
+    errors = check_model(
+        model, data, parameters, head_mask, examples, max_length, include_frozen, columns=columns
+    )
     click.echo(f"{'parameters':44} {'tensors':>7} {'engine':>9} {'autograd':>9}")
     for error in errors:
         verdict = "ok" if error.passed else "WRONG"

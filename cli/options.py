@@ -13,11 +13,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from tracmod.choices import EngineName, ModelName
+from tracmod.choices import LARGEST_INT, EngineName, ModelName
 
 Option = Callable[[Any], Any]  # a decorator, as `click.option` returns it
-
-LARGEST_INT = 2**63 - 1  # of tensors and tables
 
 
 class GivenPath(click.Path):
@@ -103,6 +101,23 @@ class Bytes(click.ParamType):
         return size
 
 
+class ColumnNames(click.ParamType):
+    """Names of columns, given as text_a=premise,text_b=hypothesis."""
+
+    name = "COLUMN=NAME,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> dict[str, str]:
+        """Return our column -> the name in the file."""
+        from tracmod.tasks.columns import parse_columns
+
+        try:
+            return parse_columns(str(value))
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
+
+
 class CountOrAuto(click.ParamType):
     """A whole number from 1 on, or `auto`, which becomes None."""
 
@@ -183,6 +198,18 @@ def field_option(model: type, name: str, **overrides: Any) -> Option:
     return click.option(option, name, **settings | overrides)
 
 
+def merged_columns(
+    ctx: click.Context, param: click.Parameter, values: Sequence[Mapping[str, str]]
+) -> dict[str, str]:
+    """Return the columns of an option that can be given several times."""
+    columns: dict[str, str] = {}
+    for value in values:
+        for name, name_in_file in value.items():
+            if columns.setdefault(name, name_in_file) != name_in_file:
+                raise click.BadParameter(f"expected {name} once, got it twice.", param=param)
+    return columns
+
+
 RUN_OPTIONS = [
     click.option(
         "--set",
@@ -223,6 +250,15 @@ RUN_OPTIONS = [
         "Features are read in blocks within it. The same as --set influence.memory=SIZE.",
     ),
 ]
+COLUMNS = click.option(
+    "--columns",
+    type=ColumnNames(),
+    multiple=True,
+    callback=merged_columns,
+    help="Names of the columns in the file where they differ from id, language, text_a, text_b, "
+    "label and group, such as text_a=premise,text_b=hypothesis. An empty name (text_b=) leaves a "
+    "column out. Can be repeated.",
+)
 VIEW_OPTIONS = [
     click.option(
         "--model",

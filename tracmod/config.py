@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -13,12 +14,14 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from tracmod.choices import (
     DEFAULT_MEMORY,
+    LARGEST_INT,
     Combine,
     Method,
     MetricKind,
@@ -36,6 +39,34 @@ from tracmod.files.yaml_tree import parse_overrides, read_tree, set_value
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse booleans and text for numbers, which pydantic would convert."""
+        assert info.field_name is not None
+        if _is_numeric(cls.model_fields[info.field_name].annotation):
+            values = value.values() if isinstance(value, dict) else value
+            for number in values if isinstance(values, Iterable) else [values]:
+                if isinstance(value, str) or isinstance(number, bool | str):
+                    raise ValueError(f"expected a number, got {value!r}")
+                if isinstance(number, int) and abs(number) > LARGEST_INT:
+                    raise ValueError(f"expected at most {LARGEST_INT}, got {number}")
+        return value
+
+
+def _is_numeric(annotation: Any) -> bool:
+    """Return whether a field holds numbers, or lists or dicts of numbers, and nothing else."""
+    if annotation in (int, float):
+        return True
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _is_numeric(arguments[0])
+    if origin in (list, dict):
+        return _is_numeric(arguments[-1])
+    if origin in (Union, UnionType):
+        return all(part is NoneType or _is_numeric(part) for part in arguments)
+    return False
 
 
 class TaskConfig(_Section):
@@ -112,7 +143,7 @@ class TaskConfig(_Section):
         lt=0.5,
         description="planted only: share of training examples with a wrong label.",
     )
-    seed: int = Field(0, description="Seed of the examples that are drawn.")
+    seed: int = Field(0, ge=0, description="Seed of the examples that are drawn.")
 
     def languages_of(self, split: str) -> list[str]:
         """Return the languages that a split is drawn from, in the order of `languages`."""
@@ -595,7 +626,7 @@ class RunConfig(_Section):
 
     name: str = Field("run", description="Name of the run, shown in the report.")
     seed: int = Field(
-        0, description="Seed of initial weights, training, random masks and statistics."
+        0, ge=0, description="Seed of initial weights, training, random masks and statistics."
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")
     task: TaskConfig

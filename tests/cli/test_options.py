@@ -17,6 +17,7 @@ from tracmod.cli import main
 from tracmod.cli.options import (
     LARGEST_INT,
     Bytes,
+    ColumnNames,
     CountOrAuto,
     GivenPath,
     RealNumber,
@@ -36,6 +37,7 @@ OUT_OF_RANGE = {
     WholeNumber: ["0.5", "nan", "one", "", str(LARGEST_INT + 1), "9" * 5000],
     RealNumber: ["nan", "inf", "-inf", "1e999", "half", ""],
     CountOrAuto: ["0", "-1", "1.5", "nan", "Auto", "", "²", "9" * 5000],
+    ColumnNames: ["", "premise", "body=x", "text_a=", "text_a=x,text_a=y", "text_a=x,text_b=x"],
     Bytes: ["0", "-1GB", "nan", "infGB", "1e400GB", "much", "", "9" * 30],
     GivenPath: [""],
 }

@@ -570,7 +570,7 @@ def test_wrong_ranges(tmp_path: Path) -> None:
     for start, stop in [(-1, 3), (5, 4), (0, 11)]:
         with pytest.raises(ValueError, match="it has 10 rows"):
             store.read(start, stop)
-    with pytest.raises(ValueError, match="blocks of 0 rows"):
+    with pytest.raises(ValueError, match=r"rows.*got 0"):
         next(store.blocks(0))
 
 

@@ -666,12 +666,3 @@ def test_data_that_are_no_rows_are_refused():
     ):
         with pytest.raises(ValueError, match=named):
             tm.collect_features(model, dataset, tm.Projection(64))
-
-
-@pytest.mark.parametrize("column", ["position_ids", "bbox", "lang_ids", "inputs_embeds"])
-def test_inputs_that_the_engine_does_not_pass_are_refused(column):
-    rows = [{"input_ids": [1, 2], "labels": 0, "id": "a", "text": "b"}]
-    model = tiny_model(dtype=torch.float32)
-    assert tm.collect_features(model, rows, tm.Projection(64)).shape == (1, 64)
-    with pytest.raises(ValueError, match=f"row 0.*got {column}"):
-        tm.collect_features(model, [rows[0] | {column: [0, 1]}], tm.Projection(64))

@@ -56,7 +56,7 @@ def test_random_masks_are_uniform():
     total = sum(HeadMask.random(3, 4, 5, seed).array.astype(int) for seed in range(2000))
     # 2000 draws of probability 5/12: standard deviation 22
     assert np.abs(total - 2000 * 5 / 12).max() < 5 * 22
-    with pytest.raises(ValueError, match=r"size from 0 to 12, got 13"):
+    with pytest.raises(ValueError, match=r"size: .* 12, got 13"):
         HeadMask.random(3, 4, 13, 0)
 
 

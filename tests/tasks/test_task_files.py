@@ -89,7 +89,7 @@ def test_other_faults_of_files(tmp_path: Path) -> None:
 
     fault("u.tsv", HEADER.encode() + b"a\ten\t\xff\t0\n", r"u\.tsv:2: not valid UTF-8")
     fault("j.jsonl", b'{"id": 1}\n', r"j\.jsonl: expected a column label, language, text_a")
-    fault("k.jsonl", b"[1]\n", r"k\.jsonl:1: expected a JSON object, got list")
+    fault("k.jsonl", b"\n1\n", r"k\.jsonl:2: expected a JSON object, got int")
     fault("l.jsonl", b"\n{1}\n", r"l\.jsonl:2: not valid JSON")
     fault("c.csv", b'id,label\na,"x\n', r"c\.csv:2: not valid CSV")
     fault("g.tsv.gz", b"no gzip", r"g\.tsv\.gz: cannot be read")

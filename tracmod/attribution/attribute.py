@@ -301,6 +301,7 @@ def _record(context: AttributionContext, details: dict[str, Any], seconds: float
     for name in ("model", "train", "query", "out", "head_mask"):
         if arguments[name] is not None:
             arguments[name] = _absolute(arguments[name])
+    arguments["columns"] = dict(context.options.columns)
     arguments["checkpoints"] = [_absolute(one.path) for one in context.checkpoints]
     arguments["weights"] = context.weights  # the ones that queries are to use as well
     arguments["projection_dim"] = context.projection_dim

@@ -34,7 +34,7 @@ from tracmod.models.checkpoints import (
     recorded_frozen,
 )
 from tracmod.models.digests import tokenizer_digest
-from tracmod.models.inputs import encode
+from tracmod.models.inputs import encode, other_inputs
 from tracmod.models.loading import class_names, load_classifier, load_model
 from tracmod.models.modes import frozen, resolve_device, to_device, trained_names
 from tracmod.models.weight_files import tensor_digests, unmoved
@@ -56,7 +56,8 @@ class AttributionContext:
         weights: (C,) the weights of the checkpoints in the scores.
         weight_sources: (C,) phrases that say where the weights come from.
         left_out: (C,) the names of the selected parameters that are frozen and left out.
-        notes: Sentences about what was guessed or left out, for stderr and run.json.
+        notes: Sentences about what was guessed, left out or not stated in the files, for stderr and
+            run.json.
         label_names: The names of the labels, in order.
         max_length: The number of tokens at which texts are cut.
         projection_dim: The numbers per feature row; None until it is chosen.
@@ -69,13 +70,8 @@ class AttributionContext:
             ValueError: See `attribute`.
         """
         self.options = options
-        for name, value in (("k", options.k), ("batch_tokens", options.batch_tokens)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
         self.device = resolve_device(options.device)
         self.projection_dim = options.projection_dim
-        if options.projection_dim is not None:
-            Projection(options.projection_dim)  # refuses a dimension out of range
         self.mask = None if options.head_mask is None else HeadMask.load(options.head_mask)
         self.checkpoints = _numbered_checkpoints(options)
         self.weights, self.weight_sources, self.notes = choose_weights(
@@ -91,6 +87,7 @@ class AttributionContext:
             for checkpoint in self.checkpoints:
                 load_second_moment(checkpoint.path)  # refuses a checkpoint without one
         self.label_names = class_names(model)
+        self._model_inputs = other_inputs(model)
         longest = min(512, self.tokenizer.model_max_length)
         self.max_length = longest if options.max_length is None else options.max_length
         self._tokenizer_digest = tokenizer_digest(self.tokenizer)
@@ -101,8 +98,16 @@ class AttributionContext:
     @cached_property
     def tables(self) -> dict[str, pa.Table]:
         """The examples of both files; each file shows whether labels are names or numbers."""
-        files = [self.options.train, self.options.query]
-        return dict(zip(SPLITS, read_model_files(files, self.label_names), strict=True))
+        options = self.options
+        tables = read_model_files(
+            [options.train, options.query],
+            self.label_names,
+            options.columns,
+            options.language,
+            model_inputs=self._model_inputs,
+            notes=self.notes,
+        )
+        return dict(zip(SPLITS, tables, strict=True))
 
     @cached_property
     def examples(self) -> dict[str, list[dict[str, Any]]]:
@@ -249,6 +254,11 @@ class AttributionContext:
             )
         return str(first["digest"])
 
+    def _reading(self) -> dict[str, Any]:
+        """Return how the files are read, where it is not by their own columns alone."""
+        reading = {"columns": dict(self.options.columns), "language": self.options.language}
+        return {name: value for name, value in reading.items() if value}
+
     def _settings_digests(self) -> dict[str, str]:
         return {
             "max_length": str(self.max_length),
@@ -272,6 +282,7 @@ class AttributionContext:
             "normalize": options.normalize,
             "pass_dtype": options.dtype,
             **{split: self.data_digest(split) for split in SPLITS},
+            **self._reading(),
             **self.digests(checkpoint, model),
         }
 

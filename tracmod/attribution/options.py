@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tracmod.choices import DEFAULT_MEMORY, MetricKind, ParameterSet, PassDtype, StoreDtype
+from tracmod.choices import (
+    DEFAULT_MEMORY,
+    MetricKind,
+    ParameterSet,
+    PassDtype,
+    StoreDtype,
+    positive_number,
+    whole_number,
+)
 
 
 @dataclass(frozen=True)
@@ -15,6 +24,10 @@ class AttributionOptions:
     """Options of `attribute`, a command-line option each.
 
     The metadata of a field has the help of its command-line option and the bounds of its value.
+
+    Raises:
+        ValueError: a number is out of its bounds, a choice is not among those of its field, or a
+            column or language is not valid.
     """
 
     model: str = field(
@@ -23,6 +36,23 @@ class AttributionOptions:
     train: Path = field(metadata={"help": "File of the training examples."})
     query: Path = field(metadata={"help": "File of the query examples, which are to be explained."})
     out: Path = field(metadata={"help": "Folder for the results."})
+    columns: Mapping[str, str] = field(
+        default_factory=dict,
+        kw_only=True,
+        metadata={
+            "help": "Names of the columns in the files where they differ from id, language, "
+            "text_a, text_b, label and group, such as text_a=premise,text_b=hypothesis. An empty "
+            "name (text_b=) leaves a column out. Can be repeated."
+        },
+    )
+    language: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata={
+            "help": "Language of the examples of files without a column of languages. "
+            "Default: und (undetermined)."
+        },
+    )
     checkpoints: Sequence[Path] = field(
         default=(),
         metadata={
@@ -103,7 +133,10 @@ class AttributionOptions:
     seed: int = field(default=0, metadata={"help": "Seed of the projection.", "min": 0})
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens per example. Default: the limit of the model, at most 512."},
+        metadata={
+            "help": "Tokens per example. Default: the limit of the model, at most 512.",
+            "min": 1,
+        },
     )
     batch_tokens: int = field(default=8192, metadata={"help": "Tokens per batch.", "min": 1})
     memory: int = field(
@@ -131,3 +164,30 @@ class AttributionOptions:
             "scale per example."
         },
     )
+
+    def __post_init__(self) -> None:
+        from tracmod.tasks.columns import check_columns, check_language  # imports pyarrow
+
+        annotations = get_type_hints(type(self))
+        for option in fields(self):
+            _check(option.name, getattr(self, option.name), annotations[option.name], option)
+        if self.normalize not in (None, "cosine"):
+            raise ValueError(f"normalize: expected None or 'cosine', got {self.normalize!r}")
+        check_columns(self.columns)
+        if self.language is not None:
+            check_language(self.language)
+
+
+def _check(name: str, value: Any, annotation: Any, option: Any) -> None:
+    """Refuse a value that its option on the command line would refuse, by the same bounds."""
+    parts = get_args(annotation)
+    if NoneType in parts:
+        if value is None:
+            return
+        annotation = next(part for part in parts if part is not NoneType)
+    if annotation is int:
+        whole_number(name, value, option.metadata.get("min", 1))
+    elif annotation is float:
+        positive_number(name, value)
+    elif get_origin(annotation) is Literal and value not in get_args(annotation):
+        raise ValueError(f"{name}: expected {', '.join(get_args(annotation))}, got {value!r}")

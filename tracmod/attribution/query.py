@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from tracmod.attribution.context import num_cut
 from tracmod.attribution.sources import AttributionSource, RunSource, Source
+from tracmod.choices import whole_number
 from tracmod.features.rows import SomeRows, StoreRows
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import read_json
@@ -24,7 +25,8 @@ from tracmod.influence.scores import TopInfluences, top_influences
 from tracmod.models.inputs import as_examples, encode, predict
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import masked
-from tracmod.tasks.files import target_of, target_text, text_fault
+from tracmod.tasks.files import target_of, target_text
+from tracmod.tasks.readers import text_fault
 
 # An inexact index returns this many candidates per example wanted, and at least so many in all;
 # exact scores decide among them.
@@ -49,7 +51,13 @@ class Attributor:
     """
 
     def __init__(
-        self, folder: str | Path, model: str = "full", view: str = "full", mask: str | None = None
+        self,
+        folder: str | Path,
+        model: str = "full",
+        view: str = "full",
+        mask: str | None = None,
+        *,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         """Open a run folder or a folder of `tracmod attribute`.
 
@@ -60,16 +68,21 @@ class Attributor:
             view: For a run, a view with features of its own, such as `full`, `subnetwork`,
                 `random-<i>` or `other-<language>`.
             mask: The language whose mask is applied, for views with one mask per language.
+            columns: For an attribution, names of columns that its example files have been given
+                since; those of the attribution itself are in its run.json.
 
         Raises:
-            ValueError: There is no such folder, view or mask, or it has no features.
+            ValueError: There is no such folder, view or mask, it has no features, or columns are
+                given for a run folder.
         """
         folder = Path(folder)
         file = folder / "run.json"
         record = read_json(file) if file.is_file() else {}
         self.source: Source
         if isinstance(record, dict) and "arguments" in record:
-            self.source = AttributionSource(folder, record["weights"], (model, view, mask))
+            self.source = AttributionSource(folder, record["weights"], (model, view, mask), columns)
+        elif columns:
+            raise ValueError(f"columns: expected none for a run folder, {folder}, got {columns}")
         else:
             self.source = RunSource(folder, model, view, mask)
 
@@ -157,8 +170,7 @@ class Attributor:
             ValueError: There is no such label or language, or the features or the index were made
                 with another model, mask, data or projection than there is now.
         """
-        if k < 1:
-            raise ValueError(f"k: expected at least 1, got {k}")
+        k = whole_number("k", k)
         for name, text in (("text", text_a), ("text_b", text_b), ("label", label)):
             fault = None if text is None else text_fault(text)
             if fault is not None:

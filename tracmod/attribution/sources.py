@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -190,7 +191,11 @@ class AttributionSource:
     model_names: Sequence[str] = ("full",)
 
     def __init__(
-        self, folder: Path, weights: list[float], view: tuple[str, str, str | None]
+        self,
+        folder: Path,
+        weights: list[float],
+        view: tuple[str, str, str | None],
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         if view != ("full", "full", None):
             raise ValueError(
@@ -198,6 +203,8 @@ class AttributionSource:
                 f"choices of a run folder"
             )
         options = read_attribution(folder)
+        if columns:
+            options = replace(options, columns={**options.columns, **columns})
         if options.exact:
             raise ValueError(
                 f"{folder}: an attribution with --exact keeps scores and no features to compare a "

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tracmod import kernels
+from tracmod.choices import whole_number
 from tracmod.features.projection import Projection, Slot, projection_keys
 from tracmod.features.store import FeatureStore
 from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
@@ -66,8 +67,7 @@ class Collector:
     slots: dict[str, Slot] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens: expected at least 1, got {self.batch_tokens}")
+        self.batch_tokens = whole_number("batch_tokens", self.batch_tokens)
         if self.dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(
                 f"dtype: expected None, torch.float32, torch.bfloat16 or torch.float16, "
@@ -266,7 +266,7 @@ def collect_features(
     Source: Pruthi et al. 2020, arXiv 2002.08484 (TracIn); Choe et al. 2024 (LoGra), arXiv
         2405.13954, section 3 (projection from both sides).
     """
-    examples = as_examples(dataset)
+    examples = as_examples(dataset, "dataset", model)
     check_examples(model, examples)
     warn_of_frozen(model, parameters, include_frozen)
     collector = Collector(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from tracmod.choices import ProjectionKind, ProjectionLayers
+from tracmod.choices import ProjectionKind, ProjectionLayers, whole_number
 from tracmod.gradients.capture import Layer
 
 # Share of the row that exact gradients may take. The output layer of the classifier has most of the
@@ -63,12 +63,10 @@ class Projection:
     layers: ProjectionLayers = "accumulate"
 
     def __post_init__(self) -> None:
-        if self.dim < 1:
-            raise ValueError(f"Projection: dim: expected at least 1, got {self.dim}")
+        object.__setattr__(self, "dim", whole_number("Projection: dim", self.dim))
         if self.kind not in ("rademacher", "sjlt"):
             raise ValueError(f"Projection: kind: expected rademacher or sjlt, got {self.kind!r}")
-        if self.seed < 0:
-            raise ValueError(f"Projection: seed: expected at least 0, got {self.seed}")
+        object.__setattr__(self, "seed", whole_number("Projection: seed", self.seed, 0))
         if self.layers not in ("accumulate", "concatenate"):
             raise ValueError(
                 f"Projection: layers: expected accumulate or concatenate, got {self.layers!r}"

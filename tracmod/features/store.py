@@ -57,6 +57,7 @@ import torch
 from filelock import Timeout, UnixFileLock
 from torch import Tensor
 
+from tracmod.choices import whole_number
 from tracmod.features.merge import Source, check_mergeable, copy_shards
 from tracmod.features.shards import Shards
 from tracmod.features.store_format import (
@@ -543,8 +544,7 @@ class FeatureStore:
 
         A block within one shard is not copied, so a divisor of `shard_rows` is best.
         """
-        if rows < 1:
-            raise ValueError(f"blocks of {rows} rows: expected at least 1")
+        rows = whole_number("rows of a block", rows)
         for start in range(0, self.num_rows, rows):
             yield start, self.read(start, min(start + rows, self.num_rows))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tracmod.choices import whole_number
 from tracmod.files.durable import canonical_json, identity_differences, seal, sha256, unseal
 from tracmod.files.object_storage import Location, write_file
 
@@ -73,9 +74,8 @@ class Manifest:
         if dtype not in DTYPES:
             expected = ", ".join(DTYPES)
             raise ValueError(f"dtype of a feature store: expected one of {expected}, got {dtype!r}")
-        for name, value in (("dim", dim), ("shard_rows", shard_rows)):
-            if value < 1:
-                raise ValueError(f"{name} of a feature store: expected at least 1, got {value}")
+        dim = whole_number("dim of a feature store", dim)
+        shard_rows = whole_number("shard_rows of a feature store", shard_rows)
         content = {
             "format": FORMAT,
             "version": 2 if dtype == "int8" else 1,

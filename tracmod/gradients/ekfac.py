@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from tracmod.choices import positive_number, whole_number
 from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
 from tracmod.gradients.lean_pass import lean
 from tracmod.gradients.preconditioner import (
@@ -117,11 +118,11 @@ def fit_ekfac(
 
     Source: George et al. 2018, arXiv 1806.03884 (EK-FAC); Grosse et al. 2023, arXiv 2308.03296.
     """
-    if damping <= 0:
-        raise ValueError(f"damping: expected a number above 0, got {damping}")
+    damping = positive_number("damping", damping)
+    batch_tokens, seed = whole_number("batch_tokens", batch_tokens), whole_number("seed", seed, 0)
     if labels not in ("sampled", "given"):
         raise ValueError(f"labels: expected sampled or given, got {labels!r}")
-    examples = as_examples(dataset)
+    examples = as_examples(dataset, "dataset", model)
     if not examples:
         raise ValueError("dataset: expected at least one example, got none")
     check_examples(model, examples)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tracmod.choices import positive_number
 from tracmod.files.durable import sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 from tracmod.gradients.capture import Captured, Layer, select_layers, warn_of_frozen
@@ -290,6 +291,7 @@ def adam_preconditioner(
 
     Source: Xia et al. 2024, LESS, arXiv 2402.04333, section 4.1; Kingma and Ba 2015.
     """
+    eps = positive_number("eps", eps)
     if isinstance(second_moment, str | Path):
         second_moment = load_second_moment(second_moment)
     metrics = {}

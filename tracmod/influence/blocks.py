@@ -231,7 +231,7 @@ def _checked(model: PreTrainedModel, examples: Examples, name: str) -> list[dict
     Raises:
         ValueError: there are none, or the model cannot take one of them.
     """
-    rows = as_examples(examples, name)
+    rows = as_examples(examples, name, model)
     if not rows:
         raise ValueError(f"{name}: expected at least 1 example, got none")
     check_examples(model, rows, name)

@@ -127,7 +127,8 @@ def exact_influence(
         (torch.Size([1, 3]), 1.0)
     """
     dtype = autocast_dtype(normalize, dtype)
-    trains, queries = as_examples(train, "train"), as_examples(query, "query")
+    trains = as_examples(train, "train", model)
+    queries = as_examples(query, "query", model)
     check_examples(model, trains, "train")
     check_examples(model, queries, "query")
     warn_of_frozen(model, parameters, include_frozen)

@@ -63,7 +63,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tracmod.choices import IndexKind
+from tracmod.choices import IndexKind, positive_number, whole_number
 from tracmod.features.rows import (
     LARGEST_MAGNITUDE,
     SMALLEST_MAGNITUDE,
@@ -211,7 +211,8 @@ class InfluenceIndex:
             raise ValueError(f"normalize: expected None or 'cosine', got {normalize!r}")
         if languages is not None and len(languages) != count:
             raise ValueError(f"languages: expected {count}, one per example, got {len(languages)}")
-        if not 0 < recall <= 1:
+        memory, seed = whole_number("memory", memory), whole_number("seed", seed, 0)
+        if positive_number("recall", recall) > 1:
             raise ValueError(f"recall: expected a share above 0 and up to 1, got {recall}")
         gpu = gpu_number(device, kind)
         built = cls(
@@ -260,8 +261,7 @@ class InfluenceIndex:
                 parameters, mask, model, tokenizer) than the index, or it lacks a language.
         """
         dims, count = _shapes(queries, "queries")
-        if k < 1:
-            raise ValueError(f"k: expected at least 1, got {k}")
+        k = whole_number("k", k)
         if dims != self.dims:
             raise ValueError(
                 f"queries: expected {self.dims} numbers per row at the checkpoints, got {dims}"

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracmod.choices import DEFAULT_MEMORY
+from tracmod.choices import DEFAULT_MEMORY, whole_number
 from tracmod.features.rows import (
     Features,
     Rows,
@@ -216,6 +216,8 @@ def top_influences(
         >>> top.group_shares
         tensor([[0.5000, 0.5000]], dtype=torch.float64)
     """
+    memory, parts = whole_number("memory", memory), whole_number("parts", parts)
+    part = None if part is None else whole_number("part", part, 0, parts - 1)
     queries, trains, weights = _checked(query_features, train_features, weights, normalize)
     num_train = trains[0].shape[0]
     k = _bounded_k(k, num_train)
@@ -503,8 +505,7 @@ def _device(features: Sequence[Rows]) -> torch.device:
 
 
 def _bounded_k(k: int, num_train: int) -> int:
-    if k < 1:
-        raise ValueError(f"k: expected at least 1, got {k}")
+    k = whole_number("k", k)
     if num_train < 1:
         raise ValueError("train_features: expected at least 1 training example, got none")
     return min(k, num_train)

@@ -5,6 +5,7 @@ Shape suffixes: B examples of a batch, S tokens, N examples, C classes.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
@@ -18,13 +19,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tracmod.choices import whole_number
 from tracmod.models.architecture import embeddings_module, max_positions
 
 Example = dict[str, Any]  # input_ids, attention_mask, labels and perhaps token_type_ids
 
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
-# Inputs of some models that the engine does not pass on. Without them the model would compute
-# something else than the user's, so a dataset that has them is refused.
+# Names of the label that transformers' data collators take, the first that is there counting.
+LABEL_COLUMNS = ("labels", "label", "label_ids")
+# Inputs of some models that the engine does not pass on, for models whose forward pass does not
+# name its inputs (`other_inputs`).
 OTHER_INPUTS = (
     "position_ids",
     "inputs_embeds",
@@ -108,25 +112,54 @@ def encode(
     return examples
 
 
+def other_inputs(model: Any) -> frozenset[str]:
+    """Return the inputs that a model takes and that the engine does not pass on.
+
+    They are the parameters of its forward pass, as the Trainer selects columns by them. Without
+    them, the model would compute something else than the user's, so data that has them is refused.
+
+    Args:
+        model: the classifier. `OTHER_INPUTS` stand for those of a wrapper that takes anything.
+    """
+    forward = getattr(model, "forward", None)
+    parameters = inspect.signature(forward).parameters.values() if callable(forward) else ()
+    named = {
+        parameter.name
+        for parameter in parameters
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    if "input_ids" not in named:
+        return frozenset(OTHER_INPUTS)
+    switches = {name for name in named if name.startswith(("output_", "return_", "use_"))}
+    return frozenset(named - switches - {*TOKEN_COLUMNS, *LABEL_COLUMNS})
+
+
 def as_examples(
-    dataset: Iterable[Mapping[str, Any]], name: str = "dataset"
+    dataset: Iterable[Mapping[str, Any]], name: str = "dataset", model: Any = None
 ) -> list[dict[str, Any]]:
     """Convert the rows of a dataset to dicts of plain lists, without trailing padding.
 
     Args:
-        dataset: rows of lists, arrays or tensors.
+        dataset: rows of lists, arrays or tensors. The label may be called label or label_ids, as
+            transformers' data collators take it.
         name: name of the dataset in error messages.
+        model: the classifier, whose forward pass says which columns are inputs, and whose classes
+            may have other numbers than those of a `datasets.Dataset`.
 
     Raises:
         ValueError: the dataset is a dict of columns, a row is no dict, has no input_ids, no labels
-            or no tokens, has an input that is not passed to the model, such as position_ids, or its
-            mask or token types have another length than its input_ids.
+            or no tokens, has an input that is not passed to the model, such as position_ids, has
+            two labels, or its mask or token types have another length than its input_ids; or the
+            dataset gives a class another number than the model does.
     """
     if isinstance(dataset, Mapping):
         raise ValueError(
             f"{name}: expected a sequence of rows, got a {type(dataset).__name__} of columns "
             f"({', '.join(map(str, dataset))}); `datasets.Dataset.from_dict` makes rows of it"
         )
+    if model is not None:
+        _check_class_numbers(dataset, name, model)
+    refused = frozenset(OTHER_INPUTS) if model is None else other_inputs(model)
     examples = []
     for row, example in enumerate(dataset):
         if not isinstance(example, Mapping):
@@ -139,7 +172,12 @@ def as_examples(
             for column, value in example.items()
             if value is not None
         }
-        problem = _column_problem(plain)
+        labels = [plain[column] for column in LABEL_COLUMNS if column in plain]
+        if labels:  # in words beside its number, it was numbered by the user
+            plain["labels"] = next(
+                (label for label in labels if not isinstance(label, str)), labels[0]
+            )
+        problem = _column_problem(plain, refused)
         if problem:
             raise ValueError(f"{name}: row {row}: expected {problem}")
         length = example_length(plain)
@@ -150,23 +188,58 @@ def as_examples(
     return examples
 
 
-def _column_problem(example: Mapping[str, Any]) -> str | None:
+def _column_problem(example: Mapping[str, Any], refused: frozenset[str]) -> str | None:
     """Return what is wrong with a row, to follow "expected" in a message, or None."""
-    for column in OTHER_INPUTS:
-        if column in example:
-            return (
-                f"none of the inputs {', '.join(OTHER_INPUTS)}, which are not passed, got {column}"
-            )
+    for column in example:
+        if column in refused:
+            inputs = ", ".join(sorted(refused))
+            return f"none of the inputs {inputs}, which are not passed, got {column}"
     for column in ("input_ids", "labels"):
         if column not in example:
             return f"{column}, got only {', '.join(example)}"
+    for column in TOKEN_COLUMNS:
+        values = example.get(column, [])
+        if not isinstance(values, list | tuple):
+            return f"a list of {column}, got {type(values).__name__}"
+        if values and isinstance(values[0], list | tuple):
+            return f"one list of {column}, got lists within it, as of a batch"
     if not example["input_ids"] or not any(example.get("attention_mask", [1])):
         return "at least one token, got none"
+    other_values = [value for value in example.get("attention_mask", ()) if value not in (0, 1)]
+    if other_values:
+        return f"an attention_mask of 0 and 1, got {other_values[0]!r}"
+    for column in LABEL_COLUMNS:
+        label, other = example["labels"], example.get(column, example["labels"])
+        if other is not label and not isinstance(other, str) and other != label:
+            return f"one label, got labels {label!r} and {column} {other!r}"
     expected = len(example["input_ids"])
     for column in TOKEN_COLUMNS:
         if len(example.get(column, example["input_ids"])) != expected:
             return f"{column} of {expected} tokens as in input_ids, got {len(example[column])}"
     return None
+
+
+def _check_class_numbers(dataset: Any, name: str, model: Any) -> None:
+    """Refuse a `datasets.Dataset` that numbers a class of the model otherwise than the model does.
+
+    The numbers that its feature `ClassLabel` gives to names would be taken for the model's.
+    """
+    features = getattr(dataset, "features", None)
+    if not isinstance(features, Mapping):
+        return
+    column = next((column for column in LABEL_COLUMNS if column in features), None)
+    feature = None if column is None else features[column]
+    stated = getattr(getattr(feature, "feature", feature), "names", None) or []
+    stated = [str(label).casefold() for label in stated]
+    if stated == [str(number) for number in range(len(stated))]:
+        return  # no names
+    own = {str(label).casefold(): int(n) for n, label in (model.config.id2label or {}).items()}
+    for number, label in enumerate(stated):
+        if own.get(label, number) != number:
+            raise ValueError(
+                f"{name}: {column}: expected {label} to be class {own[label]} as in the model's "
+                f"id2label, got class {number} in the features of the dataset"
+            )
 
 
 def example_length(example: Mapping[str, Any]) -> int:
@@ -244,12 +317,24 @@ def _label_problem(label: Any, num_labels: int) -> str | None:
         return None if valid else f"a number as its label, got {label!r}"
     if type(label) is int and 0 <= label < num_labels:
         return None
-    return f"an integer label from 0 to {num_labels - 1}, got {label!r}"
+    return f"an integer label from 0 to {num_labels - 1}, got {label!r}{_mark_of(label)}"
+
+
+def _mark_of(label: Any) -> str:
+    """Return what a label that is no class usually means, to follow it in a message."""
+    if label == -1:
+        return ", the usual mark of examples without a label"
+    if label == -100:
+        return ", the usual mark of examples that a loss leaves out"
+    if isinstance(label, float) and label.is_integer():
+        return " (transformers takes float labels for several labels per text)"
+    return ""
 
 
 def _id_problem(column: str, ids: Sequence[Any], size: int) -> str | None:
     for token_id in ids:
-        if not isinstance(token_id, Integral) or not 0 <= int(token_id) < size:
+        is_number = isinstance(token_id, Integral) and not isinstance(token_id, bool)
+        if not is_number or not 0 <= int(token_id) < size:
             return f"{column} from 0 to {size - 1}, got {token_id!r}"
     return None
 
@@ -272,8 +357,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     Raises:
         ValueError: `batch_tokens` is less than 1.
     """
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
+    batch_tokens = whole_number("batch_tokens", batch_tokens)
     order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
     batches: list[list[int]] = []
     longest = padding = 0

@@ -31,8 +31,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from tracmod.choices import whole_number
 from tracmod.files.durable import write_file
 from tracmod.models.architecture import AttentionLayer, attention_layers
+
+MOST_HEADS = 2**15  # of a layer, and layers: far beyond any model
 
 
 class HeadMask:
@@ -87,7 +90,7 @@ class HeadMask:
             >>> tm.HeadMask.full(12, 12)
             HeadMask(144 of 12x12 heads kept)
         """
-        return cls(np.ones((num_layers, num_heads), dtype=np.int8))
+        return cls(np.ones(_shape(num_layers, num_heads), dtype=np.int8))
 
     @classmethod
     def random(cls, num_layers: int, num_heads: int, size: int, seed: int) -> HeadMask:
@@ -99,7 +102,8 @@ class HeadMask:
             seed: the mask is a function of the seed; no global generator is used.
 
         Raises:
-            ValueError: `size` is not between 0 and the number of heads.
+            ValueError: `size` is not between 0 and the number of heads, or another argument is out
+                of range.
 
         Examples:
             >>> import tracmod as tm
@@ -107,12 +111,13 @@ class HeadMask:
             >>> mask.size, mask == tm.HeadMask.random(2, 4, size=5, seed=0)
             (5, True)
         """
-        total = num_layers * num_heads
-        if not 0 <= size <= total:
-            raise ValueError(f"random head mask: expected a size from 0 to {total}, got {size}")
+        shape = _shape(num_layers, num_heads)
+        total = shape[0] * shape[1]
+        size = whole_number("random head mask: size", size, 0, total)
+        seed = whole_number("random head mask: seed", seed, 0)
         flat = np.zeros(total, dtype=np.int8)
         flat[np.random.default_rng(seed).permutation(total)[:size]] = 1
-        return cls(flat.reshape(num_layers, num_heads))
+        return cls(flat.reshape(shape))
 
     @classmethod
     def load(cls, path: str | Path) -> HeadMask:
@@ -360,6 +365,14 @@ def head_slices(model: nn.Module, mask: HeadMask | None = None) -> list[HeadSlic
                 index = (own,) if axis == 0 else (slice(None), own)
                 slices.append(HeadSlice(names[id(parameter)], parameter, layer_index, head, index))
     return slices
+
+
+def _shape(num_layers: Any, num_heads: Any) -> tuple[int, int]:
+    """Return the shape of a mask, after checking it."""
+    return (
+        whole_number("head mask: num_layers", num_layers, most=MOST_HEADS),
+        whole_number("head mask: num_heads", num_heads, most=MOST_HEADS),
+    )
 
 
 def head_parameters(layer: AttentionLayer) -> list[tuple[Tensor, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -13,11 +13,14 @@ from typing import Any
 import pyarrow as pa
 
 from tracmod.config import TaskConfig
+from tracmod.tasks.columns import NO_LANGUAGE, check_columns, check_language, choose_columns
 from tracmod.tasks.examples import POOL_SCHEMA, SCHEMA, SPLITS, Corpus, Pool
-from tracmod.tasks.readers import read_rows, stated_class_names
+from tracmod.tasks.readers import read_rows, shown, shown_names, stated_class_names, text_fault
 
 LARGEST_TARGET = 3.4028234e38  # of float32, in which losses are computed
 MOST_DIGITS = 18  # of a whole number that int64 holds
+# A text in quotation marks, with doubled ones within: what writers of quoted TSV make of quotes.
+QUOTED_AS_IN_CSV = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
 
 
 def read_examples(
@@ -55,12 +58,25 @@ def read_examples(
     return file.numbered_table(number_of).select(SCHEMA.names)
 
 
-def read_model_examples(path: str | Path, label_names: Sequence[str]) -> pa.Table:
+def read_model_examples(
+    path: str | Path,
+    label_names: Sequence[str],
+    columns: Mapping[str, str] | None = None,
+    language: str | None = None,
+) -> pa.Table:
     """Read one file of examples whose labels are the classes of a model; see `read_model_files`."""
-    return read_model_files([path], label_names)[0]
+    return read_model_files([path], label_names, columns, language)[0]
 
 
-def read_model_files(paths: Sequence[str | Path], label_names: Sequence[str]) -> list[pa.Table]:
+def read_model_files(
+    paths: Sequence[str | Path],
+    label_names: Sequence[str],
+    columns: Mapping[str, str] | None = None,
+    language: str | None = None,
+    *,
+    model_inputs: Collection[str] = (),
+    notes: list[str] | None = None,
+) -> list[pa.Table]:
     """Read files of examples whose labels are the classes of a model, by name or by number.
 
     - Numbers of JSON lines and Parquet are class numbers.
@@ -72,17 +88,48 @@ def read_model_files(paths: Sequence[str | Path], label_names: Sequence[str]) ->
       and numbers in the other are accepted.
     - True and false are the classes of these names, or 0 and 1 of two classes without names of
       their own (`LABEL_0`, `LABEL_1`).
+    - A file without the column id has the numbers of its rows, from 0, as ids. A file without the
+      column language is of the language given, or else of "und" (undetermined).
 
     Args:
         paths: files, as for `read_examples`.
         label_names: the model's `id2label`, in the order of the classes. With a single name the
             model has one output, and labels are real numbers.
+        columns: our column name -> the name in the files, where they differ; a file without that
+            column may have it under our name. An empty name: the column is not read.
+        language: the language of the examples of files without a column of languages.
+        model_inputs: columns that are refused, because they are inputs of the model, which takes
+            texts here.
+        notes: gets a sentence for everything that a file does not say: its ids, its language.
 
     Raises:
-        ValueError: a malformed row (the message names file and line), labels that could be both
-            names and numbers, of different classes, or files whose schemas name other classes.
+        ValueError: a missing column (the message suggests a mapping), a malformed row (the message
+            names file and line), labels that could be both names and numbers, of different classes,
+            or files whose schemas name other classes.
     """
-    return _model_tables([_RawFile.read(path, {}, None) for path in paths], label_names)
+    columns = columns or {}
+    check_columns(columns)
+    if language is not None:
+        check_language(language)
+    files = [
+        _RawFile.read(path, columns, language, required=False, refused=model_inputs)
+        for path in paths
+    ]
+    for name_in_file in columns.values():
+        if name_in_file and all(name_in_file not in file.names_in_file for file in files):
+            raise ValueError(
+                f"{paths[0]}: expected a column {name_in_file}, got "
+                f"{shown_names(files[0].names_in_file)}"
+            )
+    if language is not None and all(file.has_languages for file in files):
+        raise ValueError(
+            f"language: expected none, because every file has a column of languages, got "
+            f"{language!r}"
+        )
+    tables = _model_tables(files, label_names)
+    if notes is not None:
+        notes.extend(note for file in files for note in file.notes)
+    return tables
 
 
 def _model_tables(files: Sequence[_RawFile], label_names: Sequence[str]) -> list[pa.Table]:
@@ -167,6 +214,9 @@ class _RawFile:
         label_kinds: what the label of each row is in the file: text, number, boolean, or stated (a
             number that the schema of the file has a name for; its value is the name).
         class_names: the names of the label numbers, if the schema of the file states them.
+        names_in_file: the names of the columns in the file.
+        has_languages: whether the file states the language of its rows.
+        notes: sentences on what the file does not say.
     """
 
     path: Path
@@ -174,48 +224,76 @@ class _RawFile:
     values: dict[str, list[Any]]
     label_kinds: list[str]
     class_names: list[str] | None
+    names_in_file: list[str]
+    has_languages: bool
+    notes: list[str]
 
     @classmethod
-    def read(cls, path: str | Path, columns: Mapping[str, str], language: str | None) -> _RawFile:
+    def read(
+        cls,
+        path: str | Path,
+        columns: Mapping[str, str],
+        language: str | None,
+        *,
+        required: bool = True,
+        refused: Collection[str] = (),
+    ) -> _RawFile:
         """Read and check a file.
 
         Args:
             path: the file.
             columns: our column name -> the name in the file, where they differ.
-            language: the language of all rows, or None if the file has a language column.
+            language: the language of all rows (if not `required`: of a file without a language
+                column), or None.
+            required: whether the file must have ids and languages; if not, see `choose_columns`.
+            refused: columns that the file must not have.
 
         Raises:
             ValueError: an unknown or a missing column, no rows, or a malformed row.
         """
-        unknown = sorted(set(columns) - set(POOL_SCHEMA.names))
-        if unknown:
-            raise ValueError(
-                f"columns: expected names among {', '.join(POOL_SCHEMA.names)}, "
-                f"got {', '.join(unknown)}"
-            )
-        names_in_file = {name: columns.get(name, name) for name in POOL_SCHEMA.names}
-        required = {"id", "text_a", "label", *columns}
-        if language is None:
-            required.add("language")
+        check_columns(columns, POOL_SCHEMA.names)
+        names = {name: columns.get(name, name) for name in POOL_SCHEMA.names}
+        names_in_file: list[str] = []
+        notes: list[str] = []
         values: dict[str, list[Any]] = {name: [] for name in POOL_SCHEMA.names}
         lines: list[int] = []
         label_kinds: list[str] = []
         class_names: list[str] | None = None
+        language_names: list[str] | None = None
         ids: set[str] = set()
-        for line, row in read_rows(path):
-            # Checked in the first row only: later rows of JSON lines may leave out empty values.
-            if not lines:
-                missing = sorted({names_in_file[name] for name in required} - set(row))
-                if missing:
-                    raise ValueError(
-                        f"{path}: expected a column {', '.join(missing)}, got {', '.join(row)}"
-                    )
-                class_names = stated_class_names(path).get(names_in_file["label"])
-            cells = {name: row.get(name_in_file) for name, name_in_file in names_in_file.items()}
-            if language is not None:
-                cells["language"] = language
+        is_tsv = ".tsv" in [suffix.lower() for suffix in Path(path).suffixes[-2:]]
+        for row_number, (line, row) in enumerate(read_rows(path)):
+            fault = None
+            # Later rows of JSON lines may leave out empty values, and have further columns.
+            new_names = [name for name in row if name not in names_in_file]
+            if new_names:
+                names_in_file += new_names
+                _check_refused(path, new_names, refused)
+            if not required and (new_names or not row_number):
+                choice = choose_columns(path, names_in_file, columns, language)
+                late = {"id", "language"} & (choice.names.keys() - names.keys())
+                if row_number and late:
+                    fault = f"column {', '.join(late)}, which the first row does not have"
+                # A second text or a group may also come later.
+                optional = {name: columns.get(name, name) for name in ("text_b", "group")}
+                names, notes = optional | choice.names, choice.notes
+            if not row_number:
+                if required:
+                    _check_required(path, names_in_file, names, columns, language)
+                stated = stated_class_names(path)
+                class_names = stated.get(names["label"])
+                language_names = stated.get(names.get("language", ""))
+            cells = {name: row.get(names.get(name, "")) for name in POOL_SCHEMA.names}
+            if "id" not in names:
+                cells["id"] = str(row_number)
+            if "language" not in names or (required and language is not None):
+                cells["language"] = NO_LANGUAGE if language is None else language
+            elif language_names is not None:
+                cells["language"] = _stated_name(cells["language"], language_names)
             kind = _label_kind(cells["label"])
-            fault = _clean(cells)
+            fault = fault or _clean(cells)
+            if fault is None and is_tsv:
+                fault = _quoted_text(cells)
             if fault is None and class_names is not None and kind == "number":
                 kind, number = "stated", str(cells["label"])
                 if _are_numbers([number]) and int(number) < len(class_names):
@@ -224,6 +302,7 @@ class _RawFile:
                     fault = (
                         f"unknown label {number}, expected a number from 0 to "
                         f"{len(class_names) - 1}: the schema names {', '.join(class_names)}"
+                        f"{_mark_of(number)}"
                     )
             if fault is None and cells["id"] in ids:
                 fault = f"id {cells['id']!r} occurs twice"
@@ -240,7 +319,10 @@ class _RawFile:
         if any(texts) and not all(texts):
             line = lines[texts.index(None)]
             raise ValueError(f"{path}:{line}: empty text_b, but other rows have one")
-        return cls(Path(path), lines, values, label_kinds, class_names)
+        has_languages = names.get("language") in names_in_file
+        return cls(
+            Path(path), lines, values, label_kinds, class_names, names_in_file, has_languages, notes
+        )
 
     def labels(self, kind: str) -> set[str]:
         """Return the distinct labels of a kind."""
@@ -275,7 +357,8 @@ class _RawFile:
                 if kind == "boolean":
                     expected += " (a boolean only for two classes without names)"
                 raise ValueError(
-                    f"{self.path}:{line}: unknown label {label!r}, expected {expected}"
+                    f"{self.path}:{line}: unknown label {shown(label)}, expected "
+                    f"{expected}{_mark_of(label)}"
                 )
             numbers.append(number)
         return pa.table(self.values | {"label": numbers}, POOL_SCHEMA)
@@ -313,7 +396,7 @@ class _RawFile:
             target = target_of(label) if kind in ("text", "number") else None
             if target is None:
                 raise ValueError(
-                    f"{self.path}:{line}: unknown label {label!r}, expected a finite number, "
+                    f"{self.path}:{line}: unknown label {shown(label)}, expected a finite number, "
                     "because the model has one output"
                 )
             targets.append(target)
@@ -336,6 +419,57 @@ def target_text(target: float) -> str:
     return repr(float(target)).removesuffix(".0")
 
 
+def _check_required(
+    path: str | Path,
+    names_in_file: Sequence[str],
+    names: Mapping[str, str],
+    columns: Mapping[str, str],
+    language: str | None,
+) -> None:
+    """Refuse a file without ids, texts, labels, languages or a column that was mapped."""
+    required = {"id", "text_a", "label", *columns} | ({"language"} if language is None else set())
+    missing = sorted({names[name] for name in required} - set(names_in_file))
+    if missing:
+        raise ValueError(
+            f"{path}: expected a column {', '.join(missing)}, got {shown_names(names_in_file)}"
+        )
+
+
+def _check_refused(
+    path: str | Path, names_in_file: Sequence[str], refused: Collection[str]
+) -> None:
+    """Refuse a file with columns that the model takes and that are not passed to it."""
+    inputs = [name for name in names_in_file if name in refused]
+    if inputs:
+        raise ValueError(
+            f"{path}: column {', '.join(inputs)}: expected none of the inputs of the model, which "
+            "takes only texts from a file"
+        )
+
+
+def _stated_name(number: Any, names: Sequence[str]) -> Any:
+    """Return the name that a schema states for a number; anything else as it is."""
+    is_known = type(number) is int and 0 <= number < len(names)
+    return names[number] if is_known else number
+
+
+def _quoted_text(cells: Mapping[str, Any]) -> str | None:
+    """Return which text of a row of TSV is quoted as in CSV; its marks would be taken as text."""
+    for name in ("text_a", "text_b"):
+        if cells[name] is not None and QUOTED_AS_IN_CSV.fullmatch(cells[name].strip()):
+            return (
+                f"{name} is quoted as in CSV: {shown(cells[name])}; TSV is read without quoting: "
+                "name the file .csv, or write it as JSON lines"
+            )
+    return None
+
+
+def _mark_of(label: Any) -> str:
+    """Return what a label that is no class usually means, to follow it in a message."""
+    marks = {"-1": "examples without a label", "-100": "examples that a loss leaves out"}
+    return f"; {label} is the usual mark of {marks[label]}" if label in marks else ""
+
+
 def _label_kind(label: Any) -> str:
     """Return what a label is in its file: boolean, number or text."""
     if isinstance(label, bool):
@@ -351,7 +485,9 @@ def _clean(row: dict[str, Any]) -> str | None:
     for name in ("id", "language", "group", "split_group", "label"):
         value = row[name]
         if isinstance(value, (list, tuple, dict, bytes)):
-            return f"{name} is neither text nor a number: {value!r}"
+            return f"{name} is neither text nor a number: {shown(value)}"
+        if name == "language" and isinstance(value, bool):
+            return f"language is not text: {value} (an unquoted `no` of YAML is false)"
         if isinstance(value, (float, Decimal)):
             if not math.isfinite(value):
                 return f"{name} is not finite: {value}"
@@ -363,23 +499,13 @@ def _clean(row: dict[str, Any]) -> str | None:
             return f"no {name}"
     for name in ("text_a", "text_b"):
         if row[name] is not None and not isinstance(row[name], str):
-            return f"{name} is not text: {row[name]!r}"
+            return f"{name} is not text: {shown(row[name])}"
         row[name] = row[name] if row[name] and not row[name].isspace() else None
     for name, value in row.items():
         fault = None if value is None else text_fault(value)
         if fault is not None:
             return f"{name} {fault}"
     return "empty text_a" if row["text_a"] is None else None
-
-
-def text_fault(text: str) -> str | None:
-    """Return why a text is not Unicode, to follow its name in a message; None if it is."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        surrogate = ord(text[error.start])
-        return f"is not valid Unicode: half of a surrogate pair, U+{surrogate:04X}"
-    return None
 
 
 def _numbered(label_names: Sequence[str]) -> dict[str, int]:

@@ -5,26 +5,42 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NoReturn, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 Row = tuple[int, dict[str, Any]]  # line number from 1 (Parquet: row number), and the values
 
+# What separates the fields of CSV: the first of these that is in its header. Spreadsheets write
+# semicolons where a comma is the decimal sign.
+CSV_DELIMITERS = (",", ";", "\t", "|")
+LONGEST_SHOWN, MOST_SHOWN = 60, 30  # characters of a value, and columns, in a message
+# The start of files in other encodings than UTF-8, of which the first bytes tell.
+BYTE_ORDER_MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+
 
 def read_rows(path: str | Path) -> Iterator[Row]:
     """Yield each row of a file as (line number, values by column name).
 
     The format follows from the ending of the name. `.tsv` is tab-separated *without quoting*, as
-    most corpora are published: a quotation mark is text, and every line is a row. `.csv` is
-    comma-separated with the quoting of RFC 4180. `.jsonl` and `.json` have one JSON object per
-    line. `.parquet` is Parquet. All may be gzipped (`.gz`). Text is UTF-8, the first line of TSV
-    and CSV names the columns, and blank lines are skipped.
+    most corpora are published: a quotation mark is text, and every line is a row. `.csv` has the
+    quoting of RFC 4180; its fields are separated by the first of `CSV_DELIMITERS` that is in the
+    header. `.jsonl`, `.ndjson` and `.json` have one JSON object per line, or one array of objects.
+    `.parquet` is Parquet. All may be gzipped (`.gz`). Text is UTF-8, the first line of TSV and CSV
+    names the columns, and blank lines are skipped. Columns without a name are left out (the index
+    that pandas writes has none).
 
     Raises:
         ValueError: no such file, an unknown ending, or a malformed row; the message names file and
@@ -35,6 +51,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     kind = (
         suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
     )
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a file, got a folder")
     reader = _READERS.get(kind)
     if reader is None:
         raise ValueError(
@@ -96,6 +114,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield numbered lines, decoded one by one, so that invalid UTF-8 has a line number."""
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
+            if number == 1:
+                _check_encoding(path, line)
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -103,65 +123,170 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
+def _check_encoding(path: Path, line: bytes) -> None:
+    """Refuse a first line in UTF-16 or UTF-32, by its byte order mark or its zeros."""
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if line.startswith(mark):
+            raise ValueError(f"{path}:1: expected UTF-8, got {encoding}")
+    if b"\0" in line:
+        raise ValueError(f"{path}:1: expected UTF-8, got zero bytes, as UTF-16 and UTF-32 have")
+
+
 def _read_tsv(path: Path) -> Iterator[Row]:
     return _with_header(
-        path, ((number, line.rstrip("\r\n").split("\t")) for number, line in _lines(path))
+        path, ((number, line.rstrip("\r\n").split("\t")) for number, line in _lines(path)), "\t"
     )
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    return _with_header(path, _csv_records(path))
+    lines = _lines(path)
+    before = []
+    header = ""
+    for number, line in lines:
+        before.append((number, line))
+        header = line.strip("\r\n")
+        if header:
+            break
+    delimiter = next((mark for mark in CSV_DELIMITERS if mark in header), ",")
+    records = _csv_records(path, itertools.chain(before, lines), delimiter)
+    return _with_header(path, records, delimiter)
 
 
-def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _csv_records(
+    path: Path, lines: Iterator[tuple[int, str]], delimiter: str
+) -> Iterator[tuple[int, list[str]]]:
     """Yield records with the number of their first line; a quoted field may span lines."""
     csv.field_size_limit(2**31 - 1)
-    records = csv.reader((line for _, line in _lines(path)), strict=True)
+    # RFC 4180 counts spaces before a quotation mark as text, and then the mark, too. Such a field
+    # was almost surely meant to be quoted.
+    spaced_quote = re.compile(f'(?:^|{re.escape(delimiter)}) +"')
+    record_lines: list[str] = []
+
+    def following() -> Iterator[str]:
+        for _, line in lines:
+            record_lines.append(line)
+            yield line
+
+    records = csv.reader(following(), delimiter=delimiter, strict=True)
     while True:
         start = records.line_num + 1
+        record_lines.clear()
         try:
             record = next(records, None)
+            if record is None:
+                return
+            if any(map(spaced_quote.search, record_lines)):
+                stripped = next(
+                    csv.reader(
+                        record_lines, delimiter=delimiter, strict=True, skipinitialspace=True
+                    )
+                )
+                if [f.lstrip(" ") for f in record] != [f.lstrip(" ") for f in stripped]:
+                    raise csv.Error("spaces before a quotation mark at the start of a field")
         except csv.Error as error:
-            raise ValueError(f"{path}:{start}: not valid CSV: {error}") from None
-        if record is None:
-            return
+            reason = str(error)
+            if reason.startswith("new-line character"):
+                reason = "a carriage return, without a line feed, outside quotation marks"
+            raise ValueError(f"{path}:{start}: not valid CSV: {reason}") from None
         yield start, record
 
 
-def _with_header(path: Path, records: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
+def _with_header(
+    path: Path, records: Iterator[tuple[int, list[str]]], delimiter: str
+) -> Iterator[Row]:
     """Yield records as rows, under the names of the columns in the first record."""
     header: list[str] | None = None
     for number, fields in records:
         if fields in ([], [""]):
             continue
         if header is None:
-            header = fields
-            repeated = sorted({name for name in header if header.count(name) > 1})
+            header = [name.strip(" ") for name in fields]  # as after the comma of "text, label"
+            repeated = sorted({name for name in header if name and header.count(name) > 1})
             if repeated:
                 raise ValueError(
                     f"{path}:{number}: expected distinct columns, got {', '.join(repeated)} twice"
                 )
+            if all(re.fullmatch('"[^"]+"', name) for name in header):  # of TSV; CSV has no marks
+                raise ValueError(
+                    f"{path}:{number}: the columns are quoted as in CSV, and TSV is read without "
+                    "quoting: name the file .csv"
+                )
+            if len(header) == 1:
+                raise ValueError(
+                    f"{path}:{number}: expected columns separated by {delimiter!r}, got "
+                    f"{shown(header[0])}"
+                )
         elif len(fields) != len(header):
             raise ValueError(
-                f"{path}:{number}: expected {len(header)} fields ({', '.join(header)}), "
+                f"{path}:{number}: expected {len(header)} fields ({shown_names(header)}), "
                 f"got {len(fields)}"
             )
         else:
-            yield number, dict(zip(header, fields, strict=True))
+            yield number, {name: value for name, value in zip(header, fields, strict=True) if name}
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
+    """Yield the objects of JSON lines, or of a JSON array, which may be on several lines."""
+    lines = _lines(path)
+    for number, line in lines:
         if not line.strip():
             continue
+        if line.lstrip().startswith("["):
+            yield from _json_array(path, number, line + "".join(text for _, text in lines))
+            return
         try:
             row = json.loads(line, object_pairs_hook=_distinct_keys)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)
             raise ValueError(f"{path}:{number}: not valid JSON: {reason}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
-        yield number, row
+        yield number, _json_row(path, number, row)
+
+
+def _json_array(path: Path, line: int, text: str) -> Iterator[Row]:
+    """Yield the objects of a JSON array.
+
+    Args:
+        path: the file.
+        line: the number of the first line of `text`.
+        text: the array, and what follows it.
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_distinct_keys)
+    space = re.compile(r"[ \t\r\n]*")
+    counted = 0  # characters before which lines are counted
+
+    def skip(position: int) -> int:
+        nonlocal line, counted
+        position = space.match(text, position).end()  # type: ignore[union-attr]
+        line += text.count("\n", counted, position)
+        counted = position
+        return position
+
+    def fail(reason: object) -> NoReturn:
+        raise ValueError(f"{path}:{line}: not valid JSON: {reason}")
+
+    position = skip(skip(0) + 1)
+    at_end = text.startswith("]", position)
+    while not at_end:
+        try:
+            row, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            fail(getattr(error, "msg", error))
+        yield line, _json_row(path, line, row)
+        position = skip(end)
+        at_end = text.startswith("]", position)
+        if not at_end:
+            if not text.startswith(",", position):
+                fail("Expecting ',' or ']'")
+            position = skip(position + 1)
+    position = skip(position + 1)
+    if position < len(text):
+        fail("text after the array")
+
+
+def _json_row(path: Path, line: int, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}:{line}: expected a JSON object, got {type(row).__name__}")
+    return row
 
 
 def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -214,5 +339,32 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _read_csv,
     ".jsonl": _read_json_lines,
     ".json": _read_json_lines,
+    ".ndjson": _read_json_lines,
     ".parquet": _read_parquet,
 }
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages show it: as Python writes it, and not too long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """Return the columns of a file as messages list them; names that are not plain are quoted."""
+    listed = [
+        name if re.fullmatch(r"[\w.:/-]{1,40}", name) else shown(name)
+        for name in names[:MOST_SHOWN]
+    ]
+    more = len(names) - MOST_SHOWN
+    return ", ".join(listed + ([f"and {more} more"] if more > 0 else []))
+
+
+def text_fault(text: str) -> str | None:
+    """Return why a text is not Unicode, to follow its name in a message; None if it is."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        surrogate = ord(text[error.start])
+        return f"is not valid Unicode: half of a surrogate pair, U+{surrogate:04X}"
+    return None

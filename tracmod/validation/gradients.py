@@ -53,6 +53,8 @@ def check_model(
     num_examples: int = 8,
     max_length: int = 128,
     include_frozen: bool = False,
+    *,
+    columns: Mapping[str, str] | None = None,
 ) -> list[GradientError]:
     """Run `check_gradients` for a model folder on the first examples of a file.
 
@@ -64,6 +66,7 @@ def check_model(
         num_examples: number of examples to take.
         max_length: longest length in tokens, lowered to that of the tokenizer.
         include_frozen: as in `collect_features`.
+        columns: our column -> its name in the file, where they differ.
     """
     # Imported here because tasks need pydantic, which a GPU machine that tests the engine may lack.
     from tracmod.tasks.files import read_model_examples
@@ -71,7 +74,7 @@ def check_model(
     model, tokenizer = load_model(source)
     mask = None if head_mask is None else HeadMask.load(head_mask)
     labels = class_names(model)
-    table = read_model_examples(data, labels).slice(0, num_examples)
+    table = read_model_examples(data, labels, columns).slice(0, num_examples)
     max_length = min(max_length, tokenizer.model_max_length)
     examples = encode(tokenizer, table, max_length, num_labels=len(labels))
     if not include_frozen:

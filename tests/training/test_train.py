@@ -21,8 +21,9 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from tracmod.models.digests import model_digest
-from tracmod.models.inputs import collate, pad_token_id, per_example_loss
+from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.loading import load_model
+from tracmod.models.loss import per_example_loss
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
 from tracmod.subnetworks.importance import head_importance, masked_accuracy
 from tracmod.training import fine_tune as train_module

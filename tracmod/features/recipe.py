@@ -17,6 +17,7 @@ from tracmod.features.collector import Collector
 from tracmod.features.projection import Projection
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.digests import model_digest
+from tracmod.models.loss import ExampleLoss
 from tracmod.subnetworks.head_mask import HeadMask
 
 
@@ -31,6 +32,7 @@ class FeatureRecipe:
         batch_tokens: The bound on the tokens of a batch.
         max_length: The number of tokens at which texts are cut.
         head_mask: The mask that is applied in both passes, or None for all heads.
+        loss: The loss that the model was trained with; None for the one that transformers chooses.
     """
 
     projection: Projection
@@ -39,20 +41,27 @@ class FeatureRecipe:
     batch_tokens: int
     max_length: int
     head_mask: HeadMask | None = None
+    loss: ExampleLoss | None = None
 
     def under(self, head_mask: HeadMask | None) -> FeatureRecipe:
         """Return the same recipe under another mask."""
         return replace(self, head_mask=head_mask)
 
     def collector(
-        self, model: PreTrainedModel, preconditioner: Preconditioner | None = None
+        self,
+        model: PreTrainedModel,
+        preconditioner: Preconditioner | None = None,
+        *,
+        measured: bool = False,
     ) -> Collector:
         """Return the collector that turns examples into features of one checkpoint.
 
         Args:
             model: The checkpoint's model.
             preconditioner: The checkpoint's preconditioner, or None for plain gradients.
+            measured: Whether the examples are queries, whose loss is `ExampleLoss.measured`.
         """
+        loss = self.loss.measured if measured and self.loss is not None else self.loss
         return Collector(
             model,
             self.projection,
@@ -61,6 +70,7 @@ class FeatureRecipe:
             getattr(torch, self.dtype),
             self.head_mask,
             preconditioner,
+            loss,
         )
 
     def identity(self, **digests: str) -> dict[str, Any]:
@@ -70,6 +80,7 @@ class FeatureRecipe:
             digests: The digests of one checkpoint (see `checkpoint_digests`) and, where a store
                 does not digest its examples itself, of the data.
         """
+        loss = None if self.loss is None else self.loss.identity
         return {
             "projection": asdict(self.projection),
             "parameters": self.parameters,
@@ -77,6 +88,7 @@ class FeatureRecipe:
             "pass_dtype": self.dtype,
             "max_length": str(self.max_length),
             "batch_tokens": str(self.batch_tokens),
+            **({} if loss is None else {"loss": loss}),
             **digests,
         }
 

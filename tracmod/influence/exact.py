@@ -49,6 +49,7 @@ from tracmod.models.inputs import (
     plan_batches,
     send,
 )
+from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen, on_device
 from tracmod.subnetworks.head_mask import HeadMask
 
@@ -68,6 +69,9 @@ def exact_influence(
     advance: Callable[[int], Any] | None = None,
     dtype: torch.dtype | None = None,
     preconditioner: Preconditioner | None = None,
+    *,
+    loss: ExampleLoss | LossFunction | None = None,
+    query_loss: ExampleLoss | LossFunction | None = None,
 ) -> Tensor:
     """Compute inner products (or cosines) of whole gradients at one checkpoint.
 
@@ -90,6 +94,9 @@ def exact_influence(
         dtype: torch.bfloat16 for a pass under autocast; None or torch.float32 for float32.
         preconditioner: metric of the inner products, as in `collect_features`. The gradient of
             each layer is then formed, for a few examples at a time.
+        loss: the loss that the model was trained with, as in `collect_features`.
+        query_loss: the loss of the queries that is explained; None for `loss`.
+            `ExampleLoss.measured` leaves out label smoothing and weights.
 
     Returns:
         (Q, N) float32, in the order of the data sets, on the device of the pass. Positive scores
@@ -118,14 +125,16 @@ def exact_influence(
     """
     dtype = autocast_dtype(normalize, dtype)
     trains, queries = as_examples(train, "train"), as_examples(query, "query")
-    check_examples(model, trains, "train")
-    check_examples(model, queries, "query")
+    loss = check_examples(model, trains, "train", as_loss(loss))
+    query_loss = check_examples(model, queries, "query", as_loss(query_loss) or loss)
     with frozen(model), on_device(model, device), lean(model, head_mask, dtype) as lean_columns:
         layers = select_layers(model, parameters)
         if preconditioner is not None:
             preconditioner.check(layers)
             preconditioner = preconditioner.to(model.device)
-        products = _Products(model, layers, batch_tokens, dtype, lean_columns, preconditioner)
+        products = _Products(
+            model, layers, batch_tokens, dtype, lean_columns, preconditioner, loss, query_loss
+        )
         products_QN, squares_Q, squares_N = products.of_all(
             queries, trains, normalize == "cosine", advance
         )
@@ -211,7 +220,7 @@ class _Products:
     Attributes:
         model: the model, prepared by `frozen` and `lean`.
         layers: the layers whose parameters are selected.
-        batch_tokens, dtype, preconditioner: as in `exact_influence`.
+        batch_tokens, dtype, preconditioner, loss, query_loss: as in `exact_influence`.
         lean_columns: what `lean` has left of the layers.
     """
 
@@ -221,6 +230,8 @@ class _Products:
     dtype: torch.dtype | None
     lean_columns: LeanColumns
     preconditioner: Preconditioner | None
+    loss: ExampleLoss
+    query_loss: ExampleLoss
 
     @property
     def device(self) -> torch.device:
@@ -263,7 +274,12 @@ class _Products:
             batch = collate([examples[row] for row in rows], pad_token_id(self.model), self.device)
             yield send(torch.tensor(rows), self.device), batch
 
-    def _capture(self, batch: dict[str, Tensor], on_captured: Callable[[Captured], None]) -> None:
+    def _capture(
+        self,
+        batch: dict[str, Tensor],
+        on_captured: Callable[[Captured], None],
+        loss: ExampleLoss,
+    ) -> None:
         """Run a batch through the model; see `gradients.capture.capture`.
 
         Without a preconditioner, layers that share their input are joined before they are handed
@@ -273,14 +289,14 @@ class _Products:
         def hand_on(captured: Captured) -> None:
             on_captured(captured if self.preconditioner else _side_by_side(captured))
 
-        capture(self.model, self.layers, batch, hand_on, self.dtype, self.lean_columns)
+        capture(self.model, self.layers, batch, hand_on, self.dtype, self.lean_columns, loss=loss)
 
     def _query_blocks(self, queries: list[dict[str, Any]]) -> Iterator[list[_CapturedBatch]]:
         """Yield blocks of captured batches, each of at most `QUERY_BLOCK_BYTES` (or one batch)."""
         block, size = list[_CapturedBatch](), 0
         for rows, batch in self._batches(queries):
             captured: list[Captured] = []
-            self._capture(batch, captured.append)
+            self._capture(batch, captured.append, self.query_loss)
             captured_batch = _CapturedBatch(rows, {_name(group): group for group in captured})
             if block and size + captured_batch.num_bytes > QUERY_BLOCK_BYTES:
                 yield block
@@ -312,7 +328,7 @@ class _Products:
             if squares_N is not None:
                 squares_N.index_add_(0, rows, self._squares(captured))
 
-        self._capture(batch, multiply)
+        self._capture(batch, multiply, self.loss)
         return tiles
 
     def _add_products(self, query: Captured, train: Captured, out: Tensor) -> None:

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from tracmod import kernels
 from tracmod.gradients.capture import Captured, capture, select_layers
 from tracmod.gradients.lean_pass import LeanColumns, lean
-from tracmod.models.inputs import collate, encode, pad_token_id, per_example_loss
+from tracmod.models.inputs import collate, encode, pad_token_id
 from tracmod.models.loading import class_names, load_model
+from tracmod.models.loss import per_example_loss
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import HeadMask, masked
 

@@ -27,10 +27,13 @@ from tracmod.models.checkpoints import (
     check_checkpoint,
     load_checkpoints,
     load_second_moment,
+    loss_of_checkpoints,
+    recorded_loss,
 )
 from tracmod.models.digests import tokenizer_digest
 from tracmod.models.inputs import encode
 from tracmod.models.loading import class_names, load_classifier, load_model
+from tracmod.models.loss import stated_loss
 from tracmod.models.modes import frozen, resolve_device, to_device
 from tracmod.subnetworks.head_mask import HeadMask, matching_layers
 from tracmod.tasks.examples import rows_digest
@@ -49,6 +52,8 @@ class AttributionContext:
         checkpoints: (C,) the checkpoints, `epoch` being their position from 1.
         weights: (C,) the weights of the checkpoints in the scores.
         label_names: The names of the labels, in order.
+        loss: The loss that the checkpoints were trained with. Queries are measured without its
+            label smoothing and weights (`ExampleLoss.measured`).
         max_length: The number of tokens at which texts are cut.
         projection_dim: The numbers per feature row; None until it is chosen.
     """
@@ -79,6 +84,10 @@ class AttributionContext:
             for checkpoint in self.checkpoints:
                 load_second_moment(checkpoint.path)  # refuses a checkpoint without one
         self.label_names = class_names(model)
+        stated = stated_loss(
+            options.loss, options.label_smoothing, options.class_weights, self.label_names
+        )
+        self.loss = loss_of_checkpoints(self.checkpoints, model.config, stated)
         longest = min(512, self.tokenizer.model_max_length)
         self.max_length = longest if options.max_length is None else options.max_length
         self._tokenizer_digest = tokenizer_digest(self.tokenizer)
@@ -90,7 +99,8 @@ class AttributionContext:
     def tables(self) -> dict[str, pa.Table]:
         """The examples of both files; each file shows whether labels are names or numbers."""
         files = [self.options.train, self.options.query]
-        return dict(zip(SPLITS, read_model_files(files, self.label_names), strict=True))
+        tables = read_model_files(files, self.label_names, loss_kind=self.loss.kind)
+        return dict(zip(SPLITS, tables, strict=True))
 
     @cached_property
     def examples(self) -> dict[str, list[dict[str, Any]]]:
@@ -165,6 +175,7 @@ class AttributionContext:
                 batch_tokens=options.batch_tokens,
                 keep_in=folder / f"checkpoint-{number}.safetensors",
                 identity=identity,
+                loss=self.loss,
             )
             self._preconditioners = {number: preconditioner}  # one: as large as several models
         return self._preconditioners[number]
@@ -205,6 +216,7 @@ class AttributionContext:
             "head_mask": None if self.mask is None else self.mask.digest(),
             "normalize": options.normalize,
             "pass_dtype": options.dtype,
+            **({} if self.loss.identity is None else {"loss": self.loss.identity}),
             **{split: self.data_digest(split) for split in SPLITS},
             **self.digests(checkpoint, model),
         }
@@ -222,6 +234,7 @@ class AttributionContext:
             options.batch_tokens,
             self.max_length,
             self.mask,
+            self.loss,
         )
 
     def feature_identity(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
@@ -238,10 +251,13 @@ class AttributionContext:
         """Collect the features of both files at a checkpoint; rows that are there stay."""
         model = self.load(checkpoint)
         identity = self.feature_identity(checkpoint, model)
-        collector = self.recipe().collector(model, self.preconditioner(checkpoint, model))
+        preconditioner = self.preconditioner(checkpoint, model)
         stores = {}
         with frozen(model):
             for split in SPLITS:
+                collector = self.recipe().collector(
+                    model, preconditioner, measured=split == "query"
+                )
                 table = self.tables[split]
                 with FeatureStore.grow(
                     self.store_path(checkpoint, split),
@@ -294,7 +310,8 @@ def _numbered_checkpoints(options: AttributionOptions) -> list[Checkpoint]:
     `epoch` is the position, because the Trainer saves at fractions of epochs too.
     """
     if not options.checkpoints:
-        return [Checkpoint(Path(options.model), epoch=1, step=0, learning_rate=1.0)]
+        model = Path(options.model)
+        return [Checkpoint(model, 1, step=0, learning_rate=1.0, loss=recorded_loss(model))]
     loaded = load_checkpoints(options.checkpoints)
     return [replace(checkpoint, epoch=number) for number, checkpoint in enumerate(loaded, 1)]
 

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tracmod.choices import DEFAULT_MEMORY, MetricKind, ParameterSet, PassDtype, StoreDtype
+from tracmod.choices import (
+    DEFAULT_MEMORY,
+    MetricKind,
+    ParameterSet,
+    PassDtype,
+    StatedLossKind,
+    StoreDtype,
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,28 @@ class AttributionOptions:
             "help": "Metric of the inner products. adam: that of Adam's steps, for checkpoints "
             "with its second moment (see tracmod.TracInCallback). ekfac: the curvature of the "
             "model, fitted on --train."
+        },
+    )
+    loss: StatedLossKind | None = field(
+        default=None,
+        metadata={
+            "help": "Loss that the model was trained with. Default: the one that the checkpoints "
+            "record, or else the one that transformers chooses by the model's config."
+        },
+    )
+    label_smoothing: float | None = field(
+        default=None,
+        metadata={
+            "help": "Label smoothing of the training, the Trainer's label_smoothing_factor.",
+            "min": 0,
+            "max": 1,
+        },
+    )
+    class_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the classes in the training's cross entropy, such as neg=1,pos=3, "
+            "or numbers in the order of the classes."
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the projection.", "min": 0})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,12 @@ from tracmod.models.loading import (
     config_class_names,
     first_line_of,
 )
+from tracmod.models.loss import ExampleLoss, described_loss, own_loss
+
+HOW_TO_STATE = (
+    "--loss, --label-smoothing or --class-weights; a function of your own as `loss` of "
+    "tracmod.collect_features or tracmod.exact_influence"
+)
 
 # File of a checkpoint's folder: Adam's second moment after its bias correction, by parameter name.
 SECOND_MOMENT = "second_moment.safetensors"
@@ -36,16 +42,19 @@ class Checkpoint:
         step: number of optimizer steps taken.
         learning_rate: mean learning rate of the steps since the previous checkpoint, or None if it
             is unknown.
+        loss: the loss of the training, as `ExampleLoss.to_json` returns it; `{"kind": "unknown"}`
+            if it was seen to be none that was stated, None if it was not recorded.
     """
 
     path: Path
     epoch: int
     step: int
     learning_rate: float | None
+    loss: Mapping[str, Any] | None = None
 
 
 def load_checkpoints(paths: Iterable[str | Path]) -> list[Checkpoint]:
-    """Read epoch, step and learning rate of checkpoint folders, in the order given.
+    """Read epoch, step, learning rate and loss of checkpoint folders, in the order given.
 
     A folder that tracmod or `TracInCallback` wrote has them in `tracmod.json`. Otherwise they come
     from the Trainer's `trainer_state.json`, where the epoch is rounded and the learning rate is the
@@ -65,7 +74,9 @@ def load_checkpoints(paths: Iterable[str | Path]) -> list[Checkpoint]:
         if rate is None:
             previous = max((step for step in steps if step < record.step), default=0)
             rate = _mean_logged_rate(record.logged_rates, previous, record.step)
-        checkpoints.append(Checkpoint(folder, record.epoch or position, record.step, rate))
+        checkpoints.append(
+            Checkpoint(folder, record.epoch or position, record.step, rate, record.loss)
+        )
     return checkpoints
 
 
@@ -86,6 +97,56 @@ def checkpoint_folders(folder: Path) -> list[Path]:
             f"found none"
         )
     return [path for _, path in sorted(numbered)]
+
+
+def recorded_loss(folder: str | Path) -> Mapping[str, Any] | None:
+    """Return the loss that the `tracmod.json` of a model's folder records; None without one.
+
+    Raises:
+        ValueError: the file is malformed.
+    """
+    file = Path(folder) / "tracmod.json"
+    return _loss(file, _read_object(file)) if file.is_file() else None
+
+
+def loss_of_checkpoints(
+    checkpoints: Sequence[Checkpoint], config: Any, stated: ExampleLoss | None = None
+) -> ExampleLoss:
+    """Return the loss that checkpoints were trained with.
+
+    Args:
+        checkpoints: the checkpoints of one training.
+        config: the model's config, which decides where nothing is recorded.
+        stated: the loss that the user states.
+
+    Raises:
+        ValueError: the checkpoints record different losses, or one that is not the stated one; or
+            they record one that only Python has or that is unknown, and none is stated.
+    """
+    own = own_loss(config).to_json()
+    first = checkpoints[0].loss or own
+    for checkpoint in checkpoints:
+        loss = checkpoint.loss or own
+        is_known = loss["kind"] not in ("unknown", "function")
+        if stated is None and not is_known:
+            raise ValueError(
+                f"{checkpoint.path}: expected a known loss, got {described_loss(loss)} in "
+                f"tracmod.json: the training used a loss of its own; state it ({HOW_TO_STATE})"
+            )
+        if stated is None and loss != first:
+            raise ValueError(
+                f"{checkpoint.path}: expected the loss of {checkpoints[0].path}, "
+                f"{described_loss(first)}, got {described_loss(loss)}; checkpoints of one training "
+                f"have one loss"
+            )
+        if stated is not None and checkpoint.loss and is_known and loss != stated.to_json():
+            raise ValueError(
+                f"{checkpoint.path}: expected the loss that tracmod.json records, "
+                f"{described_loss(loss)}, got {stated}"
+            )
+    chosen = ExampleLoss.from_json(first) if stated is None else stated
+    chosen.check_outputs(int(config.num_labels or 0))
+    return chosen
 
 
 def check_checkpoint(path: Path, config: Any) -> None:
@@ -140,6 +201,7 @@ class _TrainingRecord(NamedTuple):
     step: int = 0
     learning_rate: float | None = None
     logged_rates: tuple[tuple[int, float], ...] = ()  # (step, rate), in the order logged
+    loss: Mapping[str, Any] | None = None
 
 
 def _training_record(folder: Path) -> _TrainingRecord:
@@ -152,7 +214,8 @@ def _training_record(folder: Path) -> _TrainingRecord:
             raise ValueError(f"{ours}: expected epoch, step and learning_rate, got {sorted(tree)}")
         epoch, step = int(_number(ours, tree, "epoch")), int(_number(ours, tree, "step"))
         known = tree["learning_rate"] is not None
-        return _TrainingRecord(epoch, step, _number(ours, tree, "learning_rate") if known else None)
+        rate = _number(ours, tree, "learning_rate") if known else None
+        return _TrainingRecord(epoch, step, rate, loss=_loss(ours, tree))
     if theirs.is_file():
         tree = {"epoch": 0, "global_step": 0, "log_history": []} | _read_object(theirs)
         log = tree["log_history"]
@@ -179,6 +242,13 @@ def _mean_logged_rate(
     if since:
         return sum(since) / len(since)
     return until_now[-1][1] if until_now else None
+
+
+def _loss(file: Path, tree: dict[str, Any]) -> Mapping[str, Any] | None:
+    loss = tree.get("loss")
+    if loss is not None and not (isinstance(loss, dict) and isinstance(loss.get("kind"), str)):
+        raise ValueError(f"{file}: expected loss to be an object with its kind, got {loss!r}")
+    return loss
 
 
 def _read_object(path: Path) -> dict[str, Any]:

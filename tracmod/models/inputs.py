@@ -59,7 +59,8 @@ def encode(
 
     Args:
         tokenizer: the model's tokenizer.
-        table: `pyarrow.Table` with the columns id, text_a, text_b (nullable) and label.
+        table: `pyarrow.Table` with the columns id, text_a, text_b (nullable) and label (a number,
+            or a list of them).
         max_length: largest number of tokens, special tokens included.
         num_labels: number of the model's outputs. If given, labels are checked against it (not for
             1, a regression).
@@ -84,7 +85,7 @@ def encode(
             f"takes, got {max_length}"
         )
     ids, labels = table.column("id").to_pylist(), table.column("label").to_pylist()
-    if num_labels is not None and num_labels > 1:
+    if num_labels is not None and num_labels > 1 and not any(isinstance(n, list) for n in labels):
         for example_id, label in zip(ids, labels, strict=True):
             if not 0 <= label < num_labels:
                 raise ValueError(

@@ -355,6 +355,47 @@ def own_loss(config: Any, *, float_vectors: bool = False) -> ExampleLoss:
     return ExampleLoss(kinds[problem_type])
 
 
+def stated_loss(
+    kind: LossKind | None,
+    label_smoothing: float | None,
+    class_weights: str | None,
+    label_names: Sequence[str],
+) -> ExampleLoss | None:
+    """Return the loss that options of the command line state, or None if they state none.
+
+    Args:
+        kind: the kind; None for cross entropy if one of the others is given.
+        label_smoothing: as in `ExampleLoss`.
+        class_weights: `name=weight,...` for all classes, or weights in the order of the classes.
+        label_names: the names of the classes.
+
+    Raises:
+        ValueError: an option is malformed or belongs to another kind.
+    """
+    if kind is None and label_smoothing is None and class_weights is None:
+        return None
+    weights = None
+    if class_weights is not None:
+        parts = [part.strip() for part in class_weights.split(",")]
+        names, numbers = list(label_names), parts
+        if all("=" in part for part in parts):
+            pairs = [part.rpartition("=") for part in parts]
+            names, numbers = [name.strip() for name, _, _ in pairs], [value for *_, value in pairs]
+        try:
+            weight_of = dict(zip(names, map(float, numbers), strict=True))
+        except ValueError:
+            weight_of = {}
+        if sorted(weight_of) != sorted(label_names) or len(names) != len(label_names):
+            raise ValueError(
+                f"--class-weights: expected a number for each of {', '.join(label_names)}, such as "
+                f"{','.join(f'{name}=1' for name in label_names)}, got {class_weights!r}"
+            )
+        weights = [weight_of[name] for name in label_names]
+    return ExampleLoss(
+        kind or "cross_entropy", label_smoothing=label_smoothing or 0.0, class_weights=weights
+    )
+
+
 def loss_of_examples(
     config: Any,
     examples: Sequence[Mapping[str, Any]],

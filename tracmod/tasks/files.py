@@ -12,11 +12,17 @@ from typing import Any
 
 import pyarrow as pa
 
+from tracmod.choices import LossKind
 from tracmod.config import TaskConfig
 from tracmod.tasks.examples import POOL_SCHEMA, SCHEMA, SPLITS, Corpus, Pool
+from tracmod.tasks.label_vectors import (
+    LARGEST_TARGET,
+    expected_label_list,
+    label_list_text,
+    label_vector,
+)
 from tracmod.tasks.readers import read_rows, stated_class_names
 
-LARGEST_TARGET = 3.4028234e38  # of float32, in which losses are computed
 MOST_DIGITS = 18  # of a whole number that int64 holds
 
 
@@ -60,7 +66,12 @@ def read_model_examples(path: str | Path, label_names: Sequence[str]) -> pa.Tabl
     return read_model_files([path], label_names)[0]
 
 
-def read_model_files(paths: Sequence[str | Path], label_names: Sequence[str]) -> list[pa.Table]:
+def read_model_files(
+    paths: Sequence[str | Path],
+    label_names: Sequence[str],
+    *,
+    loss_kind: LossKind = "cross_entropy",
+) -> list[pa.Table]:
     """Read files of examples whose labels are the classes of a model, by name or by number.
 
     - Numbers of JSON lines and Parquet are class numbers.
@@ -77,11 +88,19 @@ def read_model_files(paths: Sequence[str | Path], label_names: Sequence[str]) ->
         paths: files, as for `read_examples`.
         label_names: the model's `id2label`, in the order of the classes. With a single name the
             model has one output, and labels are real numbers.
+        loss_kind: the kind of the model's loss. With `binary_cross_entropy`, a label is a list of
+            names, or of a number from 0 to 1 for each label; with `squared_error` and several
+            outputs, a list of targets. The labels of the tables are then lists of float64.
 
     Raises:
         ValueError: a malformed row (the message names file and line), labels that could be both
             names and numbers, of different classes, or files whose schemas name other classes.
     """
+    if loss_kind == "binary_cross_entropy" or (
+        loss_kind == "squared_error" and len(label_names) > 1
+    ):
+        files = [_RawFile.read(path, {}, None, label_lists=True) for path in paths]
+        return [file.vector_table(loss_kind, label_names).select(SCHEMA.names) for file in files]
     return _model_tables([_RawFile.read(path, {}, None) for path in paths], label_names)
 
 
@@ -164,8 +183,8 @@ class _RawFile:
         path: the file.
         lines: the line number of each row.
         values: column name -> value of each row.
-        label_kinds: what the label of each row is in the file: text, number, boolean, or stated (a
-            number that the schema of the file has a name for; its value is the name).
+        label_kinds: what the label of each row is in the file: text, number, boolean, list, or
+            stated (a number that the schema of the file has a name for; its value is the name).
         class_names: the names of the label numbers, if the schema of the file states them.
     """
 
@@ -176,13 +195,21 @@ class _RawFile:
     class_names: list[str] | None
 
     @classmethod
-    def read(cls, path: str | Path, columns: Mapping[str, str], language: str | None) -> _RawFile:
+    def read(
+        cls,
+        path: str | Path,
+        columns: Mapping[str, str],
+        language: str | None,
+        *,
+        label_lists: bool = False,
+    ) -> _RawFile:
         """Read and check a file.
 
         Args:
             path: the file.
             columns: our column name -> the name in the file, where they differ.
             language: the language of all rows, or None if the file has a language column.
+            label_lists: whether labels may be lists; they become JSON text, of the kind list.
 
         Raises:
             ValueError: an unknown or a missing column, no rows, or a malformed row.
@@ -215,6 +242,9 @@ class _RawFile:
             if language is not None:
                 cells["language"] = language
             kind = _label_kind(cells["label"])
+            list_text = label_list_text(cells["label"], class_names) if label_lists else None
+            if list_text is not None:
+                kind, cells["label"] = "list", list_text
             fault = _clean(cells)
             if fault is None and class_names is not None and kind == "number":
                 kind, number = "stated", str(cells["label"])
@@ -320,6 +350,27 @@ class _RawFile:
         label_field = pa.field("label", pa.float64())
         schema = POOL_SCHEMA.set(POOL_SCHEMA.get_field_index("label"), label_field)
         return pa.table(self.values | {"label": targets}, schema)
+
+    def vector_table(self, kind: LossKind, label_names: Sequence[str]) -> pa.Table:
+        """Return the rows with `POOL_SCHEMA`, but labels as lists of float64, one per output.
+
+        Raises:
+            ValueError: a label is no such list.
+        """
+        vectors = []
+        for line, label, label_kind in zip(
+            self.lines, self.values["label"], self.label_kinds, strict=True
+        ):
+            vector = label_vector(label, kind, label_names) if label_kind == "list" else None
+            if vector is None:
+                raise ValueError(
+                    f"{self.path}:{line}: unknown label {label}, expected "
+                    f"{expected_label_list(kind, label_names)}"
+                )
+            vectors.append(vector)
+        label_field = pa.field("label", pa.list_(pa.float64()))
+        schema = POOL_SCHEMA.set(POOL_SCHEMA.get_field_index("label"), label_field)
+        return pa.table(self.values | {"label": vectors}, schema)
 
 
 def target_of(text: str) -> float | None:

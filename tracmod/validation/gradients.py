@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import LabelSmoother
 
 from tracmod import kernels
+from tracmod.choices import StatedLossKind
 from tracmod.gradients.capture import Captured, capture, select_layers
 from tracmod.gradients.lean_pass import LeanColumns, lean
-from tracmod.models.inputs import collate, encode, pad_token_id
+from tracmod.models.checkpoints import Checkpoint, loss_of_checkpoints, recorded_loss
+from tracmod.models.inputs import check_examples, collate, encode, pad_token_id
 from tracmod.models.loading import class_names, load_model
-from tracmod.models.loss import per_example_loss
+from tracmod.models.loss import (
+    ExampleLoss,
+    LossFunction,
+    as_loss,
+    loss_of_examples,
+    own_loss,
+    stated_loss,
+)
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import HeadMask, masked
 
@@ -52,6 +63,10 @@ def check_model(
     head_mask: Path | None = None,
     num_examples: int = 8,
     max_length: int = 128,
+    *,
+    loss: StatedLossKind | None = None,
+    label_smoothing: float | None = None,
+    class_weights: str | None = None,
 ) -> list[GradientError]:
     """Run `check_gradients` for a model folder on the first examples of a file.
 
@@ -62,17 +77,22 @@ def check_model(
         head_mask: file of a head mask; None for none.
         num_examples: number of examples to take.
         max_length: longest length in tokens, lowered to that of the tokenizer.
+        loss, label_smoothing, class_weights: the loss of the training, as in `AttributionOptions`.
     """
     # Imported here because tasks need pydantic, which a GPU machine that tests the engine may lack.
-    from tracmod.tasks.files import read_model_examples
+    from tracmod.tasks.files import read_model_files
 
     model, tokenizer = load_model(source)
     mask = None if head_mask is None else HeadMask.load(head_mask)
     labels = class_names(model)
-    table = read_model_examples(data, labels).slice(0, num_examples)
+    stated = stated_loss(loss, label_smoothing, class_weights, labels)
+    trained = Checkpoint(Path(source), 1, 0, learning_rate=None, loss=recorded_loss(source))
+    trained_loss = loss_of_checkpoints([trained], model.config, stated)
+    (table,) = read_model_files([data], labels, loss_kind=trained_loss.kind)
+    table = table.slice(0, num_examples)
     max_length = min(max_length, tokenizer.model_max_length)
     examples = encode(tokenizer, table, max_length, num_labels=len(labels))
-    return check_gradients(model, examples, parameters, mask)
+    return check_gradients(model, examples, parameters, mask, loss=trained_loss)
 
 
 def check_gradients(
@@ -80,6 +100,8 @@ def check_gradients(
     examples: Sequence[Mapping[str, Any]],
     parameters: str = "all",
     head_mask: HeadMask | None = None,
+    *,
+    loss: ExampleLoss | LossFunction | None = None,
 ) -> list[GradientError]:
     """Compare the gradients that the engine captures with one-example autograd in float64.
 
@@ -92,18 +114,21 @@ def check_gradients(
         examples: encoded examples, as `encode` returns them.
         parameters: as in `collect_features`.
         head_mask: mask to apply on both sides; None for none.
+        loss: as in `collect_features`. The engine's own is used for the engine only: autograd
+            differentiates the loss of transformers (`reference_loss`).
 
     Returns:
         One error per kind of parameter.
 
     Raises:
-        ValueError: there are no examples.
+        ValueError: there are no examples, or the model or the loss does not take one.
     """
     if not examples:
         raise ValueError("examples: expected at least 1, got none")
+    chosen = check_examples(model, examples, "examples", as_loss(loss))
     double = copy.deepcopy(model).double()
     with frozen(model), lean(model, head_mask) as lean_columns:
-        engine = engine_gradients(model, examples, parameters, lean_columns)
+        engine = engine_gradients(model, examples, parameters, lean_columns, loss=chosen)
     by_kind: dict[str, list[str]] = {}
     for layer in select_layers(model, parameters):
         for name in layer.parameter_names:
@@ -111,7 +136,7 @@ def check_gradients(
     with masked(model, head_mask), masked(double, head_mask):
         errors = torch.tensor(
             [
-                _errors(model, double, example, gradients, by_kind)
+                _errors(model, double, example, gradients, by_kind, chosen)
                 for example, gradients in zip(examples, engine, strict=True)
             ]
         )
@@ -127,11 +152,12 @@ def _errors(
     example: Mapping[str, Any],
     engine: Mapping[str, Tensor],
     by_kind: Mapping[str, list[str]],
+    loss: ExampleLoss,
 ) -> list[tuple[float, float]]:
     """Return the relative errors (engine, autograd) of one example for every kind."""
     names = [name for members in by_kind.values() for name in members]
-    truth = autograd_gradients(double, example, names)
-    plain = autograd_gradients(model, example, names)
+    truth = autograd_gradients(double, example, names, loss=loss)
+    plain = autograd_gradients(model, example, names, loss=loss)
     return [
         (_relative_error(engine, truth, members), _relative_error(plain, truth, members))
         for members in by_kind.values()
@@ -154,6 +180,8 @@ def engine_gradients(
     examples: Sequence[Mapping[str, Any]],
     parameters: str = "all",
     lean_columns: LeanColumns | None = None,
+    *,
+    loss: ExampleLoss | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the whole gradients of each example of one padded batch, by name of the parameter.
 
@@ -164,6 +192,7 @@ def engine_gradients(
         examples: encoded examples.
         parameters: as in `collect_features`.
         lean_columns: what `lean` has left of the layers, if it is used.
+        loss: the loss; None for the one that transformers chooses.
 
     Yields:
         One example's gradients; zeros for a parameter that the engine shows nothing of.
@@ -176,7 +205,7 @@ def engine_gradients(
         for position, layer in enumerate(group.layers):
             captured[layer.name] = group.of([position]).with_all_columns()
 
-    capture(model, layers, batch, keep, lean_columns=lean_columns)
+    capture(model, layers, batch, keep, lean_columns=lean_columns, loss=loss)
 
     def example_gradients(row: int) -> dict[str, Tensor]:
         gradients: dict[str, Tensor] = {}
@@ -226,7 +255,11 @@ def _whole_gradients(captured: Captured, row: int) -> list[Tensor]:
 
 
 def autograd_gradients(
-    model: PreTrainedModel, example: Mapping[str, Any], names: Sequence[str]
+    model: PreTrainedModel,
+    example: Mapping[str, Any],
+    names: Sequence[str],
+    *,
+    loss: ExampleLoss | None = None,
 ) -> dict[str, Tensor]:
     """Compute the gradient of one example's loss with autograd, with dropout off.
 
@@ -234,6 +267,7 @@ def autograd_gradients(
         model: the model, in any floating dtype.
         example: an encoded example.
         names: names of the parameters.
+        loss: the loss; None for the one that transformers chooses.
 
     Returns:
         Gradient by name; zeros for parameters that the loss does not depend on.
@@ -243,16 +277,61 @@ def autograd_gradients(
     model.eval()
     try:
         batch = collate([example], pad_token_id(model), next(model.parameters()).device)
-        labels = batch.pop("labels")
-        loss = per_example_loss(model(**batch).logits, labels).sum()
+        value = reference_loss(model, batch, loss or loss_of_examples(model.config, [example]))
         selected = [parameters[name] for name in names]
-        gradients = torch.autograd.grad(loss, selected, allow_unused=True)
+        gradients = torch.autograd.grad(value, selected, allow_unused=True)
     finally:
         model.train(was_training)
     return {
         name: torch.zeros_like(parameters[name]) if gradient is None else gradient
         for name, gradient in zip(names, gradients, strict=True)
     }
+
+
+def reference_loss(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], loss: ExampleLoss
+) -> Tensor:
+    """Compute the loss of a batch of one example by the code of transformers or torch, not ours.
+
+    The model's own loss is what the model returns for labels, and label smoothing is that of the
+    Trainer. The other losses are the modules of torch; a function of the user is called itself.
+
+    Args:
+        model: the model; its config is left as it is.
+        batch: inputs and labels of one example.
+        loss: the loss.
+
+    Returns:
+        A scalar.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels = batch["labels"]
+    if loss.kind in ("squared_error", "binary_cross_entropy"):
+        labels = labels.to(model.dtype)  # as transformers needs them
+    takes_labels = "labels" in inspect.signature(model.forward).parameters
+    float_vectors = labels.dim() > 1 and labels.is_floating_point()
+    if takes_labels and loss == own_loss(model.config, float_vectors=float_vectors):
+        problem_type = model.config.problem_type
+        try:
+            return model(**inputs, labels=labels).loss
+        finally:
+            model.config.problem_type = problem_type  # which transformers sets
+    logits_BC = model(**inputs).logits
+    if loss.function is not None:
+        return loss.function(logits_BC, labels).sum()
+    if loss.kind == "squared_error":
+        return nn.MSELoss()(logits_BC, labels.reshape(logits_BC.shape))
+    if loss.kind == "binary_cross_entropy":
+        weights = None if loss.pos_weight is None else logits_BC.new_tensor(loss.pos_weight)
+        return nn.BCEWithLogitsLoss(pos_weight=weights)(logits_BC, labels)
+    if loss.class_weights is None and loss.label_smoothing:
+        return LabelSmoother(loss.label_smoothing)({"logits": logits_BC}, labels)
+    weights = None if loss.class_weights is None else logits_BC.new_tensor(loss.class_weights)
+    smoothing = loss.label_smoothing
+    # A mean over a batch of one would divide by the weight.
+    return nn.CrossEntropyLoss(weights, reduction="sum", label_smoothing=smoothing)(
+        logits_BC, labels
+    )
 
 
 def _kind(model: PreTrainedModel, name: str) -> str:

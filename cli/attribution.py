@@ -263,15 +263,15 @@ def query(
     if attributor.is_cut(text, text_b):
         length = attributor.source.max_length
         click.echo(f"tracmod: the text is longer than {length} tokens and was cut", err=True)
-    if label is None and attributor.source.loss_kind == "squared_error":
-        click.echo(
-            f"tracmod: explains the loss for the target {answer['label']}, the output "
-            f"{answer['prediction']} rounded; --label gives another target",
-            err=True,
-        )
     if as_json:
         click.echo(json.dumps(answer, ensure_ascii=False, indent=1))
         return
+    if label is None and attributor.source.loss_kind == "squared_error":
+        click.echo(
+            f"tracmod: explains the loss for the target {answer['label']}, the output "
+            f"{answer['output']} rounded; --label gives another target",
+            err=True,
+        )
     source = "exact" if answer["index"] is None else f"candidates of the {answer['index']} index"
     click.echo(f"label {answer['label']}, predicted {answer['prediction']}; {source}")
     for side, effect in (("proponents", "lowered"), ("opponents", "raised")):

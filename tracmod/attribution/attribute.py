@@ -166,10 +166,10 @@ def _report_loss(context: AttributionContext) -> dict[str, Any]:
             f"{loss.measured}",
             file=sys.stderr,
         )
-    elif origin.startswith("transformers"):
+    elif options.checkpoints and origin.startswith("transformers"):
         tqdm.write(
-            f"tracmod: no loss is recorded in tracmod.json: scores are of {loss}, {origin}; "
-            f"--loss, --label-smoothing or --class-weights state another",
+            f"tracmod: the checkpoints record no loss in tracmod.json: scores are of {loss}, "
+            f"{origin}; --loss, --label-smoothing or --class-weights state another",
             file=sys.stderr,
         )
     return {"train": loss.to_json(), "query": loss.measured.to_json(), "origin": origin}

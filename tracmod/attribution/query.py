@@ -152,11 +152,12 @@ class Attributor:
             languages: The languages whose training examples are considered; None for all.
 
         Returns:
-            A dict with `label`, `prediction`, `probabilities` (by label; None for a regression),
-            `languages`, `index` (the kind of the index that selected candidates, or None),
-            and `proponents` and `opponents`: lists of dicts with rank, score, id, language, label,
-            text_a, text_b and group. A positive score means that the training example lowered the
-            loss of the label.
+            A dict with `label`, `prediction`, `output` (for a regression, the output or outputs of
+            the model, which `prediction` rounds; else None), `probabilities` (by label; None for a
+            regression), `languages`, `index` (the kind of the index that selected candidates, or
+            None), and `proponents` and `opponents`: lists of dicts with rank, score, id, language,
+            label, text_a, text_b and group. A positive score means that the training example
+            lowered the loss of the label.
 
         Raises:
             ValueError: There is no such label or language, or the features or the index were made
@@ -178,17 +179,17 @@ class Attributor:
              "label": [0 if label_number is None else label_number]}
         )  # fmt: skip
         prediction, probabilities = self._predict(table)
+        output = None
+        if self.source.loss_kind == "squared_error":
+            output, prediction = prediction, _rounded(prediction)
         if label_number is None:
             label_number = prediction
-            if self.source.loss_kind == "squared_error":
-                outputs = prediction if isinstance(prediction, list) else [prediction]
-                targets = [float(round(output)) for output in outputs]
-                label_number = targets if isinstance(prediction, list) else targets[0]
             table = table.set_column(3, "label", [[label_number]])
         top, kind = self._nearest(self._features(table), k, rows, languages)
         return {
             "label": self.label_text(label_number),
             "prediction": self.label_text(prediction),
+            "output": output,
             "probabilities": probabilities,
             "languages": None if languages is None else list(languages),
             "index": kind,
@@ -355,3 +356,12 @@ class Attributor:
             {"rank": rank, "score": score} | row | {"label": self.label_text(row["label"])}
             for rank, (row, score) in enumerate(zip(rows, scores.tolist(), strict=True), 1)
         ]
+
+
+def _rounded(outputs: Label) -> Label:
+    """Return outputs of a regression as whole numbers."""
+    return (
+        [float(round(output)) for output in outputs]
+        if isinstance(outputs, list)
+        else float(round(outputs))
+    )

@@ -90,9 +90,10 @@ def attribute(options: AttributionOptions) -> None:
     checkpoint's exact scores are computed twice. Where examples were added at the end of a file
     since, only their features are collected; any other change of the examples is refused.
 
-    `test_prediction` in examples.parquet is that of the last checkpoint. For a regression, it and
-    `test_label` are float64, or lists of float64 for several targets. For several labels per text
-    they are lists of a number per label, and a label is predicted if its probability is above 0.5.
+    `test_prediction` in examples.parquet is that of the last checkpoint. For a model with one
+    output it is the output rounded to a whole number, and both it and `test_label` are float64; for
+    several targets they are lists of float64. For several labels per text they are lists of a
+    number per label, and a label is predicted if its probability is above 0.5.
 
     Gradients of training examples are those of the loss that the checkpoints were trained with;
     queries are measured by the same loss without label smoothing and weights. run.json has both.
@@ -297,7 +298,9 @@ def _predictions(context: AttributionContext) -> list[Any]:
         return logits_QC.argmax(dim=1).tolist()
     if context.loss.kind == "binary_cross_entropy":
         return (logits_QC > 0).double().tolist()
-    return (logits_QC[:, 0] if logits_QC.shape[1] == 1 else logits_QC).double().tolist()
+    if logits_QC.shape[1] == 1:
+        return logits_QC[:, 0].round().double().tolist()
+    return logits_QC.double().tolist()
 
 
 def _write_targets(context: AttributionContext, predictions: list[Any]) -> None:

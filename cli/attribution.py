@@ -107,6 +107,12 @@ def attribute(
     Run the same command again to resume. If examples were added at the end of a file, only they are
     processed.
 
+    Gradients are those of the loss that the model was trained with: the one that
+    tracmod.TracInCallback records in tracmod.json, or else the one that transformers chooses by the
+    model's config. --loss, --label-smoothing and --class-weights state it. Queries are measured
+    without label smoothing and weights. For a model with several labels per text, a label is a list
+    of names or of 0 and 1, in JSON lines or Parquet.
+
     The weight of a checkpoint is the mean learning rate of its steps. It is read from tracmod.json,
     which tracmod.TracInCallback makes a transformers Trainer write, or else from the log of the
     Trainer, or set by --weights. What is a guess is printed and written to run.json.
@@ -218,7 +224,11 @@ def _print_index(built: InfluenceIndex, path: Path) -> None:
 @click.argument("folder", metavar="RUN", type=EXISTING)
 @click.argument("text")
 @click.option("--text-b", help="Second text of a pair.")
-@click.option("--label", help="Label of the example. Default: the model's prediction.")
+@click.option(
+    "--label",
+    help="Label of the example; of several labels per text, names separated by commas. Default: "
+    "the model's prediction; for a regression, its output rounded to a whole number.",
+)
 @click.option(
     "--language",
     "languages",
@@ -279,6 +289,12 @@ def query(
     if as_json:
         click.echo(json.dumps(answer, ensure_ascii=False, indent=1))
         return
+    if label is None and attributor.source.loss_kind == "squared_error":
+        click.echo(
+            f"tracmod: explains the loss for the target {answer['label']}, the output "
+            f"{answer['output']} rounded; --label gives another target",
+            err=True,
+        )
     source = "exact" if answer["index"] is None else f"candidates of the {answer['index']} index"
     click.echo(f"label {answer['label']}, predicted {answer['prediction']}; {source}")
     for side, effect in (("proponents", "lowered"), ("opponents", "raised")):

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from tracmod import __version__
-from tracmod.choices import ParameterSet, PassDtype
+from tracmod.attribution.options import AttributionOptions
+from tracmod.choices import ParameterSet, PassDtype, StatedLossKind
 from tracmod.cli.errors import fail
 from tracmod.cli.options import (
     COLUMNS,
@@ -19,6 +20,7 @@ from tracmod.cli.options import (
     PathOrUrl,
     WholeNumber,
     choice,
+    field_option,
 )
 
 
@@ -53,6 +55,9 @@ from tracmod.cli.options import (
     is_flag=True,
     help="Also compare parameters that tracmod.json names as frozen.",
 )
+@field_option(AttributionOptions, "loss")
+@field_option(AttributionOptions, "label_smoothing")
+@field_option(AttributionOptions, "class_weights")
 def check(
     model: str,
     data: Path,
@@ -62,12 +67,15 @@ def check(
     examples: int,
     max_length: int,
     include_frozen: bool,
+    loss: StatedLossKind | None,
+    label_smoothing: float | None,
+    class_weights: str | None,
 ) -> None:
     """Compare the engine's gradients with plain autograd.
 
-    Uses your own model and data. Prints the relative error against float64 for every kind of
-    parameter, beside the error of plain float32 autograd. Exits with code 1 if an error exceeds
-    twice that of autograd and 1e-5.
+    Uses your own model and data, and the loss that transformers itself computes. Prints the
+    relative error against float64 for every kind of parameter, beside the error of plain float32
+    autograd. Exits with code 1 if an error exceeds twice that of autograd and 1e-5.
 
     \b
     Example:
@@ -76,7 +84,17 @@ def check(
     from tracmod.validation.gradients import check_model
 
     errors = check_model(
-        model, data, parameters, head_mask, examples, max_length, include_frozen, columns=columns
+        model,
+        data,
+        parameters,
+        head_mask,
+        examples,
+        max_length,
+        include_frozen,
+        columns=columns,
+        loss=loss,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
     )
     click.echo(f"{'parameters':44} {'tensors':>7} {'engine':>9} {'autograd':>9}")
     for error in errors:

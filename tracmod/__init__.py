@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tracmod.influence.blocks import block_influence
     from tracmod.influence.exact import exact_influence
     from tracmod.influence.scores import influence_scores, self_influence, top_influences
+    from tracmod.models.loss import ExampleLoss
     from tracmod.subnetworks.head_mask import HeadMask
     from tracmod.subnetworks.pruned_model import load_pruned, save_masked, save_pruned
     from tracmod.training.callback import TracInCallback
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attributor",
+    "ExampleLoss",
     "FeatureStore",
     "HeadMask",
     "Preconditioner",
@@ -49,6 +51,7 @@ __all__ = [
 
 _MODULE_OF = {
     "Attributor": "tracmod.attribution.query",
+    "ExampleLoss": "tracmod.models.loss",
     "FeatureStore": "tracmod.features.store",
     "HeadMask": "tracmod.subnetworks.head_mask",
     "Preconditioner": "tracmod.gradients.preconditioner",

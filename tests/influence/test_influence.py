@@ -76,7 +76,8 @@ def test_positive_scores_lower_the_loss():
     """A small step of gradient descent on a proponent lowers the query's loss."""
     from encoders import ragged_examples, tiny_encoder
 
-    from tracmod.models.inputs import collate, per_example_loss
+    from tracmod.models.inputs import collate
+    from tracmod.models.loss import per_example_loss
 
     examples = ragged_examples(12)
     model = tiny_encoder()

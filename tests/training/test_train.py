@@ -21,8 +21,9 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from tracmod.models.digests import model_digest
-from tracmod.models.inputs import collate, pad_token_id, per_example_loss
+from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.loading import load_model
+from tracmod.models.loss import per_example_loss
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
 from tracmod.subnetworks.importance import head_importance, masked_accuracy
 from tracmod.training import fine_tune as train_module
@@ -361,7 +362,8 @@ def test_a_training_writes_the_documented_files(tokenizer, tmp_path, masks):
         assert checkpoint.learning_rate == pytest.approx(mean)
         assert checkpoint.path == tmp_path / f"checkpoint-{number + 1}"
         own = json.loads((checkpoint.path / "tracmod.json").read_text())
-        assert own.keys() == {"epoch", "step", "learning_rate"}
+        assert own.keys() == {"epoch", "step", "learning_rate", "loss"}
+        assert own["loss"] == {"kind": "cross_entropy"}
     rows = json.loads((tmp_path / "metrics.json").read_text())
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[1]["train_loss"] < rows[0]["train_loss"]

@@ -92,8 +92,13 @@ def attribute(options: AttributionOptions) -> None:
     checkpoint's exact scores are computed twice. Where examples were added at the end of a file
     since, only their features are collected; any other change of the examples is refused.
 
-    `test_prediction` in examples.parquet is that of the last checkpoint; for a model with one
-    output it is the output rounded to a whole number, and `test_label` is float64.
+    `test_prediction` in examples.parquet is that of the last checkpoint. For a model with one
+    output it is the output rounded to a whole number, and both it and `test_label` are float64; for
+    several targets they are lists of float64. For several labels per text they are lists of a
+    number per label, and a label is predicted if its probability is above 0.5.
+
+    Gradients of training examples are those of the loss that the checkpoints were trained with;
+    queries are measured by the same loss without label smoothing and weights. run.json has both.
 
     Raises:
         ValueError: Files or labels are not valid, the mask has another shape, the device is not
@@ -115,15 +120,22 @@ def _attribute(options: AttributionOptions) -> None:
     details: dict[str, Any] = {"projection_choice": None, "fidelity": None}
     top = _exact(context) if options.exact else _projected(context, details)
     num_queries = len(context.tables["query"])
+    predictions = _predictions(context)
+    has_classes = context.loss.kind == "cross_entropy"
+    queries = context.tables["query"]
+    if not has_classes:  # the labels are written below
+        no_class = pa.array([0] * num_queries, pa.int64())
+        queries = queries.set_column(queries.column_names.index("label"), "label", no_class)
     tables = InfluenceTables(
-        context.tables["train"], context.tables["query"], _predictions(context)
+        context.tables["train"], queries, predictions if has_classes else [0] * num_queries
     )
     tables.add(list(range(num_queries)), top)
     tables.write(options.out, bootstrap=1000, confidence=0.95, seed=options.seed)
-    if len(context.label_names) == 1:
-        _write_targets(context)
+    if not has_classes:
+        _write_targets(context, predictions)
     details["cut_texts"] = _report_cut_texts(context)  # at the end: a refusal is one line
     context.say_notes()
+    details["loss"] = _report_loss(context)
     seconds = round(time.perf_counter() - started, 3)
     write_json(options.out / "run.json", _record(context, details, seconds))
     shutil.rmtree(options.out / PROGRESS, ignore_errors=True)
@@ -143,6 +155,29 @@ def _check_out(out: Path, exact: bool) -> None:
             f"out {out}: holds {other}/ of an attribution {way} --exact; take another folder or "
             f"remove this one"
         )
+
+
+def _report_loss(context: AttributionContext) -> dict[str, Any]:
+    """Return the losses of both files and where they are from; print what is not plain."""
+    options, loss = context.options, context.loss
+    origin = "transformers' choice by the model's config"
+    if any(checkpoint.loss is not None for checkpoint in context.checkpoints):
+        origin = "recorded in tracmod.json"
+    if (options.loss, options.label_smoothing, options.class_weights) != (None, None, None):
+        origin = "stated"
+    if loss != loss.measured:
+        tqdm.write(
+            f"tracmod: training examples are scored by {loss} ({origin}), queries by "
+            f"{loss.measured}",
+            file=sys.stderr,
+        )
+    elif options.checkpoints and origin.startswith("transformers"):
+        tqdm.write(
+            f"tracmod: the checkpoints record no loss in tracmod.json: scores are of {loss}, "
+            f"{origin}; --loss, --label-smoothing or --class-weights state another",
+            file=sys.stderr,
+        )
+    return {"train": loss.to_json(), "query": loss.measured.to_json(), "origin": origin}
 
 
 def _report_cut_texts(context: AttributionContext) -> dict[str, int]:
@@ -216,6 +251,8 @@ def _exact_scores(
             dtype=getattr(torch, options.dtype),
             preconditioner=context.preconditioner(checkpoint, model),
             include_frozen=options.include_frozen,
+            loss=context.loss,
+            query_loss=context.loss.measured,
         ).cpu()
     write_tensors(file, {"scores": scores_QN}, identity)
     return scores_QN
@@ -273,26 +310,41 @@ def _check_memory(context: AttributionContext) -> None:
 # --- results --------------------------------------------------------------------------------
 
 
-def _predictions(context: AttributionContext) -> list[int]:
-    """Return the last checkpoint's predicted label of every query, under the mask."""
+def _predictions(context: AttributionContext) -> list[Any]:
+    """Return the last checkpoint's prediction of every query, under the mask.
+
+    A class, a target or targets, or a number 0 or 1 for each of several labels.
+    """
     model = context.load(context.checkpoints[-1])
     with masked(model, context.mask):
         logits_QC = predict(
             model, context.examples["query"], batch_tokens=context.options.batch_tokens
         )
+    if context.loss.kind == "cross_entropy":
+        return logits_QC.argmax(dim=1).tolist()
+    if context.loss.kind == "binary_cross_entropy":
+        return (logits_QC > 0).double().tolist()
     if logits_QC.shape[1] == 1:
-        return logits_QC[:, 0].round().long().tolist()
-    return logits_QC.argmax(dim=1).tolist()
+        return logits_QC[:, 0].round().double().tolist()
+    return logits_QC.double().tolist()
 
 
-def _write_targets(context: AttributionContext) -> None:
-    """Put the targets of a regression into examples.parquet, whose labels are whole numbers."""
+def _write_targets(context: AttributionContext, predictions: list[Any]) -> None:
+    """Put targets, or several labels, into examples.parquet, whose labels are classes."""
     file = context.options.out / "examples.parquet"
     examples, queries = pq.read_table(file), context.tables["query"]
-    target_of = dict(zip(queries["id"].to_pylist(), queries["label"].to_pylist(), strict=True))
-    targets = pa.array([target_of[name] for name in examples["test_id"].to_pylist()], pa.float64())
-    position = examples.column_names.index("test_label")
-    write_parquet(file, examples.set_column(position, "test_label", targets))
+    for name, values in (
+        ("test_label", queries["label"].to_pylist()),
+        ("test_prediction", predictions),
+    ):
+        value_of = dict(zip(queries["id"].to_pylist(), values, strict=True))
+        column = pa.array(
+            [value_of[query] for query in examples["test_id"].to_pylist()],
+            queries.schema.field("label").type,
+        )
+        position = examples.column_names.index(name)
+        examples = examples.set_column(position, name, column)
+    write_parquet(file, examples)
 
 
 def _record(context: AttributionContext, details: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -31,11 +31,14 @@ from tracmod.models.checkpoints import (
     freeze,
     load_checkpoints,
     load_second_moment,
+    loss_of_checkpoints,
     recorded_frozen,
+    recorded_loss,
 )
 from tracmod.models.digests import tokenizer_digest
 from tracmod.models.inputs import encode, other_inputs
 from tracmod.models.loading import class_names, load_classifier, load_model
+from tracmod.models.loss import stated_loss
 from tracmod.models.modes import frozen, resolve_device, to_device, trained_names
 from tracmod.models.weight_files import tensor_digests, unmoved
 from tracmod.subnetworks.head_mask import HeadMask, matching_layers
@@ -59,6 +62,8 @@ class AttributionContext:
         notes: Sentences about what was guessed, left out or not stated in the files, for stderr and
             run.json.
         label_names: The names of the labels, in order.
+        loss: The loss that the checkpoints were trained with. Queries are measured without its
+            label smoothing and weights (`ExampleLoss.measured`).
         max_length: The number of tokens at which texts are cut.
         projection_dim: The numbers per feature row; None until it is chosen.
     """
@@ -87,6 +92,10 @@ class AttributionContext:
             for checkpoint in self.checkpoints:
                 load_second_moment(checkpoint.path)  # refuses a checkpoint without one
         self.label_names = class_names(model)
+        stated = stated_loss(
+            options.loss, options.label_smoothing, options.class_weights, self.label_names
+        )
+        self.loss = loss_of_checkpoints(self.checkpoints, model.config, stated)
         self._model_inputs = other_inputs(model)
         longest = min(512, self.tokenizer.model_max_length)
         self.max_length = longest if options.max_length is None else options.max_length
@@ -104,6 +113,7 @@ class AttributionContext:
             self.label_names,
             options.columns,
             options.language,
+            loss_kind=self.loss.kind,
             model_inputs=self._model_inputs,
             notes=self.notes,
         )
@@ -234,6 +244,7 @@ class AttributionContext:
                 keep_in=folder / f"checkpoint-{number}.safetensors",
                 identity=identity,
                 include_frozen=options.include_frozen,
+                loss=self.loss,
             )
             self._preconditioners = {number: preconditioner}  # one: as large as several models
         return self._preconditioners[number]
@@ -281,6 +292,7 @@ class AttributionContext:
             "head_mask": None if self.mask is None else self.mask.digest(),
             "normalize": options.normalize,
             "pass_dtype": options.dtype,
+            **({} if self.loss.identity is None else {"loss": self.loss.identity}),
             **{split: self.data_digest(split) for split in SPLITS},
             **self._reading(),
             **self.digests(checkpoint, model),
@@ -300,6 +312,7 @@ class AttributionContext:
             self.max_length,
             self.mask,
             options.include_frozen,
+            self.loss,
         )
 
     def feature_identity(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
@@ -316,10 +329,13 @@ class AttributionContext:
         """Collect the features of both files at a checkpoint; rows that are there stay."""
         model = self.load(checkpoint)
         identity = self.feature_identity(checkpoint, model)
-        collector = self.recipe().collector(model, self.preconditioner(checkpoint, model))
+        preconditioner = self.preconditioner(checkpoint, model)
         stores = {}
         with frozen(model):
             for split in SPLITS:
+                collector = self.recipe().collector(
+                    model, preconditioner, measured=split == "query"
+                )
                 table = self.tables[split]
                 with FeatureStore.grow(
                     self.store_path(checkpoint, split),
@@ -373,6 +389,7 @@ def _numbered_checkpoints(options: AttributionOptions) -> list[Checkpoint]:
     """
     if not options.checkpoints:
         path, source = Path(options.model), "the model alone has weight 1"
-        return [Checkpoint(path, 1, 0, 1.0, source, frozen=recorded_frozen(path))]
+        frozen_names, loss = recorded_frozen(path), recorded_loss(path)
+        return [Checkpoint(path, 1, 0, 1.0, source, frozen=frozen_names, loss=loss)]
     loaded = load_checkpoints(options.checkpoints)
     return [replace(checkpoint, epoch=number) for number, checkpoint in enumerate(loaded, 1)]

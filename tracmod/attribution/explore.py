@@ -16,7 +16,6 @@ import jinja2
 
 from tracmod.attribution.query import Attributor
 from tracmod.report.wording.labels import MODEL_NAMES, VIEW_NAMES, influence_unit, power_of_ten
-from tracmod.tasks.files import target_text
 
 try:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported
@@ -49,7 +48,7 @@ class Explorer:
         masks: The languages with a subnetwork; empty for an attribution.
         languages: The languages of the test examples.
         train_languages: The languages of the training examples.
-        labels: The names of the labels; empty for a model with one output, whose labels are
+        labels: The names of the classes; empty for other models, whose labels are names or
             numbers.
         has_pairs: Whether examples have a second text.
         unit: The unit of the scores.
@@ -72,7 +71,7 @@ class Explorer:
         weights = "uniform" if set(source.weights or [1.0]) == {1.0} else "learning_rate"
         self.unit = influence_unit({"normalize": source.normalize, "weights": weights})
         self.train_languages = list(dict.fromkeys(source.train.column("language").to_pylist()))
-        self.labels = source.label_names if len(source.label_names) > 1 else []
+        self.labels = source.label_names if source.loss_kind == "cross_entropy" else []
         self.has_pairs = any(source.train.column("text_b").to_pylist())
         self.k = min(source.k, len(source.train))
         queries = source.queries.to_pylist()
@@ -84,7 +83,7 @@ class Explorer:
         chosen: dict[str, dict[str, list[str]]] = {name: {} for name in self.languages}
         for row in rows:
             by_label = chosen[row["language"]]
-            label = self.labels[row["label"]] if self.labels else target_text(row["label"])
+            label = self._full.label_text(row["label"])
             if len(by_label) < EXAMPLES_PER_LANGUAGE and label not in by_label:
                 by_label[label] = [row["text_a"], row["text_b"] or "", row["language"], label]
         return [example for by_label in chosen.values() for example in by_label.values()]

@@ -112,6 +112,7 @@ def _choice_settings(context: AttributionContext) -> dict[str, Any]:
         "head_mask": None if context.mask is None else context.mask.digest(),
         "normalize": options.normalize,
         "weights": context.weights,
+        **({} if context.loss.identity is None else {"loss": context.loss.identity}),
         "checkpoints": [
             context.digests(checkpoint, context.load(checkpoint))
             for checkpoint in context.checkpoints
@@ -154,6 +155,7 @@ def _exact_scores(context: AttributionContext, sample: Sample, progress: Path) -
                 identity=context.exact_identity(checkpoint, model) | {"sample": asdict(sample)},
                 preconditioner=context.preconditioner(checkpoint, model),
                 include_frozen=options.include_frozen,
+                loss=context.loss,
             )
         scores.append(exact_QN)
     return over_checkpoints(scores, context.weights)
@@ -176,8 +178,11 @@ def _projected_scores(context: AttributionContext, sample: Sample, dim: int) -> 
                 dtype=getattr(torch, options.dtype),
                 preconditioner=preconditioner,
                 include_frozen=options.include_frozen,
+                loss=loss,
             )
-            for examples in _encoded(context, sample)
+            for examples, loss in zip(
+                _encoded(context, sample), (context.loss.measured, context.loss), strict=True
+            )
         )
         scores.append(influence_scores(queries, trains, None, options.normalize).cpu())
     return over_checkpoints(scores, context.weights)

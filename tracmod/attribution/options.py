@@ -13,6 +13,7 @@ from tracmod.choices import (
     MetricKind,
     ParameterSet,
     PassDtype,
+    StatedLossKind,
     StoreDtype,
     positive_number,
     whole_number,
@@ -128,6 +129,28 @@ class AttributionOptions:
             "help": "Metric of the inner products. adam: that of Adam's steps, for checkpoints "
             "with its second moment (see tracmod.TracInCallback). ekfac: the curvature of the "
             "model, fitted on --train."
+        },
+    )
+    loss: StatedLossKind | None = field(
+        default=None,
+        metadata={
+            "help": "Loss that the model was trained with. Default: the one that the checkpoints "
+            "record, or else the one that transformers chooses by the model's config."
+        },
+    )
+    label_smoothing: float | None = field(
+        default=None,
+        metadata={
+            "help": "Label smoothing of the training, the Trainer's label_smoothing_factor.",
+            "min": 0,
+            "max": 1,
+        },
+    )
+    class_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the classes in the training's cross entropy, such as neg=1,pos=3, "
+            "or numbers in the order of the classes."
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the projection.", "min": 0})

@@ -26,7 +26,10 @@ from tracmod.models.inputs import as_examples, encode, predict
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import masked
 from tracmod.tasks.files import target_of, target_text
+from tracmod.tasks.label_vectors import NO_LABEL, label_vector_text
 from tracmod.tasks.readers import text_fault
+
+Label = int | float | list[float]  # a class, a target, or a number per output
 
 # An inexact index returns this many candidates per example wanted, and at least so many in all;
 # exact scores decide among them.
@@ -153,18 +156,21 @@ class Attributor:
 
         Args:
             text_a, text_b: The texts.
-            label: The name of its label (for a model with one output, a number). None stands for
-                the prediction of the last checkpoint, which the answer then explains (for a model
-                with one output, the output rounded to a whole number).
+            label: The name of its label. For a model with several labels per text, names separated
+                by commas; for a regression, a number per output. None stands for the prediction of
+                the last checkpoint, which the answer then explains. The loss of an output for
+                itself as the target has no gradient: for a regression, None stands for the output
+                rounded to whole numbers.
             k: The number of proponents, and of opponents.
             languages: The languages whose training examples are considered; None for all.
 
         Returns:
-            A dict with `label`, `prediction`, `probabilities` (by label; None for a model with one
-            output), `languages`, `index` (the kind of the index that selected candidates, or None),
-            and `proponents` and `opponents`: lists of dicts with rank, score, id, language, label,
-            text_a, text_b and group. A positive score means that the training example lowered the
-            loss of the label.
+            A dict with `label`, `prediction`, `output` (for a regression, the output or outputs of
+            the model, which `prediction` rounds; else None), `probabilities` (by label; None for a
+            regression), `languages`, `index` (the kind of the index that selected candidates, or
+            None), and `proponents` and `opponents`: lists of dicts with rank, score, id, language,
+            label, text_a, text_b and group. A positive score means that the training example
+            lowered the loss of the label.
 
         Raises:
             ValueError: There is no such label or language, or the features or the index were made
@@ -185,13 +191,17 @@ class Attributor:
              "label": [0 if label_number is None else label_number]}
         )  # fmt: skip
         prediction, probabilities = self._predict(table)
+        output = None
+        if self.source.loss_kind == "squared_error":
+            output, prediction = prediction, _rounded(prediction)
         if label_number is None:
             label_number = prediction
-            table = table.set_column(3, "label", [[prediction]])
+            table = table.set_column(3, "label", [[label_number]])
         top, kind = self._nearest(self._features(table), k, rows, languages)
         return {
-            "label": self._label_name(label_number),
-            "prediction": self._label_name(prediction),
+            "label": self.label_text(label_number),
+            "prediction": self.label_text(prediction),
+            "output": output,
             "probabilities": probabilities,
             "languages": None if languages is None else list(languages),
             "index": kind,
@@ -228,28 +238,46 @@ class Attributor:
 
     # --- the example ------------------------------------------------------------------------
 
-    def _label_number(self, label: str) -> int | float:
-        names = self.source.label_names
-        if len(names) == 1:
-            target = target_of(label.strip())
-            if target is None:
-                raise ValueError(f"label: expected a finite number, got {label}")
-            return target
-        if label not in names:
-            raise ValueError(f"label: expected one of {', '.join(names)}, got {label}")
-        return names.index(label)
+    def _label_number(self, label: str) -> Label:
+        names, kind = self.source.label_names, self.source.loss_kind
+        if kind == "cross_entropy":
+            if label not in names:
+                raise ValueError(f"label: expected one of {', '.join(names)}, got {label}")
+            return names.index(label)
+        parts = [label] if label in names else [part.strip() for part in label.split(",")]
+        if kind == "binary_cross_entropy":
+            if label == NO_LABEL and NO_LABEL not in names:
+                return [0.0] * len(names)
+            if not set(parts) <= set(names):
+                raise ValueError(
+                    f"label: expected some of {', '.join(names)}, separated by commas, got {label}"
+                )
+            return [float(name in parts) for name in names]
+        targets = [target for part in parts if (target := target_of(part)) is not None]
+        if not len(targets) == len(parts) == len(names):
+            expected = "a finite number" if len(names) == 1 else f"{len(names)} finite numbers"
+            raise ValueError(f"label: expected {expected}, got {label}")
+        return targets[0] if len(names) == 1 else targets
 
-    def _label_name(self, label: int | float) -> str:
+    def label_text(self, label: Label) -> str:
+        """Return a label as `query` takes it: a name, names or numbers."""
         names = self.source.label_names
-        return target_text(label) if len(names) == 1 else names[int(label)]
+        if isinstance(label, list):
+            return label_vector_text(label, self.source.loss_kind, names)
+        return names[int(label)] if self.source.loss_kind == "cross_entropy" else target_text(label)
 
-    def _predict(self, table: pa.Table) -> tuple[int, dict[str, float] | None]:
+    def _predict(self, table: pa.Table) -> tuple[Label, dict[str, float] | None]:
         """Return the last checkpoint's label, and its probability of every label."""
         model, tokenizer = self.source.models[-1]
         with masked(model, self.source.masks[-1]):
             logits_C = predict(model, encode(tokenizer, table, self.source.max_length))[0]
-        if len(logits_C) == 1:
-            return round(float(logits_C)), None
+        kind = self.source.loss_kind
+        if kind == "squared_error":
+            return float(logits_C) if len(logits_C) == 1 else logits_C.tolist(), None
+        if kind == "binary_cross_entropy":
+            probabilities = logits_C.double().sigmoid().tolist()
+            named = dict(zip(self.source.label_names, probabilities, strict=True))
+            return (logits_C > 0).double().tolist(), named
         probabilities = logits_C.double().softmax(0).tolist()
         named = dict(zip(self.source.label_names, probabilities, strict=True))
         return int(logits_C.argmax()), named
@@ -337,6 +365,15 @@ class Attributor:
         """Return training examples as the answer shows them."""
         rows = self.source.train.take(indices.numpy()).to_pylist()
         return [
-            {"rank": rank, "score": score} | row | {"label": self._label_name(row["label"])}
+            {"rank": rank, "score": score} | row | {"label": self.label_text(row["label"])}
             for rank, (row, score) in enumerate(zip(rows, scores.tolist(), strict=True), 1)
         ]
+
+
+def _rounded(outputs: Label) -> Label:
+    """Return outputs of a regression as whole numbers."""
+    return (
+        [float(round(output)) for output in outputs]
+        if isinstance(outputs, list)
+        else float(round(outputs))
+    )

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.attribution.attribute import read_attribution
 from tracmod.attribution.context import AttributionContext
+from tracmod.choices import LossKind
 from tracmod.features.collector import Collector
 from tracmod.features.recipe import checkpoint_digests
 from tracmod.features.store import FeatureStore
@@ -20,7 +21,7 @@ from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import tokenizer_digest
 from tracmod.study.context import MODELS, RunContext
-from tracmod.study.run_features import open_stores, preconditioner_of_run, recipe
+from tracmod.study.run_features import STUDY_LOSS, open_stores, preconditioner_of_run, recipe
 from tracmod.study.run_folder import RunFolder
 from tracmod.subnetworks.head_mask import HeadMask
 
@@ -32,6 +33,7 @@ class Source(Protocol):
         index_path: The folder of the FAISS index of the training features.
         model_names: The models that can be chosen.
         label_names: The names of the labels, in order.
+        loss_kind: The kind of the loss, which says what a label is.
         device: The device to compute on.
         max_length: The number of tokens at which texts are cut.
         weights: (C,) the weights of the checkpoints; None for 1 each.
@@ -41,6 +43,7 @@ class Source(Protocol):
     index_path: Path
     model_names: Sequence[str]
     label_names: list[str]
+    loss_kind: LossKind
     device: str
     max_length: int
     weights: list[float] | None
@@ -110,6 +113,7 @@ class RunSource:
             )
         self.index_path = folder / "index" / model / view / (self.language or "")
         self.label_names: list[str] = self.context.run.record["label_names"]
+        self.loss_kind: LossKind = STUDY_LOSS.kind
         self.device = self.context.device
         self.max_length = self.context.config.model.max_length
         self.checkpoints = self.context.checkpoints(model)
@@ -213,6 +217,7 @@ class AttributionSource:
         self.context = AttributionContext(options)
         self.index_path = folder / "index"
         self.label_names = self.context.label_names
+        self.loss_kind: LossKind = self.context.loss.kind
         self.device = self.context.device
         self.max_length = self.context.max_length
         # Those of the results: if no checkpoints were given, the weight of the model was 1.
@@ -255,7 +260,9 @@ class AttributionSource:
     def collectors(self) -> list[Collector]:
         feature_recipe = self.context.recipe()
         return [
-            feature_recipe.collector(model, self.context.preconditioner(checkpoint, model))
+            feature_recipe.collector(
+                model, self.context.preconditioner(checkpoint, model), measured=True
+            )
             for checkpoint, model in self._loaded()
         ]
 

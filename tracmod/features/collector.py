@@ -37,6 +37,7 @@ from tracmod.models.inputs import (
     plan_batches,
     send,
 )
+from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen, on_device
 from tracmod.subnetworks.head_mask import HeadMask
 
@@ -63,6 +64,7 @@ class Collector:
     head_mask: HeadMask | None = None
     preconditioner: Preconditioner | None = None
     include_frozen: bool = False
+    loss: ExampleLoss | None = None
     layers: list[Layer] = field(init=False)
     slots: dict[str, Slot] = field(init=False)
 
@@ -127,7 +129,7 @@ class Collector:
             for part, slot in self._by_slot(captured):
                 self._project(part, slot, out_BK)
 
-        capture(self.model, self.layers, batch, project, self.dtype, lean_columns)
+        capture(self.model, self.layers, batch, project, self.dtype, lean_columns, loss=self.loss)
         return out_BK
 
     def _by_slot(self, captured: Captured) -> Iterator[tuple[Captured, Slot]]:
@@ -212,19 +214,22 @@ def collect_features(
     preconditioner: Preconditioner | None = None,
     *,
     include_frozen: bool = False,
+    loss: ExampleLoss | LossFunction | None = None,
 ) -> Tensor:
     """Collect the projected per-example gradients of a dataset, in one pass over it.
 
     `f(z) = [exact small layers | sum over layers of vec(R_out G_l(z) R_in^T)]`, where G_l(z) is the
-    gradient of the loss of example z alone (cross entropy, without dropout) with respect to
-    layer l. Inner products of the rows of train and query examples estimate influence; pass them
-    to `influence_scores` or `top_influences`.
+    gradient of the loss of example z alone (without dropout) with respect to layer l. Inner
+    products of the rows of train and query examples estimate influence; pass them to
+    `influence_scores` or `top_influences`.
 
     Args:
         model: BERT-family sequence classifier in float32, bfloat16, float16 or float64. Its
             weights, mode and device are restored afterwards.
         dataset: `datasets.Dataset`, or a sequence of dicts with `input_ids`, `labels` and, if there
-            is padding, `attention_mask` (and `token_type_ids` if the model uses them).
+            is padding, `attention_mask` (and `token_type_ids` if the model uses them). A label is
+            a class, or a list of C numbers for a model with several labels per text or with several
+            targets.
         projection: Kind, size and seed of the projection.
         parameters: `encoder` (all but the embeddings module), `all`, `attention` or `classifier`.
         head_mask: A head mask that is applied in the forward pass.
@@ -238,14 +243,17 @@ def collect_features(
             square root of the metric, and projected by a count sketch.
         include_frozen: Whether parameters with `requires_grad=False` count, too. Training does not
             move them, so by default they are left out, with a warning.
+        loss: The loss that the model was trained with, if it is not the one that transformers
+            chooses by the model's config: an `ExampleLoss`, or a function of logits (B, C) and
+            labels (B, ...) that returns a loss per example, (B,).
 
     Returns:
         (N, K) float32 on `device`, rows in the order of the dataset.
 
     Raises:
         ValueError: An example is invalid or its gradient is not finite (the message names its row),
-            `parameters` is unknown or all of them are frozen, or the mask's shape does not match
-            the model.
+            `parameters` is unknown or all of them are frozen, the mask's shape does not match the
+            model, or the loss does not fit the model and its labels.
 
     Examples:
         >>> import tracmod as tm
@@ -267,7 +275,7 @@ def collect_features(
         2405.13954, section 3 (projection from both sides).
     """
     examples = as_examples(dataset, "dataset", model)
-    check_examples(model, examples)
+    loss = check_examples(model, examples, loss=as_loss(loss))
     warn_of_frozen(model, parameters, include_frozen)
     collector = Collector(
         model,
@@ -278,6 +286,7 @@ def collect_features(
         head_mask,
         preconditioner,
         include_frozen,
+        loss,
     )
     with frozen(model), on_device(model, device):
         features = collector.collect(examples)

@@ -18,6 +18,7 @@ from tracmod.features.projection import Projection
 from tracmod.files.durable import canonical_json, sha256
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.digests import model_digest
+from tracmod.models.loss import ExampleLoss
 from tracmod.models.modes import trained_names
 from tracmod.subnetworks.head_mask import HeadMask
 
@@ -34,6 +35,7 @@ class FeatureRecipe:
         max_length: The number of tokens at which texts are cut.
         head_mask: The mask that is applied in both passes, or None for all heads.
         include_frozen: Whether parameters that training does not move count, too.
+        loss: The loss that the model was trained with; None for the one that transformers chooses.
     """
 
     projection: Projection
@@ -43,20 +45,27 @@ class FeatureRecipe:
     max_length: int
     head_mask: HeadMask | None = None
     include_frozen: bool = False
+    loss: ExampleLoss | None = None
 
     def under(self, head_mask: HeadMask | None) -> FeatureRecipe:
         """Return the same recipe under another mask."""
         return replace(self, head_mask=head_mask)
 
     def collector(
-        self, model: PreTrainedModel, preconditioner: Preconditioner | None = None
+        self,
+        model: PreTrainedModel,
+        preconditioner: Preconditioner | None = None,
+        *,
+        measured: bool = False,
     ) -> Collector:
         """Return the collector that turns examples into features of one checkpoint.
 
         Args:
             model: The checkpoint's model.
             preconditioner: The checkpoint's preconditioner, or None for plain gradients.
+            measured: Whether the examples are queries, whose loss is `ExampleLoss.measured`.
         """
+        loss = self.loss.measured if measured and self.loss is not None else self.loss
         return Collector(
             model,
             self.projection,
@@ -66,6 +75,7 @@ class FeatureRecipe:
             self.head_mask,
             preconditioner,
             self.include_frozen,
+            loss,
         )
 
     def identity(self, **digests: str) -> dict[str, Any]:
@@ -75,6 +85,7 @@ class FeatureRecipe:
             digests: The digests of one checkpoint (see `checkpoint_digests`) and, where a store
                 does not digest its examples itself, of the data.
         """
+        loss = None if self.loss is None else self.loss.identity
         return {
             "projection": asdict(self.projection),
             "parameters": self.parameters,
@@ -82,6 +93,7 @@ class FeatureRecipe:
             "pass_dtype": self.dtype,
             "max_length": str(self.max_length),
             "batch_tokens": str(self.batch_tokens),
+            **({} if loss is None else {"loss": loss}),
             **digests,
         }
 

@@ -33,7 +33,7 @@ from tracmod.choices import ParameterSet
 from tracmod.gradients.lean_pass import Columns, LeanColumns
 from tracmod.kernels import LayerKind
 from tracmod.models.architecture import attention_layers, embeddings_module
-from tracmod.models.inputs import per_example_loss
+from tracmod.models.loss import ExampleLoss, loss_of_batch
 from tracmod.models.modes import trained_names
 
 PARAMETER_SETS = get_args(ParameterSet)
@@ -282,6 +282,8 @@ def capture(
     on_captured: Callable[[Captured], None],
     dtype: torch.dtype | None = None,
     lean_columns: LeanColumns | None = None,
+    *,
+    loss: ExampleLoss | None = None,
 ) -> None:
     """Run one forward and one backward pass; pass every selected layer to `on_captured` once.
 
@@ -291,10 +293,12 @@ def capture(
     Args:
         model: A sequence classifier within `frozen`, with a head mask applied if there is one.
         layers: The layers to capture, from `select_layers`.
-        batch: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B,), on the model's device.
+        batch: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B,) or (B, C), on the model's
+            device.
         on_captured: Called with what was captured, from the last layer to the first.
         dtype: bfloat16 or float16 for a pass under autocast; None for the dtype of the model.
         lean_columns: What `lean` yields, if the pass is run in its context.
+        loss: The loss; None for the one that transformers chooses for the model and the labels.
 
     Raises:
         ValueError: A layer runs twice in one pass, because parameters are shared across depth; or
@@ -309,7 +313,8 @@ def capture(
         inputs["attention_mask"] = _attention_mask(model, batch["attention_mask"])
         # Entered without a dtype, too: it then turns off any autocast of the caller.
         with torch.autocast(lengths.device.type, dtype, enabled=dtype is not None):
-            loss_B = per_example_loss(model(**inputs).logits, batch["labels"])
+            labels = batch["labels"]
+            loss_B = loss_of_batch(model.config, labels, loss)(model(**inputs).logits, labels)
         if loss_B.requires_grad:
             torch.autograd.backward(loss_B.sum())
         elif layers:

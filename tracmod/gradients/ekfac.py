@@ -43,6 +43,7 @@ from tracmod.models.inputs import (
     plan_batches,
     predict,
 )
+from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen, on_device
 
 # The share of a layer's mean eigenvalue that is added to each eigenvalue (Grosse et al. 2023,
@@ -65,6 +66,7 @@ def fit_ekfac(
     seed: int = 0,
     advance: Callable[[int], Any] | None = None,
     include_frozen: bool = False,
+    loss: ExampleLoss | LossFunction | None = None,
 ) -> Preconditioner:
     """Fit the inverse of the EK-FAC approximation of a model's Fisher matrix as a metric.
 
@@ -83,7 +85,8 @@ def fit_ekfac(
         dataset: The training examples, or enough of them. They are passed through the model twice.
         parameters: As for `collect_features`.
         labels: `sampled` to draw labels from the model's own predictions, which gives the Fisher
-            matrix; `given` for those of the dataset, which give the empirical Fisher matrix.
+            matrix (the Gauss-Newton matrix of the loss, which label smoothing does not change and
+            weights do); `given` for those of the dataset, which give the empirical Fisher matrix.
         damping: Share of a layer's mean eigenvalue that is added to each eigenvalue.
         batch_tokens: As for `collect_features`.
         device: As for `collect_features`.
@@ -91,13 +94,15 @@ def fit_ekfac(
             dataset, but not on the batches.
         advance: Called with the number of examples that were processed, 2 N in total.
         include_frozen: As for `collect_features`.
+        loss: As for `collect_features`. A function of your own needs `given` labels, since it does
+            not say how labels are distributed.
 
     Returns:
         The preconditioner, on the device of the passes.
 
     Raises:
-        ValueError: As for `collect_features`; or there are no examples, damping is not positive, or
-            a loss or gradient is not finite.
+        ValueError: As for `collect_features`; or there are no examples, damping is not positive, a
+            loss or gradient is not finite, or labels of a function are to be sampled.
 
     Examples:
         >>> import tracmod as tm
@@ -125,12 +130,17 @@ def fit_ekfac(
     examples = as_examples(dataset, "dataset", model)
     if not examples:
         raise ValueError("dataset: expected at least one example, got none")
-    check_examples(model, examples)
+    loss = check_examples(model, examples, loss=as_loss(loss))
+    if loss.function is not None and labels == "sampled":
+        raise ValueError(
+            f"labels: expected given for {loss}, which does not say how labels are distributed, "
+            f"got sampled"
+        )
     warn_of_frozen(model, parameters, include_frozen)
     layers = select_layers(model, parameters, include_frozen)
     with frozen(model), on_device(model, device), lean(model) as lean_columns:
         if labels == "sampled":
-            examples = _with_sampled_labels(model, examples, batch_tokens, seed)
+            examples, loss = _with_sampled_labels(model, examples, loss, batch_tokens, seed)
         covariances, curvature = _Covariances(), _Curvature(layers)
 
         def run_pass(on_captured: Callable[[Captured], None]) -> None:
@@ -138,7 +148,7 @@ def fit_ekfac(
             for rows in plan_batches(lengths, batch_tokens):
                 chosen = [examples[row] for row in rows]
                 batch = collate(chosen, pad_token_id(model), model.device)
-                capture(model, layers, batch, on_captured, lean_columns=lean_columns)
+                capture(model, layers, batch, on_captured, lean_columns=lean_columns, loss=loss)
                 if advance is not None:
                     advance(len(rows))
 
@@ -149,25 +159,71 @@ def fit_ekfac(
 
 
 def _with_sampled_labels(
-    model: PreTrainedModel, examples: list[dict[str, Any]], batch_tokens: int, seed: int
-) -> list[dict[str, Any]]:
-    """Return the examples with labels drawn from the model's predictions."""
+    model: PreTrainedModel,
+    examples: list[dict[str, Any]],
+    loss: ExampleLoss,
+    batch_tokens: int,
+    seed: int,
+) -> tuple[list[dict[str, Any]], ExampleLoss]:
+    """Return the examples with labels drawn from the model's predictions, and the loss for them.
+
+    The mean of the squared gradients is then the Gauss-Newton matrix of the loss. Its middle factor
+    is the Hessian H of the loss by the logits. For cross entropy and squared error there are labels
+    whose gradients g at the logits have E g g^T = H. Weights depend on the true label, so that
+    there are none: g itself then stands for the label, and the loss is `<g, logits>`.
+    """
     logits_NC = predict(model, examples, batch_tokens=batch_tokens).double()
     not_finite_N = logits_NC.isfinite().all(dim=1).logical_not()
     if bool(not_finite_N.any()):
         row = int(not_finite_N.nonzero()[0])
         raise ValueError(f"dataset: row {row}: expected finite logits, got NaN or infinity")
     generator = torch.Generator().manual_seed(seed)
-    if logits_NC.shape[1] == 1:
-        # The loss (f - y)^2 is the negative log-likelihood of a normal y of variance 1/2.
-        noise_N = torch.randn(len(examples), generator=generator, dtype=torch.float64)
-        labels = (logits_NC[:, 0] + noise_N / 2**0.5).tolist()
+    num_outputs = logits_NC.shape[1]
+    labels: list[Any]
+    sampled_loss = loss.measured
+    if loss.kind == "squared_error":
+        # The mean over C outputs of (f - y)^2 is the negative log-likelihood of normal y of
+        # variance C / 2.
+        noise_NC = torch.randn(logits_NC.shape, generator=generator, dtype=torch.float64)
+        targets_NC = logits_NC + noise_NC * (num_outputs / 2) ** 0.5
+        labels = (targets_NC[:, 0] if num_outputs == 1 else targets_NC).tolist()
+    elif loss.kind == "binary_cross_entropy":
+        probability_NC = logits_NC.sigmoid()
+        drawn_NC = torch.rand(logits_NC.shape, generator=generator, dtype=torch.float64)
+        true_NC = torch.tensor([example["labels"] for example in examples], dtype=torch.float64)
+        weight_NC = torch.ones_like(logits_NC)
+        if loss.pos_weight is not None:
+            weight_NC += (torch.tensor(loss.pos_weight, dtype=torch.float64) - 1) * true_NC
+        residual_NC = probability_NC - (drawn_NC < probability_NC).double()
+        labels = ((weight_NC / num_outputs).sqrt() * residual_NC).tolist()
+        sampled_loss = ExampleLoss("function", function=_inner_product)
     else:
         # Inverse of the cumulative distribution; clamped because rounding may leave it below 1.
         drawn_N = torch.rand(len(examples), 1, generator=generator, dtype=torch.float64)
-        below_N = (logits_NC.softmax(dim=1).cumsum(dim=1) < drawn_N).sum(dim=1)
-        labels = below_N.clamp(max=logits_NC.shape[1] - 1).tolist()
-    return [{**example, "labels": label} for example, label in zip(examples, labels, strict=True)]
+        probability_NC = logits_NC.softmax(dim=1)
+        below_N = (probability_NC.cumsum(dim=1) < drawn_N).sum(dim=1).clamp(max=num_outputs - 1)
+        labels = below_N.tolist()
+        if loss.class_weights is not None:
+            weight_N = _curvature_weights(loss, examples)
+            residual_NC = probability_NC - torch.nn.functional.one_hot(below_N, num_outputs)
+            labels = (weight_N.sqrt()[:, None] * residual_NC).tolist()
+            sampled_loss = ExampleLoss("function", function=_inner_product)
+    sampled = [
+        {**example, "labels": label} for example, label in zip(examples, labels, strict=True)
+    ]
+    return sampled, sampled_loss
+
+
+def _curvature_weights(loss: ExampleLoss, examples: list[dict[str, Any]]) -> Tensor:
+    """Return the factors (N,) of the Hessian of weighted cross entropy: (1 - e) w_y + e mean(w)."""
+    weight_C = torch.tensor(loss.class_weights, dtype=torch.float64)
+    label_N = torch.tensor([example["labels"] for example in examples]).reshape(len(examples))
+    smoothing = loss.label_smoothing
+    return (1 - smoothing) * weight_C[label_N] + smoothing * weight_C.mean()
+
+
+def _inner_product(logits_BC: Tensor, labels_BC: Tensor) -> Tensor:
+    return (logits_BC * labels_BC).sum(dim=1)
 
 
 class _Covariances:
@@ -278,6 +334,7 @@ def checkpoint_preconditioner(
     keep_in: Path,
     identity: Mapping[str, Any],
     include_frozen: bool = False,
+    loss: ExampleLoss | None = None,
 ) -> Preconditioner:
     """Return the preconditioner of a checkpoint: Adam's from its folder, or EK-FAC's.
 
@@ -295,6 +352,7 @@ def checkpoint_preconditioner(
         keep_in: The file in which the fitted preconditioner is saved.
         identity: What it depends on otherwise: digests of the model and of the data.
         include_frozen: As for `collect_features`.
+        loss: As for `fit_ekfac`.
 
     Raises:
         ValueError: The folder has no second moment, or the saved file is damaged or has another
@@ -303,6 +361,8 @@ def checkpoint_preconditioner(
     if kind == "adam":
         return adam_preconditioner(model, folder, parameters, include_frozen=include_frozen)
     identity = {**identity, "parameters": parameters, "damping": damping}
+    if loss is not None and loss.identity is not None:
+        identity["loss"] = loss.identity
     saved = Preconditioner.load(keep_in, "ekfac", identity)
     if saved is not None:
         return saved.to(model.device)
@@ -320,6 +380,7 @@ def checkpoint_preconditioner(
             batch_tokens=batch_tokens,
             advance=bar.update,
             include_frozen=include_frozen,
+            loss=loss,
         )
     fitted.save(keep_in, identity)
     return fitted

@@ -53,6 +53,7 @@ from tracmod.models.inputs import (
     pad_token_id,
     plan_batches,
 )
+from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
 
@@ -100,6 +101,7 @@ def block_influence(
     advance: Callable[[int], Any] | None = None,
     *,
     include_frozen: bool = False,
+    loss: ExampleLoss | LossFunction | None = None,
 ) -> pa.Table:
     """Compute the mean influence between languages at one checkpoint, divided among blocks.
 
@@ -123,6 +125,7 @@ def block_influence(
         advance: called with the number of examples that just passed through the model.
         include_frozen: whether parameters with `requires_grad=False` count, as in
             `collect_features`.
+        loss: the loss that the model was trained with, as in `collect_features`.
 
     Returns:
         A table with the columns test_language, train_language, layer and head (int32, null as in
@@ -151,12 +154,13 @@ def block_influence(
         [(0, 0), (0, 1), (0, None), (None, None)]
     """
     dtype = autocast_dtype(normalize, dtype)
-    tests = {name: _checked(model, rows, f"test {name}") for name, rows in test.items()}
-    trains = {name: _checked(model, rows, f"train {name}") for name, rows in train.items()}
+    given = as_loss(loss)
+    tests = {name: _checked(model, rows, f"test {name}", given) for name, rows in test.items()}
+    trains = {name: _checked(model, rows, f"train {name}", given) for name, rows in train.items()}
     warn_of_frozen(model, parameters, include_frozen)
     layers = select_layers(model, parameters, include_frozen)
     blocks = parameter_blocks(model, [name for layer in layers for name in layer.parameter_names])
-    means = _Means(model, layers, head_mask, normalize, batch_tokens, dtype, advance)
+    means = _Means(model, layers, head_mask, normalize, batch_tokens, dtype, advance, given)
     test_means = {name: means.of(examples, f"test {name}") for name, examples in tests.items()}
     rows = []
     for train_language, examples in trains.items():
@@ -225,7 +229,9 @@ def block_products(blocks: BlockParts, first: Gradient, second: Gradient) -> dic
     }
 
 
-def _checked(model: PreTrainedModel, examples: Examples, name: str) -> list[dict[str, Any]]:
+def _checked(
+    model: PreTrainedModel, examples: Examples, name: str, loss: ExampleLoss | None
+) -> list[dict[str, Any]]:
     """Return the examples of one language as a list.
 
     Raises:
@@ -234,7 +240,7 @@ def _checked(model: PreTrainedModel, examples: Examples, name: str) -> list[dict
     rows = as_examples(examples, name, model)
     if not rows:
         raise ValueError(f"{name}: expected at least 1 example, got none")
-    check_examples(model, rows, name)
+    check_examples(model, rows, name, loss)
     return rows
 
 
@@ -252,6 +258,7 @@ class _Means:
     batch_tokens: int
     dtype: torch.dtype | None
     advance: Callable[[int], Any] | None
+    loss: ExampleLoss | None
 
     def of(self, examples: Examples, name: str) -> Gradient:
         """Return the mean over the examples, float32, by name of the parameter.
@@ -271,7 +278,10 @@ class _Means:
             for rows in plan_batches(lengths, self.batch_tokens):
                 batch = collate([examples[row] for row in rows], pad_token_id(self.model), device)
                 groups: list[Captured] = []
-                capture(self.model, self.layers, batch, groups.append, self.dtype, lean_columns)
+                capture(
+                    self.model, self.layers, batch, groups.append, self.dtype, lean_columns,
+                    loss=self.loss,
+                )  # fmt: skip
                 exponents_B = gradient_exponents(groups[0])
                 groups = [scaled_gradients(captured, exponents_B) for captured in groups]
                 # The norm of a gradient needs all of its layers, so they are added only now.

@@ -55,6 +55,7 @@ from tracmod.models.inputs import (
     plan_batches,
     send,
 )
+from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen, on_device
 from tracmod.subnetworks.head_mask import HeadMask
 
@@ -76,6 +77,8 @@ def exact_influence(
     preconditioner: Preconditioner | None = None,
     *,
     include_frozen: bool = False,
+    loss: ExampleLoss | LossFunction | None = None,
+    query_loss: ExampleLoss | LossFunction | None = None,
 ) -> Tensor:
     """Compute inner products (or cosines) of whole gradients at one checkpoint.
 
@@ -100,6 +103,9 @@ def exact_influence(
             each layer is then formed, for a few examples at a time.
         include_frozen: whether parameters with `requires_grad=False` count, as in
             `collect_features`.
+        loss: the loss that the model was trained with, as in `collect_features`.
+        query_loss: the loss of the queries that is explained; None for `loss`.
+            `ExampleLoss.measured` leaves out label smoothing and weights.
 
     Returns:
         (Q, N) float32, in the order of the data sets, on the device of the pass. Positive scores
@@ -129,15 +135,17 @@ def exact_influence(
     dtype = autocast_dtype(normalize, dtype)
     trains = as_examples(train, "train", model)
     queries = as_examples(query, "query", model)
-    check_examples(model, trains, "train")
-    check_examples(model, queries, "query")
+    loss = check_examples(model, trains, "train", as_loss(loss))
+    query_loss = check_examples(model, queries, "query", as_loss(query_loss) or loss)
     warn_of_frozen(model, parameters, include_frozen)
     layers = select_layers(model, parameters, include_frozen)
     with frozen(model), on_device(model, device), lean(model, head_mask, dtype) as lean_columns:
         if preconditioner is not None:
             preconditioner.check(layers)
             preconditioner = preconditioner.to(model.device)
-        products = _Products(model, layers, batch_tokens, dtype, lean_columns, preconditioner)
+        products = _Products(
+            model, layers, batch_tokens, dtype, lean_columns, preconditioner, loss, query_loss
+        )
         products_QN, squares_Q, squares_N = products.of_all(
             queries, trains, normalize == "cosine", advance
         )
@@ -225,7 +233,7 @@ class _Products:
     Attributes:
         model: the model, prepared by `frozen` and `lean`.
         layers: the layers whose parameters are selected.
-        batch_tokens, dtype, preconditioner: as in `exact_influence`.
+        batch_tokens, dtype, preconditioner, loss, query_loss: as in `exact_influence`.
         lean_columns: what `lean` has left of the layers.
     """
 
@@ -235,6 +243,8 @@ class _Products:
     dtype: torch.dtype | None
     lean_columns: LeanColumns
     preconditioner: Preconditioner | None
+    loss: ExampleLoss
+    query_loss: ExampleLoss
 
     @property
     def device(self) -> torch.device:
@@ -281,7 +291,10 @@ class _Products:
             yield send(torch.tensor(rows), self.device), batch
 
     def _capture(
-        self, batch: dict[str, Tensor], on_captured: Callable[[Captured], None]
+        self,
+        batch: dict[str, Tensor],
+        on_captured: Callable[[Captured], None],
+        loss: ExampleLoss,
     ) -> Tensor | None:
         """Run a batch through the model; see `gradients.capture.capture`.
 
@@ -299,7 +312,7 @@ class _Products:
             captured = scaled_gradients(captured, exponents[0])
             on_captured(captured if self.preconditioner else _side_by_side(captured))
 
-        capture(self.model, self.layers, batch, hand_on, self.dtype, self.lean_columns)
+        capture(self.model, self.layers, batch, hand_on, self.dtype, self.lean_columns, loss=loss)
         return exponents[0] if exponents else None
 
     def _query_blocks(self, queries: list[dict[str, Any]]) -> Iterator[list[_CapturedBatch]]:
@@ -307,7 +320,7 @@ class _Products:
         block, size = list[_CapturedBatch](), 0
         for rows, batch in self._batches(queries):
             captured: list[Captured] = []
-            exponents_B = self._capture(batch, captured.append)
+            exponents_B = self._capture(batch, captured.append, self.query_loss)
             groups = {_name(group): group for group in captured}
             captured_batch = _CapturedBatch(rows, exponents_B, groups)
             if block and size + captured_batch.num_bytes > QUERY_BLOCK_BYTES:
@@ -341,7 +354,7 @@ class _Products:
             if squares_N is not None:
                 squares_N.index_add_(0, rows, self._squares(captured))
 
-        exponents_B = self._capture(batch, multiply)
+        exponents_B = self._capture(batch, multiply, self.loss)
         return tiles, exponents_B
 
     def _add_products(self, query: Captured, train: Captured, out: Tensor) -> None:

@@ -23,6 +23,12 @@ from tracmod.models.loading import (
     config_class_names,
     first_line_of,
 )
+from tracmod.models.loss import ExampleLoss, described_loss, own_loss
+
+HOW_TO_STATE = (
+    "--loss, --label-smoothing or --class-weights; a function of your own as `loss` of "
+    "tracmod.collect_features or tracmod.exact_influence"
+)
 
 # File of a checkpoint's folder: Adam's second moment after its bias correction, by parameter name.
 SECOND_MOMENT = "second_moment.safetensors"
@@ -41,6 +47,8 @@ class Checkpoint:
         rate_source: a phrase that says where the learning rate comes from.
         is_guess: whether the learning rate may differ from the mean of those that were used.
         frozen: full names of the parameters that these steps did not train.
+        loss: the loss of the training, as `ExampleLoss.to_json` returns it; `{"kind": "unknown"}`
+            if it was seen to be none that was stated, None if it was not recorded.
     """
 
     path: Path
@@ -50,10 +58,11 @@ class Checkpoint:
     rate_source: str = "no learning rate is recorded or logged"
     is_guess: bool = False
     frozen: tuple[str, ...] = ()
+    loss: Mapping[str, Any] | None = None
 
 
 def load_checkpoints(paths: Iterable[str | Path]) -> list[Checkpoint]:
-    """Read epoch, step, learning rate and frozen parameters of checkpoint folders, in order.
+    """Read what checkpoint folders record of their training, in the order given.
 
     A folder that tracmod or `TracInCallback` wrote has them in `tracmod.json`. Otherwise they come
     from the Trainer's `trainer_state.json`, where the epoch is rounded and the learning rate is the
@@ -79,7 +88,9 @@ def load_checkpoints(paths: Iterable[str | Path]) -> list[Checkpoint]:
         previous = max((step for step in steps if step < record.step), default=0)
         rate = record.learning_rate_since(previous)
         checkpoints.append(
-            Checkpoint(folder, record.epoch or position, record.step, *rate, record.frozen)
+            Checkpoint(
+                folder, record.epoch or position, record.step, *rate, record.frozen, record.loss
+            )
         )
     return checkpoints
 
@@ -149,6 +160,56 @@ def checkpoint_folders(folder: Path) -> list[Path]:
             f"found none"
         )
     return [path for _, path in sorted(numbered)]
+
+
+def recorded_loss(folder: str | Path) -> Mapping[str, Any] | None:
+    """Return the loss that the `tracmod.json` of a model's folder records; None without one.
+
+    Raises:
+        ValueError: the file is malformed.
+    """
+    file = Path(folder) / "tracmod.json"
+    return _loss(file, _read_object(file)) if file.is_file() else None
+
+
+def loss_of_checkpoints(
+    checkpoints: Sequence[Checkpoint], config: Any, stated: ExampleLoss | None = None
+) -> ExampleLoss:
+    """Return the loss that checkpoints were trained with.
+
+    Args:
+        checkpoints: the checkpoints of one training.
+        config: the model's config, which decides where nothing is recorded.
+        stated: the loss that the user states.
+
+    Raises:
+        ValueError: the checkpoints record different losses, or one that is not the stated one; or
+            they record one that only Python has or that is unknown, and none is stated.
+    """
+    own = own_loss(config).to_json()
+    first = checkpoints[0].loss or own
+    for checkpoint in checkpoints:
+        loss = checkpoint.loss or own
+        is_known = loss["kind"] not in ("unknown", "function")
+        if stated is None and not is_known:
+            raise ValueError(
+                f"{checkpoint.path}: expected a known loss, got {described_loss(loss)} in "
+                f"tracmod.json: the training used a loss of its own; state it ({HOW_TO_STATE})"
+            )
+        if stated is None and loss != first:
+            raise ValueError(
+                f"{checkpoint.path}: expected the loss of {checkpoints[0].path}, "
+                f"{described_loss(first)}, got {described_loss(loss)}; checkpoints of one training "
+                f"have one loss"
+            )
+        if stated is not None and checkpoint.loss and is_known and loss != stated.to_json():
+            raise ValueError(
+                f"{checkpoint.path}: expected the loss that tracmod.json records, "
+                f"{described_loss(loss)}, got {stated}"
+            )
+    chosen = ExampleLoss.from_json(first) if stated is None else stated
+    chosen.check_outputs(int(config.num_labels or 0))
+    return chosen
 
 
 def check_checkpoint(path: Path, config: Any) -> None:
@@ -243,6 +304,7 @@ class _TrainingRecord(NamedTuple):
     logged_rates: Mapping[int, float] = MappingProxyType({})
     log: frozenset[str] = frozenset()
     logged_late: bool = False
+    loss: Mapping[str, Any] | None = None
 
     def learning_rate_since(self, previous: int) -> _Rate:
         """Return the mean rate of the steps after step `previous`, and where it comes from."""
@@ -285,6 +347,7 @@ def _training_record(folder: Path) -> _TrainingRecord:
             _number(ours, tree, "learning_rate") if known else None,
             int(_number(ours, tree, "steps")) if "steps" in tree else None,
             _names(ours, tree, "frozen_parameters"),
+            loss=_loss(ours, tree),
         )
     if theirs.is_file():
         tree = {"epoch": 0, "global_step": 0, "log_history": []} | _read_object(theirs)
@@ -318,6 +381,13 @@ def _names(file: Path, tree: dict[str, Any], name: str) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"{file}: expected {name} to be a list of names, got {json.dumps(values)}")
     return tuple(values)
+
+
+def _loss(file: Path, tree: dict[str, Any]) -> Mapping[str, Any] | None:
+    loss = tree.get("loss")
+    if loss is not None and not (isinstance(loss, dict) and isinstance(loss.get("kind"), str)):
+        raise ValueError(f"{file}: expected loss to be an object with its kind, got {loss!r}")
+    return loss
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Encode, check and batch examples; compute a classifier's loss, predictions and accuracy.
+"""Encode, check and batch examples; compute a classifier's predictions and accuracy.
 
 Shape suffixes: B examples of a batch, S tokens, N examples, C classes.
 """
@@ -6,13 +6,12 @@ Shape suffixes: B examples of a batch, S tokens, N examples, C classes.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     PreTrainedModel,
@@ -21,6 +20,7 @@ from transformers import (
 
 from tracmod.choices import whole_number
 from tracmod.models.architecture import embeddings_module, max_positions
+from tracmod.models.loss import ExampleLoss, loss_of_examples
 
 Example = dict[str, Any]  # input_ids, attention_mask, labels and perhaps token_type_ids
 
@@ -63,7 +63,8 @@ def encode(
 
     Args:
         tokenizer: the model's tokenizer.
-        table: `pyarrow.Table` with the columns id, text_a, text_b (nullable) and label.
+        table: `pyarrow.Table` with the columns id, text_a, text_b (nullable) and label (a number,
+            or a list of them).
         max_length: largest number of tokens, special tokens included.
         num_labels: number of the model's outputs. If given, labels are checked against it (not for
             1, a regression).
@@ -88,7 +89,7 @@ def encode(
             f"takes, got {max_length}"
         )
     ids, labels = table.column("id").to_pylist(), table.column("label").to_pylist()
-    if num_labels is not None and num_labels > 1:
+    if num_labels is not None and num_labels > 1 and not any(isinstance(n, list) for n in labels):
         for example_id, label in zip(ids, labels, strict=True):
             if not 0 <= label < num_labels:
                 raise ValueError(
@@ -254,9 +255,12 @@ def example_length(example: Mapping[str, Any]) -> int:
 
 
 def check_examples(
-    model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], name: str = "dataset"
-) -> None:
-    """Raise an error at the first example that the model cannot take.
+    model: PreTrainedModel,
+    examples: Sequence[Mapping[str, Any]],
+    name: str = "dataset",
+    loss: ExampleLoss | None = None,
+) -> ExampleLoss:
+    """Raise an error at the first example that the model or its loss cannot take.
 
     An id outside an embedding table would otherwise be an error without an example's name on the
     CPU, and an assertion that ends the process on a GPU.
@@ -265,35 +269,43 @@ def check_examples(
         model: the classifier.
         examples: examples from `as_examples`.
         name: name of the dataset in error messages.
+        loss: the loss; None for the one that transformers chooses for the model and these labels.
+
+    Returns:
+        The loss.
 
     Raises:
         ValueError: an id is outside the vocabulary, an example has more tokens than the model has
-            positions, a label is not a class (not a finite number, for a model with one output),
-            token types are in some rows only or unknown to the model, or the model has several
-            labels per text.
+            positions, a label is not one of the loss (a class; a number for each output; 0 to 1 for
+            each of several labels), token types are in some rows only or unknown to the model, or
+            the loss is not one of the model.
     """
     check_classifier(model)
-    if model.config.problem_type == "multi_label_classification":
-        raise ValueError(
-            f"{type(model).__name__}: expected a model with one label per text, "
-            f"got problem_type multi_label_classification"
-        )
+    loss = loss_of_examples(model.config, examples, loss)
     embeddings: Any = embeddings_module(model)
     table_sizes = {"input_ids": embeddings.word_embeddings.num_embeddings}
     if getattr(embeddings, "token_type_embeddings", None) is not None:
         table_sizes["token_type_ids"] = embeddings.token_type_embeddings.num_embeddings
     longest, num_labels = max_positions(model), int(model.config.num_labels or 0)
+    loss.check_outputs(num_labels)
     columns = examples[0].keys() if examples else ()
     for row, example in enumerate(examples):
-        problem = _label_problem(example["labels"], num_labels)
+        problem = loss.label_problem(example["labels"], num_labels)
         if len(example["input_ids"]) > longest:
             problem = f"at most {longest} tokens, got {len(example['input_ids'])}"
         for column, size in table_sizes.items():
             problem = problem or _id_problem(column, example.get(column, [0]), size)
+        if loss.function is not None and _label_form(example) != _label_form(examples[0]):
+            problem = problem or "a label of the same form as in row 0, got another one"
         if example.keys() != columns:
             problem = "token_type_ids in all rows or in none, got them in some"
         if problem:
             raise ValueError(f"{name}: row {row}: expected {problem}")
+    if loss.function is not None and examples:
+        loss.check_function(
+            torch.tensor([example["labels"] for example in examples[:3]]), num_labels
+        )
+    return loss
 
 
 def check_classifier(model: PreTrainedModel) -> None:
@@ -311,24 +323,10 @@ def check_classifier(model: PreTrainedModel) -> None:
         raise ValueError(f"model: expected {name}, got {kind.__name__}")
 
 
-def _label_problem(label: Any, num_labels: int) -> str | None:
-    if num_labels == 1:
-        valid = isinstance(label, int | float) and math.isfinite(label)
-        return None if valid else f"a number as its label, got {label!r}"
-    if type(label) is int and 0 <= label < num_labels:
-        return None
-    return f"an integer label from 0 to {num_labels - 1}, got {label!r}{_mark_of(label)}"
-
-
-def _mark_of(label: Any) -> str:
-    """Return what a label that is no class usually means, to follow it in a message."""
-    if label == -1:
-        return ", the usual mark of examples without a label"
-    if label == -100:
-        return ", the usual mark of examples that a loss leaves out"
-    if isinstance(label, float) and label.is_integer():
-        return " (transformers takes float labels for several labels per text)"
-    return ""
+def _label_form(example: Mapping[str, Any]) -> int | None:
+    """Return the number of a label's values, or None if it is a single number and no list."""
+    label = example["labels"]
+    return len(label) if isinstance(label, list | tuple) else None
 
 
 def _id_problem(column: str, ids: Sequence[Any], size: int) -> str | None:
@@ -383,7 +381,7 @@ def collate(
 
     Returns:
         `input_ids`, `attention_mask` and, if the examples have them, `token_type_ids`: (B, S)
-        int64. `labels`: (B,) int64, or float32 if the labels are floats.
+        int64. `labels`: (B,), or (B, C) if labels are lists; int64, or float32 if they are floats.
     """
     longest = max(len(example["input_ids"]) for example in examples)
     batch: dict[str, Tensor] = {}
@@ -412,26 +410,6 @@ def pad_token_id(model: PreTrainedModel) -> int:
     """Return the id that `collate` pads with for this model, 0 if its config has none."""
     pad_id = model.config.pad_token_id
     return 0 if pad_id is None else int(pad_id)
-
-
-def per_example_loss(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """Compute the loss of each example, without a mean over the batch.
-
-    `-log softmax(logits)[label]`, or `(logit - label)^2` for a model with one output. Logits of
-    lower precision are widened to float32 first; float64 stays float64.
-
-    Args:
-        logits_BC: (B, C).
-        labels_B: (B,) class indices, or targets if C is 1.
-
-    Returns:
-        (B,).
-    """
-    if logits_BC.dtype != torch.float64:
-        logits_BC = logits_BC.float()
-    if logits_BC.shape[-1] == 1:
-        return (logits_BC.squeeze(-1) - labels_B.to(logits_BC.dtype)).square()
-    return nn.functional.cross_entropy(logits_BC, labels_B, reduction="none")
 
 
 @torch.no_grad()

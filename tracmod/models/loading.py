@@ -408,6 +408,7 @@ def _label_config(label_names: Sequence[str]) -> dict[str, Any]:
         "num_labels": len(label_names),
         "id2label": dict(enumerate(label_names)),
         "label2id": {label: index for index, label in enumerate(label_names)},
+        "problem_type": None,  # of the encoder's earlier training; a study's is cross entropy
     }
 
 

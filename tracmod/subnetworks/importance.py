@@ -21,10 +21,10 @@ from tracmod.models.inputs import (
     accuracy,
     collate,
     pad_token_id,
-    per_example_loss,
     plan_batches,
     predict,
 )
+from tracmod.models.loss import per_example_loss
 from tracmod.subnetworks.head_mask import HeadMask, masked, matching_layers
 
 

@@ -12,12 +12,18 @@ from typing import Any
 
 import pyarrow as pa
 
+from tracmod.choices import LossKind
 from tracmod.config import TaskConfig
 from tracmod.tasks.columns import NO_LANGUAGE, check_columns, check_language, choose_columns
 from tracmod.tasks.examples import POOL_SCHEMA, SCHEMA, SPLITS, Corpus, Pool
+from tracmod.tasks.label_vectors import (
+    LARGEST_TARGET,
+    expected_label_list,
+    label_list_text,
+    label_vector,
+)
 from tracmod.tasks.readers import read_rows, shown, shown_names, stated_class_names, text_fault
 
-LARGEST_TARGET = 3.4028234e38  # of float32, in which losses are computed
 MOST_DIGITS = 18  # of a whole number that int64 holds
 # A text in quotation marks, with doubled ones within: what writers of quoted TSV make of quotes.
 QUOTED_AS_IN_CSV = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
@@ -74,6 +80,7 @@ def read_model_files(
     columns: Mapping[str, str] | None = None,
     language: str | None = None,
     *,
+    loss_kind: LossKind = "cross_entropy",
     model_inputs: Collection[str] = (),
     notes: list[str] | None = None,
 ) -> list[pa.Table]:
@@ -98,6 +105,9 @@ def read_model_files(
         columns: our column name -> the name in the files, where they differ; a file without that
             column may have it under our name. An empty name: the column is not read.
         language: the language of the examples of files without a column of languages.
+        loss_kind: the kind of the model's loss. With `binary_cross_entropy`, a label is a list of
+            names, or of a number from 0 to 1 for each label; with `squared_error` and several
+            outputs, a list of targets. The labels of the tables are then lists of float64.
         model_inputs: columns that are refused, because they are inputs of the model, which takes
             texts here.
         notes: gets a sentence for everything that a file does not say: its ids, its language.
@@ -111,8 +121,13 @@ def read_model_files(
     check_columns(columns)
     if language is not None:
         check_language(language)
+    has_lists = loss_kind == "binary_cross_entropy" or (
+        loss_kind == "squared_error" and len(label_names) > 1
+    )
     files = [
-        _RawFile.read(path, columns, language, required=False, refused=model_inputs)
+        _RawFile.read(
+            path, columns, language, required=False, refused=model_inputs, label_lists=has_lists
+        )
         for path in paths
     ]
     for name_in_file in columns.values():
@@ -126,7 +141,10 @@ def read_model_files(
             f"language: expected none, because every file has a column of languages, got "
             f"{language!r}"
         )
-    tables = _model_tables(files, label_names)
+    if has_lists:
+        tables = [file.vector_table(loss_kind, label_names).select(SCHEMA.names) for file in files]
+    else:
+        tables = _model_tables(files, label_names)
     if notes is not None:
         notes.extend(note for file in files for note in file.notes)
     return tables
@@ -211,8 +229,8 @@ class _RawFile:
         path: the file.
         lines: the line number of each row.
         values: column name -> value of each row.
-        label_kinds: what the label of each row is in the file: text, number, boolean, or stated (a
-            number that the schema of the file has a name for; its value is the name).
+        label_kinds: what the label of each row is in the file: text, number, boolean, list, or
+            stated (a number that the schema of the file has a name for; its value is the name).
         class_names: the names of the label numbers, if the schema of the file states them.
         names_in_file: the names of the columns in the file.
         has_languages: whether the file states the language of its rows.
@@ -237,6 +255,7 @@ class _RawFile:
         *,
         required: bool = True,
         refused: Collection[str] = (),
+        label_lists: bool = False,
     ) -> _RawFile:
         """Read and check a file.
 
@@ -247,6 +266,8 @@ class _RawFile:
                 column), or None.
             required: whether the file must have ids and languages; if not, see `choose_columns`.
             refused: columns that the file must not have.
+            language: the language of all rows, or None if the file has a language column.
+            label_lists: whether labels may be lists; they become JSON text, of the kind list.
 
         Raises:
             ValueError: an unknown or a missing column, no rows, or a malformed row.
@@ -291,6 +312,9 @@ class _RawFile:
             elif language_names is not None:
                 cells["language"] = _stated_name(cells["language"], language_names)
             kind = _label_kind(cells["label"])
+            list_text = label_list_text(cells["label"], class_names) if label_lists else None
+            if list_text is not None:
+                kind, cells["label"] = "list", list_text
             fault = fault or _clean(cells)
             if fault is None and is_tsv:
                 fault = _quoted_text(cells)
@@ -403,6 +427,27 @@ class _RawFile:
         label_field = pa.field("label", pa.float64())
         schema = POOL_SCHEMA.set(POOL_SCHEMA.get_field_index("label"), label_field)
         return pa.table(self.values | {"label": targets}, schema)
+
+    def vector_table(self, kind: LossKind, label_names: Sequence[str]) -> pa.Table:
+        """Return the rows with `POOL_SCHEMA`, but labels as lists of float64, one per output.
+
+        Raises:
+            ValueError: a label is no such list.
+        """
+        vectors = []
+        for line, label, label_kind in zip(
+            self.lines, self.values["label"], self.label_kinds, strict=True
+        ):
+            vector = label_vector(label, kind, label_names) if label_kind == "list" else None
+            if vector is None:
+                raise ValueError(
+                    f"{self.path}:{line}: unknown label {label}, expected "
+                    f"{expected_label_list(kind, label_names)}"
+                )
+            vectors.append(vector)
+        label_field = pa.field("label", pa.list_(pa.float64()))
+        schema = POOL_SCHEMA.set(POOL_SCHEMA.get_field_index("label"), label_field)
+        return pa.table(self.values | {"label": vectors}, schema)
 
 
 def target_of(text: str) -> float | None:

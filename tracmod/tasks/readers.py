@@ -79,7 +79,8 @@ def stated_class_names(path: str | Path) -> dict[str, list[str]]:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         return {
             column: [str(name) for name in feature["names"]]
-            for column, feature in features.items()
+            for column, stated in features.items()
+            for feature in [stated.get("feature", stated)]  # of a list, that of its values
             if feature.get("_type") == "ClassLabel" and feature.get("names")
         }
     except KeyError:

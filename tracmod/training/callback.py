@@ -32,16 +32,26 @@ from tracmod.files.durable import write_json
 from tracmod.models.architecture import attention_layers
 from tracmod.models.checkpoints import SECOND_MOMENT, check_checkpoint
 from tracmod.models.loading import has_tokenizer
+from tracmod.models.loss import ExampleLoss, LossFunction, as_loss, own_loss
+from tracmod.training.loss_watch import LossWatch
 
 
 class TracInCallback(TrainerCallback):
     """Makes every checkpoint of a Trainer one that `tracmod attribute --checkpoints` can weight.
 
     Beside each checkpoint that the Trainer saves, the callback writes `tracmod.json`: {epoch, step,
-    learning_rate, steps}, where learning_rate is the mean rate of the optimizer steps since the
-    previous checkpoint, and steps their number. Steps are the optimizer's, also with gradient
-    accumulation. If these steps trained only some parameters, `frozen_parameters` names the others:
-    those with `requires_grad=False`, in no parameter group, or in groups whose rate was 0.
+    learning_rate, steps, loss, loss_verified}, where learning_rate is the mean rate of the
+    optimizer steps since the previous checkpoint, and steps their number. Steps are the
+    optimizer's, also with gradient accumulation. If these steps trained only some parameters,
+    `frozen_parameters` names the others: those with `requires_grad=False`, in no parameter group,
+    or in groups whose rate was 0.
+
+    The loss is that of the Trainer: transformers' own, with its `label_smoothing_factor`. Class
+    weights and functions of your own are stated as `loss`. In the first steps, the gradients that
+    arrive at the logits are compared with those of this loss. If they differ (`compute_loss` or
+    `compute_loss_func` computes another one), a warning says so, and the loss is recorded as
+    unknown, which `tracmod attribute` and `tracmod check` refuse. Parts of a loss that do not pass
+    through the logits are not seen, nor is a loss that changes later in the training.
 
     A training resumed from a checkpoint records the same rates as an uninterrupted one: the sum
     over the steps starts anew at each checkpoint, so there is nothing to carry over.
@@ -73,7 +83,7 @@ class TracInCallback(TrainerCallback):
         ...     _ = trainer.train()
         ...     json.loads(pathlib.Path(folder, "checkpoint-2", "tracmod.json").read_text())
         {'train_runtime': ...}
-        {'epoch': 1, 'step': 2, 'learning_rate': 0.0035, 'steps': 2}
+        {'epoch': 1, 'step': 2, 'learning_rate': 0.0035, 'steps': 2, 'loss': ...}
     """
 
     def __init__(
@@ -81,6 +91,8 @@ class TracInCallback(TrainerCallback):
         tokenizer: PreTrainedTokenizerBase | None = None,
         every: Literal["epoch"] | None = None,
         second_moment: bool = False,
+        *,
+        loss: ExampleLoss | LossFunction | None = None,
     ) -> None:
         """Choose what to add to the Trainer's own checkpoints.
 
@@ -92,15 +104,20 @@ class TracInCallback(TrainerCallback):
             second_moment: whether each checkpoint also gets `second_moment.safetensors`, Adam's
                 second moment by parameter name, for `--preconditioner adam`. It is as large as the
                 weights.
+            loss: the loss of an example, if `compute_loss` or `compute_loss_func` computes another
+                one than transformers: an `ExampleLoss`, such as one with class weights, or a
+                function of logits (B, C) and labels (B, ...) that returns a loss per example.
 
         Raises:
-            ValueError: another value of `every`.
+            ValueError: another value of `every`, or `loss` is no loss.
         """
         if every not in (None, "epoch"):
             raise ValueError(f"every: expected None or 'epoch', got {every!r}")
         self.tokenizer = tokenizer
         self.every = every
         self.second_moment = second_moment
+        self.loss = as_loss(loss)
+        self._watch: LossWatch | None = None
         # Sum of the learning rates and number of optimizer steps since the previous checkpoint.
         self._rate_sum = 0.0
         self._steps = 0
@@ -125,6 +142,9 @@ class TracInCallback(TrainerCallback):
         """
         self._begin_checkpoint()  # an earlier training of this object may have failed
         attention_layers(kwargs["model"])
+        if self.loss is not None:
+            self.loss.check_outputs(int(kwargs["model"].config.num_labels or 0))
+        self._watch_loss(args, kwargs["model"])
         if state.is_hyper_param_search:
             raise ValueError("TracInCallback: expected one training, got a hyperparameter search")
         if self.every and args.save_strategy == "best":
@@ -151,6 +171,16 @@ class TracInCallback(TrainerCallback):
         Before the step, because the scheduler sets the next step's rate right after it; later
         events no longer see the rate that was used.
         """
+        if self._watch is not None and self._watch.is_watching:
+            self._watch.end_step()
+            if self._watch.differs:
+                self._warn(
+                    state,
+                    f"the training's loss is not {self._loss(args, kwargs['model'])}: its "
+                    f"gradients at the logits differ. Checkpoints record an unknown loss, which "
+                    f"`tracmod attribute` refuses; state the loss, "
+                    f"TracInCallback(loss=tracmod.ExampleLoss(...)) or a function per example",
+                )
         rates = [float(group["lr"]) for group in kwargs["optimizer"].param_groups]
         if len(set(rates)) > 1:
             self._warn(
@@ -163,6 +193,57 @@ class TracInCallback(TrainerCallback):
         trainable = _trainable(kwargs["model"], kwargs["optimizer"])
         self._trainable |= trainable.keys()
         self._moved |= {name for name, rate in trainable.items() if rate}
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop watching the loss, after a training of few steps."""
+        if self._watch is not None:
+            self._watch.stop()
+
+    def _watch_loss(self, args: TrainingArguments, model: nn.Module) -> None:
+        """Watch the first steps, unless hooks would become part of a compiled model."""
+        if self._watch is not None:
+            self._watch.stop()  # of a training that failed
+        self._watch = None
+        is_compiled = getattr(model, "_compiled_call_impl", None) is not None
+        if args.torch_compile or is_compiled:
+            return
+
+        def loss_of(labels: Tensor | None) -> ExampleLoss:
+            float_vectors = labels is not None and labels.dim() > 1 and labels.is_floating_point()
+            return self._loss(args, model, float_vectors=float_vectors)
+
+        one_factor = not args.fp16 and args.gradient_accumulation_steps == 1
+        self._watch = LossWatch(model, loss_of, one_factor=one_factor)
+
+    def _loss(
+        self, args: TrainingArguments, model: Any, *, float_vectors: bool = False
+    ) -> ExampleLoss:
+        """Return the loss that was stated, or else the Trainer's."""
+        if self.loss is not None:
+            return self.loss
+        own = own_loss(model.config, float_vectors=float_vectors)
+        # The Trainer does not smooth several labels per text.
+        if own.kind == "cross_entropy" and args.label_smoothing_factor:
+            return ExampleLoss(label_smoothing=args.label_smoothing_factor)
+        return own
+
+    def _loss_record(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module
+    ) -> dict[str, Any]:
+        """Return what a checkpoint records of its loss."""
+        watch, loss = self._watch, self._loss(args, model)
+        if watch is not None and watch.differs:
+            return {"loss": {"kind": "unknown"}, "loss_verified": False}
+        verified = watch is not None and watch.matched
+        if not verified:
+            self._warn(
+                state,
+                f"the loss could not be verified (a compiled model, or labels that the model is "
+                f"not given): the checkpoints record {loss}; TracInCallback(loss=...) states it",
+            )
+        return {"loss": loss.to_json(), "loss_verified": verified}
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -210,6 +291,7 @@ class TracInCallback(TrainerCallback):
             "step": state.global_step,
             "learning_rate": rate_sum / steps,
             "steps": steps,
+            **self._loss_record(args, state, kwargs["model"]),
         }
         frozen = sorted({_plain_name(name) for name, _ in model.named_parameters()} - trained)
         if frozen:

@@ -33,7 +33,8 @@ from tracmod.choices import PassDtype, Sampling, SharedParameters
 from tracmod.models.architecture import embeddings_module
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import model_digest
-from tracmod.models.inputs import collate, pad_token_id, per_example_loss
+from tracmod.models.inputs import collate, pad_token_id
+from tracmod.models.loss import per_example_loss
 from tracmod.subnetworks.head_mask import HeadMask, head_slices, masked, matching_layers
 from tracmod.subnetworks.importance import head_importance, mask_least_important, masked_accuracy
 from tracmod.training.folder import TrainingFolder

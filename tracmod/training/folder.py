@@ -37,8 +37,8 @@ class TrainingFolder:
 
     ```
     training.json          settings and digests of what is trained on what
-    checkpoint-<epoch>/    transformers format, tokenizer, tracmod.json {epoch, step, learning_rate}
-                           and, if wanted, second_moment.safetensors
+    checkpoint-<epoch>/    transformers format, tokenizer, tracmod.json {epoch, step, learning_rate,
+                           loss} and, if wanted, second_moment.safetensors
     metrics.json           [{epoch, step, learning_rate, train_loss, accuracy: {language: share}}]
     masks/epoch-<epoch>/   <language>.json, the head masks of the epoch; only for dynamic masks
     resume/<step>/         model.safetensors, optimizer.safetensors, state.json; removed at the end
@@ -100,7 +100,12 @@ class TrainingFolder:
         with quiet_transformers():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-        record: dict[str, Any] = {"epoch": epoch, "step": step, "learning_rate": learning_rate}
+        record: dict[str, Any] = {
+            "epoch": epoch,
+            "step": step,
+            "learning_rate": learning_rate,
+            "loss": {"kind": "cross_entropy"},
+        }
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         if frozen:
             record["frozen_parameters"] = frozen

@@ -30,6 +30,7 @@ from tracmod.files.tensor_cache import read_tensors, write_tensors
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.influence.exact import exact_influence
 from tracmod.influence.scores import TopInfluences, influence_scores, top_of_scores
+from tracmod.models.loss import ExampleLoss
 from tracmod.subnetworks.head_mask import HeadMask
 
 # Largest sample, and its largest share of the passes of a run. A certificate costs about twice the
@@ -126,6 +127,7 @@ def exact_sample_scores(
     identity: dict[str, Any],
     preconditioner: Preconditioner | None = None,
     include_frozen: bool = False,
+    loss: ExampleLoss | None = None,
 ) -> Tensor:
     """Return `exact_influence` of a sample at one checkpoint, computed once and then read.
 
@@ -137,6 +139,8 @@ def exact_sample_scores(
         batch_tokens: bound on the tokens of a batch, as in the pass for the features.
         keep_in: folder for the scores, in a file named after `identity`.
         identity: everything that the scores depend on.
+        loss: the loss that the model was trained with; queries are measured without its label
+            smoothing and weights. None for the one that transformers chooses.
 
     Returns:
         (Q, N) float32, on the CPU.
@@ -159,6 +163,8 @@ def exact_sample_scores(
             dtype=getattr(torch, dtype),
             preconditioner=preconditioner,
             include_frozen=include_frozen,
+            loss=loss,
+            query_loss=None if loss is None else loss.measured,
         )
         tensors = {"scores": scores_QN.cpu()}
         write_tensors(file, tensors, identity)

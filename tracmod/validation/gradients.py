@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import LabelSmoother
 
 from tracmod import kernels
+from tracmod.choices import StatedLossKind
 from tracmod.gradients.capture import Captured, capture, select_layers, warn_of_frozen
 from tracmod.gradients.lean_pass import LeanColumns, lean
-from tracmod.models.checkpoints import freeze, recorded_frozen
-from tracmod.models.inputs import collate, encode, pad_token_id, per_example_loss
+from tracmod.models.checkpoints import (
+    Checkpoint,
+    freeze,
+    loss_of_checkpoints,
+    recorded_frozen,
+    recorded_loss,
+)
+from tracmod.models.inputs import check_examples, collate, encode, pad_token_id
 from tracmod.models.loading import class_names, load_model
+from tracmod.models.loss import (
+    ExampleLoss,
+    LossFunction,
+    as_loss,
+    loss_of_examples,
+    own_loss,
+    stated_loss,
+)
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import HeadMask, masked
 
@@ -55,6 +72,9 @@ def check_model(
     include_frozen: bool = False,
     *,
     columns: Mapping[str, str] | None = None,
+    loss: StatedLossKind | None = None,
+    label_smoothing: float | None = None,
+    class_weights: str | None = None,
 ) -> list[GradientError]:
     """Run `check_gradients` for a model folder on the first examples of a file.
 
@@ -67,19 +87,24 @@ def check_model(
         max_length: longest length in tokens, lowered to that of the tokenizer.
         include_frozen: as in `collect_features`.
         columns: our column -> its name in the file, where they differ.
+        loss, label_smoothing, class_weights: the loss of the training, as in `AttributionOptions`.
     """
     # Imported here because tasks need pydantic, which a GPU machine that tests the engine may lack.
-    from tracmod.tasks.files import read_model_examples
+    from tracmod.tasks.files import read_model_files
 
     model, tokenizer = load_model(source)
     mask = None if head_mask is None else HeadMask.load(head_mask)
     labels = class_names(model)
-    table = read_model_examples(data, labels, columns).slice(0, num_examples)
+    stated = stated_loss(loss, label_smoothing, class_weights, labels)
+    trained = Checkpoint(Path(source), 1, 0, learning_rate=None, loss=recorded_loss(source))
+    trained_loss = loss_of_checkpoints([trained], model.config, stated)
+    (table,) = read_model_files([data], labels, columns, loss_kind=trained_loss.kind)
+    table = table.slice(0, num_examples)
     max_length = min(max_length, tokenizer.model_max_length)
     examples = encode(tokenizer, table, max_length, num_labels=len(labels))
     if not include_frozen:
         freeze(model, recorded_frozen(source), source)
-    return check_gradients(model, examples, parameters, mask, include_frozen)
+    return check_gradients(model, examples, parameters, mask, include_frozen, loss=trained_loss)
 
 
 def check_gradients(
@@ -88,6 +113,8 @@ def check_gradients(
     parameters: str = "all",
     head_mask: HeadMask | None = None,
     include_frozen: bool = False,
+    *,
+    loss: ExampleLoss | LossFunction | None = None,
 ) -> list[GradientError]:
     """Compare the gradients that the engine captures with one-example autograd in float64.
 
@@ -101,20 +128,25 @@ def check_gradients(
         parameters: as in `collect_features`.
         head_mask: mask to apply on both sides; None for none.
         include_frozen: as in `collect_features`.
+        loss: as in `collect_features`. The engine's own is used for the engine only: autograd
+            differentiates the loss of transformers (`reference_loss`).
 
     Returns:
         One error per kind of parameter.
 
     Raises:
-        ValueError: there are no examples.
+        ValueError: there are no examples, or the model or the loss does not take one.
     """
     if not examples:
         raise ValueError("examples: expected at least 1, got none")
     warn_of_frozen(model, parameters, include_frozen)
     layers = select_layers(model, parameters, include_frozen)
+    chosen = check_examples(model, examples, "examples", as_loss(loss))
     double = copy.deepcopy(model).double()
     with frozen(model), lean(model, head_mask) as lean_columns:
-        engine = engine_gradients(model, examples, parameters, lean_columns, include_frozen)
+        engine = engine_gradients(
+            model, examples, parameters, lean_columns, include_frozen, loss=chosen
+        )
     by_kind: dict[str, list[str]] = {}
     for layer in layers:
         for name in layer.parameter_names:
@@ -122,7 +154,7 @@ def check_gradients(
     with masked(model, head_mask), masked(double, head_mask):
         errors = torch.tensor(
             [
-                _errors(model, double, example, gradients, by_kind)
+                _errors(model, double, example, gradients, by_kind, chosen)
                 for example, gradients in zip(examples, engine, strict=True)
             ]
         )
@@ -138,11 +170,12 @@ def _errors(
     example: Mapping[str, Any],
     engine: Mapping[str, Tensor],
     by_kind: Mapping[str, list[str]],
+    loss: ExampleLoss,
 ) -> list[tuple[float, float]]:
     """Return the relative errors (engine, autograd) of one example for every kind."""
     names = [name for members in by_kind.values() for name in members]
-    truth = autograd_gradients(double, example, names)
-    plain = autograd_gradients(model, example, names)
+    truth = autograd_gradients(double, example, names, loss=loss)
+    plain = autograd_gradients(model, example, names, loss=loss)
     return [
         (_relative_error(engine, truth, members), _relative_error(plain, truth, members))
         for members in by_kind.values()
@@ -166,6 +199,8 @@ def engine_gradients(
     parameters: str = "all",
     lean_columns: LeanColumns | None = None,
     include_frozen: bool = False,
+    *,
+    loss: ExampleLoss | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the whole gradients of each example of one padded batch, by name of the parameter.
 
@@ -177,6 +212,7 @@ def engine_gradients(
         parameters: as in `collect_features`.
         lean_columns: what `lean` has left of the layers, if it is used.
         include_frozen: as in `collect_features`.
+        loss: the loss; None for the one that transformers chooses.
 
     Yields:
         One example's gradients; zeros for a parameter that the engine shows nothing of.
@@ -189,7 +225,7 @@ def engine_gradients(
         for position, layer in enumerate(group.layers):
             captured[layer.name] = group.of([position]).with_all_columns()
 
-    capture(model, layers, batch, keep, lean_columns=lean_columns)
+    capture(model, layers, batch, keep, lean_columns=lean_columns, loss=loss)
 
     def example_gradients(row: int) -> dict[str, Tensor]:
         gradients: dict[str, Tensor] = {}
@@ -241,7 +277,11 @@ def _whole_gradients(captured: Captured, row: int) -> list[Tensor]:
 
 
 def autograd_gradients(
-    model: PreTrainedModel, example: Mapping[str, Any], names: Sequence[str]
+    model: PreTrainedModel,
+    example: Mapping[str, Any],
+    names: Sequence[str],
+    *,
+    loss: ExampleLoss | None = None,
 ) -> dict[str, Tensor]:
     """Compute the gradient of one example's loss with autograd, with dropout off.
 
@@ -249,6 +289,7 @@ def autograd_gradients(
         model: the model, in any floating dtype.
         example: an encoded example.
         names: names of the parameters.
+        loss: the loss; None for the one that transformers chooses.
 
     Returns:
         Gradient by name; zeros for parameters that the loss does not depend on.
@@ -262,9 +303,9 @@ def autograd_gradients(
         for parameter in selected:
             parameter.requires_grad_(True)
         batch = collate([example], pad_token_id(model), next(model.parameters()).device)
-        labels = batch.pop("labels")
-        loss = per_example_loss(model(**batch).logits, labels).sum()
-        gradients = torch.autograd.grad(loss, selected, allow_unused=True)
+        value = reference_loss(model, batch, loss or loss_of_examples(model.config, [example]))
+        selected = [parameters[name] for name in names]
+        gradients = torch.autograd.grad(value, selected, allow_unused=True)
     finally:
         model.train(was_training)
         for parameter, requires_grad in zip(selected, required, strict=True):
@@ -273,6 +314,52 @@ def autograd_gradients(
         name: torch.zeros_like(parameters[name]) if gradient is None else gradient
         for name, gradient in zip(names, gradients, strict=True)
     }
+
+
+def reference_loss(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], loss: ExampleLoss
+) -> Tensor:
+    """Compute the loss of a batch of one example by the code of transformers or torch, not ours.
+
+    The model's own loss is what the model returns for labels, and label smoothing is that of the
+    Trainer. The other losses are the modules of torch; a function of the user is called itself.
+
+    Args:
+        model: the model; its config is left as it is.
+        batch: inputs and labels of one example.
+        loss: the loss.
+
+    Returns:
+        A scalar.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels = batch["labels"]
+    if loss.kind in ("squared_error", "binary_cross_entropy"):
+        labels = labels.to(model.dtype)  # as transformers needs them
+    takes_labels = "labels" in inspect.signature(model.forward).parameters
+    float_vectors = labels.dim() > 1 and labels.is_floating_point()
+    if takes_labels and loss == own_loss(model.config, float_vectors=float_vectors):
+        problem_type = model.config.problem_type
+        try:
+            return model(**inputs, labels=labels).loss
+        finally:
+            model.config.problem_type = problem_type  # which transformers sets
+    logits_BC = model(**inputs).logits
+    if loss.function is not None:
+        return loss.function(logits_BC, labels).sum()
+    if loss.kind == "squared_error":
+        return nn.MSELoss()(logits_BC, labels.reshape(logits_BC.shape))
+    if loss.kind == "binary_cross_entropy":
+        weights = None if loss.pos_weight is None else logits_BC.new_tensor(loss.pos_weight)
+        return nn.BCEWithLogitsLoss(pos_weight=weights)(logits_BC, labels)
+    if loss.class_weights is None and loss.label_smoothing:
+        return LabelSmoother(loss.label_smoothing)({"logits": logits_BC}, labels)
+    weights = None if loss.class_weights is None else logits_BC.new_tensor(loss.class_weights)
+    smoothing = loss.label_smoothing
+    # A mean over a batch of one would divide by the weight.
+    return nn.CrossEntropyLoss(weights, reduction="sum", label_smoothing=smoothing)(
+        logits_BC, labels
+    )
 
 
 def _kind(model: PreTrainedModel, name: str) -> str:

@@ -14,7 +14,13 @@ from tqdm import tqdm
 
 from tracmod.files.durable import write_json
 from tracmod.study.context import RunContext
-from tracmod.study.run_features import Digests, LoadedCheckpoint, store_identity, view_features
+from tracmod.study.run_features import (
+    STUDY_LOSS,
+    Digests,
+    LoadedCheckpoint,
+    store_identity,
+    view_features,
+)
 from tracmod.validation.fidelity import (
     Sample,
     Terms,
@@ -74,6 +80,7 @@ def score_sample(context: RunContext, loaded: LoadedCheckpoint, keep_in: Path) -
         keep_in=keep_in,
         identity=identity,
         preconditioner=loaded.preconditioner,
+        loss=STUDY_LOSS,
     )
 
 

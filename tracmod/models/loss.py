@@ -171,7 +171,7 @@ class ExampleLoss:
         if self.kind == "cross_entropy":
             if type(label) is int and 0 <= label < num_labels:
                 return None
-            problem = f"an integer label from 0 to {num_labels - 1}, got {label!r}"
+            problem = f"an integer label from 0 to {num_labels - 1}, got {label!r}{_mark_of(label)}"
             if isinstance(label, list | tuple):
                 problem += (
                     "; a model with several labels per text has problem_type "
@@ -492,3 +492,14 @@ def _like(weights: Sequence[float] | None, logits_BC: Tensor) -> Tensor | None:
 
 def _counted(count: int, name: str) -> str:
     return f"a {name}" if count == 1 else f"a list of {count} {name}s"
+
+
+def _mark_of(label: Any) -> str:
+    """Return what a label that is no class usually means, to follow it in a message."""
+    if label == -1:
+        return ", the usual mark of examples without a label"
+    if label == -100:
+        return ", the usual mark of examples that a loss leaves out"
+    if isinstance(label, float) and label.is_integer():
+        return " (transformers takes float labels for several labels per text)"
+    return ""

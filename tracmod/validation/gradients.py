@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,34 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tracmod import kernels
-from tracmod.gradients.capture import Captured, capture, select_layers
-from tracmod.gradients.lean_pass import LeanColumns, lean
-from tracmod.models.inputs import collate, encode, pad_token_id, per_example_loss
+from tracmod.gradients.capture import Captured, ModelPass, capture, select_layers
+from tracmod.gradients.verified_pass import verified_pass
+from tracmod.models.inputs import (
+    as_examples,
+    check_examples,
+    encode,
+    num_cut,
+    per_example_loss,
+    unwrapped,
+)
 from tracmod.models.loading import class_names, load_model
-from tracmod.models.modes import frozen
+from tracmod.models.modes import evaluating, frozen, in_float64
+from tracmod.models.plain_pass import given_batch, logits_of, model_logits
 from tracmod.subnetworks.head_mask import HeadMask, masked
+
+# Relative error up to which gradients count as right whatever that of autograd is.
+ROUNDING = 1e-5
+# Relative error above which no comparison passes: float32 itself is then too coarse for the model.
+CEILING = 1e-3
 
 
 @dataclass(frozen=True)
 class GradientError:
-    """Error of the gradients of one kind of parameter.
+    """Error of the gradients of one kind of parameter, or of the logits.
 
     Attributes:
-        kind: such as "encoder linear weight".
-        num_parameters: number of parameter tensors of this kind.
+        kind: such as "encoder linear weight", or "logits".
+        num_parameters: number of parameter tensors of this kind; 0 for logits.
         engine: `|engine - autograd64| / |autograd64|`, the largest over the examples; norms run
             over all parameters of the kind.
         autograd: the same for float32 autograd, the error of float32 itself.
@@ -39,9 +52,38 @@ class GradientError:
     autograd: float
 
     @property
+    def verdict(self) -> str:
+        """Return "ok", "WRONG" or "imprecise".
+
+        WRONG is an error of more than twice that of float32 autograd and more than `ROUNDING`.
+        Imprecise is an error above `CEILING` that float32 autograd has, too: it cannot be told from
+        a fault, and scores would be as far from the truth.
+        """
+        if not self.engine <= max(2 * self.autograd, ROUNDING):
+            return "WRONG"
+        return "ok" if max(self.engine, self.autograd) <= CEILING else "imprecise"
+
+    @property
     def passed(self) -> bool:
-        """Whether the error is at most twice that of float32 autograd, or 1e-5."""
-        return self.engine <= max(2 * self.autograd, 1e-5)
+        """Whether the verdict is "ok"."""
+        return self.verdict == "ok"
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """The result of `check_model`.
+
+    Attributes:
+        errors: as `check_gradients` returns them.
+        num_examples: number of examples that were compared.
+        num_cut: how many of their texts had more than `max_length` tokens, and were cut.
+        max_length: longest length in tokens.
+    """
+
+    errors: list[GradientError]
+    num_examples: int
+    num_cut: int
+    max_length: int
 
 
 def check_model(
@@ -51,7 +93,7 @@ def check_model(
     head_mask: Path | None = None,
     num_examples: int = 8,
     max_length: int = 128,
-) -> list[GradientError]:
+) -> ModelCheck:
     """Run `check_gradients` for a model folder on the first examples of a file.
 
     Args:
@@ -71,7 +113,8 @@ def check_model(
     table = read_model_examples(data, labels).slice(0, num_examples)
     max_length = min(max_length, tokenizer.model_max_length)
     examples = encode(tokenizer, table, max_length, num_labels=len(labels))
-    return check_gradients(model, examples, parameters, mask)
+    errors = check_gradients(model, examples, parameters, mask)
+    return ModelCheck(errors, len(examples), num_cut(tokenizer, table, max_length), max_length)
 
 
 def check_gradients(
@@ -82,58 +125,70 @@ def check_gradients(
 ) -> list[GradientError]:
     """Compare the gradients that the engine captures with one-example autograd in float64.
 
-    All examples go through the engine as one padded batch, and through autograd one by one without
-    padding, so that padding, masks and the scale of the loss are part of the comparison. The
-    gradients of one example are held at a time: memory is a few times that of the model.
+    The engine's side is the pass that `collect_features` and `exact_influence` make, with all
+    examples as one padded batch where the model allows it. The other side is the model in float64,
+    in its own pass, one example at a time as it was given: no mask, batch or module of the engine
+    takes part in it. The logits of both are compared, too. The gradients of one example are
+    held at a time: memory is a few times that of the model.
 
     Args:
-        model: a float32 model on the CPU.
+        model: a float32 model on the CPU; left as it was.
         examples: encoded examples, as `encode` returns them.
         parameters: as in `collect_features`.
         head_mask: mask to apply on both sides; None for none.
 
     Returns:
-        One error per kind of parameter.
+        One error for the logits, and one per kind of parameter.
 
     Raises:
-        ValueError: there are no examples.
+        ValueError: there are no examples, or the model or an example is one that
+            `collect_features` refuses.
     """
+    model, examples = unwrapped(model), as_examples(examples, "examples")
     if not examples:
         raise ValueError("examples: expected at least 1, got none")
-    double = copy.deepcopy(model).double()
-    with frozen(model), lean(model, head_mask) as lean_columns:
-        engine = engine_gradients(model, examples, parameters, lean_columns)
+    check_examples(model, examples, "examples")
+    layers = select_layers(model, parameters)
+    logits: dict[int, Tensor] = {}
+    with frozen(model), verified_pass(model, examples, layers, head_mask) as model_pass:
+        engine = engine_gradients(model, examples, parameters, model_pass, logits)
     by_kind: dict[str, list[str]] = {}
-    for layer in select_layers(model, parameters):
+    for layer in layers:
         for name in layer.parameter_names:
             by_kind.setdefault(_kind(model, name), []).append(name)
-    with masked(model, head_mask), masked(double, head_mask):
+    with masked(model, head_mask):
         errors = torch.tensor(
             [
-                _errors(model, double, example, gradients, by_kind)
-                for example, gradients in zip(examples, engine, strict=True)
+                _errors(model, example, gradients | {"logits": logits[row]}, by_kind)
+                for row, (example, gradients) in enumerate(zip(examples, engine, strict=True))
             ]
         )
+    counts = {"logits": 0} | {kind: len(names) for kind, names in by_kind.items()}
     return [
-        GradientError(kind, len(names), *worst)
-        for (kind, names), worst in zip(by_kind.items(), errors.amax(dim=0).tolist(), strict=True)
+        GradientError(kind, count, *worst)
+        for (kind, count), worst in zip(counts.items(), errors.amax(dim=0).tolist(), strict=True)
     ]
 
 
 def _errors(
     model: PreTrainedModel,
-    double: PreTrainedModel,
     example: Mapping[str, Any],
     engine: Mapping[str, Tensor],
     by_kind: Mapping[str, list[str]],
 ) -> list[tuple[float, float]]:
-    """Return the relative errors (engine, autograd) of one example for every kind."""
+    """Return the relative errors (engine, autograd) of one example for the logits and every kind.
+
+    The logits of each side are beside its gradients, under the name "logits".
+    """
     names = [name for members in by_kind.values() for name in members]
-    truth = autograd_gradients(double, example, names)
     plain = autograd_gradients(model, example, names)
+    plain["logits"] = own_logits(model, example)
+    with in_float64(model):
+        truth = autograd_gradients(model, example, names)
+        truth["logits"] = own_logits(model, example)
     return [
         (_relative_error(engine, truth, members), _relative_error(plain, truth, members))
-        for members in by_kind.values()
+        for members in (["logits"], *by_kind.values())
     ]
 
 
@@ -152,42 +207,54 @@ def engine_gradients(
     model: PreTrainedModel,
     examples: Sequence[Mapping[str, Any]],
     parameters: str = "all",
-    lean_columns: LeanColumns | None = None,
+    model_pass: ModelPass | None = None,
+    logits: dict[int, Tensor] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the whole gradients of each example of one padded batch, by name of the parameter.
+    """Return the whole gradients of each example by name of the parameter, as an iterator.
 
-    Only for checks, within `frozen(model)`: the engine exists in order not to form them.
+    The examples pass through the model at once, as one padded batch or one by one. Only for checks,
+    within `frozen(model)`: the engine exists in order not to form gradients.
 
     Args:
         model: the model.
         examples: encoded examples.
         parameters: as in `collect_features`.
-        lean_columns: what `lean` has left of the layers, if it is used.
+        model_pass: what `verified_pass` has chosen; None for the model's own pass.
+        logits: receives the logits (C,) of every example by its number, if given.
 
     Yields:
         One example's gradients; zeros for a parameter that the engine shows nothing of.
     """
-    layers = select_layers(model, parameters)
-    batch = collate(examples, pad_token_id(model), next(model.parameters()).device)
-    captured: dict[str, Captured] = {}
+    layers, model_pass = select_layers(model, parameters), model_pass or ModelPass()
+    # For every example, the layers of its batch and its row there.
+    captured: list[tuple[dict[str, Captured], int]] = [({}, 0)] * len(examples)
+    for rows, batch in model_pass.batches(model, examples, batch_tokens=1 << 30):
+        by_layer: dict[str, Captured] = {}
+        outputs: list[Any] = []
+        hook = model.register_forward_hook(lambda *_, outputs=outputs: outputs.append(_[2]))
+        with hook:
+            capture(model, layers, batch, partial(_keep, by_layer), model_pass=model_pass)
+        for position, row in enumerate(rows):
+            captured[row] = by_layer, position
+            if logits is not None:
+                logits[row] = logits_of(outputs[0])[position].detach()
 
-    def keep(group: Captured) -> None:
-        for position, layer in enumerate(group.layers):
-            captured[layer.name] = group.of([position]).with_all_columns()
-
-    capture(model, layers, batch, keep, lean_columns=lean_columns)
-
-    def example_gradients(row: int) -> dict[str, Tensor]:
+    def example_gradients(by_layer: Mapping[str, Captured], row: int) -> dict[str, Tensor]:
         gradients: dict[str, Tensor] = {}
         for layer in layers:
-            if layer.name in captured:
-                whole = _whole_gradients(captured[layer.name], row)
+            if layer.name in by_layer:
+                whole = _whole_gradients(by_layer[layer.name], row)
             else:
                 whole = [torch.zeros_like(model.get_parameter(n)) for n in layer.parameter_names]
             gradients |= dict(zip(layer.parameter_names, whole, strict=True))
         return gradients
 
-    return (example_gradients(row) for row in range(len(examples)))
+    return (example_gradients(*place) for place in captured)
+
+
+def _keep(by_layer: dict[str, Captured], group: Captured) -> None:
+    for position, layer in enumerate(group.layers):
+        by_layer[layer.name] = group.of([position]).with_all_columns()
 
 
 def _whole_gradients(captured: Captured, row: int) -> list[Tensor]:
@@ -198,12 +265,14 @@ def _whole_gradients(captured: Captured, row: int) -> list[Tensor]:
     layer, only = captured.layers[0], slice(row, row + 1)
     x, g = captured.x[only], captured.g[0][only]
     if layer.kind == "embedding":
-        gradient = torch.zeros(layer.in_features, layer.out_features, device=g.device)
+        gradient = torch.zeros(
+            layer.in_features, layer.out_features, dtype=torch.float32, device=g.device
+        )
         return [gradient.index_add_(0, x[0], g[0])]
     k_out, k_in = layer.out_features, layer.in_features + layer.bias
     if layer.kind == "elementwise":
         k_out, k_in = 1 + layer.bias, layer.in_features
-    out = torch.zeros(1, k_out * k_in, device=g.device)
+    out = torch.zeros(1, k_out * k_in, dtype=torch.float32, device=g.device)
     kernels.project_gradients(
         x,
         g,
@@ -238,20 +307,22 @@ def autograd_gradients(
         Gradient by name; zeros for parameters that the loss does not depend on.
     """
     parameters = dict(model.named_parameters())
-    was_training = model.training
-    model.eval()
-    try:
-        batch = collate([example], pad_token_id(model), next(model.parameters()).device)
-        labels = batch.pop("labels")
-        loss = per_example_loss(model(**batch).logits, labels).sum()
+    with evaluating(model):
+        batch = given_batch(model, example)
+        loss = per_example_loss(model_logits(model, batch), batch["labels"]).sum()
         selected = [parameters[name] for name in names]
         gradients = torch.autograd.grad(loss, selected, allow_unused=True)
-    finally:
-        model.train(was_training)
     return {
         name: torch.zeros_like(parameters[name]) if gradient is None else gradient
         for name, gradient in zip(names, gradients, strict=True)
     }
+
+
+@torch.no_grad()
+def own_logits(model: PreTrainedModel, example: Mapping[str, Any]) -> Tensor:
+    """Compute the logits (C,) of one example in the model's own pass, with dropout off."""
+    with evaluating(model):
+        return model_logits(model, given_batch(model, example))[0]
 
 
 def _kind(model: PreTrainedModel, name: str) -> str:

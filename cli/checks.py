@@ -46,15 +46,15 @@ def check(
 
     Uses your own model and data. Prints the relative error against the model's own pass in float64
     for the logits and every kind of parameter, beside the error of plain float32 autograd. Exits
-    with code 1 if an error exceeds twice that of autograd and 1e-5, or if float32 itself is too
-    coarse for the model: if autograd's error exceeds 1e-3, too. Models and examples that
-    `attribute` refuses are refused.
+    with code 1 if an error exceeds twice that of autograd and 1e-5, or 0.01 in any case. Warns if
+    float32 autograd itself is further than 1e-4 from float64. Models and examples that `attribute`
+    refuses are refused.
 
     \b
     Example:
       tracmod check --model my-model --data train.tsv
     """
-    from tracmod.validation.gradients import check_model
+    from tracmod.validation.gradients import FAR, check_model
 
     result = check_model(model, data, parameters, head_mask, examples, max_length)
     click.echo(f"{'parameters':44} {'tensors':>7} {'engine':>9} {'autograd':>9}")
@@ -64,15 +64,15 @@ def check(
     click.echo(
         f"{result.num_cut} of {result.num_examples} texts were cut at {result.max_length} tokens"
     )
-    verdicts = {error.verdict for error in result.errors}
-    if "WRONG" in verdicts:
-        fail("the engine's gradients differ from autograd's")
-    if "imprecise" in verdicts:
-        worst = max(result.errors, key=lambda error: error.autograd)
-        fail(
-            f"float32 is too coarse for this model: the gradients of plain float32 autograd differ "
-            f"from float64 by {worst.autograd:.1e} ({worst.kind})"
+    worst = max(result.errors, key=lambda error: error.autograd)
+    if worst.autograd > FAR:
+        click.echo(
+            f"warning: float32 is coarse for this model and these examples: plain float32 autograd "
+            f"differs from float64 by {worst.autograd:.1e} ({worst.kind})",
+            err=True,
         )
+    if not all(error.passed for error in result.errors):
+        fail("the engine's gradients differ from autograd's")
 
 
 @click.command()

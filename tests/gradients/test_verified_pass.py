@@ -503,12 +503,13 @@ def test_the_check_fails_for_the_form_of_attention_that_a_short_probe_leaves(mon
     assert not all(error.passed for error in check_gradients(model, examples))
 
 
-def test_float32_that_is_too_coarse_does_not_pass():
-    model = tiny_encoder()
-    with torch.no_grad():  # an attention whose scores are rounded by more than 1
-        for layer in attention_layers(model):
-            layer.query.weight.mul_(3e3)
-            layer.key.weight.mul_(3e3)
-    errors = check_gradients(model, ragged_examples(4))
-    assert any(error.autograd > 1e-3 for error in errors)
-    assert not all(error.passed for error in errors)
+@pytest.mark.parametrize(("bias", "verdict"), [(0, "ok"), (9, "imprecise"), (13, "WRONG")])
+def test_float32_that_is_too_coarse_does_not_pass(bias, verdict):
+    model, examples = tiny_encoder("bert"), ragged_examples(3)
+    with torch.no_grad():
+        model.classifier.bias[0] += bias  # losses of 1, 2e-4 and 4e-6
+    for example in examples:
+        example["labels"] = 0
+    errors = {error.kind: error for error in check_gradients(model, examples)}
+    assert errors["logits"].verdict == "ok"
+    assert errors["encoder linear weight"].verdict == verdict

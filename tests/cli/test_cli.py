@@ -562,7 +562,11 @@ def test_check_compares_with_autograd(model_dir, files):
     output = invoke("check", "--model", model_dir, "--data", files[0])
     assert "embeddings embedding weight" in output
     assert "encoder layernorm bias" in output
+    assert "logits" in output
     assert "WRONG" not in output
+    assert "0 of 8 texts were cut" in output
+    cut = invoke("check", "--model", model_dir, "--data", files[0], "--max-length", 4)
+    assert re.search(r"[1-8] of 8 texts were cut at 4 tokens", cut)
 
 
 def test_verify_names_a_flipped_bit(model_dir, files, tmp_path):

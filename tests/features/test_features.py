@@ -13,7 +13,6 @@ from tracmod.features.collector import Collector, collect_to_store
 from tracmod.features.projection import projection_keys
 from tracmod.features.recipe import FeatureRecipe
 from tracmod.gradients.capture import select_layers
-from tracmod.gradients.lean_pass import lean
 from tracmod.kernels import reference
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import head_slices
@@ -384,11 +383,12 @@ def test_no_batch_waits_for_the_gpu(dtype):
     model, examples = tiny_encoder().cuda(), ragged_examples(12)
     mask = tm.HeadMask.from_array([[0, 1, 1], [1, 1, 0]])
     collector = Collector(model, tm.Projection(600), dtype=dtype, head_mask=mask)
-    with frozen(model), lean(model, mask, dtype) as lean_columns:
-        collector.collect_lean(examples, lean_columns)  # the first use may wait
+    with frozen(model), collector.verified(examples) as model_pass:
+        assert model_pass.ready_mask
+        collector.collect_verified(examples, model_pass)  # the first use may wait
         torch.cuda.set_sync_debug_mode("error")
         try:
-            collector.collect_lean(examples, lean_columns)
+            collector.collect_verified(examples, model_pass)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -31,6 +31,7 @@ def autograd_matrix(model, examples, parameters):
 def test_every_kind_of_parameter_is_within_twice_the_error_of_plain_autograd(family, batch):
     errors = check_gradients(tiny_encoder(family), ragged_examples(batch), "all")
     assert {error.kind for error in errors} == {
+        "logits",
         "embeddings embedding weight",
         *(f"{part} layernorm {name}" for part in ("embeddings", "encoder") for name in KINDS),
         *(f"{part} linear {name}" for part in ("encoder", "classifier") for name in KINDS),

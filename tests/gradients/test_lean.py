@@ -8,7 +8,7 @@ from encoders import ragged_examples, tiny_encoder
 from tiny_models import tiny_examples, tiny_model
 
 import tracmod as tm
-from tracmod.gradients.capture import capture, select_layers
+from tracmod.gradients.capture import ModelPass, capture, select_layers
 from tracmod.gradients.lean_pass import lean
 from tracmod.models.architecture import attention_layers
 from tracmod.models.inputs import collate, pad_token_id
@@ -40,7 +40,7 @@ def shapes(model, mask=None):
     examples = ragged_examples(5)
     with frozen(model), lean(model, mask) as lean_columns:
         layers = [layer for layer in select_layers(model) if layer.kind == "linear"]
-        capture(model, layers, batch_of(model, examples), note, lean_columns=lean_columns)
+        capture(model, layers, batch_of(model, examples), note, None, ModelPass(lean_columns))
     return layer_shapes
 
 
@@ -83,9 +83,8 @@ def test_electra_is_lean():
     with frozen(model), lean(model) as lean_columns:
         layers = [la for la in select_layers(model) if la.name.endswith("layer.1.output.dense")]
         batch = batch_of(model, tiny_examples(4))
-        capture(
-            model, layers, batch, lambda c: seen.append(c.x.shape[1]), lean_columns=lean_columns
-        )
+        model_pass = ModelPass(lean_columns)
+        capture(model, layers, batch, lambda c: seen.append(c.x.shape[1]), None, model_pass)
     assert seen == [1]
 
 

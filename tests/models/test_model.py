@@ -29,10 +29,11 @@ import tracmod as tm
 from tracmod.models.architecture import attention_layers, embeddings_module
 from tracmod.models.checkpoints import load_checkpoints
 from tracmod.models.digests import model_digest, tokenizer_digest
-from tracmod.models.inputs import accuracy, collate, encode, plan_batches, predict
+from tracmod.models.inputs import accuracy, collate, encode, plan_batches
 from tracmod.models.loading import create_model, load_classifier, load_model, max_tokens
 from tracmod.models.loss import per_example_loss
 from tracmod.models.modes import resolve_device
+from tracmod.models.plain_pass import predict
 from tracmod.models.tokenizer import read_sentencepiece, train_tokenizer
 
 REAL_VOCABULARY = Path(

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracmod.models.architecture import attention_layers
-from tracmod.models.inputs import collate, pad_token_id, predict
+from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.loss import per_example_loss
+from tracmod.models.plain_pass import predict
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
 from tracmod.subnetworks.importance import head_importance, mask_least_important
 

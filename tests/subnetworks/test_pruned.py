@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import tracmod as tm
 from tracmod.cli import main
 from tracmod.models.architecture import attention_layers
-from tracmod.models.inputs import predict
 from tracmod.models.loading import load_model
+from tracmod.models.plain_pass import predict
 from tracmod.study.export import export_subnetwork
 from tracmod.study.pipeline import run_stages
 from tracmod.study.run_folder import RunFolder

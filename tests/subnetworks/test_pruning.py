@@ -11,7 +11,7 @@ from tiny_models import tiny_examples, tiny_model
 from torch import nn
 
 from tracmod.models.architecture import attention_layers
-from tracmod.models.inputs import predict
+from tracmod.models.plain_pass import predict
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.subnetworks.importance import head_importance, masked_accuracy
 from tracmod.subnetworks.pruning import PruneResult, combine_masks, prune

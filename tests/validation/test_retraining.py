@@ -23,9 +23,10 @@ from tracmod.cli import main
 from tracmod.config import Method
 from tracmod.engine.local import LocalEngine
 from tracmod.models.digests import model_digest
-from tracmod.models.inputs import encode, predict
+from tracmod.models.inputs import encode
 from tracmod.models.loading import load_classifier, load_model
 from tracmod.models.loss import per_example_loss
+from tracmod.models.plain_pass import predict
 from tracmod.report.wording.retraining import METHOD_NAMES, sentences
 from tracmod.study.context import RunContext
 from tracmod.study.pipeline import run_stages

@@ -44,8 +44,8 @@ from tracmod.influence.scores import (
 )
 from tracmod.influence.streaming import Sizes, check_memory
 from tracmod.models.checkpoints import Checkpoint, checkpoint_folders
-from tracmod.models.inputs import predict
 from tracmod.models.loading import has_tokenizer
+from tracmod.models.plain_pass import predict
 from tracmod.subnetworks.head_mask import masked
 
 PROGRESS = "progress"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from tracmod.attribution.options import AttributionOptions
 from tracmod.attribution.weights import checkpoint_notes, choose_weights
@@ -36,7 +36,7 @@ from tracmod.models.checkpoints import (
     recorded_loss,
 )
 from tracmod.models.digests import tokenizer_digest
-from tracmod.models.inputs import encode, other_inputs
+from tracmod.models.inputs import encode, num_cut, other_inputs
 from tracmod.models.loading import class_names, load_classifier, load_model
 from tracmod.models.loss import stated_loss
 from tracmod.models.modes import frozen, resolve_device, to_device, trained_names
@@ -370,16 +370,6 @@ class AttributionContext:
         """Open a progress bar over the examples of all checkpoints."""
         total = per_checkpoint * len(self.checkpoints)
         return tqdm(total=total, desc="attribute", unit="example", disable=None)
-
-
-def num_cut(tokenizer: PreTrainedTokenizerBase, table: pa.Table, max_length: int) -> int:
-    """Return how many examples of a table have more than `max_length` tokens."""
-    texts = zip(table["text_a"].to_pylist(), table["text_b"].to_pylist(), strict=True)
-    # verbose=False: no warning about a text that is too long for the model, since none is given it.
-    return sum(
-        len(tokenizer(text_a, text_b, truncation=False, verbose=False)["input_ids"]) > max_length
-        for text_a, text_b in texts
-    )
 
 
 def _numbered_checkpoints(options: AttributionOptions) -> list[Checkpoint]:

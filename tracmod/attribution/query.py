@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tracmod.attribution.context import num_cut
 from tracmod.attribution.sources import AttributionSource, RunSource, Source
 from tracmod.choices import whole_number
 from tracmod.features.rows import SomeRows, StoreRows
@@ -22,8 +21,9 @@ from tracmod.features.store import FeatureStore
 from tracmod.files.durable import read_json
 from tracmod.influence.index import InfluenceIndex, gpu_number
 from tracmod.influence.scores import TopInfluences, top_influences
-from tracmod.models.inputs import as_examples, encode, predict
+from tracmod.models.inputs import as_examples, encode, num_cut
 from tracmod.models.modes import frozen
+from tracmod.models.plain_pass import predict
 from tracmod.subnetworks.head_mask import masked
 from tracmod.tasks.files import target_of, target_text
 from tracmod.tasks.label_vectors import NO_LABEL, label_vector_text

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,17 +26,21 @@ from tracmod import kernels
 from tracmod.choices import whole_number
 from tracmod.features.projection import Projection, Slot, projection_keys
 from tracmod.features.store import FeatureStore
-from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
-from tracmod.gradients.lean_pass import LeanColumns, lean
+from tracmod.gradients.capture import (
+    Captured,
+    Layer,
+    ModelPass,
+    capture,
+    select_layers,
+    warn_of_frozen,
+)
 from tracmod.gradients.preconditioner import Preconditioner
+from tracmod.gradients.verified_pass import verified_pass
 from tracmod.models.inputs import (
     as_examples,
     check_examples,
-    collate,
-    example_length,
-    pad_token_id,
-    plan_batches,
     send,
+    unwrapped,
 )
 from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen, on_device
@@ -93,33 +98,40 @@ class Collector:
             examples: Checked examples with `input_ids`, `labels` and possibly more columns.
             advance: Called after each batch with its number of examples.
         """
-        with lean(self.model, self.head_mask, self.dtype) as lean_columns:
-            return self.collect_lean(examples, lean_columns, advance)
+        with self.verified(examples) as model_pass:
+            return self.collect_verified(examples, model_pass, advance)
 
-    def collect_lean(
+    def verified(self, examples: Sequence[Mapping[str, Any]]) -> AbstractContextManager[ModelPass]:
+        """Return the context in which all of the examples may be collected, in parts."""
+        return verified_pass(self.model, examples, self.layers, self.head_mask, self.dtype)
+
+    def collect_verified(
         self,
         examples: Sequence[Mapping[str, Any]],
-        lean_columns: LeanColumns,
+        model_pass: ModelPass,
         advance: Callable[[int], Any] | None = None,
     ) -> Tensor:
-        """Like `collect`, for callers already inside `lean`. Never waits for the GPU."""
+        """Like `collect`, for callers already inside `verified`. Never waits for the GPU."""
         device = next(self.model.parameters()).device
         if self.preconditioner is not None:
             self.preconditioner = self.preconditioner.to(device)
-        features = torch.zeros(len(examples), self.projection.dim, device=device)
-        lengths = [example_length(example) for example in examples]
-        for rows in plan_batches(lengths, self.batch_tokens):
-            batch = collate([examples[row] for row in rows], pad_token_id(self.model), device)
+        features = torch.zeros(
+            len(examples), self.projection.dim, dtype=torch.float32, device=device
+        )
+        for rows, batch in model_pass.batches(self.model, examples, self.batch_tokens):
             features.index_copy_(
-                0, send(torch.tensor(rows), device), self._batch(batch, lean_columns)
+                0, send(torch.tensor(rows), device), self._batch(batch, model_pass)
             )
             if advance is not None:
                 advance(len(rows))
         return features
 
-    def _batch(self, batch: Mapping[str, Tensor], lean_columns: LeanColumns) -> Tensor:
+    def _batch(self, batch: Mapping[str, Tensor], model_pass: ModelPass) -> Tensor:
         out_BK = torch.zeros(
-            len(batch["labels"]), self.projection.dim, device=batch["labels"].device
+            len(batch["labels"]),
+            self.projection.dim,
+            dtype=torch.float32,
+            device=batch["labels"].device,
         )
 
         def project(captured: Captured) -> None:
@@ -129,7 +141,7 @@ class Collector:
             for part, slot in self._by_slot(captured):
                 self._project(part, slot, out_BK)
 
-        capture(self.model, self.layers, batch, project, self.dtype, lean_columns, loss=self.loss)
+        capture(self.model, self.layers, batch, project, self.dtype, model_pass, loss=self.loss)
         return out_BK
 
     def _by_slot(self, captured: Captured) -> Iterator[tuple[Captured, Slot]]:
@@ -274,6 +286,7 @@ def collect_features(
     Source: Pruthi et al. 2020, arXiv 2002.08484 (TracIn); Choe et al. 2024 (LoGra), arXiv
         2405.13954, section 3 (projection from both sides).
     """
+    model = unwrapped(model)
     examples = as_examples(dataset, "dataset", model)
     loss = check_examples(model, examples, loss=as_loss(loss))
     warn_of_frozen(model, parameters, include_frozen)
@@ -321,11 +334,18 @@ def collect_to_store(
         ValueError: A gradient is not finite; the message names the id of the example.
         OSError: The disk is full; what was written before remains in the store.
     """
-    with ThreadPoolExecutor(max_workers=1) as writer:
+    shards = store.missing_shards() if shards is None else shards
+    if not shards:
+        return
+    with (
+        collector.verified(examples) as model_pass,
+        ThreadPoolExecutor(max_workers=1) as writer,
+    ):
         written: Future[None] | None = None
-        for shard in store.missing_shards() if shards is None else shards:
+        for shard in shards:
             rows = store.shard_range(shard)
-            features = collector.collect(examples[rows.start : rows.stop], advance)
+            shard_examples = examples[rows.start : rows.stop]
+            features = collector.collect_verified(shard_examples, model_pass, advance)
             if written is not None:
                 written.result()  # at most one shard waits in memory; errors are raised here
             written = writer.submit(_write_shard, store, shard, *_to_host(features))

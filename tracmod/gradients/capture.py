@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -34,7 +34,8 @@ from tracmod.gradients.lean_pass import Columns, LeanColumns
 from tracmod.kernels import LayerKind
 from tracmod.models.architecture import attention_layers, embeddings_module
 from tracmod.models.loss import ExampleLoss, loss_of_batch
-from tracmod.models.modes import trained_names
+from tracmod.models.modes import ModelState, trained_names
+from tracmod.models.plain_pass import Batch, batches, model_logits
 
 PARAMETER_SETS = get_args(ParameterSet)
 
@@ -164,9 +165,8 @@ def select_layers(
         include_frozen: Whether parameters with `requires_grad=False` are selected, too.
 
     Raises:
-        ValueError: The selection is unknown, all of its parameters are frozen, or a selected
-            parameter is not part of a Linear, LayerNorm or Embedding module; it would be left out
-            silently.
+        ValueError: The selection is unknown, or a selected parameter is not part of a Linear,
+            LayerNorm or Embedding module (it would be left out silently), or of two of them.
     """
     if parameters not in PARAMETER_SETS:
         expected = ", ".join(PARAMETER_SETS)
@@ -181,6 +181,7 @@ def select_layers(
                 f"were trained, or include frozen ones (include_frozen=True, --include-frozen)"
             )
         selected -= frozen
+    _check_untied(model, selected)
     layers = []
     for layer in _all_layers(model):
         weight, bias = f"{layer.name}.weight" in selected, f"{layer.name}.bias" in selected
@@ -255,6 +256,21 @@ def _all_layers(model: nn.Module) -> list[Layer]:
     return layers
 
 
+def _check_untied(model: nn.Module, selected: set[str]) -> None:
+    """Raise an error if two modules share a selected parameter: one would be left out silently."""
+    owner_of: dict[nn.Parameter, str] = {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{module_name}.{name}"
+            other = owner_of.setdefault(parameter, full_name)
+            if other != full_name and names[parameter] in selected:
+                raise ValueError(
+                    f"{other}: expected a parameter of one module, but {full_name} is the same "
+                    f"(parameters that modules share are not supported)"
+                )
+
+
 def _selected_names(model: nn.Module, parameters: str) -> set[str]:
     """Return the full names of the selected parameters."""
     names = {name for name, _ in model.named_parameters()}
@@ -275,13 +291,39 @@ def _selected_names(model: nn.Module, parameters: str) -> set[str]:
     return of_heads & names  # some models have no biases there
 
 
+@dataclass(frozen=True)
+class ModelPass:
+    """How batches go through a model; `verified_pass` chooses it.
+
+    The default is the model's own pass: it makes the attention mask itself, and examples are padded
+    to a common length.
+
+    Attributes:
+        lean_columns: What `lean` yields, if the pass is run in its context.
+        ready_mask: Whether the attention mask is handed over as (B, 1, S, S), ready to use.
+        alone: Whether every example is a batch by itself, as it was given.
+        state: What is restored after every pass; None for a model whose state the caller restores.
+    """
+
+    lean_columns: LeanColumns = field(default_factory=dict)
+    ready_mask: bool = False
+    alone: bool = False
+    state: ModelState | None = None
+
+    def batches(
+        self, model: Any, examples: Sequence[Mapping[str, Any]], batch_tokens: int
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Yield the row numbers and inputs of batches, as `models.plain_pass.batches` does."""
+        return batches(model, examples, batch_tokens, self.alone)
+
+
 def capture(
     model: nn.Module,
     layers: list[Layer],
     batch: Mapping[str, Tensor],
     on_captured: Callable[[Captured], None],
     dtype: torch.dtype | None = None,
-    lean_columns: LeanColumns | None = None,
+    model_pass: ModelPass | None = None,
     *,
     loss: ExampleLoss | None = None,
 ) -> None:
@@ -297,26 +339,51 @@ def capture(
             device.
         on_captured: Called with what was captured, from the last layer to the first.
         dtype: bfloat16 or float16 for a pass under autocast; None for the dtype of the model.
-        lean_columns: What `lean` yields, if the pass is run in its context.
+        model_pass: What `verified_pass` yields, within its context; None for the model's own pass.
         loss: The loss; None for the one that transformers chooses for the model and the labels.
 
     Raises:
         ValueError: A layer runs twice in one pass, because parameters are shared across depth; or
             the loss depends on no selected layer.
     """
+
+    def loss_of(logits_BC: Tensor) -> Tensor:
+        labels = batch["labels"]
+        return loss_of_batch(model.config, labels, loss)(logits_BC, labels).sum()
+
+    capture_loss(model, layers, batch, on_captured, loss_of, dtype, model_pass)
+
+
+def capture_loss(
+    model: nn.Module,
+    layers: list[Layer],
+    batch: Mapping[str, Tensor],
+    on_captured: Callable[[Captured], None],
+    loss_of: Callable[[Tensor], Tensor],
+    dtype: torch.dtype | None = None,
+    model_pass: ModelPass | None = None,
+) -> None:
+    """Run `capture` for any loss: a function of the logits (B, C) that returns a number."""
+    model_pass = model_pass or ModelPass()
     lengths = token_lengths(batch["attention_mask"])
-    groups = _Groups(lengths, on_captured, lean_columns or {})
+    if model_pass.alone:  # a model whose loss may depend on padding, too
+        lengths = torch.full_like(lengths, batch["attention_mask"].shape[1])
+    groups = _Groups(lengths, on_captured, model_pass.lean_columns)
     with ExitStack() as stack:
+        if model_pass.state is not None:
+            stack.callback(model_pass.state.restore)
         for layer in layers:
-            stack.callback(layer.module.register_forward_hook(groups.hook(layer)).remove)
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        inputs["attention_mask"] = _attention_mask(model, batch["attention_mask"])
+            # Before any hook of the user, which may change the output.
+            hook = layer.module.register_forward_hook(groups.hook(layer), prepend=True)
+            stack.callback(hook.remove)
+        inputs = dict(batch)
+        if model_pass.ready_mask:
+            inputs["attention_mask"] = ready_mask(batch["attention_mask"])
         # Entered without a dtype, too: it then turns off any autocast of the caller.
         with torch.autocast(lengths.device.type, dtype, enabled=dtype is not None):
-            labels = batch["labels"]
-            loss_B = loss_of_batch(model.config, labels, loss)(model(**inputs).logits, labels)
-        if loss_B.requires_grad:
-            torch.autograd.backward(loss_B.sum())
+            loss = loss_of(model_logits(model, inputs))
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
         elif layers:
             raise ValueError(
                 f"{type(model).__name__}: expected a loss that depends on the selected layers, "
@@ -331,14 +398,13 @@ def token_lengths(attention_mask_BS: Tensor) -> Tensor:
     return (attention_mask_BS.ne(0) * position_S).amax(dim=1)
 
 
-def _attention_mask(model: Any, mask_BS: Tensor) -> Tensor:
-    """Return the mask in the form that scaled-dot-product attention takes.
+def ready_mask(mask_BS: Tensor) -> Tensor:
+    """Return the mask in the form that scaled-dot-product attention takes, (B, 1, S, S).
 
     transformers would make it from (B, S), but it first checks whether all of the mask is set, in
-    which case it needs no mask. That check waits for the GPU in every batch.
+    which case it needs no mask. That check waits for the GPU in every batch. A model whose mask
+    depends on more than padding, such as a decoder's, needs to make its own.
     """
-    if model.config._attn_implementation != "sdpa":
-        return mask_BS
     batch, tokens = mask_BS.shape
     return mask_BS.bool()[:, None, None, :].expand(batch, 1, tokens, tokens)
 
@@ -376,6 +442,8 @@ class _Groups:
                     f"ran twice (parameters that are shared across depth are not supported)"
                 )
             self.seen.add(layer.name)
+            if not torch.is_grad_enabled():  # the model stops the gradient here
+                return output
             if not output.requires_grad:  # no selected layer below: the backward pass ends here
                 output = output.detach().requires_grad_()
             batch = len(self.lengths)
@@ -450,6 +518,38 @@ def _captured(group: _Group, lengths: Tensor, lean_columns: LeanColumns) -> Capt
         None if only_bias else columns[0].input,
         tuple(layer_columns.output for layer_columns in columns),
     )
+
+
+def add_gradients(captured: Captured, weights_B: Tensor, total: dict[str, Tensor]) -> None:
+    """Add the weighted gradients of a batch, `sum_b weights[b] G_b`, to a sum.
+
+    For a linear layer `G_b = sum_s g_s x_s^T`, so the sum over examples and tokens is one matrix
+    product of all tokens, and the gradient of a single example is never formed.
+
+    Args:
+        captured: layers that share their input.
+        weights_B: weight of each example.
+        total: sums by name of the parameter, changed in place; others are not computed.
+    """
+    captured = captured.with_all_columns()
+    x_BSI = captured.x if captured.layers[0].kind == "embedding" else captured.x.float()
+    weights_BS = weights_B[:, None].expand(x_BSI.shape[:2])
+    if captured.lengths is not None:
+        position_S = torch.arange(x_BSI.shape[1], device=x_BSI.device)
+        weights_BS = weights_BS * (position_S < captured.lengths[:, None])
+    for layer, g_BSO in zip(captured.layers, captured.g, strict=True):
+        g_TO = (g_BSO.float() * weights_BS[..., None]).flatten(0, 1)
+        weight, bias = (total.get(f"{layer.name}.{name}") for name in ("weight", "bias"))
+        if weight is None:
+            pass
+        elif layer.kind == "linear":
+            weight.addmm_(g_TO.T, x_BSI.flatten(0, 1))
+        elif layer.kind == "elementwise":
+            weight += (g_TO * x_BSI.flatten(0, 1)).sum(dim=0)
+        else:
+            weight.index_add_(0, x_BSI.flatten(), g_TO)
+        if bias is not None and (layer.bias or layer.only_bias):
+            bias += g_TO.sum(dim=0)
 
 
 def _widened(narrow: Tensor, columns: Tensor, width: int) -> Tensor:

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 from tracmod.choices import positive_number, whole_number
 from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
-from tracmod.gradients.lean_pass import lean
 from tracmod.gradients.preconditioner import (
     Metric,
     Preconditioner,
@@ -34,17 +33,11 @@ from tracmod.gradients.preconditioner import (
     input_tokens,
     output_tokens,
 )
-from tracmod.models.inputs import (
-    as_examples,
-    check_examples,
-    collate,
-    example_length,
-    pad_token_id,
-    plan_batches,
-    predict,
-)
+from tracmod.gradients.verified_pass import verified_pass
+from tracmod.models.inputs import as_examples, check_examples, unwrapped
 from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen, on_device
+from tracmod.models.plain_pass import predict
 
 # The share of a layer's mean eigenvalue that is added to each eigenvalue (Grosse et al. 2023,
 # section 2.2).
@@ -127,6 +120,7 @@ def fit_ekfac(
     batch_tokens, seed = whole_number("batch_tokens", batch_tokens), whole_number("seed", seed, 0)
     if labels not in ("sampled", "given"):
         raise ValueError(f"labels: expected sampled or given, got {labels!r}")
+    model = unwrapped(model)
     examples = as_examples(dataset, "dataset", model)
     if not examples:
         raise ValueError("dataset: expected at least one example, got none")
@@ -138,17 +132,18 @@ def fit_ekfac(
         )
     warn_of_frozen(model, parameters, include_frozen)
     layers = select_layers(model, parameters, include_frozen)
-    with frozen(model), on_device(model, device), lean(model) as lean_columns:
+    with (
+        frozen(model),
+        on_device(model, device),
+        verified_pass(model, examples, layers) as model_pass,
+    ):
         if labels == "sampled":
             examples, loss = _with_sampled_labels(model, examples, loss, batch_tokens, seed)
         covariances, curvature = _Covariances(), _Curvature(layers)
 
         def run_pass(on_captured: Callable[[Captured], None]) -> None:
-            lengths = [example_length(example) for example in examples]
-            for rows in plan_batches(lengths, batch_tokens):
-                chosen = [examples[row] for row in rows]
-                batch = collate(chosen, pad_token_id(model), model.device)
-                capture(model, layers, batch, on_captured, lean_columns=lean_columns, loss=loss)
+            for rows, batch in model_pass.batches(model, examples, batch_tokens):
+                capture(model, layers, batch, on_captured, model_pass=model_pass, loss=loss)
                 if advance is not None:
                     advance(len(rows))
 
@@ -281,7 +276,10 @@ class _Curvature:
             self._add_embedding(captured)
             return
         for position, layer in enumerate(captured.layers):
-            metric = Metric(torch.ones((), device=captured.x.device), *self._rotation(layer.name))
+            metric = Metric(
+                torch.ones((), dtype=torch.float32, device=captured.x.device),
+                *self._rotation(layer.name),
+            )
             for _, gradients_bOI in formed_gradients(captured.of([position]), metric):
                 self._sum(layer, captured.x.device).add_(gradients_bOI.square().sum(dim=0))
 
@@ -305,7 +303,9 @@ class _Curvature:
 
     def _sum(self, layer: Layer, device: torch.device) -> Tensor:
         if layer.name not in self.sums:
-            self.sums[layer.name] = torch.zeros(gradient_shape(layer), device=device)
+            self.sums[layer.name] = torch.zeros(
+                gradient_shape(layer), dtype=torch.float32, device=device
+            )
         return self.sums[layer.name]
 
     def metrics(self, count: int, damping: float) -> dict[str, Metric]:
@@ -313,7 +313,7 @@ class _Curvature:
         metrics = {}
         for name, layer in self.layers.items():
             if name not in self.sums:
-                metrics[name] = Metric(torch.zeros(gradient_shape(layer)))
+                metrics[name] = Metric(torch.zeros(gradient_shape(layer), dtype=torch.float32))
                 continue
             mean = self.sums[name] / count
             damped = mean + damping * mean.double().mean().float()

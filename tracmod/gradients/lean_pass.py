@@ -12,10 +12,10 @@ up to rounding, but two things are not computed:
 On the CPU, float32 products that are no wider than their input are computed by `kernels.linear`,
 and passes under autocast use attention that is not fused; both are faster there.
 
-Whether a model permits this is decided by what it computes, not by its class: a probe batch of a
-few tokens is passed through both forms, and where they disagree, the model is left as it is (and
-masked in the ordinary way). A model that only looks like BERT thus gets slower passes, never wrong
-ones.
+Whether a model permits this is decided by what it computes, not by its class: a probe batch of
+a few tokens is passed through both forms, and where they disagree, the model is left as it is (and
+masked in the ordinary way). `verified_pass` then compares gradients on examples of the data. A
+model that only looks like BERT thus gets slower passes, never wrong ones.
 
 Shape suffixes: B examples, S tokens, T rows of a product, I in, O out, H heads.
 """
@@ -234,8 +234,15 @@ def _reads_first_alone(
 
 
 def _replace_forward(stack: ExitStack, block: nn.Module, forward: Forward) -> None:
-    block.forward = forward  # an attribute of the instance, which hides the method of the class
-    stack.callback(delattr, block, "forward")
+    """Give a module another forward pass, which hides the method of its class.
+
+    A forward pass that was given to the instance before, such as accelerate's, comes back later.
+    """
+    if "forward" in vars(block):
+        stack.callback(setattr, block, "forward", block.forward)
+    else:
+        stack.callback(delattr, block, "forward")
+    block.forward = forward
 
 
 # --- float32 products on the CPU ------------------------------------------------------------
@@ -278,6 +285,8 @@ def _torch_is_faster(x: Tensor, columns: int) -> bool:
 
 def _use_native_products(stack: ExitStack, model: nn.Module) -> None:
     for module in model.modules():
+        if "forward" in vars(module):
+            continue
         if type(module) is nn.Linear and module.weight.is_contiguous():
             _replace_forward(stack, module, partial(_native_forward, module))
 

@@ -34,8 +34,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
-from tracmod.gradients.lean_pass import lean
+from tracmod.gradients.capture import (
+    Captured,
+    Layer,
+    add_gradients,
+    capture,
+    select_layers,
+    warn_of_frozen,
+)
+from tracmod.gradients.verified_pass import verified_pass
 from tracmod.influence.exact import (
     NotFiniteError,
     autocast_dtype,
@@ -45,14 +52,7 @@ from tracmod.influence.exact import (
     squared_norms,
 )
 from tracmod.models.architecture import attention_layers
-from tracmod.models.inputs import (
-    as_examples,
-    check_examples,
-    collate,
-    example_length,
-    pad_token_id,
-    plan_batches,
-)
+from tracmod.models.inputs import as_examples, check_examples, unwrapped
 from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
@@ -153,7 +153,7 @@ def block_influence(
         >>> [(row["layer"], row["head"]) for row in table.slice(0, 4).to_pylist()]
         [(0, 0), (0, 1), (0, None), (None, None)]
     """
-    dtype = autocast_dtype(normalize, dtype)
+    dtype, model = autocast_dtype(normalize, dtype), unwrapped(model)
     given = as_loss(loss)
     tests = {name: _checked(model, rows, f"test {name}", given) for name, rows in test.items()}
     trains = {name: _checked(model, rows, f"train {name}", given) for name, rows in train.items()}
@@ -269,17 +269,22 @@ class _Means:
         """
         device = next(self.model.parameters()).device
         mean = {
-            parameter: torch.zeros(self.model.get_parameter(parameter).shape, device=device)
+            parameter: torch.zeros(
+                self.model.get_parameter(parameter).shape, dtype=torch.float32, device=device
+            )
             for layer in self.layers
             for parameter in layer.parameter_names
         }
-        lengths = [example_length(example) for example in examples]
-        with frozen(self.model), lean(self.model, self.head_mask, self.dtype) as lean_columns:
-            for rows in plan_batches(lengths, self.batch_tokens):
-                batch = collate([examples[row] for row in rows], pad_token_id(self.model), device)
+        with (
+            frozen(self.model),
+            verified_pass(
+                self.model, examples, self.layers, self.head_mask, self.dtype
+            ) as model_pass,
+        ):
+            for rows, batch in model_pass.batches(self.model, examples, self.batch_tokens):
                 groups: list[Captured] = []
                 capture(
-                    self.model, self.layers, batch, groups.append, self.dtype, lean_columns,
+                    self.model, self.layers, batch, groups.append, self.dtype, model_pass,
                     loss=self.loss,
                 )  # fmt: skip
                 exponents_B = gradient_exponents(groups[0])
@@ -294,40 +299,7 @@ class _Means:
                     ones_B = torch.exp2(exponents_B).float()  # undoes the division
                 weights_B = inverse_root(squares_B) if self.normalize == "cosine" else ones_B
                 for captured in groups:
-                    _add_gradients(captured, weights_B / len(examples), mean)
+                    add_gradients(captured, weights_B / len(examples), mean)
                 if self.advance is not None:
                     self.advance(len(rows))
         return mean
-
-
-def _add_gradients(captured: Captured, weights_B: Tensor, total: Gradient) -> None:
-    """Add the weighted gradients of a batch, `sum_b weights[b] G_b`, to a mean.
-
-    For a linear layer `G_b = sum_s g_s x_s^T`, so the sum over examples and tokens is one matrix
-    product of all tokens, and the gradient of a single example is never formed.
-
-    Args:
-        captured: layers that share their input.
-        weights_B: weight of each example.
-        total: gradients by name of the parameter, changed in place.
-    """
-    captured = captured.with_all_columns()
-    x_BSI = captured.x if captured.layers[0].kind == "embedding" else captured.x.float()
-    weights_BS = weights_B[:, None].expand(x_BSI.shape[:2])
-    if captured.lengths is not None:
-        position_S = torch.arange(x_BSI.shape[1], device=x_BSI.device)
-        weights_BS = weights_BS * (position_S < captured.lengths[:, None])
-    for layer, g_BSO in zip(captured.layers, captured.g, strict=True):
-        g_TO = (g_BSO.float() * weights_BS[..., None]).flatten(0, 1)
-        weight = total[layer.parameter_names[0]]
-        if layer.only_bias:
-            weight += (g_TO * x_BSI.flatten(0, 1)).sum(dim=0)  # x is 1
-            continue
-        if layer.kind == "linear":
-            weight.addmm_(g_TO.T, x_BSI.flatten(0, 1))
-        elif layer.kind == "elementwise":
-            weight += (g_TO * x_BSI.flatten(0, 1)).sum(dim=0)
-        else:
-            weight.index_add_(0, x_BSI.flatten(), g_TO)
-        if layer.bias and layer.kind != "embedding":
-            total[f"{layer.name}.bias"] += g_TO.sum(dim=0)

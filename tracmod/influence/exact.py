@@ -43,17 +43,21 @@ from transformers import PreTrainedModel
 
 from tracmod import kernels
 from tracmod.features.rows import extreme_exponents
-from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
-from tracmod.gradients.lean_pass import LeanColumns, lean
+from tracmod.gradients.capture import (
+    Captured,
+    Layer,
+    ModelPass,
+    capture,
+    select_layers,
+    warn_of_frozen,
+)
 from tracmod.gradients.preconditioner import Preconditioner
+from tracmod.gradients.verified_pass import verified_pass
 from tracmod.models.inputs import (
     as_examples,
     check_examples,
-    collate,
-    example_length,
-    pad_token_id,
-    plan_batches,
     send,
+    unwrapped,
 )
 from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen, on_device
@@ -132,19 +136,24 @@ def exact_influence(
         >>> scores.shape, round(scores[0, 0].item(), 4)
         (torch.Size([1, 3]), 1.0)
     """
-    dtype = autocast_dtype(normalize, dtype)
+    dtype, model = autocast_dtype(normalize, dtype), unwrapped(model)
     trains = as_examples(train, "train", model)
     queries = as_examples(query, "query", model)
     loss = check_examples(model, trains, "train", as_loss(loss))
     query_loss = check_examples(model, queries, "query", as_loss(query_loss) or loss)
     warn_of_frozen(model, parameters, include_frozen)
     layers = select_layers(model, parameters, include_frozen)
-    with frozen(model), on_device(model, device), lean(model, head_mask, dtype) as lean_columns:
+    if preconditioner is not None:
+        preconditioner.check(layers)
+    with (
+        frozen(model),
+        on_device(model, device),
+        verified_pass(model, trains + queries, layers, head_mask, dtype) as model_pass,
+    ):
         if preconditioner is not None:
-            preconditioner.check(layers)
             preconditioner = preconditioner.to(model.device)
         products = _Products(
-            model, layers, batch_tokens, dtype, lean_columns, preconditioner, loss, query_loss
+            model, layers, batch_tokens, dtype, model_pass, preconditioner, loss, query_loss
         )
         products_QN, squares_Q, squares_N = products.of_all(
             queries, trains, normalize == "cosine", advance
@@ -231,17 +240,17 @@ class _Products:
     """Computes the inner products of a model's gradients.
 
     Attributes:
-        model: the model, prepared by `frozen` and `lean`.
+        model: the model, prepared by `frozen` and `verified_pass`.
         layers: the layers whose parameters are selected.
         batch_tokens, dtype, preconditioner, loss, query_loss: as in `exact_influence`.
-        lean_columns: what `lean` has left of the layers.
+        model_pass: what `verified_pass` has chosen.
     """
 
     model: PreTrainedModel
     layers: list[Layer]
     batch_tokens: int
     dtype: torch.dtype | None
-    lean_columns: LeanColumns
+    model_pass: ModelPass
     preconditioner: Preconditioner | None
     loss: ExampleLoss
     query_loss: ExampleLoss
@@ -249,6 +258,9 @@ class _Products:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def _zeros(self, *size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float32, device=self.device)
 
     def of_all(
         self,
@@ -262,9 +274,8 @@ class _Products:
         Without `with_norms`, the squared norms are 0. With it, the products and squared norms of
         examples whose gradients have extreme magnitudes are those of scaled gradients.
         """
-        products_QN = torch.zeros(len(queries), len(trains), device=self.device)
-        squares_Q = torch.zeros(len(queries), device=self.device)
-        squares_N = torch.zeros(len(trains), device=self.device)
+        products_QN = self._zeros(len(queries), len(trains))
+        squares_Q, squares_N = self._zeros(len(queries)), self._zeros(len(trains))
         for number, block in enumerate(self._query_blocks(queries)):
             if with_norms:
                 for query_batch in block:
@@ -285,9 +296,7 @@ class _Products:
         self, examples: list[dict[str, Any]]
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yield the row numbers and the padded inputs of batches of similar lengths."""
-        lengths = [example_length(example) for example in examples]
-        for rows in plan_batches(lengths, self.batch_tokens):
-            batch = collate([examples[row] for row in rows], pad_token_id(self.model), self.device)
+        for rows, batch in self.model_pass.batches(self.model, examples, self.batch_tokens):
             yield send(torch.tensor(rows), self.device), batch
 
     def _capture(
@@ -312,7 +321,7 @@ class _Products:
             captured = scaled_gradients(captured, exponents[0])
             on_captured(captured if self.preconditioner else _side_by_side(captured))
 
-        capture(self.model, self.layers, batch, hand_on, self.dtype, self.lean_columns, loss=loss)
+        capture(self.model, self.layers, batch, hand_on, self.dtype, self.model_pass, loss=loss)
         return exponents[0] if exponents else None
 
     def _query_blocks(self, queries: list[dict[str, Any]]) -> Iterator[list[_CapturedBatch]]:
@@ -343,10 +352,7 @@ class _Products:
         Second, the binary exponents by which the gradients of the training examples were divided.
         The squared norms of the training examples `rows` are added to `squares_N` if it is given.
         """
-        tiles = [
-            torch.zeros(len(query_batch.rows), len(rows), device=self.device)
-            for query_batch in block
-        ]
+        tiles = [self._zeros(len(query_batch.rows), len(rows)) for query_batch in block]
 
         def multiply(captured: Captured) -> None:
             for query_batch, tile in zip(block, tiles, strict=True):
@@ -376,7 +382,7 @@ class _Products:
         """Return the (B,) squared norms of a group of layers, in the metric if there is one."""
         if self.preconditioner is None:
             return squared_norms(captured)
-        squares_B = torch.zeros(len(captured.x), device=self.device)
+        squares_B = self._zeros(len(captured.x))
         for position, layer in enumerate(captured.layers):
             captured_layer = captured.of([position])
             if layer.kind == "embedding":

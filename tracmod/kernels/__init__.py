@@ -187,7 +187,7 @@ def linear(
         True
     """
     size = weight.shape[1 if transposed else 0] if weight.dim() == 2 else 0
-    out = torch.empty(len(x), size, device=x.device)
+    out = torch.empty(len(x), size, dtype=torch.float32, device=x.device)
     _C.linear(
         _capsule(x),
         _capsule(weight),
@@ -409,9 +409,9 @@ def empty_ranking(num_queries: int, k: int, num_groups: int | None, device: torc
     if num_groups is not None:
         sums = torch.zeros(num_queries, num_groups, dtype=torch.float64, device=device)
     return TopK(
-        torch.full(shape, -torch.inf, device=device),
+        torch.full(shape, -torch.inf, dtype=torch.float32, device=device),
         torch.full(shape, -1, dtype=torch.int64, device=device),
-        torch.full(shape, torch.inf, device=device),
+        torch.full(shape, torch.inf, dtype=torch.float32, device=device),
         torch.full(shape, -1, dtype=torch.int64, device=device),
         sums,
     )
@@ -507,7 +507,7 @@ def projection_matrix(kind: Kind, k: int, size: int, seed: int, key: int) -> Ten
         >>> kernels.projection_matrix("rademacher", k=4, size=100, seed=0, key=1).unique()
         tensor([-0.5000,  0.5000])
     """
-    matrix = torch.empty(k, size)
+    matrix = torch.empty(k, size, dtype=torch.float32)
     _C.projection_matrix(_capsule(matrix), kind, seed & _MASK_64, key & _MASK_64)
     return matrix / math.sqrt(k) if kind == "rademacher" else matrix
 

@@ -1,4 +1,4 @@
-"""Encode, check and batch examples; compute a classifier's predictions and accuracy.
+"""Encode, check and batch examples; compute a classifier's accuracy.
 
 Shape suffixes: B examples of a batch, S tokens, N examples, C classes.
 """
@@ -11,7 +11,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     PreTrainedModel,
@@ -135,10 +135,20 @@ def other_inputs(model: Any) -> frozenset[str]:
     return frozenset(named - switches - {*TOKEN_COLUMNS, *LABEL_COLUMNS})
 
 
+def num_cut(tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int) -> int:
+    """Return how many examples of a table have more than `max_length` tokens."""
+    texts = zip(table["text_a"].to_pylist(), table["text_b"].to_pylist(), strict=True)
+    # verbose=False: no warning about a text that is too long for the model, since none is given it.
+    return sum(
+        len(tokenizer(text_a, text_b, truncation=False, verbose=False)["input_ids"]) > max_length
+        for text_a, text_b in texts
+    )
+
+
 def as_examples(
     dataset: Iterable[Mapping[str, Any]], name: str = "dataset", model: Any = None
 ) -> list[dict[str, Any]]:
-    """Convert the rows of a dataset to dicts of plain lists, without trailing padding.
+    """Convert the rows of a dataset to dicts of plain lists.
 
     Args:
         dataset: rows of lists, arrays or tensors. The label may be called label or label_ids, as
@@ -181,9 +191,8 @@ def as_examples(
         problem = _column_problem(plain, refused)
         if problem:
             raise ValueError(f"{name}: row {row}: expected {problem}")
-        length = example_length(plain)
-        tokens = {"attention_mask": [1] * length} | {
-            column: plain[column][:length] for column in TOKEN_COLUMNS if column in plain
+        tokens = {"attention_mask": [1] * len(plain["input_ids"])} | {
+            column: plain[column] for column in TOKEN_COLUMNS if column in plain
         }
         examples.append({**tokens, "labels": plain["labels"]})
     return examples
@@ -291,8 +300,8 @@ def check_examples(
     columns = examples[0].keys() if examples else ()
     for row, example in enumerate(examples):
         problem = loss.label_problem(example["labels"], num_labels)
-        if len(example["input_ids"]) > longest:
-            problem = f"at most {longest} tokens, got {len(example['input_ids'])}"
+        if example_length(example) > longest:
+            problem = f"at most {longest} tokens, got {example_length(example)}"
         for column, size in table_sizes.items():
             problem = problem or _id_problem(column, example.get(column, [0]), size)
         if loss.function is not None and _label_form(example) != _label_form(examples[0]):
@@ -309,18 +318,53 @@ def check_examples(
 
 
 def check_classifier(model: PreTrainedModel) -> None:
-    """Raise an error for a model of transformers that is no sequence classifier.
+    """Raise an error for a model of transformers that is no sequence classifier, or cannot run.
 
     A class from elsewhere is not judged by its name.
 
     Raises:
-        ValueError: it is a bare encoder, or has the head of another task.
+        ValueError: it is a bare encoder, has the head of another task, is wrapped or compiled, or
+            its weights are quantized, not in memory or on several devices.
     """
     kind = type(model)
+    missing = [name for name in ("config", "base_model", "dtype") if not hasattr(model, name)]
+    if missing or kind.__module__.partition(".")[0] == "peft":
+        raise ValueError(
+            f"model: expected a transformers model without a wrapper or adapters (peft merges them "
+            f"by merge_and_unload), got {kind.__name__}"
+        )
     expected: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
     if kind.__module__.startswith("transformers.") and kind is not expected:
         name = expected.__name__ if expected else "a sequence classifier"
         raise ValueError(f"model: expected {name}, got {kind.__name__}")
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise ValueError(f"model: expected no compiled parts, got {name} by torch.compile")
+        if getattr(module, "max_norm", None) is not None:  # rows are written in forward passes
+            raise ValueError(f"{name}: expected an embedding without max_norm")
+    device = next(model.parameters()).device
+    for name, parameter in model.named_parameters():
+        problem = None
+        if not parameter.is_floating_point():
+            problem = f"floating-point weights, got {parameter.dtype}"
+        elif parameter.is_meta or parameter.device != device:
+            problem = f"all weights on one device, got {parameter.device} beside {device}"
+        if problem:
+            raise ValueError(f"{name}: expected {problem}")
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model inside DataParallel, DistributedDataParallel or torch.compile's wrapper.
+
+    The wrappers compute what the model inside computes.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _label_form(example: Mapping[str, Any]) -> int | None:
@@ -370,26 +414,36 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 def collate(
-    examples: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device | str = "cpu"
+    examples: Sequence[Mapping[str, Any]],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    *,
+    longest: int | None = None,
 ) -> dict[str, Tensor]:
     """Pad examples on the right and stack them into one batch.
+
+    Padding at the end of an example is cut first.
 
     Args:
         examples: dicts with `input_ids`, `attention_mask`, `labels` and perhaps `token_type_ids`.
         pad_id: id that pads `input_ids`; the other columns are padded with 0.
         device: device of the tensors returned.
+        longest: S, if it is not that of the longest example; the examples' own padding is then
+            kept up to this length.
 
     Returns:
         `input_ids`, `attention_mask` and, if the examples have them, `token_type_ids`: (B, S)
         int64. `labels`: (B,), or (B, C) if labels are lists; int64, or float32 if they are floats.
     """
-    longest = max(len(example["input_ids"]) for example in examples)
+    lengths = [longest or example_length(example) for example in examples]
     batch: dict[str, Tensor] = {}
     for name, padding in (("input_ids", pad_id), ("attention_mask", 0), ("token_type_ids", 0)):
         if name not in examples[0]:
             continue
-        rows = [list(example[name]) for example in examples]
-        padded = [row + [padding] * (longest - len(row)) for row in rows]
+        rows = [
+            list(example[name])[:length] for example, length in zip(examples, lengths, strict=True)
+        ]
+        padded = [row + [padding] * (max(lengths) - len(row)) for row in rows]
         batch[name] = send(torch.tensor(padded, dtype=torch.int64), device)
     batch["labels"] = send(torch.tensor([example["labels"] for example in examples]), device)
     return batch
@@ -410,34 +464,6 @@ def pad_token_id(model: PreTrainedModel) -> int:
     """Return the id that `collate` pads with for this model, 0 if its config has none."""
     pad_id = model.config.pad_token_id
     return 0 if pad_id is None else int(pad_id)
-
-
-@torch.no_grad()
-def predict(
-    model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], *, batch_tokens: int = 8192
-) -> Tensor:
-    """Compute the logits of every example, in the order given and without dropout.
-
-    Args:
-        model: classifier on any device; its training mode is restored.
-        examples: examples from `encode`.
-        batch_tokens: largest batch, in tokens.
-
-    Returns:
-        (N, C) on the CPU, in the model's dtype.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        num_labels = int(model.config.num_labels or 0)
-        logits_NC = torch.empty(len(examples), num_labels, dtype=model.dtype)
-        for batch in plan_batches([len(e["input_ids"]) for e in examples], batch_tokens):
-            inputs = collate([examples[i] for i in batch], pad_token_id(model), model.device)
-            inputs.pop("labels")
-            logits_NC[batch] = model(**inputs).logits.cpu()
-        return logits_NC
-    finally:
-        model.train(was_training)
 
 
 def accuracy(logits_NC: Tensor, labels_N: Sequence[int]) -> float:

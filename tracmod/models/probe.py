@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -11,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tracmod.models.inputs import collate, pad_token_id
+from tracmod.models.modes import ModelState
+from tracmod.models.plain_pass import logits_agree, model_logits
 
 
 def same_logits(model: PreTrainedModel, reference: PreTrainedModel) -> bool:
@@ -37,18 +38,9 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def probe_logits(model: PreTrainedModel, probe: Mapping[str, Tensor]) -> Tensor:
-    """Compute the logits of the probe, in the mode the model is in."""
-    return model(**probe).logits
-
-
-def logits_agree(logits: Tensor, expected: Tensor) -> bool:
-    """Return whether logits are equal up to rounding.
-
-    The tolerance is the square root of the dtype's machine epsilon, relative to the largest
-    expected logit: far above rounding, far below the effect of a missing head. NaN and infinity
-    never agree.
-    """
-    if logits.shape != expected.shape:
-        return False
-    tolerance = math.sqrt(torch.finfo(expected.dtype).eps)
-    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
+    """Compute the logits of a batch, in the mode the model is in; the model is left as it was."""
+    state = ModelState(model)
+    try:
+        return model_logits(model, probe)
+    finally:
+        state.restore()

@@ -21,9 +21,10 @@ from tracmod.gradients.ekfac import FIT_EXAMPLES
 from tracmod.gradients.preconditioner import Metric, Preconditioner, gradient_shape
 from tracmod.influence.scores import top_influences
 from tracmod.models.architecture import attention_layers
-from tracmod.models.inputs import collate, pad_token_id, predict
+from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.loss import per_example_loss
 from tracmod.models.modes import frozen, to_device
+from tracmod.models.plain_pass import predict
 from tracmod.study.context import SPLITS, RunContext
 from tracmod.study.retrain_scores import preconditioned_passes
 from tracmod.study.run_features import recipe

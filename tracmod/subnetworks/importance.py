@@ -17,14 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tracmod.models.architecture import AttentionLayer, attention_layers
-from tracmod.models.inputs import (
-    accuracy,
-    collate,
-    pad_token_id,
-    plan_batches,
-    predict,
-)
+from tracmod.models.inputs import accuracy
 from tracmod.models.loss import per_example_loss
+from tracmod.models.modes import evaluating
+from tracmod.models.plain_pass import batches, depends_on_padding, model_logits, predict
 from tracmod.subnetworks.head_mask import HeadMask, masked, matching_layers
 
 
@@ -66,14 +62,11 @@ def head_importance(
     mask = mask or HeadMask.full(len(layers), layers[0].num_heads)
     matching_layers(model, mask)
     total_LH = torch.zeros(mask.array.shape, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in plan_batches([len(e["input_ids"]) for e in examples], batch_tokens):
-            inputs = collate([examples[i] for i in batch], pad_token_id(model), model.device)
+    with evaluating(model) as state:
+        alone = depends_on_padding(model, examples, state)
+        for _, inputs in batches(model, examples, batch_tokens, alone):
             total_LH += _sensitivity(model, layers, inputs, mask).abs().sum(0).double().cpu()
-    finally:
-        model.train(was_training)
+            state.restore()
     importance_LH = total_LH.numpy() / len(examples)
     if normalize:
         norm_L1 = np.linalg.norm(importance_LH, axis=1, keepdims=True)
@@ -95,8 +88,7 @@ def _sensitivity(
     with ExitStack() as hooks, torch.enable_grad():
         for layer_index, layer in enumerate(layers):
             hooks.callback(_multiply_heads(layer, xi_BLH[:, layer_index]))
-        logits_BC = model(**inputs).logits
-        loss = per_example_loss(logits_BC, labels_B).sum()
+        loss = per_example_loss(model_logits(model, inputs), labels_B).sum()
     return torch.autograd.grad(loss, xi_BLH)[0]
 
 

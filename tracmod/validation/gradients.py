@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,14 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from tracmod import kernels
 from tracmod.choices import StatedLossKind
-from tracmod.gradients.capture import Captured, capture, select_layers, warn_of_frozen
-from tracmod.gradients.lean_pass import LeanColumns, lean
+from tracmod.gradients.capture import (
+    Captured,
+    ModelPass,
+    capture,
+    select_layers,
+    warn_of_frozen,
+)
+from tracmod.gradients.verified_pass import verified_pass
 from tracmod.models.checkpoints import (
     Checkpoint,
     freeze,
@@ -25,7 +31,7 @@ from tracmod.models.checkpoints import (
     recorded_frozen,
     recorded_loss,
 )
-from tracmod.models.inputs import check_examples, collate, encode, pad_token_id
+from tracmod.models.inputs import as_examples, check_examples, encode, num_cut, unwrapped
 from tracmod.models.loading import class_names, load_model
 from tracmod.models.loss import (
     ExampleLoss,
@@ -35,17 +41,27 @@ from tracmod.models.loss import (
     own_loss,
     stated_loss,
 )
-from tracmod.models.modes import frozen
+from tracmod.models.modes import evaluating, frozen, in_float64
+from tracmod.models.plain_pass import given_batch, logits_of, model_logits
 from tracmod.subnetworks.head_mask import HeadMask, masked
+
+# Relative error up to which gradients count as right whatever that of autograd is.
+ROUNDING = 1e-5
+# Relative error above which none counts as right. The gradient of a loss L is a difference of
+# numbers near 1, which float32 rounds by 6e-8: autograd's error was 2e-4 at L = 2e-4, 2e-3 at 3e-5
+# and 2e-2 at 4e-6. An example that the model is so sure of cannot be checked in float32.
+CEILING = 1e-2
+# Relative error of float32 autograd itself of which a warning says so.
+FAR = 1e-4
 
 
 @dataclass(frozen=True)
 class GradientError:
-    """Error of the gradients of one kind of parameter.
+    """Error of the gradients of one kind of parameter, or of the logits.
 
     Attributes:
-        kind: such as "encoder linear weight".
-        num_parameters: number of parameter tensors of this kind.
+        kind: such as "encoder linear weight", or "logits".
+        num_parameters: number of parameter tensors of this kind; 0 for logits.
         engine: `|engine - autograd64| / |autograd64|`, the largest over the examples; norms run
             over all parameters of the kind.
         autograd: the same for float32 autograd, the error of float32 itself.
@@ -58,8 +74,35 @@ class GradientError:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is at most twice that of float32 autograd, or 1e-5."""
-        return self.engine <= max(2 * self.autograd, 1e-5)
+        """Whether the error is at most twice that of float32 autograd, or `ROUNDING`.
+
+        Above `CEILING`, none passes: a fault could not be told from the error of float32.
+        """
+        return self.engine <= min(max(2 * self.autograd, ROUNDING), CEILING)
+
+    @property
+    def verdict(self) -> str:
+        """Return "WRONG", "imprecise" where float32 autograd itself is far off, or "ok"."""
+        if not self.passed:
+            return "WRONG"
+        return "imprecise" if self.autograd > FAR else "ok"
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """The result of `check_model`.
+
+    Attributes:
+        errors: as `check_gradients` returns them.
+        num_examples: number of examples that were compared.
+        num_cut: how many of their texts had more than `max_length` tokens, and were cut.
+        max_length: longest length in tokens.
+    """
+
+    errors: list[GradientError]
+    num_examples: int
+    num_cut: int
+    max_length: int
 
 
 def check_model(
@@ -75,7 +118,7 @@ def check_model(
     loss: StatedLossKind | None = None,
     label_smoothing: float | None = None,
     class_weights: str | None = None,
-) -> list[GradientError]:
+) -> ModelCheck:
     """Run `check_gradients` for a model folder on the first examples of a file.
 
     Args:
@@ -104,7 +147,8 @@ def check_model(
     examples = encode(tokenizer, table, max_length, num_labels=len(labels))
     if not include_frozen:
         freeze(model, recorded_frozen(source), source)
-    return check_gradients(model, examples, parameters, mask, include_frozen, loss=trained_loss)
+    errors = check_gradients(model, examples, parameters, mask, include_frozen, loss=trained_loss)
+    return ModelCheck(errors, len(examples), num_cut(tokenizer, table, max_length), max_length)
 
 
 def check_gradients(
@@ -118,12 +162,14 @@ def check_gradients(
 ) -> list[GradientError]:
     """Compare the gradients that the engine captures with one-example autograd in float64.
 
-    All examples go through the engine as one padded batch, and through autograd one by one without
-    padding, so that padding, masks and the scale of the loss are part of the comparison. The
-    gradients of one example are held at a time: memory is a few times that of the model.
+    The engine's side is the pass that `collect_features` and `exact_influence` make, with all
+    examples as one padded batch where the model allows it. The other side is the model in float64,
+    in its own pass, one example at a time as it was given: no mask, batch or module of the engine
+    takes part in it. The logits of both are compared, too. The gradients of one example are
+    held at a time: memory is a few times that of the model.
 
     Args:
-        model: a float32 model on the CPU.
+        model: a float32 model on the CPU; left as it was.
         examples: encoded examples, as `encode` returns them.
         parameters: as in `collect_features`.
         head_mask: mask to apply on both sides; None for none.
@@ -132,53 +178,61 @@ def check_gradients(
             differentiates the loss of transformers (`reference_loss`).
 
     Returns:
-        One error per kind of parameter.
+        One error for the logits, and one per kind of parameter.
 
     Raises:
-        ValueError: there are no examples, or the model or the loss does not take one.
+        ValueError: there are no examples, or the model, the loss or an example is one that
+            `collect_features` refuses.
     """
+    model, examples = unwrapped(model), as_examples(examples, "examples", model)
     if not examples:
         raise ValueError("examples: expected at least 1, got none")
     warn_of_frozen(model, parameters, include_frozen)
     layers = select_layers(model, parameters, include_frozen)
     chosen = check_examples(model, examples, "examples", as_loss(loss))
-    double = copy.deepcopy(model).double()
-    with frozen(model), lean(model, head_mask) as lean_columns:
+    logits: dict[int, Tensor] = {}
+    with frozen(model), verified_pass(model, examples, layers, head_mask) as model_pass:
         engine = engine_gradients(
-            model, examples, parameters, lean_columns, include_frozen, loss=chosen
+            model, examples, parameters, model_pass, logits, include_frozen, loss=chosen
         )
     by_kind: dict[str, list[str]] = {}
     for layer in layers:
         for name in layer.parameter_names:
             by_kind.setdefault(_kind(model, name), []).append(name)
-    with masked(model, head_mask), masked(double, head_mask):
+    with masked(model, head_mask):
         errors = torch.tensor(
             [
-                _errors(model, double, example, gradients, by_kind, chosen)
-                for example, gradients in zip(examples, engine, strict=True)
+                _errors(model, example, gradients | {"logits": logits[row]}, by_kind, chosen)
+                for row, (example, gradients) in enumerate(zip(examples, engine, strict=True))
             ]
         )
+    counts = {"logits": 0} | {kind: len(names) for kind, names in by_kind.items()}
     return [
-        GradientError(kind, len(names), *worst)
-        for (kind, names), worst in zip(by_kind.items(), errors.amax(dim=0).tolist(), strict=True)
+        GradientError(kind, count, *worst)
+        for (kind, count), worst in zip(counts.items(), errors.amax(dim=0).tolist(), strict=True)
     ]
 
 
 def _errors(
     model: PreTrainedModel,
-    double: PreTrainedModel,
     example: Mapping[str, Any],
     engine: Mapping[str, Tensor],
     by_kind: Mapping[str, list[str]],
     loss: ExampleLoss,
 ) -> list[tuple[float, float]]:
-    """Return the relative errors (engine, autograd) of one example for every kind."""
+    """Return the relative errors (engine, autograd) of one example for the logits and every kind.
+
+    The logits of each side are beside its gradients, under the name "logits".
+    """
     names = [name for members in by_kind.values() for name in members]
-    truth = autograd_gradients(double, example, names, loss=loss)
     plain = autograd_gradients(model, example, names, loss=loss)
+    plain["logits"] = own_logits(model, example)
+    with in_float64(model):
+        truth = autograd_gradients(model, example, names, loss=loss)
+        truth["logits"] = own_logits(model, example)
     return [
         (_relative_error(engine, truth, members), _relative_error(plain, truth, members))
-        for members in by_kind.values()
+        for members in (["logits"], *by_kind.values())
     ]
 
 
@@ -197,20 +251,23 @@ def engine_gradients(
     model: PreTrainedModel,
     examples: Sequence[Mapping[str, Any]],
     parameters: str = "all",
-    lean_columns: LeanColumns | None = None,
+    model_pass: ModelPass | None = None,
+    logits: dict[int, Tensor] | None = None,
     include_frozen: bool = False,
     *,
     loss: ExampleLoss | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the whole gradients of each example of one padded batch, by name of the parameter.
+    """Return the whole gradients of each example by name of the parameter, as an iterator.
 
-    Only for checks, within `frozen(model)`: the engine exists in order not to form them.
+    The examples pass through the model at once, as one padded batch or one by one. Only for checks,
+    within `frozen(model)`: the engine exists in order not to form gradients.
 
     Args:
         model: the model.
         examples: encoded examples.
         parameters: as in `collect_features`.
-        lean_columns: what `lean` has left of the layers, if it is used.
+        model_pass: what `verified_pass` has chosen; None for the model's own pass.
+        logits: receives the logits (C,) of every example by its number, if given.
         include_frozen: as in `collect_features`.
         loss: the loss; None for the one that transformers chooses.
 
@@ -218,26 +275,37 @@ def engine_gradients(
         One example's gradients; zeros for a parameter that the engine shows nothing of.
     """
     layers = select_layers(model, parameters, include_frozen)
-    batch = collate(examples, pad_token_id(model), next(model.parameters()).device)
-    captured: dict[str, Captured] = {}
+    model_pass = model_pass or ModelPass()
+    # For every example, the layers of its batch and its row there.
+    captured: list[tuple[dict[str, Captured], int]] = [({}, 0)] * len(examples)
+    for rows, batch in model_pass.batches(model, examples, batch_tokens=1 << 30):
+        by_layer: dict[str, Captured] = {}
+        outputs: list[Any] = []
+        hook = model.register_forward_hook(lambda *_, outputs=outputs: outputs.append(_[2]))
+        with hook:
+            keep = partial(_keep, by_layer)
+            capture(model, layers, batch, keep, model_pass=model_pass, loss=loss)
+        for position, row in enumerate(rows):
+            captured[row] = by_layer, position
+            if logits is not None:
+                logits[row] = logits_of(outputs[0])[position].detach()
 
-    def keep(group: Captured) -> None:
-        for position, layer in enumerate(group.layers):
-            captured[layer.name] = group.of([position]).with_all_columns()
-
-    capture(model, layers, batch, keep, lean_columns=lean_columns, loss=loss)
-
-    def example_gradients(row: int) -> dict[str, Tensor]:
+    def example_gradients(by_layer: Mapping[str, Captured], row: int) -> dict[str, Tensor]:
         gradients: dict[str, Tensor] = {}
         for layer in layers:
-            if layer.name in captured:
-                whole = _whole_gradients(captured[layer.name], row)
+            if layer.name in by_layer:
+                whole = _whole_gradients(by_layer[layer.name], row)
             else:
                 whole = [torch.zeros_like(model.get_parameter(n)) for n in layer.parameter_names]
             gradients |= dict(zip(layer.parameter_names, whole, strict=True))
         return gradients
 
-    return (example_gradients(row) for row in range(len(examples)))
+    return (example_gradients(*place) for place in captured)
+
+
+def _keep(by_layer: dict[str, Captured], group: Captured) -> None:
+    for position, layer in enumerate(group.layers):
+        by_layer[layer.name] = group.of([position]).with_all_columns()
 
 
 def _whole_gradients(captured: Captured, row: int) -> list[Tensor]:
@@ -248,12 +316,14 @@ def _whole_gradients(captured: Captured, row: int) -> list[Tensor]:
     layer, only = captured.layers[0], slice(row, row + 1)
     x, g = captured.x[only], captured.g[0][only]
     if layer.kind == "embedding":
-        gradient = torch.zeros(layer.in_features, layer.out_features, device=g.device)
+        gradient = torch.zeros(
+            layer.in_features, layer.out_features, dtype=torch.float32, device=g.device
+        )
         return [gradient.index_add_(0, x[0], g[0])]
     k_out, k_in = layer.out_features, layer.in_features + layer.bias
     if layer.kind == "elementwise":
         k_out, k_in = 1 + layer.bias, layer.in_features
-    out = torch.zeros(1, k_out * k_in, device=g.device)
+    out = torch.zeros(1, k_out * k_in, dtype=torch.float32, device=g.device)
     kernels.project_gradients(
         x,
         g,
@@ -295,21 +365,18 @@ def autograd_gradients(
         Gradient by name; zeros for parameters that the loss does not depend on.
     """
     parameters = dict(model.named_parameters())
-    was_training = model.training
-    model.eval()
     selected = [parameters[name] for name in names]
     required = [parameter.requires_grad for parameter in selected]
-    try:
-        for parameter in selected:
-            parameter.requires_grad_(True)
-        batch = collate([example], pad_token_id(model), next(model.parameters()).device)
-        value = reference_loss(model, batch, loss or loss_of_examples(model.config, [example]))
-        selected = [parameters[name] for name in names]
-        gradients = torch.autograd.grad(value, selected, allow_unused=True)
-    finally:
-        model.train(was_training)
-        for parameter, requires_grad in zip(selected, required, strict=True):
-            parameter.requires_grad_(requires_grad)
+    loss = loss or loss_of_examples(model.config, [example])
+    with evaluating(model):
+        try:
+            for parameter in selected:
+                parameter.requires_grad_(True)
+            value = reference_loss(model, given_batch(model, example), loss)
+            gradients = torch.autograd.grad(value, selected, allow_unused=True)
+        finally:
+            for parameter, requires_grad in zip(selected, required, strict=True):
+                parameter.requires_grad_(requires_grad)
     return {
         name: torch.zeros_like(parameters[name]) if gradient is None else gradient
         for name, gradient in zip(names, gradients, strict=True)
@@ -341,10 +408,11 @@ def reference_loss(
     if takes_labels and loss == own_loss(model.config, float_vectors=float_vectors):
         problem_type = model.config.problem_type
         try:
-            return model(**inputs, labels=labels).loss
+            output = model(**inputs, labels=labels)
+            return output[0] if isinstance(output, tuple) else output.loss
         finally:
             model.config.problem_type = problem_type  # which transformers sets
-    logits_BC = model(**inputs).logits
+    logits_BC = model_logits(model, inputs)
     if loss.function is not None:
         return loss.function(logits_BC, labels).sum()
     if loss.kind == "squared_error":
@@ -360,6 +428,13 @@ def reference_loss(
     return nn.CrossEntropyLoss(weights, reduction="sum", label_smoothing=smoothing)(
         logits_BC, labels
     )
+
+
+@torch.no_grad()
+def own_logits(model: PreTrainedModel, example: Mapping[str, Any]) -> Tensor:
+    """Compute the logits (C,) of one example in the model's own pass, with dropout off."""
+    with evaluating(model):
+        return model_logits(model, given_batch(model, example))[0]
 
 
 def _kind(model: PreTrainedModel, name: str) -> str:

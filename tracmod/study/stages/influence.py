@@ -34,7 +34,7 @@ from tracmod.influence.scores import (
     without_examples,
 )
 from tracmod.models.checkpoints import Checkpoint
-from tracmod.models.inputs import predict
+from tracmod.models.plain_pass import predict
 from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_features import Digests, load_checkpoint, view_features

@@ -27,8 +27,8 @@ import torch
 from tracmod.analysis.results import RunResults
 from tracmod.config import RetrainConfig, RunConfig
 from tracmod.files.durable import canonical_json, sha256, write_csv, write_json, write_parquet
-from tracmod.models.inputs import predict
 from tracmod.models.loss import per_example_loss
+from tracmod.models.plain_pass import predict
 from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.retrain_scores import method_scores, methods_of, preconditioned_passes

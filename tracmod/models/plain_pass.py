@@ -1,0 +1,149 @@
+"""A model's own forward pass: its logits and predictions, and whether they depend on padding.
+
+Shape suffixes: B examples of a batch, S tokens, N examples, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tracmod.models.architecture import max_positions
+from tracmod.models.inputs import collate, example_length, pad_token_id, plan_batches
+from tracmod.models.modes import ModelState, evaluating
+
+Batch = dict[str, Tensor]
+
+
+def model_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Compute a batch's logits (B, C), also for a model whose config has `return_dict=False`."""
+    return logits_of(model(**{n: value for n, value in inputs.items() if n != "labels"}))
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits in the output of a classifier that was given no labels."""
+    return output[0] if isinstance(output, tuple) else output.logits
+
+
+def logits_agree(logits: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
+    """Return whether logits are equal up to rounding.
+
+    The tolerance is relative to the largest expected logit. By default it is the square root of the
+    dtype's machine epsilon: far above rounding, far below the effect of a missing head. NaN and
+    infinity never agree.
+    """
+    if logits.shape != expected.shape:
+        return False
+    if tolerance is None:
+        tolerance = math.sqrt(torch.finfo(expected.dtype).eps)
+    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def given_batch(model: PreTrainedModel, example: Mapping[str, Any]) -> Batch:
+    """Return a batch of one example as it was given, its own padding included.
+
+    Padding is cut only where the model has no positions for it.
+    """
+    longest = int(min(len(example["input_ids"]), max_positions(model)))
+    device = next(model.parameters()).device
+    return collate([example], pad_token_id(model), device, longest=longest)
+
+
+def batches(
+    model: PreTrainedModel,
+    examples: Sequence[Mapping[str, Any]],
+    batch_tokens: int,
+    alone: bool = False,
+) -> Iterator[tuple[list[int], Batch]]:
+    """Yield the row numbers and inputs of padded batches of examples of similar length.
+
+    Args:
+        model: the classifier.
+        examples: checked examples.
+        batch_tokens: largest batch, in tokens.
+        alone: whether every example is a batch by itself, as it was given.
+    """
+    device = next(model.parameters()).device
+    for rows in plan_batches([example_length(example) for example in examples], batch_tokens):
+        if alone:
+            for row in rows:
+                yield [row], given_batch(model, examples[row])
+        else:
+            chosen = [examples[row] for row in rows]
+            yield rows, collate(chosen, pad_token_id(model), device)
+
+
+def probe_rows(examples: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Choose the examples on which a way to pass batches through a model is tried.
+
+    Returns:
+        The rows of the longest and the shortest example and, if there are any, of the first one
+        with padding at its end and of the first one with another gap in its mask.
+    """
+    lengths = [example_length(example) for example in examples]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    rows = [*order[:1], *order[-1:]]
+    padded = (row for row, n in enumerate(lengths) if len(examples[row]["input_ids"]) > n)
+    rows += [row for row in [next(padded, None)] if row is not None]
+    for row, example in enumerate(examples):
+        mask = example.get("attention_mask")
+        if mask is not None and not all(mask[: lengths[row]]):
+            rows.append(row)
+            break
+    return list(dict.fromkeys(rows))
+
+
+@torch.no_grad()
+def depends_on_padding(
+    model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], state: ModelState
+) -> bool:
+    """Return whether logits of a padded batch differ from those of its examples by themselves.
+
+    Tried with the examples of `probe_rows`.
+
+    Args:
+        model: classifier within `evaluating`.
+        examples: encoded examples.
+        state: what `evaluating` has yielded.
+    """
+    chosen = [examples[row] for row in probe_rows(examples)]
+    if len({len(e["input_ids"]) for e in chosen} | {example_length(e) for e in chosen}) < 2:
+        return False  # no batch has padding
+    inputs = [collate(chosen, pad_token_id(model), next(model.parameters()).device)]
+    inputs += [given_batch(model, example) for example in chosen]
+    logits = []
+    for batch in inputs:
+        logits.append(model_logits(model, batch))
+        state.restore()
+    return not logits_agree(logits[0], torch.cat(logits[1:]))
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], *, batch_tokens: int = 8192
+) -> Tensor:
+    """Compute the logits of every example, in the order given and without dropout.
+
+    Examples of a model whose logits depend on padding are passed one by one.
+
+    Args:
+        model: classifier on any device; it is restored.
+        examples: examples from `encode`.
+        batch_tokens: largest batch, in tokens.
+
+    Returns:
+        (N, C) on the CPU, in the model's dtype.
+    """
+    num_labels = int(model.config.num_labels or 0)
+    logits_NC = torch.empty(len(examples), num_labels, dtype=model.dtype)
+    with evaluating(model) as state:
+        alone = depends_on_padding(model, examples, state)
+        for rows, batch in batches(model, examples, batch_tokens, alone):
+            logits_NC[rows] = model_logits(model, batch).cpu()
+            state.restore()
+    return logits_NC

@@ -14,6 +14,7 @@ from tracmod.cli.options import (
     EXISTING,
     FOLDER,
     JSON,
+    QUIET,
     VIEW_OPTIONS,
     Bytes,
     CountOrAuto,
@@ -73,6 +74,7 @@ _MODEL_AND_CHECKPOINTS = [
         },
     )
 )
+@QUIET
 def attribute(
     model: str | None,
     folder: Path | None,
@@ -150,6 +152,7 @@ def attribute(
     help="Where lists are clustered: cpu, cuda, cuda:1, ... A GPU needs faiss-gpu and the kind ivf "
     "or ivfpq.",
 )
+@QUIET
 def index(
     folder: Path,
     model: str,
@@ -220,6 +223,7 @@ def _print_index(built: InfluenceIndex, path: Path) -> None:
     help="Number of proponents and of opponents to show.",
 )
 @JSON
+@QUIET
 def query(
     folder: Path,
     text: str,

@@ -167,6 +167,19 @@ def field_option(model: type, name: str, **overrides: Any) -> Option:
     return click.option(option, name, **settings | overrides)
 
 
+def _set_quiet(ctx: click.Context, param: click.Parameter, quiet: bool) -> None:
+    from tracmod.files.progress import set_quiet
+
+    set_quiet(quiet)
+
+
+QUIET = click.option(
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_quiet,
+    help="Show no progress. Warnings and errors are still printed.",
+)
 RUN_OPTIONS = [
     click.option(
         "--set",
@@ -206,6 +219,7 @@ RUN_OPTIONS = [
         help="Memory for features, rankings and buffers while scoring, such as 4GB (the default). "
         "Features are read in blocks within it. The same as --set influence.memory=SIZE.",
     ),
+    QUIET,
 ]
 VIEW_OPTIONS = [
     click.option(
@@ -220,4 +234,5 @@ VIEW_OPTIONS = [
     ),
     click.option("--mask", help="Language of the mask, for views with a mask per language."),
 ]
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

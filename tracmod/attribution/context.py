@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.attribution.options import AttributionOptions
@@ -18,6 +17,7 @@ from tracmod.features.collector import collect_to_store
 from tracmod.features.projection import Projection
 from tracmod.features.recipe import FeatureRecipe, checkpoint_digests
 from tracmod.features.store import FeatureStore
+from tracmod.files import progress
 from tracmod.files.durable import file_sha256, read_json, write_json
 from tracmod.gradients.ekfac import checkpoint_preconditioner
 from tracmod.gradients.preconditioner import Preconditioner
@@ -275,7 +275,7 @@ class AttributionContext:
     def bar(self, per_checkpoint: int) -> Any:
         """Open a progress bar over the examples of all checkpoints."""
         total = per_checkpoint * len(self.checkpoints)
-        return tqdm(total=total, desc="attribute", unit="example", disable=None)
+        return progress.bar("attribute", total)
 
 
 def num_cut(tokenizer: PreTrainedTokenizerBase, table: pa.Table, max_length: int) -> int:

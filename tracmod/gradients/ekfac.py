@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from tracmod.files import progress
 from tracmod.gradients.capture import Captured, Layer, capture, select_layers
 from tracmod.gradients.lean_pass import lean
 from tracmod.gradients.preconditioner import (
@@ -303,9 +303,7 @@ def checkpoint_preconditioner(
     examples, generator = train(), torch.Generator().manual_seed(0)
     drawn = torch.randperm(len(examples), generator=generator)[:FIT_EXAMPLES]
     chosen = [examples[row] for row in drawn.sort().values.tolist()]
-    with tqdm(
-        total=2 * len(chosen), desc=f"EK-FAC of {folder.name}", unit="example", disable=None
-    ) as bar:
+    with progress.bar(f"EK-FAC of {folder.name}", 2 * len(chosen)) as bar:
         fitted = fit_ekfac(
             model,
             chosen,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from tracmod.features.collector import collect_to_store
 from tracmod.features.store import FeatureStore
 from tracmod.features.store_format import DTYPES
+from tracmod.files import progress
 from tracmod.influence.streaming import Sizes, check_memory
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.modes import frozen
@@ -33,11 +34,11 @@ def run(context: RunContext) -> None:
     """Make the stores, then have the engine fill the shards that are missing."""
     _check_memory(context)
     checkpoints = sum(len(context.checkpoints(model_name)) for model_name in MODELS)
-    with context.bar("collect", context.examples_per_checkpoint() * checkpoints) as bar:
+    with progress.bar("collect", context.examples_per_checkpoint() * checkpoints) as bar:
         tasks: list[CollectShards] = []
         for model_name in MODELS:
             for checkpoint in context.checkpoints(model_name):
-                tasks += _begin_stores(context, model_name, checkpoint, bar.update)
+                tasks += _begin_stores(context, model_name, checkpoint, bar.skip)
         run_tasks(context, tasks, bar.update)
     features = context.run.features_path
     if isinstance(features, Path):
@@ -63,7 +64,7 @@ def _check_memory(context: RunContext) -> None:
 
 
 def _begin_stores(
-    context: RunContext, model_name: str, checkpoint: Checkpoint, advance: Advance
+    context: RunContext, model_name: str, checkpoint: Checkpoint, skip: Advance
 ) -> Iterator[CollectShards]:
     """Make a checkpoint's stores, and yield the tasks that fill them."""
     digests = load_checkpoint(context, model_name, checkpoint).digests
@@ -74,7 +75,7 @@ def _begin_stores(
             with create_store(context, key, mask, digests) as store:
                 missing = store.missing_shards()
                 num_missing = sum(len(store.shard_range(shard)) for shard in missing)
-                advance(store.num_rows - num_missing)
+                skip(store.num_rows - num_missing)
             size = max(1, len(missing)) if is_alone else SHARDS_PER_TASK
             for first in range(0, len(missing), size):
                 yield CollectShards(key, tuple(missing[first : first + size]))

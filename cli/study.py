@@ -14,7 +14,7 @@ import click
 from tracmod.choices import ExportForm, ModelName
 from tracmod.cli.errors import fail
 from tracmod.cli.options import EXISTING, FOLDER, JSON, RUN_OPTIONS, choice, with_options
-from tracmod.files.progress import announce, describe, duration
+from tracmod.files.progress import announce, describe, duration, set_quiet
 from tracmod.study.stage_table import STAGES, Stage, stage_named, stages_through
 
 if TYPE_CHECKING:
@@ -61,14 +61,18 @@ def run(config: str, out: Path, check: bool, **options: Any) -> None:
 def _print_plan(folder: RunFolder) -> None:
     from tracmod.study.plan import plan_run
 
+    announce("sampling the data and measuring, which takes some seconds")
+    set_quiet(True)
     plan = plan_run(folder)
     click.echo(f"{'stage':16} {'state':6} {'time':>8} {'disk':>9}  work")
     for stage in plan.stages:
         seconds = "-" if stage.seconds is None else duration(stage.seconds)
         state = "done" if stage.done else "to do"
         click.echo(f"{stage.stage:16} {state:6} {seconds:>8} {_size(stage.bytes):>9}  {stage.work}")
-    total = f"about {duration(plan.seconds)} and {_size(plan.bytes)}"
-    click.echo(f"\nto do: {total} on this machine under its present load; at most, for pruning")
+    low, high = map(duration, plan.range)
+    spread = "" if low == high else f" (between {low} and {high})"
+    total = f"about {duration(plan.seconds)}{spread} and {_size(plan.bytes)}"
+    click.echo(f"\nto do: {total} on free cores of this machine; at most, for pruning")
     for note in plan.notes:
         click.echo(f"note: {note}")
 
@@ -225,10 +229,11 @@ def status(run_dir: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(progress), indent=1))
         return
-    click.echo(f"{run_dir}: {_state(progress)}")
+    state = _state(progress)
+    click.echo(f"{run_dir}: {'done, not running' if state == 'done' else state}")
     for stage, state, seconds in progress.stages:
         shown = "stopped" if state == "running" and not progress.working else state
-        click.echo(f"  {stage:16} {shown:12} {duration(seconds) if seconds else ''}".rstrip())
+        click.echo(f"  {stage:16} {shown:12} {duration(seconds) if seconds else ''}")
         if state in ("running", "interrupted"):
             for bar in progress.progress[1:]:  # the first is the stage itself
                 click.echo(f"    {describe(bar)}")

@@ -124,6 +124,8 @@ def _encode_for(context: RunContext, model_name: str, epoch: int) -> _Encoded:
 def estimate(forecast: Forecast) -> Estimate:
     """Count the passes, and the bytes of their features."""
     collect, passes = forecast.config.collect, forecast.passes()
+    if not forecast.run.is_done("influence"):
+        _check_memory(forecast.context)
     checkpoints = forecast.num_checkpoints()
     examples = checkpoints * sum(one.num_train + one.num_test for one in passes)
     work = (

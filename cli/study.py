@@ -73,6 +73,13 @@ def _print_plan(folder: RunFolder) -> None:
     spread = "" if low == high else f" (between {low} and {high})"
     total = f"about {duration(plan.seconds)}{spread} and {_size(plan.bytes)}"
     click.echo(f"\nto do: {total} on free cores of this machine; at most, for pruning")
+    if plan.busy_cores is not None:
+        cores, threads = plan.busy_cores
+        click.echo(
+            f"this machine is busy: a product of matrices got {cores:.1f} of {threads} cores. The "
+            f"times above are made from CPU time, as for free cores; under the present load the "
+            f"run would take about {duration(plan.seconds_now)}"
+        )
     for note in plan.notes:
         click.echo(f"note: {note}")
 

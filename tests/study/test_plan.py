@@ -239,9 +239,19 @@ def test_estimates_do_not_depend_on_the_load_of_the_machine(share):
     assert cost.now == pytest.approx(0.02 / 1.75 / share)
 
 
+def test_a_busy_machine_is_said_to_be_busy(tmp_path, monkeypatch, rates):
+    monkeypatch.setattr(Stopwatch, "_available_cores", lambda stopwatch: 0.25 * stopwatch.threads)
+    arguments = ["run", "demo", "--out", str(tmp_path / "run"), "--check"]
+    arguments += ["--set", "task.train_per_language=12", "--set", "task.dev_per_language=9"]
+    output = CliRunner().invoke(main, arguments, catch_exceptions=False).stdout
+    [total] = re.findall(r"^to do: about .*", output, re.MULTILINE)
+    assert "between" in total
+    assert re.search(r"^this machine is busy: .* under the present load", output, re.MULTILINE)
+
+
 def test_the_noise_of_probes_is_in_their_range_and_not_in_the_median():
     machine = Machine(0.5, noise=(1.0, 1.0, 1.0, 30.0, 1.0))
-    cost = machine.stopwatch().probe(machine.work, sizes=(1, 1, 64))
+    cost = machine.stopwatch().probe(machine.work, sizes=(1, 1, 8))
     assert cost.free == pytest.approx(cost.low) == pytest.approx(0.02 / 1.75)
     assert cost.high > cost.free
 
@@ -256,7 +266,7 @@ def test_probes_of_slow_work_are_few_and_small():
             machine.work(size)
 
     machine.stopwatch().probe(work)
-    assert sizes == [1, 1, 8, 8]
+    assert sizes == [1, 1, 8, 8, 8]
 
 
 def test_a_memory_that_the_run_refuses_is_refused_by_its_check(tmp_path):

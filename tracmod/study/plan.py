@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tracmod.files.progress import duration
 from tracmod.study.context import RunContext
 from tracmod.study.forecast import Forecast
 from tracmod.study.pipeline import check_outside_files, run_stages
@@ -46,12 +45,13 @@ class RunPlan:
     Attributes:
         stages: The stages, in order.
         notes: What a user should know before the run begins, a sentence each.
-        cores: The cores that this process got of the machine, and those that it has threads for.
+        busy_cores: On a machine that others use, the cores that this process got, and those that it
+            has threads for; None if the cores are free.
     """
 
     stages: list[StagePlan]
     notes: list[str]
-    cores: tuple[float, int] = (1.0, 1)
+    busy_cores: tuple[float, int] | None = None
 
     @property
     def seconds(self) -> float:
@@ -103,13 +103,8 @@ def plan_run(run: RunFolder) -> RunPlan:
             now = estimates["now"].seconds
             stages.append(StagePlan(name, run.is_done(name), *estimates["free"], (low, high), now))
         stopwatch = forecast.stopwatch
-        plan = RunPlan(stages, [], (stopwatch.cores, stopwatch.threads))
-        if stopwatch.is_busy:
-            plan.notes.append(
-                f"this machine is busy: a product of matrices got {stopwatch.cores:.1f} of "
-                f"{stopwatch.threads} cores. The times above are made from CPU time, for free "
-                f"cores; under the present load the run takes about {duration(plan.seconds_now)}"
-            )
+        cores = (stopwatch.cores, stopwatch.threads) if stopwatch.is_busy else None
+        plan = RunPlan(stages, [], cores)
         plan.notes.extend(_notes(forecast, plan))
         return plan
 

@@ -23,7 +23,7 @@ import torch
 SIZES = (1, 1, 8, 64, 256)
 LONG_ENOUGH = 0.3  # seconds, as on free cores
 PROBES = 5  # measurements of a kind of work
-LEAST_PROBES = 2  # however long they take
+LEAST_PROBES = 3  # however long they take
 PROBES_SECONDS = 1.5  # no further measurement is begun after this time by the clock
 # Of the time of all threads but one, the share in which they compute on free cores. Passes of the
 # mini model of `bench/` computed for 1.5 to 1.9 times the time of the clock with two threads.

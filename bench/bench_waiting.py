@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +105,12 @@ class PolicyProcess:
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.errors: dict[str, float] = self._answer()
+
+    @cached_property
+    def errors(self) -> dict[str, float]:
+        """The relative error of every function, when the process is ready."""
+        errors: dict[str, float] = self._answer()
+        return errors
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
@@ -173,11 +178,11 @@ def measure(threads: int, seconds: float) -> dict[str, Any]:
     from tracmod.bench.collect import require
 
     with ExitStack() as stack:
-        processes = {}
-        for policy in POLICIES:
-            processes[policy] = PolicyProcess(policy, threads)
-            stack.callback(processes[policy].close)
-            for function, error in processes[policy].errors.items():
+        processes = {policy: PolicyProcess(policy, threads) for policy in POLICIES}
+        for policy, process in processes.items():
+            stack.callback(process.close)
+        for policy, process in processes.items():
+            for function, error in process.errors.items():
                 require(error < TOLERANCE, f"{policy}: {function}: error {error:.1e}")
         functions = list(processes[CHOSEN].errors)
         load_before = os.getloadavg()[0]

@@ -179,7 +179,7 @@ def measure(threads: int, seconds: float) -> dict[str, Any]:
 
     with ExitStack() as stack:
         processes = {policy: PolicyProcess(policy, threads) for policy in POLICIES}
-        for policy, process in processes.items():
+        for process in processes.values():
             stack.callback(process.close)
         for policy, process in processes.items():
             for function, error in process.errors.items():

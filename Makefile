@@ -67,6 +67,7 @@ bench-scale: install
 	$(BIN)/python bench/bench_scale.py search
 	$(BIN)/python bench/bench_scale.py store
 	$(BIN)/python bench/bench_engine.py
+	$(BIN)/python bench/bench_waiting.py
 
 bench-report: install
 	$(BIN)/python bench/report.py

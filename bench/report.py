@@ -241,6 +241,33 @@ def engine_section(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def waiting_section(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for function in result["functions"]:
+        quiet, busy = result["quiet"][function], result["busy"][function]
+        for policy in quiet:
+            (wall, cpu), (busy_wall, busy_cpu) = quiet[policy], busy[policy]
+            rows.append([
+                function, policy, 1e3 * wall, wall / quiet["OpenMP's default"][0], 1e3 * cpu,
+                1e3 * busy_wall, busy_wall / busy["sleep at once"][0], 1e3 * busy_cpu,
+            ])  # fmt: skip
+    disturbed = (
+        f" The load of other programs was {result['load_before']:.1f} when it began: `quiet` "
+        f"was not quiet."
+        if result["load_before"] > BUSY
+        else ""
+    )
+    return [
+        f"{environment_text(result)}{disturbed}",
+        "",
+        *table(
+            ["Work", "Policy", "Quiet (ms)", "Quiet (x default)", "Quiet, CPU (ms)", "Busy (ms)",
+             "Busy (x sleep at once)", "Busy, CPU (ms)"],
+            rows,
+        ),
+    ]  # fmt: skip
+
+
 def preconditioner_section(result: dict[str, Any]) -> list[str]:
     seconds, count = result["seconds"], result["examples"]
     rows = [
@@ -301,6 +328,7 @@ PARTS = {
     "scale-store": scale_store_section,
     "index": index_section,
     "engine": engine_section,
+    "waiting": waiting_section,
     "preconditioner": preconditioner_section,
     "exact": exact_section,
     "kernels": kernels_section,

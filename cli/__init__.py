@@ -7,6 +7,7 @@ import click
 from tracmod import __version__
 from tracmod.cli import attribution, checks, results, study
 from tracmod.cli.errors import CommandGroup
+from tracmod.engine.waiting import choose_waiting_policy
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,6 +20,7 @@ def main() -> None:
     On your own model and data:       tracmod attribute --model DIR --train T.tsv --query Q.tsv --out O
     Versions and native build:        tracmod doctor
     """  # noqa: E501
+    choose_waiting_policy()
 
 
 for module in (study, attribution, results, checks):

@@ -15,6 +15,7 @@ from tracmod.cli.options import (
     EXISTING,
     FOLDER,
     JSON,
+    QUIET,
     VIEW_OPTIONS,
     Bytes,
     ColumnNames,
@@ -83,6 +84,7 @@ _MODEL_AND_CHECKPOINTS = [
         },
     )
 )
+@QUIET
 def attribute(
     model: str | None,
     folder: Path | None,
@@ -170,6 +172,7 @@ def attribute(
     help="Where lists are clustered: cpu, cuda, cuda:1, ... A GPU needs faiss-gpu and the kind ivf "
     "or ivfpq.",
 )
+@QUIET
 def index(
     folder: Path,
     model: str,
@@ -252,6 +255,7 @@ def _print_index(built: InfluenceIndex, path: Path) -> None:
     "of the attribution.",
 )
 @JSON
+@QUIET
 def query(
     folder: Path,
     text: str,

@@ -16,6 +16,7 @@ from tracmod.cli.options import (
     COLUMNS,
     EXISTING,
     JSON,
+    QUIET,
     GivenPath,
     PathOrUrl,
     WholeNumber,
@@ -118,6 +119,7 @@ def check(
 
 @click.command()
 @click.argument("path", type=PathOrUrl(exists=True))
+@QUIET
 def verify(path: Path | str) -> None:
     """Check that a run, attribution or store is undamaged.
 
@@ -146,6 +148,7 @@ def verify(path: Path | str) -> None:
 @click.option(
     "--out", required=True, type=PathOrUrl(file_okay=False), help="Folder or URL of the new store."
 )
+@QUIET
 def merge(stores: tuple[Path | str, ...], out: Path | str) -> None:
     """Copy the rows of feature stores into a new store.
 
@@ -158,12 +161,11 @@ def merge(stores: tuple[Path | str, ...], out: Path | str) -> None:
       tracmod merge a/features/checkpoint-1/train b/features/checkpoint-1/train --out both
       tracmod merge a b --out s3://bucket/both
     """
-    from tqdm import tqdm
-
     from tracmod.features.store import FeatureStore
+    from tracmod.files import progress
 
     rows = sum(len(FeatureStore.open(store)) for store in stores)
-    with tqdm(total=rows, desc="merge", unit="example", disable=None) as bar:
+    with progress.bar("merge", rows) as bar:
         merged = FeatureStore.merge(out, stores, bar.update)
     click.echo(f"{out}: {len(merged)} examples of {len(stores)} stores")
 

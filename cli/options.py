@@ -210,6 +210,19 @@ def merged_columns(
     return columns
 
 
+def _set_quiet(ctx: click.Context, param: click.Parameter, quiet: bool) -> None:
+    from tracmod.files.progress import set_quiet
+
+    set_quiet(quiet)
+
+
+QUIET = click.option(
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_quiet,
+    help="Show no progress. Warnings and errors are still printed.",
+)
 RUN_OPTIONS = [
     click.option(
         "--set",
@@ -249,6 +262,7 @@ RUN_OPTIONS = [
         help="Memory for features, rankings and buffers while scoring, such as 4GB (the default). "
         "Features are read in blocks within it. The same as --set influence.memory=SIZE.",
     ),
+    QUIET,
 ]
 COLUMNS = click.option(
     "--columns",
@@ -272,4 +286,5 @@ VIEW_OPTIONS = [
     ),
     click.option("--mask", help="Language of the mask, for views with a mask per language."),
 ]
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

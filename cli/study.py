@@ -14,11 +14,13 @@ import click
 from tracmod.choices import ExportForm, ModelName
 from tracmod.cli.errors import fail
 from tracmod.cli.options import EXISTING, FOLDER, JSON, RUN_OPTIONS, choice, with_options
+from tracmod.files.progress import announce, describe, duration, set_quiet
 from tracmod.study.stage_table import STAGES, Stage, stage_named, stages_through
 
 if TYPE_CHECKING:
     from tracmod.engine import Engine
     from tracmod.study.run_folder import RunFolder
+    from tracmod.study.status import RunStatus
 
 
 @click.command()
@@ -59,22 +61,27 @@ def run(config: str, out: Path, check: bool, **options: Any) -> None:
 def _print_plan(folder: RunFolder) -> None:
     from tracmod.study.plan import plan_run
 
+    announce("sampling the data and measuring, which takes some seconds")
+    set_quiet(True)
     plan = plan_run(folder)
     click.echo(f"{'stage':16} {'state':6} {'time':>8} {'disk':>9}  work")
     for stage in plan.stages:
-        seconds = "-" if stage.seconds is None else _duration(stage.seconds)
+        seconds = "-" if stage.seconds is None else duration(stage.seconds)
         state = "done" if stage.done else "to do"
         click.echo(f"{stage.stage:16} {state:6} {seconds:>8} {_size(stage.bytes):>9}  {stage.work}")
-    total = f"about {_duration(plan.seconds)} and {_size(plan.bytes)}"
-    click.echo(f"\nto do: {total} on this machine under its present load; at most, for pruning")
+    low, high = map(duration, plan.range)
+    spread = "" if low == high else f" (between {low} and {high})"
+    total = f"about {duration(plan.seconds)}{spread} and {_size(plan.bytes)}"
+    click.echo(f"\nto do: {total} on free cores of this machine; at most, for pruning")
+    if plan.busy_cores is not None:
+        cores, threads = plan.busy_cores
+        click.echo(
+            f"this machine is busy: a product of matrices got {cores:.1f} of {threads} cores. The "
+            f"times above are made from CPU time, as for free cores; under the present load the "
+            f"run would take about {duration(plan.seconds_now)}"
+        )
     for note in plan.notes:
         click.echo(f"note: {note}")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _size(size: int) -> str:
@@ -196,6 +203,11 @@ def _run_stages(
     if any(stage_named(stage).uses_model for stage in to_do):
         device = resolve_device(folder.config.device)
     with folder.locked(), _engine(device, **options) as engine:
+        done = sum(map(folder.is_done, folder.stages))
+        announce(
+            f"{folder.path}: {done} of {len(folder.stages)} stages are done; run the same command "
+            f"again to resume; `tracmod status {folder.path}` shows the progress"
+        )
         run_stages(folder, stages, again, engine=engine)
 
 
@@ -203,30 +215,67 @@ def _run_stages(
 @click.argument("run_dir", type=EXISTING)
 @JSON
 def status(run_dir: Path, as_json: bool) -> None:
-    """Show the progress of a run.
+    """Show the progress of a run or a sweep.
 
-    Prints the state of the stages, the features that are written, and the last message of every
-    worker. Reads only what is on disk, so it works while the run is in progress, on any machine
-    that shares the folder.
+    Prints the state of the stages, how far the stage is that runs or was stopped, the features that
+    are written, and the last message of every worker. For the folder of a sweep, prints a line per
+    point. Reads only what is on disk, so it works while the run is in progress and after it was
+    killed, on any machine that shares the folder.
 
     \b
     Example:
       tracmod status runs/demo
     """
-    from tracmod.study.status import run_status
+    from tracmod.study.status import run_status, sweep_status
 
+    points = sweep_status(run_dir)
+    if points is not None:
+        _print_sweep_status(run_dir, points, as_json)
+        return
     progress = run_status(run_dir)
     if as_json:
         click.echo(json.dumps(asdict(progress), indent=1))
         return
-    click.echo(f"{run_dir}: {'running' if progress.working else 'not running'}")
+    state = _state(progress)
+    click.echo(f"{run_dir}: {'done, not running' if state == 'done' else state}")
     for stage, state, seconds in progress.stages:
-        click.echo(f"  {stage:16} {state:12} {_duration(seconds) if seconds else ''}")
+        shown = "stopped" if state == "running" and not progress.working else state
+        click.echo(f"  {stage:16} {shown:12} {duration(seconds) if seconds else ''}")
+        if state in ("running", "interrupted"):
+            for bar in progress.progress[1:]:  # the first is the stage itself
+                click.echo(f"    {describe(bar)}")
     click.echo(f"features: {progress.shards} of {progress.shards_wanted} shards written")
     if progress.rankings:
         click.echo(f"influence: {progress.rankings} rankings written")
     for worker, line in progress.logs.items():
         click.echo(f"{worker}: {line}")
+
+
+def _state(progress: RunStatus) -> str:
+    """Return whether a run is done, running or stopped, and since when nothing was written."""
+    if all(state == "done" for _, state, _ in progress.stages):
+        return "done"
+    since = f"last change {duration(progress.unchanged or 0.0)} ago"
+    if progress.working:
+        return f"running, {since}"
+    return f"not running, {since}; run the same command again to resume"
+
+
+def _print_sweep_status(out: Path, points: dict[str, RunStatus | None], as_json: bool) -> None:
+    """Print how many points of a sweep are done, and a line for each."""
+    if as_json:
+        trees = {name: None if point is None else asdict(point) for name, point in points.items()}
+        click.echo(json.dumps(trees, indent=1))
+        return
+    states = {name: "to do" if point is None else _state(point) for name, point in points.items()}
+    done = sum(state == "done" for state in states.values())
+    click.echo(f"{out}: {done} of {len(points)} points done")
+    for name, point in points.items():
+        stages = [] if point is None else [s for s, state, _ in point.stages if state == "done"]
+        count = "" if point is None else f" ({len(stages)} of {len(point.stages)} stages done)"
+        click.echo(f"  {name}: {states[name]}{'' if states[name] == 'done' else count}")
+        if point is not None and point.progress and states[name] != "done":
+            click.echo(f"    {'; '.join(map(describe, point.progress))}")
 
 
 @click.command()

@@ -17,6 +17,7 @@ from tracmod.bench import (
     bench_kernels,
     bench_preconditioner,
     bench_scale,
+    bench_waiting,
     collect,
     fidelity,
     job,
@@ -25,7 +26,8 @@ from tracmod.bench import (
     report,
 )
 from tracmod.bench.cases import ProjectSize, cases, project_case
-from tracmod.bench.measure import agreement
+from tracmod.bench.collect import WrongResult
+from tracmod.bench.measure import agreement, environment
 from tracmod.cli import main
 
 CPU = torch.device("cpu")
@@ -414,3 +416,37 @@ def test_the_scale_benchmark_runs_with_few_rows(tmp_path, monkeypatch):
     shown = ["\n".join(report.section(result)) for result in results]
     assert "| tracmod int8 |" in shown[0]
     assert "Opening a store of 9 shards" in shown[1]
+
+
+# --- waiting --------------------------------------------------------------------------------
+
+
+def test_the_section_of_waiting_compares_with_the_default_and_with_sleeping():
+    policies = ("sleep at once", bench_waiting.CHOSEN, "OpenMP's default")
+    times = [dict(zip(policies, [[0.04, 0.05], [0.02, 0.04], wall], strict=True)) for wall in
+             ([0.02, 0.04], [0.4, 0.5])]  # fmt: skip
+    result = {
+        "part": "waiting", "functions": ["ranking"], "load_before": 3.0,
+        "quiet": {"ranking": times[0]}, "busy": {"ranking": times[1]},
+        "environment": environment(CPU),
+    }  # fmt: skip
+    shown = "\n".join(report.section(result))
+    assert "| ranking | tracmod's choice | 20.0 | 1.00 | 40.0 | 20.0 | 0.50 | 40.0 |" in shown
+    assert "| ranking | OpenMP's default | 20.0 | 1.00 | 40.0 | 400 | 10.0 | 500 |" in shown
+    assert "not quiet" in shown
+
+
+@pytest.mark.slow
+def test_waiting_is_measured_after_the_results_are_compared(monkeypatch):
+    policies = ("sleep at once", bench_waiting.CHOSEN)
+    monkeypatch.setattr(
+        bench_waiting, "POLICIES", {name: bench_waiting.POLICIES[name] for name in policies}
+    )
+    result = bench_waiting.measure(threads=1, seconds=0.1)
+    for half in ("quiet", "busy"):
+        for function in result["functions"]:
+            assert set(result[half][function]) == set(policies)
+            assert all(min(times) > 0 for times in result[half][function].values())
+    monkeypatch.setattr(bench_waiting, "TOLERANCE", -1.0)
+    with pytest.raises(WrongResult, match="sleep at once"):
+        bench_waiting.measure(threads=1, seconds=0.1)

@@ -87,6 +87,21 @@ def test_tasks_of_lost_workers_are_done_by_others_and_counted_once():
     assert {task for _, task in team.begun} == set(range(200))
 
 
+def test_parts_reported_within_a_task_count_once_whoever_does_them():
+    """Worker 0 reports 7 of 10 parts and is lost; the next attempt reports 4, then all."""
+    team = FakeTeam(lambda worker, task: 4.0, lambda worker, task: len(team.begun) == 1)
+    real = team.give
+
+    def give(worker, task):
+        team.schedule(1.0, WorkerEvent("advanced", worker, 4 if team.begun else 7))
+        real(worker, task)
+
+    team.give = give
+    parts = []
+    dispatch(team, 1, 1, parts.append, clock=lambda: team.now)
+    assert [count for count in parts if count] == [7, 3]
+
+
 def test_a_straggler_is_started_a_second_time_elsewhere():
     def seconds(worker, task):
         return float("inf") if (worker, task) == (0, 0) else 4.0

@@ -16,6 +16,7 @@ from tracmod.features.collector import Collector
 from tracmod.study.context import RunContext
 from tracmod.study.pipeline import run_stages
 from tracmod.study.plan import plan_run
+from tracmod.study.probes import Cost, Stopwatch
 from tracmod.study.run_folder import RunFolder
 from tracmod.study.stage_table import STAGE_NAMES
 
@@ -77,14 +78,15 @@ def rates(monkeypatch):
     """A measured feature takes 1 second if plain, 10 with Adam's and 100 with EK-FAC's metric."""
     seconds = {None: 1.0, "adam": 10.0, "ekfac": 100.0}
 
-    def seconds_per_example(device, work, examples):
+    def cost_per_example(stopwatch, work, examples, most=None):
         collector = getattr(work, "__self__", None)
         if not isinstance(collector, Collector):
-            return 0.0
+            return Cost(0.0, 0.0, 0.0, 0.0)
         collector.collect(examples[:2])  # the collector must be able to collect
-        return seconds[collector.preconditioner and collector.preconditioner.kind]
+        measured = seconds[collector.preconditioner and collector.preconditioner.kind]
+        return Cost(measured, 0.5 * measured, 2 * measured, 20 * measured)
 
-    monkeypatch.setattr("tracmod.study.forecast.seconds_per_example", seconds_per_example)
+    monkeypatch.setattr("tracmod.study.forecast.cost_per_example", cost_per_example)
 
 
 def test_the_plan_counts_time_fits_and_bytes_of_ekfac(tmp_path, rates):
@@ -199,12 +201,86 @@ def test_a_k_too_large_for_the_data_is_noted(tmp_path, k, values):
     assert all(note.startswith("influence.k ") for note in notes)
 
 
+def test_the_plan_has_the_range_and_the_time_under_the_present_load(tmp_path, rates):
+    stage = planned(tmp_path / "run")["collect"]
+    assert stage.range == (0.5 * stage.seconds, 2 * stage.seconds)
+    assert stage.seconds_now == 20 * stage.seconds > 0
+
+
+class Machine:
+    """Two clocks of a machine whose work takes two threads, of which others leave a share.
+
+    Every call costs 10 parts whatever its size; a part takes 0.02 s of CPU time.
+    """
+
+    def __init__(self, share, noise=(1.0,)):
+        self.wall = self.cpu = 0.0
+        self.share, self.noise = share, list(noise)
+
+    def work(self, size):
+        cpu = 0.02 * (10 + size)
+        self.cpu += cpu * (self.noise[0] if size > 1 else 1)
+        self.wall += cpu / (1.75 * self.share)
+        self.noise.append(self.noise.pop(0))
+
+    def stopwatch(self):
+        stopwatch = Stopwatch("cpu", 1, lambda: self.wall, lambda: self.cpu)
+        stopwatch.threads, stopwatch.cores = 2, 2 * self.share
+        return stopwatch
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.06])
+def test_estimates_do_not_depend_on_the_load_of_the_machine(share):
+    machine = Machine(share)
+    stopwatch = machine.stopwatch()
+    cost = stopwatch.probe(machine.work)
+    assert stopwatch.is_busy == (share < 1)
+    assert cost.free == pytest.approx(0.02 / 1.75)
+    assert cost.now == pytest.approx(0.02 / 1.75 / share)
+
+
+def test_a_busy_machine_is_said_to_be_busy(tmp_path, monkeypatch, rates):
+    monkeypatch.setattr(Stopwatch, "_available_cores", lambda stopwatch: 0.25 * stopwatch.threads)
+    arguments = ["run", "demo", "--out", str(tmp_path / "run"), "--check"]
+    arguments += ["--set", "task.train_per_language=12", "--set", "task.dev_per_language=9"]
+    output = CliRunner().invoke(main, arguments, catch_exceptions=False).stdout
+    [total] = re.findall(r"^to do: about .*", output, re.MULTILINE)
+    assert "between" in total
+    assert re.search(r"^this machine is busy: .* under the present load", output, re.MULTILINE)
+
+
+def test_the_noise_of_probes_is_in_their_range_and_not_in_the_median():
+    machine = Machine(0.5, noise=(1.0, 1.0, 1.0, 30.0, 1.0))
+    cost = machine.stopwatch().probe(machine.work, sizes=(1, 1, 8))
+    assert cost.free == pytest.approx(cost.low) == pytest.approx(0.02 / 1.75)
+    assert cost.high > cost.free
+
+
+def test_probes_of_slow_work_are_few_and_small():
+    sizes = []
+    machine = Machine(0.05)
+
+    def work(size):
+        sizes.append(size)
+        for _ in range(20):
+            machine.work(size)
+
+    machine.stopwatch().probe(work)
+    assert sizes == [1, 1, 8, 8, 8]
+
+
+def test_a_memory_that_the_run_refuses_is_refused_by_its_check(tmp_path):
+    config = tiny_config(influence={"k": 5, "memory": "1kB"})
+    with pytest.raises(ValueError, match=r"memory.* got 1,000\b"):
+        plan_run(RunFolder(tmp_path / "run", config))
+
+
 def test_the_command_prints_the_plan_and_writes_nothing(tmp_path):
     arguments = ["run", "demo", "--out", str(tmp_path / "run"), "--check"]
     arguments += ["--set", "task.train_per_language=12", "--set", "task.dev_per_language=9"]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0
-    lines = result.output.splitlines()
+    lines = result.stdout.splitlines()
     stages = RunFolder(tmp_path / "run", load_config("demo")).stages
     assert [line.split()[0] for line in lines[1:9]] == list(stages)
     assert re.search(r"^to do: .*\d", result.output, re.MULTILINE)

@@ -31,6 +31,7 @@ from tracmod.attribution.context import SPLITS, AttributionContext
 from tracmod.attribution.fidelity import certify_features, choose_projection_dim
 from tracmod.attribution.options import AttributionOptions
 from tracmod.features.store import SHARD_ROWS
+from tracmod.files import progress
 from tracmod.files.durable import read_json, write_checksums, write_json, write_parquet
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 from tracmod.files.versions import versions
@@ -268,9 +269,9 @@ def _projected(context: AttributionContext, details: dict[str, Any]) -> TopInflu
         context: The attribution.
         details: Gets the choice of the dimension and the certificate, for run.json.
     """
-    options, progress = context.options, context.options.out / PROGRESS
+    options, parts = context.options, context.options.out / PROGRESS
     if options.projection_dim is None:
-        details["projection_choice"] = choose_projection_dim(context, progress)
+        details["projection_choice"] = choose_projection_dim(context, parts)
     _check_memory(context)
     with context.bar(sum(len(context.examples[split]) for split in SPLITS)) as bar:
         advance = _saying_notes_first(context, bar.update)
@@ -279,11 +280,9 @@ def _projected(context: AttributionContext, details: dict[str, Any]) -> TopInflu
     self_influences = self_influence(trains, context.weights)
     table = self_influence_table(context.tables["train"], self_influences)
     write_parquet(options.out / "self_influence.parquet", table)
-    details["fidelity"] = certify_features(context, queries, trains, progress)
+    details["fidelity"] = certify_features(context, queries, trains, parts)
     num_scores = len(context.tables["query"]) * len(context.tables["train"])
-    with tqdm(
-        total=num_scores, desc="influence", unit="score", unit_scale=True, disable=None
-    ) as bar:
+    with progress.bar("influence", num_scores, "score") as bar:
         return top_influences(
             queries,
             trains,
@@ -292,7 +291,7 @@ def _projected(context: AttributionContext, details: dict[str, Any]) -> TopInflu
             context.weights,
             options.normalize,
             memory=options.memory,
-            progress=progress,
+            progress=parts,
             device=context.device,
             advance=bar.update,
         )

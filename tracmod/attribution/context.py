@@ -20,6 +20,7 @@ from tracmod.features.collector import collect_to_store
 from tracmod.features.projection import Projection
 from tracmod.features.recipe import FeatureRecipe, checkpoint_digests
 from tracmod.features.store import FeatureStore
+from tracmod.files import progress
 from tracmod.files.durable import file_sha256, read_json, write_json
 from tracmod.gradients.capture import describe_frozen, frozen_names, select_layers
 from tracmod.gradients.ekfac import checkpoint_preconditioner
@@ -369,7 +370,7 @@ class AttributionContext:
     def bar(self, per_checkpoint: int) -> Any:
         """Open a progress bar over the examples of all checkpoints."""
         total = per_checkpoint * len(self.checkpoints)
-        return tqdm(total=total, desc="attribute", unit="example", disable=None)
+        return progress.bar("attribute", total)
 
 
 def _numbered_checkpoints(options: AttributionOptions) -> list[Checkpoint]:

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tracmod.attribution.sources import AttributionSource, RunSource, Source
 from tracmod.choices import whole_number
 from tracmod.features.rows import SomeRows, StoreRows
 from tracmod.features.store import FeatureStore
+from tracmod.files import progress
 from tracmod.files.durable import read_json
 from tracmod.influence.index import InfluenceIndex, gpu_number
 from tracmod.influence.scores import TopInfluences, top_influences
@@ -337,7 +337,7 @@ class Attributor:
         """Rank `rows` by their stored features; return the k strongest of both signs."""
         stores = [StoreRows(store) for store in self.train_stores]
         all_rows = len(rows) == stores[0].shape[0]
-        with tqdm(total=len(rows), desc="query", unit="example", disable=None) as bar:
+        with progress.bar("query", len(rows)) as bar:
             top = top_influences(
                 features,
                 stores if all_rows else [SomeRows(store, rows) for store in stores],

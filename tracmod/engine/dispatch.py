@@ -42,14 +42,15 @@ class WorkerEvent(NamedTuple):
     """A change in the state of a worker.
 
     Attributes:
-        kind: "ready" (it accepts tasks), "done" (it finished its task), "failed" (its task, or
-            the creation of the worker, raised an error) or "lost" (it no longer exists).
+        kind: "ready" (it accepts tasks), "advanced" (it did a part of its task), "done" (it
+            finished its task), "failed" (its task, or the creation of the worker, raised an error)
+            or "lost" (it no longer exists).
         worker: number of the worker.
-        value: for "done" the number of parts of the task, for "failed" the exception, for "lost"
-            the reason.
+        value: for "advanced" the number of parts done so far, for "done" that of all parts of the
+            task, for "failed" the exception, for "lost" the reason.
     """
 
-    kind: Literal["ready", "done", "failed", "lost"]
+    kind: Literal["ready", "advanced", "done", "failed", "lost"]
     worker: int
     value: Any = None
 
@@ -89,7 +90,8 @@ def dispatch(
         team: workers that have nothing to do.
         count: number of tasks.
         workers: number of workers to use; no more than tasks are started.
-        advance: called with the number of parts of every task, once per task.
+        advance: called with numbers of parts that were done; each part counts once, also if its
+            task is run several times.
         twice: whether a slow task may be started a second time.
         clock: returns the time in seconds.
 
@@ -130,6 +132,7 @@ class _Schedule:
         self._queue = deque(range(count))
         self._idle: list[int] = []
         self._losses: Counter[int] = Counter()  # task -> workers lost while they ran it
+        self._advanced: Counter[int] = Counter()  # task -> parts of it that were reported as done
         self._ready: set[int] = set()
         self._lost_unready = 0  # workers lost before they were ready, since the last was ready
         self._seconds, self._finished = 0.0, 0  # over all finished tasks, for their mean
@@ -139,6 +142,8 @@ class _Schedule:
         if event.kind == "lost":
             self._replace(event.worker, event.value)
             return 0
+        if event.kind == "advanced":
+            return self._new_parts(self.running[event.worker][0], event.value)
         task, started = self.running.pop(event.worker, (None, 0.0))
         if event.kind == "failed" and (task is None or task in self.unfinished):
             raise event.value
@@ -150,9 +155,16 @@ class _Schedule:
             self._seconds += self._clock() - started
             self._finished += 1
             if task in self.unfinished:
+                parts = self._new_parts(task, event.value)
                 self.unfinished.remove(task)
-                return int(event.value)
+                return parts
         return 0  # it is ready, or another worker has finished the same task before
+
+    def _new_parts(self, task: int, parts: int) -> int:
+        """Return how many of a task's parts no attempt at it has reported before."""
+        new = max(0, parts - self._advanced[task])
+        self._advanced[task] += new
+        return new
 
     def assign_tasks(self) -> None:
         """Give a task to every idle worker, as long as there are tasks to start."""

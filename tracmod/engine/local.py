@@ -14,6 +14,8 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,6 +27,10 @@ import torch
 
 from tracmod.engine.dispatch import WorkerEvent, dispatch
 from tracmod.engine.interface import MakeWorker
+from tracmod.engine.waiting import choose_waiting_policy
+from tracmod.files import progress
+
+REPORT_SECONDS = 1.0  # between two reports of a worker within its task
 
 
 class LocalEngine:
@@ -91,6 +97,7 @@ class _Processes:
 
     def start(self, worker: int) -> None:
         if worker not in self._pipes:
+            choose_waiting_policy()  # the process loads OpenMP anew
             own_end, workers_end = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(workers_end, worker), daemon=True)
             process.start()
@@ -142,7 +149,13 @@ class _Processes:
 
 def _serve(pipe: Connection, number: int) -> None:
     """Run the main loop of a worker process, until the main process closes its end of the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C reaches the main process, which ends this one
     worker, log = None, worker_log(None, number)
+    progress.write_lines_with(log.info)  # the main process shows the progress of all workers
+
+    def report(parts: int) -> None:
+        pipe.send(("advanced", parts))
+
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             request, value = pipe.recv()
@@ -154,7 +167,7 @@ def _serve(pipe: Connection, number: int) -> None:
                     worker = make_worker(number)
                     pipe.send(("ready", None))
                 else:
-                    pipe.send(("done", do_logged(worker, value, log)))
+                    pipe.send(("done", do_logged(worker, value, log, report)))
             except Exception as error:
                 log.error("failed: %s", traceback.format_exc())
                 pipe.send(("failed", _picklable(error)))
@@ -193,13 +206,25 @@ def worker_log(logs: Path | None, number: int) -> logging.Logger:
     return log
 
 
-def do_logged(worker: Any, task: Any, log: logging.Logger) -> int:
-    """Let a worker run a task, log it, and return the number of its parts."""
-    parts = 0
+def do_logged(
+    worker: Any, task: Any, log: logging.Logger, report: Callable[[int], Any] = lambda parts: None
+) -> int:
+    """Let a worker run a task, log it, and return the number of its parts.
+
+    Args:
+        worker: the worker.
+        task: the task.
+        log: its log.
+        report: called from time to time with the number of parts done so far.
+    """
+    parts, reported = 0, time.monotonic()
 
     def advance(count: int) -> None:
-        nonlocal parts
+        nonlocal parts, reported
         parts += count
+        if time.monotonic() - reported >= REPORT_SECONDS:
+            report(parts)
+            reported = time.monotonic()
 
     log.info("task %s", task)
     worker.do(task, advance)

@@ -12,6 +12,8 @@ import torch
 from tracmod.engine.dispatch import WorkerEvent, dispatch
 from tracmod.engine.interface import MakeWorker
 from tracmod.engine.local import do_logged, worker_log
+from tracmod.engine.waiting import choose_waiting_policy, waiting_policy
+from tracmod.files import progress
 
 try:
     import ray as _ray
@@ -125,6 +127,7 @@ class _Actor:
     def __init__(self, number: int, threads: int) -> None:
         self._number, self._threads = number, threads
         self._log = worker_log(None, number)
+        progress.write_lines_with(self._log.info)
         self._worker: Any = None
 
     def make(self, make_worker: MakeWorker, logs: Path | None) -> None:
@@ -145,8 +148,14 @@ class _Actors:
     def __init__(self, cpus: int, gpus: int) -> None:
         self._cpus = cpus
         # Ray's own retries are off: `dispatch` gives a lost task to any other actor at once.
+        # An actor waits for its threads as this process does, on whatever node it runs.
+        choose_waiting_policy()
         self._class = ray.remote(_Actor).options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env={"env_vars": waiting_policy()},
         )
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, tuple[str, int]] = {}  # reference -> kind of event, worker

@@ -31,6 +31,11 @@ class RunPaths:
         return self.path / ".lock"
 
     @property
+    def progress_file(self) -> Path:
+        """.progress.json: how far the stage is that runs, or that was stopped."""
+        return self.path / ".progress.json"
+
+    @property
     def logs(self) -> Path:
         """logs/: one log per worker."""
         return self.path / "logs"

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tracmod.choices import positive_number, whole_number
+from tracmod.files import progress
 from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
 from tracmod.gradients.preconditioner import (
     Metric,
@@ -369,9 +369,7 @@ def checkpoint_preconditioner(
     examples, generator = train(), torch.Generator().manual_seed(0)
     drawn = torch.randperm(len(examples), generator=generator)[:FIT_EXAMPLES]
     chosen = [examples[row] for row in drawn.sort().values.tolist()]
-    with tqdm(
-        total=2 * len(chosen), desc=f"EK-FAC of {folder.name}", unit="example", disable=None
-    ) as bar:
+    with progress.bar(f"EK-FAC of {folder.name}", 2 * len(chosen)) as bar:
         fitted = fit_ekfac(
             model,
             chosen,

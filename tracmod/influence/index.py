@@ -61,7 +61,6 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tracmod.choices import IndexKind, positive_number, whole_number
 from tracmod.features.rows import (
@@ -72,6 +71,7 @@ from tracmod.features.rows import (
     scaled_rows,
 )
 from tracmod.features.store import FeatureStore
+from tracmod.files import progress
 from tracmod.files.durable import (
     file_sha256,
     identity_differences,
@@ -396,7 +396,7 @@ class InfluenceIndex:
             if lists:
                 self._cluster(sample, gpu)
             if self.kind in ("sq8", "ivfpq"):
-                with tqdm(total=1, desc="train codes", unit=" steps", disable=None) as bar:
+                with progress.bar("train codes", 1, "step") as bar:
                     index.train(sample)
                     bar.update(1)
             index.is_trained = True
@@ -411,7 +411,7 @@ class InfluenceIndex:
         clustering = faiss.Clustering(index.d, index.nlist, index.cp)
         clustering.niter = 1
         nearest = _searchable_centres(index, gpu)
-        for _ in tqdm(range(index.cp.niter), desc="cluster", unit=" rounds", disable=None):
+        for _ in progress.each(range(index.cp.niter), "cluster", "round"):
             clustering.train(sample, nearest)
         centres = faiss.vector_to_array(clustering.centroids).reshape(-1, index.d)
         index.quantizer.add(centres)
@@ -469,7 +469,7 @@ class InfluenceIndex:
         Doubling stops as soon as it gains less than `MIN_GAIN`; the effort before is kept.
         """
         worst = -1.0
-        for effort in tqdm(self._efforts(), desc="measure", unit=" efforts", disable=None):
+        for effort in progress.each(self._efforts(), "measure", "effort"):
             before, self.effort = self.effort, effort
             recall = self._measure(probes_QD, exact_Qk)
             gain = min(recall["proponents"], recall["opponents"]) - worst
@@ -518,8 +518,8 @@ class InfluenceIndex:
         sample = np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
         by_block = np.split(sample, np.flatnonzero(np.diff(sample // BLOCK_ROWS)) + 1)
         parts = []
-        disable = True if bar is None else None  # for tqdm None means: unless this is a terminal
-        for rows in tqdm(by_block, desc=bar, unit=" blocks", disable=disable):
+        blocks = by_block if bar is None else progress.each(by_block, bar, "block")
+        for rows in blocks:
             start = int(rows[0]) // BLOCK_ROWS * BLOCK_ROWS
             parts.append(self._block(features, start)[torch.from_numpy(rows - start)])
         return torch.cat(parts)
@@ -527,12 +527,9 @@ class InfluenceIndex:
     def _blocks(self, features: Sequence[IndexFeatures], bar: str) -> Iterator[tuple[int, Tensor]]:
         """Yield (start, encoded rows (B, D)), under a progress bar if there are several blocks."""
         count = _shapes(features, "features")[1]
-        disable = None if count > BLOCK_ROWS else True
-        with tqdm(total=count, desc=bar, unit=" rows", disable=disable) as progress:
-            for start in range(0, count, BLOCK_ROWS):
-                block_BD = self._block(features, start)
-                yield start, block_BD
-                progress.update(len(block_BD))
+        starts = range(0, count, BLOCK_ROWS)
+        for start in progress.each(starts, bar, "block") if len(starts) > 1 else starts:
+            yield start, self._block(features, start)
 
     def _block(self, features: Sequence[IndexFeatures], start: int) -> Tensor:
         """Return the encoded rows (B, D) of the block that begins at `start`."""

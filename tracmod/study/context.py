@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.analysis.results import UNTRAINED
@@ -58,12 +57,6 @@ class RunContext:
     def device(self) -> str:
         """The device to compute on; a worker sets it to its own GPU."""
         return resolve_device(self.config.device)
-
-    def bar(self, name: str, total: int, unit: str = "example") -> Any:
-        """Open a progress bar."""
-        return tqdm(
-            total=total, desc=name, unit=unit, unit_scale=True, disable=None, smoothing=0.05
-        )
 
     def latest(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
         """Return `make()`, remembered until another key of the same kind is asked for.

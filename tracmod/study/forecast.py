@@ -1,16 +1,15 @@
 """Counts and short measurements from which the estimates of a run's stages are made.
 
-Times are those of this machine as it is now: one training step, one forward pass, one gradient
-feature and one score are timed for a second or two each on the run's own examples.
+Times are those of this machine: a training step, a forward pass, a gradient feature and a score are
+measured on the run's own examples, for about a second each (`tracmod.study.probes`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +19,13 @@ from tracmod.gradients.capture import select_layers
 from tracmod.gradients.ekfac import FIT_EXAMPLES
 from tracmod.gradients.preconditioner import Metric, Preconditioner, gradient_shape
 from tracmod.influence.scores import top_influences
-from tracmod.models.architecture import attention_layers
+from tracmod.models.architecture import attention_layers, embeddings_module
 from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.loss import per_example_loss
 from tracmod.models.modes import frozen, to_device
 from tracmod.models.plain_pass import predict
 from tracmod.study.context import SPLITS, RunContext
+from tracmod.study.probes import SIZES, Cost, Stopwatch
 from tracmod.study.retrain_scores import preconditioned_passes
 from tracmod.study.run_features import recipe
 from tracmod.study.run_folder import RunFolder
@@ -35,10 +35,8 @@ from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.subnetworks.importance import head_importance
 from tracmod.training.optimizer import HeadwiseAdamW
 
-# Numbers of examples that are timed, one after the other, until one takes long enough to be
-# measured: full batches are several times as fast per example as small ones.
-TIMED_EXAMPLES = (1, 1, 8, 64, 512)
-LONG_ENOUGH = 0.5  # seconds
+# The field of `Cost` that an estimate is made from.
+Clock = Literal["free", "low", "high", "now"]
 
 
 class Estimate(NamedTuple):
@@ -68,6 +66,16 @@ class Pass(NamedTuple):
     num_test: int
 
 
+class _Costs(NamedTuple):
+    """Measured costs; see `Rates`."""
+
+    step: Cost
+    forward: Cost
+    importance: Cost
+    features: dict[MetricKind, Cost]
+    score: Cost
+
+
 @dataclass(frozen=True)
 class Rates:
     """Measured times, in seconds.
@@ -95,6 +103,8 @@ class Forecast:
         tables: The examples of each split.
         all_heads: The mask of all heads of the model.
         preconditioner: The kind of the run's features.
+        clock: Which of the measured times `rates` has: on free cores (the median, or the fastest or
+            slowest probe), or under the present load.
         checkpoint_bytes: The size of a checkpoint on disk.
         second_moment_bytes: The size of Adam's second moment on disk.
     """
@@ -106,7 +116,8 @@ class Forecast:
             run: The run folder.
             context: A context whose data is there: that of the run, or of a folder with its data.
         """
-        self.run, self.config, self._context = run, run.config, context
+        self.run, self.config, self.context = run, run.config, context
+        self.clock: Clock = "free"
         self._model, self._tokenizer = initial_model(context)
         to_device(self._model, context.device)
         self.tables = {split: context.table(split) for split in SPLITS}
@@ -130,15 +141,15 @@ class Forecast:
     @property
     def num_models(self) -> int:
         """The number of models whose influence is computed."""
-        return len(self._context.models)
+        return len(self.context.models)
 
     def checkpoints_of(self, model_name: str) -> int:
         """Count the checkpoints of a model that are used for influence."""
-        return len(self._context.counted_epochs(model_name))
+        return len(self.context.counted_epochs(model_name))
 
     def num_checkpoints(self) -> int:
         """Count the checkpoints of all models that are used for influence."""
-        return sum(map(self.checkpoints_of, self._context.models))
+        return sum(map(self.checkpoints_of, self.context.models))
 
     def passes(self) -> list[Pass]:
         """Return the passes of collecting at one checkpoint of one model."""
@@ -146,7 +157,7 @@ class Forecast:
         views = views_of(self.config.views, masks, self.config.seed)
         return [
             Pass(view.name, self.count("train"), self.count("test", language))
-            for view, language, _ in self._context.passes(views)
+            for view, language, _ in self.context.passes(views)
         ]
 
     def ekfac_fits(self, checkpoints: int) -> Estimate:
@@ -168,25 +179,44 @@ class Forecast:
 
     # --- measurements -----------------------------------------------------------------------
 
-    @cached_property
+    @property
     def rates(self) -> Rates:
-        """The measured rates; measuring takes some seconds."""
-        batch_size, device = self.config.finetune.batch_size, self._context.device
-        examples = self._examples("train", max(*TIMED_EXAMPLES, batch_size))
-        retrain_passes = preconditioned_passes(self.config, self.checkpoints_of("full"))
-        features: dict[MetricKind, float] = {}
-        for kind in {self.preconditioner} | {kind for kind, _ in retrain_passes}:
-            metric = self._placeholder(kind, self._model.device)
-            collector = recipe(self._context).collector(self._model, metric)
-            with frozen(self._model):
-                features[kind] = seconds_per_example(device, collector.collect, examples)
-        importance = partial(head_importance, self._model)
+        """The rates by `clock`; they are measured once, which takes some seconds."""
+        costs, clock = self._costs, self.clock
         return Rates(
-            step=self._step_seconds(examples[:batch_size]),
-            forward=seconds_per_example(device, partial(predict, self._model), examples),
-            importance=seconds_per_example(device, importance, examples),
+            step=getattr(costs.step, clock),
+            forward=getattr(costs.forward, clock),
+            importance=getattr(costs.importance, clock),
+            features={kind: getattr(cost, clock) for kind, cost in costs.features.items()},
+            score=getattr(costs.score, clock),
+        )
+
+    @cached_property
+    def stopwatch(self) -> Stopwatch:
+        """Measures on the device of the run."""
+        return Stopwatch(self.context.device)
+
+    @cached_property
+    def _costs(self) -> _Costs:
+        examples = self._examples("train", max(SIZES))
+        retrain_passes = preconditioned_passes(self.config, self.checkpoints_of("full"))
+        features: dict[MetricKind, Cost] = {}
+        # Also those of influence by head and layer, if there are any, have no preconditioner.
+        kinds: set[MetricKind] = {self.preconditioner} | {kind for kind, _ in retrain_passes}
+        if self.config.influence.blocks:
+            kinds.add("none")
+        for kind in kinds:
+            metric = self._placeholder(kind, self._model.device)
+            collector = recipe(self.context).collector(self._model, metric)
+            with frozen(self._model):
+                features[kind] = cost_per_example(self.stopwatch, collector.collect, examples)
+        importance = partial(head_importance, self._model)
+        return _Costs(
+            step=self._step_cost(examples),
+            forward=cost_per_example(self.stopwatch, partial(predict, self._model), examples),
+            importance=cost_per_example(self.stopwatch, importance, examples),
             features=features,
-            score=self._score_seconds(),
+            score=self._score_cost(),
         )
 
     def _placeholder(self, kind: MetricKind, device: torch.device) -> Preconditioner | None:
@@ -206,56 +236,67 @@ class Forecast:
         """Encode examples in random order, so that all languages and lengths are among them."""
         table = self.tables[split]
         rows = np.random.default_rng(0).permutation(len(table))[:number]
-        return self._context.encode(self._tokenizer, table.take(rows), self._model)
+        return self.context.encode(self._tokenizer, table.take(rows), self._model)
 
-    def _step_seconds(self, batch: list[dict[str, Any]]) -> float:
-        """Time a training step, without the first, which allocates; restore the weights."""
-        model = self._model
+    def _step_cost(self, examples: list[dict[str, Any]]) -> Cost:
+        """Measure a training step: its gradient by example, then its update; restore the weights.
+
+        A whole step of a large model takes longer than the measurements of all else.
+        """
+        model, config = self._model, self.config.finetune
+        batch_size, dtype = config.batch_size, getattr(torch, config.dtype)
+        embeddings_module(model).requires_grad_(config.train_embeddings)
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         optimizer = HeadwiseAdamW(model, weight_decay=0.0, split_heads=False)
         model.train()
 
-        def step() -> None:
+        def gradient(batch: list[dict[str, Any]]) -> None:
+            model.zero_grad(set_to_none=True)
             inputs = collate(batch, pad_token_id(model), model.device)
             labels_B = inputs.pop("labels")
-            per_example_loss(model(**inputs).logits, labels_B).mean().backward()
-            optimizer.step(0.0)
-            model.zero_grad(set_to_none=True)
+            with torch.autocast(labels_B.device.type, dtype, enabled=dtype != torch.float32):
+                logits_BC = model(**inputs).logits
+            per_example_loss(logits_BC, labels_B).mean().backward()
 
-        step()
-        seconds = min(seconds_of(self._context.device, step) for _ in range(2))
-        model.eval()
+        cost = cost_per_example(self.stopwatch, gradient, examples, batch_size).scaled(batch_size)
+        update = self.stopwatch.probe(lambda size: optimizer.step(0.0), sizes=(1, 1))
+        model.zero_grad(set_to_none=True)
+        model.eval().requires_grad_(True)
         model.load_state_dict(weights)
-        return seconds
+        return cost.plus(update)
 
-    def _score_seconds(self) -> float:
-        """Time one inner product of two feature rows, with finding the strongest."""
+    def _score_cost(self) -> Cost:
+        """Measure one inner product of two feature rows, with finding the strongest."""
         dim, k = self.config.collect.projection_dim, max(self.config.influence.ks)
-        device, generator = self._context.device, torch.Generator().manual_seed(0)
+        device, generator = self.context.device, torch.Generator().manual_seed(0)
         train = torch.randn(min(2048, self.count("train")), dim, generator=generator).to(device)
         query = torch.randn(min(64, self.count("test")), dim, generator=generator).to(device)
-        score = partial(top_influences, query, train, k, normalize="cosine")
-        score()
-        return seconds_of(device, score) / (len(query) * len(train))
+        cost = self.stopwatch.probe(
+            lambda size: top_influences(query, train, k, normalize="cosine"), sizes=(1, 1)
+        )
+        return cost.scaled(1 / (len(query) * len(train)))
 
 
-def seconds_per_example(device: str, work: Callable[[Any], Any], examples: list[Any]) -> float:
-    """Time work on as many examples as take long enough; the first call only warms up."""
-    for number in TIMED_EXAMPLES:
-        some = examples[:number]
-        seconds = seconds_of(device, lambda: work(some))  # noqa: B023 - called at once
-        if seconds > LONG_ENOUGH:
-            break
-    return seconds / len(some)
+def cost_per_example(
+    stopwatch: Stopwatch,
+    work: Callable[[Any], Any],
+    examples: list[dict[str, Any]],
+    most: int | None = None,
+) -> Cost:
+    """Measure work on a few examples; return its cost for an example of mean length.
 
+    Args:
+        stopwatch: Measures.
+        work: Is given a list of examples.
+        examples: Examples in random order.
+        most: The largest number that work is given at a time.
+    """
+    lengths = [len(example["input_ids"]) for example in examples]
+    sizes = [size for size in SIZES if size <= min(most or len(examples), len(examples))]
+    mean, costs = sum(lengths) / len(lengths), []
 
-def seconds_of(device: str, work: Callable[[], Any]) -> float:
-    """Time one call, the work that it leaves on a GPU included."""
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    work()
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    def on(size: int) -> None:
+        work(examples[:size])
+        costs.append(size * mean / sum(lengths[:size]))  # of the size that is tried last
+
+    return stopwatch.probe(on, sizes).scaled(costs[-1])

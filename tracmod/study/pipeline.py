@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from tracmod.analysis.language_pairs import read_distances
 from tracmod.config import RunConfig
 from tracmod.engine import Engine
+from tracmod.files import progress
 from tracmod.files.object_storage import location
 from tracmod.study.context import RunContext
 from tracmod.study.run_folder import RunFolder
@@ -66,7 +67,11 @@ def run_stages(
         may_share = stage.shareable and name != again
         if may_share and any(run.take_over(name, donor) for donor in donors):
             continue
-        with run.stage(name):
+        with (
+            progress.kept_in(run.progress_file),
+            progress.stage(name, run.stages.index(name) + 1, len(run.stages)),
+            run.stage(name),
+        ):
             stage_module(stage).run(context)
 
 

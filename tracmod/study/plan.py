@@ -23,8 +23,10 @@ class StagePlan:
         stage: Its name.
         done: Whether it is finished already, so that it costs nothing.
         work: What it does, in words.
-        seconds: The estimated time; None for stages of a few seconds.
+        seconds: The estimated time on free cores; None for stages of a few seconds.
         bytes: The bytes that it leaves on disk.
+        range: The time on free cores by the fastest and the slowest measurements.
+        seconds_now: The estimated time under the present load.
     """
 
     stage: str
@@ -32,6 +34,8 @@ class StagePlan:
     work: str
     seconds: float | None
     bytes: int
+    range: tuple[float, float] = (0.0, 0.0)
+    seconds_now: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,29 @@ class RunPlan:
     Attributes:
         stages: The stages, in order.
         notes: What a user should know before the run begins, a sentence each.
+        busy_cores: On a machine that others use, the cores that this process got, and those that it
+            has threads for; None if the cores are free.
     """
 
     stages: list[StagePlan]
     notes: list[str]
+    busy_cores: tuple[float, int] | None = None
 
     @property
     def seconds(self) -> float:
-        """The estimated time of the stages that are not done."""
+        """The estimated time of the stages that are not done, on free cores."""
         return sum(stage.seconds or 0.0 for stage in self.stages if not stage.done)
+
+    @property
+    def seconds_now(self) -> float:
+        """The same under the present load."""
+        return sum(stage.seconds_now or 0.0 for stage in self.stages if not stage.done)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The time on free cores by the fastest and the slowest measurements."""
+        ranges = [stage.range for stage in self.stages if not stage.done]
+        return sum(low for low, _ in ranges), sum(high for _, high in ranges)
 
     @property
     def bytes(self) -> int:
@@ -78,9 +96,15 @@ def plan_run(run: RunFolder) -> RunPlan:
         forecast = Forecast(run, RunContext(data))
         stages = []
         for name in run.stages:
-            estimate = stage_module(stage_named(name)).estimate(forecast)
-            stages.append(StagePlan(name, run.is_done(name), *estimate))
-        plan = RunPlan(stages, [])
+            estimates = {}
+            for forecast.clock in ("free", "low", "high", "now"):
+                estimates[forecast.clock] = stage_module(stage_named(name)).estimate(forecast)
+            low, high = (estimates[clock].seconds or 0.0 for clock in ("low", "high"))
+            now = estimates["now"].seconds
+            stages.append(StagePlan(name, run.is_done(name), *estimates["free"], (low, high), now))
+        stopwatch = forecast.stopwatch
+        cores = (stopwatch.cores, stopwatch.threads) if stopwatch.is_busy else None
+        plan = RunPlan(stages, [], cores)
         plan.notes.extend(_notes(forecast, plan))
         return plan
 

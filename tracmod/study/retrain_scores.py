@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tracmod.config import Method, MetricKind, RunConfig
 from tracmod.features.collector import as_examples
+from tracmod.files import progress
 from tracmod.files.durable import canonical_json, file_sha256, sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 from tracmod.influence.scores import influence_scores
@@ -135,7 +136,7 @@ def _cached_scores(
         if kind == "adam":
             checkpoints = _with_second_moments(context, checkpoints)
         scores: Tensor | float = 0.0
-        with context.bar(f"scores {kind}", len(checkpoints), "checkpoint") as bar:
+        with progress.bar(f"scores {kind}", len(checkpoints), "checkpoint") as bar:
             for position, checkpoint in enumerate(checkpoints):
                 queries, trains = _features(context, kind, checkpoint)
                 weight = None if weights is None else [weights[position]]

@@ -18,11 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tracmod.config import RunConfig, parse_config
 from tracmod.engine import Engine
-from tracmod.files.durable import write_csv, write_parquet
+from tracmod.files.durable import write_csv, write_json, write_parquet
 from tracmod.files.yaml_tree import parse_overrides, read_tree, set_value
 from tracmod.study.run_folder import RunFolder
 from tracmod.study.stage_table import stage_named, stages_through
 
+SWEEP_FILE = "sweep.json"  # the names of the points, for `tracmod status`
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,+-]*")
 
 
@@ -205,6 +206,7 @@ def run_sweep(
     runs = _open_runs(sweep, out)
     for run in runs.values():
         resolve_device(run.config.device)
+    write_json(out / SWEEP_FILE, {"name": sweep.name, "points": list(sweep.points)})
     failed = {}
     for number, (name, run) in enumerate(runs.items(), 1):
         say(f"point {number} of {len(runs)}: {name}")

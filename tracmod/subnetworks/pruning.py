@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tracmod.config import Combine
+from tracmod.files import progress
 from tracmod.models.architecture import attention_layers
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.subnetworks.importance import head_importance, mask_least_important, masked_accuracy
@@ -148,7 +148,7 @@ def prune(
     count = max(1, round(step * mask.array.size))
     full_score = masked_accuracy(model, examples, mask, batch_tokens)
     course = [_course_entry(mask, full_score)]
-    with tqdm(total=mask.size, desc=description, unit="head", disable=None) as bar:
+    with progress.bar(description, mask.size, "head") as bar:
         while mask.size > 1 and course[-1]["score"] >= end * full_score - ROUNDING:
             importance_LH = head_importance(model, examples, mask, batch_tokens=batch_tokens)
             course[-1]["importance"] = importance_LH.tolist()

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.choices import PassDtype, Sampling, SharedParameters
+from tracmod.files import progress
 from tracmod.models.architecture import embeddings_module
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import model_digest
@@ -349,23 +349,27 @@ class _Training:
         """Train from the state on disk, or from the start, to the end."""
         plan = self.plan
         step, loss_sum = self.folder.load_state(self.model, self.optimizer)
-        saved = time.monotonic()
-        with tqdm(
-            total=plan.total_steps, initial=step, desc=description, unit="step", disable=None
-        ) as bar:
+        saved, accuracy = time.monotonic(), ""
+        with progress.bar(description, plan.total_steps, "step", initial=step) as bar:
             for epoch in range(step // plan.steps_per_epoch + 1, self.settings.epochs + 1):
                 done = step % plan.steps_per_epoch
                 masks = self._epoch_masks(epoch, started=done > 0)
                 self.model.train()
                 for batch in plan.epoch(epoch)[done:]:
-                    loss_sum += self._step(step, batch, masks)
+                    loss = self._step(step, batch, masks)
+                    loss_sum += loss
                     step += 1
+                    bar.note = f"epoch {epoch} of {self.settings.epochs}, loss {loss:.3g}{accuracy}"
                     bar.update()
                     within = step % plan.steps_per_epoch != 0  # the end of an epoch is saved below
                     if within and time.monotonic() - saved >= save_seconds:
                         self.folder.save_state(self.model, self.optimizer, step, loss_sum)
                         saved = time.monotonic()
-                self._finish_epoch(epoch, step, loss_sum / plan.steps_per_epoch, masks, evaluate)
+                mean_loss = loss_sum / plan.steps_per_epoch
+                scores = self._finish_epoch(epoch, step, mean_loss, masks, evaluate)
+                if scores:
+                    mean = sum(scores.values()) / len(scores)
+                    accuracy = f", accuracy {mean:.3f} after epoch {epoch}"
                 loss_sum = 0.0
                 self.folder.save_state(self.model, self.optimizer, step, loss_sum)
                 saved = time.monotonic()
@@ -427,8 +431,8 @@ class _Training:
         train_loss: float,
         masks: Masks | None,
         evaluate: Evaluate | None,
-    ) -> None:
-        """Evaluate the epoch; write its metrics, then its checkpoint."""
+    ) -> Mapping[str, float] | None:
+        """Evaluate the epoch; write its metrics, then its checkpoint; return the accuracies."""
         start = step - self.plan.steps_per_epoch
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -444,6 +448,7 @@ class _Training:
             rate = self._mean_rate(0 if self.settings.keep == "last" else start, step)
             moment = self.optimizer.second_moment() if self.second_moment else None
             self.folder.write_checkpoint(self.model, self.tokenizer, epoch, step, rate, moment)
+        return row.get("accuracy")
 
     def _mean_rate(self, start: int, end: int) -> float:
         """Return the mean learning rate of the steps [start, end)."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from tracmod.features.store import StorePath, verify_store
+from tracmod.files import progress
 from tracmod.files.durable import CHECKSUMS, read_checksums, read_json, unseal
 from tracmod.files.object_storage import Location, entries, file_sha256, file_size, location
 
@@ -50,7 +49,7 @@ def _store_problems(stores: Sequence[Location]) -> list[str]:
     """Return the problems of feature stores."""
     files = [file for store in stores for file in entries(store)]
     sizes = [file_size(file) for file in files if file.name.startswith("shard-")]
-    with tqdm(total=sum(sizes), desc="verify", unit="B", unit_scale=True, disable=None) as bar:
+    with progress.bar("verify", sum(sizes), "B") as bar:
         return [problem for store in stores for problem in verify_store(store, bar.update)]
 
 
@@ -64,7 +63,7 @@ def _checksum_problems(path: Path, features: Location) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    for name, expected in tqdm(sums.items(), desc="verify", unit="file", disable=None):
+    for name, expected in progress.each(list(sums.items()), "verify", "file"):
         in_features = name.removeprefix("features/")
         file = path / name if in_features == name else features / in_features
         if not file.is_file():
@@ -84,7 +83,7 @@ def _has_grown(file: Location) -> bool:
 def _index_problems(path: Path) -> Iterator[str]:
     """Yield the problems of the files of `tracmod index`; FAISS is not needed."""
     folders = {file.parent for file in path.glob("index/**/index.*")}
-    for folder in tqdm(sorted(folders), desc="verify", unit="index", disable=None):
+    for folder in progress.each(sorted(folders), "verify", "index"):
         meta, index = folder / "index.json", folder / "index.faiss"
         missing = [file for file in (meta, index) if not file.is_file()]
         if missing:

@@ -11,6 +11,7 @@ from tracmod.analysis.results import UNTRAINED
 from tracmod.features.collector import collect_to_store
 from tracmod.features.store import FeatureStore
 from tracmod.features.store_format import DTYPES
+from tracmod.files import progress
 from tracmod.influence.streaming import Sizes, check_memory
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.modes import frozen
@@ -38,11 +39,11 @@ def run(context: RunContext) -> None:
     if context.config.collect.untrained:
         _write_untrained(context)
     checkpoints = sum(len(context.checkpoints(model_name)) for model_name in context.models)
-    with context.bar("collect", context.examples_per_checkpoint() * checkpoints) as bar:
+    with progress.bar("collect", context.examples_per_checkpoint() * checkpoints) as bar:
         tasks: list[CollectShards] = []
         for model_name in context.models:
             for checkpoint in context.checkpoints(model_name):
-                tasks += _begin_stores(context, model_name, checkpoint, bar.update)
+                tasks += _begin_stores(context, model_name, checkpoint, bar.skip)
         run_tasks(context, tasks, bar.update)
     features = context.run.features_path
     if isinstance(features, Path):
@@ -76,7 +77,7 @@ def _check_memory(context: RunContext) -> None:
 
 
 def _begin_stores(
-    context: RunContext, model_name: str, checkpoint: Checkpoint, advance: Advance
+    context: RunContext, model_name: str, checkpoint: Checkpoint, skip: Advance
 ) -> Iterator[CollectShards]:
     """Make a checkpoint's stores, and yield the tasks that fill them."""
     digests = load_checkpoint(context, model_name, checkpoint).digests
@@ -87,7 +88,7 @@ def _begin_stores(
             with create_store(context, key, mask, digests) as store:
                 missing = store.missing_shards()
                 num_missing = sum(len(store.shard_range(shard)) for shard in missing)
-                advance(store.num_rows - num_missing)
+                skip(store.num_rows - num_missing)
             size = max(1, len(missing)) if is_alone else SHARDS_PER_TASK
             for first in range(0, len(missing), size):
                 yield CollectShards(key, tuple(missing[first : first + size]))
@@ -136,6 +137,8 @@ def _encode_for(context: RunContext, model_name: str, epoch: int) -> _Encoded:
 def estimate(forecast: Forecast) -> Estimate:
     """Count the passes, and the bytes of their features."""
     collect, passes = forecast.config.collect, forecast.passes()
+    if not forecast.run.is_done("influence"):
+        _check_memory(forecast.context)
     checkpoints = forecast.num_checkpoints()
     examples = checkpoints * sum(one.num_train + one.num_test for one in passes)
     work = (

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from tracmod.analysis.influence_tables import InfluenceTables, self_influence_table
 from tracmod.analysis.results import WITHOUT_GROUP
 from tracmod.analysis.same_group import same_group_rows
+from tracmod.files import progress
 from tracmod.files.durable import write_parquet
 from tracmod.influence.scores import (
     TopInfluences,
@@ -59,7 +60,7 @@ def run(context: RunContext) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     block_files: set[Path] = set()
     sampled: list[pa.Table] = []
-    with context.bar("influence", _count_scores(context), "score") as bar:
+    with progress.bar("influence", _count_scores(context), "score") as bar:
         for model_name in context.models:
             checkpoints = context.checkpoints(model_name)
             digests, exact = [], []

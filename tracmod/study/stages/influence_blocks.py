@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from tracmod.files import progress
 from tracmod.files.durable import canonical_json, sha256, write_parquet
 from tracmod.influence.blocks import block_influence, weighted_sum
 from tracmod.models.checkpoints import Checkpoint
@@ -78,7 +79,7 @@ def _compute_missing(context: RunContext, checkpoint: Checkpoint, files: dict[Pa
         len(context.rows(split, one.language)) for one in missing.values() for split in encoded
     )
     collect = context.config.collect
-    with context.bar(f"blocks of epoch {checkpoint.epoch}", total) as bar:
+    with progress.bar(f"blocks of epoch {checkpoint.epoch}", total) as bar:
         for file, one in missing.items():
             train, test = (
                 _by_language(context, split, encoded[split], one.language) for split in encoded

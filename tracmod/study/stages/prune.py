@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tracmod.files import progress
 from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_training import fine_tune_on
@@ -37,7 +38,7 @@ def run(context: RunContext) -> None:
     ]
     models = dict.fromkeys((task.seed, _model_language(context, task.language)) for task in missing)
     to_train = [FineTuneToPrune(*model) for model in models if model != (context.config.seed, None)]
-    with context.bar("prune", len(to_train) + len(missing), "subnetwork") as bar:
+    with progress.bar("prune", len(to_train) + len(missing), "subnetwork") as bar:
         # Never twice at a time: a training keeps the state it resumes from in its folder.
         run_tasks(context, to_train, bar.update, twice=False)
         run_tasks(context, missing, bar.update, twice=False)

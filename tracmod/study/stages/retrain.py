@@ -26,6 +26,7 @@ import torch
 
 from tracmod.analysis.results import RunResults
 from tracmod.config import RetrainConfig, RunConfig
+from tracmod.files import progress
 from tracmod.files.durable import canonical_json, sha256, write_csv, write_json, write_parquet
 from tracmod.models.loss import per_example_loss
 from tracmod.models.plain_pass import predict
@@ -53,7 +54,7 @@ def run(context: RunContext) -> None:
     """Train without each set of examples, and compare."""
     design = _design(context)
     missing = _write_sets(context, design)
-    with context.bar("retrain", len(missing), "training") as bar:
+    with progress.bar("retrain", len(missing), "training") as bar:
         # Never twice at a time: a training keeps the state it resumes from in its folder.
         run_tasks(context, missing, bar.update, twice=False)
     _compare(context, design)

@@ -95,7 +95,9 @@ def model_options(data: Path, name: str) -> dict[str, Any]:
     """Return the options of a worker: examples, checkpoints and their weights."""
     checkpoints = sorted(data.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     records = [path / "tracmod.json" for path in checkpoints]
-    rates = [json.loads(r.read_text("utf-8"))["learning_rate"] if r.exists() else 1 for r in records]
+    rates = [
+        json.loads(r.read_text("utf-8"))["learning_rate"] if r.exists() else 1 for r in records
+    ]
     return {
         "examples": str((data / "examples.json").resolve()),
         "checkpoints": [str(path.resolve()) for path in checkpoints],
@@ -281,9 +283,7 @@ def main() -> None:
         methods = [m for m in options.method or METHODS if m in METHODS]
         for name in options.model:
             data = prepare(options.run, name)
-            result = run_features(
-                data, name, methods, rounds=options.rounds, cache=options.cache
-            )
+            result = run_features(data, name, methods, rounds=options.rounds, cache=options.cache)
             write_json(options.out / f"peers-{name}{suffix}.json", result)
             print("\n".join(section(result)), flush=True)
     else:

@@ -30,7 +30,9 @@ def features(
     model.get_input_embeddings().requires_grad_(True)
     order = by_length(examples)
     loader: Any = DataLoader(
-        [examples[row] for row in order], batch_size=size, collate_fn=collate  # type: ignore[arg-type]
+        [examples[row] for row in order],
+        batch_size=size,
+        collate_fn=collate,  # type: ignore[arg-type]
     )
     kind = {"logra": LoGraAttributor, "factgrass": FactGraSSAttributor}[method]
     attributor = kind(

@@ -20,7 +20,9 @@ def loss_of(model: Any, batch: Batch) -> Tensor:
 def logra(model: Any, examples: Examples, size: int, grid: int = 16) -> Tensor:
     """Return a two-sided grid for every linear layer, with ready-made matrices of signs."""
     ready = [
-        plain.Batch(b.rows, {"input_ids": b.input_ids, "attention_mask": b.attention_mask}, b.labels)
+        plain.Batch(
+            b.rows, {"input_ids": b.input_ids, "attention_mask": b.attention_mask}, b.labels
+        )
         for b in batches(examples, size)
     ]
     return plain.HookedFeatures(model, grid=grid).features(ready)

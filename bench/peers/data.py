@@ -1,7 +1,7 @@
 """Models and examples of the comparison with other libraries.
 
-- `trained`: a mini model (4 layers, 256 wide), trained on the grammar task. Its examples are joined,
-  so that they have 16 to 128 tokens as in other tasks; 3 checkpoints.
+- `trained`: a mini model (4 layers, 256 wide), trained on the grammar task; 3 checkpoints. The
+  examples of the task are joined, so that they have 16 to 128 tokens as in other tasks.
 - `untrained`: the same shape and examples, with random weights.
 - `base`: XLM-R base's shape with random weights, and fewer examples, of random tokens.
 """
@@ -18,7 +18,7 @@ from tracmod.bench.models import TRAINED, load_trained, make_trained, random_exa
 
 MODELS = ("trained", "untrained", "base")
 # Training and query examples of each model.
-COUNTS = {"trained": (512, 64), "untrained": (512, 64), "base": (40, 8)}
+COUNTS = {"trained": (512, 64), "untrained": (512, 64), "base": (32, 6)}
 MOST_JOINED = 5  # examples of the grammar task have about 24 tokens
 PER_LANGUAGE = {"train": 330, "dev": 30, "test": 30}
 

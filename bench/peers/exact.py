@@ -30,7 +30,7 @@ def exact_scores(model: Any, query: Examples, train: Examples) -> dict[str, Tens
         attributes unless it is asked for other parameters.
     """
     model = model.double().requires_grad_(False)
-    groups = {name: "linear" for name in linear_names(model)}
+    groups = dict.fromkeys(linear_names(model), "linear")
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm) and ".embeddings." not in name:
             groups[name] = "norm"

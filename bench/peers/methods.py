@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
-# Libraries in environments of their own, with what they need beside torch, transformers and datasets, which they
-# share with tracmod. They are installed without their other dependencies: bergson asks for
-# torchvision and torchaudio, which it never imports, and LogIX for an older Python, without need.
+# Libraries in environments of their own, with what they need beside torch, transformers and
+# datasets, which they share with tracmod. They are installed without their other dependencies:
+# bergson asks for torchvision and torchaudio, which are not imported here, and LogIX for an older
+# Python.
 INSTALLED: dict[str, list[str]] = {
     "bergson": [
         "bergson==2.5.1", "jaxtyping", "ml_dtypes", "natsort", "peft", "petname", "simple-parsing",
@@ -83,7 +84,9 @@ METHODS: dict[str, Method] = {
         "tracmod, exact", "tracmod", "use_tracmod", "exact", "exact", parameters="encoder"
     ),
     "captum": Method("captum, exact", "captum", "use_captum", "scores", "exact"),
-    "kronfluence": Method("kronfluence, exact", "kronfluence", "use_kronfluence", "scores", "exact"),
+    "kronfluence": Method(
+        "kronfluence, exact", "kronfluence", "use_kronfluence", "scores", "exact"
+    ),
     "naive": Method("naive, one example at a time", "torch", "use_torch", "naive", "exact"),
 }  # fmt: skip
 

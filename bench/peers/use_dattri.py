@@ -29,11 +29,8 @@ def features(
     model.requires_grad_(False)
     model.get_input_embeddings().requires_grad_(True)
     order = by_length(examples)
-    loader: Any = DataLoader(
-        [examples[row] for row in order],
-        batch_size=size,
-        collate_fn=collate,  # type: ignore[arg-type]
-    )
+    ordered: Any = [examples[row] for row in order]
+    loader: Any = DataLoader(ordered, batch_size=size, collate_fn=collate)
     kind = {"logra": LoGraAttributor, "factgrass": FactGraSSAttributor}[method]
     attributor = kind(
         AttributionTask(loss, model, model.state_dict()), hessian="Identity", proj_dim=numbers

@@ -70,5 +70,6 @@ def naive(model: Any, query: Examples, train: Examples, size: int) -> Tensor:
             return rows_BP
 
         query_QP = gradients(query)
-        blocks = [train[start : start + 32] for start in range(0, len(train), 32)]
+        block = max(1, min(32, 2**28 // count))
+        blocks = [train[start : start + block] for start in range(0, len(train), block)]
         return torch.cat([query_QP @ gradients(block).T for block in blocks], dim=1)

@@ -132,7 +132,7 @@ def measure_floor(form: str, options: dict[str, Any], examples: Any) -> dict[str
     seconds(list(batches(quarter[:8], 4)))  # the first pass also starts the libraries
     size = min(BATCH_SIZES, key=lambda size: seconds(list(batches(quarter, size))))
     ready = list(batches(examples, size))
-    result = {"batch_size": size, "base_bytes": peak_memory()}
+    result: dict[str, Any] = {"batch_size": size, "base_bytes": peak_memory()}
     wall = time.perf_counter()
     result["cpu_seconds"] = seconds(ready)
     result["wall_seconds"] = time.perf_counter() - wall

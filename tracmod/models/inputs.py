@@ -40,9 +40,8 @@ OTHER_INPUTS = (
     "pixel_values",
 )
 
-# Fixed cost of a batch, in tokens: starting another batch costs about as much as computing this many
-# tokens more. On a CPU it is 20 to 100 for models of all sizes: the weights are read once more, and
-# every layer is called once more.
+# Fixed cost of a batch, in tokens: starting another batch (every layer is called once more, and its
+# weights are read once more) takes about as long on a CPU as computing this many tokens.
 BATCH_COST = 64
 
 

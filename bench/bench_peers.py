@@ -222,8 +222,10 @@ def run_job(data: Path, methods: list[str], cache: Path) -> dict[str, Any]:
             folder = Path(temporary) / method
             folder.mkdir()
             if method in COMMANDS:
-                row = {"label": COMMANDS[method][0], "script_lines": 1}
-                rows[method] = {**row, **run_process(command_line(method, data, folder), folder)}
+                label, choices = COMMANDS[method]
+                arguments = {"arguments": [*command_arguments(data), *choices]}
+                row = {"label": label, "script_lines": 1}
+                rows[method] = row | run_worker("command", method, arguments, folder, cache)
             else:
                 row = describe(METHODS[method], cache)
                 if not row.get("absent"):
@@ -248,12 +250,11 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
 }  # fmt: skip
 
 
-def command_line(name: str, data: Path, folder: Path) -> list[str]:
-    """Return the command of tracmod that does the whole job."""
+def command_arguments(data: Path) -> list[str]:
+    """Return the arguments of the command of tracmod that does the whole job."""
     return [
-        sys.executable, "-m", "tracmod.cli", "attribute", "--checkpoints", str(data),
-        "--train", str(data / "train.parquet"), "--query", str(data / "query.parquet"),
-        "--out", str(folder / "out"), "--normalize", "none", *COMMANDS[name][1],
+        "attribute", "--checkpoints", str(data), "--train", str(data / "train.parquet"),
+        "--query", str(data / "query.parquet"), "--normalize", "none",
     ]  # fmt: skip
 
 

@@ -149,6 +149,14 @@ def job(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"peak_bytes": peak_memory()}
 
 
+def command(options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run a command of tracmod: `arguments` of the options, with its results in the folder."""
+    from tracmod.cli import main
+
+    main([*options["arguments"], "--out", str(folder / "out")], standalone_mode=False)
+    return {"peak_bytes": peak_memory()}
+
+
 def exact(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Compute the exact scores of the last checkpoint and save them."""
     from safetensors.torch import save_file
@@ -162,7 +170,7 @@ def exact(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {}
 
 
-PARTS = {"measure": measure, "job": job, "exact": exact}
+PARTS = {"measure": measure, "job": job, "command": command, "exact": exact}
 
 
 def main() -> None:

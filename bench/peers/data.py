@@ -1,7 +1,7 @@
 """Models and examples of the comparison with other libraries.
 
-- `trained`: a mini model (4 layers, 256 wide), trained on the grammar task; 3 checkpoints. The
-  examples of the task are joined, so that they have 16 to 128 tokens as in other tasks.
+- `trained`: a mini model (4 layers, 256 wide), trained on reviews of the grammar task; 3
+  checkpoints. Reviews with the same stars are joined, so that they have up to 128 tokens.
 - `untrained`: the same shape and examples, with random weights.
 - `base`: XLM-R base's shape with random weights, and fewer examples, of random tokens.
 """
@@ -19,8 +19,10 @@ from tracmod.bench.models import TRAINED, load_trained, make_trained, random_exa
 MODELS = ("trained", "untrained", "base")
 # Training and query examples of each model.
 COUNTS = {"trained": (512, 64), "untrained": (512, 64), "base": (32, 6)}
-MOST_JOINED = 5  # examples of the grammar task have about 24 tokens
-PER_LANGUAGE = {"train": 330, "dev": 30, "test": 30}
+MOST_JOINED = 5
+PER_LANGUAGE = {"train": 600, "dev": 25, "test": 25}
+# Reviews of the grammar task, which a mini model learns in a few epochs.
+REVIEWS = {**TRAINED["task"], "shape": "reviews", "train_per_language": 2000}
 
 
 def prepare(folder: Path, name: str, counts: tuple[int, int] | None = None) -> Path:
@@ -59,7 +61,7 @@ def joined_config(folder: Path) -> dict[str, Any]:
     from tracmod.study.pipeline import run_stages
     from tracmod.study.run_folder import RunFolder
 
-    run = RunFolder(folder / "grammar", parse_config(TRAINED, "grammar"))
+    run = RunFolder(folder / "grammar", parse_config({**TRAINED, "task": REVIEWS}, "grammar"))
     if not run.is_done("data"):
         with run.locked():
             run_stages(run, ["data"])
@@ -87,7 +89,6 @@ def joined(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {
                 "id": part[0]["id"], "language": language, "label": label,
                 "text_a": " ".join(row["text_a"] for row in part),
-                "text_b": " ".join(row["text_b"] for row in part),
             }  # fmt: skip
             start, size = start + size, size % MOST_JOINED + 1
 

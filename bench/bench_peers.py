@@ -2,6 +2,7 @@
 
     python bench/bench_peers.py environments   install the libraries, each into its environment
     python bench/bench_peers.py features --model trained untrained base
+    python bench/bench_peers.py features --method NAME ...   measure some methods again
     python bench/bench_peers.py job            process start to the file of the 100 strongest
 
 Every measurement has a process of its own, and the methods take turns, so that other work on the
@@ -156,6 +157,20 @@ def run_features(
     }  # fmt: skip
 
 
+def replace_rows(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """Return the earlier result with the rows of methods that were measured again.
+
+    Times stay relative to the floors of the run that measured them, so the floors' rows stay too.
+    """
+    measured = {
+        name: row
+        for name, row in result["methods"].items()
+        if METHODS[name].kind != "floor" or name not in earlier["methods"]
+    }
+    rows = earlier["methods"] | measured
+    return {**earlier, "methods": {name: rows[name] for name in METHODS if name in rows}}
+
+
 def describe(method: Method, cache: Path) -> dict[str, Any]:
     """Return the row of a method before it is measured."""
     row: dict[str, Any] = {"label": method.label, "package": method.package}
@@ -285,7 +300,10 @@ def main() -> None:
         for name in options.model:
             data = prepare(options.run, name)
             result = run_features(data, name, methods, rounds=options.rounds, cache=options.cache)
-            write_json(options.out / f"peers-{name}{suffix}.json", result)
+            file = options.out / f"peers-{name}{suffix}.json"
+            if options.method and file.exists():
+                result = replace_rows(json.loads(file.read_text("utf-8")), result)
+            write_json(file, result)
             print("\n".join(section(result)), flush=True)
     else:
         default = [*COMMANDS, *(m for m in METHODS if METHODS[m].kind != "floor")]

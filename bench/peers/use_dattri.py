@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import Any
 
 # Compiling the compressors takes longer than they run: batches have many shapes.
@@ -32,10 +33,10 @@ def features(
     ordered: Any = [examples[row] for row in order]
     loader: Any = DataLoader(ordered, batch_size=size, collate_fn=collate)
     kind = {"logra": LoGraAttributor, "factgrass": FactGraSSAttributor}[method]
-    attributor = kind(
-        AttributionTask(loss, model, model.state_dict()), hessian="Identity", proj_dim=numbers
-    )
-    attributor.cache(loader)
-    stored = attributor.offload_manager.create_gradient_dataloader("gradients", batch_size=1)
-    rows_NK = torch.cat([block for block, _ in stored])
+    task = AttributionTask(loss, model, model.state_dict())
+    with tempfile.TemporaryDirectory() as folder:  # for its metadata; the features stay in memory
+        attributor = kind(task, hessian="Identity", proj_dim=numbers, cache_dir=folder)
+        attributor.cache(loader)
+        stored = attributor.offload_manager.create_gradient_dataloader("gradients", batch_size=1)
+        rows_NK = torch.cat([block for block, _ in stored])
     return rows_NK[torch.tensor(order).argsort()]

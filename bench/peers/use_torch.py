@@ -56,6 +56,12 @@ def countsketch(model: Any, examples: Examples, size: int, numbers: int = 8192) 
     return features_NK
 
 
+def product(query_QP: Tensor, train_BP: Tensor) -> Tensor:
+    """Multiply part by part: float32 sums of all numbers of a large model lose three digits."""
+    parts = zip(query_QP.split(2**20, dim=1), train_BP.split(2**20, dim=1), strict=True)
+    return torch.stack([query_QI @ train_BI.T for query_QI, train_BI in parts]).sum(0)
+
+
 def naive(model: Any, query: Examples, train: Examples, size: int) -> Tensor:
     """Compute whole gradients one example at a time, and their products in blocks."""
     names = [f"{name}.{part}" for name in linear_names(model) for part in ("weight", "bias")]
@@ -72,4 +78,4 @@ def naive(model: Any, query: Examples, train: Examples, size: int) -> Tensor:
         query_QP = gradients(query)
         block = max(1, min(32, 2**28 // count))
         blocks = [train[start : start + block] for start in range(0, len(train), block)]
-        return torch.cat([query_QP @ gradients(block).T for block in blocks], dim=1)
+        return torch.cat([product(query_QP, gradients(block)) for block in blocks], dim=1)

@@ -163,7 +163,7 @@ def replace_rows(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, A
     Times stay relative to the floors of the run that measured them, so the floors' rows stay too.
     """
     measured = {
-        name: row
+        name: row | {"measured_again": True}
         for name, row in result["methods"].items()
         if METHODS[name].kind != "floor" or name not in earlier["methods"]
     }

@@ -333,9 +333,10 @@ def _missing(row: dict[str, Any]) -> str | None:
 
 
 def _versioned(row: dict[str, Any]) -> str:
-    """Return the name of a method with the version of its library, if that is not in the name."""
+    """Return the name of a method with the version of its library and a star if measured again."""
     own = row["package"] in ("tracmod", "torch")
-    return row["label"] if own else f"{row['label']} ({row['package']} {row['version']})"
+    name = row["label"] if own else f"{row['label']} ({row['package']} {row['version']})"
+    return f"{name} \\*" if row.get("measured_again") else name
 
 
 def _decimals(near: dict[str, float], *names: str) -> list[str | None]:

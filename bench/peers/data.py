@@ -18,7 +18,7 @@ from tracmod.bench.models import TRAINED, load_trained, make_trained, random_exa
 
 MODELS = ("trained", "untrained", "base")
 # Training and query examples of each model.
-COUNTS = {"trained": (512, 64), "untrained": (512, 64), "base": (32, 6)}
+COUNTS = {"trained": (512, 64), "untrained": (512, 64), "base": (40, 8)}
 MOST_JOINED = 5
 PER_LANGUAGE = {"train": 600, "dev": 25, "test": 25}
 # Reviews of the grammar task, which a mini model learns in a few epochs.

@@ -170,6 +170,17 @@ def test_rounds_keep_the_best_and_absent_libraries_are_listed(folder, monkeypatc
     assert "plain floor" in text
 
 
+def test_rows_that_are_measured_again_replace_the_earlier_ones():
+    earlier = {"rounds": 2, "methods": {"floor": {"cpu_seconds": 1}, "naive": {"failed": "x"},
+                                        "captum": {"cpu_seconds": 4}}}  # fmt: skip
+    again = {"rounds": 1, "methods": {"naive": {"cpu_seconds": 5}, "floor": {"cpu_seconds": 9}}}
+    assert bench_peers.replace_rows(earlier, again) == {
+        "rounds": 2,
+        "methods": {"floor": {"cpu_seconds": 1}, "captum": {"cpu_seconds": 4},
+                    "naive": {"cpu_seconds": 5, "measured_again": True}},
+    }  # fmt: skip
+
+
 def test_a_worker_that_fails_gives_its_last_line(tmp_path):
     failing = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     assert bench_peers.run_process(failing, tmp_path) == {"failed": "no such thing"}

@@ -41,9 +41,9 @@ OTHER_INPUTS = (
 )
 
 # Fixed cost of a batch, in tokens: what starting another batch takes (every layer is called once
-# more, and its weights are read once more), as long as computing this many tokens takes. On one CPU
-# thread, 64 was fastest for a model of 4 layers of 256, and 8 to 32 for XLM-R base's shape, where 64
-# took 4% longer.
+# more, and its weights are read once more), as long as computing this many tokens takes. On one
+# CPU thread, 64 was fastest for a model of 4 layers of 256 (32 took 1% longer), and 8 to 32 for the
+# shape of XLM-R base (64 took 4% longer).
 BATCH_COST = 32
 
 

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: install demo test test-fast bench bench-kernels bench-tracin bench-scale bench-report lint format stubs coverage docs wheel clean
+.PHONY: install demo test test-fast bench bench-kernels bench-tracin bench-scale bench-peers bench-report lint format stubs coverage docs wheel clean
 
 install: $(VENV)/.installed
 
@@ -68,6 +68,12 @@ bench-scale: install
 	$(BIN)/python bench/bench_scale.py store
 	$(BIN)/python bench/bench_engine.py
 	$(BIN)/python bench/bench_waiting.py
+
+# Compare tracmod with other libraries, which are installed into environments in the user's cache folder.
+bench-peers: install
+	$(BIN)/python bench/bench_peers.py environments
+	$(BIN)/python bench/bench_peers.py features
+	$(BIN)/python bench/bench_peers.py job
 
 bench-report: install
 	$(BIN)/python bench/report.py

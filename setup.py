@@ -63,6 +63,7 @@ setup(
     packages=[
         *find_packages(include=["tracmod", "tracmod.*"]),
         "tracmod.bench",
+        "tracmod.bench.peers",
         "tracmod.cli",
         "tracmod.configs",
     ],

@@ -292,6 +292,84 @@ def exact_section(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def peers_section(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in result["methods"].values():
+        missing = _missing(row)
+        if missing:
+            rows.append([missing, *[None] * 10])
+            continue
+        near = row.get("fidelity", {})
+        dot, cosine = near.get("dot", {}), near.get("cosine", {})
+        rows.append([
+            _versioned(row), row.get("numbers"), row.get("times_floor"), row.get("times_lean"),
+            row["peak_bytes"] / 2**20, *_decimals(dot, "top10", "spearman"),
+            *_decimals(cosine, "top10", "rmse", "spearman"), row.get("script_lines"),
+        ])  # fmt: skip
+    measured = [row for row in result["methods"].values() if "cpu_seconds" in row]
+    loads = [row["load_before"] for row in measured if "load_before" in row]
+    count = result["train"] + result["query"]
+    floors = "; ".join(
+        f"{row['label']} {1e3 * row['cpu_seconds'] / count:.1f} ms an example, in batches of "
+        f"{row['batch_size']}"
+        for row in measured
+        if "batch_size" in row
+    )
+    return [
+        f"**{result['model']}**, {result['train']:,} training and {result['query']:,} query "
+        f"examples of {result['tokens_per_example']:.0f} tokens on average, best of "
+        f"{result['rounds']} rounds; {floors}. Load average before a measurement: "
+        f"{min(loads):.1f} to {max(loads):.1f}. {environment_text(result)}",
+        "",
+        *table(
+            ["Method", "Numbers per example", "Time (x plain floor)", "Time (x lean floor)",
+             "Peak memory (MiB)", "Dot: top-10", "Dot: Spearman", "Cosine: top-10", "Cosine: RMSE",
+             "Cosine: Spearman", "Lines of script"],
+            rows,
+        ),
+    ]  # fmt: skip
+
+
+def peers_job_section(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in result["methods"].values():
+        missing = _missing(row)
+        if missing:
+            rows.append([missing, *[None] * 4])
+            continue
+        peak = row["peak_bytes"] / 2**20 if "peak_bytes" in row else None
+        rows.append([
+            row["label"], row["process_cpu_seconds"], peak, row.get("script_lines"),
+            f"{row['load_before']:.1f}",
+        ])  # fmt: skip
+    return [
+        f"{result['train']:,} training and {result['query']:,} query examples, "
+        f"{result['checkpoints']} checkpoints of the trained model: {environment_text(result)}",
+        "",
+        *table(
+            ["Method", "CPU time (s)", "Peak memory (MiB)", "Lines of script", "Load before"], rows
+        ),
+    ]
+
+
+def _missing(row: dict[str, Any]) -> str | None:
+    """Return the name of a method that has no measurement, with the reason."""
+    if row.get("absent"):
+        return f"{row['label']}: not installed"
+    return f"{row['label']}: failed, {row['failed']}" if "failed" in row else None
+
+
+def _versioned(row: dict[str, Any]) -> str:
+    """Return the name of a method with the version of its library and a star if measured again."""
+    own = row["package"] in ("tracmod", "torch")
+    name = row["label"] if own else f"{row['label']} ({row['package']} {row['version']})"
+    return f"{name} \\*" if row.get("measured_again") else name
+
+
+def _decimals(near: dict[str, float], *names: str) -> list[str | None]:
+    return [f"{near[name]:.3f}" if near else None for name in names]
+
+
 def kernels_section(result: dict[str, Any]) -> list[str]:
     limits = result["limits"]
     rows = []
@@ -321,6 +399,8 @@ def kernels_section(result: dict[str, Any]) -> list[str]:
 
 # In the order of the page.
 PARTS = {
+    "peers": peers_section,
+    "peers-job": peers_job_section,
     "collect": collect_section,
     "job": job_section,
     "fidelity": fidelity_section,

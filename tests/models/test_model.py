@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import random
 import re
@@ -29,7 +30,7 @@ import tracmod as tm
 from tracmod.models.architecture import attention_layers, embeddings_module
 from tracmod.models.checkpoints import load_checkpoints
 from tracmod.models.digests import model_digest, tokenizer_digest
-from tracmod.models.inputs import accuracy, collate, encode, plan_batches
+from tracmod.models.inputs import BATCH_COST, accuracy, collate, encode, plan_batches
 from tracmod.models.loading import create_model, load_classifier, load_model, max_tokens
 from tracmod.models.loss import per_example_loss
 from tracmod.models.modes import resolve_device
@@ -475,8 +476,49 @@ def test_batches_hold_every_example_once_within_the_bound(count, batch_tokens):
     for batch in batches:
         longest = max(lengths[position] for position in batch)
         assert len(batch) == 1 or longest * len(batch) <= batch_tokens
-        assert longest * len(batch) - sum(lengths[position] for position in batch) <= 512
+        padding = longest * len(batch) - sum(lengths[position] for position in batch)
+        assert padding <= BATCH_COST * (1 + math.log(len(batch)))
     assert batches == plan_batches(list(lengths), batch_tokens)
+
+
+def every_partition(positions):
+    """Every way to divide the positions into batches, of any lengths in any order."""
+    if not positions:
+        yield []
+        return
+    first, *others = positions
+    for rest in every_partition(others):
+        yield [[first], *rest]
+        for number, batch in enumerate(rest):
+            yield [*rest[:number], [first, *batch], *rest[number + 1 :]]
+
+
+@pytest.mark.parametrize("batch_tokens", [60, 300, 10_000])
+@pytest.mark.parametrize("longest", [3, 30, 120])
+def test_no_other_batches_cost_less(batch_tokens, longest):
+    def tokens(batch):
+        return max(lengths[position] for position in batch) * len(batch)
+
+    def cost(batches):
+        return sum(BATCH_COST + tokens(batch) for batch in batches)
+
+    draw = random.Random(longest)
+    for count in (1, 2, 5, 8):
+        lengths = [draw.randint(1, longest) for _ in range(count)]
+        allowed = [
+            batches
+            for batches in every_partition(list(range(count)))
+            if all(len(batch) == 1 or tokens(batch) <= batch_tokens for batch in batches)
+        ]
+        assert cost(plan_batches(lengths, batch_tokens)) == min(map(cost, allowed))
+
+
+def test_batches_of_many_examples_are_planned_in_time_that_grows_with_their_number():
+    draw = random.Random(0)
+    lengths = [draw.randint(16, 128) for _ in range(20_000)]
+    batches = plan_batches(lengths, 8192)
+    computed = sum(max(lengths[p] for p in batch) * len(batch) for batch in batches)
+    assert computed <= 1.01 * sum(lengths)
 
 
 def test_batches_need_room():

@@ -16,6 +16,7 @@ ProjectionKind = Literal["rademacher", "sjlt"]
 ProjectionLayers = Literal["accumulate", "concatenate"]
 MetricKind = Literal["none", "adam", "ekfac"]
 PassDtype = Literal["float32", "bfloat16"]
+Denominator = Literal["fixed", "weighted"]
 StoreDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 # Subnetworks.

@@ -42,7 +42,7 @@ LANGUAGES = ["de" if row % 3 == 0 else "en" for row in range(NUM_TRAIN)]
 DEV = {name: tiny_examples(3, seed=seed) for name, seed in (("en", 20), ("de", 21))}
 QUANTITIES = [
     Quantity("en", tiny_examples(3, seed=10)),
-    Quantity("de", tiny_examples(2, seed=11), MASKS["de"]),
+    Quantity("de", tiny_examples(3, seed=11), [MASKS["de"], MASKS["en"], MASKS["de"]]),
 ]
 
 

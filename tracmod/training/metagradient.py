@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from tracmod.choices import DEFAULT_MEMORY, PassDtype
+from tracmod.choices import DEFAULT_MEMORY, Denominator, PassDtype
 from tracmod.files.durable import (
     canonical_json,
     publish_file,
@@ -51,8 +51,6 @@ from tracmod.files.durable import (
 from tracmod.models.inputs import collate, pad_token_id, per_example_loss, plan_batches
 from tracmod.subnetworks.head_mask import HeadMask, masked
 from tracmod.training.replay import BatchMean, Replay, State
-
-Denominator = Literal["fixed", "weighted"]
 
 DEFAULT_DISK = 20 * 10**9
 # The differentiable pass uses other attention kernels than the training, which round differently.
@@ -68,12 +66,20 @@ class Quantity:
     Attributes:
         name: its name.
         examples: test examples from `encode`, without training labels of their own.
-        mask: the head mask that they are evaluated under; None for all heads.
+        masks: the head mask that each is evaluated under, None for all heads; empty: all heads.
     """
 
     name: str
     examples: Sequence[Mapping[str, Any]]
-    mask: HeadMask | None = None
+    masks: Sequence[HeadMask | None] = ()
+
+    def by_mask(self) -> dict[HeadMask | None, list[Mapping[str, Any]]]:
+        """Return the examples of each mask."""
+        examples_of: dict[HeadMask | None, list[Mapping[str, Any]]] = {}
+        masks = self.masks or [None] * len(self.examples)
+        for example, mask in zip(self.examples, masks, strict=True):
+            examples_of.setdefault(mask, []).append(example)
+        return examples_of
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ class Metagradient:
         verified: epochs whose checkpoints equal the replayed weights bit for bit.
         saved_states: largest number of states on disk at a time.
         replayed_steps: steps taken forward, the first replay included.
+        seconds: time of the sweep.
+        training_seconds: time of one training by the steps taken forward.
     """
 
     names: list[str]
@@ -102,6 +110,8 @@ class Metagradient:
     verified: list[int]
     saved_states: int
     replayed_steps: int
+    seconds: float
+    training_seconds: float
 
 
 def differentiate(
@@ -179,17 +189,19 @@ def evaluate(replay: Replay, quantities: Sequence[Quantity]) -> Tensor:
 
 def _accumulate(replay: Replay, quantity: Quantity, *, backward: bool) -> Tensor:
     """Compute a quantity; with `backward`, add its gradient to that of the parameters."""
-    model, examples = replay.model, quantity.examples
+    model, count = replay.model, len(quantity.examples)
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
-    with masked(model, quantity.mask):
-        for batch in plan_batches([len(e["input_ids"]) for e in examples], 8192):
-            inputs = collate([examples[row] for row in batch], pad_token_id(model), model.device)
-            labels_B = inputs.pop("labels")
-            loss = per_example_loss(model(**inputs).logits, labels_B).sum() / len(examples)
-            if backward:
-                loss.backward()
-            total += loss.detach().cpu().double()
+    for mask, examples in quantity.by_mask().items():
+        with masked(model, mask):
+            for batch in plan_batches([len(e["input_ids"]) for e in examples], 8192):
+                chosen = [examples[row] for row in batch]
+                inputs = collate(chosen, pad_token_id(model), model.device)
+                labels_B = inputs.pop("labels")
+                loss = per_example_loss(model(**inputs).logits, labels_B).sum() / count
+                if backward:
+                    loss.backward()
+                total += loss.detach().cpu().double()
     return total
 
 
@@ -486,6 +498,7 @@ class _Sweep:
         self._norms_KT = torch.zeros(len(quantities), steps + 1, dtype=torch.float64)
         self._values_K = torch.zeros(len(quantities), dtype=torch.float64)
         self._difference, self._saved_states, self._replayed_steps = 0.0, 0, 0
+        self._started, self._replay_seconds = time.perf_counter(), 0.0
 
     def run(self, save_seconds: float, description: str) -> Metagradient:
         """Sweep from the last step, or from where an interrupted sweep came to, to the first."""
@@ -516,6 +529,8 @@ class _Sweep:
             verified=list(self._replay.settings.kept_epochs),
             saved_states=self._saved_states,
             replayed_steps=self._replayed_steps,
+            seconds=time.perf_counter() - self._started,
+            training_seconds=self._replay_seconds / max(1, self._replayed_steps) * total,
         )
 
     def _begin(self) -> None:
@@ -596,7 +611,9 @@ class _Sweep:
         return {position for position in positions if base < position <= start}, start
 
     def _advance(self, step: int) -> None:
+        started = time.perf_counter()
         self._replay.advance(step)
+        self._replay_seconds += time.perf_counter() - started
         self._replayed_steps += 1
         if not self._adjoints:  # the first time
             self._replay.verify(step + 1)
@@ -618,7 +635,7 @@ class _Sweep:
         identity = {
             "training": read_json(self._replay.folder / "training.json"),
             "quantities": [
-                [q.name, None if q.mask is None else q.mask.digest(), _plain(q.examples)]
+                [q.name, [m and m.digest() for m in q.masks], _plain(q.examples)]
                 for q in self._quantities
             ],
             "denominator": self._denominator,
@@ -643,6 +660,9 @@ class _Sweep:
             "values": self._values_K,
             "difference": torch.tensor(self._difference, dtype=torch.float64),
             "counts": torch.tensor([self._saved_states, self._replayed_steps]),
+            "seconds": torch.tensor(
+                [time.perf_counter() - self._started, self._replay_seconds], dtype=torch.float64
+            ),
         }
         # Written last: a folder without it is not whole.
         _save_tensors(sums, folder / "sums.safetensors")
@@ -661,6 +681,8 @@ class _Sweep:
         self._derivatives_KN, self._norms_KT = sums["derivatives"], sums["norms"]
         self._values_K, self._difference = sums["values"], float(sums["difference"])
         self._saved_states, self._replayed_steps = sums["counts"].tolist()
+        seconds, self._replay_seconds = sums["seconds"].tolist()
+        self._started = time.perf_counter() - seconds
         device = str(self._replay.model.device)
         self._adjoints = [
             _Adjoint.of(load_file(file.parent / f"{number}.safetensors", device))

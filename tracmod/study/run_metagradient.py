@@ -39,7 +39,7 @@ def metagradient(
     Positive: the loss would rise without the example.
 
     The fine-tuning is taken again step by step, compared with its checkpoints bit for bit, and
-    differentiated backwards. That takes about two trainings per group.
+    differentiated backwards. That takes about 2.4 trainings per group.
 
     Args:
         run_dir: a run folder whose models are trained.
@@ -62,10 +62,9 @@ def metagradient(
 
     Examples:
         >>> import tracmod as tm
-        >>> influence = tm.metagradient("runs/demo")
+        >>> influence = tm.metagradient("runs/demo")  # groups: {"name": [ids of test examples]}
         >>> influence.column_names
         ['train_id', 'train_language', 'en', 'de', 'es']
-        >>> one_example = tm.metagradient("runs/demo", {"first": ["test-en-0"]})  # doctest: +SKIP
     """
     context = RunContext(RunFolder(run_dir))
     stage = "finetune" if model == "full" else "sparse-finetune"

@@ -133,7 +133,8 @@ def differentiate(
     Derivatives are at w = 0. An example that the training repeats has one weight for all times.
 
     Each quantity costs about 2.4 trainings, and all of them together 2.4 more (measured on a CPU,
-    where all states fit into memory). A call with the same arguments continues one that was interrupted, with the same result bit for bit.
+    where all states fit into memory). A call with the same arguments continues one that was
+    interrupted, with the same result bit for bit.
 
     Args:
         replay: the fine-tuning, from `open_replay`.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tracmod.influence.exact import exact_influence
     from tracmod.influence.scores import influence_scores, self_influence, top_influences
     from tracmod.models.loss import ExampleLoss
+    from tracmod.study.run_metagradient import metagradient
     from tracmod.subnetworks.head_mask import HeadMask
     from tracmod.subnetworks.pruned_model import load_pruned, save_masked, save_pruned
     from tracmod.training.callback import TracInCallback
@@ -43,6 +44,7 @@ __all__ = [
     "influence_scores",
     "kernels",
     "load_pruned",
+    "metagradient",
     "save_masked",
     "save_pruned",
     "self_influence",
@@ -64,6 +66,7 @@ _MODULE_OF = {
     "fit_ekfac": "tracmod.gradients.ekfac",
     "influence_scores": "tracmod.influence.scores",
     "load_pruned": "tracmod.subnetworks.pruned_model",
+    "metagradient": "tracmod.study.run_metagradient",
     "save_masked": "tracmod.subnetworks.pruned_model",
     "save_pruned": "tracmod.subnetworks.pruned_model",
     "self_influence": "tracmod.influence.scores",

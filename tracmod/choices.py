@@ -20,6 +20,7 @@ MetricKind = Literal["none", "adam", "ekfac"]
 PassDtype = Literal["float32", "bfloat16"]
 LossKind = Literal["cross_entropy", "squared_error", "binary_cross_entropy", "function"]
 StatedLossKind = Literal["cross_entropy", "squared_error", "binary_cross_entropy"]
+Denominator = Literal["fixed", "weighted"]
 StoreDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 # Subnetworks.

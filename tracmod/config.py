@@ -23,8 +23,10 @@ from tracmod.choices import (
     DEFAULT_MEMORY,
     LARGEST_INT,
     Combine,
+    Denominator,
     Method,
     MetricKind,
+    ModelName,
     Normalization,
     ParameterSet,
     PassDtype,
@@ -621,6 +623,24 @@ class RetrainConfig(_Section):
         return methods
 
 
+class MetagradientConfig(_Section):
+    """Influence on the loss after training, by differentiating through the fine-tuning."""
+
+    models: list[ModelName] = Field(["full", "sparse"], min_length=1, description="Models.")
+    denominator: Denominator = Field(
+        "fixed", description="Batch mean without an example: fixed, or over the others (weighted)."
+    )
+    examples: list[str] = Field([], description="Test examples, by id, beside the languages.")
+    at_once: int | None = Field(
+        None, ge=1, description="Adjoints of a sweep. Default: as fit into half of memory."
+    )
+    memory: ByteSize = Field(ByteSize(DEFAULT_MEMORY), gt=0, description="Memory for states.")
+    disk: ByteSize = Field(ByteSize(20 * 10**9), gt=0, description="Disk space for states.")
+    checks: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [0.01, 0.05, 0.2], description="Shares left out at random to check, a training each."
+    )
+
+
 class RunConfig(_Section):
     """Everything that `tracmod run` needs to know; one section per stage."""
 
@@ -641,6 +661,7 @@ class RunConfig(_Section):
     influence: InfluenceConfig = InfluenceConfig()
     analyze: AnalyzeConfig = AnalyzeConfig()
     retrain: RetrainConfig | None = Field(None, description="Default: no retraining.")
+    metagradient: MetagradientConfig | None = Field(None, description="Default: no metagradient.")
 
     @property
     def sparse(self) -> SparseFinetuneConfig:

@@ -25,8 +25,8 @@ from tracmod.models.loading import load_model
 
 COMMANDS = {
     "run", "sweep", "finetune", "prune", "sparse-finetune", "collect", "influence", "analyze",
-    "retrain", "report", "attribute", "index", "query", "status", "verify", "merge", "check",
-    "export", "doctor", "bench", "figures", "tables", "explore",
+    "retrain", "metagradient", "report", "attribute", "index", "query", "status", "verify", "merge",
+    "check", "export", "doctor", "bench", "figures", "tables", "explore",
 }  # fmt: skip
 
 

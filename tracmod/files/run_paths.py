@@ -95,3 +95,8 @@ class RunPaths:
     def retraining(self) -> Path:
         """retraining/: models trained without some examples, and how scores compare with them."""
         return self.path / "retraining"
+
+    @property
+    def metagradient(self) -> Path:
+        """metagradient/: derivatives of test losses with respect to training weights."""
+        return self.path / "metagradient"

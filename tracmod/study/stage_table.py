@@ -120,6 +120,19 @@ STAGES = (
         options="--set retrain.subsets=16",
     ),
     Stage(
+        "metagradient",
+        folder="metagradient",
+        reads=("metagradient",),
+        redone=("metagradient",),
+        requires="metagradient",
+        summary="Differentiate test losses through the whole fine-tuning.",
+        details="Computes how the mean loss of each test language after training changes with the "
+        "weight of each training example. Takes two to three trainings per test language, and one "
+        "for each check. If the run's configuration has no section `metagradient`, its defaults "
+        "are used.",
+        options="--set 'metagradient.models=[full]'",
+    ),
+    Stage(
         "report",
         folder="report",
         reads=("name",),

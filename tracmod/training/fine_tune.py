@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.choices import PassDtype, Sampling, SharedParameters
@@ -344,6 +345,7 @@ class _Training:
     plan: _BatchPlan
     optimizer: HeadwiseAdamW
     second_moment: bool
+    batch_mean: Callable[[Tensor, list[int]], Tensor] | None = None  # None: the mean of the losses
 
     def run(self, evaluate: Evaluate | None, save_seconds: float, description: str) -> None:
         """Train from the state on disk, or from the start, to the end."""
@@ -398,19 +400,24 @@ class _Training:
         self.folder.write_masks(epoch, masks)
         return masks
 
-    def _step(self, step: int, batch: list[int], masks: Masks | None) -> float:
-        """Take one optimizer step and return the batch's mean loss."""
+    def losses(self, step: int, batch: list[int], *, autocast: bool = True) -> Tensor:
+        """Compute the (B,) losses of a step's batch, with the step's dropout."""
         torch.manual_seed(_derived_seed(self.settings.seed, "dropout", step))
-        mask = None if masks is None else masks[self.languages[batch[0]]]
         examples = [self.examples[row] for row in batch]
         inputs = collate(examples, pad_token_id(self.model), self.model.device)
         labels_B = inputs.pop("labels")
         dtype = getattr(torch, self.settings.dtype)
-        autocast = torch.autocast(labels_B.device.type, dtype, enabled=dtype != torch.float32)
+        enabled = autocast and dtype != torch.float32
+        with torch.autocast(labels_B.device.type, dtype, enabled=enabled):
+            logits_BC = self.model(**inputs).logits
+        return per_example_loss(logits_BC, labels_B)
+
+    def _step(self, step: int, batch: list[int], masks: Masks | None) -> float:
+        """Take one optimizer step and return the batch's mean loss."""
+        mask = None if masks is None else masks[self.languages[batch[0]]]
         with masked(self.model, mask):
-            with autocast:
-                logits_BC = self.model(**inputs).logits
-            loss = per_example_loss(logits_BC, labels_B).mean()
+            losses_B = self.losses(step, batch)
+            loss = losses_B.mean() if self.batch_mean is None else self.batch_mean(losses_B, batch)
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         # Checked before the update: a loss or gradient that is not finite must not reach a state.

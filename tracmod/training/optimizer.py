@@ -75,6 +75,20 @@ class HeadwiseAdamW:
         for unit in head_units:
             unit.tensor.grad = None
 
+    @property
+    def constants(self) -> tuple[float, float, float]:
+        """AdamW's beta1, beta2 and epsilon."""
+        defaults = self._adamw.defaults
+        return *defaults["betas"], defaults["eps"]
+
+    def updated(self, mask: HeadMask | None = None) -> list[Unit]:
+        """Return what a step with this mask updates, of the parameters that have a gradient."""
+        return [
+            unit
+            for unit in self._units
+            if unit.head is None or mask is None or mask.array[unit.head]
+        ]
+
     def state(self) -> dict[str, Tensor]:
         """Return moments and step counts as `<key>:<name>`, for a safetensors file.
 
@@ -129,7 +143,7 @@ class HeadwiseAdamW:
 
 
 @dataclass(frozen=True)
-class _Unit:
+class Unit:
     """One parameter as AdamW sees it: a whole parameter of the model, or a head's part of one.
 
     Attributes:
@@ -155,7 +169,7 @@ class _Unit:
         )
 
 
-def _units(model: nn.Module, split_heads: bool) -> list[_Unit]:
+def _units(model: nn.Module, split_heads: bool) -> list[Unit]:
     """List the parameters that need a gradient, in the model's order, split by head if asked to."""
     decaying = {
         f"{module_name}.{name}" if module_name else name
@@ -170,10 +184,10 @@ def _units(model: nn.Module, split_heads: bool) -> list[_Unit]:
         if not parameter.requires_grad:
             continue
         if name not in split:
-            units.append(_Unit(name, parameter, parameter, name in decaying))
+            units.append(Unit(name, parameter, parameter, name in decaying))
         for part in slices:
             if part.name == name:
                 view = parameter.detach()[part.index]
                 head = (part.layer, part.head)
-                units.append(_Unit(name, parameter, view, name in decaying, part.index, head))
+                units.append(Unit(name, parameter, view, name in decaying, part.index, head))
     return units

@@ -100,7 +100,7 @@ ARGUMENTS = [
     for parameter in inspect.signature(function).parameters.values()
     if str(parameter.annotation) in NUMBERS
 ]
-ZERO_IS_RIGHT = {"seed", "part", "size"}
+ZERO_IS_RIGHT = {"seed", "part", "size", "label_smoothing"}
 
 
 def _wrong_values(parameter: inspect.Parameter) -> list[Any]:

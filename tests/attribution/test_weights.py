@@ -77,7 +77,7 @@ def test_what_is_guessed_is_said_and_recorded(files, tmp_path):
 
 def test_rates_of_all_steps_are_no_guess(files, tmp_path):
     given = checkpoints(tmp_path, [(step, 0.1) for step in range(1, 13)])
-    assert "tracmod:" not in attribute(given, files, tmp_path / "out")
+    assert "logged" not in attribute(given, files, tmp_path / "out")
     assert record_of(tmp_path / "out")["notes"] == []
 
 

@@ -408,13 +408,13 @@ def test_predictions_of_a_model_with_one_output_are_its_rounded_output(model_dir
 
 def test_examples_added_to_the_files_are_collected_alone(model_dir, tmp_path, monkeypatch):
     collected = []
-    collect = Collector.collect
+    collect = Collector.collect_verified
 
-    def counted(self, examples, advance=None):
+    def counted(self, examples, *arguments):
         collected.append(len(examples))
-        return collect(self, examples, advance)
+        return collect(self, examples, *arguments)
 
-    monkeypatch.setattr(Collector, "collect", counted)
+    monkeypatch.setattr(Collector, "collect_verified", counted)
     files = tmp_path / "train.tsv", tmp_path / "query.tsv"
     out, whole = tmp_path / "out", tmp_path / "whole"
     command = attribute_command(model_dir, files, out, "--parameters", "all")
@@ -565,8 +565,8 @@ def test_check_compares_with_autograd(model_dir, files):
     assert "logits" in output
     assert "WRONG" not in output
     assert "0 of 8 texts were cut" in output
-    cut = invoke("check", "--model", model_dir, "--data", files[0], "--max-length", 4)
-    assert re.search(r"[1-8] of 8 texts were cut at 4 tokens", cut)
+    cut = invoke("check", "--model", model_dir, "--data", files[0], "--max-length", 6)
+    assert re.search(r"[1-8] of 8 texts were cut at 6 tokens", cut)
 
 
 def test_verify_names_a_flipped_bit(model_dir, files, tmp_path):

@@ -89,8 +89,8 @@ def test_the_check_holds_one_examples_gradients_at_a_time(monkeypatch):
 
     alive, most = weakref.WeakSet(), []
 
-    def watched(*args):
-        actual = Gradients(autograd_gradients(*args))
+    def watched(*args, **options):
+        actual = Gradients(autograd_gradients(*args, **options))
         alive.add(actual)
         most.append(len(alive))
         return actual

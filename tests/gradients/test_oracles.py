@@ -12,6 +12,7 @@ from tiny_models import SENTENCES, table, tiny_examples, tiny_model, tiny_tokeni
 
 import tracmod as tm
 import tracmod.gradients.ekfac
+import tracmod.gradients.verified_pass
 import tracmod.influence.exact
 from tracmod.attribution.attribute import attribute
 from tracmod.attribution.options import AttributionOptions
@@ -98,7 +99,7 @@ def test_influence_preconditioned_with_ekfac_is_kronfluences(monkeypatch, tmp_pa
     # kronfluence takes the covariance of the inputs over all tokens; the lean pass leaves out those
     # of the last layer that the loss does not read, so it is switched off. Both add a tenth of a
     # layer's mean eigenvalue as damping.
-    monkeypatch.setattr(tracmod.gradients.ekfac, "lean", lambda _: nullcontext({}))
+    monkeypatch.setattr(tracmod.gradients.verified_pass, "lean", lambda *_: nullcontext({}))
     fitted = tm.fit_ekfac(model, train, "all", labels="given")
     actual = tm.exact_influence(model, train, query, "all", preconditioner=fitted)
     truth, _ = kronfluence_scores(

@@ -18,7 +18,7 @@ import tracmod as tm
 from tracmod.gradients.capture import select_layers
 from tracmod.gradients.verified_pass import verified_pass
 from tracmod.models.architecture import attention_layers
-from tracmod.models.inputs import per_example_loss
+from tracmod.models.loss import per_example_loss
 from tracmod.models.modes import frozen
 from tracmod.models.plain_pass import logits_of
 from tracmod.validation.gradients import check_gradients

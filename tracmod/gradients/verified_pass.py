@@ -153,7 +153,7 @@ class _Probe:
 
     Attributes:
         batch: The examples as a padded batch, the shortest first.
-        finite: Whether all of the gradients are finite.
+        finite: Whether all of the logits and gradients are finite.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class _Probe:
             name: torch.stack([gradients[name] for _, gradients in own]).sum(dim=0)
             for name in self.small
         }
-        self.finite = all(
+        self.finite = bool(self.logits_BC.isfinite().all()) and all(
             bool(gradient.isfinite().all())
             for _, gradients in own
             for gradient in gradients.values()
@@ -212,6 +212,7 @@ class _Probe:
     def _own(self, row: int, names: Sequence[str]) -> tuple[Tensor, Gradients]:
         """Return logits (1, C) and gradients of the model's own pass on one example."""
         parameters = [self.model.get_parameter(name) for name in names]
+        required = [parameter.requires_grad for parameter in parameters]
         batch = given_batch(self.model, self.examples[row])
         try:
             for parameter in parameters:
@@ -230,8 +231,8 @@ class _Probe:
                 f"examples, got {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
         finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
+            for parameter, requires_grad in zip(parameters, required, strict=True):
+                parameter.requires_grad_(requires_grad)
             self.changes_itself |= self.state.restore()
         return logits_1C.detach(), {
             name: (torch.zeros_like(parameter) if gradient is None else gradient).detach().float()

@@ -60,6 +60,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
             **{"num_layers": 1, "num_heads": 4, "size": 2, "seed": 0} | numbers
         ),
     ),
+    "ExampleLoss": (tm.ExampleLoss, lambda folder, **numbers: tm.ExampleLoss(**numbers)),
     "collect_features": (
         tm.collect_features,
         lambda folder, **numbers: tm.collect_features(MODEL, ROWS, tm.Projection(64), **numbers),

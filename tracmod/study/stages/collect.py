@@ -62,7 +62,7 @@ def _write_untrained(context: RunContext) -> None:
 def _check_memory(context: RunContext) -> None:
     """Refuse an `influence.memory` too small for scoring now, not after collecting."""
     collect, influence = context.config.collect, context.config.influence
-    checkpoints = max(len(context.checkpoints(model_name)) for model_name in context.models)
+    checkpoints = max(len(context.counted_epochs(model_name)) for model_name in context.models)
     train, test = len(context.table("train")), len(context.table("test"))
     sizes = Sizes.of_stores(
         test,

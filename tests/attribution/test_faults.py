@@ -475,7 +475,7 @@ def test_a_run_refuses_a_damaged_shard_until_it_is_collected_again(
     expected = files_of(run, "features/**/shard*", "influence/**/*.parquet")
     shard = tmp_path / f"run/features/full/full/checkpoint-1/{split}/shard-00000.safetensors"
     flip(shard, shard.stat().st_size - 900)
-    error = invoke("influence", tmp_path / "run", code=2)
+    error = invoke("influence", tmp_path / "run", "--quiet", code=2)
     assert re.search(re.escape(str(shard)) + ".*checksum", error)
     influence = files_of(tmp_path / "run", "influence/**/*.parquet")
     assert influence.items() <= expected.items()

@@ -431,8 +431,8 @@ def test_the_section_of_waiting_compares_with_the_default_and_with_sleeping():
         "environment": environment(CPU),
     }  # fmt: skip
     shown = "\n".join(report.section(result))
-    assert "| ranking | tracmod's choice | 20.0 | 1.00 | 40.0 | 20.0 | 0.50 | 40.0 |" in shown
-    assert "| ranking | OpenMP's default | 20.0 | 1.00 | 40.0 | 400 | 10.0 | 500 |" in shown
+    assert "| ranking | tracmod's choice | 20 | 1 | 40 | 20 | 0.5 | 40 |" in shown
+    assert "| ranking | OpenMP's default | 20 | 1 | 40 | 400 | 10 | 500 |" in shown
     assert "not quiet" in shown
 
 

@@ -12,7 +12,7 @@ from encoders import FAMILIES, ragged_examples, tiny_encoder
 import tracmod as tm
 from tracmod.gradients.capture import PARAMETER_SETS, capture, select_layers
 from tracmod.models.architecture import embeddings_module
-from tracmod.models.inputs import collate, pad_token_id
+from tracmod.models.inputs import collate, pad_token_id, plan_batches
 from tracmod.models.modes import frozen
 from tracmod.validation.gradients import autograd_gradients, check_gradients, engine_gradients
 
@@ -137,8 +137,9 @@ def test_exact_influence_makes_one_native_call_per_pair_of_batches_and_input(
     monkeypatch.setattr(tm.kernels, "gradient_dot", counted)
     model, examples = tiny_encoder(), ragged_examples(8)
     tm.exact_influence(model, examples, examples, "all", normalize=normalize)
+    batches = plan_batches([len(example["input_ids"]) for example in examples], 8192)
     # Query, key and value share a call; in the last layer, the query has an input of its own.
-    assert len(calls) == len(select_layers(model, "all")) - 2 - 1
+    assert len(calls) == len(batches) ** 2 * (len(select_layers(model, "all")) - 2 - 1)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 33, 4096])

@@ -251,7 +251,7 @@ def test_a_busy_machine_is_said_to_be_busy(tmp_path, monkeypatch, rates):
 
 def test_the_noise_of_probes_is_in_their_range_and_not_in_the_median():
     machine = Machine(0.5, noise=(1.0, 1.0, 1.0, 30.0, 1.0))
-    cost = machine.stopwatch().probe(machine.work, sizes=(1, 1, 8))
+    cost = machine.stopwatch().probe(machine.work, sizes=(1, 1, 64))
     assert cost.free == pytest.approx(cost.low) == pytest.approx(0.02 / 1.75)
     assert cost.high > cost.free
 

@@ -249,7 +249,7 @@ def test_the_seed_determines_the_examples(data):
     ],
 )
 def test_a_bad_config_is_refused_in_one_sentence(tmp_path, changes, message):
-    arguments = ["run", "planted", "--out", str(tmp_path / "run")]
+    arguments = ["run", "planted", "--quiet", "--out", str(tmp_path / "run")]
     for key, value in changes.items():
         arguments += ["--set", f"{key}={value}"]
     result = CliRunner().invoke(main, arguments)

@@ -96,7 +96,11 @@ class ExampleLoss:
             raise ValueError(
                 f"loss: expected one of {', '.join(get_args(LossKind))}, got {self.kind!r}"
             )
-        if not _is_real(self.label_smoothing) or not 0 <= self.label_smoothing <= 1:
+        if (
+            isinstance(self.label_smoothing, bool)
+            or not _is_real(self.label_smoothing)
+            or not 0 <= self.label_smoothing <= 1
+        ):
             raise ValueError(
                 f"label_smoothing: expected a number from 0 to 1, got {self.label_smoothing!r}"
             )

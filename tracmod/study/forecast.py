@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from tracmod.config import MetricKind
+from tracmod.choices import MetricKind
 from tracmod.gradients.capture import select_layers
 from tracmod.gradients.ekfac import FIT_EXAMPLES
 from tracmod.gradients.preconditioner import Metric, Preconditioner, gradient_shape

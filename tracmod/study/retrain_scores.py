@@ -11,7 +11,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from tracmod.config import Method, MetricKind, RunConfig
+from tracmod.choices import Method, MetricKind
+from tracmod.config import RunConfig
 from tracmod.features.collector import as_examples
 from tracmod.files import progress
 from tracmod.files.durable import canonical_json, file_sha256, sha256

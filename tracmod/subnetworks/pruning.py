@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from tracmod.config import Combine
+from tracmod.choices import Combine
 from tracmod.files import progress
 from tracmod.models.architecture import attention_layers
 from tracmod.subnetworks.head_mask import HeadMask

@@ -53,6 +53,10 @@ ROUNDING = 1e-5
 CEILING = 1e-2
 # Relative error of float32 autograd itself of which a warning says so.
 FAR = 1e-4
+# A kind of parameters with a smaller share of the whole gradient's norm is compared with this share
+# of it. Some gradients are sums in which everything cancels: queries and keys of a text of one
+# token have a gradient of 0, of which float32 leaves rounding errors.
+NEGLIGIBLE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class GradientError:
         kind: such as "encoder linear weight", or "logits".
         num_parameters: number of parameter tensors of this kind; 0 for logits.
         engine: `|engine - autograd64| / |autograd64|`, the largest over the examples; norms run
-            over all parameters of the kind.
+            over all parameters of the kind. The denominator is at least `NEGLIGIBLE` times the norm
+            over all kinds.
         autograd: the same for float32 autograd, the error of float32 itself.
     """
 
@@ -230,21 +235,36 @@ def _errors(
     with in_float64(model):
         truth = autograd_gradients(model, example, names, loss=loss)
         truth["logits"] = own_logits(model, example)
+    least = NEGLIGIBLE * _norm([truth[name] for name in names])
     return [
-        (_relative_error(engine, truth, members), _relative_error(plain, truth, members))
-        for members in (["logits"], *by_kind.values())
+        (
+            _relative_error(engine, truth, members, at_least),
+            _relative_error(plain, truth, members, at_least),
+        )
+        for members, at_least in (
+            (["logits"], 0.0),
+            *((members, least) for members in by_kind.values()),
+        )
     ]
 
 
 def _relative_error(
-    gradients: Mapping[str, Tensor], truth: Mapping[str, Tensor], names: Sequence[str]
+    gradients: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    names: Sequence[str],
+    at_least: float,
 ) -> float:
-    """Return |gradients - truth| / |truth|, or |gradients - truth| where truth is 0."""
-    difference = sum(
-        float((gradients[name].double() - truth[name]).square().sum()) for name in names
-    )
-    norm = sum(float(truth[name].square().sum()) for name in names)
-    return (difference / norm) ** 0.5 if norm > 0 else difference**0.5
+    """Return |gradients - truth| / |truth|, with a denominator of `at_least` something.
+
+    Where the denominator is 0, return the numerator.
+    """
+    difference = _norm([gradients[name].double() - truth[name] for name in names])
+    norm = max(_norm([truth[name] for name in names]), at_least)
+    return difference / norm if norm > 0 else difference
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return sum(float(tensor.square().sum()) for tensor in tensors) ** 0.5
 
 
 def engine_gradients(

@@ -1,27 +1,20 @@
-"""The configuration of a run: one model per section, read from YAML, overridden by key=value."""
+"""The configuration of a run: its sections, and what they require of each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ByteSize,
-    ConfigDict,
     Field,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from tracmod.choices import (
     DEFAULT_MEMORY,
-    LARGEST_INT,
     Combine,
     Denominator,
     Method,
@@ -36,214 +29,11 @@ from tracmod.choices import (
     SharedParameters,
     StoreDtype,
 )
-from tracmod.files.yaml_tree import parse_overrides, read_tree, set_value
+from tracmod.config.section import Section, repeated
+from tracmod.config.task import TaskConfig
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse booleans and text for numbers, which pydantic would convert."""
-        assert info.field_name is not None
-        if _is_numeric(cls.model_fields[info.field_name].annotation):
-            values = value.values() if isinstance(value, dict) else value
-            for number in values if isinstance(values, Iterable) else [values]:
-                if isinstance(value, str) or isinstance(number, bool | str):
-                    raise ValueError(f"expected a number, got {value!r}")
-                if isinstance(number, int) and abs(number) > LARGEST_INT:
-                    raise ValueError(f"expected at most {LARGEST_INT}, got {number}")
-        return value
-
-
-def _is_numeric(annotation: Any) -> bool:
-    """Return whether a field holds numbers, or lists or dicts of numbers, and nothing else."""
-    if annotation in (int, float):
-        return True
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _is_numeric(arguments[0])
-    if origin in (list, dict):
-        return _is_numeric(arguments[-1])
-    if origin in (Union, UnionType):
-        return all(part is NoneType or _is_numeric(part) for part in arguments)
-    return False
-
-
-class TaskConfig(_Section):
-    """The examples: the task, its languages, and the number of examples per language and split."""
-
-    name: Literal["grammar", "planted", "xnli", "pawsx", "marc", "files"] = Field(
-        "grammar",
-        description="Task: built-in (grammar, planted), public (xnli, pawsx, marc), or your own "
-        "files (files).",
-    )
-    shape: Literal["nli", "paraphrase", "reviews"] = Field(
-        "nli", description="grammar only: the kind of task that the sentences make up."
-    )
-    languages: list[str] = Field(min_length=1, description="Languages, each once.")
-    path: Path | None = Field(
-        None,
-        description="xnli, pawsx, marc only: folder with the published files. Default: the Hub.",
-    )
-    hub_name: str | None = Field(
-        None, description="xnli, pawsx, marc only: another Hub data set of the same format."
-    )
-    train_file: str | None = Field(
-        None,
-        description="files only: path of the training examples (.tsv, .csv, .jsonl, .parquet, each "
-        "also .gz). It may contain {language}.",
-    )
-    dev_file: str | None = Field(
-        None,
-        description="files only: path of the dev examples. Default: drawn from train_file.",
-    )
-    test_file: str | None = Field(
-        None,
-        description="files only: path of the test examples. Default: drawn from train_file.",
-    )
-    columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="files only: name of a column here -> its name in the files. The columns are "
-        "id, language, text_a, text_b, label, group, and split_group, which names examples that "
-        "must stay in one split (default: group).",
-    )
-    parallel: bool = Field(
-        False,
-        description="files only: `group` identifies an item that every language has exactly once.",
-    )
-    train_per_language: int = Field(ge=1, description="Number of training examples per language.")
-    dev_per_language: int = Field(ge=1, description="Number of dev examples per language.")
-    test_per_language: int = Field(ge=1, description="Number of test examples per language.")
-    train_languages: list[str] | None = Field(
-        None,
-        min_length=1,
-        description="Languages with training data. Default: all. The others are pruned and tested "
-        "without training data of their own (zero-shot, leave-one-out).",
-    )
-    train_counts: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        default_factory=dict,
-        description="Language -> number of training examples, in place of train_per_language.",
-    )
-    test_from_train: bool = Field(
-        False,
-        description="Parallel tasks only: every test item is a training item of all languages but "
-        "its own. Each language has different test items.",
-    )
-    shared_words: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
-        default_factory=lambda: {"near": 0.75, "far": 0.4},
-        description="planted only: share of the words of the language base that the languages near "
-        "and far have in common with it.",
-    )
-    duplicates: int = Field(
-        6, ge=0, description="planted only: test examples per language that are also trained on."
-    )
-    flipped: float = Field(
-        0.1,
-        ge=0,
-        lt=0.5,
-        description="planted only: share of training examples with a wrong label.",
-    )
-    seed: int = Field(0, ge=0, description="Seed of the examples that are drawn.")
-
-    def languages_of(self, split: str) -> list[str]:
-        """Return the languages that a split is drawn from, in the order of `languages`."""
-        if split != "train" or self.test_from_train:
-            return self.languages
-        return self.trained_languages
-
-    @property
-    def trained_languages(self) -> list[str]:
-        """The languages with training data, in the order of `languages`."""
-        trained = self.languages if self.train_languages is None else self.train_languages
-        return [language for language in self.languages if language in trained]
-
-    def train_count(self, language: str) -> int:
-        """Return the number of training examples of a language."""
-        return self.train_counts.get(language, self.train_per_language)
-
-    @field_validator("languages", "train_languages")
-    @classmethod
-    def _check_distinct(cls, languages: list[str] | None) -> list[str] | None:
-        repeated = _repeated(languages or [])
-        if repeated:
-            raise ValueError(f"expected each language once, got {repeated} more than once")
-        return languages
-
-    @model_validator(mode="after")
-    def _check_files(self) -> TaskConfig:
-        if self.name == "files" and self.train_file is None:
-            raise ValueError("train_file: expected a path for the task files, got none")
-        return self
-
-    @model_validator(mode="after")
-    def _check_planted(self) -> TaskConfig:
-        if self.name != "planted":
-            return self
-        if set(self.shared_words) != {"near", "far"}:
-            raise ValueError(
-                "shared_words: expected the keys near and far, got "
-                f"{', '.join(self.shared_words) or 'none'}"
-            )
-        if self.train_languages is not None or self.test_from_train:
-            raise ValueError(
-                "train_languages, test_from_train: expected neither for the task planted, which "
-                "has training data in every language and makes its own duplicates"
-            )
-        # Up to two thirds of the test examples of a language are planted loan pairs instead.
-        most = self.test_per_language - 2 * (self.test_per_language // 3)
-        fewest = min(map(self.train_count, self.languages))
-        if self.duplicates > most or self.duplicates >= fewest:
-            raise ValueError(
-                f"duplicates: expected at most a third of test_per_language ({most}) and fewer "
-                f"than the training examples of each language ({fewest}), got {self.duplicates}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_training_languages(self) -> TaskConfig:
-        unknown = sorted(set(self.train_languages or []) - set(self.languages))
-        if unknown:
-            raise ValueError(
-                f"train_languages: expected some of {', '.join(self.languages)}, "
-                f"got {', '.join(unknown)}"
-            )
-        untrained = sorted(set(self.train_counts) - set(self.trained_languages))
-        if untrained:
-            raise ValueError(
-                f"train_counts: expected languages with training data "
-                f"({', '.join(self.trained_languages)}), got {', '.join(untrained)}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_test_from_train(self) -> TaskConfig:
-        if not self.test_from_train:
-            return self
-        if self.train_counts:
-            raise ValueError(
-                "train_counts: expected none with test_from_train, which needs the same training "
-                f"items in all languages, got {', '.join(self.train_counts)}"
-            )
-        if len(self.trained_languages) < 2:
-            raise ValueError(
-                "test_from_train: expected at least two languages with training data, so that each "
-                f"item is trained on in another language, got {', '.join(self.trained_languages)}"
-            )
-        # The test items of different languages differ, and all come from these items.
-        items = self.train_per_language + self.test_per_language
-        needed = len(self.languages) * self.test_per_language
-        if needed > items:
-            raise ValueError(
-                "test_from_train: expected train_per_language + test_per_language of at least "
-                f"{len(self.languages)} languages x {self.test_per_language} test items, {needed}, "
-                f"got {items}"
-            )
-        return self
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The classifier: a pretrained model, or a new XLM-R trained from scratch."""
 
     name: str | None = Field(
@@ -281,7 +71,7 @@ class ModelConfig(_Section):
         return self
 
 
-class FinetuneConfig(_Section):
+class FinetuneConfig(Section):
     """Fine-tuning with AdamW, linear warm-up and decay; one checkpoint per epoch."""
 
     epochs: int = Field(3, ge=1, description="Number of epochs.")
@@ -357,7 +147,7 @@ class SparseFinetuneConfig(FinetuneConfig):
         return self
 
 
-class PruneConfig(_Section):
+class PruneConfig(Section):
     """Iterative pruning of attention heads (Michel et al. 2019, Prasanna et al. 2020)."""
 
     threshold: float = Field(
@@ -387,7 +177,7 @@ class PruneConfig(_Section):
     )
 
 
-class CollectConfig(_Section):
+class CollectConfig(Section):
     """The features: checkpoints, parameters, projection, precision and storage."""
 
     every: int = Field(
@@ -450,7 +240,7 @@ class CollectConfig(_Section):
         return str(Path(features).absolute())
 
 
-class ViewsConfig(_Section):
+class ViewsConfig(Section):
     """The head masks under which influence is computed, beside the full model."""
 
     subnetwork: bool = Field(
@@ -501,7 +291,7 @@ class ViewsConfig(_Section):
         return {*self.other, *(language for pair in pairs for language in pair)}
 
 
-class CertifyConfig(_Section):
+class CertifyConfig(Section):
     """The fidelity certificate: exact scores of a random sample of pairs of examples."""
 
     queries: int = Field(
@@ -519,7 +309,7 @@ class CertifyConfig(_Section):
     )
 
 
-class InfluenceConfig(_Section):
+class InfluenceConfig(Section):
     """How gradients become scores and shares of languages."""
 
     k: int | list[int] = Field(
@@ -562,7 +352,7 @@ class InfluenceConfig(_Section):
         return self.k if isinstance(self.k, list) else [self.k]
 
 
-class AnalyzeConfig(_Section):
+class AnalyzeConfig(Section):
     """Intervals and tests."""
 
     bootstrap: int = Field(1000, ge=10, description="Bootstrap resamples of the test examples.")
@@ -578,7 +368,7 @@ class AnalyzeConfig(_Section):
     )
 
 
-class RetrainConfig(_Section):
+class RetrainConfig(Section):
     """Retraining of the full model without some training examples, to test influence scores."""
 
     subsets: int = Field(
@@ -617,13 +407,13 @@ class RetrainConfig(_Section):
     @field_validator("methods")
     @classmethod
     def _check_distinct(cls, methods: list[Method] | None) -> list[Method] | None:
-        repeated = _repeated(methods or [])
-        if repeated:
-            raise ValueError(f"expected each method once, got {repeated} more than once")
+        repeated_names = repeated(methods or [])
+        if repeated_names:
+            raise ValueError(f"expected each method once, got {repeated_names} more than once")
         return methods
 
 
-class MetagradientConfig(_Section):
+class MetagradientConfig(Section):
     """Influence on the loss after training, by differentiating through the fine-tuning."""
 
     models: list[ModelName] = Field(["full", "sparse"], min_length=1, description="Models.")
@@ -641,7 +431,7 @@ class MetagradientConfig(_Section):
     )
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that `tracmod run` needs to know; one section per stage."""
 
     name: str = Field("run", description="Name of the run, shown in the report.")
@@ -747,86 +537,3 @@ class RunConfig(_Section):
                 f"got {', '.join(unknown)}"
             )
         return self
-
-
-def _repeated(names: Sequence[str]) -> str:
-    """Return the names that occur more than once, joined by commas."""
-    return ", ".join(sorted({name for name in names if names.count(name) > 1}))
-
-
-def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """Read a YAML file into a `RunConfig`, with `section.key=value` overrides applied.
-
-    Args:
-        path: a YAML file, or the name of a built-in configuration such as `demo`.
-        overrides: `section.key=value`; the value is read as YAML, so `[en, de]` is a list.
-
-    Raises:
-        ValueError: the file is missing or invalid. The message names each key at fault, with the
-            expected and the given value.
-    """
-    tree = read_tree(path)
-    for key, value in parse_overrides(overrides).items():
-        set_value(tree, key, value)
-    return parse_config(tree, str(path))
-
-
-def override_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
-    """Return the configuration with `section.key=value` overrides applied.
-
-    A configuration read from run.json does not record which values were inherited. A value of
-    `sparse_finetune` that equals that of `finetune` counts as inherited, so it follows an override
-    of `finetune`.
-
-    Raises:
-        ValueError: as in `load_config`.
-    """
-    tree = config.model_dump(mode="json")
-    if tree["sparse_finetune"] is not None:
-        tree["sparse_finetune"] = {
-            key: value
-            for key, value in tree["sparse_finetune"].items()
-            if value != tree["finetune"].get(key)
-        }
-    for key, value in parse_overrides(overrides).items():
-        set_value(tree, key, value)
-    return parse_config(tree, "--set")
-
-
-def parse_config(tree: dict[str, Any], source: str) -> RunConfig:
-    """Validate a tree of plain values.
-
-    Args:
-        tree: section -> key -> value.
-        source: where the tree comes from, for messages.
-
-    Raises:
-        ValueError: one message that names each key at fault.
-    """
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ValueError("; ".join(_describe(fault, source) for fault in error.errors())) from None
-
-
-def _describe(fault: Any, source: str) -> str:
-    """Return one of pydantic's errors as `source: key: message, got value`."""
-    key = ".".join(str(part) for part in fault["loc"]) or "config"
-    got = f", got {fault['input']!r}" if not isinstance(fault["input"], dict) else ""
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{source}: {key}: {message}{got}"
-
-
-def parse_bytes(text: str) -> int:
-    """Return a size such as 4GB (10^9 bytes each), 512MiB (2^20 bytes each) or 1000 in bytes.
-
-    Raises:
-        ValueError: not a size, or less than one byte.
-    """
-    try:
-        size = int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        size = 0
-    if size < 1:
-        raise ValueError(f"memory: expected a size such as 4GB or 512MiB, got {text!r}")
-    return size

@@ -102,7 +102,7 @@ def test_the_packages_and_the_tests_have_the_same_folders():
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
     assert packages | {"cli", "bench"} == folders
     modules = {path.name for path in (ROOT / "tracmod").glob("*.py")}
-    assert modules == {"__init__.py", "config.py", "choices.py"}
+    assert modules == {"__init__.py", "choices.py"}
 
 
 def test_attribution_of_any_model_knows_no_study():

@@ -19,8 +19,8 @@ from click.testing import CliRunner
 from tiny_study import files_of, tiny_config
 
 import tracmod as tm
+from tracmod.choices import Method
 from tracmod.cli import main
-from tracmod.config import Method
 from tracmod.engine.local import LocalEngine
 from tracmod.models.digests import model_digest
 from tracmod.models.inputs import encode

@@ -159,7 +159,7 @@ def _context(tables: AnalysisTables) -> dict[str, Any]:
         over_epochs += [replace(figure, tab=tab, heading=heading) for figure in learning]
         learning = []
     failures = [
-        failure(certificate, words.MODEL_NAMES[model].lower())
+        failure(certificate, f"the {model} model")
         for model, certificate in tables.certificates.items()
     ]
     partial = summary["partial_similarity_influence"]

@@ -61,6 +61,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         ),
     ),
     "ExampleLoss": (tm.ExampleLoss, lambda folder, **numbers: tm.ExampleLoss(**numbers)),
+    "metagradient": (
+        tm.metagradient,
+        lambda folder, **numbers: tm.metagradient(folder / "no run", **numbers),
+    ),
     "collect_features": (
         tm.collect_features,
         lambda folder, **numbers: tm.collect_features(MODEL, ROWS, tm.Projection(64), **numbers),
@@ -101,7 +105,7 @@ ARGUMENTS = [
     for parameter in inspect.signature(function).parameters.values()
     if str(parameter.annotation) in NUMBERS
 ]
-ZERO_IS_RIGHT = {"seed", "part", "size", "label_smoothing"}
+ZERO_IS_RIGHT = {"seed", "part", "size", "label_smoothing", "disk"}
 
 
 def _wrong_values(parameter: inspect.Parameter) -> list[Any]:

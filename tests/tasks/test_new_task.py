@@ -39,14 +39,15 @@ def test_every_name_of_a_task_has_a_loader() -> None:
 
 def test_a_task_is_added_as_the_page_says(tmp_path: Path) -> None:
     package = tmp_path / "tracmod"
-    shutil.copytree(ROOT / "tracmod/tasks", package / "tasks")
-    for name in ("__init__.py", "choices.py", "config.py"):
+    for name in ("tasks", "config"):
+        shutil.copytree(ROOT / "tracmod" / name, package / name)
+    for name in ("__init__.py", "choices.py"):
         shutil.copy(ROOT / "tracmod" / name, package)
     page = (ROOT / "docs/extend.md").read_text(encoding="utf-8")
     section = page.partition("## A task")[2].partition("\n## ")[0]
     module = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
     (package / "tasks/greetings.py").write_text(module, encoding="utf-8")  # step 1
-    replace_once(package / "config.py", '"files"]', '"files", "greetings"]')  # step 2
+    replace_once(package / "config/task.py", '"files"]', '"files", "greetings"]')  # step 2
     loaders = package / "tasks/__init__.py"  # step 3
     replace_once(
         loaders,

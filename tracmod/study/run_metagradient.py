@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from tracmod.choices import DEFAULT_MEMORY, Denominator, ModelName
+from tracmod.choices import DEFAULT_MEMORY, Denominator, ModelName, whole_number
 from tracmod.study.context import RunContext
 from tracmod.study.run_folder import RunFolder
 from tracmod.study.run_training import initial_model, training_settings
@@ -66,6 +66,7 @@ def metagradient(
         >>> influence.column_names
         ['train_id', 'train_language', 'en', 'de', 'es']
     """
+    memory, disk = whole_number("memory", memory), whole_number("disk", disk, 0)
     context = RunContext(RunFolder(run_dir))
     stage = "finetune" if model == "full" else "sparse-finetune"
     if not context.run.is_done(stage):

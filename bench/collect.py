@@ -106,17 +106,16 @@ def _projected(layer: Layer, slot: Slot, parts: list[Tensor], seed: int) -> Tens
         rows = torch.arange(len(gradient))
         key = 2 * layer.position + 1
         return reference.count_sketch(gradient, rows, slot.k_out * slot.k_in, seed, key)
-    total = torch.zeros(slot.k_out, slot.k_in, dtype=torch.float64)
-    for draw in range(slot.draws):
-        input_key, output_key = projection_keys(layer, draw)
-        r_out, r_in = (
-            reference.projection_matrix(slot.kind, k, size, seed, key)
-            for k, size, key in zip(
-                (slot.k_out, slot.k_in), gradient.shape, (output_key, input_key), strict=True
-            )
+    input_key, output_key = projection_keys(layer)
+    if slot.kind == "sketch":
+        return reference.formed_sketch(gradient, slot.k_in, seed, output_key)
+    r_out, r_in = (
+        reference.projection_matrix(slot.kind, k, size, seed, key)
+        for k, size, key in zip(
+            (slot.k_out, slot.k_in), gradient.shape, (output_key, input_key), strict=True
         )
-        total += r_out @ gradient @ r_in.T
-    return total.flatten() / slot.draws**0.5
+    )
+    return (r_out @ gradient @ r_in.T).flatten()
 
 
 def check_features(

@@ -15,7 +15,7 @@ namespace tracmod {
 
 enum class DType { float32, bfloat16, int64, float64 };
 enum class Layer { linear, elementwise, embedding };
-enum class Kind { rademacher, sjlt, identity };
+enum class Kind { rademacher, sjlt, identity, sketch };
 
 // The per-example gradients of one layer in factored form: its inputs x and the gradients g of the
 // loss at its outputs. For a linear layer the gradient of example b is G_b = sum_s g_bs x_bs^T.

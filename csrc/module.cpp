@@ -60,7 +60,8 @@ Layer layer_named(const std::string& name, const std::string& op) {
 Kind kind_named(const std::string& name, const std::string& op) {
   return choose<Kind>(
       name, op, "kind",
-      {{"rademacher", Kind::rademacher}, {"sjlt", Kind::sjlt}, {"identity", Kind::identity}});
+      {{"rademacher", Kind::rademacher}, {"sjlt", Kind::sjlt}, {"identity", Kind::identity},
+       {"sketch", Kind::sketch}});
 }
 
 // Checks that lengths are in [0, S]. Lengths on a GPU are not read here, because that would make
@@ -186,7 +187,7 @@ void check_projection(const Gradients& gradients, const Projection& projection, 
   }
   if (projection.kind == Kind::identity) {
     if (projection.layer == Layer::embedding) {
-      reject(op, "kind", "rademacher or sjlt for layer embedding", "identity");
+      reject(op, "kind", "rademacher, sjlt or sketch for layer embedding", "identity");
     }
     const int64_t bias = projection.bias ? 1 : 0;
     const int64_t exact_out = linear ? gradients.out : 1 + bias;
@@ -234,6 +235,9 @@ struct Outputs {
     }
     if (g.size() > 1 && projection.kind == Kind::identity) {
       reject(op, "g", "one tensor for kind identity", std::to_string(g.size()));
+    }
+    if (g.size() > 1 && projection.kind == Kind::sketch) {
+      reject(op, "g", "one tensor for kind sketch", std::to_string(g.size()));
     }
   }
 

@@ -18,6 +18,9 @@
 //                    position uses the upper 32 bits, the signs the lower ones, so they are
 //                    independent. If there are fewer than 16 rows, every column has its own hash,
 //                    h = step(stream, column): row = position, sign = bit 0.
+//   formed sketch    element (o, i) of a formed gradient: bucket and sign are those of column i of a
+//                    sparse projection with the stream step(stream, o), so the 16 neighbours of a
+//                    row that share a hash go to 16 consecutive buckets, with signs of their own
 //   count sketch     element (row, d) has h = step(step(stream, row), d); its bucket is the
 //                    position of h, its sign bit 0
 //
@@ -34,6 +37,8 @@
 // and the variance is sum_{i < j} P(i and j share a row) (x_i y_j + x_j y_i)^2. That probability is
 // 1 / rows for columns with different hashes, and 0 for two columns of a group, whose rows differ
 // if there are at least 16 rows. The variance is therefore at most that of independent columns.
+// The same holds for the formed sketch, whose elements are columns of such a matrix: its variance is
+// at most that of a count sketch that hashes every element.
 // With fewer than 16 rows two columns of a group could always share a row, so there each column has
 // its own hash.
 #pragma once

@@ -12,15 +12,15 @@ import tracmod as tm
 from tracmod.features.collector import Collector, collect_to_store
 from tracmod.features.projection import projection_keys
 from tracmod.features.recipe import FeatureRecipe
-from tracmod.gradients.capture import select_layers
+from tracmod.gradients.capture import ModelPass, select_layers
 from tracmod.kernels import reference
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import head_slices
 from tracmod.validation.gradients import autograd_gradients
 
 
-def one_draw(layer, slot, gradient, seed, draw):
-    input_key, output_key = projection_keys(layer, draw)
+def two_sided(layer, slot, gradient, seed):
+    input_key, output_key = projection_keys(layer)
     r_out, r_in = (
         reference.projection_matrix(slot.kind, k, n, seed, key).float()
         for k, n, key in zip(
@@ -44,9 +44,11 @@ def projected(layers, projection, gradients):
             rows = torch.arange(len(feature))
             key = 2 * layer.position + 1
             feature = reference.count_sketch(feature, rows, size, projection.seed, key)
+        elif slot.kind == "sketch":
+            key = projection_keys(layer).output
+            feature = reference.formed_sketch(feature, size, projection.seed, key)
         elif slot.kind != "identity":
-            parts = [one_draw(layer, slot, feature, projection.seed, d) for d in range(slot.draws)]
-            feature = sum(parts) / slot.draws**0.5
+            feature = two_sided(layer, slot, feature, projection.seed)
         row[slot.offset : slot.offset + size] += feature.flatten()
     return row
 
@@ -151,7 +153,8 @@ def test_parameters_keep_the_same_signs_whatever_is_selected(kind, parameters):
         whole, actual = everything.collect(examples), part.collect(examples)
     with_bias = {layer.name: layer.bias for layer in everything.layers}
     same = [layer for layer in part.layers if layer.bias == with_bias[layer.name]]
-    assert any(part.slots[layer.name].kind == kind for layer in same)
+    kinds = {part.slots[layer.name].kind for layer in same}
+    assert kinds & {kind, "sketch"}
     for layer in same:
         slot = part.slots[layer.name]
         columns = slice(slot.offset, slot.offset + slot.k_out * slot.k_in)
@@ -393,20 +396,39 @@ def test_no_batch_waits_for_the_gpu(dtype):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_several_draws_narrow_the_spread_of_pooled_layers(monkeypatch):
-    import tracmod.features.projection
-
+def test_layers_of_few_tokens_are_sketched_and_err_as_a_sketch():
+    """The pooler's and the classifier's gradient, whose factors are alike for all examples."""
     model, examples = tiny_encoder(), ragged_examples(1)
+    layers = select_layers(model, "encoder")
+    sketched = {layer.name for layer in layers if layer.few_tokens}
+    last = "roberta.encoder.layer.1."
+    assert sketched == {
+        "classifier.dense", "classifier.out_proj", f"{last}attention.self.query",
+        f"{last}attention.output.dense", f"{last}intermediate.dense", f"{last}output.dense",
+    }  # fmt: skip
+    slots = tm.Projection(64).slots(layers)
+    assert {layer.name for layer in layers if slots[layer.name].kind == "sketch"} == sketched
     exact = tm.exact_influence(model, examples, examples, "classifier")[0, 0]
+    seeds = 200
+    squares = torch.stack([
+        tm.collect_features(model, examples, tm.Projection(64, seed=seed), "classifier").square().sum()
+        for seed in range(seeds)
+    ])  # fmt: skip
+    relative = squares / exact - 1
+    assert relative.square().mean().sqrt() < 1.2 * (2 / 64) ** 0.5
 
-    def spread(draws):
-        monkeypatch.setattr(tracmod.features.projection, "POOLED_DRAWS", draws)
-        squares = [
-            tm.collect_features(
-                model, examples, tm.Projection(64, seed=seed), "classifier"
-            ).square().sum()
-            for seed in range(40)
-        ]  # fmt: skip
-        return (torch.stack(squares) / exact - 1).square().mean().sqrt()
 
-    assert spread(16) < 0.6 * spread(1)
+def test_features_do_not_depend_on_the_pass():
+    """The plain pass computes all positions of the last layer, the lean pass only the first."""
+    model, examples = tiny_encoder(), ragged_examples(5)
+    projection = tm.Projection(600)
+    lean = tm.collect_features(model, examples, projection)
+    with frozen(model):
+        collector = Collector(model, projection)
+        plain = collector.collect_verified(examples, ModelPass())
+    torch.testing.assert_close(plain, lean, rtol=1e-4, atol=1e-5 * lean.abs().max().item())
+
+
+def test_features_of_another_version_are_another_identity():
+    identity = FeatureRecipe(tm.Projection(64), "encoder", "float32", 512, 64).identity()
+    assert identity["projection"]["version"] == 2

@@ -49,7 +49,7 @@ def check(batch: Batch, device: torch.device, **kwargs: Any) -> None:
 KINDS = [
     (layer, kind, bias)
     for layer in LAYERS
-    for kind in ("rademacher", "sjlt", "identity")
+    for kind in ("rademacher", "sjlt", "identity", "sketch")
     for bias in (False, True)
     if layer != "embedding" or (kind != "identity" and not bias)
 ]
@@ -70,7 +70,7 @@ def test_matches_the_reference(
     check(batch, device, **arguments(layer, kind, batch, bias, sizes[4:]))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "sketch"])
 def test_a_real_layer(kind: str, device: torch.device) -> None:
     batch = make_batch("linear", 16, 64, 768, 3072, ragged=False)
     check(batch, device, **arguments("linear", kind, batch, True, (64, 64)))
@@ -150,7 +150,7 @@ def remaining_columns(size: int, kind: str) -> Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("remaining", ["heads", "any"])
 @pytest.mark.parametrize(("size_in", "size_out"), [(1, 3), (127, 31), (96, 260)])
-@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "sketch"])
 def test_left_out_columns_count_as_zeros(
     kind: str,
     size_in: int,
@@ -190,7 +190,7 @@ def test_left_out_columns_count_as_zeros(
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "sketch"])
 def test_nan_and_infinity_are_propagated(kind: str, value: float, device: torch.device) -> None:
     batch = make_batch("linear", 6, 5, 39, 21, ragged=False)
     for b, column in enumerate((0, 3, 17, 31, 38)):
@@ -281,6 +281,31 @@ def test_inner_products_are_right_on_average(layer: str, kind: str, device: torc
     assert z.abs().max() < 4.5, z
 
 
+@pytest.mark.parametrize("k", [4, 16, 50])
+def test_a_sketch_varies_no_more_than_one_that_hashes_every_element(
+    k: int, device: torch.device
+) -> None:
+    """For nearly collinear products of one token, as in a classifier, and for random ones."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(2, 33, generator=generator)
+    x, g = (part + 0.1 * torch.randn(2, 33, generator=generator) for part in common[:, None])
+    x[1], g[1] = torch.randn(2, 33, generator=generator) if k == 50 else (x[1], g[1])
+    formed = g[:, :, None] * x[:, None, :]
+    dot, squares = (formed[0] * formed[1]).sum(), formed.square().sum((1, 2))
+    seeds = 800
+    out = torch.zeros(seeds, 2, k, device=device)
+    for seed in range(seeds):
+        kernels.project_gradients(
+            x.to(device), g.to(device), out[seed], kind="sketch", k_out=1, k_in=k,
+            **{**KEYS, "seed": seed},
+        )  # fmt: skip
+    products = (out[:, 0] * out[:, 1]).sum(-1).cpu()
+    bound = ((squares[0] * squares[1] + dot**2) / k).sqrt()
+    assert (products.mean() - dot).abs() < 4.5 * bound / seeds**0.5
+    # The sample's own standard error is about 6% here, since such products have heavy tails.
+    assert products.std() < 1.2 * bound
+
+
 def test_cuda_gives_the_entries_of_the_cpu(device: torch.device) -> None:
     """With one-hot x and g, a feature is a product of two entries, so compare exactly."""
     eye = torch.eye(40)
@@ -328,7 +353,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"offset": 1}, r"k_out, k_in and offset: expected .* got 1 \+ 2 \* 4"),
     ({"offset": -1}, r"offset: expected 0 or more, got -1"),
     ({"kind": "identity"}, r"k_out and k_in: expected 5 and 3 for kind identity, got 2 and 4"),
-    ({"kind": "gauss"}, r"kind: expected one of rademacher, sjlt, identity, got 'gauss'"),
+    ({"kind": "gauss"}, r"kind: expected one of rademacher, sjlt, identity, sketch, got 'gauss'"),
     ({"layer": "conv"}, r"layer: expected one of linear, elementwise, embedding, got 'conv'"),
     ({"layer": "elementwise"}, r"g: expected shape of x = \(2, 4, 3\), got \(2, 4, 5\)"),
     ({"layer": "embedding"}, r"x: expected int64, got float32"),
@@ -349,6 +374,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
         r"g: expected .*linear, got 2",
     ),
     ({**TWO, "kind": "identity"}, r"g: expected one tensor for kind identity, got 2"),
+    ({**TWO, "kind": "sketch"}, r"g: expected one tensor for kind sketch, got 2"),
     (
         {**TWO, "output_columns": torch.arange(5)},
         r"output_columns: expected .* g, 2, got 1",

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from tracmod.attribution.context import AttributionContext
 from tracmod.features.collector import collect_features
+from tracmod.features.projection import VERSION
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import identity_differences, read_json, write_json
 from tracmod.influence.scores import influence_scores
@@ -108,6 +109,7 @@ def _choice_settings(context: AttributionContext) -> dict[str, Any]:
     options = context.options
     return {
         "share_error": options.share_error,
+        "projection_version": VERSION,
         "parameters": options.parameters,
         "head_mask": None if context.mask is None else context.mask.digest(),
         "normalize": options.normalize,

@@ -11,7 +11,6 @@ rows and columns of a formed gradient (of LayerNorm 1 + bias and D).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -145,14 +144,19 @@ class Collector:
         return out_BK
 
     def _by_slot(self, captured: Captured) -> Iterator[tuple[Captured, Slot]]:
-        """Yield one part per slot.
+        """Yield the parts that are projected together: layers that share a two-sided grid.
 
         An exact slot has a number for every parameter, so left-out columns are filled with zeros.
         """
         slots = [self.slots[layer.name] for layer in captured.layers]
         for slot in dict.fromkeys(slots):
-            part = captured.of([position for position, own in enumerate(slots) if own == slot])
-            yield (part.with_all_columns() if slot.kind == "identity" else part), slot
+            positions = [position for position, own in enumerate(slots) if own == slot]
+            if slot.kind in ("rademacher", "sjlt"):
+                yield captured.of(positions), slot
+                continue
+            for position in positions:
+                part = captured.of([position])
+                yield (part.with_all_columns() if slot.kind == "identity" else part), slot
 
     def _project_preconditioned(
         self, captured: Captured, preconditioner: Preconditioner, out_BK: Tensor
@@ -163,7 +167,7 @@ class Collector:
         """
         for position, layer in enumerate(captured.layers):
             slot, captured_layer = self.slots[layer.name], captured.of([position])
-            output_key = projection_keys(layer, draw=0).output
+            output_key = projection_keys(layer).output
             if layer.kind == "embedding":
                 self._project(preconditioner.scaled(captured_layer), slot, out_BK)
                 continue
@@ -182,36 +186,30 @@ class Collector:
                 )  # fmt: skip
 
     def _project(self, captured: Captured, slot: Slot, out_BK: Tensor) -> None:
-        """Add the projection of layers that share input and slot to the rows.
-
-        Draws are averaged: see `POOLED_DRAWS`.
-        """
-        layer, g = captured.layers[0], captured.g
-        if slot.draws > 1:
-            g = tuple(g_BSO / math.sqrt(slot.draws) for g_BSO in g)
+        """Add the projection of layers that share input and slot to the rows."""
+        layer = captured.layers[0]
         bias = layer.bias and layer.kind != "embedding"
         input_columns = captured.input_columns
         if input_columns is not None and not bias:  # the bias, the last column, is not selected
             input_columns = input_columns[: captured.x.shape[-1]]
-        for draw in range(slot.draws):
-            keys = [projection_keys(layer, draw) for layer in captured.layers]
-            kernels.project_gradients(
-                captured.x,
-                g,
-                out_BK,
-                lengths=captured.lengths,
-                layer=layer.kind,
-                bias=bias,
-                kind=slot.kind,
-                offset=slot.offset,
-                k_out=slot.k_out,
-                k_in=slot.k_in,
-                seed=self.projection.seed,
-                input_key=keys[0].input,
-                output_key=[key.output for key in keys],
-                input_columns=input_columns,
-                output_columns=captured.output_columns,
-            )
+        keys = [projection_keys(layer) for layer in captured.layers]
+        kernels.project_gradients(
+            captured.x,
+            captured.g,
+            out_BK,
+            lengths=captured.lengths,
+            layer=layer.kind,
+            bias=bias,
+            kind=slot.kind,
+            offset=slot.offset,
+            k_out=slot.k_out,
+            k_in=slot.k_in,
+            seed=self.projection.seed,
+            input_key=keys[0].input,
+            output_key=[key.output for key in keys],
+            input_columns=input_columns,
+            output_columns=captured.output_columns,
+        )
 
 
 def collect_features(
@@ -231,7 +229,8 @@ def collect_features(
     """Collect the projected per-example gradients of a dataset, in one pass over it.
 
     `f(z) = [exact small layers | sum over layers of vec(R_out G_l(z) R_in^T)]`, where G_l(z) is the
-    gradient of the loss of example z alone (without dropout) with respect to layer l. Inner
+    gradient of the loss of example z alone (without dropout) with respect to layer l. Layers of few
+    tokens are sketched instead (see `Projection`). Inner
     products of the rows of train and query examples estimate influence; pass them to
     `influence_scores` or `top_influences`.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
+from tracmod import kernels
 from tracmod.choices import ProjectionKind, ProjectionLayers, whole_number
 from tracmod.gradients.capture import Layer
 
@@ -14,13 +15,9 @@ from tracmod.gradients.capture import Layer
 # gradient's norm (85% on a 4-layer, 256-wide XLM-R), so storing it exactly removes most of the
 # error. With a larger share, the grid that is left for the other layers would be too small.
 EXACT_SHARE = 0.8
-# Independent projections of a pooled layer (pooler, classifier), which are averaged. The gradient
-# of such a layer is a single product g x^T, whose factors are close to directions that all examples
-# share. A grid of k x k numbers scales this common part by a random factor of 1 +- sqrt(4 / k), the
-# same for all pairs of examples, and these layers have most of the norm that is not stored exactly.
-# Several draws reduce that error, and cost little since there is one token per example. The number
-# is the square of a power of two, so dividing by its root is exact, in bfloat16 as well.
-POOLED_DRAWS = 4
+# Version of the definition of features. Features of different versions must not be compared, so it
+# is part of the identity of a store. 2: layers of few tokens are formed and sketched.
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -32,14 +29,20 @@ class Projection:
         vec(R_out G R_in^T)        with random R_out (k_out, O) and R_in (k_in, I + 1)
 
     The expectation of `<f, f'>` over seeds is `<G, G'>`. It is computed from the layer's input and
-    output gradient, without forming G. For layers outside the encoder's layers (pooler,
-    classifier), several such projections are averaged. Gradients of LayerNorm and embeddings go
-    through a count sketch into a slot of the same size.
+    output gradient, without forming G.
+
+    Where an example usually has a single token (`Layer.few_tokens`: pooler, classifier, most of the
+    last encoder layer), G is a single product g x^T, whose factors are close to directions that all
+    examples share. A grid of k x k numbers would scale this common part by a random factor of
+    1 +- sqrt(4 / k), the same for all pairs of examples, and these layers have most of a fine-tuned
+    classifier's gradient. There, G is formed and each of its elements added to one of the K numbers
+    with a random sign, a count sketch, whose factor is 1 +- sqrt(2 / K). Gradients of LayerNorm and
+    embeddings go through a count sketch, too.
 
     Attributes:
         dim: K, the numbers per example, including those of layers that are stored exactly.
-        kind: `rademacher` (dense random signs) or `sjlt` (one nonzero entry per column, so the cost
-            does not grow with `dim`).
+        kind: Random matrices of the other layers: `rademacher` (dense random signs) or `sjlt` (one
+            nonzero entry per column, so the cost does not grow with `dim`).
         seed: Seed of all random entries. They are a stateless function of (seed, layer, row,
             column): the same on every device and for every batch.
         layers: `accumulate` adds the projections of all layers, each with its own signs, in one
@@ -72,6 +75,11 @@ class Projection:
                 f"Projection: layers: expected accumulate or concatenate, got {self.layers!r}"
             )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings and the version of the definition, which features depend on."""
+        return {**asdict(self), "version": VERSION}
+
     def slots(self, layers: Sequence[Layer]) -> dict[str, Slot]:
         """Return the slot of each layer, by the layer's name.
 
@@ -91,9 +99,8 @@ class Projection:
             if layer.kind == "linear" and offset + size <= EXACT_SHARE * self.dim:
                 slots[layer.name] = _exact_slot(layer, offset)
                 offset += size
-        grid = _grid(self.dim - offset)
         for layer in layers:
-            slots.setdefault(layer.name, Slot(self.kind, offset, *grid, _draws(layer)))
+            slots.setdefault(layer.name, self._random_slot(layer, offset, self.dim - offset))
         return slots
 
     def _concatenated(self, layers: Sequence[Layer]) -> dict[str, Slot]:
@@ -109,23 +116,28 @@ class Projection:
             if layer.kind != "embedding" and _exact_size(layer) <= share:
                 slots[layer.name] = _exact_slot(layer, rank * share)
             else:
-                slots[layer.name] = Slot(self.kind, rank * share, *_grid(share), _draws(layer))
+                slots[layer.name] = self._random_slot(layer, rank * share, share)
         return slots
+
+    def _random_slot(self, layer: Layer, offset: int, size: int) -> Slot:
+        """Return a slot of at most `size` numbers for a layer that is not stored exactly."""
+        if layer.few_tokens:
+            return Slot("sketch", offset, 1, size)
+        k_in = math.isqrt(size)  # an almost square grid
+        return Slot(self.kind, offset, size // k_in, k_in)
 
 
 @dataclass(frozen=True)
 class Slot:
     """A layer's part of the feature row: `k_out * k_in` numbers from column `offset`.
 
-    With several draws, the same number of independent projections P_t of the layer are added:
-    `sum_t P_t(G) / sqrt(draws)`.
+    `kind` is that of `kernels.project_gradients`; `sketch` has one row of numbers.
     """
 
-    kind: Literal["rademacher", "sjlt", "identity"]
+    kind: kernels.Kind
     offset: int
     k_out: int
     k_in: int
-    draws: int = 1
 
 
 def _exact_size(layer: Layer) -> int:
@@ -143,10 +155,6 @@ def _exact_slot(layer: Layer, offset: int) -> Slot:
     return Slot("identity", offset, 1 + layer.bias, layer.in_features)
 
 
-def _draws(layer: Layer) -> int:
-    return POOLED_DRAWS if layer.pooled else 1
-
-
 class ProjectionKeys(NamedTuple):
     """The keys of a layer's random matrices, as for `kernels.project_gradients`."""
 
@@ -154,16 +162,9 @@ class ProjectionKeys(NamedTuple):
     output: int
 
 
-def projection_keys(layer: Layer, draw: int) -> ProjectionKeys:
-    """Return the keys of one draw of a layer's projection.
+def projection_keys(layer: Layer) -> ProjectionKeys:
+    """Return the keys of a layer's projection.
 
-    Input keys are even and output keys odd, and draws differ in the high bits, so no two are equal.
+    Input keys are even and output keys odd, so no two are equal.
     """
-    high_bits = draw << 32
-    return ProjectionKeys(2 * layer.input_position + high_bits, 2 * layer.position + 1 + high_bits)
-
-
-def _grid(size: int) -> tuple[int, int]:
-    """Return (k_out, k_in) of an almost square grid of at most `size` numbers."""
-    k_in = math.isqrt(size)
-    return size // k_in, k_in
+    return ProjectionKeys(2 * layer.input_position, 2 * layer.position + 1)

@@ -7,7 +7,7 @@ that features made in two ways are never compared.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ class FeatureRecipe:
         """
         loss = None if self.loss is None else self.loss.identity
         return {
-            "projection": asdict(self.projection),
+            "projection": self.projection.identity,
             "parameters": self.parameters,
             "head_mask": None if self.head_mask is None else self.head_mask.digest(),
             "pass_dtype": self.dtype,

@@ -57,8 +57,10 @@ class Layer:
             projection is made from it, so a parameter has the same signs in every selection.
         input_position: Position of the first layer that reads the same input, by which layers that
             share an input (query, key and value) are recognised.
-        pooled: Whether the layer is outside the encoder's layers (pooler, classifier), where an
-            example is a single vector and its gradient a single product g x^T.
+        few_tokens: Whether an example usually has a single token here, so that its gradient is a
+            single product g x^T: a linear layer outside the encoder's layers (pooler, classifier),
+            or in the last encoder layer, except key and value. It depends on the layer alone. A
+            model that reads more than the first position has all tokens in its last layer.
     """
 
     name: str
@@ -67,7 +69,7 @@ class Layer:
     bias: bool
     position: int
     input_position: int
-    pooled: bool
+    few_tokens: bool
     only_bias: bool = False
 
     # The sizes are those of the module, because `lean` may replace its weight by a narrower one.
@@ -240,9 +242,12 @@ def _all_layers(model: nn.Module) -> list[Layer]:
         shared_input[attention.value] = attention.query
     names = {module: name for name, module in model.named_modules()}
     # Layers under `encoder.layer` and the embeddings (and ELECTRA's `embeddings_project`) see every
-    # token; other linear layers see one vector per example.
+    # token; other linear layers see one vector per example. Of the last encoder layer, a lean pass
+    # computes the first position only, except key and value.
     encoder_layers = re.split(r"\.\d+\.", names[attentions[0].query], maxsplit=1)[0]
     per_token = (f"{encoder_layers}.", names[embeddings_module(model)])
+    last = attentions[-1]
+    last_layer = "".join(re.split(r"(\.\d+\.)", names[last.query], maxsplit=1)[:2])
     layers: list[Layer] = []
     position_of: dict[nn.Module, int] = {}
     for name, module in model.named_modules():
@@ -251,8 +256,11 @@ def _all_layers(model: nn.Module) -> list[Layer]:
             continue
         position = position_of[module] = len(position_of)
         owner = position_of[shared_input.get(module, module)]
-        pooled = kind == "linear" and not name.startswith(per_token)
-        layers.append(Layer(name, kind, module, True, position, owner, pooled))
+        few_tokens = kind == "linear" and (
+            not name.startswith(per_token)
+            or (name.startswith(last_layer) and module not in (last.key, last.value))
+        )
+        layers.append(Layer(name, kind, module, True, position, owner, few_tokens))
     return layers
 
 

@@ -27,7 +27,7 @@ from torch.utils.dlpack import to_dlpack
 from tracmod import _C
 
 LayerKind = Literal["linear", "elementwise", "embedding"]
-Kind = Literal["rademacher", "sjlt", "identity"]
+Kind = Literal["rademacher", "sjlt", "identity", "sketch"]
 _MASK_64 = (1 << 64) - 1  # seeds and keys are any Python integers, taken modulo 2^64
 
 
@@ -62,6 +62,12 @@ def project_gradients(
     - `sjlt`: one entry of +-1 in each column,
     - `identity`: none; G itself is added.
 
+    With kind `sketch`, a linear layer's G is formed and added to all k_out * k_in columns by a count
+    sketch, in which every element has a random column and sign. The variance of `<f, f'>` is then at
+    most `(|G|^2 |G'|^2 + <G, G'>^2) / (k_out k_in)`, where the sides of a two-sided projection err
+    by `1 / k_out + 1 / k_in` if G is a product of one token. Forming G takes O I operations per
+    token, so this is for layers of few tokens.
+
     Signs and positions are a stateless function of (seed, key, row, column): they are the same on
     every device and for every batch.
 
@@ -83,20 +89,21 @@ def project_gradients(
             normalised input (B, S, D); embedding: (B, S) int64 ids. A 2-d input means one token
             per example.
         g: Loss gradient at the output of the layer, (B, S, O), or (B, S, D) unless linear; dtype
-            and device of a floating-point x, contiguous. For linear layers, unless `kind` is
-            identity, also a sequence of 1 to 4 such tensors; O may differ between them.
+            and device of a floating-point x, contiguous. For linear layers of kind rademacher or
+            sjlt also a sequence of 1 to 4 such tensors; O may differ between them.
         out: (B, K) float32 features, contiguous; added to in place.
         lengths: (B,) int64 numbers of tokens; later tokens are padding and are skipped. Lengths on
             the CPU are checked. Lengths on a GPU are not, since that would have to wait for the
             GPU; there, an invalid length turns its row of `out` into NaN.
         offset: First of the k_out * k_in columns of `out` that are added to (the layer's slot).
         layer: Type of the layer: `linear`, `elementwise` or `embedding`.
-        kind: Type of the projection: `rademacher`, `sjlt` or `identity` (not for embeddings).
+        kind: Type of the projection: `rademacher`, `sjlt`, `sketch` or `identity` (not for
+            embeddings).
         k_out: Rows of the projected gradient. For identity O (elementwise: 1 + bias).
         k_in: Columns of the projected gradient. For identity I + bias (elementwise: D).
         seed: Seed of the projection.
         input_key: Key of R_in, the same for all layers that read the same input. Used by linear
-            layers only.
+            layers only, and not by kind sketch.
         output_key: Key of R_out or of the count sketch, different for every layer and different
             from `input_key`; a sequence if `g` is one.
         bias: Whether the layer has a bias (never for embeddings).

@@ -97,6 +97,36 @@ def count_sketch(values_nD: Tensor, rows_n: Tensor, size: int, seed: int, key: i
     )
 
 
+def formed_sketch(
+    gradient_OI: Tensor,
+    size: int,
+    seed: int,
+    key: int,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """Return (size,), the count sketch of a formed gradient.
+
+    Row o is multiplied by an sjlt matrix (size, I) whose stream is the o-th of the key's stream, so
+    the 16 elements of a row that share a hash go to consecutive positions.
+
+    Args:
+        rows: (O,) numbers of the rows; 0, 1, ... by default.
+        columns: (I,) numbers of the columns; 0, 1, ... by default.
+    """
+    num_rows, num_columns = gradient_OI.shape
+    rows = torch.arange(num_rows) if rows is None else rows.cpu()
+    columns = torch.arange(num_columns) if columns is None else columns.cpu()
+    lanes = columns % 16 if size >= 16 else 0 * columns
+    groups = columns // 16 if size >= 16 else columns
+    hashes_OI = _step(_step(_stream(seed, key), rows[:, None]), groups)
+    positions_OI = (_position(hashes_OI, size) + lanes) % size
+    signed_OI = _sign(hashes_OI >> lanes).to(gradient_OI) * gradient_OI
+    return gradient_OI.new_zeros(size).index_add(
+        0, positions_OI.flatten().to(gradient_OI.device), signed_OI.flatten()
+    )
+
+
 def gradient(x: Tensor, g: Tensor, *, layer: str, bias: bool) -> Tensor:
     """Return the gradient of one example.
 
@@ -167,6 +197,10 @@ def project_gradients(
             if kind != "identity" and layer == "elementwise":
                 rows = torch.arange(len(feature))
                 feature = count_sketch(feature, rows, size, seed, output_key)
+            elif kind == "sketch":
+                feature = formed_sketch(
+                    feature, size, seed, output_key, output_columns, input_columns
+                )
             elif kind != "identity":
                 n_out, n_in = feature.shape
                 dtype = feature.dtype

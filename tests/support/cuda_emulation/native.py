@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 LAUNCH = re.compile(r"([\w:]+(?:<[^<>;=]*>)?)\s*<<<(.*?)>>>\((.*?)\);", re.DOTALL)
 LAYERS = ["linear", "elementwise", "embedding"]
-KINDS = ["rademacher", "sjlt", "identity"]
+KINDS = ["rademacher", "sjlt", "identity", "sketch"]
 # Changes to the sources. Smaller limits make small tests run through many waves and parts. And only
 # a score that is not finite may be computed again without tensor cores (top_k_dot.cu): that path
 # would otherwise repair the NaN of a copy that was not waited for.

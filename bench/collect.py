@@ -108,7 +108,7 @@ def _projected(layer: Layer, slot: Slot, parts: list[Tensor], seed: int) -> Tens
         return reference.count_sketch(gradient, rows, slot.k_out * slot.k_in, seed, key)
     input_key, output_key = projection_keys(layer)
     if slot.kind == "sketch":
-        return reference.formed_sketch(gradient, slot.k_in, seed, output_key)
+        return reference.formed_sketch(gradient, slot.k_in, seed, input_key, output_key)
     r_out, r_in = (
         reference.projection_matrix(slot.kind, k, size, seed, key)
         for k, size, key in zip(

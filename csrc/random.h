@@ -18,9 +18,11 @@
 //                    position uses the upper 32 bits, the signs the lower ones, so they are
 //                    independent. If there are fewer than 16 rows, every column has its own hash,
 //                    h = step(stream, column): row = position, sign = bit 0.
-//   formed sketch    element (o, i) of a formed gradient: bucket and sign are those of column i of a
-//                    sparse projection with the stream step(stream, o), so the 16 neighbours of a
-//                    row that share a hash go to 16 consecutive buckets, with signs of their own
+//   formed sketch    in the gradient of a linear layer, the elements (o, i) of 16 neighbouring columns
+//                    share h = step(step(stream, o), i / 16); the bucket of an element is
+//                    (position of h in [0, size) + i % 16) mod size. Its sign is bit 0 of h times
+//                    that of column i, bit 0 of step(stream of x, i). If there are fewer than 16
+//                    buckets, every element has its own h = step(step(stream, o), i).
 //   count sketch     element (row, d) has h = step(step(stream, row), d); its bucket is the
 //                    position of h, its sign bit 0
 //
@@ -37,10 +39,16 @@
 // and the variance is sum_{i < j} P(i and j share a row) (x_i y_j + x_j y_i)^2. That probability is
 // 1 / rows for columns with different hashes, and 0 for two columns of a group, whose rows differ
 // if there are at least 16 rows. The variance is therefore at most that of independent columns.
-// The same holds for the formed sketch, whose elements are columns of such a matrix: its variance is
-// at most that of a count sketch that hashes every element.
 // With fewer than 16 rows two columns of a group could always share a row, so there each column has
 // its own hash.
+//
+// The same holds for the formed sketch with one exception. Two groups of the same columns share
+// their columns' signs, so that their 16 pairs of elements with the same column collide together
+// (with probability 1 / size) and add up instead of averaging out. All other pairs of elements have
+// independent products of signs. The variance of <Sketch G, Sketch G'> is (|G|^2 |G'|^2 +
+// <G, G'>^2) / size with independent elements; these pairs add at most the sum over groups c of the
+// same of G_c and G'_c, the columns of one group, so at most twice that in total, and about 1 / (the
+// number of groups) of it where no group has most of the gradient.
 #pragma once
 
 #include <cstdint>
@@ -88,7 +96,7 @@ TRACMOD_HOST_DEVICE inline int64_t position_of(uint64_t hash, int64_t size) {
 
 TRACMOD_HOST_DEVICE inline float sign_of(uint64_t hash) { return sign_of_bit(hash, 0); }
 
-// Number of neighbouring columns of a sparse projection that share a hash.
+// Number of neighbouring columns that share a hash, of a sparse projection and a formed sketch.
 constexpr int64_t kSparseGroup = 16;
 
 // Hash shared by the sparse columns 16 * group ... 16 * group + 15.
@@ -110,6 +118,16 @@ TRACMOD_HOST_DEVICE inline SparseEntry sparse_entry(uint64_t stream, int64_t col
   const uint64_t hash = group_hash(stream, column / kSparseGroup);
   const int64_t lane = column % kSparseGroup, row = position_of(hash, k) + lane;
   return {row < k ? row : row - k, sign_of_bit(hash, static_cast<int>(lane))};
+}
+
+// The formed sketch: the number of the hash of a column in its row, and how far behind the position
+// of the hash its element goes.
+TRACMOD_HOST_DEVICE inline int64_t formed_hash_number(int64_t column, int64_t size) {
+  return size < kSparseGroup ? column : column / kSparseGroup;
+}
+
+TRACMOD_HOST_DEVICE inline int64_t formed_lane(int64_t column, int64_t size) {
+  return size < kSparseGroup ? 0 : column % kSparseGroup;
 }
 
 }  // namespace tracmod

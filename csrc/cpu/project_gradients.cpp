@@ -23,11 +23,7 @@
 // units. Operations, sparse: 2 B S (I + O + k_in k_out); the limit is the read of x and g and, for
 // narrow layers, the last term.
 //
-// sketch: the gradient is formed, a band of rows at a time, and each row is added to the features as
-// a sparse R with one row of its own hashes would add it (random.h). A band's positions and signs
-// are written once for all examples of a wave. A group of 16 numbers takes one load, one flip of
-// sign bits and one addition to the feature row, which stays in the first-level cache; that is the
-// limit, 0.1 to 0.2 ns per number, while hashing every number and adding it singly takes about 1 ns.
+// sketch: the gradient of a linear layer is formed and sketched; formed_sketch.cpp does it.
 //
 // LayerNorm (elementwise) gradients are short and embedding gradients are sparse, so a two-sided
 // projection gains nothing: each element is added to the grid of k_out k_in features as a count
@@ -35,6 +31,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/formed_sketch.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 #include "cpu/signs.h"
@@ -52,7 +49,6 @@ constexpr int64_t kWaveTokens = 768;  // tokens of a wave, per thread
 constexpr int64_t kColumnBlock = 64;  // columns of P or Q that project_dense computes together
 constexpr int64_t kRowBlock = 48;     // rows of Q^T P of an item of the second phase
 constexpr int64_t kWidenDepth = 256;  // columns of bfloat16 rows that are widened at a time
-constexpr int64_t kBandNumbers = 8192;  // numbers of the rows of a gradient that are formed together
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -93,10 +89,8 @@ struct Plan {
   int64_t* starts;  // (B + 1,) see rows.h
   int64_t wave;     // tokens of a wave
   Side in, out;     // P and Q
-  float* sums;      // (threads, sums_size) for sjlt; the formed rows of a band for sketch
+  float* sums;      // (threads, sums_size) for sjlt
   int64_t sums_size;
-  int64_t band;         // rows of a band
-  Part* band_rows;      // (band,) positions and signs of the rows of a band
 
   double* grids;         // (threads, grid + rows)
   int64_t grid, rows;    // buckets of the count sketch; elements of a LayerNorm gradient
@@ -121,22 +115,6 @@ void plan_side(Scratch& scratch, Kind kind, int64_t tokens, Side& side) {
   side.projected = scratch.take<float>(tokens * side.width);
 }
 
-// The rows of a gradient that are formed together, and the positions and signs of their numbers.
-void plan_band(Scratch& scratch, int threads, Plan& plan) {
-  plan.band = std::min(plan.out.k, std::max<int64_t>(1, kBandNumbers / plan.in.width));
-  plan.sums_size = plan.band * plan.in.width;
-  plan.sums = scratch.take<float>(plan.sums_size * threads);
-  plan.band_rows = scratch.take<Part>(plan.band);
-  const int64_t columns = plan.in.k;
-  auto* groups = scratch.take<SparseGroup>(plan.band * (columns / kSparseGroup));
-  auto* singles = scratch.take<SparseSingle>(plan.band * columns);
-  for (int64_t m = 0; plan.band_rows != nullptr && m < plan.band; ++m) {
-    plan.band_rows[m] = plan.in.part[0];
-    plan.band_rows[m].groups = groups + m * (columns / kSparseGroup);
-    plan.band_rows[m].singles = singles + m * columns;
-  }
-}
-
 Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& projection,
                int threads) {
   Plan plan{};
@@ -155,13 +133,8 @@ Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& p
       plan.out.part[j] = {output.g, output.size, 0, output.columns,
                           stream_of(projection.seed, output.key)};
     }
-    if (projection.kind == Kind::sketch) {
-      plan.in.k = gradients.in + plan.in.part[0].ones;
-      plan.out.k = gradients.out;
-    }
     plan_side(scratch, projection.kind, plan.wave, plan.in);
     plan_side(scratch, projection.kind, plan.wave, plan.out);
-    if (projection.kind == Kind::sketch) plan_band(scratch, threads, plan);
     if (projection.kind == Kind::sjlt) {
       plan.sums_size = kSparseTokens * (std::max(plan.in.k, plan.out.k) + kSparseGroup);
       plan.sums = scratch.take<float>(plan.sums_size * threads);
@@ -224,30 +197,17 @@ void write_signs(const Side& side, const Part& part, int threads) {
 // break up groups.
 bool whole_group(const Part& part, int64_t i) {
   if (i + kSparseGroup > part.size || part.number(i) % kSparseGroup != 0) return false;
-  if (part.columns == nullptr) return true;
   for (int64_t l = 1; l < kSparseGroup; ++l) {
     if (part.number(i + l) != part.number(i) + l) return false;
   }
   return true;
 }
 
-// Lists the groups and single columns of a sparse R. Groups that run over its last row are listed as
-// single columns unless they may `wrap`.
-void write_sparse(Part& part, int64_t k, bool wrap) {
-  part.group_count = part.single_count = 0;
-  const auto list_single = [&](int64_t i) {
-    const SparseEntry entry = sparse_entry(part.stream, part.number(i), k);
-    part.singles[part.single_count++] = {static_cast<int32_t>(i), static_cast<int32_t>(entry.row),
-                                         entry.sign};
-  };
+// Lists the groups and single columns of a sparse R.
+void write_sparse(Part& part, int64_t k) {
   for (int64_t i = 0; i < part.size;) {
     if (k >= kSparseGroup && whole_group(part, i)) {
       const uint64_t hash = group_hash(part.stream, part.number(i) / kSparseGroup);
-      if (!wrap && position_of(hash, k) + kSparseGroup > k) {
-        for (int64_t l = 0; l < kSparseGroup; ++l) list_single(i + l);
-        i += kSparseGroup;
-        continue;
-      }
       SparseGroup& group = part.groups[part.group_count++];
       group.column = static_cast<int32_t>(i);
       group.position = static_cast<int32_t>(position_of(hash, k));
@@ -256,7 +216,10 @@ void write_sparse(Part& part, int64_t k, bool wrap) {
       }
       i += kSparseGroup;
     } else {
-      list_single(i++);
+      const SparseEntry entry = sparse_entry(part.stream, part.number(i), k);
+      part.singles[part.single_count++] = {static_cast<int32_t>(i), static_cast<int32_t>(entry.row),
+                                           entry.sign};
+      ++i;
     }
   }
 }
@@ -264,7 +227,7 @@ void write_sparse(Part& part, int64_t k, bool wrap) {
 void write_projections(Side& side, Kind kind, int threads) {
   for (int j = 0; j < side.parts; ++j) {
     if (kind == Kind::rademacher) write_signs(side, side.part[j], threads);
-    if (kind == Kind::sjlt) write_sparse(side.part[j], side.k, true);
+    if (kind == Kind::sjlt) write_sparse(side.part[j], side.k);
   }
 }
 
@@ -398,7 +361,7 @@ void project_sparse_block(const Side& side, const Rows<T>& rows, int64_t count, 
   for (int64_t m = 0; m < count; ++m) projected[m * side.width + bias.row] += bias.sign;
 }
 
-// P or Q of the read tokens [begin, end). For identity and sketch that is a copy as float32.
+// P or Q of the read tokens [begin, end). For kind identity that is a copy as float32.
 template <class T>
 void project_block(const Side& side, Kind kind, const Gradients& gradients, const int64_t* starts,
                    int64_t begin, int64_t end, float* sums, float* projected) {
@@ -454,57 +417,6 @@ void add_products(const Plan& plan, Kind kind, int64_t first, int64_t end, float
   });
 }
 
-// Lists the positions and signs of rows [first, first + count) of the gradient.
-void write_band(const Plan& plan, int64_t first, int64_t count, int64_t size, int threads) {
-  const Part& out = plan.out.part[0];
-  parallel_for(threads, count, [&](int64_t m, int) {
-    Part& row = plan.band_rows[m];
-    row.stream = step(out.stream, out.number(first + m));
-    write_sparse(row, size, false);
-    if (row.ones == 0) return;
-    const SparseEntry bias = sparse_entry(row.stream, row.number(row.size), size);
-    row.singles[row.single_count++] = {static_cast<int32_t>(row.size),
-                                       static_cast<int32_t>(bias.row), bias.sign};
-  });
-}
-
-// Forms rows [m, m + count) of the gradient of one example, whose tokens begin at row `begin` of P
-// and Q, and adds their sketch to its features.
-void sketch_rows(const Plan& plan, int64_t begin, int64_t tokens, int64_t m, int64_t count,
-                 float* formed, float* features) {
-  const Side &p = plan.in, &q = plan.out;
-  if (tokens == 0) return;
-  std::fill(formed, formed + count * p.width, 0.0f);
-  signs().add_product(q.projected + begin * q.width + m, q.width, count,
-                      p.projected + begin * p.width, p.width, p.width, tokens, 1.0f, formed,
-                      p.width);
-  for (int64_t r = 0; r < count; ++r) {
-    const Part& row = plan.band_rows[r];
-    const float* values = formed + r * p.width;
-    if (row.group_count > 0) {
-      add_sparse(&values, &values, 1, row.groups, row.group_count, features, 0);
-    }
-    for (int64_t j = 0; j < row.single_count; ++j) {
-      const SparseSingle& single = row.singles[j];
-      features[single.row] += single.sign * values[single.column];
-    }
-  }
-}
-
-// Second phase of kind sketch, for the examples [first, end) of a wave.
-void add_sketches(const Plan& plan, int64_t size, int64_t first, int64_t end, float* out,
-                  int64_t stride, int threads) {
-  for (int64_t m = 0; m < plan.out.k; m += plan.band) {
-    const int64_t count = std::min(plan.band, plan.out.k - m);
-    write_band(plan, m, count, size, threads);
-    parallel_for(threads, end - first, [&](int64_t item, int slot) {
-      const int64_t b = first + item, begin = plan.starts[b];
-      sketch_rows(plan, begin - plan.starts[first], plan.starts[b + 1] - begin, m, count,
-                  plan.sums + slot * plan.sums_size, out + b * stride);
-    });
-  }
-}
-
 template <class T>
 void project_linear(const Gradients& gradients, const Projection& projection, Plan& plan,
                     float* out, int64_t stride, int threads) {
@@ -516,11 +428,7 @@ void project_linear(const Gradients& gradients, const Projection& projection, Pl
     while (end < gradients.batch && plan.starts[end + 1] - plan.starts[first] <= plan.wave) ++end;
     project_tokens<T>(gradients, projection.kind, plan, plan.starts[first], plan.starts[end],
                       threads);
-    if (projection.kind == Kind::sketch) {
-      add_sketches(plan, projection.k_out * projection.k_in, first, end, out, stride, threads);
-    } else {
-      add_products(plan, projection.kind, first, end, out, stride, threads);
-    }
+    add_products(plan, projection.kind, first, end, out, stride, threads);
     first = end;
   }
 }
@@ -636,6 +544,9 @@ void projection_matrix(Kind kind, int64_t rows, int64_t size, uint64_t seed, uin
 
 size_t project_gradients_scratch(const Gradients& gradients, const Projection& projection,
                                  int threads) {
+  if (projection.layer == Layer::linear && projection.kind == Kind::sketch) {
+    return formed_sketch_scratch(gradients, projection, threads);
+  }
   Scratch scratch;
   make_plan(scratch, gradients, projection, threads);
   return scratch.bytes();
@@ -643,6 +554,9 @@ size_t project_gradients_scratch(const Gradients& gradients, const Projection& p
 
 void project_gradients(const Gradients& gradients, const Projection& projection, float* out,
                        int64_t stride, void* memory, int threads) {
+  if (projection.layer == Layer::linear && projection.kind == Kind::sketch) {
+    return formed_sketch(gradients, projection, out, stride, memory, threads);
+  }
   Scratch scratch(memory);
   Plan plan = make_plan(scratch, gradients, projection, threads);
   if (gradients.dtype == DType::bfloat16) {

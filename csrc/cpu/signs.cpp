@@ -21,6 +21,8 @@
 //                tokens take turns, so that an addition does not have to wait for the preceding one
 //                to reach the cache. The read of a is the limit.
 //
+//   add_sketch   as add_sparse, but the sign is that of the group and is multiplied with the scale
+//
 //   add_product  out (rows, columns) += scale * q^T p over the tokens of one example: tiles of 6
 //                rows x V vectors in registers, as `outer` in tiles.cpp, but added directly to the
 //                feature row, in float32 blocks of 256 tokens.
@@ -71,6 +73,20 @@ TRACMOD_INLINE void sparse(const T* const* a, const T* const* next, int64_t rows
         *reinterpret_cast<typename Vector<W>::Loose*>(to) +=
             (Type)(load_bits<W>(a[m] + group.column + v * W) ^ flip[v]);
       }
+    }
+  }
+}
+
+template <int W>
+TRACMOD_INLINE void sketch(const float* values, const SketchGroup* groups, int64_t count,
+                           const uint32_t* buckets, float scale, float* sums) {
+  const float scales[2] = {scale, -scale};  // a branch on a random sign would be mispredicted
+  for (int64_t g = 0; g < count; ++g) {
+    const uint32_t bucket = buckets[groups[g].number];
+    const float* from = values + groups[g].column;
+    float* to = sums + (bucket >> 1);
+    for (int v = 0; v < 16; v += W) {
+      *reinterpret_cast<typename Vector<W>::Loose*>(to + v) += scales[bucket & 1] * load<W>(from + v);
     }
   }
 }
@@ -186,6 +202,10 @@ TRACMOD_INLINE void product(const float* q, int64_t ldq, int64_t rows, const flo
                                          float* sums, int64_t ld) {                                \
     sparse<W>(a, next, rows, groups, count, sums, ld);                                             \
   }                                                                                                \
+  TARGET void add_sketch_##NAME(const float* values, const SketchGroup* groups, int64_t count,      \
+                                const uint32_t* buckets, float scale, float* sums) {               \
+    sketch<W>(values, groups, count, buckets, scale, sums);                                        \
+  }                                                                                                \
   TARGET void add_elementwise_##NAME(const float* x, const float* g, int64_t tokens, int64_t size, \
                                      float* weight, float* shift) {                                \
     elementwise(x, g, tokens, size, weight, shift);                                                \
@@ -207,6 +227,7 @@ constexpr Signs k_baseline = {nullptr,
                               nullptr,
                               add_sparse_baseline,
                               add_sparse_bfloat16_baseline,
+                              add_sketch_baseline,
                               add_elementwise_baseline,
                               add_elementwise_bfloat16_baseline,
                               add_product_baseline};
@@ -221,6 +242,7 @@ constexpr Signs k_avx2 = {nullptr,
                           nullptr,
                           add_sparse_avx2,
                           add_sparse_bfloat16_avx2,
+                          add_sketch_avx2,
                           add_elementwise_avx2,
                           add_elementwise_bfloat16_avx2,
                           add_product_avx2};
@@ -446,6 +468,7 @@ constexpr Signs k_avx512 = {write_indices,
                             add_dense_bfloat16,
                             add_sparse_avx512,
                             add_sparse_bfloat16_avx512,
+                            add_sketch_avx512,
                             add_elementwise_avx512,
                             add_elementwise_bfloat16_avx512,
                             add_product_avx512};
@@ -454,6 +477,7 @@ constexpr Signs k_avx512_bf16 = {write_indices,
                                  add_dense_pairs,
                                  add_sparse_avx512,
                                  add_sparse_bfloat16_avx512,
+                                 add_sketch_avx512,
                                  add_elementwise_avx512,
                                  add_elementwise_bfloat16_avx512,
                                  add_product_avx512};

@@ -22,6 +22,12 @@ struct SparseGroup {
   int32_t column, position;
 };
 
+// Sixteen neighbouring columns of a formed sketch: they start at `column` of the input, and `number`
+// is that of their hash in its row.
+struct SketchGroup {
+  int32_t column, number;
+};
+
 struct Signs {
   // Writes the table indices (signs.cpp) of columns [begin, end) and rows [row, row + 64) of R,
   // which has `width` rows: for each four columns 16 indices for every 16 rows. begin is a multiple
@@ -43,6 +49,11 @@ struct Signs {
                      const SparseGroup* groups, int64_t count, float* sums, int64_t ld);
   void (*add_sparse_bfloat16)(const bfloat16* const* a, const bfloat16* const* next, int64_t rows,
                               const SparseGroup* groups, int64_t count, float* sums, int64_t ld);
+
+  // sums[bucket + l] += +-scale * values[column + l] for l < 16 and every group; bucket and sign are
+  // those of buckets[number], as sketch_buckets writes them.
+  void (*add_sketch)(const float* values, const SketchGroup* groups, int64_t count,
+                     const uint32_t* buckets, float scale, float* sums);
 
   // weight[d] += sum_s g[s, d] x[s, d] and shift[d] += sum_s g[s, d] for x and g (tokens, size).
   void (*add_elementwise)(const float* x, const float* g, int64_t tokens, int64_t size,

@@ -28,6 +28,13 @@
 //
 // identity: add_exact forms the gradient directly from g and [x, 1]; a block owns 64 x 64 of it.
 //
+// sketch: a warp of sketch_formed owns a slice of the rows of an example's gradient. It forms 32
+// neighbouring numbers of a row at a time and adds them to its own K sums; 16 numbers that share a
+// hash have different positions, so half a warp adds them at once and the other half then does.
+// add_slices adds the sums of all slices in order. No number of slices depends on the batch. The
+// sums of a slice stay in the caches; the latency of an addition there is the limit, which many
+// warps hide.
+//
 // LayerNorm (elementwise): sum_elementwise forms v = sum_s g_s x_s and u = sum_s g_s in scratch (a
 // thread owns one feature), and sketch adds them to the features as a count sketch (random.h).
 // Embedding: sketch reads the tokens directly. A block of sketch owns the buckets of one example; a
@@ -119,6 +126,98 @@ struct Elements {
   int64_t rows_stride, rows, size;
 };
 
+// A gradient that is formed and sketched: g (B, S, rows), x (B, S, width), and a column of ones for
+// the bias behind x if columns > width. Row and column numbers are null for 0, 1, ...
+template <class T>
+struct Formed {
+  const T *g, *x;
+  int64_t rows, width, columns;
+  const int64_t *row_numbers, *column_numbers;
+  uint64_t stream, column_stream;
+  int64_t size;   // K, of the slot
+  int64_t slice;  // rows of a slice
+  float* sums;    // (examples, slices, K)
+};
+
+// Element (row, column) of the gradient of an example, in float32 sums of 32 tokens.
+template <class T>
+__device__ float formed_element(const Formed<T>& formed, int64_t first, int64_t tokens, int64_t row,
+                                int64_t column) {
+  float total = 0.0f;
+  for (int64_t block = 0; block < tokens; block += 32) {
+    float sum = 0.0f;
+    for (int64_t s = block; s < block + 32 && s < tokens; ++s) {
+      const float value = to_float(formed.g[(first + s) * formed.rows + row]);
+      sum += column < formed.width
+                 ? value * to_float(formed.x[(first + s) * formed.width + column])
+                 : value;
+    }
+    total += sum;
+  }
+  return total;
+}
+
+// Whether the 16 columns of this half of the warp, or those of them that exist, share a hash, and so
+// have different positions.
+__device__ bool halves_are_groups(int64_t number, bool exists, int lane) {
+  const int group = exists ? static_cast<int>(number / kSparseGroup) : -1;
+  const int first = __shfl_sync(0xffffffffu, group, lane & 16);
+  int same = group == -1 || group == first;
+  for (int mask = 16; mask > 0; mask /= 2) same &= __shfl_xor_sync(0xffffffffu, same, mask);
+  return same != 0;
+}
+
+// One warp: the sums of one slice of the rows of one example.
+template <class T>
+__global__ void __launch_bounds__(32)
+    sketch_formed(Formed<T> formed, Lengths lengths, int64_t first_example) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const int64_t b = first_example + blockIdx.x, tokens = lengths.of(b);
+  float* sums = formed.sums + (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) *
+                                  formed.size;
+  for (int64_t at = lane; at < formed.size; at += 32) sums[at] = 0.0f;
+  __syncwarp();
+  if (tokens == 0) return;
+  const int64_t begin = static_cast<int64_t>(blockIdx.y) * formed.slice;
+  for (int64_t column = 0; column < formed.columns; column += 32) {
+    const int64_t i = column + lane;
+    const bool exists = i < formed.columns;
+    const int64_t number =
+        !exists ? 0 : formed.column_numbers == nullptr ? i : formed.column_numbers[i];
+    const bool groups = formed.size >= kSparseGroup && halves_are_groups(number, exists, lane);
+    const int64_t hash_number = formed_hash_number(number, formed.size);
+    const int64_t lane_behind = formed_lane(number, formed.size);
+    const float column_sign = sign_of(step(formed.column_stream, number));
+    for (int64_t row = begin; row < begin + formed.slice && row < formed.rows; ++row) {
+      const int64_t row_number = formed.row_numbers == nullptr ? row : formed.row_numbers[row];
+      const uint64_t hash = step(step(formed.stream, row_number), hash_number);
+      const int64_t position = position_of(hash, formed.size) + lane_behind;
+      float* sum = sums + (position < formed.size ? position : position - formed.size);
+      const float value = exists ? sign_of(hash) * column_sign *
+                                       formed_element(formed, b * lengths.tokens, tokens, row, i)
+                                 : 0.0f;
+      const int steps = groups ? 2 : 32, turn = groups ? lane / 16 : lane;
+      for (int at = 0; at < steps; ++at) {
+        if (turn == at && exists) *sum += value;
+        __syncwarp();
+      }
+    }
+  }
+}
+
+// out[b] += the sums of all slices of example b, in order; a thread owns one number.
+__global__ void add_slices(const float* sums, int64_t slices, int64_t size, Lengths lengths,
+                           int64_t first_example, float* out, int64_t stride) {
+  const int64_t at = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
+  const int64_t b = first_example + blockIdx.x;
+  if (at >= size) return;
+  float total = 0.0f;
+  for (int64_t slice = 0; slice < slices; ++slice) {
+    total += sums[(static_cast<int64_t>(blockIdx.x) * slices + slice) * size + at];
+  }
+  out[b * stride + at] += lengths.invalid(b) ? not_a_number() : total;
+}
+
 // out[b] += count sketch of the elements of example b; a block owns one example. 256 elements at a
 // time, each thread hashes one element; then each thread goes through all 256 in order and adds
 // those whose bucket it owns.
@@ -177,11 +276,34 @@ constexpr int kBlocksWanted = 264;  // two for every multiprocessor of an H200
 
 constexpr int64_t kMaxSums = int64_t{1} << 24;  // numbers of scratch
 
+// Rows of a slice of a gradient that is sketched, and the slices of an example. They depend on the
+// layer only, so that sums do not depend on the batch.
+constexpr int64_t kSliceRows = 32;
+constexpr int64_t kMaxSlices = 32;
+
+int64_t slice_rows(const Gradients& gradients) {
+  return std::max(kSliceRows, ceil_div(gradients.out, kMaxSlices));
+}
+
+int64_t slices_of(const Gradients& gradients) {
+  return ceil_div(gradients.out, slice_rows(gradients));
+}
+
+// Examples whose sums of all slices are in scratch at a time.
+int64_t sketched_together(const Gradients& gradients, const Projection& projection) {
+  const int64_t sums = slices_of(gradients) * projection.k_out * projection.k_in;
+  return std::min(gradients.batch, std::max<int64_t>(1, kMaxSums / sums));
+}
+
 // If there are fewer blocks than multiprocessors want, and each has several tiles to do, every tile
 // becomes a block. Returns the numbers of scratch for the sums of 64 tokens, or 0 if that is not
 // so.
 int64_t sums_wanted(const Gradients& gradients, const Projection& projection) {
   if (projection.layer != Layer::linear || projection.kind == Kind::identity) return 0;
+  if (projection.kind == Kind::sketch) {
+    return sketched_together(gradients, projection) * slices_of(gradients) * projection.k_out *
+           projection.k_in;
+  }
   const int64_t parts = ceil_div(projection.k_out, kRows) * ceil_div(projection.k_in, kRows);
   if (gradients.tokens <= kTileTokens || gradients.batch * parts >= kBlocksWanted) return 0;
   const int64_t sums =
@@ -268,8 +390,41 @@ void launch_products(const Factors<T>& factors, const Gradients& gradients, floa
 }
 
 template <class T>
+void launch_sketch(const Gradients& gradients, const Projection& projection, float* sums,
+                   float* out, int64_t stride, cudaStream_t stream) {
+  const Output& output = projection.output[0];
+  const int64_t size = projection.k_out * projection.k_in, slices = slices_of(gradients);
+  const Formed<T> formed{static_cast<const T*>(gradients.g),
+                         static_cast<const T*>(gradients.x),
+                         gradients.out,
+                         gradients.in,
+                         gradients.in + (projection.bias ? 1 : 0),
+                         output.columns,
+                         projection.input_columns,
+                         stream_of(projection.seed, output.key),
+                         stream_of(projection.seed, projection.input_key),
+                         size,
+                         slice_rows(gradients),
+                         sums};
+  const Lengths lengths = lengths_of(gradients);
+  const int64_t together = sketched_together(gradients, projection);
+  for (int64_t first = 0; first < gradients.batch; first += together) {
+    const auto count = static_cast<unsigned>(std::min(together, gradients.batch - first));
+    const dim3 blocks(count, static_cast<unsigned>(slices));
+    sketch_formed<T><<<blocks, 32, 0, stream>>>(formed, lengths, first);
+    check_launch(kOp);
+    const dim3 numbers(count, static_cast<unsigned>(ceil_div(size, kThreads)));
+    add_slices<<<numbers, kThreads, 0, stream>>>(sums, slices, size, lengths, first, out, stride);
+    check_launch(kOp);
+  }
+}
+
+template <class T>
 void project_linear(const Gradients& gradients, const Projection& projection, float* sums,
                     float* out, int64_t stride, cudaStream_t stream) {
+  if (projection.kind == Kind::sketch) {
+    return launch_sketch<T>(gradients, projection, sums, out, stride, stream);
+  }
   if (projection.kind == Kind::identity) {
     const Factors<T> raw{static_cast<const T*>(gradients.g), static_cast<const T*>(gradients.x),
                          gradients.out, gradients.in, projection.k_in};

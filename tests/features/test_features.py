@@ -45,8 +45,8 @@ def projected(layers, projection, gradients):
             key = 2 * layer.position + 1
             feature = reference.count_sketch(feature, rows, size, projection.seed, key)
         elif slot.kind == "sketch":
-            key = projection_keys(layer).output
-            feature = reference.formed_sketch(feature, size, projection.seed, key)
+            keys = projection_keys(layer)
+            feature = reference.formed_sketch(feature, size, projection.seed, *keys)
         elif slot.kind != "identity":
             feature = two_sided(layer, slot, feature, projection.seed)
         row[slot.offset : slot.offset + size] += feature.flatten()

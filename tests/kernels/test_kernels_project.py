@@ -198,11 +198,13 @@ def test_nan_and_infinity_are_propagated(kind: str, value: float, device: torch.
     kwargs = arguments("linear", kind, batch, True, (18, 34))
     features = project(batch.to(device), **kwargs).cpu()
     assert features[5].isfinite().all()
-    if kind == "rademacher":  # with sjlt, a column of x reaches one column of the projection only
-        assert not features[:5, : 18 * 34].isfinite().any()
-    else:
-        touched = features[:5, : 18 * 34].view(5, 18, 34).isfinite().logical_not()
-        assert (touched.any(1).sum(1) == 1).all()
+    touched = features[:5, : 18 * 34].isfinite().logical_not()
+    if kind == "rademacher":
+        assert touched.all()
+    elif kind == "sjlt":  # a column of x reaches one column of the projection only
+        assert (touched.view(5, 18, 34).any(1).sum(1) == 1).all()
+    else:  # every row of the gradient has the value in one number
+        assert ((touched.sum(1) > 21 // 2) & (touched.sum(1) <= 21)).all()
 
 
 @pytest.mark.parametrize("layer", LAYERS)

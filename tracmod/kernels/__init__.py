@@ -63,9 +63,9 @@ def project_gradients(
     - `identity`: none; G itself is added.
 
     With kind `sketch`, a linear layer's G is formed and added to all k_out * k_in columns by a count
-    sketch, in which every element has a random column and sign. The variance of `<f, f'>` is then at
-    most `(|G|^2 |G'|^2 + <G, G'>^2) / (k_out k_in)`, where the sides of a two-sided projection err
-    by `1 / k_out + 1 / k_in` if G is a product of one token. Forming G takes O I operations per
+    sketch, in which every element has a random column and sign. The variance of `<f, f'>` is then
+    about `(|G|^2 |G'|^2 + <G, G'>^2) / (k_out k_in)`, at most twice that. If G is a product of one
+    token, that of a two-sided projection has `1 / k_out + 1 / k_in` in this place. Forming G takes O I operations per
     token, so this is for layers of few tokens.
 
     Signs and positions are a stateless function of (seed, key, row, column): they are the same on
@@ -103,7 +103,7 @@ def project_gradients(
         k_in: Columns of the projected gradient. For identity I + bias (elementwise: D).
         seed: Seed of the projection.
         input_key: Key of R_in, the same for all layers that read the same input. Used by linear
-            layers only, and not by kind sketch.
+            layers only.
         output_key: Key of R_out or of the count sketch, different for every layer and different
             from `input_key`; a sequence if `g` is one.
         bias: Whether the layer has a bias (never for embeddings).

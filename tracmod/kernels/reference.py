@@ -101,14 +101,15 @@ def formed_sketch(
     gradient_OI: Tensor,
     size: int,
     seed: int,
+    input_key: int,
     key: int,
     rows: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
     """Return (size,), the count sketch of a formed gradient.
 
-    Row o is multiplied by an sjlt matrix (size, I) whose stream is the o-th of the key's stream, so
-    the 16 elements of a row that share a hash go to consecutive positions.
+    16 neighbouring elements of a row share a hash, which gives the position of the first and a
+    sign; the others follow it. Every column has another sign.
 
     Args:
         rows: (O,) numbers of the rows; 0, 1, ... by default.
@@ -121,7 +122,8 @@ def formed_sketch(
     groups = columns // 16 if size >= 16 else columns
     hashes_OI = _step(_step(_stream(seed, key), rows[:, None]), groups)
     positions_OI = (_position(hashes_OI, size) + lanes) % size
-    signed_OI = _sign(hashes_OI >> lanes).to(gradient_OI) * gradient_OI
+    signs_OI = _sign(hashes_OI) * _sign(_step(_stream(seed, input_key), columns))
+    signed_OI = signs_OI.to(gradient_OI) * gradient_OI
     return gradient_OI.new_zeros(size).index_add(
         0, positions_OI.flatten().to(gradient_OI.device), signed_OI.flatten()
     )
@@ -199,7 +201,7 @@ def project_gradients(
                 feature = count_sketch(feature, rows, size, seed, output_key)
             elif kind == "sketch":
                 feature = formed_sketch(
-                    feature, size, seed, output_key, output_columns, input_columns
+                    feature, size, seed, input_key, output_key, output_columns, input_columns
                 )
             elif kind != "identity":
                 n_out, n_in = feature.shape

@@ -108,6 +108,11 @@ def _projected(layer: Layer, slot: Slot, parts: list[Tensor], seed: int) -> Tens
         return reference.count_sketch(gradient, rows, slot.k_out * slot.k_in, seed, key)
     input_key, output_key = projection_keys(layer)
     if slot.kind == "sketch":
+        if slot.rows > 0:
+            r_out = reference.projection_matrix(
+                "rademacher", slot.rows, len(gradient), seed, output_key
+            )
+            gradient, output_key = r_out @ gradient, ~input_key
         return reference.formed_sketch(gradient, slot.k_in, seed, input_key, output_key)
     r_out, r_in = (
         reference.projection_matrix(slot.kind, k, size, seed, key)

@@ -50,6 +50,7 @@ struct Projection {
   Kind kind;
   bool bias;
   int64_t k_out, k_in;
+  int64_t rows;  // sketch: rows to which R_out reduces the gradient before it is sketched, or 0
   uint64_t seed, input_key;
   const int64_t* input_columns;  // (in + bias,) or null; columns of R_in, as Output::columns
   int outputs;

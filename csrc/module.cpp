@@ -182,6 +182,12 @@ void check_projection(const Gradients& gradients, const Projection& projection, 
     reject(op, "k_out and k_in", "k_out * k_in below 2^31", text(k_out * k_in));
   }
   const bool linear = projection.layer == Layer::linear;
+  if (projection.rows < 0 || projection.rows >= int64_t{1} << 31) {
+    reject(op, "rows", "0 or more, below 2^31", text(projection.rows));
+  }
+  if (projection.rows > 0 && !(linear && projection.kind == Kind::sketch)) {
+    reject(op, "rows", "0 unless layer is linear and kind is sketch", text(projection.rows));
+  }
   if (projection.layer == Layer::embedding && projection.bias) {
     reject(op, "bias", "False for layer embedding", "True");
   }
@@ -236,8 +242,8 @@ struct Outputs {
     if (g.size() > 1 && projection.kind == Kind::identity) {
       reject(op, "g", "one tensor for kind identity", std::to_string(g.size()));
     }
-    if (g.size() > 1 && projection.kind == Kind::sketch) {
-      reject(op, "g", "one tensor for kind sketch", std::to_string(g.size()));
+    if (g.size() > 1 && projection.kind == Kind::sketch && projection.rows == 0) {
+      reject(op, "g", "one tensor for kind sketch with rows 0", std::to_string(g.size()));
     }
   }
 
@@ -292,8 +298,8 @@ void read_columns(const TensorView& x, const Gradients& gradients, const Outputs
 void project_gradients(const Capsule& x_capsule, const std::vector<Capsule>& g_capsules,
                        const Capsule& out_capsule, const std::optional<Capsule>& lengths,
                        int64_t offset, const std::string& layer, const std::string& kind,
-                       int64_t k_out, int64_t k_in, uint64_t seed, uint64_t input_key,
-                       const std::vector<uint64_t>& output_keys, bool bias,
+                       int64_t k_out, int64_t k_in, int64_t rows, uint64_t seed,
+                       uint64_t input_key, const std::vector<uint64_t>& output_keys, bool bias,
                        const std::optional<Capsule>& input_columns,
                        const std::vector<std::optional<Capsule>>& output_columns,
                        const py::function& allocate, int threads,
@@ -306,6 +312,7 @@ void project_gradients(const Capsule& x_capsule, const std::vector<Capsule>& g_c
   projection.bias = bias;
   projection.k_out = k_out;
   projection.k_in = k_in;
+  projection.rows = rows;
   projection.seed = seed;
   projection.input_key = input_key;
   const Outputs outputs{g_capsules, output_keys, output_columns};
@@ -567,7 +574,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("check_columns", &check_columns, "columns"_a, "op"_a, "argument"_a);
   // `make stubs` generates tracmod/_C.pyi from these names.
   m.def("project_gradients", &project_gradients, "x"_a, "g"_a, "out"_a, "lengths"_a, "offset"_a,
-        "layer"_a, "kind"_a, "k_out"_a, "k_in"_a, "seed"_a, "input_key"_a, "output_keys"_a,
+        "layer"_a, "kind"_a, "k_out"_a, "k_in"_a, "rows"_a, "seed"_a, "input_key"_a, "output_keys"_a,
         "bias"_a, "input_columns"_a, "output_columns"_a, "allocate"_a, "threads"_a, "stream"_a);
   m.def("linear", &linear, "x"_a, "weight"_a, "out"_a, "bias"_a, "transposed"_a, "allocate"_a,
         "threads"_a);

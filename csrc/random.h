@@ -130,4 +130,7 @@ TRACMOD_HOST_DEVICE inline int64_t formed_lane(int64_t column, int64_t size) {
   return size < kSparseGroup ? 0 : column % kSparseGroup;
 }
 
+// The key of the hashes of a gradient's rows that R_out has reduced.
+TRACMOD_HOST_DEVICE inline uint64_t reduced_key(uint64_t input_key) { return ~input_key; }
+
 }  // namespace tracmod

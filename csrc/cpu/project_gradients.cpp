@@ -23,7 +23,8 @@
 // units. Operations, sparse: 2 B S (I + O + k_in k_out); the limit is the read of x and g and, for
 // narrow layers, the last term.
 //
-// sketch: the gradient of a linear layer is formed and sketched; formed_sketch.cpp does it.
+// sketch: only Q is projected, to `rows` rows by dense signs, or not at all; formed_sketch.cpp forms
+// the gradients Q_b^T [x, 1] and sketches them.
 //
 // LayerNorm (elementwise) gradients are short and embedding gradients are sparse, so a two-sided
 // projection gains nothing: each element is added to the grid of k_out k_in features as a count
@@ -48,6 +49,7 @@ constexpr int64_t kTokenBlock = 48;   // tokens of an item of the first phase
 constexpr int64_t kWaveTokens = 768;  // tokens of a wave, per thread
 constexpr int64_t kColumnBlock = 64;  // columns of P or Q that project_dense computes together
 constexpr int64_t kRowBlock = 48;     // rows of Q^T P of an item of the second phase
+constexpr int64_t kSketchNumbers = int64_t{1} << 18;  // numbers of x of a wave that is sketched
 constexpr int64_t kWidenDepth = 256;  // columns of bfloat16 rows that are widened at a time
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -89,7 +91,8 @@ struct Plan {
   int64_t* starts;  // (B + 1,) see rows.h
   int64_t wave;     // tokens of a wave
   Side in, out;     // P and Q
-  float* sums;      // (threads, sums_size) for sjlt
+  SketchPlan sketch;
+  float* sums;  // (threads, sums_size) for sjlt
   int64_t sums_size;
 
   double* grids;         // (threads, grid + rows)
@@ -97,6 +100,12 @@ struct Plan {
   float* parts;          // (threads, rows) float32 sums of a LayerNorm gradient
   SparseEntry* buckets;  // (rows,) bucket and sign of each element of a LayerNorm gradient
 };
+
+// The kind of R_out. A sketch is of g, or of g reduced by dense signs.
+Kind out_kind(const Projection& projection) {
+  if (projection.kind != Kind::sketch) return projection.kind;
+  return projection.rows > 0 ? Kind::rademacher : Kind::identity;
+}
 
 void plan_side(Scratch& scratch, Kind kind, int64_t tokens, Side& side) {
   side.width = padded(side.k);
@@ -133,8 +142,15 @@ Plan make_plan(Scratch& scratch, const Gradients& gradients, const Projection& p
       plan.out.part[j] = {output.g, output.size, 0, output.columns,
                           stream_of(projection.seed, output.key)};
     }
-    plan_side(scratch, projection.kind, plan.wave, plan.in);
-    plan_side(scratch, projection.kind, plan.wave, plan.out);
+    if (projection.kind == Kind::sketch) {
+      plan.wave = std::max(gradients.tokens, std::min(plan.wave, kSketchNumbers / gradients.in));
+      plan.out.k = projection.rows > 0 ? projection.rows : gradients.out;
+      plan.sketch =
+          plan_sketch(scratch, gradients, projection, plan.out.k, plan.wave, threads);
+    } else {
+      plan_side(scratch, projection.kind, plan.wave, plan.in);
+    }
+    plan_side(scratch, out_kind(projection), plan.wave, plan.out);
     if (projection.kind == Kind::sjlt) {
       plan.sums_size = kSparseTokens * (std::max(plan.in.k, plan.out.k) + kSparseGroup);
       plan.sums = scratch.take<float>(plan.sums_size * threads);
@@ -382,13 +398,13 @@ void project_block(const Side& side, Kind kind, const Gradients& gradients, cons
   }
 }
 
-// First phase: P and Q of the read tokens [first, end).
+// First phase: P and Q of the read tokens [first, end), or with `sides` 1 only Q.
 template <class T>
 void project_tokens(const Gradients& gradients, Kind kind, const Plan& plan, int64_t first,
-                    int64_t end, int threads) {
+                    int64_t end, int sides, int threads) {
   const int64_t blocks = ceil_div(end - first, kTokenBlock);
-  parallel_for(threads, 2 * blocks, [&](int64_t item, int slot) {
-    const Side& side = item < blocks ? plan.in : plan.out;
+  parallel_for(threads, sides * blocks, [&](int64_t item, int slot) {
+    const Side& side = item < blocks ? plan.out : plan.in;
     const int64_t begin = first + (item % blocks) * kTokenBlock;
     project_block<T>(side, kind, gradients, plan.starts, begin, std::min(end, begin + kTokenBlock),
                      plan.sums + slot * plan.sums_size,
@@ -418,15 +434,38 @@ void add_products(const Plan& plan, Kind kind, int64_t first, int64_t end, float
 }
 
 template <class T>
+void project_sketch(const Gradients& gradients, const Projection& projection, Plan& plan,
+                    float* out, int64_t stride, int threads) {
+  count_tokens(gradients, plan.starts);
+  write_projections(plan.out, out_kind(projection), threads);
+  begin_sketches(projection, plan.sketch, threads);
+  for (int64_t first = 0; first < gradients.batch;) {
+    int64_t end = first + 1;
+    while (end < gradients.batch && end - first < kSketchExamples &&
+           plan.starts[end + 1] - plan.starts[first] <= plan.wave) {
+      ++end;
+    }
+    project_tokens<T>(gradients, out_kind(projection), plan, plan.starts[first], plan.starts[end],
+                      1, threads);
+    add_sketches(gradients, projection, plan.sketch, plan.starts, first, end, plan.out.projected,
+                 plan.out.width, out, stride, threads);
+    first = end;
+  }
+}
+
+template <class T>
 void project_linear(const Gradients& gradients, const Projection& projection, Plan& plan,
                     float* out, int64_t stride, int threads) {
+  if (projection.kind == Kind::sketch) {
+    return project_sketch<T>(gradients, projection, plan, out, stride, threads);
+  }
   count_tokens(gradients, plan.starts);
   write_projections(plan.in, projection.kind, threads);
   write_projections(plan.out, projection.kind, threads);
   for (int64_t first = 0; first < gradients.batch;) {
     int64_t end = first + 1;
     while (end < gradients.batch && plan.starts[end + 1] - plan.starts[first] <= plan.wave) ++end;
-    project_tokens<T>(gradients, projection.kind, plan, plan.starts[first], plan.starts[end],
+    project_tokens<T>(gradients, projection.kind, plan, plan.starts[first], plan.starts[end], 2,
                       threads);
     add_products(plan, projection.kind, first, end, out, stride, threads);
     first = end;
@@ -544,9 +583,6 @@ void projection_matrix(Kind kind, int64_t rows, int64_t size, uint64_t seed, uin
 
 size_t project_gradients_scratch(const Gradients& gradients, const Projection& projection,
                                  int threads) {
-  if (projection.layer == Layer::linear && projection.kind == Kind::sketch) {
-    return formed_sketch_scratch(gradients, projection, threads);
-  }
   Scratch scratch;
   make_plan(scratch, gradients, projection, threads);
   return scratch.bytes();
@@ -554,9 +590,6 @@ size_t project_gradients_scratch(const Gradients& gradients, const Projection& p
 
 void project_gradients(const Gradients& gradients, const Projection& projection, float* out,
                        int64_t stride, void* memory, int threads) {
-  if (projection.layer == Layer::linear && projection.kind == Kind::sketch) {
-    return formed_sketch(gradients, projection, out, stride, memory, threads);
-  }
   Scratch scratch(memory);
   Plan plan = make_plan(scratch, gradients, projection, threads);
   if (gradients.dtype == DType::bfloat16) {

@@ -28,7 +28,9 @@
 //
 // identity: add_exact forms the gradient directly from g and [x, 1]; a block owns 64 x 64 of it.
 //
-// sketch: a warp of sketch_formed owns a slice of the rows of an example's gradient. It forms 32
+// sketch: with `rows`, reduce_outputs computes Q = sum_j g_j R_out_j^T (tokens, rows) and form the
+// gradients Q_b^T [x, 1], both into scratch and without tensor cores, so float32 multiply-adds are
+// the limit there. A warp of sketch_formed owns a slice of the rows of an example's gradient. It forms 32
 // neighbouring numbers of a row at a time and adds them to its own K sums; 16 numbers that share a
 // hash have different positions, so half a warp adds them at once and the other half then does.
 // add_slices adds the sums of all slices in order. No number of slices depends on the batch. The
@@ -134,10 +136,99 @@ struct Formed {
   int64_t rows, width, columns;
   const int64_t *row_numbers, *column_numbers;
   uint64_t stream, column_stream;
-  int64_t size;   // K, of the slot
-  int64_t slice;  // rows of a slice
-  float* sums;    // (examples, slices, K)
+  int64_t size;         // K, of the slot
+  int64_t slice;        // rows of a slice
+  float* sums;          // (examples, slices, K)
+  const float* values;  // (examples, rows, columns) the gradient if it is formed already, or null
+  float scale;
 };
+
+// Tokens [first, first + 64) of a source as an operand of multiply_tile.
+template <class T>
+struct TokenRows {
+  static constexpr bool kAlongDepth = true;
+  const T* tokens;
+  int64_t size, first, count;
+
+  __device__ float operator()(int64_t row, int64_t d) const {
+    return first + row < count ? to_float(tokens[(first + row) * size + d]) : 0.0f;
+  }
+};
+
+// Rows [first, first + 64) of R_out, without its scale.
+struct SignRows {
+  static constexpr bool kAlongDepth = false;
+  const int64_t* numbers;
+  uint64_t stream;
+  int64_t first, count;
+
+  __device__ float operator()(int64_t row, int64_t d) const {
+    const int64_t r = first + row;
+    if (r >= count) return 0.0f;
+    const uint64_t word = sign_word(stream, numbers == nullptr ? d : numbers[d], r / 64);
+    return sign_of_bit(word, static_cast<int>(r % 64));
+  }
+};
+
+// The outputs of a linear layer, for reduce_outputs.
+struct Outputs {
+  int count;
+  const void* g[kMaxOutputs];
+  int64_t sizes[kMaxOutputs];
+  const int64_t* numbers[kMaxOutputs];
+  uint64_t streams[kMaxOutputs];
+};
+
+// q (tokens, rows) = sum_j g_j R_out_j^T of the tokens from `first_token` on; a block owns 64 x 64.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads)
+    reduce_outputs(const __grid_constant__ Outputs outputs, int64_t first_token, int64_t tokens,
+                   int64_t rows, float* q) {
+  __shared__ TileMemory memory;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kTile;
+  float total[kPerThread][kPerThread] = {};
+  for (int output = 0; output < outputs.count; ++output) {
+    const int64_t size = outputs.sizes[output];
+    const TokenRows<T> a{static_cast<const T*>(outputs.g[output]) + first_token * size, size, token,
+                         tokens};
+    const SignRows b{outputs.numbers[output], outputs.streams[output], first, rows};
+    float sum[kPerThread][kPerThread];
+    multiply_tile(a, b, size, memory, sum);
+    for (int i = 0; i < kPerThread; ++i) {
+      for (int j = 0; j < kPerThread; ++j) total[i][j] += sum[i][j];
+    }
+  }
+  for (int i = 0; i < kPerThread; ++i) {
+    for (int j = 0; j < kPerThread; ++j) {
+      const int64_t row = token + tile_row(i), column = first + tile_column(j);
+      if (row < tokens && column < rows) q[row * rows + column] = total[i][j];
+    }
+  }
+}
+
+// formed (examples, rows, columns) = sum_s q_s [x_s, 1]^T; a block owns 64 x 64 of an example.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads)
+    form(const float* q, int64_t rows, const T* x, int64_t width, int64_t columns, Lengths lengths,
+         int64_t first_example, float* formed) {
+  __shared__ TileMemory memory;
+  const int64_t b = first_example + blockIdx.x;
+  const int64_t n = static_cast<int64_t>(blockIdx.y) * kTile;
+  const int64_t m = static_cast<int64_t>(blockIdx.z) * kTile;
+  const MatrixColumns<float> left{q + blockIdx.x * lengths.tokens * rows, rows, m, rows};
+  const MatrixColumns<T> right{x + b * lengths.tokens * width, width, n, columns};
+  float sum[kPerThread][kPerThread];
+  multiply_tile(left, right, lengths.of(b), memory, sum);
+  for (int i = 0; i < kPerThread; ++i) {
+    for (int j = 0; j < kPerThread; ++j) {
+      const int64_t row = m + tile_row(i), column = n + tile_column(j);
+      if (row < rows && column < columns) {
+        formed[(blockIdx.x * rows + row) * columns + column] = sum[i][j];
+      }
+    }
+  }
+}
 
 // Element (row, column) of the gradient of an example, in float32 sums of 32 tokens.
 template <class T>
@@ -193,9 +284,13 @@ __global__ void __launch_bounds__(32)
       const uint64_t hash = step(step(formed.stream, row_number), hash_number);
       const int64_t position = position_of(hash, formed.size) + lane_behind;
       float* sum = sums + (position < formed.size ? position : position - formed.size);
-      const float value = exists ? sign_of(hash) * column_sign *
-                                       formed_element(formed, b * lengths.tokens, tokens, row, i)
-                                 : 0.0f;
+      float value = 0.0f;
+      if (exists && formed.values != nullptr) {
+        value = formed.values[(blockIdx.x * formed.rows + row) * formed.columns + i];
+      } else if (exists) {
+        value = formed_element(formed, b * lengths.tokens, tokens, row, i);
+      }
+      value *= sign_of(hash) * column_sign * formed.scale;
       const int steps = groups ? 2 : 32, turn = groups ? lane / 16 : lane;
       for (int at = 0; at < steps; ++at) {
         if (turn == at && exists) *sum += value;
@@ -281,18 +376,25 @@ constexpr int64_t kMaxSums = int64_t{1} << 24;  // numbers of scratch
 constexpr int64_t kSliceRows = 32;
 constexpr int64_t kMaxSlices = 32;
 
-int64_t slice_rows(const Gradients& gradients) {
-  return std::max(kSliceRows, ceil_div(gradients.out, kMaxSlices));
-}
+struct SketchSizes {
+  int64_t rows, columns;  // of the gradient that is sketched
+  int64_t slice, slices;  // rows of a slice, slices of an example
+  int64_t sums, q, formed;  // numbers of scratch per example; the last two 0 if `rows` is 0
+  int64_t together;         // examples in scratch at a time
+};
 
-int64_t slices_of(const Gradients& gradients) {
-  return ceil_div(gradients.out, slice_rows(gradients));
-}
-
-// Examples whose sums of all slices are in scratch at a time.
-int64_t sketched_together(const Gradients& gradients, const Projection& projection) {
-  const int64_t sums = slices_of(gradients) * projection.k_out * projection.k_in;
-  return std::min(gradients.batch, std::max<int64_t>(1, kMaxSums / sums));
+SketchSizes sketch_sizes(const Gradients& gradients, const Projection& projection) {
+  SketchSizes sizes{};
+  sizes.rows = projection.rows > 0 ? projection.rows : gradients.out;
+  sizes.columns = gradients.in + (projection.bias ? 1 : 0);
+  sizes.slice = std::max(kSliceRows, ceil_div(sizes.rows, kMaxSlices));
+  sizes.slices = ceil_div(sizes.rows, sizes.slice);
+  sizes.sums = sizes.slices * projection.k_out * projection.k_in;
+  sizes.q = projection.rows * gradients.tokens;
+  sizes.formed = projection.rows * sizes.columns;
+  const int64_t all = sizes.sums + sizes.q + sizes.formed;
+  sizes.together = std::min(gradients.batch, std::max<int64_t>(1, kMaxSums / all));
+  return sizes;
 }
 
 // If there are fewer blocks than multiprocessors want, and each has several tiles to do, every tile
@@ -301,8 +403,8 @@ int64_t sketched_together(const Gradients& gradients, const Projection& projecti
 int64_t sums_wanted(const Gradients& gradients, const Projection& projection) {
   if (projection.layer != Layer::linear || projection.kind == Kind::identity) return 0;
   if (projection.kind == Kind::sketch) {
-    return sketched_together(gradients, projection) * slices_of(gradients) * projection.k_out *
-           projection.k_in;
+    const SketchSizes sizes = sketch_sizes(gradients, projection);
+    return sizes.together * (sizes.sums + sizes.q + sizes.formed);
   }
   const int64_t parts = ceil_div(projection.k_out, kRows) * ceil_div(projection.k_in, kRows);
   if (gradients.tokens <= kTileTokens || gradients.batch * parts >= kBlocksWanted) return 0;
@@ -389,32 +491,76 @@ void launch_products(const Factors<T>& factors, const Gradients& gradients, floa
   check_launch(kOp);
 }
 
+Outputs outputs_of(const Projection& projection) {
+  Outputs outputs{};
+  outputs.count = projection.outputs;
+  for (int j = 0; j < projection.outputs; ++j) {
+    const Output& output = projection.output[j];
+    outputs.g[j] = output.g;
+    outputs.sizes[j] = output.size;
+    outputs.numbers[j] = output.columns;
+    outputs.streams[j] = stream_of(projection.seed, output.key);
+  }
+  return outputs;
+}
+
+// Forms R_out G of `count` examples from `first` on in scratch.
+template <class T>
+void launch_form(const Gradients& gradients, const Projection& projection, const SketchSizes& sizes,
+                 int64_t first, int64_t count, float* q, float* formed, cudaStream_t stream) {
+  const int64_t tokens = count * gradients.tokens;
+  const auto row_blocks = static_cast<unsigned>(ceil_div(sizes.rows, kTile));
+  if (tokens > 0) {
+    const dim3 tiles(static_cast<unsigned>(ceil_div(tokens, kTile)), row_blocks);
+    reduce_outputs<T><<<tiles, kTileThreads, 0, stream>>>(
+        outputs_of(projection), first * gradients.tokens, tokens, sizes.rows, q);
+    check_launch(kOp);
+  }
+  const dim3 blocks(static_cast<unsigned>(count),
+                    static_cast<unsigned>(ceil_div(sizes.columns, kTile)), row_blocks);
+  const Lengths lengths = lengths_of(gradients);
+  form<T><<<blocks, kTileThreads, 0, stream>>>(q, sizes.rows, static_cast<const T*>(gradients.x),
+                                               gradients.in, sizes.columns, lengths, first, formed);
+  check_launch(kOp);
+}
+
 template <class T>
 void launch_sketch(const Gradients& gradients, const Projection& projection, float* sums,
                    float* out, int64_t stride, cudaStream_t stream) {
+  const SketchSizes sizes = sketch_sizes(gradients, projection);
+  const bool reduced = projection.rows > 0;
   const Output& output = projection.output[0];
-  const int64_t size = projection.k_out * projection.k_in, slices = slices_of(gradients);
-  const Formed<T> formed{static_cast<const T*>(gradients.g),
-                         static_cast<const T*>(gradients.x),
-                         gradients.out,
-                         gradients.in,
-                         gradients.in + (projection.bias ? 1 : 0),
-                         output.columns,
-                         projection.input_columns,
-                         stream_of(projection.seed, output.key),
-                         stream_of(projection.seed, projection.input_key),
-                         size,
-                         slice_rows(gradients),
-                         sums};
+  const int64_t size = projection.k_out * projection.k_in;
+  float* q = sums + sizes.together * sizes.sums;
+  float* values = q + sizes.together * sizes.q;
+  const Formed<T> formed{
+      static_cast<const T*>(gradients.g),
+      static_cast<const T*>(gradients.x),
+      sizes.rows,
+      gradients.in,
+      sizes.columns,
+      reduced ? nullptr : output.columns,
+      projection.input_columns,
+      stream_of(projection.seed, reduced ? reduced_key(projection.input_key) : output.key),
+      stream_of(projection.seed, projection.input_key),
+      size,
+      sizes.slice,
+      sums,
+      reduced ? values : nullptr,
+      reduced ? static_cast<float>(1 / std::sqrt(static_cast<double>(sizes.rows))) : 1.0f};
   const Lengths lengths = lengths_of(gradients);
-  const int64_t together = sketched_together(gradients, projection);
-  for (int64_t first = 0; first < gradients.batch; first += together) {
-    const auto count = static_cast<unsigned>(std::min(together, gradients.batch - first));
-    const dim3 blocks(count, static_cast<unsigned>(slices));
+  for (int64_t first = 0; first < gradients.batch; first += sizes.together) {
+    const int64_t count = std::min(sizes.together, gradients.batch - first);
+    if (reduced) {
+      launch_form<T>(gradients, projection, sizes, first, count, q, values, stream);
+    }
+    const dim3 blocks(static_cast<unsigned>(count), static_cast<unsigned>(sizes.slices));
     sketch_formed<T><<<blocks, 32, 0, stream>>>(formed, lengths, first);
     check_launch(kOp);
-    const dim3 numbers(count, static_cast<unsigned>(ceil_div(size, kThreads)));
-    add_slices<<<numbers, kThreads, 0, stream>>>(sums, slices, size, lengths, first, out, stride);
+    const dim3 numbers(static_cast<unsigned>(count),
+                       static_cast<unsigned>(ceil_div(size, kThreads)));
+    add_slices<<<numbers, kThreads, 0, stream>>>(sums, sizes.slices, size, lengths, first, out,
+                                                 stride);
     check_launch(kOp);
   }
 }

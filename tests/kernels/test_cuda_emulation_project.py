@@ -27,7 +27,7 @@ GRIDS = [1, 7, 57, 64, 65, 100]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "sketch"])
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "sketch", "reduced"])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_awkward_sizes(tokens: int, kind: str, dtype: torch.dtype) -> None:
     draw = random.Random(f"{tokens} {kind} {dtype}")
@@ -39,7 +39,7 @@ def test_awkward_sizes(tokens: int, kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "sketch"])
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "sketch", "reduced"])
 def test_many_short_examples_in_a_tile(kind: str, dtype: torch.dtype) -> None:
     batch = make_batch("linear", 300, 3, 40, 17, dtype)
     projections.check(batch, CPU, **projections.arguments("linear", kind, batch, True, (7, 9)))
@@ -55,21 +55,21 @@ def test_a_real_layer(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "reduced"])
 def test_layers_that_read_the_same_x(kind: str, dtype: torch.dtype) -> None:
     for sizes in ([1], [31, 1], [127, 3, 64, 31]):
         projections.test_layers_that_read_the_same_x_in_one_call(kind, sizes, True, dtype, CPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "sketch"])
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "sketch", "reduced"])
 def test_columns_left_out(kind: str, dtype: torch.dtype) -> None:
     projections.test_left_out_columns_count_as_zeros(kind, 127, 31, "any", True, dtype, CPU)
     projections.test_left_out_columns_count_as_zeros(kind, 96, 260, "heads", False, dtype, CPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["rademacher", "sketch"])
+@pytest.mark.parametrize("kind", ["rademacher", "sketch", "reduced"])
 @pytest.mark.parametrize("tokens", [5, 50, 200])
 def test_bits_do_not_depend_on_neighbours_padding_or_repetition(
     tokens: int, kind: str, dtype: torch.dtype
@@ -93,14 +93,16 @@ def test_bits_do_not_depend_on_neighbours_padding_or_repetition(
     assert torch.equal(projections.project(batch.rows(many), **kwargs), whole[many])
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "sketch"])
+@pytest.mark.parametrize("kind", ["rademacher", "sketch", "reduced"])
 @pytest.mark.parametrize("tokens", [0, 4, 150])
 def test_invalid_lengths_give_nan(tokens: int, kind: str) -> None:
     x, g, _ = make_batch("linear", 3, tokens, 5, 5, ragged=False)
     out = torch.zeros(3, 4)
     lengths = torch.tensor([tokens, tokens + 1, -1])
+    rows = 5 if kind == "reduced" else 0
     kernels.project_gradients(
-        x, g, out, lengths=lengths, kind=kind, k_out=2, k_in=2, **projections.KEYS
-    )
+        x, g, out, lengths=lengths, kind="sketch" if rows else kind, k_out=2, k_in=2, rows=rows,
+        **projections.KEYS,
+    )  # fmt: skip
     assert out[0].isfinite().all()
     assert out[1:].isnan().all()

@@ -22,7 +22,13 @@ def arguments(
     if kind == "identity":
         k_out = batch.g.shape[-1] if layer == "linear" else 1 + bias
         k_in = batch.x.shape[-1] + (bias if layer == "linear" else 0)
-    return {**KEYS, "layer": layer, "kind": kind, "k_out": k_out, "k_in": k_in, "bias": bias}
+    rows = 0
+    if kind == "reduced":
+        kind, rows = ("sketch", 21) if layer == "linear" else ("sketch", 0)
+    return {
+        **KEYS, "layer": layer, "kind": kind, "k_out": k_out, "k_in": k_in, "rows": rows,
+        "bias": bias,
+    }  # fmt: skip
 
 
 def project(batch: Batch, offset: int = 0, **kwargs: Any) -> Tensor:
@@ -49,9 +55,10 @@ def check(batch: Batch, device: torch.device, **kwargs: Any) -> None:
 KINDS = [
     (layer, kind, bias)
     for layer in LAYERS
-    for kind in ("rademacher", "sjlt", "identity", "sketch")
+    for kind in ("rademacher", "sjlt", "identity", "sketch", "reduced")
     for bias in (False, True)
-    if layer != "embedding" or (kind != "identity" and not bias)
+    if (layer != "embedding" or (kind != "identity" and not bias))
+    and (layer == "linear" or kind != "reduced")
 ]
 
 
@@ -70,7 +77,7 @@ def test_matches_the_reference(
     check(batch, device, **arguments(layer, kind, batch, bias, sizes[4:]))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "sketch"])
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "sketch", "reduced"])
 def test_a_real_layer(kind: str, device: torch.device) -> None:
     batch = make_batch("linear", 16, 64, 768, 3072, ragged=False)
     check(batch, device, **arguments("linear", kind, batch, True, (64, 64)))
@@ -109,7 +116,7 @@ def project_outputs(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "reduced"])
 @pytest.mark.parametrize("sizes", [[1], [31, 1], [33, 33, 33], [127, 3, 64, 31]], ids=str)
 @pytest.mark.parametrize("columns", [False, True])
 def test_layers_that_read_the_same_x_in_one_call(
@@ -150,7 +157,7 @@ def remaining_columns(size: int, kind: str) -> Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("remaining", ["heads", "any"])
 @pytest.mark.parametrize(("size_in", "size_out"), [(1, 3), (127, 31), (96, 260)])
-@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "sketch"])
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "sketch", "reduced"])
 def test_left_out_columns_count_as_zeros(
     kind: str,
     size_in: int,
@@ -274,10 +281,9 @@ def test_inner_products_are_right_on_average(layer: str, kind: str, device: torc
     x, g, _ = batch.to(device)
     seeds = 600
     out = torch.zeros(seeds, 2, 16, device=device)
+    kwargs = arguments(layer, kind, batch, False, (4, 4))
     for seed in range(seeds):
-        kernels.project_gradients(
-            x, g, out[seed], layer=layer, kind=kind, k_out=4, k_in=4, **{**KEYS, "seed": seed}
-        )  # fmt: skip
+        kernels.project_gradients(x, g, out[seed], **{**kwargs, "seed": seed})
     products = (out[:, :, None] * out[:, None]).sum(-1).double().cpu()
     z = (products.mean(0) - exact) / (products.std(0) / seeds**0.5).clamp_min(1e-9)
     assert z.abs().max() < 4.5, z
@@ -376,7 +382,9 @@ INVALID: list[tuple[dict[str, Any], str]] = [
         r"g: expected .*linear, got 2",
     ),
     ({**TWO, "kind": "identity"}, r"g: expected one tensor for kind identity, got 2"),
-    ({**TWO, "kind": "sketch"}, r"g: expected one tensor for kind sketch, got 2"),
+    ({**TWO, "kind": "sketch"}, r"g: expected one tensor for kind sketch with rows 0, got 2"),
+    ({"kind": "sketch", "rows": -1}, r"rows: expected 0 or more.*, got -1"),
+    ({"rows": 3}, r"rows: expected 0 unless .*sketch, got 3"),
     (
         {**TWO, "output_columns": torch.arange(5)},
         r"output_columns: expected .* g, 2, got 1",

@@ -149,9 +149,9 @@ for dtype in DTYPES:
     for layer, kind, bias in KINDS:
         batch = make_batch(layer, 3, 33, 70, 40, dtype)
         check(batch, cpu, **arguments(layer, kind, batch, bias, (21, 85)))
-    for kind in ("rademacher", "sjlt"):
+    for kind in ("rademacher", "sjlt", "reduced"):
         test_layers_that_read_the_same_x_in_one_call(kind, [33, 7, 64], True, dtype, cpu)
-    for kind in ("rademacher", "sjlt", "sketch"):
+    for kind in ("rademacher", "sjlt", "sketch", "reduced"):
         test_left_out_columns_count_as_zeros(kind, 96, 260, "heads", True, dtype, cpu)
     for tokens, size in ((3, 90), (70, 19)):
         batch = make_batch("linear", 5, tokens, size, size, dtype)

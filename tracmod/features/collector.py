@@ -144,19 +144,17 @@ class Collector:
         return out_BK
 
     def _by_slot(self, captured: Captured) -> Iterator[tuple[Captured, Slot]]:
-        """Yield the parts that are projected together: layers that share a two-sided grid.
+        """Yield the parts that are projected together: layers whose x and slot are the same.
 
         An exact slot has a number for every parameter, so left-out columns are filled with zeros.
         """
         slots = [self.slots[layer.name] for layer in captured.layers]
         for slot in dict.fromkeys(slots):
             positions = [position for position, own in enumerate(slots) if own == slot]
-            if slot.kind in ("rademacher", "sjlt"):
-                yield captured.of(positions), slot
-                continue
-            for position in positions:
-                part = captured.of([position])
-                yield (part.with_all_columns() if slot.kind == "identity" else part), slot
+            whole = slot.kind in ("identity", "sketch") and slot.rows == 0
+            for part in [[position] for position in positions] if whole else [positions]:
+                chosen = captured.of(part)
+                yield (chosen.with_all_columns() if slot.kind == "identity" else chosen), slot
 
     def _project_preconditioned(
         self, captured: Captured, preconditioner: Preconditioner, out_BK: Tensor
@@ -204,6 +202,7 @@ class Collector:
             offset=slot.offset,
             k_out=slot.k_out,
             k_in=slot.k_in,
+            rows=slot.rows,
             seed=self.projection.seed,
             input_key=keys[0].input,
             output_key=[key.output for key in keys],
@@ -228,9 +227,9 @@ def collect_features(
 ) -> Tensor:
     """Collect the projected per-example gradients of a dataset, in one pass over it.
 
-    `f(z) = [exact small layers | sum over layers of vec(R_out G_l(z) R_in^T)]`, where G_l(z) is the
-    gradient of the loss of example z alone (without dropout) with respect to layer l. Layers of few
-    tokens are sketched instead (see `Projection`). Inner
+    `f(z) = [exact small layers | sum over layers of sketch(R_out G_l(z))]`, where G_l(z) is the
+    gradient of the loss of example z alone (without dropout) with respect to layer l; `Projection`
+    says what the sketch and R_out are. Inner
     products of the rows of train and query examples estimate influence; pass them to
     `influence_scores` or `top_influences`.
 

@@ -15,8 +15,11 @@ from tracmod.gradients.capture import Layer
 # gradient's norm (85% on a 4-layer, 256-wide XLM-R), so storing it exactly removes most of the
 # error. With a larger share, the grid that is left for the other layers would be too small.
 EXACT_SHARE = 0.8
+# Least number of rows to which the output side of a layer of many tokens is reduced; see
+# `Projection`. The time of a pass hardly depends on it below 64, a register's worth of signs.
+LEAST_ROWS = 64
 # Version of the definition of features. Features of different versions must not be compared, so it
-# is part of the identity of a store. 2: layers of few tokens are formed and sketched.
+# is part of the identity of a store. 2: gradients are formed, or reduced on one side, and sketched.
 VERSION = 2
 
 
@@ -26,23 +29,24 @@ class Projection:
 
     The gradient G (O, I + 1) of a linear layer, whose last column is the bias, becomes::
 
-        vec(R_out G R_in^T)        with random R_out (k_out, O) and R_in (k_in, I + 1)
+        sketch(G)                  where an example usually has a single token
+        sketch(R_out G)            elsewhere, with random signs R_out (k, O), k = 64 or more
+        vec(R_out G R_in^T)        elsewhere for kind sjlt, on a grid of k x k numbers
 
-    The expectation of `<f, f'>` over seeds is `<G, G'>`. It is computed from the layer's input and
-    output gradient, without forming G.
+    The sketch adds each element, with a random sign, to one of the K numbers. The expectation of
+    `<f, f'>` over seeds is `<G, G'>`.
 
-    Where an example usually has a single token (`Layer.few_tokens`: pooler, classifier, most of the
-    last encoder layer), G is a single product g x^T, whose factors are close to directions that all
-    examples share. A grid of k x k numbers would scale this common part by a random factor of
-    1 +- sqrt(4 / k), the same for all pairs of examples, and these layers have most of a fine-tuned
-    classifier's gradient. There, G is formed and each of its elements added to one of the K numbers
-    with a random sign, a count sketch, whose factor is 1 +- sqrt(2 / K). Gradients of LayerNorm and
-    embeddings go through a count sketch, too.
+    All examples share most of the directions of g and x. A random matrix of k rows scales what they
+    share by 1 +- sqrt(2 / k), which is the same for all pairs of examples, and so changes how much
+    a layer counts; a sketch scales it by 1 +- sqrt(2 / K). Forming R_out G takes as much time as
+    projecting x, and forming G itself takes none to speak of in the layers with a single token
+    (`Layer.few_tokens`: pooler, classifier, most of the last encoder layer). Gradients of LayerNorm
+    and embeddings go through a count sketch, too.
 
     Attributes:
         dim: K, the numbers per example, including those of layers that are stored exactly.
-        kind: Random matrices of the other layers: `rademacher` (dense random signs) or `sjlt` (one
-            nonzero entry per column, so the cost does not grow with `dim`).
+        kind: `rademacher` (dense random signs on one side, then a sketch) or `sjlt` (matrices with
+            one nonzero entry per column on both sides: faster, with a larger error).
         seed: Seed of all random entries. They are a stateless function of (seed, layer, row,
             column): the same on every device and for every batch.
         layers: `accumulate` adds the projections of all layers, each with its own signs, in one
@@ -121,23 +125,27 @@ class Projection:
 
     def _random_slot(self, layer: Layer, offset: int, size: int) -> Slot:
         """Return a slot of at most `size` numbers for a layer that is not stored exactly."""
+        k_in = math.isqrt(size)
         if layer.few_tokens:
             return Slot("sketch", offset, 1, size)
-        k_in = math.isqrt(size)  # an almost square grid
-        return Slot(self.kind, offset, size // k_in, k_in)
+        if self.kind == "rademacher" and layer.kind == "linear":
+            # With half the rows of a square grid, one side errs no more than the two sides of it.
+            return Slot("sketch", offset, 1, size, rows=max(LEAST_ROWS, k_in // 2))
+        return Slot(self.kind, offset, size // k_in, k_in)  # an almost square grid
 
 
 @dataclass(frozen=True)
 class Slot:
     """A layer's part of the feature row: `k_out * k_in` numbers from column `offset`.
 
-    `kind` is that of `kernels.project_gradients`; `sketch` has one row of numbers.
+    `kind` and `rows` are those of `kernels.project_gradients`; a sketch has `k_out` 1.
     """
 
     kind: kernels.Kind
     offset: int
     k_out: int
     k_in: int
+    rows: int = 0
 
 
 def _exact_size(layer: Layer) -> int:

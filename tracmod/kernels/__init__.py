@@ -42,6 +42,7 @@ def project_gradients(
     kind: Kind = "rademacher",
     k_out: int,
     k_in: int,
+    rows: int = 0,
     seed: int,
     input_key: int,
     output_key: int | Sequence[int],
@@ -65,8 +66,11 @@ def project_gradients(
     With kind `sketch`, a linear layer's G is formed and added to all k_out * k_in columns by a count
     sketch, in which every element has a random column and sign. The variance of `<f, f'>` is then
     about `(|G|^2 |G'|^2 + <G, G'>^2) / (k_out k_in)`, at most twice that. If G is a product of one
-    token, that of a two-sided projection has `1 / k_out + 1 / k_in` in this place. Forming G takes O I operations per
-    token, so this is for layers of few tokens.
+    token, that of a two-sided projection has `1 / k_out + 1 / k_in` in this place. Forming G takes O I
+    operations per token, so this is for layers of few tokens. With `rows`, a rademacher R_out
+    reduces G to so many rows first, which adds `1 / rows` there::
+
+        out[b, offset : offset + k_out * k_in] += sketch(sum_j R_out_j G_bj)
 
     Signs and positions are a stateless function of (seed, key, row, column): they are the same on
     every device and for every batch.
@@ -90,7 +94,7 @@ def project_gradients(
             per example.
         g: Loss gradient at the output of the layer, (B, S, O), or (B, S, D) unless linear; dtype
             and device of a floating-point x, contiguous. For linear layers of kind rademacher or
-            sjlt also a sequence of 1 to 4 such tensors; O may differ between them.
+            sjlt, or sketch with `rows`, also a sequence of 1 to 4 such tensors; O may differ between them.
         out: (B, K) float32 features, contiguous; added to in place.
         lengths: (B,) int64 numbers of tokens; later tokens are padding and are skipped. Lengths on
             the CPU are checked. Lengths on a GPU are not, since that would have to wait for the
@@ -101,6 +105,7 @@ def project_gradients(
             embeddings).
         k_out: Rows of the projected gradient. For identity O (elementwise: 1 + bias).
         k_in: Columns of the projected gradient. For identity I + bias (elementwise: D).
+        rows: For kind sketch, the rows to which G is reduced before it is sketched, or 0.
         seed: Seed of the projection.
         input_key: Key of R_in, the same for all layers that read the same input. Used by linear
             layers only.
@@ -149,6 +154,7 @@ def project_gradients(
         kind,
         operator.index(k_out),
         operator.index(k_in),
+        operator.index(rows),
         operator.index(seed) & _MASK_64,
         operator.index(input_key) & _MASK_64,
         [operator.index(key) & _MASK_64 for key in keys],

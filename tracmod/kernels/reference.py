@@ -170,6 +170,7 @@ def project_gradients(
     kind: str = "rademacher",
     k_out: int,
     k_in: int,
+    rows: int = 0,
     seed: int,
     input_key: int,
     output_key: int | Sequence[int],
@@ -184,8 +185,8 @@ def project_gradients(
         for g_j, key, columns in zip(g, output_key, columns_of_g, strict=True):
             project_gradients(
                 x, g_j, out_BK, lengths=lengths, offset=offset, layer=layer, kind=kind,
-                k_out=k_out, k_in=k_in, seed=seed, input_key=input_key, output_key=key, bias=bias,
-                input_columns=input_columns, output_columns=columns,
+                k_out=k_out, k_in=k_in, rows=rows, seed=seed, input_key=input_key,
+                output_key=key, bias=bias, input_columns=input_columns, output_columns=columns,
             )  # fmt: skip
         return
     assert isinstance(output_key, int)
@@ -197,11 +198,17 @@ def project_gradients(
         else:
             feature = gradient(x_b, g_b, layer=layer, bias=bias)
             if kind != "identity" and layer == "elementwise":
-                rows = torch.arange(len(feature))
-                feature = count_sketch(feature, rows, size, seed, output_key)
+                numbers = torch.arange(len(feature))
+                feature = count_sketch(feature, numbers, size, seed, output_key)
             elif kind == "sketch":
+                key, numbers = output_key, output_columns
+                if rows > 0:
+                    r_out = projection_matrix(
+                        "rademacher", rows, len(feature), seed, key, feature.dtype, numbers
+                    )
+                    feature, key, numbers = r_out.to(feature.device) @ feature, ~input_key, None
                 feature = formed_sketch(
-                    feature, size, seed, input_key, output_key, output_columns, input_columns
+                    feature, size, seed, input_key, key, numbers, input_columns
                 )
             elif kind != "identity":
                 n_out, n_in = feature.shape

@@ -61,7 +61,7 @@ class Projection(Structure):
         ("layer", c_int),
         ("kind", c_int),
         ("bias", c_bool),
-        *[(name, c_int64) for name in ("k_out", "k_in")],
+        *[(name, c_int64) for name in ("k_out", "k_in", "rows")],
         *[(name, c_uint64) for name in ("seed", "input_key")],
         ("input_columns", c_void_p),
         ("outputs", c_int),
@@ -149,8 +149,8 @@ def _gradients(x: Tensor, g: Tensor, lengths: Tensor | None, layer: str) -> Grad
 
 def project_gradients(
     x: Any, g: Any, out: Any, lengths: Any, offset: int, layer: str, kind: str, k_out: int,
-    k_in: int, seed: int, input_key: int, output_keys: Any, bias: bool, input_columns: Any,
-    output_columns: Any, allocate: Any, threads: int, stream: int,
+    k_in: int, rows: int, seed: int, input_key: int, output_keys: Any, bias: bool,
+    input_columns: Any, output_columns: Any, allocate: Any, threads: int, stream: int,
 ) -> None:  # fmt: skip
     x, out, lengths, input_columns = _tensors([x, out, lengths, input_columns])
     g, output_columns = _tensors(g), _tensors(output_columns)
@@ -159,7 +159,7 @@ def project_gradients(
         for part, key, columns in zip(g, output_keys, output_columns, strict=True)
     ))  # fmt: skip
     projection = Projection(
-        LAYERS.index(layer), KINDS.index(kind), bias, k_out, k_in, seed, input_key,
+        LAYERS.index(layer), KINDS.index(kind), bias, k_out, k_in, rows, seed, input_key,
         _address(input_columns), len(g), outputs,
     )  # fmt: skip
     if len(x):

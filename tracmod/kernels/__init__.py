@@ -63,12 +63,12 @@ def project_gradients(
     - `sjlt`: one entry of +-1 in each column,
     - `identity`: none; G itself is added.
 
-    With kind `sketch`, a linear layer's G is formed and added to all k_out * k_in columns by a count
-    sketch, in which every element has a random column and sign. The variance of `<f, f'>` is then
-    about `(|G|^2 |G'|^2 + <G, G'>^2) / (k_out k_in)`, at most twice that. If G is a product of one
-    token, that of a two-sided projection has `1 / k_out + 1 / k_in` in this place. Forming G takes O I
-    operations per token, so this is for layers of few tokens. With `rows`, a rademacher R_out
-    reduces G to so many rows first, which adds `1 / rows` there::
+    With kind `sketch`, a linear layer's G is formed and added to the k_out * k_in columns by a
+    count sketch, in which every element has a random column and sign. The variance of `<f, f'>`
+    is then about `(|G|^2 |G'|^2 + <G, G'>^2) / (k_out k_in)`, and at most twice that. If G is a
+    product of one token, that of a two-sided projection has `1 / k_out + 1 / k_in` in this place.
+    Forming G takes O I operations per token, so this is for layers of few tokens. With `rows`, a
+    rademacher R_out reduces G to so many rows first, which adds `1 / rows` there::
 
         out[b, offset : offset + k_out * k_in] += sketch(sum_j R_out_j G_bj)
 
@@ -94,7 +94,7 @@ def project_gradients(
             per example.
         g: Loss gradient at the output of the layer, (B, S, O), or (B, S, D) unless linear; dtype
             and device of a floating-point x, contiguous. For linear layers of kind rademacher or
-            sjlt, or sketch with `rows`, also a sequence of 1 to 4 such tensors; O may differ between them.
+            sjlt, or sketch with `rows`, also a sequence of 1 to 4 such tensors; O may differ.
         out: (B, K) float32 features, contiguous; added to in place.
         lengths: (B,) int64 numbers of tokens; later tokens are padding and are skipped. Lengths on
             the CPU are checked. Lengths on a GPU are not, since that would have to wait for the

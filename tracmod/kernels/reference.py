@@ -207,9 +207,7 @@ def project_gradients(
                         "rademacher", rows, len(feature), seed, key, feature.dtype, numbers
                     )
                     feature, key, numbers = r_out.to(feature.device) @ feature, ~input_key, None
-                feature = formed_sketch(
-                    feature, size, seed, input_key, key, numbers, input_columns
-                )
+                feature = formed_sketch(feature, size, seed, input_key, key, numbers, input_columns)
             elif kind != "identity":
                 n_out, n_in = feature.shape
                 dtype = feature.dtype

@@ -396,8 +396,9 @@ def failure(certificate: Mapping[str, Any], subject: str) -> str:
     return (
         f"fidelity of {subject}: expected a Spearman correlation of at least "
         f"{certificate['least_spearman']} between scores from features and exact scores, got "
-        f"{certificate['spearman']['value']:.3f}; use a larger projection_dim, and do not rely on "
-        f"the rankings of this run"
+        f"{certificate['spearman']['value']:.3f}; use a larger projection_dim (scores of a model "
+        f"that has learned little differ less than their errors, so it needs more numbers), and do "
+        f"not rely on the rankings of this run"
     )
 
 

@@ -415,13 +415,13 @@ def test_layers_of_few_tokens_are_sketched_and_err_as_a_sketch():
     whole = {name for name, slot in slots.items() if slot.kind == "sketch" and slot.rows == 0}
     assert whole == sketched
     exact = tm.exact_influence(model, examples, examples, "classifier")[0, 0]
-    seeds = 200
+    seeds = 60
     features = torch.cat([
         tm.collect_features(model, examples, tm.Projection(64, seed=seed), "classifier")
         for seed in range(seeds)
     ])  # fmt: skip
     relative = features.square().sum(1) / exact - 1
-    assert relative.square().mean().sqrt() < 1.2 * (2 / 64) ** 0.5
+    assert relative.square().mean().sqrt() < 1.3 * (2 / 64) ** 0.5
 
 
 def test_features_do_not_depend_on_the_pass():

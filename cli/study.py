@@ -204,10 +204,13 @@ def _run_stages(
         device = resolve_device(folder.config.device)
     with folder.locked(), _engine(device, **options) as engine:
         done = sum(map(folder.is_done, folder.stages))
-        announce(
-            f"{folder.path}: {done} of {len(folder.stages)} stages are done; run the same command "
-            f"again to resume; `tracmod status {folder.path}` shows the progress"
-        )
+        state = f"{folder.path}: {done} of {len(folder.stages)} stages are done"
+        if to_do:
+            state += (
+                f"; run the same command again to resume; `tracmod status {folder.path}` shows the "
+                "progress"
+            )
+        announce(state)
         run_stages(folder, stages, again, engine=engine)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tracmod.influence.blocks import block_influence
     from tracmod.influence.exact import exact_influence
     from tracmod.influence.scores import influence_scores, self_influence, top_influences
+    from tracmod.models.adapters import adapted_model
     from tracmod.models.loss import ExampleLoss
     from tracmod.study.run_metagradient import metagradient
     from tracmod.subnetworks.head_mask import HeadMask
@@ -37,6 +38,7 @@ __all__ = [
     "TracInCallback",
     "__version__",
     "adam_preconditioner",
+    "adapted_model",
     "block_influence",
     "collect_features",
     "exact_influence",
@@ -60,6 +62,7 @@ _MODULE_OF = {
     "Projection": "tracmod.features.projection",
     "TracInCallback": "tracmod.training.callback",
     "adam_preconditioner": "tracmod.gradients.preconditioner",
+    "adapted_model": "tracmod.models.adapters",
     "block_influence": "tracmod.influence.blocks",
     "collect_features": "tracmod.features.collector",
     "exact_influence": "tracmod.influence.exact",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from tracmod.files.durable import read_json
+from tracmod.models.adapters import is_adapter_folder, number_of_classes
 from tracmod.models.loading import (
     check_model_source,
     config_class_names,
@@ -220,6 +221,13 @@ def check_checkpoint(path: Path, config: Any) -> None:
             classes or another shape.
     """
     check_model_source(path)
+    if is_adapter_folder(Path(path)):  # its base is loaded with it, and refused if it has no place
+        num_classes, expected_classes = number_of_classes(Path(path)), len(config.id2label)
+        if num_classes not in (None, expected_classes):
+            raise ValueError(
+                f"{path}: expected the model's {expected_classes} classes, got {num_classes}"
+            )
+        return
     try:
         own = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (KeyError, OSError, ValueError) as error:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from tracmod.choices import whole_number
+from tracmod.models.adapters import adapted_model, is_peft_model
 from tracmod.models.architecture import embeddings_module, max_positions
 from tracmod.models.loss import ExampleLoss, loss_of_examples
 
@@ -332,8 +333,7 @@ def check_classifier(model: PreTrainedModel) -> None:
     missing = [name for name in ("config", "base_model", "dtype") if not hasattr(model, name)]
     if missing or kind.__module__.partition(".")[0] == "peft":
         raise ValueError(
-            f"model: expected a transformers model without a wrapper or adapters (peft merges them "
-            f"by merge_and_unload), got {kind.__name__}"
+            f"model: expected a transformers model without a wrapper, got {kind.__name__}"
         )
     expected: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
     if kind.__module__.startswith("transformers.") and kind is not expected:
@@ -356,15 +356,21 @@ def check_classifier(model: PreTrainedModel) -> None:
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the model inside DataParallel, DistributedDataParallel or torch.compile's wrapper.
+    """Return the model inside DataParallel, DistributedDataParallel, torch.compile or PEFT.
 
-    The wrappers compute what the model inside computes.
+    The wrappers compute what the model inside computes. A LoRA model of PEFT becomes one of
+    transformers with the same parameters (`adapted_model`).
+
+    Raises:
+        ValueError: the model has an adapter of another kind.
     """
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
+        elif is_peft_model(model):
+            model = adapted_model(model)
         else:
             return model
 

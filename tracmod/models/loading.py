@@ -24,6 +24,12 @@ from transformers import (
 from transformers.utils import logging
 
 from tracmod.files.durable import read_json
+from tracmod.models.adapters import (
+    adapter_settings,
+    is_adapter_folder,
+    load_adapter,
+    number_of_classes,
+)
 from tracmod.models.architecture import attention_layers, embeddings_module, max_positions
 
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -119,6 +125,9 @@ def load_model(
 
     Only safetensors weights are read, and no code from the folder is run.
 
+    A folder that has a LoRA adapter of PEFT alone is loaded on the base model that it names, as
+    `adapted_model` returns it.
+
     Args:
         source: folder or Hub name.
         label_names: the task's classes. If given, a model without a classifier
@@ -136,9 +145,10 @@ def load_model(
             for, or a model of another class. Also if its architecture has no attention heads that
             `attention_layers` finds.
     """
-    name, folder = str(source), Path(source)
+    name = str(source)
     check_model_source(source)
-    if folder.is_dir() and not has_tokenizer(folder):
+    tokenizer_name = tokenizer_source(source)
+    if Path(tokenizer_name).is_dir() and not has_tokenizer(Path(tokenizer_name)):
         raise ValueError(
             f"model {name}: no tokenizer in the folder, expected one of "
             + ", ".join(TOKENIZER_FILES)
@@ -146,7 +156,7 @@ def load_model(
     model = load_classifier(source, label_names, seed=seed)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)
     except Exception as error:  # transformers raises anything here, from KeyError to ImportError
         message = first_line_of(error)
         raise ValueError(f"model {name}: cannot load its tokenizer: {message}") from None
@@ -174,6 +184,8 @@ def load_classifier(
     """Load the model of `load_model` from a source that need not have a tokenizer."""
     name = str(source)
     check_model_source(source)
+    if is_adapter_folder(Path(source)):
+        return _load_adapted(Path(source), label_names, seed)
     if label_names is None and Path(source).is_dir():
         _check_no_pipeline(Path(source))
     with quiet_transformers():
@@ -211,6 +223,43 @@ def load_classifier(
     return model.float().eval()
 
 
+def _load_adapted(folder: Path, label_names: Sequence[str] | None, seed: int) -> PreTrainedModel:
+    """Load an adapter's base model and the adapter on it.
+
+    A base model without a classifier gets one of as many classes as the adapter folder has. Their
+    names are the ones that `TracInCallback` recorded, or transformers' LABEL_0, LABEL_1, ...
+    """
+    base = str(adapter_settings(folder)["base_model_name_or_path"])
+    num_classes = number_of_classes(folder)
+    names = label_names or recorded_class_names(folder)
+    if names is None and num_classes is not None and not _is_classifier(base, num_classes):
+        names = [f"LABEL_{number}" for number in range(num_classes)]
+    return load_adapter(load_classifier(base, names, seed=seed), folder)
+
+
+def _is_classifier(name: str, num_classes: int) -> bool:
+    """Return whether a model has a classifier of so many classes."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    has_head = any("ForSequenceClassification" in kind for kind in config.architectures or ())
+    return has_head and len(config.id2label) == num_classes
+
+
+def recorded_class_names(folder: Path) -> list[str] | None:
+    """Return the names of the classes that the tracmod.json of an adapter records, or None."""
+    file = folder / "tracmod.json"
+    tree = read_json(file) if file.is_file() else {}
+    names = tree.get("class_names") if isinstance(tree, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def tokenizer_source(source: str | Path) -> str:
+    """Return where the tokenizer of a model is: for an adapter without one, at its base model."""
+    folder = Path(source)
+    if is_adapter_folder(folder) and not has_tokenizer(folder):
+        return str(adapter_settings(folder)["base_model_name_or_path"])
+    return str(source)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a transformers folder has a tokenizer in it."""
     return any((folder / file).is_file() for file in TOKENIZER_FILES)
@@ -236,15 +285,19 @@ def check_model_source(source: str | Path) -> None:
 
     Raises:
         ValueError: the folder does not exist, has no config.json or holds an adapter, or the Hub
-            cannot be reached.
+            cannot be reached; the same for the base model of a folder with an adapter alone.
     """
     name, folder = str(source), Path(source)
+    if is_adapter_folder(folder):
+        check_model_source(adapter_settings(folder)["base_model_name_or_path"])
+        return
     if folder.is_dir():
         for file in ADAPTER_FILES:
             if (folder / file).is_file():
                 raise ValueError(
-                    f"model {name}: expected a whole model, found an adapter ({file}); merge it "
-                    f"into its base model first, for example with PEFT's merge_and_unload"
+                    f"model {name}: expected a whole model or an adapter of PEFT alone, found an "
+                    f"adapter ({file}) beside a model or in another form; merge it into its base "
+                    f"model first, for example with PEFT's merge_and_unload"
                 )
         if not (folder / "config.json").is_file():
             raise ValueError(f"model {name}: expected a transformers folder, found no config.json")

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from tracmod.choices import whole_number
 from tracmod.files.durable import write_file
+from tracmod.models.adapters import AdaptedLinear
 from tracmod.models.architecture import AttentionLayer, attention_layers
 
 MOST_HEADS = 2**15  # of a layer, and layers: far beyond any model
@@ -348,7 +349,8 @@ def head_slices(model: nn.Module, mask: HeadMask | None = None) -> list[HeadSlic
         mask: if given, list the slices of the heads that it masks; None lists those of all heads.
 
     Returns:
-        Seven slices for each head, ordered by layer, then parameter, then head.
+        Seven slices for each head, and one more for each adapted projection, ordered by layer, then
+        parameter, then head.
 
     Raises:
         ValueError: the mask does not fit the model.
@@ -377,9 +379,15 @@ def _shape(num_layers: Any, num_heads: Any) -> tuple[int, int]:
 
 def head_parameters(layer: AttentionLayer) -> list[tuple[Tensor, int]]:
     """List the parameters that the heads divide, each with the axis that they divide it along."""
-    linears = (layer.query, layer.key, layer.value)
-    parameters = [parameter for linear in linears for parameter in linear.parameters()]
-    return [*((parameter, 0) for parameter in parameters), (layer.output.weight, 1)]
+    parameters: list[tuple[Tensor, int]] = []
+    for linear in (layer.query, layer.key, layer.value):
+        parameters += [(parameter, 0) for parameter in linear.parameters(recurse=False)]
+        if isinstance(linear, AdaptedLinear):
+            parameters.append((linear.lora_B.weight, 0))
+    parameters.append((layer.output.weight, 1))
+    if isinstance(layer.output, AdaptedLinear):
+        parameters.append((layer.output.lora_A.weight, 1))
+    return parameters
 
 
 def kept_columns(layer: AttentionLayer, kept_H: Tensor) -> Tensor:

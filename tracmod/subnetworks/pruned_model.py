@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tracmod.models.adapters import check_no_adapters
 from tracmod.models.architecture import AttentionLayer
 from tracmod.models.loading import quiet_transformers
 from tracmod.models.modes import to_device
@@ -70,7 +71,7 @@ def save_masked(
             the language.
 
     Raises:
-        ValueError: the mask does not fit the model.
+        ValueError: the mask does not fit the model, or the model has adapters.
 
     Examples:
         >>> import tempfile
@@ -87,6 +88,7 @@ def save_masked(
         >>> saved.bert.encoder.layer[0].attention.self.query.weight[:4].any().item()
         False
     """
+    check_no_adapters(model)
     folder = Path(folder)
     state, masked_slices = dict(model.state_dict()), head_slices(model, mask)
     state |= {name: state[name].clone() for name in {part.name for part in masked_slices}}
@@ -115,8 +117,8 @@ def save_pruned(
         model, mask, folder, tokenizer, made_from: as in `save_masked`.
 
     Raises:
-        ValueError: the mask does not fit the model, or the model without its masked heads does not
-            compute the logits of the masked model.
+        ValueError: the mask does not fit the model, the model has adapters, or without its masked
+            heads it does not compute the logits of the masked model.
 
     Examples:
         >>> import tempfile
@@ -133,6 +135,7 @@ def save_pruned(
         >>> model.num_parameters() - pruned.num_parameters()  # 2 heads of 4 * 16 * 4 + 3 * 4
         536
     """
+    check_no_adapters(model)
     folder = Path(folder)
     state = _without_heads(model, mask)
     pruned = _narrow_model(model.config, mask)

@@ -38,6 +38,7 @@ from tracmod.features.rows import (
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import identity_differences
 from tracmod.influence.streaming import Search, check_scores, query_exponents, search_rows
+from tracmod.models.modes import checked_device
 
 # Features at one checkpoint, or at several.
 OneOrMore = Features | Sequence[Features]
@@ -221,7 +222,7 @@ def top_influences(
     queries, trains, weights = _checked(query_features, train_features, weights, normalize)
     num_train = trains[0].shape[0]
     k = _bounded_k(k, num_train)
-    device = _device(queries) if device is None else torch.device(device)
+    device = _device(queries) if device is None else checked_device(device)
     names, groups_N = _number_groups(groups, num_train, device)
     search = Search(queries, trains, k, weights, normalize, groups_N, len(names or ()), device)
     top = search_rows(search, memory, progress, advance, parts, part)

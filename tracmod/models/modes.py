@@ -198,16 +198,26 @@ def on_device(model: PreTrainedModel, device: torch.device | str | None) -> Exit
     stack = ExitStack()
     original = next(model.parameters()).device
     if device is not None:
-        try:
-            device = torch.device(device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f"device: expected cpu, cuda, cuda:1, ..., got {device!r}") from None
-        if device.type in ("cpu", "cuda", "meta"):
-            resolve_device(str(device))
+        device = checked_device(device)
     if device is not None and device != original:
         to_device(model, device)
         stack.callback(to_device, model, original)
     return stack
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """Return a device that torch knows and, if it is a GPU, that this machine has.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        checked = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"device: expected cpu, cuda, cuda:1, ..., got {device!r}") from None
+    if checked.type in ("cpu", "cuda", "meta"):
+        resolve_device(str(checked))
+    return checked
 
 
 def resolve_device(text: str | None) -> str:

@@ -82,7 +82,40 @@ def positive_number(name: str, value: Any) -> float:
     Raises:
         ValueError: it is another kind of value, NaN, infinite, or not above 0.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
+    if not is_real(value) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name}: expected a number above 0, got {value!r}")
     return float(value)
+
+
+def is_real(value: Any) -> bool:
+    """Return whether a value is a real number, NaN and infinity included; booleans are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def switch(name: str, value: Any) -> bool:
+    """Return an argument that is True or False; the text "no" would count as true.
+
+    Raises:
+        ValueError: it is another kind of value.
+    """
+    if type(value).__name__ not in ("bool", "bool_"):  # NumPy's, too
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def instance(name: str, value: Any, kind: type, *, optional: bool = False) -> None:
+    """Check that an argument is of a class.
+
+    Args:
+        name: the name of the argument.
+        value: its value.
+        kind: the class.
+        optional: whether it may be None.
+
+    Raises:
+        ValueError: it is of another class.
+    """
+    if not isinstance(value, kind) and not (optional and value is None):
+        raise ValueError(
+            f"{name}: expected {kind.__name__}{' or None' if optional else ''}, got {value!r}"
+        )

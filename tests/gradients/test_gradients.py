@@ -294,7 +294,11 @@ def test_the_backward_pass_stops_at_the_lowest_selected_layer():
     assert reached == []
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, autocast])
 def test_gradients_are_computed_where_autograd_is_switched_off(mode):
     model, examples, projection = tiny_encoder(), ragged_examples(4), tm.Projection(200)
     features = tm.collect_features(model, examples, projection)
@@ -304,6 +308,20 @@ def test_gradients_are_computed_where_autograd_is_switched_off(mode):
         again = tm.exact_influence(model, examples, examples, normalize="cosine")
     assert torch.equal(again, exact)
     assert exact.diagonal().min() > 0.999
+
+
+def test_a_model_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = tiny_encoder()
+    with pytest.raises(ValueError, match=r"weight: expected.*inference_mode"):
+        tm.collect_features(model, ragged_examples(2), tm.Projection(200))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_precision_of_a_model_in_half_precision_is_said(dtype):
+    model, examples = tiny_encoder().to(dtype), ragged_examples(2)
+    with pytest.warns(UserWarning, match=rf"{dtype}.*digits.*model\.float\(\)"):
+        tm.collect_features(model, examples, tm.Projection(200))
 
 
 def test_a_loss_without_gradient_is_refused():

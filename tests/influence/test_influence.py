@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -233,3 +235,30 @@ def test_rows_that_are_not_finite_are_refused_by_number(side, dtype, value):
         tm.self_influence(features[side])
     with pytest.raises(ValueError, match="row 7"):
         tm.influence_scores(wrong.float().numpy(), wrong.float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (["de", None, "en"], r"row 1.*None"),
+        (["de", float("nan"), "en"], r"row 1.*nan"),
+        (["de", ["en"], "en"], r"row 1.*\['en'\]"),
+        (["de", 1, "en"], r"int and str"),
+        ({"de", "en", "es"}, r"list"),
+        ({"de": 0, "en": 1, "es": 2}, r"list"),
+        ("abc", r"list.*'abc'"),
+        (3, r"list.*3"),
+        (torch.zeros(3, 2), r"row 0"),
+    ],
+)
+def test_groups_that_are_no_names_are_refused(groups, message):
+    with pytest.raises(ValueError, match=f"groups.*{message}"):
+        tm.top_influences(torch.eye(3), torch.eye(3), groups=groups)
+
+
+def test_groups_may_be_a_column_of_arrow_or_of_numpy():
+    names = ["de", "en", "de"]
+    for groups in (pa.chunked_array([names]), np.array(names)):
+        top = tm.top_influences(torch.eye(3), torch.eye(3), groups=groups)
+        assert top.group_names == ["de", "en"]
+        assert top.group_sums.tolist() == [[1, 0], [0, 1], [1, 0]]

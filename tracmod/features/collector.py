@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tracmod import kernels
-from tracmod.choices import whole_number
+from tracmod.choices import instance, whole_number
 from tracmod.features.projection import Projection, Slot, projection_keys
 from tracmod.features.store import FeatureStore
 from tracmod.gradients.capture import (
@@ -74,6 +74,8 @@ class Collector:
     slots: dict[str, Slot] = field(init=False)
 
     def __post_init__(self) -> None:
+        instance("projection", self.projection, Projection)
+        instance("preconditioner", self.preconditioner, Preconditioner, optional=True)
         self.batch_tokens = whole_number("batch_tokens", self.batch_tokens)
         if self.dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tracmod.choices import ParameterSet
+from tracmod.choices import ParameterSet, switch
 from tracmod.gradients.lean_pass import Columns, LeanColumns
 from tracmod.kernels import LayerKind
 from tracmod.models.architecture import attention_layers, embeddings_module
@@ -172,7 +172,7 @@ def select_layers(
         expected = ", ".join(PARAMETER_SETS)
         raise ValueError(f"parameters: expected one of {expected}, got {parameters!r}")
     selected = _selected_names(model, parameters)
-    if not include_frozen:
+    if not switch("include_frozen", include_frozen):
         frozen = set(frozen_names(model, parameters))
         if frozen and frozen >= selected:
             raise ValueError(

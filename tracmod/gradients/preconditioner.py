@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tracmod.choices import positive_number
+from tracmod.choices import instance, positive_number
 from tracmod.files.durable import sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 from tracmod.gradients.capture import Captured, Layer, select_layers, warn_of_frozen
@@ -294,6 +294,7 @@ def adam_preconditioner(
     eps = positive_number("eps", eps)
     if isinstance(second_moment, str | Path):
         second_moment = load_second_moment(second_moment)
+    instance("second_moment", second_moment, Mapping)
     metrics = {}
     warn_of_frozen(model, parameters, include_frozen)
     for layer in select_layers(model, parameters, include_frozen):
@@ -318,7 +319,7 @@ def _moment_of(moments: Mapping[str, Tensor], model: PreTrainedModel, name: str)
             f"second moment of {name}: expected shape {tuple(shape)}, got {got}; was it trained "
             f"with another model?"
         )
-    moment = moments[name].float()
+    moment = torch.as_tensor(moments[name]).float()
     if not bool(((moment >= 0) & moment.isfinite()).all()):
         raise ValueError(f"second moment of {name}: expected finite numbers of at least 0")
     return moment

@@ -155,6 +155,11 @@ def block_influence(
     """
     dtype, model = autocast_dtype(normalize, dtype), unwrapped(model)
     given = as_loss(loss)
+    for name, datasets in (("train", train), ("test", test)):
+        if not isinstance(datasets, Mapping):
+            raise ValueError(
+                f"{name}: expected a dict from languages to datasets, got {type(datasets).__name__}"
+            )
     tests = {name: _checked(model, rows, f"test {name}", given) for name, rows in test.items()}
     trains = {name: _checked(model, rows, f"train {name}", given) for name, rows in train.items()}
     warn_of_frozen(model, parameters, include_frozen)

@@ -42,6 +42,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tracmod import kernels
+from tracmod.choices import instance
 from tracmod.features.rows import extreme_exponents
 from tracmod.gradients.capture import (
     Captured,
@@ -137,6 +138,7 @@ def exact_influence(
         (torch.Size([1, 3]), 1.0)
     """
     dtype, model = autocast_dtype(normalize, dtype), unwrapped(model)
+    instance("preconditioner", preconditioner, Preconditioner, optional=True)
     trains = as_examples(train, "train", model)
     queries = as_examples(query, "query", model)
     loss = check_examples(model, trains, "train", as_loss(loss))

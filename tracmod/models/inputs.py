@@ -6,6 +6,7 @@ Shape suffixes: B examples of a batch, S tokens, N examples, C classes.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -174,8 +175,13 @@ def as_examples(
     if model is not None:
         _check_class_numbers(dataset, name, model)
     refused = frozenset(OTHER_INPUTS) if model is None else other_inputs(model)
+    try:
+        rows = iter(dataset)
+    except TypeError:
+        kind = type(dataset).__name__
+        raise ValueError(f"{name}: expected a sequence of rows, got {kind}") from None
     examples = []
-    for row, example in enumerate(dataset):
+    for row, example in enumerate(rows):
         if not isinstance(example, Mapping):
             raise ValueError(
                 f"{name}: row {row}: expected a dict with input_ids and labels, got "
@@ -347,12 +353,20 @@ def check_classifier(model: PreTrainedModel) -> None:
     device = next(model.parameters()).device
     for name, parameter in model.named_parameters():
         problem = None
-        if not parameter.is_floating_point():
+        if parameter.is_inference():
+            problem = "weights that were not made within torch.inference_mode()"
+        elif not parameter.is_floating_point():
             problem = f"floating-point weights, got {parameter.dtype}"
         elif parameter.is_meta or parameter.device != device:
             problem = f"all weights on one device, got {parameter.device} beside {device}"
         if problem:
             raise ValueError(f"{name}: expected {problem}")
+    if model.dtype in (torch.bfloat16, torch.float16):
+        warnings.warn(
+            f"model: its weights are {model.dtype}, and so are its passes: scores agree to two or "
+            f"three digits with those in float32, which model.float() gives",
+            stacklevel=4,
+        )
 
 
 def unwrapped(model: Any) -> Any:

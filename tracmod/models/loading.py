@@ -322,11 +322,16 @@ def _check_weights_files(folder: Path) -> None:
     """Check that a folder has whole safetensors weights whose numbers are not quantized."""
     single, index = (folder / file for file in WEIGHTS_FILES)
     shards = [single]
-    if not single.is_file() and index.is_file():
+    for file in (single, index):
+        if file.is_symlink() and not file.exists():
+            raise ValueError(f"{file}: expected weights, got a link to a file that is missing")
+    if index.is_file() and not single.is_file():
         tree = read_json(index)
         weight_map = tree.get("weight_map") if isinstance(tree, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: expected a weight_map from tensors to files, got none")
+        if not isinstance(tree.get("metadata"), dict):
+            raise ValueError(f"{index}: expected metadata, which transformers reads, got none")
         shards = [folder / str(file) for file in sorted(set(weight_map.values()))]
     elif not single.is_file():
         files = sorted(path.name for path in folder.iterdir())
@@ -389,6 +394,9 @@ def _config_fault(config: Any) -> str | None:
             f"expected id2label of config.json to have the numbers 0 to {len(numbers) - 1}, got "
             f"{', '.join(map(str, numbers))}"
         )
+    unnamed = next((label for label in names if not isinstance(label, str)), None)
+    if unnamed is not None:
+        return f"expected names of classes in id2label of config.json, got {unnamed!r}"
     repeated = next((label for label in names if names.count(label) > 1), None)
     if repeated is not None:
         return f"expected different names of classes, got {repeated} twice"
@@ -408,7 +416,7 @@ def _load_weights(
     """Load the weights; return the model and what transformers reports of missing weights."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (ImportError, KeyError, OSError, ValueError) as error:
+    except Exception as error:  # transformers raises anything here, from KeyError to its own
         where = "the folder" if Path(name).is_dir() else "the Hub"
         raise ValueError(
             f"model {name}: its config cannot be loaded from {where}: {first_line_of(error)}"

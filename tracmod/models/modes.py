@@ -145,7 +145,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode without weight gradients; restore both afterwards.
 
     Autograd records within the context, also when the caller is inside `torch.no_grad()` or
-    `torch.inference_mode()`: gradients with respect to hidden states are needed.
+    `torch.inference_mode()`: gradients with respect to hidden states are needed. An autocast of the
+    caller does not apply.
     """
     outermost = model not in _trained_names
     if outermost:
@@ -154,7 +155,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
     with evaluating(model):
         model.requires_grad_(False)
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.autocast("cpu", enabled=False),
+                torch.autocast("cuda", enabled=False),
+            ):
                 yield
         finally:
             for parameter, requires_grad in required:
@@ -183,15 +189,35 @@ def on_device(model: PreTrainedModel, device: torch.device | str | None) -> Exit
         model: model to move, in place.
         device: where to; None leaves the model where it is.
 
+    Raises:
+        ValueError: `device` is no device, or this machine has no such GPU.
+
     Returns:
         A context manager. The model is already on `device` when this function returns.
     """
     stack = ExitStack()
     original = next(model.parameters()).device
-    if device is not None and torch.device(device) != original:
+    if device is not None:
+        device = checked_device(device)
+    if device is not None and device != original:
         to_device(model, device)
         stack.callback(to_device, model, original)
     return stack
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """Return a device that torch knows and, if it is a GPU, that this machine has.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        checked = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"device: expected cpu, cuda, cuda:1, ..., got {device!r}") from None
+    if checked.type in ("cpu", "cuda", "meta"):
+        resolve_device(str(checked))
+    return checked
 
 
 def resolve_device(text: str | None) -> str:

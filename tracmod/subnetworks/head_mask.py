@@ -31,7 +31,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from tracmod.choices import whole_number
+from tracmod.choices import instance, whole_number
 from tracmod.files.durable import write_file
 from tracmod.models.adapters import AdaptedLinear
 from tracmod.models.architecture import AttentionLayer, attention_layers
@@ -57,7 +57,12 @@ class HeadMask:
     """
 
     def __init__(self, mask_LH: ArrayLike) -> None:
-        given = np.asarray(mask_LH)
+        try:
+            given = np.asarray(mask_LH)
+        except ValueError:
+            raise ValueError(
+                f"head mask: expected as many heads in every layer, got {mask_LH!r}"
+            ) from None
         if given.ndim != 2 or 0 in given.shape:
             raise ValueError(f"head mask: expected (layers, heads), got shape {given.shape}")
         if not np.isin(given, (0, 1)).all():
@@ -298,6 +303,7 @@ def _scale_heads(layer: AttentionLayer, kept_H: Tensor) -> Callable[[], None]:
 
 def masked(model: nn.Module, mask: HeadMask | None) -> AbstractContextManager[None]:
     """Return the context of `mask.apply(model)`, or one that does nothing for no mask."""
+    instance("head_mask", mask, HeadMask, optional=True)
     return nullcontext() if mask is None else mask.apply(model)
 
 
@@ -308,6 +314,8 @@ def matching_layers(model: nn.Module, mask: HeadMask) -> list[AttentionLayer]:
         ValueError: the mask's shape is not the model's (layers, heads), or the model's layers have
             lost heads (`tracmod.load_pruned`).
     """
+    instance("mask", mask, HeadMask)
+    instance("model", model, nn.Module)
     layers = attention_layers(model)
     heads = [layer.num_heads for layer in layers]
     if len(set(heads)) > 1:

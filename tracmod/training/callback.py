@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from tracmod.choices import instance, switch
 from tracmod.files.durable import write_json
 from tracmod.models.adapters import is_peft_model, plain_parameter_name
 from tracmod.models.architecture import attention_layers
@@ -111,13 +112,15 @@ class TracInCallback(TrainerCallback):
                 function of logits (B, C) and labels (B, ...) that returns a loss per example.
 
         Raises:
-            ValueError: another value of `every`, or `loss` is no loss.
+            ValueError: another value of `every` or `second_moment`, or `tokenizer` is no tokenizer
+                or `loss` no loss.
         """
         if every not in (None, "epoch"):
             raise ValueError(f"every: expected None or 'epoch', got {every!r}")
+        instance("tokenizer", tokenizer, PreTrainedTokenizerBase, optional=True)
         self.tokenizer = tokenizer
         self.every = every
-        self.second_moment = second_moment
+        self.second_moment = switch("second_moment", second_moment)
         self.loss = as_loss(loss)
         self._watch: LossWatch | None = None
         # Sum of the learning rates and number of optimizer steps since the previous checkpoint.

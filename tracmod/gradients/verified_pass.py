@@ -171,6 +171,8 @@ class _Probe:
         dtypes = {model.get_parameter(name).dtype for name in names} | {torch.float32}
         self.tolerances = max(TOLERANCES[dtype] for dtype in dtypes)
         numbers = {name: model.get_parameter(name).numel() for name in names}
+        # Of the whole weights: the lean pass narrows those of masked heads.
+        self.shapes = {name: model.get_parameter(name).shape for name in names}
         self.small = [name for name in names if numbers[name] <= SMALL]
         # Large tables are left out: their rows are sums of output gradients, which are compared.
         self.not_tables = [
@@ -290,9 +292,7 @@ class _Probe:
         """Return the summed gradients that the engine captures in batches, and the logits."""
         device = self.batch["labels"].device
         total = {
-            name: torch.zeros(
-                self.model.get_parameter(name).shape, dtype=torch.float32, device=device
-            )
+            name: torch.zeros(self.shapes[name], dtype=torch.float32, device=device)
             for name in names
         }
         logits: list[Tensor] = []

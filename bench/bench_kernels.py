@@ -174,7 +174,7 @@ def run_bench(
     return all(row["right"] for row in table)
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare the native ops with plain torch.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -186,7 +186,11 @@ def main() -> None:
     parser.add_argument("--check-only", action="store_true", help="measure no times")
     parser.add_argument("--rows", type=int, help="largest number of examples, for a trial run")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
     right = run_bench(
         options.device, options.dtype, options.json, selection=options.cases, op=options.op,
         seconds=None if options.check_only else options.seconds, rows=options.rows,

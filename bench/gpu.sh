@@ -25,11 +25,12 @@ OUT=$(cd "$OUT" && pwd)
 log=$OUT/gpu-$call.log
 python=${PYTHON:-python3}
 device=cuda rows=() collect=(--shape base --examples 4096 --naive 100 --seconds 20 --batch-tokens 16384)
-exact=(--train 1000 --query 250 --bound 60) larger=(--train 10000 --query 2500 --bound 90) tests=cuda
+exact=(--train 1000 --query 250 --bound 60) larger=(--train 10000 --query 2500 --bound 90) tests=cuda slower=1
 if [[ -n ${REHEARSE:-} ]]; then
   device=cpu rows=(--rows 2) collect=(--shape tiny --examples 8 --naive 2 --seconds 1)
-  exact=(--shape tiny --train 40 --query 20) larger=(--shape tiny --train 50 --query 20) tests=cpu
+  exact=(--shape tiny --train 40 --query 20) larger=(--shape tiny --train 50 --query 20) tests=cpu slower=20
 fi
+((total *= slower))
 # The layout of an installation, made of links: tracmod.bench is in bench/. A module built beforehand replaces one in tracmod/.
 site=$PWD/build/site
 rm -rf "$site"
@@ -43,7 +44,7 @@ part=$(mktemp)
 trap 'rm -f "$part"' EXIT
 # run SECONDS NAME COMMAND...: run a part, stopped after SECONDS or at the end of the call; log its output.
 run() {
-  local limit=$1 name=$2 begun=$SECONDS left=$((total - SECONDS + started)) code=0
+  local limit=$(($1 * slower)) name=$2 begun=$SECONDS left=$((total - SECONDS + started)) code=0
   shift 2
   echo "== $name: $*" | tee -a "$log"
   if ((left < 5)); then
@@ -65,7 +66,7 @@ has() {
 }
 # together NAME=COMMAND...: run parts at the same time, each in its own process, because an error on a GPU spoils its process.
 together() {
-  local limit=$1 pair code pids=() names=()
+  local limit=$(($1 * slower)) pair code pids=() names=()
   shift
   for pair in "$@"; do
     names+=("${pair%%=*}")
@@ -135,7 +136,7 @@ fi
 
 # Each file has a process of its own, because an error on a GPU spoils all later work of its process.
 files=(tests/test_cuda_end_to_end.py tests/kernels/test_kernels_{top_k,project,dot,quantize}.py
-  tests/features/test_collector.py tests/influence/test_influence.py tests/gradients/test_gradients.py)
+  tests/features/test_features.py tests/influence/test_influence.py tests/gradients/test_gradients.py)
 parts=()
 for file in "${files[@]}"; do
   [[ -f $file ]] || continue

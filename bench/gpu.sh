@@ -118,7 +118,7 @@ if [[ $call == first ]]; then
   parts=()
   for op in $ops; do
     for dtype in bfloat16 float32; do
-      parts+=("smoke-$op-$dtype=$smoke --op $op --dtype $dtype --json $OUT/smoke-$op-$dtype.json")
+      parts+=("smoke-$op-$dtype=$smoke --op $op --dtype $dtype")
     done
   done
   together 45 "${parts[@]}"
@@ -146,7 +146,7 @@ if [[ -n ${REHEARSE:-} ]]; then parts=("${parts[@]:0:2}"); fi
 together 150 "${parts[@]}"
 run 120 collect $tracin collect --device $device "${collect[@]}" --out "$OUT"
 run 60 exact $tracin exact --device $device "${exact[@]}" --out "$OUT"
-run 120 exact-larger $tracin exact --device $device "${larger[@]}" --out "$OUT"
+run 120 exact-larger $tracin exact --device $device "${larger[@]}" --out "$OUT/larger"
 run 100 kernels-bfloat16 $kernels --dtype bfloat16 --seconds 0.3 --json "$OUT/kernels-$device-bfloat16.json"
 if has ncu; then
   for kernel in project_tiles score_tiles sum_token_pairs quantize; do

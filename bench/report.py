@@ -510,15 +510,17 @@ def write(folder: Path) -> None:
     """Write RESULTS.md and results/speed.svg of a benchmark folder from its results/*.json."""
     files = sorted((folder / "results").glob("*.json"))
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    measured = {
-        result["dtype"]: {f"{row['op']}, {row['shape']}": row for row in result["cases"]}
-        for result in results
-        if result["part"] == "kernels" and result["environment"]["device_type"] == "cuda"
-    }
+    measured: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if result["part"] == "kernels" and result["environment"]["device_type"] == "cuda":
+            rows = {f"{row['op']}, {row['shape']}": row for row in result["cases"]}
+            measured.setdefault(result["dtype"], {}).update(rows)
     predicted = json.loads((FOLDER / "predictions.json").read_text(encoding="utf-8"))
-    results.append({"part": "predictions", "predicted": predicted, "measured": measured})
+    predictions = {"part": "predictions", "predicted": predicted, "measured": measured}
     page = folder / "RESULTS.md"
-    page.write_text(fill(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    page.write_text(
+        fill(page.read_text(encoding="utf-8"), [*results, predictions]), encoding="utf-8"
+    )
     (folder / "results" / "speed.svg").write_text(picture(results), encoding="utf-8")
 
 

@@ -222,7 +222,8 @@ def bench(device: str, dtype: str, full: bool, json_path: Path | None) -> None:
     from tracmod.bench.bench_kernels import run_bench
     from tracmod.models.modes import resolve_device
 
-    if not run_bench(resolve_device(device), dtype, json_path, short=not full):
+    selection = "all" if full else "short"
+    if not run_bench(resolve_device(device), dtype, json_path, selection=selection):
         fail("a result is wrong, see above")
 
 

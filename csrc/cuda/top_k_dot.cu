@@ -357,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, 1) score_tiles(Wave wave) {
   }
 }
 
-struct Entry {
+struct alignas(16) Entry {  // so that one instruction copies it
   float score;
   int64_t index;
 };
@@ -399,7 +399,8 @@ struct List {
   // The position of a new entry is the number of old entries that rank before it plus its rank
   // among the new ones; an old entry moves down by the number of new entries that rank before it.
   // Old entries are moved 256 at a time, from the end of the list: each lands at or behind its old
-  // position, where everything has been read already.
+  // position, where everything has been read already and no other entry lands. So one barrier,
+  // between reads and writes, is enough.
   __device__ void insert(const Entry& entry, int rank, int count, const Entry* sorted) const {
     const bool has_entry = static_cast<int>(threadIdx.x) < count;
     const int64_t before =
@@ -414,7 +415,6 @@ struct List {
       }
       __syncthreads();
       if (position >= 0 && shift > 0) set(position + shift, moved);
-      __syncthreads();
     }
     if (has_entry) set(before + rank, entry);
   }

@@ -158,6 +158,30 @@ def test_the_engine_imports_without_what_a_gpu_machine_may_lack():
     assert done.returncode == 0, done.stderr
 
 
+def test_transformers_is_imported_when_a_model_is_loaded():
+    """Only the callback needs it before: it is a class of transformers' Trainer."""
+    done = without(
+        ["transformers", "datasets", "faiss", "matplotlib", "plotly"],
+        "import tracmod as tm, tracmod.cli, tracmod.attribution.attribute, tracmod.study.pipeline; "
+        "import tracmod.validation.gradients, tracmod.influence.blocks; "
+        "names = set(tm.__all__) - {'TracInCallback'}; assert len(names) > 15; "
+        "[getattr(tm, name) for name in names]; "
+        "from tracmod.study import stage_table, stages; "
+        "[stages.stage_module(stage) for stage in stage_table.STAGES if stage.name != 'report']",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_is_built_without_heavy_modules():
+    modules = "['torch', 'transformers', 'datasets', 'faiss', 'matplotlib', 'plotly']"
+    done = without(
+        [],
+        f"import sys, tracmod; assert not set({modules}) & set(sys.modules); "
+        f"import tracmod.cli; assert not set({modules}) & set(sys.modules)",
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_loads_no_torch():
     done = without(
         ["torch", "transformers", "numpy", "pyarrow"],

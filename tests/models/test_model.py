@@ -304,8 +304,8 @@ def test_an_unknown_name_is_refused_at_once(monkeypatch):
     def no_network(url):
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr("tracmod.models.loading.get_hf_file_metadata", no_network)
-    monkeypatch.setattr("tracmod.models.loading.AutoConfig", None)  # which would try for 20 seconds
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", no_network)
+    monkeypatch.setattr("transformers.AutoConfig", None)  # which would try for 20 seconds
     with pytest.raises(ValueError, match=r"model nosuch: no such folder, .*Hub.*: Name or service"):
         load_model("nosuch")
 

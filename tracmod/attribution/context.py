@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from tracmod.attribution.options import AttributionOptions
 from tracmod.attribution.weights import checkpoint_notes, choose_weights
@@ -45,6 +44,9 @@ from tracmod.models.weight_files import tensor_digests, unmoved
 from tracmod.subnetworks.head_mask import HeadMask, matching_layers
 from tracmod.tasks.examples import rows_digest
 from tracmod.tasks.files import read_model_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SPLITS = ("train", "query")
 

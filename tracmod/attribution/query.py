@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,6 @@ from tracmod.features.rows import SomeRows, StoreRows
 from tracmod.features.store import FeatureStore
 from tracmod.files import progress
 from tracmod.files.durable import read_json
-from tracmod.influence.index import InfluenceIndex, gpu_number
 from tracmod.influence.scores import TopInfluences, top_influences
 from tracmod.models.inputs import as_examples, encode, num_cut
 from tracmod.models.modes import frozen
@@ -28,6 +27,9 @@ from tracmod.subnetworks.head_mask import masked
 from tracmod.tasks.files import target_of, target_text
 from tracmod.tasks.label_vectors import NO_LABEL, label_vector_text
 from tracmod.tasks.readers import text_fault
+
+if TYPE_CHECKING:
+    from tracmod.influence.index import InfluenceIndex
 
 Label = int | float | list[float]  # a class, a target, or a number per output
 
@@ -129,6 +131,9 @@ class Attributor:
             ValueError: As there, or the features were made with another model, mask, data or
                 projection than there is now.
         """
+        # Not at the top: FAISS is loaded by those who use an index.
+        from tracmod.influence.index import InfluenceIndex, gpu_number
+
         gpu_number(device, kind)  # refused before the models are read
         index = InfluenceIndex.build(
             self.train_stores,
@@ -357,6 +362,8 @@ class Attributor:
     def _index(self) -> InfluenceIndex | None:
         if not (self.index_path / "index.json").is_file():
             return None
+        from tracmod.influence.index import InfluenceIndex
+
         index = InfluenceIndex.load(self.index_path)
         index.check_built_from(self.train_stores, self.source.weights, self.source.normalize)
         return index

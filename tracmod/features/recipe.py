@@ -8,10 +8,9 @@ that features made in two ways are never compared.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from tracmod.features.collector import Collector
 from tracmod.features.projection import Projection
@@ -21,6 +20,9 @@ from tracmod.models.digests import model_digest
 from tracmod.models.loss import ExampleLoss
 from tracmod.models.modes import trained_names
 from tracmod.subnetworks.head_mask import HeadMask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

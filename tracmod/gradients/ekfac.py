@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tracmod.choices import positive_number, whole_number
 from tracmod.files import progress
@@ -38,6 +37,9 @@ from tracmod.models.inputs import as_examples, check_examples, unwrapped
 from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen, on_device
 from tracmod.models.plain_pass import predict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The share of a layer's mean eigenvalue that is added to each eigenvalue (Grosse et al. 2023,
 # section 2.2).

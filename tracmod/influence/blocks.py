@@ -27,12 +27,11 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tracmod.gradients.capture import (
     Captured,
@@ -56,6 +55,9 @@ from tracmod.models.inputs import as_examples, check_examples, unwrapped
 from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BATCH_TOKENS = 2048  # factors of a batch are held: about 0.75 MB per token of XLM-R base
 

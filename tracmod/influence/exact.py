@@ -35,11 +35,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tracmod import kernels
 from tracmod.features.rows import extreme_exponents
@@ -62,6 +61,9 @@ from tracmod.models.inputs import (
 from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen, on_device
 from tracmod.subnetworks.head_mask import HeadMask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Bytes of captured factors of queries that are held at the same time.
 QUERY_BLOCK_BYTES = 2 << 30

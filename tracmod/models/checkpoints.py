@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from tracmod.files.durable import read_json
 from tracmod.models.loading import (
@@ -220,6 +219,8 @@ def check_checkpoint(path: Path, config: Any) -> None:
             classes or another shape.
     """
     check_model_source(path)
+    from transformers import AutoConfig
+
     try:
         own = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (KeyError, OSError, ValueError) as error:

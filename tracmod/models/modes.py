@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from operator import eq, is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ModelState:
@@ -25,6 +27,8 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        from transformers import PreTrainedConfig  # whoever has a model has imported it already
+
         owners: dict[int, dict[str, Any]] = {}
         for module in model.modules():
             attributes = vars(module)

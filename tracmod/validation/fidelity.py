@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tracmod.features.rows import Features, as_rows
 from tracmod.files.durable import canonical_json, sha256
@@ -32,6 +31,9 @@ from tracmod.influence.exact import exact_influence
 from tracmod.influence.scores import TopInfluences, influence_scores, top_of_scores
 from tracmod.models.loss import ExampleLoss
 from tracmod.subnetworks.head_mask import HeadMask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Largest sample, and its largest share of the passes of a run. A certificate costs about twice the
 # passes of its sample.

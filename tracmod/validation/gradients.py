@@ -7,12 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.trainer_pt_utils import LabelSmoother
 
 from tracmod import kernels
 from tracmod.choices import StatedLossKind
@@ -44,6 +42,9 @@ from tracmod.models.loss import (
 from tracmod.models.modes import evaluating, frozen, in_float64
 from tracmod.models.plain_pass import given_batch, logits_of, model_logits
 from tracmod.subnetworks.head_mask import HeadMask, masked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Relative error up to which gradients count as right whatever that of autograd is.
 ROUNDING = 1e-5
@@ -441,6 +442,8 @@ def reference_loss(
         weights = None if loss.pos_weight is None else logits_BC.new_tensor(loss.pos_weight)
         return nn.BCEWithLogitsLoss(pos_weight=weights)(logits_BC, labels)
     if loss.class_weights is None and loss.label_smoothing:
+        from transformers.trainer_pt_utils import LabelSmoother
+
         return LabelSmoother(loss.label_smoothing)({"logits": logits_BC}, labels)
     weights = None if loss.class_weights is None else logits_BC.new_tensor(loss.class_weights)
     smoothing = loss.label_smoothing

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from tracmod.config import FinetuneConfig
 from tracmod.study.context import RunContext
@@ -12,6 +11,9 @@ from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_training import initial_model, training_settings
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.training.fine_tune import Masks, accuracy_by_language, fine_tune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def run(context: RunContext) -> None:

@@ -247,6 +247,11 @@ def _print_index(built: InfluenceIndex, path: Path) -> None:
     help="Number of proponents and of opponents to show.",
 )
 @click.option(
+    "--no-opponents",
+    is_flag=True,
+    help="Find proponents only.",
+)
+@click.option(
     "--columns",
     type=ColumnNames(),
     multiple=True,
@@ -266,6 +271,7 @@ def query(
     view: str,
     mask: str | None,
     k: int,
+    no_opponents: bool,
     columns: dict[str, str],
     as_json: bool,
 ) -> None:
@@ -286,7 +292,7 @@ def query(
     from tracmod.attribution.query import Attributor
 
     attributor = Attributor(folder, model, view, mask, columns=columns)
-    answer = attributor.query(text, text_b, label, k, languages or None)
+    answer = attributor.query(text, text_b, label, k, languages or None, opponents=not no_opponents)
     if attributor.is_cut(text, text_b):
         length = attributor.source.max_length
         click.echo(f"tracmod: the text is longer than {length} tokens and was cut", err=True)
@@ -302,6 +308,8 @@ def query(
     source = "exact" if answer["index"] is None else f"candidates of the {answer['index']} index"
     click.echo(f"label {answer['label']}, predicted {answer['prediction']}; {source}")
     for side, effect in (("proponents", "lowered"), ("opponents", "raised")):
+        if side == "opponents" and no_opponents:
+            continue
         click.echo(f"\n{side} (training examples that {effect} the loss)")
         for row in answer[side]:
             texts = " | ".join(text for text in (row["text_a"], row["text_b"]) if text)

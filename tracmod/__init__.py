@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from tracmod.gradients.preconditioner import Preconditioner, adam_preconditioner
     from tracmod.influence.blocks import block_influence
     from tracmod.influence.exact import exact_influence
-    from tracmod.influence.scores import influence_scores, self_influence, top_influences
+    from tracmod.influence.scores import (
+        influence_scores,
+        self_influence,
+        top_influences,
+        top_of_scores,
+    )
     from tracmod.models.loss import ExampleLoss
     from tracmod.study.run_metagradient import metagradient
     from tracmod.subnetworks.head_mask import HeadMask
@@ -49,6 +54,7 @@ __all__ = [
     "save_pruned",
     "self_influence",
     "top_influences",
+    "top_of_scores",
 ]
 
 _MODULE_OF = {
@@ -71,6 +77,7 @@ _MODULE_OF = {
     "save_pruned": "tracmod.subnetworks.pruned_model",
     "self_influence": "tracmod.influence.scores",
     "top_influences": "tracmod.influence.scores",
+    "top_of_scores": "tracmod.influence.scores",
 }
 
 

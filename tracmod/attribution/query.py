@@ -156,6 +156,8 @@ class Attributor:
         label: str | None = None,
         k: int = 10,
         languages: Sequence[str] | None = None,
+        *,
+        opponents: bool = True,
     ) -> dict[str, Any]:
         """Find the strongest proponents and opponents of one example.
 
@@ -168,6 +170,7 @@ class Attributor:
                 rounded to whole numbers.
             k: The number of proponents, and of opponents.
             languages: The languages whose training examples are considered; None for all.
+            opponents: False to find proponents only; `opponents` is then empty.
 
         Returns:
             A dict with `label`, `prediction`, `output` (for a regression, the output or outputs of
@@ -202,7 +205,7 @@ class Attributor:
         if label_number is None:
             label_number = prediction
             table = table.set_column(3, "label", [[label_number]])
-        top, kind = self._nearest(self._features(table), k, rows, languages)
+        top, kind = self._nearest(self._features(table), k, rows, languages, opponents)
         return {
             "label": self.label_text(label_number),
             "prediction": self.label_text(prediction),
@@ -305,14 +308,15 @@ class Attributor:
         k: int,
         rows: Tensor,
         languages: Sequence[str] | None,
+        opponents: bool,
     ) -> tuple[TopInfluences, str | None]:
         """Return the strongest of `rows`, and the kind of the index that was used, if any."""
         index = self._index
         if index is not None:
-            chosen = self._candidates(index, features, min(k, len(rows)), languages)
+            chosen = self._candidates(index, features, min(k, len(rows)), languages, opponents)
             if chosen is not None:
-                return self._rank(features, k, chosen), index.kind
-        return self._rank(features, k, rows), None
+                return self._rank(features, k, chosen, opponents), index.kind
+        return self._rank(features, k, rows, opponents), None
 
     def _candidates(
         self,
@@ -320,8 +324,9 @@ class Attributor:
         features: list[Tensor],
         k: int,
         languages: Sequence[str] | None,
+        opponents: bool,
     ) -> Tensor | None:
-        """Return the rows that an index finds for both signs, or None if it finds fewer than k.
+        """Return the rows that an index finds for each sign, or None if it finds fewer than k.
 
         It may find too few for a filter by language, where the lists or the part of the graph that
         it visits hold next to none of these languages.
@@ -330,16 +335,16 @@ class Attributor:
         wanted = min(wanted, len(index.ids))
         on_cpu = [row.cpu() for row in features]
         candidates = []
-        for opponents in (False, True):
-            result = index.search(on_cpu, wanted, opponents=opponents, languages=languages)
+        for sign_is_negative in (False, True) if opponents else (False,):
+            result = index.search(on_cpu, wanted, opponents=sign_is_negative, languages=languages)
             rows = result.indices[0]
             candidates.append(rows[rows >= 0])
         if min(map(len, candidates)) < k:
             return None
         return torch.cat(candidates).unique()
 
-    def _rank(self, features: list[Tensor], k: int, rows: Tensor) -> TopInfluences:
-        """Rank `rows` by their stored features; return the k strongest of both signs."""
+    def _rank(self, features: list[Tensor], k: int, rows: Tensor, opponents: bool) -> TopInfluences:
+        """Rank `rows` by their stored features; return the k strongest of each sign."""
         stores = [StoreRows(store) for store in self.train_stores]
         all_rows = len(rows) == stores[0].shape[0]
         with progress.bar("query", len(rows)) as bar:
@@ -351,6 +356,7 @@ class Attributor:
                 normalize=self.source.normalize,
                 device=self.source.device,
                 advance=bar.update,
+                opponents=opponents,
             )
         return replace(
             top,

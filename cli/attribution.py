@@ -21,6 +21,7 @@ from tracmod.cli.options import (
     ColumnNames,
     CountOrAuto,
     GivenPath,
+    ParameterNames,
     RealNumber,
     Weights,
     WholeNumber,
@@ -78,6 +79,7 @@ _MODEL_AND_CHECKPOINTS = [
                     AttributionOptions, "projection_dim", type=CountOrAuto(), metavar="K|auto"
                 )
             ],
+            "parameters": [field_option(AttributionOptions, "parameters", type=ParameterNames())],
             "normalize": [
                 field_option(AttributionOptions, "normalize", type=choice(Normalization))
             ],

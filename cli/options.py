@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from tracmod.choices import LARGEST_INT, EngineName, ModelName
+from tracmod.choices import LARGEST_INT, EngineName, ModelName, ParameterSet
 
 Option = Callable[[Any], Any]  # a decorator, as `click.option` returns it
 
@@ -116,6 +116,23 @@ class ColumnNames(click.ParamType):
             return parse_columns(str(value))
         except ValueError as error:
             self.fail(f"{error}.", param, ctx)
+
+
+class ParameterNames(click.ParamType):
+    """A set of parameters, or patterns of names separated by commas."""
+
+    name = f"{'|'.join(get_args(ParameterSet))}|PATTERN,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | list[str]:
+        """Return the name of the set, or the patterns."""
+        if value in get_args(ParameterSet):
+            return str(value)
+        patterns = [pattern.strip() for pattern in str(value).split(",")]
+        if not all(patterns):
+            self.fail(f"expected patterns of names, got {value!r}.", param, ctx)
+        return patterns
 
 
 class CountOrAuto(click.ParamType):

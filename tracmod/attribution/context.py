@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
+from glob import escape as glob_escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,19 @@ from tqdm import tqdm
 
 from tracmod.attribution.options import AttributionOptions
 from tracmod.attribution.weights import checkpoint_notes, choose_weights
+from tracmod.choices import selection_record
 from tracmod.features.collector import collect_to_store
 from tracmod.features.projection import Projection
 from tracmod.features.recipe import FeatureRecipe, checkpoint_digests
 from tracmod.features.store import FeatureStore
 from tracmod.files import progress
 from tracmod.files.durable import file_sha256, read_json, write_json
-from tracmod.gradients.capture import describe_frozen, frozen_names, select_layers
+from tracmod.gradients.capture import (
+    chosen_names,
+    describe_frozen,
+    frozen_names,
+    select_layers,
+)
 from tracmod.gradients.ekfac import checkpoint_preconditioner
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.influence.exact import NotFiniteError
@@ -86,6 +93,9 @@ class AttributionContext:
             self.checkpoints, options.weights
         )
         model, self.tokenizer = load_model(options.model)
+        if callable(options.parameters):  # which cannot be recorded; the names that it chooses can
+            names = [glob_escape(name) for name in chosen_names(model, options.parameters)]
+            self.options = options = replace(options, parameters=names)
         if self.mask is not None:
             matching_layers(model, self.mask)  # refuses a mask of another shape
         for path in options.checkpoints:
@@ -291,7 +301,7 @@ class AttributionContext:
         """Return what exact scores at a checkpoint depend on."""
         options = self.options
         return {
-            "parameters": options.parameters,
+            "parameters": selection_record(options.parameters),
             "head_mask": None if self.mask is None else self.mask.digest(),
             "normalize": options.normalize,
             "pass_dtype": options.dtype,

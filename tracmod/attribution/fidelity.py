@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tracmod.attribution.context import AttributionContext
+from tracmod.choices import selection_record
 from tracmod.features.collector import collect_features
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import identity_differences, read_json, write_json
@@ -108,7 +109,7 @@ def _choice_settings(context: AttributionContext) -> dict[str, Any]:
     options = context.options
     return {
         "share_error": options.share_error,
-        "parameters": options.parameters,
+        "parameters": selection_record(options.parameters),
         "head_mask": None if context.mask is None else context.mask.digest(),
         "normalize": options.normalize,
         "weights": context.weights,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tracmod import kernels
-from tracmod.choices import whole_number
+from tracmod.choices import ParameterSelection, whole_number
 from tracmod.features.projection import Projection, Slot, projection_keys
 from tracmod.features.store import FeatureStore
 from tracmod.gradients.capture import (
@@ -65,7 +65,7 @@ class Collector:
 
     model: PreTrainedModel
     projection: Projection
-    parameters: str = "encoder"
+    parameters: ParameterSelection = "encoder"
     batch_tokens: int = 8192
     dtype: torch.dtype | None = None
     head_mask: HeadMask | None = None
@@ -220,7 +220,7 @@ def collect_features(
     model: PreTrainedModel,
     dataset: Iterable[Mapping[str, Any]],
     projection: Projection,
-    parameters: str = "encoder",
+    parameters: ParameterSelection = "encoder",
     head_mask: HeadMask | None = None,
     batch_tokens: int = 8192,
     device: torch.device | str | None = None,
@@ -245,7 +245,9 @@ def collect_features(
             a class, or a list of C numbers for a model with several labels per text or with several
             targets.
         projection: Kind, size and seed of the projection.
-        parameters: `encoder` (all but the embeddings module), `all`, `attention` or `classifier`.
+        parameters: `encoder` (all but the embeddings module), `all`, `attention` or `classifier`; a
+            list of patterns of the names of parameters or modules (`["*.query", "*.value.weight"]`,
+            as in `fnmatch`); or a function that returns whether a parameter of this name counts.
         head_mask: A head mask that is applied in the forward pass.
         batch_tokens: Upper bound on the number of examples in a batch times their longest length.
         device: Where to compute; by default, where the model is.
@@ -266,8 +268,8 @@ def collect_features(
 
     Raises:
         ValueError: An example is invalid or its gradient is not finite (the message names its row),
-            `parameters` is unknown or all of them are frozen, the mask's shape does not match the
-            model, or the loss does not fit the model and its labels.
+            `parameters` is unknown, matches nothing or is all frozen, the mask's shape does not
+            match the model, or the loss does not fit the model and its labels.
 
     Examples:
         >>> import tracmod as tm

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from tracmod.choices import positive_number, whole_number
+from tracmod.choices import ParameterSelection, positive_number, selection_record, whole_number
 from tracmod.files import progress
 from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
 from tracmod.gradients.preconditioner import (
@@ -52,7 +52,7 @@ FIT_EXAMPLES = 10_000
 def fit_ekfac(
     model: PreTrainedModel,
     dataset: Iterable[Mapping[str, Any]],
-    parameters: str = "encoder",
+    parameters: ParameterSelection = "encoder",
     *,
     labels: Literal["sampled", "given"] = "sampled",
     damping: float = DAMPING,
@@ -330,7 +330,7 @@ def checkpoint_preconditioner(
     folder: Path,
     train: Callable[[], Sequence[Mapping[str, Any]]],
     *,
-    parameters: str,
+    parameters: ParameterSelection,
     damping: float = DAMPING,
     batch_tokens: int,
     keep_in: Path,
@@ -362,7 +362,7 @@ def checkpoint_preconditioner(
     """
     if kind == "adam":
         return adam_preconditioner(model, folder, parameters, include_frozen=include_frozen)
-    identity = {**identity, "parameters": parameters, "damping": damping}
+    identity = {**identity, "parameters": selection_record(parameters), "damping": damping}
     if loss is not None and loss.identity is not None:
         identity["loss"] = loss.identity
     saved = Preconditioner.load(keep_in, "ekfac", identity)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from tracmod.choices import positive_number
+from tracmod.choices import ParameterSelection, positive_number
 from tracmod.files.durable import sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 from tracmod.gradients.capture import Captured, Layer, select_layers, warn_of_frozen
@@ -245,7 +245,7 @@ def _without_padding(tokens_BSD: Tensor, lengths: Tensor | None, chosen: slice) 
 def adam_preconditioner(
     model: PreTrainedModel,
     second_moment: Mapping[str, Tensor] | str | Path,
-    parameters: str = "encoder",
+    parameters: ParameterSelection = "encoder",
     eps: float = ADAM_EPS,
     *,
     include_frozen: bool = False,

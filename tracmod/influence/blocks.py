@@ -33,6 +33,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from tracmod.choices import ParameterSelection
 from tracmod.gradients.capture import (
     Captured,
     Layer,
@@ -95,7 +96,7 @@ def block_influence(
     model: PreTrainedModel,
     train: Mapping[str, Examples],
     test: Mapping[str, Examples],
-    parameters: str = "encoder",
+    parameters: ParameterSelection = "encoder",
     head_mask: HeadMask | None = None,
     normalize: str | None = None,
     batch_tokens: int = BATCH_TOKENS,
@@ -119,7 +120,7 @@ def block_influence(
         train: language -> its training examples, dicts with `input_ids`, `labels` and optionally
             `attention_mask`.
         test: language -> its test examples, likewise.
-        parameters: "encoder", "all", "attention" or "classifier", as in `collect_features`.
+        parameters: as in `collect_features`.
         head_mask: heads to leave out of the forward pass; their blocks are exactly 0.
         normalize: None for inner products or "cosine".
         batch_tokens: bound on the number of examples times the longest length of a batch.

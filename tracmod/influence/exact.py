@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from tracmod import kernels
+from tracmod.choices import ParameterSelection
 from tracmod.features.rows import extreme_exponents
 from tracmod.gradients.capture import (
     Captured,
@@ -73,7 +74,7 @@ def exact_influence(
     model: PreTrainedModel,
     train: Iterable[Mapping[str, Any]],
     query: Iterable[Mapping[str, Any]],
-    parameters: str = "encoder",
+    parameters: ParameterSelection = "encoder",
     head_mask: HeadMask | None = None,
     normalize: str | None = None,
     batch_tokens: int = 4096,
@@ -96,7 +97,7 @@ def exact_influence(
         train: N examples, a `datasets.Dataset` or a sequence of dicts with `input_ids`,
             `attention_mask` and `labels`.
         query: Q examples, likewise.
-        parameters: "encoder", "all", "attention" or "classifier", as in `collect_features`.
+        parameters: as in `collect_features`.
         head_mask: heads to leave out of the forward pass; None for none.
         normalize: None for inner products or "cosine". A zero gradient has cosine 0 with
             everything.

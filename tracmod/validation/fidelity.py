@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
+from tracmod.choices import ParameterSelection
 from tracmod.features.rows import Features, as_rows
 from tracmod.files.durable import canonical_json, sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
@@ -120,7 +121,7 @@ def exact_sample_scores(
     queries: Sequence[Mapping[str, Any]],
     trains: Sequence[Mapping[str, Any]],
     *,
-    parameters: str,
+    parameters: ParameterSelection,
     head_mask: HeadMask | None,
     normalize: str | None,
     dtype: str,

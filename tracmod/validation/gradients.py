@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tracmod import kernels
-from tracmod.choices import StatedLossKind
+from tracmod.choices import ParameterSelection, StatedLossKind
 from tracmod.gradients.capture import (
     Captured,
     ModelPass,
@@ -114,7 +114,7 @@ class ModelCheck:
 def check_model(
     source: str,
     data: Path,
-    parameters: str = "all",
+    parameters: ParameterSelection = "all",
     head_mask: Path | None = None,
     num_examples: int = 8,
     max_length: int = 128,
@@ -160,7 +160,7 @@ def check_model(
 def check_gradients(
     model: PreTrainedModel,
     examples: Sequence[Mapping[str, Any]],
-    parameters: str = "all",
+    parameters: ParameterSelection = "all",
     head_mask: HeadMask | None = None,
     include_frozen: bool = False,
     *,
@@ -271,7 +271,7 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 def engine_gradients(
     model: PreTrainedModel,
     examples: Sequence[Mapping[str, Any]],
-    parameters: str = "all",
+    parameters: ParameterSelection = "all",
     model_pass: ModelPass | None = None,
     logits: dict[int, Tensor] | None = None,
     include_frozen: bool = False,

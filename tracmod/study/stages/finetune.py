@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from tracmod.config import FinetuneConfig
+from tracmod.gradients.capture import select_layers
 from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_training import initial_model, training_settings
@@ -38,6 +39,8 @@ def fine_tune_model(
         masks: The subnetwork through which each language is trained; None to train all heads.
     """
     model, tokenizer = initial_model(context)
+    # Patterns that match nothing are refused now, not after the training.
+    select_layers(model, context.config.collect.parameters)
     train, test = context.table("train"), context.table("test")
     test_examples = context.encode(tokenizer, test, model)
     test_languages = test.column("language").to_pylist()

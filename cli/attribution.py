@@ -12,6 +12,7 @@ from tracmod.attribution.options import AttributionOptions
 from tracmod.choices import IndexKind, Normalization
 from tracmod.cli.options import (
     COLUMNS,
+    ENGINE_OPTIONS,
     EXISTING,
     FOLDER,
     JSON,
@@ -26,6 +27,7 @@ from tracmod.cli.options import (
     Weights,
     WholeNumber,
     choice,
+    engine_of,
     field_option,
     merged_columns,
     options_of,
@@ -86,12 +88,17 @@ _MODEL_AND_CHECKPOINTS = [
         },
     )
 )
+@with_options(ENGINE_OPTIONS)
 @QUIET
 def attribute(
     model: str | None,
     folder: Path | None,
     checkpoints: tuple[Path, ...],
     normalize: str,
+    engine: str,
+    address: str | None,
+    workers: int | None,
+    worker_cpus: int,
     **options: Any,
 ) -> None:
     """Attribute predictions of your own classifier to training examples.
@@ -107,6 +114,9 @@ def attribute(
     fidelity.json (agreement with exact scores on a sample), run.json and features/; with --exact,
     the scores of each checkpoint in exact/ instead of features. A positive score means that the
     training example lowered the loss of the query.
+
+    With --workers or --engine ray, several processes or machines collect and score; --out must then
+    be on a file system that all of them share. The results are the same bit for bit.
 
     Run the same command again to resume. If examples were added at the end of a file, only they are
     processed.
@@ -128,18 +138,20 @@ def attribute(
           --columns text_a=premise,text_b=hypothesis,label=gold_label --language en
       tracmod attribute --model my-model --checkpoint my-model/checkpoint-500 \\
           --checkpoint my-model/checkpoint-1000 --train train.tsv --query test.tsv --out influence
+      tracmod attribute --checkpoints my-training --train train.tsv --query test.tsv \\
+          --out influence --workers 4
     """
     from tracmod.attribution.attribute import attribute, given_checkpoints
 
     model, checkpoint_paths = given_checkpoints(model, checkpoints, folder)
-    attribute(
-        AttributionOptions(
-            model,
-            checkpoints=checkpoint_paths,
-            normalize=None if normalize == "none" else normalize,
-            **options,
-        )
+    checked = AttributionOptions(
+        model,
+        checkpoints=checkpoint_paths,
+        normalize=None if normalize == "none" else normalize,
+        **options,
     )
+    with engine_of(checked.device, engine, address, workers, worker_cpus) as opened:
+        attribute(checked, opened)
     click.echo(f"written: {options['out']}/top.parquet, languages.parquet, run.json")
 
 

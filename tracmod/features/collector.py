@@ -49,6 +49,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Shards per task when several workers share a store, at most, and fewer where a worker would
+# otherwise have fewer tasks than this.
+SHARDS_PER_TASK, TASKS_PER_WORKER = 4, 4
+
+
 @dataclass
 class Collector:
     """Collects features of one model with fixed layers, slots, mask and precision.
@@ -355,6 +360,22 @@ def collect_to_store(
             written = writer.submit(_write_shard, store, shard, *_to_host(features))
         if written is not None:
             written.result()
+
+
+def divide_shards(missing: Sequence[int], workers: int) -> list[tuple[int, ...]]:
+    """Divide shards of a store that are to be computed into tasks for several workers.
+
+    A single worker is given all of them, because every task begins with a verification of the pass.
+
+    Args:
+        missing: The numbers of the shards.
+        workers: The number of workers.
+    """
+    size = len(missing)
+    if workers > 1:
+        size = min(SHARDS_PER_TASK, size // (TASKS_PER_WORKER * workers))
+    size = max(1, size)
+    return [tuple(missing[first : first + size]) for first in range(0, len(missing), size)]
 
 
 def _to_host(features: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -262,7 +262,9 @@ def _accumulate(sums: dict[Any, Tensor], key: Any, tokens_BSD: Tensor) -> None:
 def _eigenvectors(covariance_DD: Tensor) -> Tensor:
     if not bool(covariance_DD.isfinite().all()):
         raise ValueError("fit_ekfac: expected finite inputs and gradients, got NaN or infinity")
-    return torch.linalg.eigh(covariance_DD).eigenvectors.float()
+    # LAPACK returns them in the order of columns, and products with them would round otherwise than
+    # those with the same matrix from a file, which is in the order of rows.
+    return torch.linalg.eigh(covariance_DD).eigenvectors.float().contiguous()
 
 
 class _Curvature:

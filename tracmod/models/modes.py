@@ -221,6 +221,17 @@ def resolve_device(text: str | None) -> str:
     return text
 
 
+def device_of_worker(device: str, number: int) -> str:
+    """Return the device of a worker: of several GPUs of a machine, each worker has its own.
+
+    Args:
+        device: the device that was chosen for the work.
+        number: number of the worker, from 0.
+    """
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    return f"cuda:{number % gpus}" if gpus else device
+
+
 def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
     """Move a model in place and return it.
 

@@ -106,7 +106,7 @@ def test_the_packages_and_the_tests_have_the_same_folders():
 
 
 def test_attribution_of_any_model_knows_no_study():
-    for name in ("attribute", "context", "fidelity", "options"):
+    for name in ("attribute", "context", "fidelity", "options", "tasks"):
         modules = imported(ROOT / "tracmod" / "attribution" / f"{name}.py")
         assert not [module for module in modules if module.startswith("tracmod.study")]
 

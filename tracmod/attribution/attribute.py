@@ -215,7 +215,7 @@ def _saying_notes_first(
 
     def advance_and_say(count: int) -> None:
         nonlocal is_first
-        if is_first:
+        if is_first and count:  # 0 when a worker is ready, which may yet refuse its task
             is_first = False
             context.say_notes()
         advance(count)

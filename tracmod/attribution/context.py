@@ -126,7 +126,8 @@ class AttributionContext:
     def __getstate__(self) -> dict[str, Any]:
         """Return what a worker is sent; paths are absolute, since it may run elsewhere."""
         options = self.options
-        files = {name: getattr(options, name).absolute() for name in ("train", "query", "out")}
+        names = ("train", "query", "out")
+        files = {name: Path(getattr(options, name)).absolute() for name in names}
         checkpoints = [
             replace(one, path=one.path.absolute() if one.path.exists() else one.path)
             for one in self.checkpoints

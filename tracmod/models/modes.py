@@ -229,7 +229,7 @@ def device_of_worker(device: str, number: int) -> str:
         number: number of the worker, from 0.
     """
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    return f"cuda:{number % gpus}" if gpus else device
+    return f"cuda:{number % gpus}" if gpus > 1 else device
 
 
 def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:

@@ -226,19 +226,31 @@ def index_section(result: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def engine_section(result: dict[str, Any]) -> list[str]:
+def engine_table(result: dict[str, Any]) -> list[str]:
     efficiency = result["efficiency"]
     rows = [
         [name, seconds, f"{efficiency[name]:.0%}" if name in efficiency else None]
         for name, seconds in result["seconds"].items()
     ]
-    return [
+    return table(["Engine", "Seconds", "Parallel efficiency with two workers"], rows)
+
+
+def engine_section(result: dict[str, Any]) -> list[str]:
+    lines = [
         f"{result['shards']:,} shards of 256 examples, {result['train']:,} training examples per "
         f"language, one thread per worker: {environment_text(result)} Time of Ray with one worker, "
         f"relative to the local engine: {result['ray_adds']:+.1%}.",
         "",
-        *table(["Engine", "Seconds", "Parallel efficiency with two workers"], rows),
+        *engine_table(result),
     ]
+    if "attribution" in result:
+        lines += [
+            "",
+            "A whole `tracmod attribute` of the same examples and two checkpoints:",
+            "",
+            *engine_table(result["attribution"]),
+        ]
+    return lines
 
 
 def waiting_section(result: dict[str, Any]) -> list[str]:

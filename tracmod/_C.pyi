@@ -73,7 +73,6 @@ def top_k_dot(
     trains: collections.abc.Sequence[typing_extensions.CapsuleType],
     weights: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex],
     cosine: bool,
-    k: typing.SupportsInt | typing.SupportsIndex,
     index_offset: typing.SupportsInt | typing.SupportsIndex,
     groups: typing_extensions.CapsuleType | None,
     scores: typing_extensions.CapsuleType,

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from tracmod.gradients.preconditioner import Preconditioner, adam_preconditioner
     from tracmod.influence.blocks import block_influence
     from tracmod.influence.exact import exact_influence
-    from tracmod.influence.scores import influence_scores, self_influence, top_influences
+    from tracmod.influence.scores import (
+        influence_scores,
+        self_influence,
+        top_influences,
+        top_of_scores,
+    )
     from tracmod.models.adapters import adapted_model
     from tracmod.models.loss import ExampleLoss
     from tracmod.study.run_metagradient import metagradient
@@ -51,6 +56,7 @@ __all__ = [
     "save_pruned",
     "self_influence",
     "top_influences",
+    "top_of_scores",
 ]
 
 _MODULE_OF = {
@@ -74,6 +80,7 @@ _MODULE_OF = {
     "save_pruned": "tracmod.subnetworks.pruned_model",
     "self_influence": "tracmod.influence.scores",
     "top_influences": "tracmod.influence.scores",
+    "top_of_scores": "tracmod.influence.scores",
 }
 
 

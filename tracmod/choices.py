@@ -7,13 +7,17 @@ of them has to import torch or pydantic for it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 # Training and features.
 Sampling = Literal["proportional", "uniform"]
 SharedParameters = Literal["trained", "classifier", "frozen"]
 ParameterSet = Literal["encoder", "all", "attention", "classifier"]
+# A set, patterns of names, or a function of the full name of a parameter. See
+# `tracmod.gradients.selection`.
+ParameterSelection = str | Sequence[str] | Callable[[str], bool]
 ProjectionKind = Literal["rademacher", "sjlt"]
 ProjectionLayers = Literal["accumulate", "concatenate"]
 MetricKind = Literal["none", "adam", "ekfac"]
@@ -119,3 +123,33 @@ def instance(name: str, value: Any, kind: type, *, optional: bool = False) -> No
         raise ValueError(
             f"{name}: expected {kind.__name__}{' or None' if optional else ''}, got {value!r}"
         )
+
+
+def check_selection(name: str, value: Any) -> None:
+    """Check an argument that selects parameters, as far as this needs no model.
+
+    Args:
+        name: the name of the argument.
+        value: its value; see `ParameterSelection`.
+
+    Raises:
+        ValueError: it is neither a set of parameters, nor patterns of names, nor a function.
+    """
+    if callable(value) or (isinstance(value, str) and value in get_args(ParameterSet)):
+        return
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if not is_list or not value or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(
+            f"{name}: expected one of {', '.join(get_args(ParameterSet))}, or a list of patterns "
+            f"of names, got {value!r}"
+        )
+
+
+def selection_record(selection: ParameterSelection) -> str | list[str]:
+    """Return a selection of parameters as identities and records have it.
+
+    The order of patterns does not matter, so they are sorted. A function has no record; where
+    something is saved, the names that it chooses stand for it.
+    """
+    assert not callable(selection)
+    return selection if isinstance(selection, str) else sorted(set(selection))

@@ -209,7 +209,7 @@ def test_rows_are_scored_on_the_device_of_the_folder(made, monkeypatch):
     attributor = tm.Attributor(made / "out")
     attributor.train_stores  # noqa: B018 (opened while models are on the CPU)
     attributor.source.device = "meta"
-    attributor._rank([torch.ones(1, 96)] * 2, 3, torch.arange(300))
+    attributor._rank([torch.ones(1, 96)] * 2, 3, torch.arange(300), opponents=True)
     assert devices == {"meta"}
 
 
@@ -291,9 +291,14 @@ def test_an_attribution_is_indexed_and_queried_by_commands(copy):
     assert re.search(r"recall@100\b.*\b30\b.*: [01]\.\d", lines[2])
     assert re.search(r": \d of 7$", lines[3])
     assert re.search(r"seconds.*: .*\d", lines[4])
+    some = ask(out, "--language", "de", "--language", "es", "-k", 3, "--no-opponents")
+    assert some == {**exact, "opponents": []}
     indexed = ask(out, "--language", "de", "--language", "es", "-k", 3)
     assert (exact["index"], indexed["index"]) == (None, "ivf")
     assert exact["languages"] == indexed["languages"] == ["de", "es"]
+    some = ask(out, "--language", "de", "--language", "es", "-k", 3, "--no-opponents")
+    assert some == {**indexed, "opponents": []}
+    assert "opponents" not in invoke("query", out, TEXT, "--no-opponents")
     text = invoke("query", out, TEXT, "--language", "de")
     assert re.search(r"\bivf\b", text)
     assert "   de " in text

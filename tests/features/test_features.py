@@ -9,7 +9,7 @@ import torch
 from encoders import ragged_examples, tiny_encoder
 
 import tracmod as tm
-from tracmod.features.collector import Collector, collect_to_store
+from tracmod.features.collector import SHARDS_PER_TASK, Collector, collect_to_store, divide_shards
 from tracmod.features.projection import projection_keys
 from tracmod.features.recipe import FeatureRecipe
 from tracmod.gradients.capture import select_layers
@@ -410,3 +410,14 @@ def test_several_draws_narrow_the_spread_of_pooled_layers(monkeypatch):
         return (torch.stack(squares) / exact - 1).square().mean().sqrt()
 
     assert spread(16) < 0.6 * spread(1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 98, 1000])
+def test_shards_are_divided_among_workers(count):
+    missing = list(range(3, 3 + count))
+    assert divide_shards(missing, 1) == ([tuple(missing)] if count else [])
+    for workers in (2, 7):
+        tasks = divide_shards(missing, workers)
+        assert [shard for task in tasks for shard in task] == missing
+        assert all(1 <= len(task) <= SHARDS_PER_TASK for task in tasks)
+        assert len(tasks) >= min(count, 4 * workers)

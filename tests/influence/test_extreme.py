@@ -77,6 +77,7 @@ def test_inner_products_that_float32_cannot_represent_are_refused(scale, tmp_pat
     for run in (
         lambda: tm.influence_scores(query_QK, train_NK),
         lambda: tm.top_influences(query_QK, train_NK, 5),
+        lambda: tm.top_influences(query_QK, train_NK, 5, opponents=False),
         lambda: tm.top_influences(*stores(tmp_path, query_QK, train_NK), 5),
     ):
         with pytest.raises(ValueError, match=r"query_features: row 1: .*float32"):

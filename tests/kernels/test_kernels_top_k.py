@@ -146,6 +146,32 @@ def test_queries_do_not_depend_on_each_other_or_on_threads(
     assert_same(kernels.top_k_dot(q, n, k=9), whole)
 
 
+@pytest.mark.parametrize("opponents_k", [1, 7, 30])
+def test_the_ranking_of_opponents_has_a_length_of_its_own(
+    opponents_k: int, device: torch.device
+) -> None:
+    q, n = on(make_rows(2, 11, 65, 0), device), on(make_rows(2, 2100, 65, 1), device)
+    longest = kernels.top_k_dot(q, n, k=30)
+    state = None
+    for start in range(0, 2100, 700):
+        block = [rows[start : start + 700] for rows in n]
+        state = kernels.top_k_dot(
+            q, block, k=9, state=state, index_offset=start, opponents_k=opponents_k
+        )
+    assert state is not None
+    expected = longest._replace(
+        scores=longest.scores[:, :9],
+        indices=longest.indices[:, :9],
+        opponent_scores=longest.opponent_scores[:, :opponents_k],
+        opponent_indices=longest.opponent_indices[:, :opponents_k],
+    )
+    assert_same(state, expected)
+    with pytest.raises(ValueError, match=rf"opponent_scores.*\(11, 9\), got \(11, {opponents_k}\)"):
+        kernels.top_k_dot(q, n, k=9, state=state)
+    with pytest.raises(ValueError, match=r"opponents_k.*0"):
+        kernels.top_k_dot(q, n, k=9, opponents_k=0)
+
+
 def test_ties_go_to_the_lower_index(device: torch.device) -> None:
     values = torch.tensor([0.0, 1.0, -0.0, 1.0, -1.0, 0.0, -1.0, 1.0])
     queries = torch.ones(1, 1)

@@ -21,13 +21,13 @@ from tracmod.choices import (
     MetricKind,
     ModelName,
     Normalization,
-    ParameterSet,
     PassDtype,
     ProjectionKind,
     ProjectionLayers,
     Sampling,
     SharedParameters,
     StoreDtype,
+    check_selection,
 )
 from tracmod.config.section import Section, repeated
 from tracmod.config.task import TaskConfig
@@ -190,10 +190,11 @@ class CollectConfig(Section):
         description="Also use the full model before its fine-tuning, as epoch 0. This control is "
         "shown in the course over the epochs; its weight in all scores is 0.",
     )
-    parameters: ParameterSet = Field(
+    parameters: str | list[str] = Field(
         "encoder",
-        description="Parameters whose gradients are used: all but the embeddings, all, those of "
-        "the attention heads, or those of the classifier.",
+        description="Parameters whose gradients are used. encoder: all but the embeddings; all; "
+        "attention: those of the attention heads; classifier; or a list of patterns of the names "
+        "of parameters or modules.",
     )
     projection_dim: int = Field(4096, ge=1, description="Numbers per feature row.")
     projection_kind: ProjectionKind = Field(
@@ -521,6 +522,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_trained(self) -> RunConfig:
+        check_selection("collect.parameters", self.collect.parameters)
         if self.collect.parameters == "classifier" and self.sparse.shared == "frozen":
             raise ValueError(
                 "collect.parameters: expected some that sparse_finetune.shared frozen trains, got "

@@ -23,21 +23,20 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tracmod.choices import ParameterSet, switch
+from tracmod.choices import ParameterSelection, check_selection, switch
 from tracmod.gradients.lean_pass import Columns, LeanColumns
+from tracmod.gradients.selection import matching_names
 from tracmod.kernels import LayerKind
 from tracmod.models.architecture import attention_layers, embeddings_module
 from tracmod.models.loss import ExampleLoss, loss_of_batch
 from tracmod.models.modes import ModelState, trained_names
 from tracmod.models.plain_pass import Batch, batches, model_logits
-
-PARAMETER_SETS = get_args(ParameterSet)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +147,7 @@ class Captured:
 
 
 def select_layers(
-    model: nn.Module, parameters: str = "encoder", include_frozen: bool = False
+    model: nn.Module, parameters: ParameterSelection = "encoder", include_frozen: bool = False
 ) -> list[Layer]:
     """Return the layers with the selected parameters, in the order of the model.
 
@@ -161,22 +160,21 @@ def select_layers(
         parameters: `encoder` (all parameters outside the embeddings module), `all`, `attention`
             (what belongs to heads: query, key and value with biases, and the weight of the
             attention output projection, whose bias belongs to no head) or `classifier` (outside
-            the base model).
+            the base model); or patterns of names, or a function of a name (`matching_names`).
         include_frozen: Whether parameters with `requires_grad=False` are selected, too.
 
     Raises:
-        ValueError: The selection is unknown, or a selected parameter is not part of a Linear,
-            LayerNorm or Embedding module (it would be left out silently), or of two of them.
+        ValueError: The selection is unknown or matches nothing, or a selected parameter is not part
+            of a Linear, LayerNorm or Embedding module (it would be left out silently), or of two of
+            them.
     """
-    if parameters not in PARAMETER_SETS:
-        expected = ", ".join(PARAMETER_SETS)
-        raise ValueError(f"parameters: expected one of {expected}, got {parameters!r}")
+    check_selection("parameters", parameters)
     selected = _selected_names(model, parameters)
     if not switch("include_frozen", include_frozen):
         frozen = set(frozen_names(model, parameters))
         if frozen and frozen >= selected:
             raise ValueError(
-                f"parameters {parameters!r}: expected some that training moves, all "
+                f"parameters {_described(parameters)}: expected some that training moves, all "
                 f"{len(frozen)} are frozen (requires_grad=False); set requires_grad of those that "
                 f"were trained, or include frozen ones (include_frozen=True, --include-frozen)"
             )
@@ -197,7 +195,7 @@ def select_layers(
     return layers
 
 
-def frozen_names(model: nn.Module, parameters: str = "encoder") -> list[str]:
+def frozen_names(model: nn.Module, parameters: ParameterSelection = "encoder") -> list[str]:
     """Return the selected parameters with `requires_grad=False`, in the order of the model."""
     selected, trained = _selected_names(model, parameters), trained_names(model)
     return [
@@ -205,8 +203,9 @@ def frozen_names(model: nn.Module, parameters: str = "encoder") -> list[str]:
     ]
 
 
-def warn_of_frozen(model: nn.Module, parameters: str, include_frozen: bool) -> None:
+def warn_of_frozen(model: nn.Module, parameters: ParameterSelection, include_frozen: bool) -> None:
     """Warn the caller of a public function of the frozen parameters that it leaves out."""
+    check_selection("parameters", parameters)
     names = [] if include_frozen else frozen_names(model, parameters)
     if names:
         warnings.warn(
@@ -271,8 +270,22 @@ def _check_untied(model: nn.Module, selected: set[str]) -> None:
                 )
 
 
-def _selected_names(model: nn.Module, parameters: str) -> set[str]:
+def _described(parameters: ParameterSelection) -> str:
+    if callable(parameters):
+        return "chosen by a function"
+    return repr(parameters) if isinstance(parameters, str) else ", ".join(map(repr, parameters))
+
+
+def chosen_names(model: nn.Module, parameters: ParameterSelection) -> list[str]:
+    """Return the full names of the selected parameters, in the order of the model."""
+    selected = _selected_names(model, parameters)
+    return [name for name, _ in model.named_parameters() if name in selected]
+
+
+def _selected_names(model: nn.Module, parameters: ParameterSelection) -> set[str]:
     """Return the full names of the selected parameters."""
+    if not isinstance(parameters, str):
+        return matching_names([name for name, _ in model.named_parameters()], parameters)
     names = {name for name, _ in model.named_parameters()}
     prefix = {module: name for name, module in model.named_modules()}
     if parameters == "all":

@@ -25,17 +25,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from tracmod import kernels
 from tracmod.models.architecture import AttentionLayer, attention_layers
 from tracmod.models.probe import logits_agree, probe_inputs, probe_logits
 from tracmod.subnetworks.head_mask import HeadMask, kept_columns, matching_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Columns(NamedTuple):

@@ -24,17 +24,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from tracmod.choices import instance, positive_number
+from tracmod.choices import ParameterSelection, instance, positive_number
 from tracmod.files.durable import sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 from tracmod.gradients.capture import Captured, Layer, select_layers, warn_of_frozen
 from tracmod.models.checkpoints import load_second_moment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAM_EPS = 1e-8  # the default of torch.optim.AdamW and of transformers' Trainer
 CHUNK_BYTES = 32 << 20  # gradients of a layer that are formed at a time, at most
@@ -243,7 +245,7 @@ def _without_padding(tokens_BSD: Tensor, lengths: Tensor | None, chosen: slice) 
 def adam_preconditioner(
     model: PreTrainedModel,
     second_moment: Mapping[str, Tensor] | str | Path,
-    parameters: str = "encoder",
+    parameters: ParameterSelection = "encoder",
     eps: float = ADAM_EPS,
     *,
     include_frozen: bool = False,

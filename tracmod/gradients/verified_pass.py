@@ -27,11 +27,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tracmod.gradients.capture import (
     Captured,
@@ -45,6 +44,9 @@ from tracmod.models.inputs import collate, example_length, pad_token_id
 from tracmod.models.modes import ModelState
 from tracmod.models.plain_pass import given_batch, logits_agree, model_logits, probe_rows
 from tracmod.subnetworks.head_mask import HeadMask, masked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Parameters of at most so many numbers are compared for a whole batch.
 SMALL = 1 << 16

@@ -53,12 +53,13 @@ class TopInfluences:
     Attributes:
         indices: (Q, k) int64, training examples of the proponents, highest score first.
         scores: (Q, k) float32, their scores.
-        opponent_indices: (Q, k) int64, training examples of the opponents, lowest score first.
-        opponent_scores: (Q, k) float32, their scores.
+        opponent_indices: (Q, k) int64, training examples of the opponents, lowest score first;
+            (Q, 0) if opponents were not asked for.
+        opponent_scores: (Q, k) float32, their scores, or (Q, 0).
         group_names: names of the G groups, sorted; None without groups, like the fields below.
         group_sums: (Q, G) float64, sum of the scores of *all* training examples of each group.
         group_shares: (Q, G) float64, share of each group among the proponents; rows sum to 1.
-        opponent_group_shares: (Q, G) float64, the same among the opponents.
+        opponent_group_shares: (Q, G) float64, the same among the opponents; None without them.
     """
 
     indices: Tensor
@@ -159,6 +160,7 @@ def top_influences(
     advance: Callable[[int], Any] | None = None,
     parts: int = 1,
     part: int | None = None,
+    opponents: bool = True,
 ) -> TopInfluences:
     """Find the strongest proponents and opponents of every query, and sum scores by group.
 
@@ -189,6 +191,8 @@ def top_influences(
         parts: minimum number of blocks of queries, fewer if there are too few queries, so that
             several processes with the same `progress` can share the work.
         part: from 0 to parts - 1: the part of the blocks to search and return; None for all.
+        opponents: False to rank proponents only, in less time and memory. The proponents are the
+            same bit for bit.
 
     Returns:
         Rankings (Q, k) and, with groups, sums and shares (Q, G); see `TopInfluences`.
@@ -224,22 +228,31 @@ def top_influences(
     k = _bounded_k(k, num_train)
     device = _device(queries) if device is None else checked_device(device)
     names, groups_N = _number_groups(groups, num_train, device)
-    search = Search(queries, trains, k, weights, normalize, groups_N, len(names or ()), device)
+    search = Search(
+        queries, trains, k, weights, normalize, groups_N, len(names or ()), device, opponents
+    )
     top = search_rows(search, memory, progress, advance, parts, part)
+    opponents_k = k if opponents else 0
     return _with_shares(
-        top.scores, top.indices, top.opponent_scores, top.opponent_indices, names, groups_N,
-        top.group_sums,
+        top.scores, top.indices, top.opponent_scores[:, :opponents_k],
+        top.opponent_indices[:, :opponents_k], names, groups_N, top.group_sums,
     )  # fmt: skip
 
 
 def top_of_scores(
-    scores_QN: Tensor, k: int = 100, groups: Sequence[Any] | Tensor | None = None
+    scores_QN: Tensor,
+    k: int = 100,
+    groups: Sequence[Any] | Tensor | None = None,
+    *,
+    opponents: bool = True,
 ) -> TopInfluences:
     """Rank scores that have been computed already, such as those of `exact_influence`.
 
+    With `influence_scores`, it gives the dense scores and the rankings from one computation.
+
     Args:
         scores_QN: (Q, N) scores.
-        k, groups: as in `top_influences`.
+        k, groups, opponents: as in `top_influences`.
 
     Returns:
         What `top_influences` would return for these scores, ties included.
@@ -247,12 +260,24 @@ def top_of_scores(
     Raises:
         ValueError: k is below 1, there is no training example, or `groups` does not have N
             entries.
+
+    Examples:
+        >>> import torch
+        >>> import tracmod as tm
+        >>> scores = torch.tensor([[2.0, -1.0, 0.0, 0.5]])
+        >>> top = tm.top_of_scores(scores, k=2, opponents=False)
+        >>> top.indices, top.scores
+        (tensor([[0, 3]]), tensor([[2.0000, 0.5000]]))
+        >>> top.opponent_indices.shape
+        torch.Size([1, 0])
     """
     k = _bounded_k(k, scores_QN.shape[1])
     names, groups_N = _number_groups(groups, scores_QN.shape[1], scores_QN.device)
     # Stable sorts keep equal scores in the order of their indices.
     scores, indices = scores_QN.sort(dim=1, descending=True, stable=True)
-    opponent_scores, opponent_indices = scores_QN.sort(dim=1, stable=True)
+    opponent_scores, opponent_indices = scores_QN[:, :0], indices[:, :0]
+    if opponents:
+        opponent_scores, opponent_indices = scores_QN.sort(dim=1, stable=True)
     sums_QG = None
     if groups_N is not None:
         sums_QG = torch.zeros(len(scores), len(names or ()), dtype=torch.float64).to(scores.device)
@@ -588,7 +613,8 @@ def _with_shares(
     shares = opponent_shares = None
     if names is not None and groups_N is not None:
         shares = _shares(groups_N[indices], len(names))
-        opponent_shares = _shares(groups_N[opponent_indices], len(names))
+        if opponent_indices.shape[1]:
+            opponent_shares = _shares(groups_N[opponent_indices], len(names))
     return TopInfluences(
         indices, scores, opponent_indices, opponent_scores, names, sums_QG, shares, opponent_shares
     )

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from tracmod.files.durable import read_json
 from tracmod.models.adapters import is_adapter_folder, number_of_classes
@@ -228,6 +227,8 @@ def check_checkpoint(path: Path, config: Any) -> None:
                 f"{path}: expected the model's {expected_classes} classes, got {num_classes}"
             )
         return
+    from transformers import AutoConfig
+
     try:
         own = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises anything here, from KeyError to its own

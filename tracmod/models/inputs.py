@@ -9,21 +9,19 @@ import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from tracmod.choices import whole_number
 from tracmod.models.adapters import adapted_model, is_peft_model
 from tracmod.models.architecture import embeddings_module, max_positions
 from tracmod.models.loss import ExampleLoss, loss_of_examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Example = dict[str, Any]  # input_ids, attention_mask, labels and perhaps token_type_ids
 
@@ -335,6 +333,9 @@ def check_classifier(model: PreTrainedModel) -> None:
         ValueError: it is a bare encoder, has the head of another task, is wrapped or compiled, or
             its weights are quantized, not in memory or on several devices.
     """
+    # Whoever has a model has imported this already.
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
     kind = type(model)
     missing = [name for name in ("config", "base_model", "dtype") if not hasattr(model, name)]
     if missing or kind.__module__.partition(".")[0] == "peft":

@@ -1,4 +1,8 @@
-"""Create a classifier, or load one and its tokenizer from a transformers folder or the Hub."""
+"""Create a classifier, or load one and its tokenizer from a transformers folder or the Hub.
+
+transformers is imported by the functions that make or load a model, because it takes seconds:
+importing tracmod, and refusing what can be refused without a model, do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,10 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    XLMRobertaConfig,
-    XLMRobertaForSequenceClassification,
-)
-from transformers.utils import logging
 
 from tracmod.files.durable import read_json
 from tracmod.models.adapters import (
@@ -31,6 +23,9 @@ from tracmod.models.adapters import (
     number_of_classes,
 )
 from tracmod.models.architecture import attention_layers, embeddings_module, max_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = (
@@ -92,6 +87,8 @@ def create_model(
     Raises:
         ValueError: `hidden` is not a multiple of `heads`, or the tokenizer has no padding token.
     """
+    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
     if hidden % heads:
         raise ValueError(f"hidden must be a multiple of heads, got hidden {hidden}, heads {heads}")
     pad_id = _tokenizer_pad_id(tokenizer)
@@ -154,6 +151,8 @@ def load_model(
             + ", ".join(TOKENIZER_FILES)
         )
     model = load_classifier(source, label_names, seed=seed)
+    from transformers import AutoTokenizer
+
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)
@@ -239,6 +238,8 @@ def _load_adapted(folder: Path, label_names: Sequence[str] | None, seed: int) ->
 
 def _is_classifier(name: str, num_classes: int) -> bool:
     """Return whether a model has a classifier of so many classes."""
+    from transformers import AutoConfig
+
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     has_head = any("ForSequenceClassification" in kind for kind in config.architectures or ())
     return has_head and len(config.id2label) == num_classes
@@ -305,6 +306,9 @@ def check_model_source(source: str | Path) -> None:
         return
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"model {name}: no such folder")
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
     # Ask the Hub once: without a network, transformers would go on trying for 20 seconds.
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
@@ -414,6 +418,8 @@ def _load_weights(
     name: str, label_names: Sequence[str] | None, seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load the weights; return the model and what transformers reports of missing weights."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises anything here, from KeyError to its own
@@ -482,6 +488,8 @@ def _tokenizer_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Hide transformers' progress bars, and its report of missing weights, within the context."""
+    from transformers.utils import logging
+
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

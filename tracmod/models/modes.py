@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from operator import eq, is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ModelState:
@@ -25,6 +27,8 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        from transformers import PreTrainedConfig  # whoever has a model has imported it already
+
         owners: dict[int, dict[str, Any]] = {}
         for module in model.modules():
             attributes = vars(module)
@@ -241,6 +245,17 @@ def resolve_device(text: str | None) -> str:
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"device: got {text}, but torch finds {gpus or 'no'} GPUs here")
     return text
+
+
+def device_of_worker(device: str, number: int) -> str:
+    """Return the device of a worker: of several GPUs of a machine, each worker has its own.
+
+    Args:
+        device: the device that was chosen for the work.
+        number: number of the worker, from 0.
+    """
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    return f"cuda:{number % gpus}" if gpus > 1 else device
 
 
 def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.config import FinetuneConfig
 from tracmod.models.loading import create_model, load_model
 from tracmod.models.tokenizer import read_sentencepiece, train_tokenizer
 from tracmod.study.context import RunContext
 from tracmod.training.fine_tune import TrainingSettings, fine_tune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

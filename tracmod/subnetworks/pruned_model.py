@@ -19,18 +19,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from tracmod.models.adapters import check_no_adapters
 from tracmod.models.architecture import AttentionLayer
@@ -44,6 +38,9 @@ from tracmod.subnetworks.head_mask import (
     kept_columns,
     matching_layers,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Not model.safetensors, so that from_pretrained does not read the narrow tensors as a whole model.
 WEIGHTS_FILE = "pruned.safetensors"
@@ -186,6 +183,8 @@ def load_pruned(folder: str | Path) -> PreTrainedModel:
         >>> pruned.bert.encoder.layer[0].attention.self.num_attention_heads
         2
     """
+    from transformers import AutoConfig
+
     folder = Path(folder)
     for name in ("config.json", WEIGHTS_FILE, MASK_FILE):
         if not (folder / name).is_file():
@@ -227,6 +226,8 @@ def _without_heads(model: PreTrainedModel, mask: HeadMask) -> dict[str, Tensor]:
 
 def _narrow_model(config: Any, mask: HeadMask) -> PreTrainedModel:
     """Create a classifier with the shapes that the mask leaves; its weights are still random."""
+    from transformers import AutoModelForSequenceClassification
+
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):

@@ -23,11 +23,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.choices import PassDtype, Sampling, SharedParameters
 from tracmod.files import progress
@@ -41,8 +40,12 @@ from tracmod.subnetworks.importance import head_importance, mask_least_important
 from tracmod.training.folder import TrainingFolder
 from tracmod.training.optimizer import HeadwiseAdamW
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 Masks = Mapping[str, HeadMask]  # by language
-Evaluate = Callable[[PreTrainedModel, Masks | None], Mapping[str, float]]  # accuracy by language
+# Returns the accuracy by language. The model's class is text: it is imported with the model.
+Evaluate = Callable[["PreTrainedModel", Masks | None], Mapping[str, float]]
 
 
 @dataclass(frozen=True)

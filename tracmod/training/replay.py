@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.models.loading import quiet_transformers
 from tracmod.subnetworks.head_mask import HeadMask
@@ -32,6 +31,9 @@ from tracmod.training.fine_tune import (
 )
 from tracmod.training.folder import TrainingFolder
 from tracmod.training.optimizer import HeadwiseAdamW
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # State of a training between two steps: `weight:<name>` of every trained parameter, and the entries
 # of `HeadwiseAdamW.state`.

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from tracmod.choices import ParameterSelection
 from tracmod.features.rows import Features, as_rows
 from tracmod.files.durable import canonical_json, sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
@@ -33,6 +33,9 @@ from tracmod.influence.exact import exact_influence
 from tracmod.influence.scores import TopInfluences, influence_scores, top_of_scores
 from tracmod.models.loss import ExampleLoss
 from tracmod.subnetworks.head_mask import HeadMask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Largest sample, and its largest share of the passes of a run. A certificate costs about twice the
 # passes of its sample.
@@ -119,7 +122,7 @@ def exact_sample_scores(
     queries: Sequence[Mapping[str, Any]],
     trains: Sequence[Mapping[str, Any]],
     *,
-    parameters: str,
+    parameters: ParameterSelection,
     head_mask: HeadMask | None,
     normalize: str | None,
     dtype: str,

@@ -76,6 +76,13 @@ class Projection(Structure):
     ]
 
 
+class Ranking(Structure):
+    _fields_ = [
+        *[(name, c_void_p) for name in ("scores", "indices")],
+        ("k", c_int64),
+    ]
+
+
 class TopK(Structure):
     _fields_ = [
         *[(name, c_int64) for name in ("queries", "trains", "width", "checkpoints")],
@@ -83,11 +90,12 @@ class TopK(Structure):
         ("weights", POINTER(c_double)),
         ("dtype", c_int),
         ("cosine", c_bool),
-        *[(name, c_int64) for name in ("k", "index_offset")],
+        ("index_offset", c_int64),
         ("groups", c_void_p),
         ("num_groups", c_int64),
-        *[(name, c_void_p) for name in ("scores", "indices")],
-        *[(name, c_void_p) for name in ("opponent_scores", "opponent_indices", "group_sums")],
+        ("proponents", Ranking),
+        ("opponents", Ranking),
+        ("group_sums", c_void_p),
     ]
 
 
@@ -307,19 +315,28 @@ def gradient_dot(
 
 
 def top_k_dot(
-    queries: Any, trains: Any, weights: list[float], cosine: bool, k: int, index_offset: int,
+    queries: Any, trains: Any, weights: list[float], cosine: bool, index_offset: int,
     groups: Any, scores: Any, indices: Any, opponent_scores: Any, opponent_indices: Any,
     group_sums: Any, allocate: Any, threads: int, stream: int,
 ) -> None:  # fmt: skip
     queries, trains, count = _tensors(queries), _tensors(trains), len(queries)
     groups, group_sums = _tensors([groups, group_sums])
-    rankings = _tensors([scores, indices, opponent_scores, opponent_indices])
+    scores, indices = _tensors([scores, indices])
+    opponent_scores, opponent_indices = _tensors([opponent_scores, opponent_indices])
+    rankings = [
+        Ranking(_address(scores, "tensor"), _address(indices, "tensor"), scores.shape[1]),
+        Ranking(
+            _address(opponent_scores, "tensor"),
+            _address(opponent_indices, "tensor"),
+            opponent_scores.shape[1],
+        ),
+    ]
     pointers = [(c_void_p * count)(*map(_address, rows)) for rows in (queries, trains)]
     job = TopK(
         len(queries[0]), len(trains[0]), queries[0].shape[1], count, *pointers,
-        (c_double * count)(*weights), _dtype(queries[0]), cosine, k, index_offset, _address(groups),
-        0 if group_sums is None else group_sums.shape[1],
-        *[_address(part, "tensor") for part in [*rankings, group_sums]],
+        (c_double * count)(*weights), _dtype(queries[0]), cosine, index_offset, _address(groups),
+        0 if group_sums is None else group_sums.shape[1], *rankings,
+        _address(group_sums, "tensor"),
     )  # fmt: skip
     if job.queries and job.trains:
         _call("top_k_dot", byref(job))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FORMS, PAD, mixed_examples, small_model
+from families import FAST, FORMS, PAD, mixed_examples, small_model
 from models_page import page
 from tiny_models import SENTENCES
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -30,6 +30,9 @@ from tracmod.training.fine_tune import TrainingSettings, fine_tune
 from tracmod.training.optimizer import HeadwiseAdamW
 
 TOLERANCE = 1e-6
+ALL = [
+    pytest.param(form, marks=[] if form in FAST else pytest.mark.slow, id=form) for form in FORMS
+]
 NO_SDPA = ("deberta-v3", "deberta-v2", "mpnet")
 EMPTY_ROWS = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "modernbert", "modernbert-mean")
 
@@ -60,7 +63,7 @@ def error(actual, train, query):
     return float((actual.double() - truth).abs().max() / truth.abs().max())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_exact_influence_is_that_of_one_example_autograd(form):
     model = small_model(form)
     trains, queries = mixed_examples(32, seed=1), mixed_examples(4, seed=2)
@@ -71,7 +74,7 @@ def test_exact_influence_is_that_of_one_example_autograd(form):
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_padding_of_the_dataset_is_read_as_the_model_reads_it(form, padding):
     model = small_model(form)
     trains, queries = mixed_examples(9, 1, padding), mixed_examples(4, 2, padding)
@@ -80,7 +83,7 @@ def test_padding_of_the_dataset_is_read_as_the_model_reads_it(form, padding):
     assert error(actual, train, query) <= TOLERANCE
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form not in NO_SDPA])
+@pytest.mark.parametrize("form", [form for form in ALL if form.values[0] not in NO_SDPA])
 def test_eager_attention_gives_the_same(form):
     # In float64, eager attention of these families has rows without a key that are NaN: they mask
     # by the smallest float64 and take the softmax in float32.
@@ -92,7 +95,7 @@ def test_eager_attention_gives_the_same(form):
     assert error(actual, truth, truth[:3]) <= (TOLERANCE if dtype is torch.float64 else 1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_features_are_the_projection_of_the_formed_gradients(form):
     """Every layer is projected by the specification in float64, calls and examples apart."""
     model, examples = small_model(form), mixed_examples(5, seed=1)
@@ -168,7 +171,7 @@ def own_logits(model, examples):
         return torch.cat([model_logits(model, given_batch(model, one)) for one in examples])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_a_masked_head_has_no_output_and_no_gradient(form):
     model, examples = small_model(form), mixed_examples(5, seed=1)
     mask = some_mask(model)
@@ -195,7 +198,7 @@ def test_a_masked_head_has_no_output_and_no_gradient(form):
         assert not part.parameter.grad[part.index].any(), part.name
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_every_number_of_a_divided_parameter_belongs_to_one_head(form):
     model = small_model(form)
     owned = {}
@@ -205,7 +208,7 @@ def test_every_number_of_a_divided_parameter_belongs_to_one_head(form):
     assert len(owned) >= 2 * len(attention_layers(model))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_smaller_models_have_the_logits_of_the_masked_model(form, tmp_path):
     model, examples = small_model(form, dtype=torch.float32), mixed_examples(5, seed=1)
     mask = some_mask(model)
@@ -224,7 +227,7 @@ def test_smaller_models_have_the_logits_of_the_masked_model(form, tmp_path):
     torch.testing.assert_close(own_logits(pruned, examples), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_the_last_layer_is_lean_where_the_classifier_reads_one_token(form):
     model = small_model(form)
     examples = mixed_examples(4, seed=1)
@@ -237,7 +240,7 @@ def test_the_last_layer_is_lean_where_the_classifier_reads_one_token(form):
         assert not chosen.alone
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_a_step_with_a_mask_leaves_masked_heads_as_they_are(form):
     model, mask = small_model(form, dtype=torch.float32), None
     mask = some_mask(model)
@@ -262,7 +265,7 @@ def test_a_step_with_a_mask_leaves_masked_heads_as_they_are(form):
     assert all(torch.equal(state[key], value) for key, value in again.state().items())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_a_model_made_from_a_config_trains_and_loads(form, tmp_path):
     tokenizer = train_tokenizer(SENTENCES * 5, 300, 32)
     small_model(form).config.save_pretrained(tmp_path / "shape")

@@ -30,6 +30,8 @@ class Form(NamedTuple):
     pruned: bool = True
 
 
+# Forms that the fast tests cover: each differs from BERT in another way. The others are slow tests.
+FAST = ("deberta-v3", "modernbert", "modernbert-mean", "eurobert", "mpnet", "albert", "qwen3")
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 24,

@@ -509,8 +509,10 @@ def _captured(
 ) -> Captured:
     """Convert a complete group to `Captured`: several layers with one call, or one with several."""
     columns = [lean_columns.get(layer.module, Columns(None, None)) for layer in layers]
-    x, gs, token_counts = _tokens(layers[0], calls[0][0].x, [own[0].g for own in calls], lengths)
-    if len(calls[0]) > 1:
+    if len(calls[0]) == 1:
+        gradients = [own[0].g for own in calls]
+        x, gs, token_counts = _tokens(layers[0], calls[0][0].x, gradients, lengths)
+    else:
         # Calls are further tokens of the same product. Padding is then no longer at the end, so
         # its gradients are set to 0 instead.
         of_calls = [_tokens(layers[0], call.x, [call.g], lengths) for call in calls[0]]

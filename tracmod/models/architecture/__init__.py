@@ -17,6 +17,7 @@ from tracmod.models.architecture.rotary import Decoder, EuroBert, NomicBert
 BERT, DISTILBERT = Family(), DistilBert()
 # Those that their configs name. A model of another type may still be built like BERT or DistilBERT.
 FAMILIES: tuple[Family, ...] = (
+    BERT,
     DISTILBERT,
     Deberta(),
     ModernBert(),
@@ -87,7 +88,7 @@ def max_positions(model: nn.Module) -> float:
 
 def _expected(model: nn.Module) -> str:
     config: Any = getattr(model, "config", None)
-    names = ", ".join(family.name for family in FAMILIES)
+    names = ", ".join(family.name for family in FAMILIES[1:])
     stated = getattr(config, "model_type", "")
     return (
         f"expected a model of the BERT family or one of {names}, got "

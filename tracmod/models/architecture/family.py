@@ -94,7 +94,14 @@ class Family:
     """
 
     name = "BERT"
-    model_types: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = (
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "electra",
+        "xmod",
+    )
     takes_ready_mask = True
 
     def attention(self, module: nn.Module) -> AttentionLayer | None:

@@ -218,7 +218,7 @@ def test_smaller_models_have_the_logits_of_the_masked_model(form, tmp_path):
     zeros = AutoModelForSequenceClassification.from_pretrained(tmp_path / "zeros")
     torch.testing.assert_close(own_logits(zeros.eval(), examples), expected, rtol=1e-5, atol=1e-5)
     if not FORMS[form].pruned:
-        with pytest.raises(ValueError, match=r"share them.*form with zeros"):
+        with pytest.raises(ValueError, match=r"form with zeros"):
             tm.save_pruned(model, mask, tmp_path / "pruned")
         return
     tm.save_pruned(model, mask, tmp_path / "pruned")

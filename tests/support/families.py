@@ -120,7 +120,7 @@ FORMS = {
         "X-MOD with a `default_language`",
         lean=False,
     ),
-    "mpnet": Form("mpnet", {}, "MPNet", "MPNet, paraphrase-multilingual-mpnet"),
+    "mpnet": Form("mpnet", {}, "MPNet", "MPNet, paraphrase-multilingual-mpnet", pruned=False),
     "albert": Form("albert", {"embedding_size": 12}, "ALBERT", "ALBERT", lean=False),
     "llama": Form("llama", GROUPED, "Llama", "Llama 3", lean=False, pruned=False),
     "mistral": Form("mistral", GROUPED, "Mistral", "Mistral", lean=False, pruned=False),

@@ -23,7 +23,7 @@ differ in this:
 - **Lean**: the last layer is computed at the first token alone, because the classifier reads no
   other. Where it is not, passes are the model's own.
 - **Narrow**: masked heads can be taken out of the tensors (`tracmod export --form pruned`,
-  `tracmod.save_pruned`).
+  `tracmod.save_pruned`). Not where heads share keys and values, or a table of positions (MPNet).
 
 | Form | Models | `model_type` | Heads | Lean | Narrow |
 |---|---|---|---|---|---|

@@ -469,9 +469,10 @@ def wrong_mask(monkeypatch):
 
 def wrong_lean(monkeypatch):
     import tracmod.gradients.lean_pass as lean_pass
+    from tracmod.models.architecture import family
 
-    right = lean_pass._attend
-    monkeypatch.setattr(lean_pass, "_attend", lambda *args: right(*args) * 1.01)
+    right = family.attend_from_first
+    monkeypatch.setattr(family, "attend_from_first", lambda *args: right(*args) * 1.01)
     monkeypatch.setattr(lean_pass, "_reads_first_alone", lambda *args: True)
 
 

@@ -38,8 +38,9 @@ class ModelConfig(Section):
 
     name: str | None = Field(
         None,
-        description="Hub name or folder of a pretrained model. Default: a new model of the shape "
-        "below.",
+        description="Hub name or folder of a pretrained model; or a folder with a config.json "
+        "alone, for a new model of any supported family and shape. Default: a new XLM-R of the "
+        "shape below.",
     )
     layers: int = Field(4, ge=1, description="Number of layers of a new model.")
     hidden: int = Field(

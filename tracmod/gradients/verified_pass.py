@@ -40,6 +40,7 @@ from tracmod.gradients.capture import (
     capture_loss,
 )
 from tracmod.gradients.lean_pass import lean
+from tracmod.models.architecture import family_of
 from tracmod.models.inputs import collate, example_length, pad_token_id
 from tracmod.models.modes import ModelState
 from tracmod.models.plain_pass import given_batch, logits_agree, model_logits, probe_rows
@@ -109,7 +110,7 @@ def _chosen_pass(
 
     def fast(attempt: ExitStack) -> ModelPass:
         columns = attempt.enter_context(lean(model, head_mask, dtype))
-        ready = model.config._attn_implementation == "sdpa"
+        ready = model.config._attn_implementation == "sdpa" and family_of(model).takes_ready_mask
         return ModelPass(columns, ready_mask=ready, state=ModelState(model))
 
     def plain(attempt: ExitStack, alone: bool = False) -> ModelPass:
@@ -140,7 +141,7 @@ def _chosen_pass(
                 if isinstance(error, ValueError):
                     raise
                 raise ValueError(
-                    f"{type(model).__name__}: expected an encoder of the BERT family, but its "
+                    f"{type(model).__name__}: expected a model of a supported family, but its "
                     f"gradients cannot be captured: {type(error).__name__}: {error}"
                 ) from error
             if different is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tracmod.choices import whole_number
 from tracmod.models.adapters import adapted_model, is_peft_model
-from tracmod.models.architecture import embeddings_module, max_positions
+from tracmod.models.architecture import embeddings_module, max_positions, word_embeddings
 from tracmod.models.loss import ExampleLoss, loss_of_examples
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ def check_examples(
     check_classifier(model)
     loss = loss_of_examples(model.config, examples, loss)
     embeddings: Any = embeddings_module(model)
-    table_sizes = {"input_ids": embeddings.word_embeddings.num_embeddings}
+    table_sizes = {"input_ids": word_embeddings(model).num_embeddings}
     if getattr(embeddings, "token_type_embeddings", None) is not None:
         table_sizes["token_type_ids"] = embeddings.token_type_embeddings.num_embeddings
     longest, num_labels = max_positions(model), int(model.config.num_labels or 0)

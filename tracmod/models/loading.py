@@ -22,7 +22,12 @@ from tracmod.models.adapters import (
     load_adapter,
     number_of_classes,
 )
-from tracmod.models.architecture import attention_layers, embeddings_module, max_positions
+from tracmod.models.architecture import (
+    attention_layers,
+    embeddings_module,
+    max_positions,
+    word_embeddings,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,9 +47,12 @@ TOKENIZER_FILES = (
 LEFTOVERS = re.compile(
     r"(.*\.)?position_ids|(.*\.)?pooler\.dense\.(weight|bias)"
     r"|(lm_head|generator_lm_head|sop_classifier|cls\.(predictions|seq_relationship)"
-    r"|vocab_(transform|layer_norm|projector)|(lm_|mask_|generator_|discriminator_)?predictions"
+    r"|decoder(?=\.(weight|bias)$)|vocab_(transform|layer_norm|projector)|(lm_|mask_|generator_|discriminator_)?predictions"
     r")\..*"
 )
+
+# Special tokens whose ids configs state.
+SPECIAL = ("bos", "eos", "cls", "sep", "mask")
 
 # Files of an adapter, whose base model alone would be loaded.
 ADAPTER_FILES = (
@@ -115,6 +123,58 @@ def create_model(
     return model.float().eval()
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder has weights of any kind, so that it is a trained model's."""
+    files = (path.name for path in folder.iterdir())
+    return any(
+        re.search(r"\.(safetensors|bin|pt|pth|h5|msgpack)(\.index\.json)?$", f) for f in files
+    )
+
+
+def create_from_config(
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    label_names: Sequence[str],
+    *,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Create a classifier of any supported family with random weights that depend on `seed` alone.
+
+    Args:
+        folder: folder with the config.json that states family and shape. The size of the
+            vocabulary and the special ids are those of the tokenizer.
+        tokenizer: its `model_max_length` is set to the `max_tokens` of both.
+        label_names: names of the classes, in the order of the labels 0, 1, ...
+        seed: seed of the weights. The global random generator is not moved.
+
+    Returns:
+        The model in float32 and evaluation mode.
+
+    Raises:
+        ValueError: the config cannot be read, or is of no family that is supported.
+    """
+    pad_id = _tokenizer_pad_id(tokenizer)
+    config = _read_config(str(folder))
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+    stated = {name: token_id for name, token_id in special.items() if hasattr(config, name)}
+    settings = {"vocab_size": len(tokenizer), **stated, "pad_token_id": pad_id}
+    for key, value in {**settings, **_label_config(label_names)}.items():
+        setattr(config, key, value)
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
+            torch.manual_seed(seed)
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(
+            f"model {folder}: not a sequence classifier of transformers: {first_line_of(error)}"
+        ) from None
+    attention_layers(model)
+    tokenizer.model_max_length = max_tokens(model, tokenizer)
+    return model.float().eval()
+
+
 def load_model(
     source: str | Path, label_names: Sequence[str] | None = None, *, seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -151,22 +211,13 @@ def load_model(
             + ", ".join(TOKENIZER_FILES)
         )
     model = load_classifier(source, label_names, seed=seed)
-    from transformers import AutoTokenizer
-
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything here, from KeyError to ImportError
-        message = first_line_of(error)
-        raise ValueError(f"model {name}: cannot load its tokenizer: {message}") from None
-    _tokenizer_pad_id(tokenizer)
-    embeddings: Any = embeddings_module(model)
-    rows = embeddings.word_embeddings.num_embeddings
+    tokenizer = load_tokenizer(tokenizer_name)
+    rows = word_embeddings(model).num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(
             f"model {name}: its tokenizer has {len(tokenizer)} ids, its embeddings only {rows} rows"
         )
-    types: Any = getattr(embeddings, "token_type_embeddings", None)
+    types: Any = getattr(embeddings_module(model), "token_type_embeddings", None)
     given = max(tokenizer("a", "b").get("token_type_ids", [0]))
     if types is not None and given >= types.num_embeddings:
         raise ValueError(
@@ -175,6 +226,25 @@ def load_model(
         )
     tokenizer.model_max_length = max_tokens(model, tokenizer)
     return model, tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the Hub.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no padding token.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything here, from KeyError to ImportError
+        message = first_line_of(error)
+        raise ValueError(f"model {name}: cannot load its tokenizer: {message}") from None
+    _tokenizer_pad_id(tokenizer)
+    return tokenizer
 
 
 def load_classifier(
@@ -418,17 +488,9 @@ def _load_weights(
     name: str, label_names: Sequence[str] | None, seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load the weights; return the model and what transformers reports of missing weights."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything here, from KeyError to its own
-        where = "the folder" if Path(name).is_dir() else "the Hub"
-        raise ValueError(
-            f"model {name}: its config cannot be loaded from {where}: {first_line_of(error)}"
-        ) from None
-    if (fault := _config_fault(config)) is not None:
-        raise ValueError(f"model {name}: {fault}")
+    config = _read_config(name)
     try:
         own_names = config_class_names(config)
         if label_names is not None:
@@ -467,6 +529,22 @@ def _load_weights(
     if not unnamed and [own.lower() for own in own_names] != [name.lower() for name in expected]:
         raise ValueError(f"model {name}: expected the classes {expected}, it has {own_names}")
     return model, loading_info
+
+
+def _read_config(name: str) -> Any:
+    """Read the config of a folder or the Hub, after checking it."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything here, from KeyError to its own
+        where = "the folder" if Path(name).is_dir() else "the Hub"
+        raise ValueError(
+            f"model {name}: its config cannot be loaded from {where}: {first_line_of(error)}"
+        ) from None
+    if (fault := _config_fault(config)) is not None:
+        raise ValueError(f"model {name}: {fault}")
+    return config
 
 
 def _label_config(label_names: Sequence[str]) -> dict[str, Any]:

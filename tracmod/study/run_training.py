@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Literal
 import pyarrow as pa
 
 from tracmod.config import FinetuneConfig
-from tracmod.models.loading import create_model, load_model
+from tracmod.models.loading import (
+    create_from_config,
+    create_model,
+    has_tokenizer,
+    has_weights,
+    load_model,
+    load_tokenizer,
+)
 from tracmod.models.tokenizer import read_sentencepiece, train_tokenizer
 from tracmod.study.context import RunContext
 from tracmod.training.fine_tune import TrainingSettings, fine_tune
@@ -22,20 +29,27 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
     """Return the model and tokenizer that every fine-tuning of the run begins with.
 
     The weights are the same each time: those of the pretrained model with a classifier drawn from
-    the run's seed, or all drawn from it. A tokenizer of the run's own is trained on all its
-    training texts.
+    the run's seed, or all drawn from it, if the model is a folder without weights or is not named.
+    A tokenizer of the run's own is trained on all its training texts.
     """
     shape, labels = context.config.model, context.run.record["label_names"]
-    if shape.name is not None:
+    folder = None if shape.name is None else Path(shape.name)
+    is_shape_only = folder is not None and (folder / "config.json").is_file()
+    is_shape_only = is_shape_only and folder is not None and not has_weights(folder)
+    if shape.name is not None and not is_shape_only:
         return load_model(shape.name, labels, seed=context.config.seed)
     tokenizer: PreTrainedTokenizerBase
-    if shape.sentencepiece is not None:
+    if folder is not None and has_tokenizer(folder):
+        tokenizer = load_tokenizer(str(folder))
+    elif shape.sentencepiece is not None:
         tokenizer = read_sentencepiece(shape.sentencepiece, shape.max_length)
     else:
         train = context.table("train")
         texts = train.column("text_a").to_pylist() + train.column("text_b").to_pylist()
         texts = [text for text in texts if text is not None]
         tokenizer = train_tokenizer(texts, shape.vocabulary, shape.max_length)
+    if folder is not None:
+        return create_from_config(folder, tokenizer, labels, seed=context.config.seed), tokenizer
     model = create_model(
         tokenizer,
         labels,

@@ -114,8 +114,9 @@ def save_pruned(
         model, mask, folder, tokenizer, made_from: as in `save_masked`.
 
     Raises:
-        ValueError: the mask does not fit the model, the model has adapters, or without its masked
-            heads it does not compute the logits of the masked model.
+        ValueError: the mask does not fit the model, several of its heads share keys and values, the
+            model has adapters, or without its masked heads it does not compute the logits of the
+            masked model.
 
     Examples:
         >>> import tempfile
@@ -134,6 +135,11 @@ def save_pruned(
     """
     check_no_adapters(model)
     folder = Path(folder)
+    if any(layer.is_grouped for layer in matching_layers(model, mask)):
+        raise ValueError(
+            f"{type(model).__name__}: expected heads with keys and values of their own, got heads "
+            f"that share them, which cannot be taken out one by one; use the form with zeros"
+        )
     state = _without_heads(model, mask)
     pruned = _narrow_model(model.config, mask)
     pruned.load_state_dict(state, assign=True)
@@ -217,8 +223,8 @@ def _without_heads(model: PreTrainedModel, mask: HeadMask) -> dict[str, Tensor]:
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):
-        columns = kept_columns(layer, torch.from_numpy(kept_H.copy()))
-        for parameter, axis in head_parameters(layer):
+        for parameter, axis, starts in head_parameters(layer):
+            columns = kept_columns(layer, torch.from_numpy(kept_H.copy()), starts)
             narrow = parameter.detach().index_select(axis, columns)
             state[names[id(parameter)]] = narrow if kept_H.any() else torch.zeros_like(narrow)
     return state
@@ -231,28 +237,19 @@ def _narrow_model(config: Any, mask: HeadMask) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):
-        _narrow_layer(model, layer, torch.from_numpy(kept_H.copy()))
+        _narrow_layer(layer, torch.from_numpy(kept_H.copy()))
     return model
 
 
-def _narrow_layer(model: nn.Module, layer: AttentionLayer, kept_H: Tensor) -> None:
-    """Narrow an attention layer's four linear layers, and its count of heads, in place."""
-    columns = kept_columns(layer, kept_H)
-    for linear in (layer.query, layer.key, layer.value):
+def _narrow_layer(layer: AttentionLayer, kept_H: Tensor) -> None:
+    """Narrow an attention layer's linear layers, and its count of heads, in place."""
+    for linear, starts in layer.first_rows.items():
+        rows = kept_columns(layer, kept_H, starts)
         for name, parameter in list(linear.named_parameters(recurse=False)):
-            setattr(linear, name, nn.Parameter(parameter.detach()[columns]))
-        linear.out_features = len(columns)
+            setattr(linear, name, nn.Parameter(parameter.detach()[rows]))
+        linear.out_features = len(rows)
+    columns = kept_columns(layer, kept_H)
     layer.output.weight = nn.Parameter(layer.output.weight.detach()[:, columns])
     layer.output.in_features = len(columns)
-    # The module above the query projection splits its output into heads; its attributes of counts
-    # are named differently in BERT (num_attention_heads, all_head_size) and DistilBERT (n_heads).
-    attention: Any = next(module for module in model.modules() if layer.query in module.children())
-    num_heads = len(columns) // layer.head_dim
-    counts = {
-        "num_attention_heads": num_heads,
-        "n_heads": num_heads,
-        "all_head_size": len(columns),
-    }
-    for name, count in counts.items():
-        if hasattr(attention, name):
-            setattr(attention, name, count)
+    for name, count in layer.head_counts(len(columns) // layer.head_dim).items():
+        setattr(layer.module, name, count)

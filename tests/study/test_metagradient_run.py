@@ -17,7 +17,8 @@ from tracmod.study.plan import plan_run
 from tracmod.study.run_folder import RunFolder
 from tracmod.study.run_metagradient import open_run_replay, quantities_of
 from tracmod.study.stages import metagradient as stage
-from tracmod.training.metagradient import evaluate, weighted_mean
+from tracmod.training.batch_mean import WeightedMean
+from tracmod.training.metagradient import evaluate
 from tracmod.validation.integrity import verify
 
 LANGUAGES = ["en", "de", "es"]
@@ -76,7 +77,7 @@ def test_the_matrix_agrees_with_trainings_of_slightly_other_weights(model, run):
     direction_N = torch.randn(len(matrix), generator=torch.Generator().manual_seed(1))
     losses = []
     for step in (0.02, -0.02):
-        mean = weighted_mean(step * direction_N, "fixed")
+        mean = WeightedMean(step * direction_N, "fixed")
         with open_run_replay(context, model, mean) as replay:
             for number in range(replay.total_steps):
                 replay.advance(number)

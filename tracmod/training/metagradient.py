@@ -51,7 +51,8 @@ from tracmod.files.durable import (
 from tracmod.models.inputs import collate, pad_token_id, plan_batches
 from tracmod.models.loss import per_example_loss
 from tracmod.subnetworks.head_mask import HeadMask, masked
-from tracmod.training.replay import BatchMean, Replay, State
+from tracmod.training.batch_mean import mean_loss
+from tracmod.training.replay import Replay, State
 
 DEFAULT_DISK = 20 * 10**9
 # The differentiable pass uses other attention kernels than the training, which round differently.
@@ -128,10 +129,8 @@ def differentiate(
 ) -> Metagradient:
     """Differentiate mean losses after a fine-tuning with respect to every example's weight.
 
-    The loss of a batch of B examples is, with `fixed`, `sum_i (1 + w_i) l_i / B`: leaving an
-    example out (w_i = -1) leaves the others with the weight that they had. With `weighted` it is
-    `sum_i (1 + w_i) l_i / sum_i (1 + w_i)`: the others of the batch then share its weight.
-    Derivatives are at w = 0. An example that the training repeats has one weight for all times.
+    The loss of a batch is that of `WeightedMean`. Derivatives are at weights w of 0. An example
+    that the training repeats has one weight for all times.
 
     Each quantity costs about 2.4 trainings, and all of them together 2.4 more (measured on a CPU,
     where all states fit into memory). A call with the same arguments continues one that was
@@ -141,7 +140,7 @@ def differentiate(
         replay: the fine-tuning, from `open_replay`.
         quantities: the quantities, each with its test examples.
         work_dir: folder for states; emptied at the end.
-        denominator: what happens to the mean over a batch, see above.
+        denominator: what happens to the mean over a batch, see `WeightedMean`.
         memory: bytes for the states between two that are kept on disk, and for the adjoints.
         disk: bytes that `work_dir` may take.
         save_seconds: seconds between two saves of the adjoints, to resume from.
@@ -158,29 +157,6 @@ def differentiate(
     result = sweep.run(save_seconds, description)
     shutil.rmtree(work_dir, ignore_errors=True)
     return result
-
-
-def weighted_mean(weights_N: Tensor, denominator: Denominator) -> BatchMean:
-    """Return the mean loss of a batch in a training with weights, for `open_replay`.
-
-    Args:
-        weights_N: (N,) the weights w_i; 0 is an example's usual weight, -1 leaves it out.
-        denominator: see `differentiate`.
-    """
-
-    def mean(losses_B: Tensor, rows: list[int]) -> Tensor:
-        scale_B = 1 + weights_N[rows].to(losses_B)
-        return _weighted(losses_B, scale_B, denominator)
-
-    return mean
-
-
-def _weighted(losses_B: Tensor, scale_B: Tensor, denominator: Denominator) -> Tensor:
-    total = (losses_B * scale_B).sum()
-    if denominator == "fixed":
-        return total / len(losses_B)
-    # A batch without weight has no loss; its gradient is 0, and AdamW still moves by its moments.
-    return total / scale_B.sum().clamp(min=torch.finfo(scale_B.dtype).tiny)
 
 
 def evaluate(replay: Replay, quantities: Sequence[Quantity]) -> Tensor:
@@ -300,7 +276,7 @@ def _step_back(
     with _differentiable_attention(replay, step):
         losses_B = replay.losses(step)
         scale_B = torch.ones_like(losses_B, requires_grad=True)
-        loss = _weighted(losses_B, scale_B, denominator)
+        loss = mean_loss(losses_B, scale_B, denominator)
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         raw = {
             name: gradient

@@ -16,6 +16,7 @@ METHOD_NAMES = {
     "adam": "TracIn, Adam preconditioner",
     "ekfac": "TracIn, EK-FAC preconditioner",
     "ekfac-last": "EK-FAC, last checkpoint",
+    "metagradient": "Metagradient",
     "bm25": "BM25",
     "embedding": "Embedding similarity",
     "random": "Random",

@@ -33,7 +33,8 @@ from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_metagradient import left_out_weights, open_run_replay, quantities_of
 from tracmod.study.run_training import initial_model
 from tracmod.study.worker import Advance, run_tasks
-from tracmod.training.metagradient import Quantity, differentiate, evaluate, weighted_mean
+from tracmod.training.batch_mean import WeightedMean
+from tracmod.training.metagradient import Quantity, differentiate, evaluate
 from tracmod.validation.smoothness import relative_error, verdict
 
 
@@ -146,7 +147,7 @@ class Check:
     def run(self, context: RunContext, advance: Advance) -> None:
         """Train, and write all quantities, whole or not at all."""
         weights_N = self.weights(context)
-        mean = weighted_mean(weights_N, _section(context).denominator)
+        mean = WeightedMean(weights_N, _section(context).denominator)
         with open_run_replay(context, self.model_name, mean) as replay:
             for step in range(replay.total_steps):
                 replay.advance(step)

@@ -90,7 +90,8 @@ def method_scores(context: RunContext, method: Method) -> np.ndarray:
             return _cached_scores(context, "ekfac", context.checkpoints("full")[-1:], None)
         case "metagradient":
             influence = pq.read_table(context.run.metagradient / "full.parquet")
-            return np.stack([influence[name].to_numpy() for name in test["language"].to_pylist()])
+            by_test = [influence[name].to_numpy() for name in test["language"].to_pylist()]
+            return np.stack(by_test).astype(np.float32)
         case "bm25":
             return bm25_scores(_texts(test), _texts(train))
         case "embedding":

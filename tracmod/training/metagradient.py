@@ -290,9 +290,11 @@ def _step_back(
         difference = _gradient_difference(replay, step, before, after, detached, clip)
         outputs = [gradient for gradient in raw.values() if gradient.requires_grad]
         weights_KB = torch.empty(len(adjoints), len(losses_B), dtype=losses_B.dtype)
+        # One buffer for all quantities: on a CPU, new pages cost as much as a product of matrices.
+        by_raw = {name: torch.empty_like(gradient) for name, gradient in detached.items()}
         for number, adjoint in enumerate(adjoints):
-            by_clipped = _through_update(replay, updates, adjoint, detached)
-            by_raw = _through_clipping(by_clipped, detached, norm, clip)
+            _through_update(replay, updates, adjoint, by_raw)
+            _through_clipping(by_raw, detached, norm, clip)
             products = torch.autograd.grad(
                 outputs,
                 [*parameters, scale_B],
@@ -345,18 +347,23 @@ def _through_update(
     replay: Replay,
     updates: Sequence[_UnitUpdate],
     adjoint: _Adjoint,
-    gradients: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
+    by_gradient: Mapping[str, Tensor],
+) -> None:
     """Take an adjoint back through AdamW's update, in place.
 
     What a step does not move keeps its adjoint. The part that goes through the loss is not yet in
     the result.
 
-    Returns:
-        The derivative with respect to the clipped gradient, by parameter.
+    Args:
+        replay: the fine-tuning.
+        updates: the derivatives of the step's updates.
+        adjoint: the adjoint.
+        by_gradient: gets the derivative with respect to the clipped gradient, by parameter.
     """
     beta1, beta2, _ = replay.optimizer.constants
-    by_gradient = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
+    written_whole = {update.name for update in updates if update.index is None}
+    for name in by_gradient.keys() - written_whole:
+        by_gradient[name].zero_()
     for update in updates:
         index = ... if update.index is None else update.index
         weight, first, second, out = (
@@ -370,21 +377,21 @@ def _through_update(
         first.mul_(beta1)
         second.mul_(beta2)
         weight.mul_(update.keep)
-    return by_gradient
 
 
 def _through_clipping(
-    by_clipped: dict[str, Tensor], gradients: Mapping[str, Tensor], norm: float, clip: float
-) -> dict[str, Tensor]:
+    by_clipped: Mapping[str, Tensor], gradients: Mapping[str, Tensor], norm: float, clip: float
+) -> None:
     """Take a derivative back, in place, through `g' = c g`, `c = min(1, limit / (|g| + 1e-6))`.
 
     `dc/dg = -c / (|g| + 1e-6) g / |g|` where the gradient is clipped, and 0 elsewhere.
     """
     if clip == 1.0:
-        return by_clipped
+        return
     inner = sum(float(by_clipped[n].flatten() @ g.flatten()) for n, g in gradients.items())
     along = clip * inner / ((norm + 1e-6) * norm)
-    return {n: by_clipped[n].mul_(clip).sub_(g, alpha=along) for n, g in gradients.items()}
+    for name, gradient in gradients.items():
+        by_clipped[name].mul_(clip).sub_(gradient, alpha=along)
 
 
 def _gradient_difference(
@@ -418,8 +425,8 @@ def _gradient_difference(
 
 
 def _square(tensor: Tensor) -> float:
-    """Return the squared L2 norm, summed in float64."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    """Return the squared L2 norm, summed in the tensor's precision: float64 would copy it."""
+    return float(torch.linalg.vector_norm(tensor)) ** 2
 
 
 def _check_attention(replay: Replay) -> None:

@@ -28,6 +28,7 @@ from tracmod.config import MetagradientConfig
 from tracmod.files import progress
 from tracmod.files.durable import file_sha256, write_csv, write_json, write_parquet
 from tracmod.files.tensor_cache import read_tensors, write_tensors
+from tracmod.models.architecture import embeddings_module
 from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_metagradient import left_out_weights, open_run_replay, quantities_of
@@ -211,7 +212,10 @@ def _groups(context: RunContext, model_name: ModelName) -> list[tuple[str, ...]]
     size = config.at_once
     if size is None:
         model, _ = context.latest("initial model", "run", lambda: initial_model(context))
-        adjoint_bytes = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+        section = context.config.finetune if model_name == "full" else context.config.sparse
+        frozen = set() if section.train_embeddings else {*embeddings_module(model).parameters()}
+        trained = [p for p in model.parameters() if p not in frozen]
+        adjoint_bytes = 3 * sum(p.numel() * p.element_size() for p in trained)
         size = max(1, config.memory // 2 // adjoint_bytes)
     return [tuple(names[start : start + size]) for start in range(0, len(names), size)]
 

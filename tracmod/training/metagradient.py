@@ -290,7 +290,7 @@ def _step_back(
         difference = _gradient_difference(replay, step, before, after, detached, clip)
         outputs = [gradient for gradient in raw.values() if gradient.requires_grad]
         weights_KB = torch.empty(len(adjoints), len(losses_B), dtype=losses_B.dtype)
-        # One buffer for all quantities: on a CPU, new pages cost as much as a product of matrices.
+        # One buffer for all quantities, because filling new pages is slow on a CPU.
         by_raw = {name: torch.empty_like(gradient) for name, gradient in detached.items()}
         for number, adjoint in enumerate(adjoints):
             _through_update(replay, updates, adjoint, by_raw)

@@ -20,13 +20,15 @@ from tracmod.report.wording import labels as words
 def metagradient(tables: AnalysisTables) -> Iterator[HeatMaps]:
     """Yield the metagradient, TracIn's shares, and retraining if there is one, for each model."""
     for model, foretold in foretold_matrices(tables).items():
-        panels = [_panel("Metagradient: foretold change in mean loss", foretold)]
+        panels = [_panel("Metagradient: foretold", foretold)]
         shares = shares_matrix(tables, model)
         if shares is not None:
-            panels.append(_panel("TracIn: share of proponents, %", 100 * shares))
+            values_RC = 100 * np.asarray(shares, dtype=float)
+            names = list(shares.index), list(shares.columns)
+            panels.append(Matrix("TracIn: share of proponents, %", values_RC, *names))
         actual = actual_matrix(tables, model)
         if actual is not None:
-            panels.append(_panel("Retrained: actual change in mean loss", actual))
+            panels.append(_panel("Retrained: actual", actual))
         yield HeatMaps(
             name=f"metagradient-{model}",
             tab=words.MODEL_NAMES[model],

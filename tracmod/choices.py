@@ -25,6 +25,7 @@ PassDtype = Literal["float32", "bfloat16"]
 LossKind = Literal["cross_entropy", "squared_error", "binary_cross_entropy", "function"]
 StatedLossKind = Literal["cross_entropy", "squared_error", "binary_cross_entropy"]
 Denominator = Literal["fixed", "weighted"]
+Batches = Literal["new", "same"]
 StoreDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 # Subnetworks.
@@ -40,6 +41,7 @@ Method = Literal[
     "adam",
     "ekfac",
     "ekfac-last",
+    "metagradient",
     "bm25",
     "embedding",
     "random",

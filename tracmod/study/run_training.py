@@ -19,6 +19,7 @@ from tracmod.models.loading import (
 )
 from tracmod.models.tokenizer import read_sentencepiece, train_tokenizer
 from tracmod.study.context import RunContext
+from tracmod.training.batch_mean import WeightedMean
 from tracmod.training.fine_tune import TrainingSettings, fine_tune
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def fine_tune_on(
     description: str,
     keep: Literal["all", "last"] = "last",
     second_moment: bool = False,
+    batch_mean: WeightedMean | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Fine-tune as for the run's `full` model, on other examples or with another seed.
 
@@ -91,6 +93,7 @@ def fine_tune_on(
         description: The label of the progress bar.
         keep: Which checkpoints are kept.
         second_moment: Whether checkpoints include Adam's second moment.
+        batch_mean: The mean loss of a batch whose examples have weights; None for equal weights.
 
     Returns:
         The model of the last checkpoint, on the device, and the tokenizer.
@@ -109,5 +112,6 @@ def fine_tune_on(
         ids=train.column("id").to_pylist(),
         description=description,
         second_moment=second_moment,
+        batch_mean=batch_mean,
     )
     return context.load(checkpoints[-1])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tracmod.models.loading import quiet_transformers
 from tracmod.subnetworks.head_mask import HeadMask
+from tracmod.training.batch_mean import WeightedMean
 from tracmod.training.fine_tune import (
     Masks,
     TrainingSettings,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 # State of a training between two steps: `weight:<name>` of every trained parameter, and the entries
 # of `HeadwiseAdamW.state`.
 State = dict[str, Tensor]
-BatchMean = Callable[[Tensor, list[int]], Tensor]  # losses and rows of a batch -> its mean loss
 
 
 class Replay:
@@ -167,7 +167,7 @@ def open_replay(
     masks: Masks | None = None,
     dev: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     device: torch.device | str | None = None,
-    batch_mean: BatchMean | None = None,
+    batch_mean: WeightedMean | None = None,
 ) -> Iterator[Replay]:
     """Open a finished fine-tuning to take its steps again.
 

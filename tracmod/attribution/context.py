@@ -126,14 +126,20 @@ class AttributionContext:
     def __getstate__(self) -> dict[str, Any]:
         """Return what a worker is sent; paths are absolute, since it may run elsewhere."""
         options = self.options
-        names = ("train", "query", "out")
-        files = {name: Path(getattr(options, name)).absolute() for name in names}
         checkpoints = [
-            replace(one, path=one.path.absolute() if one.path.exists() else one.path)
-            for one in self.checkpoints
+            replace(
+                checkpoint,
+                path=checkpoint.path.absolute() if checkpoint.path.exists() else checkpoint.path,
+            )
+            for checkpoint in self.checkpoints
         ]
         changed = {
-            "options": replace(options, **files),
+            "options": replace(
+                options,
+                train=Path(options.train).absolute(),
+                query=Path(options.query).absolute(),
+                out=Path(options.out).absolute(),
+            ),
             "checkpoints": checkpoints,
             "stores": {}, "_models": {}, "_preconditioners": {},
         }  # fmt: skip

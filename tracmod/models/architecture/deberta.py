@@ -138,11 +138,11 @@ def _lean_forward(block: Any, layer: AttentionLayer) -> Forward:
             for linear, x in ((layer.query, first_B1I), (layer.key, x_BSI), (layer.value, x_BSI))
         )
         scores_BHS = torch.einsum("bqhd,bshd->bhs", query_B1HD, key_BSHD)
-        kinds = layer.module.pos_att_type
-        if layer.module.relative_attention:
+        module: Any = layer.module
+        kinds = module.pos_att_type
+        if module.relative_attention:
             rows = _rows_of_first(rel_embeddings, relative_pos)
             # With `share_att_key`, the projections of hidden states are those of positions, too.
-            module: Any = layer.module
             if "c2p" in kinds:
                 linear = getattr(module, "pos_key_proj", layer.key)
                 of_rows = linear(rows[0]).flatten(2).unflatten(-1, (-1, layer.head_dim))
@@ -178,7 +178,8 @@ def _rows_of_first(table: Tensor, distances_1SS: Tensor) -> tuple[Tensor, Tensor
         table = table[None, :, None]
     middle = table.shape[1] // 2
     from_first, to_first = distances_1SS[0, 0], -distances_1SS[0, :, 0]
-    return tuple(
-        table[:, (distance + middle).clamp(0, 2 * middle - 1).to(table.device)]
-        for distance in (from_first, to_first)
-    )
+
+    def rows_of(distance: Tensor) -> Tensor:
+        return table[:, (distance + middle).clamp(0, 2 * middle - 1).to(table.device)]
+
+    return rows_of(from_first), rows_of(to_first)

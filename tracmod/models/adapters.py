@@ -263,7 +263,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         config.inference_mode = False  # PEFT would freeze what the training moved
         model = get_peft_model(base, config)
         tensors = load_peft_weights(str(folder), device="cpu")
-        result = set_peft_model_state_dict(model, tensors)
+        result: Any = set_peft_model_state_dict(model, tensors)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{expected}; it cannot be applied: {reason}") from None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import weakref
+from typing import get_args
 
 import pytest
 import torch
 from encoders import FAMILIES, ragged_examples, tiny_encoder
 
 import tracmod as tm
-from tracmod.gradients.capture import PARAMETER_SETS, capture, select_layers
+from tracmod.choices import ParameterSet
+from tracmod.gradients.capture import capture, select_layers
 from tracmod.models.architecture import embeddings_module
 from tracmod.models.inputs import collate, pad_token_id, plan_batches
 from tracmod.models.modes import frozen
@@ -107,7 +109,7 @@ def test_nan_does_not_pass_the_check():
     assert not any(error.passed for error in check_gradients(model, ragged_examples(3)))
 
 
-@pytest.mark.parametrize("parameters", PARAMETER_SETS)
+@pytest.mark.parametrize("parameters", get_args(ParameterSet))
 @pytest.mark.parametrize("normalize", [None, "cosine"])
 def test_exact_influence_is_the_inner_product_of_autograds_gradients(parameters, normalize):
     model = tiny_encoder()
@@ -241,7 +243,7 @@ def test_selections_name_every_parameter_once():
     model = tiny_encoder("bert")
     names = {
         which: [n for layer in select_layers(model, which) for n in layer.parameter_names]
-        for which in PARAMETER_SETS
+        for which in get_args(ParameterSet)
     }
     everything = [name for name, _ in model.named_parameters()]
     assert sorted(names["all"]) == sorted(everything)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tracmod.attribution.sources import AttributionSource, RunSource, Source
-from tracmod.choices import whole_number
+from tracmod.choices import switch, whole_number
 from tracmod.features.rows import SomeRows, StoreRows
 from tracmod.features.store import FeatureStore
 from tracmod.files import progress
@@ -184,7 +184,7 @@ class Attributor:
             ValueError: There is no such label or language, or the features or the index were made
                 with another model, mask, data or projection than there is now.
         """
-        k = whole_number("k", k)
+        k, opponents = whole_number("k", k), switch("opponents", opponents)
         for name, text in (("text", text_a), ("text_b", text_b), ("label", label)):
             fault = None if text is None else text_fault(text)
             if fault is not None:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracmod.choices import DEFAULT_MEMORY, is_real, whole_number
+from tracmod.choices import DEFAULT_MEMORY, is_real, switch, whole_number
 from tracmod.features.rows import (
     Features,
     Rows,
@@ -222,6 +222,7 @@ def top_influences(
         tensor([[0.5000, 0.5000]], dtype=torch.float64)
     """
     memory, parts = whole_number("memory", memory), whole_number("parts", parts)
+    opponents = switch("opponents", opponents)
     part = None if part is None else whole_number("part", part, 0, parts - 1)
     queries, trains, weights = _checked(query_features, train_features, weights, normalize)
     num_train = trains[0].shape[0]
@@ -271,6 +272,7 @@ def top_of_scores(
         >>> top.opponent_indices.shape
         torch.Size([1, 0])
     """
+    opponents = switch("opponents", opponents)
     k = _bounded_k(k, scores_QN.shape[1])
     names, groups_N = _number_groups(groups, scores_QN.shape[1], scores_QN.device)
     # Stable sorts keep equal scores in the order of their indices.

@@ -559,7 +559,7 @@ Size = ProjectSize | DotSize | TopKSize | LinearSize | QuantizeSize
 
 
 class Spec(NamedTuple):
-    """What a case is made of, without its inputs. `op` includes the kind of a projection."""
+    """A case without its inputs: its op, with the kind of a projection, and its size."""
 
     op: str
     size: Size

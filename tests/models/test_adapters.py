@@ -287,5 +287,6 @@ def test_training_an_adapter_of_a_model_without_a_name_is_refused(tmp_path, exam
 
 
 def test_the_frozen_base_is_said_once(examples):
-    with pytest.warns(FrozenParametersWarning, match="frozen"):
+    with pytest.warns(FrozenParametersWarning, match="frozen") as warned:
         tm.exact_influence(lora_model(), examples, examples)
+    assert [entry.category for entry in warned].count(FrozenParametersWarning) == 1

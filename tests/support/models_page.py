@@ -12,7 +12,8 @@ HEAD = """# Models
 
 Sequence classifiers that tracmod supports, and what it can do with each.
 
-This page is made from the tests (`python tests/support/models_page.py`), which compare every row with transformers' own model.
+This page is made from the tests (`python tests/support/models_page.py`), which compare every row
+with transformers' own model.
 
 All of them have exact and projected influence for every parameter, head masks, pruning, sparse
 fine-tuning, training from a config alone, and export with zeros in the place of masked heads. They

@@ -144,9 +144,8 @@ def collect_stores(
                         for shards in divide_shards(missing, engine.workers)
                     ]
             run_tasks(context, engine, tasks, advance, twice=True)
-    for leftover in (context.options.out / "features").rglob(
-        ".*.tmp"
-    ):  # of workers that were killed
+    features = context.options.out / "features"
+    for leftover in features.rglob(".*.tmp"):  # of workers that were killed
         leftover.unlink(missing_ok=True)
 
 

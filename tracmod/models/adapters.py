@@ -113,7 +113,8 @@ def adapted_model(model: Any) -> PreTrainedModel:
             _replace(adapted, name, _adapted_linear(name, module))
     left = [name for name, module in adapted.named_modules() if _kind(module).startswith("peft.")]
     if left:
-        raise ValueError(f"model: expected LoRA on linear layers, got {_kind_of(adapted, left[0])}")
+        kind = _kind(adapted.get_submodule(left[0]))
+        raise ValueError(f"model: expected LoRA on linear layers, got {kind} at {left[0]}")
     return adapted.eval()
 
 
@@ -173,10 +174,6 @@ def check_no_adapters(model: nn.Module) -> None:
 
 def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _kind_of(model: nn.Module, name: str) -> str:
-    return f"{_kind(model.get_submodule(name))} at {name}"
 
 
 def plain_parameter_name(name: str) -> str:

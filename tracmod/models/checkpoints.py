@@ -219,6 +219,8 @@ def check_checkpoint(path: Path, config: Any) -> None:
         ValueError: the folder has no config or no weights, or the checkpoint's model has other
             classes or another shape.
     """
+    from transformers import AutoConfig
+
     check_model_source(path)
     if is_adapter_folder(Path(path)):  # its base is loaded with it, and refused if it has no place
         num_classes, expected_classes = number_of_classes(Path(path)), len(config.id2label)
@@ -227,8 +229,6 @@ def check_checkpoint(path: Path, config: Any) -> None:
                 f"{path}: expected the model's {expected_classes} classes, got {num_classes}"
             )
         return
-    from transformers import AutoConfig
-
     try:
         own = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises anything here, from KeyError to its own

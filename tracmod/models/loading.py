@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from tracmod.files.durable import read_json
 from tracmod.models.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     adapter_settings,
     is_adapter_folder,
     load_adapter,
@@ -56,8 +58,8 @@ SPECIAL = ("bos", "eos", "cls", "sep", "mask")
 
 # Files of an adapter, whose base model alone would be loaded.
 ADAPTER_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     "adapter_model.bin",
     "adapter.safetensors",
     "pytorch_adapter.bin",
@@ -153,6 +155,8 @@ def create_from_config(
     Raises:
         ValueError: the config cannot be read, or is of no family that is supported.
     """
+    from transformers import AutoModelForSequenceClassification
+
     pad_id = _tokenizer_pad_id(tokenizer)
     config = _read_config(str(folder))
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
@@ -160,8 +164,6 @@ def create_from_config(
     settings = {"vocab_size": len(tokenizer), **stated, "pad_token_id": pad_id}
     for key, value in {**settings, **_label_config(label_names)}.items():
         setattr(config, key, value)
-    from transformers import AutoModelForSequenceClassification
-
     try:
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
@@ -300,7 +302,7 @@ def _load_adapted(folder: Path, label_names: Sequence[str] | None, seed: int) ->
     """
     base = str(adapter_settings(folder)["base_model_name_or_path"])
     num_classes = number_of_classes(folder)
-    names = label_names or recorded_class_names(folder)
+    names = label_names or _recorded_class_names(folder)
     if names is None and num_classes is not None and not _is_classifier(base, num_classes):
         names = [f"LABEL_{number}" for number in range(num_classes)]
     return load_adapter(load_classifier(base, names, seed=seed), folder)
@@ -315,7 +317,7 @@ def _is_classifier(name: str, num_classes: int) -> bool:
     return has_head and len(config.id2label) == num_classes
 
 
-def recorded_class_names(folder: Path) -> list[str] | None:
+def _recorded_class_names(folder: Path) -> list[str] | None:
     """Return the names of the classes that the tracmod.json of an adapter records, or None."""
     file = folder / "tracmod.json"
     tree = read_json(file) if file.is_file() else {}

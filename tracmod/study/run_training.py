@@ -35,8 +35,9 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
     """
     shape, labels = context.config.model, context.run.record["label_names"]
     folder = None if shape.name is None else Path(shape.name)
-    is_shape_only = folder is not None and (folder / "config.json").is_file()
-    is_shape_only = is_shape_only and folder is not None and not has_weights(folder)
+    is_shape_only = (
+        folder is not None and (folder / "config.json").is_file() and not has_weights(folder)
+    )
     if shape.name is not None and not is_shape_only:
         return load_model(shape.name, labels, seed=context.config.seed)
     tokenizer: PreTrainedTokenizerBase

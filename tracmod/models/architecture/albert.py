@@ -28,8 +28,6 @@ class Albert(Family):
         base: Any = model.base_model
         return (base.encoder.embedding_hidden_mapping_in,)
 
-    def lean_last_layer(
-        self, model: nn.Module, last: AttentionLayer
-    ) -> tuple[nn.Module, Forward] | None:
+    def lean_forward(self, block: Any, layer: AttentionLayer) -> Forward | None:
         """Return None: the last layer is also called before."""
         return None

@@ -46,14 +46,20 @@ class Deberta(Family):
         of_positions = tuple(linear for linear in positions if linear is not None)
         return attention_of(projections, linears, "num_attention_heads", of_positions)
 
-    def lean_last_layer(
-        self, model: nn.Module, last: AttentionLayer
-    ) -> tuple[nn.Module, Forward] | None:
-        """Return the last layer and its forward pass of the first position."""
-        for block in model.modules():
-            if getattr(getattr(block, "attention", None), "self", None) is last.module:
-                return block, _lean_forward(block, last)
-        return None
+    def lean_forward(self, block: Any, layer: AttentionLayer) -> Forward:
+        """Return the forward pass of a layer that attends from the first position only."""
+
+        def forward(
+            x_BSI: Tensor, mask: Tensor, *_: Any, relative_pos: Any, rel_embeddings: Any, **__: Any
+        ) -> tuple[Tensor, None]:
+            first_B1I = first_position(x_BSI)
+            attended = _attend_from_first(
+                layer, first_B1I, x_BSI, mask, relative_pos, rel_embeddings
+            )
+            hidden_B1I = block.attention.output(attended, first_B1I)
+            return block.output(block.intermediate(hidden_B1I), hidden_B1I), None
+
+        return forward
 
     @contextmanager
     def examples_apart(self, model: Any, count: int, tokens: int) -> Iterator[None]:
@@ -126,42 +132,40 @@ class _HeadsOfAllExamples:
         return linear(self._rows_BR1I).squeeze(2).transpose(0, 1).flatten(1)[None]
 
 
-def _lean_forward(block: Any, layer: AttentionLayer) -> Forward:
-    """Return the forward pass of a layer that attends from the first position only."""
-
-    def forward(
-        x_BSI: Tensor, mask: Tensor, *_: Any, relative_pos: Any, rel_embeddings: Any, **__: Any
-    ) -> tuple[Tensor, None]:
-        first_B1I = first_position(x_BSI)
-        query_B1HD, key_BSHD, value_BSHD = (
-            linear(x).unflatten(-1, (-1, layer.head_dim))
-            for linear, x in ((layer.query, first_B1I), (layer.key, x_BSI), (layer.value, x_BSI))
-        )
-        scores_BHS = torch.einsum("bqhd,bshd->bhs", query_B1HD, key_BSHD)
-        module: Any = layer.module
-        kinds = module.pos_att_type
-        if module.relative_attention:
-            rows = _rows_of_first(rel_embeddings, relative_pos)
-            # With `share_att_key`, the projections of hidden states are those of positions, too.
-            if "c2p" in kinds:
-                linear = getattr(module, "pos_key_proj", layer.key)
-                of_rows = linear(rows[0]).flatten(2).unflatten(-1, (-1, layer.head_dim))
-                scores_BHS = scores_BHS + torch.einsum(
-                    "bqhd,bshd->bhs", query_B1HD, of_rows.expand_as(key_BSHD)
-                )
-            if "p2c" in kinds:
-                linear = getattr(module, "pos_query_proj", layer.query)
-                of_rows = linear(rows[1]).flatten(2).unflatten(-1, (-1, layer.head_dim))
-                scores_BHS = scores_BHS + (key_BSHD * of_rows).sum(dim=-1).transpose(1, 2)
-        scale = math.sqrt(layer.head_dim * (1 + ("c2p" in kinds) + ("p2c" in kinds)))
-        unread_B1S = mask[:, :, 0].logical_not()
-        smallest = torch.finfo(scores_BHS.dtype).min
-        weights_BHS = (scores_BHS / scale).masked_fill(unread_B1S, smallest).softmax(dim=-1)
-        attended_B1I = torch.einsum("bhs,bshd->bhd", weights_BHS, value_BSHD).flatten(1)[:, None]
-        hidden_B1I = block.attention.output(attended_B1I, first_B1I)
-        return block.output(block.intermediate(hidden_B1I), hidden_B1I), None
-
-    return forward
+def _attend_from_first(
+    layer: AttentionLayer,
+    first_B1I: Tensor,
+    x_BSI: Tensor,
+    mask: Tensor,
+    relative_pos: Any,
+    rel_embeddings: Any,
+) -> Tensor:
+    """Attend from the first position to all positions; the heads side by side, (B, 1, I)."""
+    module: Any = layer.module
+    kinds = module.pos_att_type
+    query_B1HD, key_BSHD, value_BSHD = (
+        linear(x).unflatten(-1, (-1, layer.head_dim))
+        for linear, x in ((layer.query, first_B1I), (layer.key, x_BSI), (layer.value, x_BSI))
+    )
+    scores_BHS = torch.einsum("bqhd,bshd->bhs", query_B1HD, key_BSHD)
+    if module.relative_attention:
+        rows = _rows_of_first(rel_embeddings, relative_pos)
+        # With `share_att_key`, the projections of hidden states are those of positions, too.
+        if "c2p" in kinds:
+            linear = getattr(module, "pos_key_proj", layer.key)
+            of_rows = linear(rows[0]).flatten(2).unflatten(-1, (-1, layer.head_dim))
+            scores_BHS = scores_BHS + torch.einsum(
+                "bqhd,bshd->bhs", query_B1HD, of_rows.expand_as(key_BSHD)
+            )
+        if "p2c" in kinds:
+            linear = getattr(module, "pos_query_proj", layer.query)
+            of_rows = linear(rows[1]).flatten(2).unflatten(-1, (-1, layer.head_dim))
+            scores_BHS = scores_BHS + (key_BSHD * of_rows).sum(dim=-1).transpose(1, 2)
+    scale = math.sqrt(layer.head_dim * (1 + ("c2p" in kinds) + ("p2c" in kinds)))
+    unread_B1S = mask[:, :, 0].logical_not()
+    smallest = torch.finfo(scores_BHS.dtype).min
+    weights_BHS = (scores_BHS / scale).masked_fill(unread_B1S, smallest).softmax(dim=-1)
+    return torch.einsum("bhs,bshd->bhd", weights_BHS, value_BSHD).flatten(1)[:, None]
 
 
 def _rows_of_first(table: Tensor, distances_1SS: Tensor) -> tuple[Tensor, Tensor]:

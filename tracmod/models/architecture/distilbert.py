@@ -21,27 +21,20 @@ class DistilBert(Family):
 
     name = "DistilBERT"
     model_types = ("distilbert",)
+    attention_in_layer = "attention"
 
     def attention(self, module: nn.Module) -> AttentionLayer | None:
         """Return the module's attention layer, or None if the module is not a self-attention."""
         linears = [getattr(module, name, None) for name in ("q_lin", "k_lin", "v_lin", "out_lin")]
         return attention_of(module, linears, "n_heads")
 
-    def lean_last_layer(
-        self, model: nn.Module, last: AttentionLayer
-    ) -> tuple[nn.Module, Forward] | None:
-        """Return the last layer and its forward pass of the first position."""
-        for block in model.modules():
-            if getattr(block, "attention", None) is last.module:
-                return block, _forward(block, last)
-        return None
+    def lean_forward(self, block: Any, layer: AttentionLayer) -> Forward:
+        """Return the forward pass of a layer that attends from the first position only."""
 
+        def forward(x_BSI: Tensor, mask: Any = None, *_: Any, **named: Any) -> Tensor:
+            first_B1I = first_position(x_BSI)
+            attended = attend_from_first(layer, first_B1I, x_BSI, named.get("attention_mask", mask))
+            attended = block.sa_layer_norm(layer.output(attended) + first_B1I)
+            return block.output_layer_norm(block.ffn(attended) + attended)
 
-def _forward(block: Any, layer: AttentionLayer) -> Forward:
-    def forward(x_BSI: Tensor, mask: Any = None, *_: Any, **named: Any) -> Tensor:
-        first_B1I = first_position(x_BSI)
-        attended = attend_from_first(layer, first_B1I, x_BSI, named.get("attention_mask", mask))
-        attended = block.sa_layer_norm(layer.output(attended) + first_B1I)
-        return block.output_layer_norm(block.ffn(attended) + attended)
-
-    return forward
+        return forward

@@ -1,4 +1,4 @@
-"""What the engine needs to know about a model family: the interface, with the answers of BERT.
+"""The interface of a model family to the engine, with the answers of BERT.
 
 A family is a class with a short file of its own beside this one. It says where the attention layers
 are and which parameters belong to a head, where the embeddings are, and, if it can, how the last
@@ -91,6 +91,7 @@ class Family:
         name: name of the family in messages and in the documentation.
         model_types: the `model_type` of the configs of its models.
         takes_ready_mask: whether its encoder takes an attention mask of (B, 1, S, S) as it is.
+        attention_in_layer: path from a layer to the module that `AttentionLayer.module` is.
     """
 
     name = "BERT"
@@ -103,6 +104,7 @@ class Family:
         "xmod",
     )
     takes_ready_mask = True
+    attention_in_layer = "attention.self"
 
     def attention(self, module: nn.Module) -> AttentionLayer | None:
         """Return the module's attention layer, or None if the module is not a self-attention."""
@@ -146,18 +148,38 @@ class Family:
     ) -> tuple[nn.Module, Forward] | None:
         """Return the last layer and a forward pass of it that computes the first position alone.
 
+        Returns:
+            A module and its new `forward`; None if the family or this model has no such form.
+        """
+        for block in model.modules():
+            module: Any = block
+            for name in self.attention_in_layer.split("."):
+                module = getattr(module, name, None)
+            if module is last.module:
+                forward = self.lean_forward(block, last)
+                return None if forward is None else (block, forward)
+        return None
+
+    def lean_forward(self, block: Any, layer: AttentionLayer) -> Forward | None:
+        """Return a forward pass of a layer whose hidden states have the first position alone.
+
         The form is tried before it is used (`gradients.lean_pass`), so it need not know whether the
         classifier reads the first position.
 
+        Args:
+            block: the layer.
+            layer: its attention.
+
         Returns:
-            A module and its new `forward`, whose hidden states have one position; None if the
-            family or this model has no such form.
+            The pass; None if there is none for this family.
         """
-        for block in model.modules():
-            attention = getattr(block, "attention", None)
-            if last.query is getattr(getattr(attention, "self", None), "query", None):
-                return block, _bert_forward(block, last)
-        return None
+
+        def forward(x_BSI: Tensor, mask: Any = None, *_: Any, **named: Any) -> Tensor:
+            first_B1I = first_position(x_BSI)
+            attended = attend_from_first(layer, first_B1I, x_BSI, named.get("attention_mask", mask))
+            return block.feed_forward_chunk(block.attention.output(attended, first_B1I))
+
+        return forward
 
     def examples_apart(
         self, model: nn.Module, count: int, tokens: int
@@ -193,17 +215,6 @@ def attention_of(
     query, key, value, output = linears
     head_dim = output.in_features // num_heads
     return AttentionLayer(query, key, value, output, num_heads, head_dim, module, positions)
-
-
-def _bert_forward(block: Any, layer: AttentionLayer) -> Forward:
-    """Return the lean forward pass of BERT's layers, also used by RoBERTa, XLM-R and ELECTRA."""
-
-    def forward(x_BSI: Tensor, mask: Any = None, *_: Any, **named: Any) -> Tensor:
-        first_B1I = first_position(x_BSI)
-        attended = attend_from_first(layer, first_B1I, x_BSI, named.get("attention_mask", mask))
-        return block.feed_forward_chunk(block.attention.output(attended, first_B1I))
-
-    return forward
 
 
 def first_position(x_BSI: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ class ModernBert(Family):
     name = "ModernBERT"
     model_types = ("modernbert",)
     takes_ready_mask = False
+    attention_in_layer = "attn"
 
     def attention(self, module: nn.Module) -> AttentionLayer | None:
         """Return the module's attention layer, or None if the module is not a self-attention."""
@@ -39,24 +40,16 @@ class ModernBert(Family):
         words: Any = embeddings.tok_embeddings
         return words
 
-    def lean_last_layer(
-        self, model: nn.Module, last: AttentionLayer
-    ) -> tuple[nn.Module, Forward] | None:
-        """Return the last layer and its forward pass of the first position."""
-        for block in model.modules():
-            if getattr(block, "attn", None) is last.module:
-                return block, _lean_forward(block, last)
-        return None
+    def lean_forward(self, block: Any, layer: AttentionLayer) -> Forward:
+        """Return the forward pass of a layer that attends from the first position only."""
 
+        def forward(x_BSI: Tensor, attention_mask: Any = None, **named: Any) -> Tensor:
+            parts = layer.query(block.attn_norm(x_BSI)).unflatten(-1, (3, -1, layer.head_dim))
+            query, key, value = parts.unbind(dim=2)
+            attended = rotary_attention(
+                layer, (query[:, :1], key, value), attention_mask, named["position_embeddings"]
+            )
+            hidden_B1I = first_position(x_BSI) + layer.output(attended)
+            return hidden_B1I + block.mlp(block.mlp_norm(hidden_B1I))
 
-def _lean_forward(block: Any, layer: AttentionLayer) -> Forward:
-    def forward(x_BSI: Tensor, attention_mask: Any = None, **named: Any) -> Tensor:
-        parts = layer.query(block.attn_norm(x_BSI)).unflatten(-1, (3, -1, layer.head_dim))
-        query, key, value = parts.unbind(dim=2)
-        attended = rotary_attention(
-            layer, (query[:, :1], key, value), attention_mask, named["position_embeddings"]
-        )
-        hidden_B1I = first_position(x_BSI) + layer.output(attended)
-        return hidden_B1I + block.mlp(block.mlp_norm(hidden_B1I))
-
-    return forward
+        return forward

@@ -31,20 +31,24 @@ class MPNet(Family):
     name = "MPNet"
     model_types = ("mpnet",)
     takes_ready_mask = False
+    attention_in_layer = "attention.attn"
 
     def attention(self, module: nn.Module) -> AttentionLayer | None:
         """Return the module's attention layer, or None if the module is not a self-attention."""
         linears = [getattr(module, name, None) for name in ("q", "k", "v", "o")]
         return attention_of(module, linears, "num_attention_heads")
 
-    def lean_last_layer(
-        self, model: nn.Module, last: AttentionLayer
-    ) -> tuple[nn.Module, Forward] | None:
-        """Return the last layer and its forward pass of the first position."""
-        for block in model.modules():
-            if getattr(getattr(block, "attention", None), "attn", None) is last.module:
-                return block, _lean_forward(block, last)
-        return None
+    def lean_forward(self, block: Any, layer: AttentionLayer) -> Forward:
+        """Return the forward pass of a layer that attends from the first position only."""
+
+        def forward(x_BSI: Tensor, mask: Any, bias_BHSS: Tensor, **_: Any) -> tuple[Tensor]:
+            first_B1I = first_position(x_BSI)
+            mask = bias_BHSS if mask is None else bias_BHSS + mask
+            attended = layer.output(attend_from_first(layer, first_B1I, x_BSI, mask))
+            hidden_B1I = block.attention.LayerNorm(attended + first_B1I)
+            return (block.output(block.intermediate(hidden_B1I), hidden_B1I),)
+
+        return forward
 
     @contextmanager
     def examples_apart(self, model: Any, count: int, tokens: int) -> Iterator[None]:
@@ -63,14 +67,3 @@ class MPNet(Family):
             yield
         finally:
             del encoder.compute_position_bias
-
-
-def _lean_forward(block: Any, layer: AttentionLayer) -> Forward:
-    def forward(x_BSI: Tensor, mask: Any, bias_BHSS: Tensor, **_: Any) -> tuple[Tensor]:
-        first_B1I = first_position(x_BSI)
-        mask = bias_BHSS if mask is None else bias_BHSS + mask
-        attended = layer.output(attend_from_first(layer, first_B1I, x_BSI, mask))
-        hidden_B1I = block.attention.LayerNorm(attended + first_B1I)
-        return (block.output(block.intermediate(hidden_B1I), hidden_B1I),)
-
-    return forward

@@ -23,6 +23,7 @@ class Rotary(Family):
     """A family whose layers have `self_attn.{q,k,v,o}_proj` and no table of positions."""
 
     takes_ready_mask = False
+    attention_in_layer = "self_attn"
 
     def attention(self, module: nn.Module) -> AttentionLayer | None:
         """Return the module's attention layer, or None if the module is not a self-attention."""
@@ -54,16 +55,7 @@ class Rotary(Family):
             return embeddings
         return super().word_embeddings(embeddings)
 
-    def lean_last_layer(
-        self, model: nn.Module, last: AttentionLayer
-    ) -> tuple[nn.Module, Forward] | None:
-        """Return the last layer and its forward pass of the first position, if it is an encoder."""
-        for block in model.modules():
-            if getattr(block, "self_attn", None) is last.module and not last.module.is_causal:
-                return block, self.lean_forward(block, last)
-        return None
-
-    def lean_forward(self, block: Any, layer: AttentionLayer) -> Forward:
+    def lean_forward(self, block: Any, layer: AttentionLayer) -> Forward | None:
         """Return the lean forward pass of a layer whose norms come before attention and network."""
 
         def forward(x_BSI: Tensor, attention_mask: Any = None, **named: Any) -> Tensor:
@@ -109,6 +101,10 @@ class Decoder(Rotary):
 
     name = "Llama, Mistral, Qwen2, Qwen3 and Gemma 3"
     model_types = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+
+    def lean_forward(self, block: Any, layer: AttentionLayer) -> Forward | None:
+        """Return None: the first position sees no other."""
+        return None
 
 
 Projected = tuple[Tensor, Tensor, Tensor]

@@ -76,6 +76,16 @@ class AnalysisTables:
         folder = self._metagradient
         return _read(folder / f"{name}.parquet") if folder else pd.DataFrame()
 
+    @cached_property
+    def metagradient_languages(self) -> pd.DataFrame:
+        """The sums of the metagradient by test and training language; empty without them."""
+        rows = self.metagradient_table("languages")
+        if not len(rows):
+            return rows
+        # Other quantities are single test examples.
+        rows = rows[rows["quantity"].isin(self.run.section("task").get("languages", []))]
+        return rows.rename(columns={"quantity": "test_language", "influence": "foretold"})
+
     @property
     def _metagradient(self) -> Path | None:
         return self.run.path / "metagradient" if self.run.section("metagradient") else None

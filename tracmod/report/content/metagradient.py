@@ -47,15 +47,10 @@ def metagradient(tables: AnalysisTables) -> Iterator[HeatMaps]:
 
 def foretold_matrices(tables: AnalysisTables) -> dict[str, pd.DataFrame]:
     """Return for each model the sums of the metagradient, test languages x training languages."""
-    rows = tables.metagradient_table("languages")
+    rows = tables.metagradient_languages
     if not len(rows):
         return {}
-    # Other quantities are single test examples.
-    rows = rows[rows["quantity"].isin(tables.run.section("task").get("languages", []))]
-    return {
-        str(model): _wide(own, "quantity", "influence")
-        for model, own in rows.groupby("model", sort=False)
-    }
+    return {str(model): _wide(own, "foretold") for model, own in rows.groupby("model", sort=False)}
 
 
 def shares_matrix(tables: AnalysisTables, model: str) -> pd.DataFrame | None:
@@ -63,7 +58,7 @@ def shares_matrix(tables: AnalysisTables, model: str) -> pd.DataFrame | None:
     rows = tables.table("matrices")
     if len(rows):
         rows = rows[(rows["model"] == model) & (rows["view"] == "full")]
-    return _wide(rows, "test_language", "share_positive") if len(rows) else None
+    return _wide(rows, "share_positive") if len(rows) else None
 
 
 def actual_matrix(tables: AnalysisTables, model: str) -> pd.DataFrame | None:
@@ -71,12 +66,12 @@ def actual_matrix(tables: AnalysisTables, model: str) -> pd.DataFrame | None:
     rows = tables.retraining_table("leave_one_out")
     if model != "full" or not len(rows):  # retraining is of the full model
         return None
-    return _wide(rows[rows["method"] == rows["method"].iloc[0]], "test_language", "actual")
+    return _wide(rows[rows["method"] == rows["method"].iloc[0]], "actual")
 
 
-def _wide(rows: pd.DataFrame, index: str, values: str) -> pd.DataFrame:
-    wide = rows.pivot(index=index, columns="train_language", values=values)
-    return wide.loc[rows[index].unique(), rows["train_language"].unique()]
+def _wide(rows: pd.DataFrame, values: str) -> pd.DataFrame:
+    wide = rows.pivot(index="test_language", columns="train_language", values=values)
+    return wide.loc[rows["test_language"].unique(), rows["train_language"].unique()]
 
 
 def _panel(title: str, matrix: pd.DataFrame) -> Matrix:

@@ -111,15 +111,13 @@ def _influence_matrices(tables: AnalysisTables) -> Iterator[Table]:
 
 def _metagradient(tables: AnalysisTables) -> Iterator[Table]:
     """Yield the checks by retraining, and a matrix of languages for each model."""
-    checks, languages = (tables.metagradient_table(name) for name in ("checks", "languages"))
+    checks, languages = tables.metagradient_table("checks"), tables.metagradient_languages
     if len(checks):
         note = "predicted: by the metagradient; share: left out at random"
         yield table_of(tables, "metagradient_checks", checks, note)
     if not len(languages):
         return
-    rows = languages[languages["quantity"].isin(tables.run.section("task").get("languages", []))]
-    rows = rows.rename(columns={"quantity": "test_language", "influence": "foretold"})
-    for model, own in rows.groupby("model", sort=False):
+    for model, own in languages.groupby("model", sort=False):
         yield _matrix(tables, f"metagradient-{model}", own, "foretold", note="first order")
 
 

@@ -6,7 +6,8 @@
     python bench/bench_tracin.py fidelity                    agreement with exact scores, per byte
     python bench/bench_tracin.py exact --device cuda         exact influence of many examples
 
-Each part checks its results before it reports a time, and writes JSON into --out.
+Each part checks its results before it reports a time, and writes JSON into --out. `collect` and
+`exact` write it after every measurement, time a wrong result as well, and then exit with code 1.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tracmod.bench.collect import WrongResult, run_collect, run_exact
+from tracmod.bench.collect import BATCH_TOKENS, WrongResult, run_collect, run_exact
 from tracmod.bench.fidelity import run_fidelity
 from tracmod.bench.job import METHODS, run_job, run_method
 from tracmod.bench.measure import write_json
@@ -31,8 +33,12 @@ def collect(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     for shape in options.shape:
         count = options.examples or (64 if shape == "base" else 512)
-        result = run_collect(shape, device, count, naive=options.naive, seconds=options.seconds)
-        show(result, options.out / f"collect-{shape}-{options.device}.json")
+        path = options.out / f"collect-{shape}-{options.device}.json"
+        result = run_collect(
+            shape, device, count, naive=options.naive, batch_tokens=options.batch_tokens,
+            seconds=options.seconds, save=partial(write_json, path),
+        )  # fmt: skip
+        show(result, path)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -56,14 +62,12 @@ def fidelity(options: argparse.Namespace) -> None:
 
 
 def exact(options: argparse.Namespace) -> None:
+    path = options.out / f"exact-{options.device}.json"
     result = run_exact(
-        options.shape[0],
-        torch.device(options.device),
-        options.train,
-        options.query,
-        bound=options.bound,
-    )
-    show(result, options.out / f"exact-{options.device}.json")
+        options.shape[0], torch.device(options.device), options.train, options.query,
+        bound=options.bound, save=partial(write_json, path),
+    )  # fmt: skip
+    show(result, path)
 
 
 def method(options: argparse.Namespace) -> None:
@@ -74,6 +78,8 @@ def method(options: argparse.Namespace) -> None:
 def show(result: dict[str, Any], path: Path) -> None:
     write_json(path, result)
     print("\n".join(section(result)), flush=True)
+    if result.get("wrong"):
+        raise WrongResult("; ".join(result["wrong"]))
 
 
 def parse_options() -> argparse.Namespace:
@@ -96,6 +102,7 @@ def parse_options() -> argparse.Namespace:
         "--naive", type=int, default=0, help="also time naive TracIn on this many examples"
     )
     command.add_argument("--seconds", type=float, default=60.0, help="time for all rounds")
+    command.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="largest batch")
     part(train)
     command = part(job)
     command.add_argument("--method", nargs="+", choices=list(METHODS))

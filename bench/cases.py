@@ -22,6 +22,20 @@ KINDS: tuple[kernels.Kind, ...] = ("rademacher", "sjlt")
 CHECKED_QUERIES = 64  # number of queries of `top_k_dot` that are checked, evenly spread
 
 
+class Cost(NamedTuple):
+    """Operations of the cheapest implementation, two per multiply-add, and bytes moved.
+
+    Attributes:
+        flops: operations.
+        input_bytes: bytes of the inputs without padding, each read once.
+        output_bytes: bytes written, and read if the op adds.
+    """
+
+    flops: int
+    input_bytes: int
+    output_bytes: int
+
+
 class Case(NamedTuple):
     """One op at one size.
 
@@ -31,10 +45,9 @@ class Case(NamedTuple):
         plain: implementations in plain torch by name, with everything prepared that can be.
         error: returns the largest difference of a function's result from float64, over the largest
             number of the float64 result.
-        flops: operations of the cheapest implementation, two per multiply-add.
-        input_bytes: bytes of the inputs without padding, each read once.
-        output_bytes: bytes written, and read if the op adds.
+        cost: operations and bytes.
         beside: other functions to time in the same turns, for comparison only.
+        drift: error of sums on tensor cores, which is allowed beside that of plain torch.
     """
 
     op: str
@@ -42,10 +55,9 @@ class Case(NamedTuple):
     native: Callable[[], Any]
     plain: dict[str, Callable[[], Any]]
     error: Callable[[Callable[[], Any]], float]
-    flops: int
-    input_bytes: int
-    output_bytes: int
+    cost: Cost
     beside: dict[str, Callable[[], Any]] = {}  # noqa: RUF012  (never modified)
+    drift: float = 0.0
 
 
 # --- project_gradients ----------------------------------------------------------------------
@@ -69,6 +81,16 @@ class ProjectSize(NamedTuple):
         ragged = " ragged" if self.ragged else ""
         rows = f"B {self.batch}, S {self.tokens}{ragged}"
         return f"{rows}, {self.size_in} -> {outs}, k {self.k[0]}x{self.k[1]}"
+
+    def cost(self, kind: kernels.Kind, dtype: torch.dtype, tokens: int) -> Cost:
+        """Return the cost for `tokens` tokens in all examples together."""
+        (k_out, k_in), outs = self.k, sum(self.outs)
+        widths, projecting = self.size_in + outs, 2 * (k_in * self.size_in + k_out * outs)
+        return Cost(
+            tokens * ((widths if kind == "sjlt" else projecting) + 2 * k_out * k_in),
+            tokens * widths * dtype.itemsize,
+            2 * 4 * self.batch * k_out * k_in,
+        )
 
 
 # Tokens, I and O of the layers of the mini (256) and the base (768) model. 58x57 and 42x42 are the
@@ -116,17 +138,13 @@ def project_case(
         )
         return torch.bmm(sum(qs[1:], qs[0]).mT, p).flatten(1)
 
-    count, widths = int(lengths.sum()), size.size_in + sum(size.outs)
-    projecting = 2 * (k_in * size.size_in + k_out * sum(size.outs))
     return Case(
         f"project_gradients {kind}",
         str(size),
         native,
         _plain_projections(x, gs, keys, out, size, kind),
         _added_error(out, truth),
-        flops=count * ((widths if kind == "sjlt" else projecting) + 2 * k_out * k_in),
-        input_bytes=count * widths * x.element_size(),
-        output_bytes=2 * out.nbytes,
+        size.cost(kind, dtype, int(lengths.sum())),
     )
 
 
@@ -190,6 +208,15 @@ class DotSize(NamedTuple):
         rows = f"{self.batch1} x {self.batch2}, S {self.tokens}{ragged}"
         return f"{rows}, {self.size_in} -> {self.size_out}"
 
+    def cost(self, dtype: torch.dtype, t1: int, t2: int) -> Cost:
+        """Return the cost for `t1` and `t2` tokens in all examples of the two batches."""
+        weights, widths = self.size_in * self.size_out, self.size_in + self.size_out
+        return Cost(
+            2 * min(t1 * t2 * widths, (t1 + t2 + self.batch1 * self.batch2) * weights),
+            (t1 + t2) * widths * dtype.itemsize,
+            2 * 4 * self.batch1 * self.batch2,
+        )
+
 
 DOT = [
     DotSize(32, 32, 24, 256, 256),
@@ -239,16 +266,13 @@ def dot_case(size: DotSize, device: torch.device, dtype: torch.dtype) -> Case:
         return total
 
     t1, t2 = (int(lengths_B.sum()) for lengths_B in lengths)
-    weights, widths = size.size_in * size.size_out, size.size_in + size.size_out
     return Case(
         "gradient_dot",
         str(size),
         native,
         {"formed": formed, "pairs": pairs},
         _added_error(out, truth),
-        flops=2 * min(t1 * t2 * widths, (t1 + t2 + size.batch1 * size.batch2) * weights),
-        input_bytes=(t1 + t2) * widths * x1.element_size(),
-        output_bytes=2 * out.nbytes,
+        size.cost(dtype, t1, t2),
     )
 
 
@@ -270,6 +294,14 @@ class TopKSize(NamedTuple):
         cosine = ", cosine" if self.normalize else ""
         sizes = f"Q {self.queries}, N {self.trains}, K {self.width}, C {self.checkpoints}"
         return f"{sizes}, k {self.k}{cosine}"
+
+    def cost(self, dtype: torch.dtype) -> Cost:
+        numbers = (self.queries + self.trains) * self.width * self.checkpoints
+        return Cost(
+            2 * self.queries * self.trains * self.width * self.checkpoints,
+            numbers * dtype.itemsize,
+            self.queries * (2 * self.k * 12 + GROUPS * 8),
+        )
 
 
 TOP_K = [
@@ -305,17 +337,18 @@ def top_k_case(size: TopKSize, device: torch.device, dtype: torch.dtype) -> Case
     if size.block is not None:
         scores = torch.empty(size.queries, size.trains, dtype=dtype, device=device)
         beside = {"matmul": lambda: torch.mm(queries[0], trains[0].T, out=scores)}
-    numbers = (size.queries + size.trains) * size.width * size.checkpoints
+    # On a GPU a bfloat16 score is one chain of additions that round towards zero, 16 products each,
+    # off by up to 2^-23 (csrc/cuda/top_k_dot.cu).
+    chain = size.checkpoints * size.width / 16 if device.type == "cuda" else 0
     return Case(
         "top_k_dot",
         str(size),
         native,
         _plain_top_k(queries, trains, groups, size),
         _ranking_error(queries, trains, groups, size),
-        flops=2 * size.queries * size.trains * size.width * size.checkpoints,
-        input_bytes=numbers * queries[0].element_size(),
-        output_bytes=size.queries * (2 * size.k * 12 + GROUPS * 8),
-        beside=beside,
+        size.cost(dtype),
+        beside,
+        chain * 2**-23 if dtype is torch.bfloat16 else 0.0,
     )
 
 
@@ -408,15 +441,28 @@ def _ranking_error(
 # --- linear ---------------------------------------------------------------------------------
 
 
-# (T, I, O, transposed) of products of the lean pass that are no wider than their input.
+class LinearSize(NamedTuple):
+    """Size of a `linear` case, a product of the lean pass that is no wider than its input."""
+
+    rows: int
+    size_in: int
+    size_out: int
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        transposed = " transposed" if self.transposed else ""
+        return f"T {self.rows}, {self.size_in} -> {self.size_out}{transposed}"
+
+
 LINEAR = [
-    (8192, 256, 256, False), (8192, 1024, 256, False), (8192, 256, 1024, True),
-    (4096, 768, 768, False), (4096, 3072, 768, False), (4096, 768, 3072, True),
+    LinearSize(8192, 256, 256), LinearSize(8192, 1024, 256), LinearSize(8192, 256, 1024, True),
+    LinearSize(4096, 768, 768), LinearSize(4096, 3072, 768), LinearSize(4096, 768, 3072, True),
 ]  # fmt: skip
 
 
-def linear_case(rows: int, size_in: int, size_out: int, transposed: bool) -> Case:
+def linear_case(size: LinearSize) -> Case:
     """Build a case of `linear`, which exists in float32 on the CPU only."""
+    rows, size_in, size_out, transposed = size
     weight, bias = torch.randn(size_out, size_in), torch.randn(size_in if transposed else size_out)
     x = torch.randn(rows, size_out if transposed else size_in)
     matrix = weight if transposed else weight.T
@@ -427,26 +473,41 @@ def linear_case(rows: int, size_in: int, size_out: int, transposed: bool) -> Cas
 
     return Case(
         "linear",
-        f"T {rows}, {size_in} -> {size_out}{' transposed' if transposed else ''}",
+        str(size),
         lambda: kernels.linear(x, weight, bias, transposed=transposed),
         {"addmm": lambda: torch.addmm(bias, x, matrix)},
         error,
-        flops=2 * rows * size_in * size_out,
-        input_bytes=4 * (x.numel() + weight.numel()),
-        output_bytes=4 * rows * len(bias),
+        Cost(2 * rows * size_in * size_out, 4 * (x.numel() + weight.numel()), 4 * rows * len(bias)),
     )
 
 
 # --- quantize_rows --------------------------------------------------------------------------
 
 
-# (N, K) of a batch of features, short rows, and whole shards.
-QUANTIZE = [(64, 4096), (8000, 64), (4000, 1024), (4000, 4096), (1000, 16384)]
+class QuantizeSize(NamedTuple):
+    """Size of a `quantize_rows` case."""
+
+    rows: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"N {self.rows}, K {self.width}"
+
+    def cost(self, dtype: torch.dtype) -> Cost:
+        numbers = self.rows * self.width
+        return Cost(4 * numbers, numbers * dtype.itemsize, numbers + 4 * self.rows)
+
+
+# A batch of features, short rows, and whole shards.
+QUANTIZE = [
+    QuantizeSize(64, 4096), QuantizeSize(8000, 64), QuantizeSize(4000, 1024),
+    QuantizeSize(4000, 4096), QuantizeSize(1000, 16384),
+]  # fmt: skip
 BLOCK_NUMBERS = 1 << 16  # size of a block of rows in plain torch that stays in the cache
 
 
-def quantize_case(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Case:
-    x = torch.randn(rows, width, device=device).to(dtype)
+def quantize_case(size: QuantizeSize, device: torch.device, dtype: torch.dtype) -> Case:
+    x = torch.randn(*size, device=device).to(dtype)
 
     def error(function: Callable[[], Any]) -> float:
         codes, scales = (part.double() for part in function())
@@ -456,13 +517,11 @@ def quantize_case(rows: int, width: int, device: torch.device, dtype: torch.dtyp
 
     return Case(
         "quantize_rows",
-        f"N {rows}, K {width}",
+        str(size),
         lambda: kernels.quantize_rows(x),
         _plain_quantized(x),
         error,
-        flops=4 * x.numel(),
-        input_bytes=x.nbytes,
-        output_bytes=x.numel() + 4 * rows,
+        size.cost(dtype),
     )
 
 
@@ -496,6 +555,70 @@ def _plain_quantized(x: Tensor) -> dict[str, Callable[[], Any]]:
 # --- all cases ------------------------------------------------------------------------------
 
 
+Size = ProjectSize | DotSize | TopKSize | LinearSize | QuantizeSize
+
+
+class Spec(NamedTuple):
+    """A case without its inputs: its op, with the kind of a projection, and its size."""
+
+    op: str
+    size: Size
+
+    def case(self, device: torch.device, dtype: torch.dtype) -> Case:
+        """Create the inputs on the device."""
+        if isinstance(self.size, ProjectSize):
+            return project_case(self.size, self.op.split()[1], device, dtype)  # type: ignore[arg-type]
+        if isinstance(self.size, DotSize):
+            return dot_case(self.size, device, dtype)
+        if isinstance(self.size, TopKSize):
+            return top_k_case(self.size, device, dtype)
+        if isinstance(self.size, LinearSize):
+            return linear_case(self.size)
+        return quantize_case(self.size, device, dtype)
+
+
+def specs(
+    gpu: bool, dtype: torch.dtype, *, short: bool = False, rows: int | None = None
+) -> list[Spec]:
+    """List what is measured on a CPU or on a GPU (see `cases`), the most valuable cases first."""
+    projections = [
+        Spec(f"project_gradients {kind}", _on_device(size, gpu, rows))
+        for size in (PROJECT_SHORT if short else PROJECT)
+        for kind in KINDS
+    ]
+    others: list[Spec] = []
+    if not gpu and dtype is torch.float32:
+        others += [
+            Spec("linear", size._replace(rows=_few(size.rows, rows)))
+            for size in (LINEAR[:1] if short else LINEAR)
+        ]
+    fuller = 4 if gpu else 1
+    for dot in DOT_SHORT if short else DOT:
+        batch1, batch2 = (_few(batch * fuller, rows) for batch in (dot.batch1, dot.batch2))
+        others.append(Spec("gradient_dot", dot._replace(batch1=batch1, batch2=batch2)))
+    for count, width in QUANTIZE[-2:-1] if short else QUANTIZE:
+        size = QuantizeSize(_few(count * (32 if gpu else 1), rows), width)
+        others.append(Spec("quantize_rows", size))
+    ranking = TOP_K_GPU if gpu else TOP_K
+    if short:
+        ranking = ranking[-1:] if gpu else TOP_K_SHORT
+    others += [Spec("top_k_dot", _few_rows(size, rows)) for size in ranking]
+    if not gpu or short:
+        return projections + others
+    headline = headline_specs(dtype, rows=rows)
+    return headline + [spec for spec in projections + others if spec not in headline]
+
+
+def headline_specs(dtype: torch.dtype, *, rows: int | None = None) -> list[Spec]:
+    """List the cases that a GPU is asked for first: its goals are stated for them."""
+    projections = [
+        Spec("project_gradients rademacher", _on_device(PROJECT[at], True, rows))
+        for at in (8, 5, 10, 11)
+    ]
+    large = [Spec("top_k_dot", _few_rows(BIG_TOP_K, rows))] if dtype is torch.bfloat16 else []
+    return large + projections
+
+
 def cases(
     device: torch.device, dtype: torch.dtype, *, short: bool = False, rows: int | None = None
 ) -> Iterator[Case]:
@@ -508,36 +631,18 @@ def cases(
         short: yield only some cases.
         rows: largest number of examples and queries, and 1/64 of that of training rows; for tests.
     """
-    gpu = device.type == "cuda"
-    for project in PROJECT_SHORT if short else PROJECT:
-        fuller = 4096 // 64 if project.tokens == 1 else 65_536 // (project.batch * project.tokens)
-        project = project._replace(batch=_few(project.batch * (fuller if gpu else 1), rows))
-        for kind in KINDS:
-            yield project_case(project, kind, device, dtype)
-    if not gpu and dtype is torch.float32:
-        for tokens, size_in, size_out, transposed in LINEAR[:1] if short else LINEAR:
-            yield linear_case(_few(tokens, rows), size_in, size_out, transposed)
-    for dot in DOT_SHORT if short else DOT:
-        fuller = 4 if gpu else 1
-        yield dot_case(
-            dot._replace(
-                batch1=_few(dot.batch1 * fuller, rows), batch2=_few(dot.batch2 * fuller, rows)
-            ),
-            device,
-            dtype,
-        )
-    for count, width in QUANTIZE[-2:-1] if short else QUANTIZE:
-        yield quantize_case(_few(count * (32 if gpu else 1), rows), width, device, dtype)
-    ranking = TOP_K_GPU if gpu else TOP_K
-    if short:
-        ranking = ranking[-1:] if gpu else TOP_K_SHORT
-    elif gpu and dtype is torch.bfloat16:
-        ranking = [*ranking, BIG_TOP_K]
-    for top_k in ranking:
-        trains = _few(top_k.trains, None if rows is None else 64 * rows)
-        yield top_k_case(
-            top_k._replace(queries=_few(top_k.queries, rows), trains=trains), device, dtype
-        )
+    for spec in specs(device.type == "cuda", dtype, short=short, rows=rows):
+        yield spec.case(device, dtype)
+
+
+def _on_device(size: ProjectSize, gpu: bool, rows: int | None) -> ProjectSize:
+    fuller = 4096 // 64 if size.tokens == 1 else 65_536 // (size.batch * size.tokens)
+    return size._replace(batch=_few(size.batch * (fuller if gpu else 1), rows))
+
+
+def _few_rows(size: TopKSize, rows: int | None) -> TopKSize:
+    trains = _few(size.trains, None if rows is None else 64 * rows)
+    return size._replace(queries=_few(size.queries, rows), trains=trains)
 
 
 def _few(count: int, rows: int | None) -> int:

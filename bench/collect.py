@@ -2,7 +2,8 @@
 
 The floor is written without tracmod (`plain.floor_pass`) and gets its batches ready-made, while
 tracmod starts from lists of token ids. Everything is checked against one-example autograd in
-float64 before it is timed.
+float64, computed once on the same device, before it is timed; a wrong result is timed as well and
+named under `wrong`. What is known so far is handed to `save` after every measurement.
 """
 
 from __future__ import annotations
@@ -29,11 +30,20 @@ BATCH_TOKENS = 8192
 KEPT_HEADS = (0.25, 0.50, 0.75)
 # Allowed error of a row over its norm: a pass rounds in every layer, in bfloat16 to 8 bits.
 ROW_ERROR = {None: 1e-3, torch.bfloat16: 0.1}
+SPEARMAN = 0.99  # least correlation of scores from a bfloat16 pass with those from a float32 pass
+EXACT_ERROR = 1e-4  # allowed error of an exact cosine
 QUERIES = 2500  # number of queries in the comparison with naive TracIn
 
 
+Save = Callable[[dict[str, Any]], None]
+
+
+def ignore(result: dict[str, Any]) -> None:
+    """Keep nothing of a result so far."""
+
+
 class WrongResult(RuntimeError):
-    """An incorrect result. Incorrect results are not timed."""
+    """An incorrect result."""
 
 
 def require(correct: bool, message: str) -> None:
@@ -46,11 +56,11 @@ def require(correct: bool, message: str) -> None:
 
 
 def whole_gradients(model: Any, examples: plain.Examples, mask: Any = None) -> Iterator[Any]:
-    """Yield each example's gradients by parameter name: float64, one at a time, on the CPU."""
-    model = copy.deepcopy(model).cpu().double()
+    """Yield each example's gradients by parameter name: float64, one at a time, on its device."""
+    model = copy.deepcopy(model).double()
     names = plain.encoder_names(model)
     with plain.requiring_grad(model, names) as parameters, without_heads(model, mask):
-        for batch in plain.one_by_one(model, examples, torch.device("cpu")):
+        for batch in plain.one_by_one(model, examples, model.device):
             logits = model(**batch.inputs).logits
             loss = nn.functional.cross_entropy(logits, batch.labels)
             yield dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
@@ -69,7 +79,7 @@ def without_heads(model: Any, mask: Any) -> Iterator[None]:
         scale = torch.tensor(kept).repeat_interleave(output.in_features // len(kept))
 
         def zero(_: Any, args: tuple[Tensor, ...], scale: Tensor = scale) -> tuple[Tensor, ...]:
-            return (args[0] * scale.to(args[0].dtype), *args[1:])
+            return (args[0] * scale.to(args[0]), *args[1:])
 
         handles.append(output.register_forward_pre_hook(zero))
     try:
@@ -82,7 +92,10 @@ def without_heads(model: Any, mask: Any) -> Iterator[None]:
 def expected_features(
     model: Any, examples: plain.Examples, projection: tm.Projection, mask: Any = None
 ) -> Tensor:
-    """Compute what `collect_features` must return: whole gradients, projected as specified."""
+    """Compute what `collect_features` must return: whole gradients, projected as specified.
+
+    Only the projection is computed on the CPU.
+    """
     layers = select_layers(model)
     slots = projection.slots(layers)
     features = torch.zeros(len(examples), projection.dim, dtype=torch.float64)
@@ -90,7 +103,7 @@ def expected_features(
         for layer in layers:
             slot = slots[layer.name]
             size = slot.k_out * slot.k_in
-            parts = [gradients[name] for name in layer.parameter_names]
+            parts = [gradients[name].cpu() for name in layer.parameter_names]
             row[slot.offset : slot.offset + size] += _projected(layer, slot, parts, projection.seed)
     return features
 
@@ -123,25 +136,34 @@ def _projected(layer: Layer, slot: Slot, parts: list[Tensor], seed: int) -> Tens
     return (r_out @ gradient @ r_in.T).flatten()
 
 
-def check_features(
-    model: Any, examples: plain.Examples, projection: tm.Projection,
+def checked_examples(examples: plain.Examples) -> list[Any]:
+    """Return the few examples whose features are checked."""
+    return [examples[row] for row in spaced(len(examples), 3)]
+
+
+def features_error(
+    model: Any, examples: plain.Examples, projection: tm.Projection, truth: Tensor,
     dtype: torch.dtype | None = None, mask: Any = None,
 ) -> float:  # fmt: skip
-    """Return the largest error of a row over its norm, for a few examples.
+    """Return the largest error of a row over its norm; `truth` is of `expected_features`."""
+    features = tm.collect_features(model, examples, projection, head_mask=mask, dtype=dtype)
+    errors = (features.double().cpu() - truth).norm(dim=1) / truth.norm(dim=1)
+    return float(errors.max())
+
+
+def check_features(model: Any, examples: plain.Examples, projection: tm.Projection) -> float:
+    """Return the largest error of a row over its norm, for a few examples in float32.
 
     Raises:
         WrongResult: the error is more than rounding.
     """
-    some = [examples[row] for row in spaced(len(examples), 3)]
-    truth = expected_features(model, some, projection, mask)
-    features = tm.collect_features(model, some, projection, head_mask=mask, dtype=dtype)
-    errors = (features.double().cpu() - truth).norm(dim=1) / truth.norm(dim=1)
-    error = float(errors.max())
+    some = checked_examples(examples)
+    truth = expected_features(model, some, projection)
+    error = features_error(model, some, projection, truth)
     require(
-        error <= ROW_ERROR[dtype],
-        f"{projection.kind} features, {dtype or torch.float32}, "
-        f"{'all heads' if mask is None else f'{mask.size} heads'}: off by {error:.1e} of their "
-        f"norm, allowed {ROW_ERROR[dtype]:.0e}; not timed",
+        error <= ROW_ERROR[None],
+        f"{projection.kind} features: off by {error:.1e} of their norm, "
+        f"allowed {ROW_ERROR[None]:.0e}; not timed",
     )
     return error
 
@@ -158,6 +180,7 @@ def run_collect(
     batch_tokens: int = BATCH_TOKENS,
     seconds: float = 20.0,
     rounds: int = 5,
+    save: Save = ignore,
 ) -> dict[str, Any]:
     """Time the floor and tracmod's collection on the same examples.
 
@@ -168,22 +191,35 @@ def run_collect(
         naive: if not 0, also time naive TracIn's gradient on this many examples, one at a time.
         batch_tokens: largest batch, in tokens.
         seconds, rounds: as in `take_turns`.
-
-    Raises:
-        WrongResult: features or scores are incorrect.
+        save: called with the result so far.
     """
     model, examples = to_device(random_model(shape), device), random_examples(count)
     projections = {kind: tm.Projection(DIM, kind) for kind in ("rademacher", "sjlt")}
     masks = {f"heads {kept:.0%}": _random_mask(model, kept) for kept in KEPT_HEADS}
     mask_dtype = torch.bfloat16 if device.type == "cuda" else None
-    errors = {
-        f"{kind} {name}": check_features(model, examples, projection, dtype)
-        for kind, projection in projections.items()
-        for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16))
-    }
+    result: dict[str, Any] = {
+        "part": "collect", "environment": environment(device), "shape": shape, "examples": count,
+        "tokens": sum(len(e["input_ids"]) for e in examples), "batch_tokens": batch_tokens,
+        "dim": DIM, "errors": {}, "wrong": [],
+    }  # fmt: skip
+    some = checked_examples(examples)
+
+    def check(name: str, kind: str, truth: Tensor, dtype: Any, mask: Any = None) -> None:
+        error = features_error(model, some, projections[kind], truth, dtype, mask)
+        result["errors"][name] = error
+        if not error <= ROW_ERROR[dtype]:
+            result["wrong"].append(
+                f"{name}: features off by {error:.1e} of their norm, allowed {ROW_ERROR[dtype]:.0e}"
+            )
+
+    for kind, projection in projections.items():
+        truth = expected_features(model, some, projection)
+        check(f"{kind} float32", kind, truth, None)
+        check(f"{kind} bfloat16", kind, truth, torch.bfloat16)
     for name, mask in masks.items():
-        errors[name] = check_features(model, examples, projections["rademacher"], mask_dtype, mask)
-    fidelity = bfloat16_fidelity(model, examples, projections["rademacher"])
+        truth = expected_features(model, some, projections["rademacher"], mask)
+        check(name, "rademacher", truth, mask_dtype, mask)
+    save(result)
 
     def collect(kind: str, dtype: torch.dtype | None, mask: Any = None) -> Callable[[], Tensor]:
         return lambda: tm.collect_features(
@@ -192,20 +228,34 @@ def run_collect(
         )  # fmt: skip
 
     functions: dict[str, Callable[[], Any]] = floors(model, examples, batch_tokens, device)
-    for kind in projections:
-        functions[f"{kind} float32"] = collect(kind, None)
-        functions[f"{kind} bfloat16"] = collect(kind, torch.bfloat16)
+    for dtype_name, dtype in (("bfloat16", torch.bfloat16), ("float32", None)):
+        for kind in projections:
+            functions[f"{kind} {dtype_name}"] = collect(kind, dtype)
     functions |= {name: collect("rademacher", mask_dtype, mask) for name, mask in masks.items()}
-    timed = take_turns(functions, device, seconds=seconds, rounds=rounds)
-    full = timed["rademacher bfloat16" if mask_dtype else "rademacher float32"]
-    result = {
-        "part": "collect", "environment": environment(device), "shape": shape, "examples": count,
-        "tokens": sum(len(e["input_ids"]) for e in examples), "batch_tokens": batch_tokens,
-        "dim": DIM, "errors": errors, "bfloat16_agreement": fidelity, "seconds": timed,
-        **_shares(timed), "heads_share_of_full": {name: timed[name] / full for name in masks},
-    }  # fmt: skip
+    full = "rademacher bfloat16" if mask_dtype else "rademacher float32"
+
+    def keep(timed: dict[str, float]) -> None:
+        result["seconds"] = timed
+        if full in timed:
+            result.update(_shares(timed))
+            result["heads_share_of_full"] = {
+                name: timed[name] / timed[full] for name in masks if name in timed
+            }
+        save(result)
+
+    keep(take_turns(functions, device, seconds=seconds, rounds=rounds, after=keep))
+    result["bfloat16_agreement"] = fidelity = bfloat16_fidelity(
+        model, examples, projections["rademacher"]
+    )
+    if not fidelity["spearman"] >= SPEARMAN:
+        result["wrong"].append(
+            f"bfloat16 features: Spearman correlation {fidelity['spearman']:.4f} with float32's "
+            f"scores, expected at least {SPEARMAN}"
+        )
     if naive:
+        timed = result["seconds"]
         result["naive"] = compare_naive(model, examples[:naive], timed, count, device)
+    save(result)
     return result
 
 
@@ -242,11 +292,7 @@ def _random_mask(model: Any, kept: float) -> tm.HeadMask:
 def bfloat16_fidelity(
     model: Any, examples: plain.Examples, projection: tm.Projection
 ) -> dict[str, float]:
-    """Compare cosine scores from features of a bfloat16 pass with those of a float32 pass.
-
-    Raises:
-        WrongResult: the mean Spearman correlation per query is below 0.99.
-    """
+    """Compare cosine scores from features of a bfloat16 pass with those of a float32 pass."""
     some = [examples[row] for row in spaced(len(examples), 512)]
     queries = spaced(len(some), 64)
     single, half = (
@@ -256,13 +302,7 @@ def bfloat16_fidelity(
             for dtype in (None, torch.bfloat16)
         )
     )
-    result = agreement(half.cpu(), single.cpu())
-    require(
-        result["spearman"] >= 0.99,
-        f"bfloat16 features: expected a Spearman correlation of at least 0.99 with float32's "
-        f"scores, got {result['spearman']:.4f}",
-    )
-    return result
+    return agreement(half.cpu(), single.cpu())
 
 
 def compare_naive(
@@ -306,7 +346,13 @@ def compare_naive(
 
 
 def run_exact(
-    shape: str, device: torch.device, train: int, query: int, *, bound: float = 60.0
+    shape: str,
+    device: torch.device,
+    train: int,
+    query: int,
+    *,
+    bound: float = 60.0,
+    save: Save = ignore,
 ) -> dict[str, Any]:
     """Time exact cosine influence of one checkpoint, or extrapolate if it would take too long.
 
@@ -318,40 +364,52 @@ def run_exact(
         device: device to run on.
         train, query: numbers of examples.
         bound: seconds that the measurement may take.
-
-    Raises:
-        WrongResult: the scores are incorrect.
+        save: called with the result so far.
     """
     model = to_device(random_model(shape), device)
     trains, queries = random_examples(train, 2), random_examples(query, 3)
-    error = check_exact(model, trains, queries)
+    error = exact_error(model, trains, queries)
+    result: dict[str, Any] = {
+        "part": "exact", "environment": environment(device), "shape": shape, "train": train,
+        "query": query, "error": error, "wrong": [], "bound_seconds": bound,
+    }  # fmt: skip
+    if not error <= EXACT_ERROR:
+        result["wrong"].append(f"a cosine is off by {error:.1e}, allowed {EXACT_ERROR:.0e}")
 
     def influence(trains: Any, queries: Any) -> Tensor:
         return tm.exact_influence(model, trains, queries, normalize="cosine")
 
     influence(trains[:32], queries[:32])  # the first call also loads kernels
     part = clock(lambda: influence(trains[: train // 10], queries[: query // 10]), device)
-    whole = 100 * part <= 1.5 * bound
-    elapsed = clock(lambda: influence(trains, queries), device) if whole else 100 * part
-    return {
-        "part": "exact", "environment": environment(device), "shape": shape, "train": train,
-        "query": query, "error": error, "tenth_by_tenth_seconds": part, "seconds": elapsed,
-        "extrapolated": not whole, "bound_seconds": bound,
-    }  # fmt: skip
+    result |= {"tenth_by_tenth_seconds": part, "seconds": 100 * part, "extrapolated": True}
+    save(result)
+    if 100 * part <= 1.5 * bound:
+        result["seconds"] = clock(lambda: influence(trains, queries), device)
+        result["extrapolated"] = False
+        save(result)
+    return result
 
 
-def check_exact(model: Any, trains: plain.Examples, queries: plain.Examples) -> float:
-    """Return the largest error of a cosine against float64, for a few examples.
-
-    Raises:
-        WrongResult: the error is more than 1e-4.
-    """
+def exact_error(model: Any, trains: plain.Examples, queries: plain.Examples) -> float:
+    """Return the largest error of a cosine against float64, for a few examples."""
     some = [[rows[row] for row in spaced(len(rows), 3)] for rows in (trains, queries)]
     scores = tm.exact_influence(model, some[0], some[1], normalize="cosine")
     units = [list(map(_unit_row, whole_gradients(model, rows))) for rows in some]
     truth = torch.tensor([[float(q_P @ t_P) for t_P in units[0]] for q_P in units[1]])
-    error = float((scores.double().cpu() - truth).abs().max())
-    require(error <= 1e-4, f"exact influence: a cosine is off by {error:.1e}, allowed 1e-4")
+    return float((scores.double().cpu() - truth).abs().max())
+
+
+def check_exact(model: Any, trains: plain.Examples, queries: plain.Examples) -> float:
+    """Return `exact_error`.
+
+    Raises:
+        WrongResult: the error is more than rounding.
+    """
+    error = exact_error(model, trains, queries)
+    require(
+        error <= EXACT_ERROR,
+        f"exact influence: a cosine is off by {error:.1e}, allowed {EXACT_ERROR:.0e}",
+    )
     return error
 
 

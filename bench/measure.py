@@ -56,6 +56,7 @@ def take_turns(
     *,
     seconds: float = 1.0,
     rounds: int = 12,
+    after: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, float]:
     """Time functions in turns; return the seconds per call of each one's best round.
 
@@ -67,8 +68,11 @@ def take_turns(
         device: device that they run on.
         seconds: stop after this time, but not before two rounds.
         rounds: largest number of rounds.
+        after: called with the times so far after every function of the first round, and after
+            every later round, to keep them if the process is stopped.
     """
-    calls, best = {}, {}
+    calls: dict[str, int] = {}
+    best: dict[str, float] = {}
     start = time.perf_counter()
     for name, function in functions.items():
         first, calls[name] = clock(function, device), 1
@@ -76,11 +80,15 @@ def take_turns(
             first = clock(function, device)  # the first call also loaded kernels
             calls[name] = max(1, min(200, int(GPU_ROUND_SECONDS / first)))
         best[name] = first
+        if after is not None:
+            after(dict(best))
     for done in range(1, rounds):
         if done >= 2 and time.perf_counter() - start > seconds:
             break
         for name, function in functions.items():
             best[name] = min(best[name], clock(function, device, calls[name]))
+        if after is not None:
+            after(dict(best))
     return best
 
 

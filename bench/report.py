@@ -226,19 +226,31 @@ def index_section(result: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def engine_section(result: dict[str, Any]) -> list[str]:
+def engine_table(result: dict[str, Any]) -> list[str]:
     efficiency = result["efficiency"]
     rows = [
         [name, seconds, f"{efficiency[name]:.0%}" if name in efficiency else None]
         for name, seconds in result["seconds"].items()
     ]
-    return [
+    return table(["Engine", "Seconds", "Parallel efficiency with two workers"], rows)
+
+
+def engine_section(result: dict[str, Any]) -> list[str]:
+    lines = [
         f"{result['shards']:,} shards of 256 examples, {result['train']:,} training examples per "
         f"language, one thread per worker: {environment_text(result)} Time of Ray with one worker, "
         f"relative to the local engine: {result['ray_adds']:+.1%}.",
         "",
-        *table(["Engine", "Seconds", "Parallel efficiency with two workers"], rows),
+        *engine_table(result),
     ]
+    if "attribution" in result:
+        lines += [
+            "",
+            "A whole `tracmod attribute` of the same examples and two checkpoints:",
+            "",
+            *engine_table(result["attribution"]),
+        ]
+    return lines
 
 
 def waiting_section(result: dict[str, Any]) -> list[str]:
@@ -374,10 +386,13 @@ def kernels_section(result: dict[str, Any]) -> list[str]:
     limits = result["limits"]
     rows = []
     for row in result["cases"]:
-        if not row["right"]:
-            rows.append([row["op"], row["shape"], *[None] * 7, row.get("failed", "wrong result")])
+        if "native_seconds" not in row:
+            note = row.get("failed", None if row["right"] else "wrong result")
+            rows.append([row["op"], row["shape"], *[None] * 7, note])
             continue
         notes = [f"{k}: {v:.2f}" for k, v in row.items() if k.endswith("matmul_share")]
+        if not row["right"]:
+            notes.append(f"wrong result: off by {row['error']:.0e}, allowed {row['allowed']:.0e}")
         rows.append([
             row["op"], row["shape"], row["plain_seconds"] * 1e3, row["native_seconds"] * 1e3,
             f"{row['times_plain']:.2f}", row["gbytes_per_second"], row["tflops"],
@@ -397,6 +412,33 @@ def kernels_section(result: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def predictions_section(result: dict[str, Any]) -> list[str]:
+    """Compare predictions with what was measured; columns of measurements are empty without any."""
+    lines = []
+    for dtype, cases in result["predicted"].items():
+        rows = []
+        for name, case in cases.items():
+            row = result["measured"].get(dtype, {}).get(name, {})
+            seconds, share = row.get("native_seconds"), row.get("share_of_limit")
+            rows.append([
+                name, case["bytes"] / 1e6, case["operations"] / 1e9, case["bound_by"],
+                case["seconds"] * 1e3, f"{case['share_of_limit']:.0%}",
+                None if seconds is None else seconds * 1e3,
+                None if share is None else f"{share:.0%}", case["reason"],
+            ])  # fmt: skip
+        lines += [
+            f"**{dtype}**",
+            "",
+            *table(
+                ["Op and size", "MB", "Gflop", "Limit", "Predicted (ms)", "Predicted share",
+                 "Measured (ms)", "Measured share", "What the prediction rests on"],
+                rows,
+            ),
+            "",
+        ]  # fmt: skip
+    return lines[:-1]
+
+
 # In the order of the page.
 PARTS = {
     "peers": peers_section,
@@ -412,6 +454,7 @@ PARTS = {
     "preconditioner": preconditioner_section,
     "exact": exact_section,
     "kernels": kernels_section,
+    "predictions": predictions_section,
 }
 
 
@@ -479,8 +522,17 @@ def write(folder: Path) -> None:
     """Write RESULTS.md and results/speed.svg of a benchmark folder from its results/*.json."""
     files = sorted((folder / "results").glob("*.json"))
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    measured: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if result["part"] == "kernels" and result["environment"]["device_type"] == "cuda":
+            rows = {f"{row['op']}, {row['shape']}": row for row in result["cases"]}
+            measured.setdefault(result["dtype"], {}).update(rows)
+    predicted = json.loads((FOLDER / "predictions.json").read_text(encoding="utf-8"))
+    predictions = {"part": "predictions", "predicted": predicted, "measured": measured}
     page = folder / "RESULTS.md"
-    page.write_text(fill(page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    page.write_text(
+        fill(page.read_text(encoding="utf-8"), [*results, predictions]), encoding="utf-8"
+    )
     (folder / "results" / "speed.svg").write_text(picture(results), encoding="utf-8")
 
 

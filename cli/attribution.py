@@ -12,6 +12,7 @@ from tracmod.attribution.options import AttributionOptions
 from tracmod.choices import IndexKind, Normalization
 from tracmod.cli.options import (
     COLUMNS,
+    ENGINE_OPTIONS,
     EXISTING,
     FOLDER,
     JSON,
@@ -21,10 +22,12 @@ from tracmod.cli.options import (
     ColumnNames,
     CountOrAuto,
     GivenPath,
+    ParameterNames,
     RealNumber,
     Weights,
     WholeNumber,
     choice,
+    engine_of,
     field_option,
     merged_columns,
     options_of,
@@ -78,18 +81,24 @@ _MODEL_AND_CHECKPOINTS = [
                     AttributionOptions, "projection_dim", type=CountOrAuto(), metavar="K|auto"
                 )
             ],
+            "parameters": [field_option(AttributionOptions, "parameters", type=ParameterNames())],
             "normalize": [
                 field_option(AttributionOptions, "normalize", type=choice(Normalization))
             ],
         },
     )
 )
+@with_options(ENGINE_OPTIONS)
 @QUIET
 def attribute(
     model: str | None,
     folder: Path | None,
     checkpoints: tuple[Path, ...],
     normalize: str,
+    engine: str,
+    address: str | None,
+    workers: int | None,
+    worker_cpus: int,
     **options: Any,
 ) -> None:
     """Attribute predictions of your own classifier to training examples.
@@ -105,6 +114,9 @@ def attribute(
     fidelity.json (agreement with exact scores on a sample), run.json and features/; with --exact,
     the scores of each checkpoint in exact/ instead of features. A positive score means that the
     training example lowered the loss of the query.
+
+    With --workers or --engine ray, several processes or machines collect and score; --out must then
+    be on a file system that all of them share. The results are the same bit for bit.
 
     Run the same command again to resume. If examples were added at the end of a file, only they are
     processed.
@@ -126,18 +138,20 @@ def attribute(
           --columns text_a=premise,text_b=hypothesis,label=gold_label --language en
       tracmod attribute --model my-model --checkpoint my-model/checkpoint-500 \\
           --checkpoint my-model/checkpoint-1000 --train train.tsv --query test.tsv --out influence
+      tracmod attribute --checkpoints my-training --train train.tsv --query test.tsv \\
+          --out influence --workers 4
     """
     from tracmod.attribution.attribute import attribute, given_checkpoints
 
     model, checkpoint_paths = given_checkpoints(model, checkpoints, folder)
-    attribute(
-        AttributionOptions(
-            model,
-            checkpoints=checkpoint_paths,
-            normalize=None if normalize == "none" else normalize,
-            **options,
-        )
+    checked = AttributionOptions(
+        model,
+        checkpoints=checkpoint_paths,
+        normalize=None if normalize == "none" else normalize,
+        **options,
     )
+    with engine_of(checked.device, engine, address, workers, worker_cpus) as opened:
+        attribute(checked, opened)
     click.echo(f"written: {options['out']}/top.parquet, languages.parquet, run.json")
 
 
@@ -247,6 +261,11 @@ def _print_index(built: InfluenceIndex, path: Path) -> None:
     help="Number of proponents and of opponents to show.",
 )
 @click.option(
+    "--no-opponents",
+    is_flag=True,
+    help="Find proponents only.",
+)
+@click.option(
     "--columns",
     type=ColumnNames(),
     multiple=True,
@@ -266,6 +285,7 @@ def query(
     view: str,
     mask: str | None,
     k: int,
+    no_opponents: bool,
     columns: dict[str, str],
     as_json: bool,
 ) -> None:
@@ -286,7 +306,7 @@ def query(
     from tracmod.attribution.query import Attributor
 
     attributor = Attributor(folder, model, view, mask, columns=columns)
-    answer = attributor.query(text, text_b, label, k, languages or None)
+    answer = attributor.query(text, text_b, label, k, languages or None, opponents=not no_opponents)
     if attributor.is_cut(text, text_b):
         length = attributor.source.max_length
         click.echo(f"tracmod: the text is longer than {length} tokens and was cut", err=True)
@@ -302,6 +322,8 @@ def query(
     source = "exact" if answer["index"] is None else f"candidates of the {answer['index']} index"
     click.echo(f"label {answer['label']}, predicted {answer['prediction']}; {source}")
     for side, effect in (("proponents", "lowered"), ("opponents", "raised")):
+        if side == "opponents" and no_opponents:
+            continue
         click.echo(f"\n{side} (training examples that {effect} the loss)")
         for row in answer[side]:
             texts = " | ".join(text for text in (row["text_a"], row["text_b"]) if text)

@@ -10,7 +10,7 @@ import click
 
 from tracmod import __version__
 from tracmod.attribution.options import AttributionOptions
-from tracmod.choices import ParameterSet, PassDtype, StatedLossKind
+from tracmod.choices import PassDtype, StatedLossKind
 from tracmod.cli.errors import fail
 from tracmod.cli.options import (
     COLUMNS,
@@ -18,6 +18,7 @@ from tracmod.cli.options import (
     JSON,
     QUIET,
     GivenPath,
+    ParameterNames,
     PathOrUrl,
     WholeNumber,
     choice,
@@ -31,10 +32,11 @@ from tracmod.cli.options import (
 @COLUMNS
 @click.option(
     "--parameters",
-    type=choice(ParameterSet),
+    type=ParameterNames(),
     default="all",
     show_default=True,
-    help="Parameters whose gradients are compared.",
+    help="Parameters whose gradients are compared: a set of them, or patterns of the names of "
+    "parameters or modules.",
 )
 @click.option("--head-mask", type=EXISTING, help="JSON file of a head mask to apply.")
 @click.option(
@@ -63,7 +65,7 @@ def check(
     model: str,
     data: Path,
     columns: dict[str, str],
-    parameters: str,
+    parameters: str | list[str],
     head_mask: Path | None,
     examples: int,
     max_length: int,
@@ -222,7 +224,8 @@ def bench(device: str, dtype: str, full: bool, json_path: Path | None) -> None:
     from tracmod.bench.bench_kernels import run_bench
     from tracmod.models.modes import resolve_device
 
-    if not run_bench(resolve_device(device), dtype, json_path, short=not full):
+    selection = "all" if full else "short"
+    if not run_bench(resolve_device(device), dtype, json_path, selection=selection):
         fail("a result is wrong, see above")
 
 

@@ -7,13 +7,17 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from tracmod.choices import LARGEST_INT, EngineName, ModelName
+from tracmod.choices import LARGEST_INT, EngineName, ModelName, ParameterSet
+
+if TYPE_CHECKING:
+    from tracmod.engine import Engine
 
 Option = Callable[[Any], Any]  # a decorator, as `click.option` returns it
 
@@ -118,6 +122,23 @@ class ColumnNames(click.ParamType):
             self.fail(f"{error}.", param, ctx)
 
 
+class ParameterNames(click.ParamType):
+    """A set of parameters, or patterns of names separated by commas."""
+
+    name = f"{'|'.join(get_args(ParameterSet))}|PATTERN,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | list[str]:
+        """Return the name of the set, or the patterns."""
+        if value in get_args(ParameterSet):
+            return str(value)
+        patterns = [pattern.strip() for pattern in str(value).split(",")]
+        if not all(patterns):
+            self.fail(f"expected patterns of names, got {value!r}.", param, ctx)
+        return patterns
+
+
 class CountOrAuto(click.ParamType):
     """A whole number from 1 on, or `auto`, which becomes None."""
 
@@ -198,6 +219,31 @@ def field_option(model: type, name: str, **overrides: Any) -> Option:
     return click.option(option, name, **settings | overrides)
 
 
+def engine_of(
+    device: str | None,
+    engine: str,
+    address: str | None,
+    workers: int | None,
+    worker_cpus: int,
+    **_: Any,
+) -> closing[Engine]:
+    """Open the engine that `ENGINE_OPTIONS` describe.
+
+    Args:
+        device: the device to compute on, see `resolve_device`; on GPUs the default is one local
+            worker for each.
+        engine, address, workers, worker_cpus: the options.
+    """
+    import torch
+
+    from tracmod.engine import open_engine
+    from tracmod.models.modes import resolve_device
+
+    if engine == "local" and workers is None and resolve_device(device) == "cuda":
+        workers = torch.cuda.device_count()
+    return closing(open_engine(engine, address, workers, worker_cpus))
+
+
 def merged_columns(
     ctx: click.Context, param: click.Parameter, values: Sequence[Mapping[str, str]]
 ) -> dict[str, str]:
@@ -223,21 +269,13 @@ QUIET = click.option(
     callback=_set_quiet,
     help="Show no progress. Warnings and errors are still printed.",
 )
-RUN_OPTIONS = [
-    click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Override a value of the configuration, such as --set finetune.epochs=5. Can be "
-        "repeated.",
-    ),
+ENGINE_OPTIONS = [
     click.option(
         "--engine",
         type=choice(EngineName),
         default="local",
         show_default=True,
-        help="Where pruning, collecting, scoring and retraining run: here or on a Ray cluster.",
+        help="Where the work runs: on this machine, or on a Ray cluster.",
     ),
     click.option(
         "--address",
@@ -256,6 +294,17 @@ RUN_OPTIONS = [
         show_default=True,
         help="Cores and threads of each worker on Ray.",
     ),
+]
+RUN_OPTIONS = [
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a value of the configuration, such as --set finetune.epochs=5. Can be "
+        "repeated.",
+    ),
+    *ENGINE_OPTIONS,
     click.option(
         "--memory",
         type=Bytes(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +12,19 @@ import click
 
 from tracmod.choices import ExportForm, ModelName
 from tracmod.cli.errors import fail
-from tracmod.cli.options import EXISTING, FOLDER, JSON, RUN_OPTIONS, choice, with_options
+from tracmod.cli.options import (
+    EXISTING,
+    FOLDER,
+    JSON,
+    RUN_OPTIONS,
+    choice,
+    engine_of,
+    with_options,
+)
 from tracmod.files.progress import announce, describe, duration, set_quiet
 from tracmod.study.stage_table import STAGES, Stage, stage_named, stages_through
 
 if TYPE_CHECKING:
-    from tracmod.engine import Engine
     from tracmod.study.run_folder import RunFolder
     from tracmod.study.status import RunStatus
 
@@ -123,7 +129,7 @@ def sweep(config: str, out: Path, check: bool, **options: Any) -> None:
             click.echo(f"{point}\n  {', '.join(states)}")
         return
     device = next(iter(loaded.points.values())).device
-    with _engine(device, **options) as engine:
+    with engine_of(device, **options) as engine:
         failed = run_sweep(loaded, out, click.echo, engine)
     if failed:
         fail(f"{len(failed)} of {len(loaded.points)} points failed: {', '.join(failed)}")
@@ -167,30 +173,6 @@ def _overrides(overrides: tuple[str, ...], memory: int | None, **_: Any) -> tupl
     return overrides if memory is None else (*overrides, f"influence.memory={memory}")
 
 
-def _engine(
-    device: str,
-    engine: str,
-    address: str | None,
-    workers: int | None,
-    worker_cpus: int,
-    **_: Any,
-) -> closing[Engine]:
-    """Open the engine that the options of a run describe.
-
-    Args:
-        device: the device of the configuration; on GPUs the default is one local worker for each.
-        engine, address, workers, worker_cpus: the options.
-    """
-    import torch
-
-    from tracmod.engine import open_engine
-    from tracmod.models.modes import resolve_device
-
-    if engine == "local" and workers is None and resolve_device(device) == "cuda":
-        workers = torch.cuda.device_count()
-    return closing(open_engine(engine, address, workers, worker_cpus))
-
-
 def _run_stages(
     folder: RunFolder, stages: Sequence[str], options: dict[str, Any], again: str | None = None
 ) -> None:
@@ -202,12 +184,15 @@ def _run_stages(
     to_do = [stage for stage in stages if stage == again or not folder.is_done(stage)]
     if any(stage_named(stage).uses_model for stage in to_do):
         device = resolve_device(folder.config.device)
-    with folder.locked(), _engine(device, **options) as engine:
+    with folder.locked(), engine_of(device, **options) as engine:
         done = sum(map(folder.is_done, folder.stages))
-        announce(
-            f"{folder.path}: {done} of {len(folder.stages)} stages are done; run the same command "
-            f"again to resume; `tracmod status {folder.path}` shows the progress"
-        )
+        state = f"{folder.path}: {done} of {len(folder.stages)} stages are done"
+        if to_do:
+            state += (
+                f"; run the same command again to resume; `tracmod status {folder.path}` shows the "
+                "progress"
+            )
+        announce(state)
         run_stages(folder, stages, again, engine=engine)
 
 

@@ -62,6 +62,7 @@ struct Projection {
 struct Ranking {
   float* scores;     // (Q, k)
   int64_t* indices;  // (Q, k)
+  int64_t k;
 };
 
 struct TopK {
@@ -71,11 +72,10 @@ struct TopK {
   const double* weights;                        // C, on the host
   DType dtype;
   bool cosine;
-  int64_t k;
   int64_t index_offset;   // added to the row number of a training row
   const int64_t* groups;  // (N,) in [0, num_groups), or null
   int64_t num_groups;     // G
-  Ranking proponents, opponents;
+  Ranking proponents, opponents;  // of lengths of their own
   double* group_sums;  // (Q, G), added to; or null
 };
 

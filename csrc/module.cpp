@@ -439,19 +439,21 @@ const int64_t* checked_groups(const TensorView& groups, int64_t trains, int64_t 
 }
 
 Ranking checked_ranking(const Capsule& scores_capsule, const Capsule& indices_capsule,
-                        const TensorView& like, int64_t queries, int64_t k, const std::string& op,
+                        const TensorView& like, int64_t queries, const std::string& op,
                         const std::string& prefix) {
   const TensorView scores = view(scores_capsule, op, "state." + prefix + "scores");
   const TensorView indices = view(indices_capsule, op, "state." + prefix + "indices");
-  scores.check_device(like).check_dtype("float32").check_shape({queries, k}, "(Q, k)");
+  scores.check_device(like).check_dtype("float32").check_ndim({2}, "(Q, k)");
+  const int64_t k = scores.size(1);
+  scores.check_shape({queries, k}, "(Q, k)");
   indices.check_device(like).check_dtype("int64").check_shape({queries, k}, "(Q, k)");
   scores.check_contiguous();
   indices.check_contiguous();
-  return {scores.as<float>(), indices.as<int64_t>()};
+  return {scores.as<float>(), indices.as<int64_t>(), k};
 }
 
 void top_k_dot(const std::vector<Capsule>& queries, const std::vector<Capsule>& trains,
-               const std::vector<double>& weights, bool cosine, int64_t k, int64_t index_offset,
+               const std::vector<double>& weights, bool cosine, int64_t index_offset,
                const std::optional<Capsule>& groups, const Capsule& scores, const Capsule& indices,
                const Capsule& opponent_scores, const Capsule& opponent_indices,
                const std::optional<Capsule>& group_sums, const py::function& allocate, int threads,
@@ -479,11 +481,10 @@ void top_k_dot(const std::vector<Capsule>& queries, const std::vector<Capsule>& 
   job.weights = weights.data();
   job.dtype = first.float_type();
   job.cosine = cosine;
-  job.k = k;
   job.index_offset = index_offset;
-  job.proponents = checked_ranking(scores, indices, first, job.queries, k, op, "");
+  job.proponents = checked_ranking(scores, indices, first, job.queries, op, "");
   job.opponents =
-      checked_ranking(opponent_scores, opponent_indices, first, job.queries, k, op, "opponent_");
+      checked_ranking(opponent_scores, opponent_indices, first, job.queries, op, "opponent_");
   if (groups && group_sums) {
     const TensorView sums = view(*group_sums, op, "state.group_sums");
     sums.check_device(first).check_dtype("float64").check_ndim({2}, "(Q, G)");
@@ -580,7 +581,7 @@ PYBIND11_MODULE(_C, m) {
         "threads"_a);
   m.def("gradient_dot", &gradient_dot, "x1"_a, "g1"_a, "x2"_a, "g2"_a, "out"_a, "lengths1"_a,
         "lengths2"_a, "layer"_a, "bias"_a, "allocate"_a, "threads"_a, "stream"_a);
-  m.def("top_k_dot", &top_k_dot, "queries"_a, "trains"_a, "weights"_a, "cosine"_a, "k"_a,
+  m.def("top_k_dot", &top_k_dot, "queries"_a, "trains"_a, "weights"_a, "cosine"_a,
         "index_offset"_a, "groups"_a, "scores"_a, "indices"_a, "opponent_scores"_a,
         "opponent_indices"_a, "group_sums"_a, "allocate"_a, "threads"_a, "stream"_a);
   m.def("quantize_rows", &quantize_rows, "rows"_a, "codes"_a, "scales"_a, "threads"_a, "stream"_a);

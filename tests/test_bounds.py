@@ -94,6 +94,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         tm.top_influences,
         lambda folder, **numbers: tm.top_influences(FEATURES, FEATURES, **numbers),
     ),
+    "top_of_scores": (
+        tm.top_of_scores,
+        lambda folder, **numbers: tm.top_of_scores(FEATURES, **numbers),
+    ),
     "Attributor.query": (tm.Attributor.query, _query),
     "Attributor.build_index": (tm.Attributor.build_index, _build_index),
     "FeatureStore.create": (tm.FeatureStore.create, _store),
@@ -125,6 +129,50 @@ def test_numbers_out_of_range_are_refused_by_name(tmp_path, name, parameter):
             call(folder, **{parameter.name: value})
 
 
+# Kinds of optional arguments, by annotation, and values of another kind. "no" would count as true.
+OTHER_KINDS: dict[str, list[Any]] = {
+    "bool": ["no", 0, None],
+    "HeadMask | None": ["mask.json", np.ones((1, 4))],
+    "Preconditioner | None": ["adam", 3],
+    "torch.device | str | None": ["cud", ["cpu"], 2**70],
+    "PreTrainedTokenizerBase | None": ["xlm-roberta-base"],
+}
+CALLED_WITH_OTHERS = [
+    pytest.param(call, parameter, id=f"{name} {parameter.name}")
+    for name, (function, call) in {
+        **CALLS,
+        "TracInCallback": (tm.TracInCallback, lambda folder, **given: tm.TracInCallback(**given)),
+    }.items()
+    for parameter in inspect.signature(function).parameters.values()
+    if str(parameter.annotation) in OTHER_KINDS
+]
+
+
+@pytest.mark.parametrize(("call", "parameter"), CALLED_WITH_OTHERS)
+def test_arguments_of_another_kind_are_refused_by_name(tmp_path, call, parameter):
+    for value in OTHER_KINDS[str(parameter.annotation)]:
+        with pytest.raises(ValueError, match=parameter.name):
+            call(tmp_path, **{parameter.name: value})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tm.collect_features(MODEL, None, tm.Projection(64)), "dataset.*NoneType"),
+        (lambda: tm.collect_features(MODEL, ROWS, 4096), "projection.*4096"),
+        (lambda: tm.exact_influence(MODEL, ROWS, 5), "query.*int"),
+        (lambda: tm.block_influence(MODEL, ROWS, ROWS), "train.*list"),
+        (lambda: tm.adam_preconditioner(MODEL, None), "second_moment.*None"),
+        (lambda: tm.HeadMask([[1, 0], [1]]), "head mask"),
+        (lambda: tm.save_masked(MODEL, "mask.json", "nowhere"), "mask.*mask.json"),
+        (lambda: tm.ExampleLoss(class_weights=[True, False]), "class_weights.*True"),
+    ],
+)
+def test_needed_arguments_of_another_kind_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
@@ -135,7 +183,7 @@ def test_numbers_out_of_range_are_refused_by_name(tmp_path, name, parameter):
         ("max_length", [True, "3", [1], float("nan"), 1.0, 0, -1, 2**70]),
         ("batch_tokens", [*WRONG_KIND, 0, -1]),
         ("memory", [*WRONG_KIND, 0, -1]),
-        ("parameters", ["most", None, 1]),
+        ("parameters", ["most", None, 1, [], [""], [1], b"all"]),
         ("preconditioner", ["sgd", None]),
         ("normalize", ["none", "l2", True]),
         ("dtype", ["float64", torch.float32, None]),

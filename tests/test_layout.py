@@ -106,7 +106,7 @@ def test_the_packages_and_the_tests_have_the_same_folders():
 
 
 def test_attribution_of_any_model_knows_no_study():
-    for name in ("attribute", "context", "fidelity", "options"):
+    for name in ("attribute", "context", "fidelity", "options", "tasks"):
         modules = imported(ROOT / "tracmod" / "attribution" / f"{name}.py")
         assert not [module for module in modules if module.startswith("tracmod.study")]
 
@@ -154,6 +154,30 @@ def test_the_engine_imports_without_what_a_gpu_machine_may_lack():
         "import tracmod.validation.gradients, tracmod as tm; "
         "tm.collect_features, tm.exact_influence, tm.HeadMask, tm.top_influences, "
         "tm.FeatureStore, tm.kernels",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_transformers_is_imported_when_a_model_is_loaded():
+    """Only the callback needs it before: it is a class of transformers' Trainer."""
+    done = without(
+        ["transformers", "datasets", "faiss", "matplotlib", "plotly"],
+        "import tracmod as tm, tracmod.cli, tracmod.attribution.attribute, tracmod.study.pipeline; "
+        "import tracmod.validation.gradients, tracmod.influence.blocks; "
+        "names = set(tm.__all__) - {'TracInCallback'}; assert len(names) > 15; "
+        "[getattr(tm, name) for name in names]; "
+        "from tracmod.study import stage_table, stages; "
+        "[stages.stage_module(stage) for stage in stage_table.STAGES if stage.name != 'report']",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_is_built_without_heavy_modules():
+    modules = "['torch', 'transformers', 'datasets', 'faiss', 'matplotlib', 'plotly']"
+    done = without(
+        [],
+        f"import sys, tracmod; assert not set({modules}) & set(sys.modules); "
+        f"import tracmod.cli; assert not set({modules}) & set(sys.modules)",
     )
     assert done.returncode == 0, done.stderr
 

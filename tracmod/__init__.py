@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from tracmod.gradients.preconditioner import Preconditioner, adam_preconditioner
     from tracmod.influence.blocks import block_influence
     from tracmod.influence.exact import exact_influence
-    from tracmod.influence.scores import influence_scores, self_influence, top_influences
+    from tracmod.influence.scores import (
+        influence_scores,
+        self_influence,
+        top_influences,
+        top_of_scores,
+    )
+    from tracmod.models.adapters import adapted_model
     from tracmod.models.loss import ExampleLoss
     from tracmod.study.run_metagradient import metagradient
     from tracmod.subnetworks.head_mask import HeadMask
@@ -37,6 +43,7 @@ __all__ = [
     "TracInCallback",
     "__version__",
     "adam_preconditioner",
+    "adapted_model",
     "block_influence",
     "collect_features",
     "exact_influence",
@@ -49,6 +56,7 @@ __all__ = [
     "save_pruned",
     "self_influence",
     "top_influences",
+    "top_of_scores",
 ]
 
 _MODULE_OF = {
@@ -60,6 +68,7 @@ _MODULE_OF = {
     "Projection": "tracmod.features.projection",
     "TracInCallback": "tracmod.training.callback",
     "adam_preconditioner": "tracmod.gradients.preconditioner",
+    "adapted_model": "tracmod.models.adapters",
     "block_influence": "tracmod.influence.blocks",
     "collect_features": "tracmod.features.collector",
     "exact_influence": "tracmod.influence.exact",
@@ -71,6 +80,7 @@ _MODULE_OF = {
     "save_pruned": "tracmod.subnetworks.pruned_model",
     "self_influence": "tracmod.influence.scores",
     "top_influences": "tracmod.influence.scores",
+    "top_of_scores": "tracmod.influence.scores",
 }
 
 

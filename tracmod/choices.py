@@ -7,13 +7,17 @@ of them has to import torch or pydantic for it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 # Training and features.
 Sampling = Literal["proportional", "uniform"]
 SharedParameters = Literal["trained", "classifier", "frozen"]
 ParameterSet = Literal["encoder", "all", "attention", "classifier"]
+# A set, patterns of names, or a function of the full name of a parameter. See
+# `tracmod.gradients.selection`.
+ParameterSelection = str | Sequence[str] | Callable[[str], bool]
 ProjectionKind = Literal["rademacher", "sjlt"]
 ProjectionLayers = Literal["accumulate", "concatenate"]
 MetricKind = Literal["none", "adam", "ekfac"]
@@ -21,6 +25,7 @@ PassDtype = Literal["float32", "bfloat16"]
 LossKind = Literal["cross_entropy", "squared_error", "binary_cross_entropy", "function"]
 StatedLossKind = Literal["cross_entropy", "squared_error", "binary_cross_entropy"]
 Denominator = Literal["fixed", "weighted"]
+Batches = Literal["new", "same"]
 StoreDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 # Subnetworks.
@@ -36,6 +41,7 @@ Method = Literal[
     "adam",
     "ekfac",
     "ekfac-last",
+    "metagradient",
     "bm25",
     "embedding",
     "random",
@@ -82,7 +88,70 @@ def positive_number(name: str, value: Any) -> float:
     Raises:
         ValueError: it is another kind of value, NaN, infinite, or not above 0.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
+    if not is_real(value) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name}: expected a number above 0, got {value!r}")
     return float(value)
+
+
+def is_real(value: Any) -> bool:
+    """Return whether a value is a real number, NaN and infinity included; booleans are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def switch(name: str, value: Any) -> bool:
+    """Return an argument that is True or False; the text "no" would count as true.
+
+    Raises:
+        ValueError: it is another kind of value.
+    """
+    if type(value).__name__ not in ("bool", "bool_"):  # NumPy's, too
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def instance(name: str, value: Any, kind: type, *, optional: bool = False) -> None:
+    """Check that an argument is of a class.
+
+    Args:
+        name: the name of the argument.
+        value: its value.
+        kind: the class.
+        optional: whether it may be None.
+
+    Raises:
+        ValueError: it is of another class.
+    """
+    if not isinstance(value, kind) and not (optional and value is None):
+        raise ValueError(
+            f"{name}: expected {kind.__name__}{' or None' if optional else ''}, got {value!r}"
+        )
+
+
+def check_selection(name: str, value: Any) -> None:
+    """Check an argument that selects parameters, as far as this needs no model.
+
+    Args:
+        name: the name of the argument.
+        value: its value; see `ParameterSelection`.
+
+    Raises:
+        ValueError: it is neither a set of parameters, nor patterns of names, nor a function.
+    """
+    if callable(value) or (isinstance(value, str) and value in get_args(ParameterSet)):
+        return
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if not is_list or not value or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(
+            f"{name}: expected one of {', '.join(get_args(ParameterSet))}, or a list of patterns "
+            f"of names, got {value!r}"
+        )
+
+
+def selection_record(selection: ParameterSelection) -> str | list[str]:
+    """Return a selection of parameters as identities and records have it.
+
+    The order of patterns does not matter, so they are sorted. A function has no record; where
+    something is saved, the names that it chooses stand for it.
+    """
+    assert not callable(selection)
+    return selection if isinstance(selection, str) else sorted(set(selection))

@@ -50,7 +50,7 @@ struct Slot {
   double* dots;      // (kQueries, kPanel) inner products of one checkpoint
   double* total;     // (kQueries, kPanel) scores, summed over checkpoints
   uint64_t* keys;    // (kTrains + kScan,) candidates: key of the score << 32 | position
-  float* scores;     // (k,) copy of a ranking while it is merged
+  float* scores;     // (k,) copy of a ranking while it is merged, the longer of the two
   int64_t* indices;  // (k,)
 };
 
@@ -68,8 +68,9 @@ Slot make_slot(Scratch& scratch, const TopK& job) {
   slot.dots = scratch.take<double>(queries * kPanel);
   slot.total = scratch.take<double>(queries * kPanel);
   slot.keys = scratch.take<uint64_t>(std::min(kTrains, job.trains) + kScan);
-  slot.scores = scratch.take<float>(job.k);
-  slot.indices = scratch.take<int64_t>(job.k);
+  const int64_t longest = std::max(job.proponents.k, job.opponents.k);
+  slot.scores = scratch.take<float>(longest);
+  slot.indices = scratch.take<int64_t>(longest);
   return slot;
 }
 
@@ -210,8 +211,9 @@ int64_t find_first_candidates(bool largest, int64_t k, const float* scores, int6
 }
 
 // Merges the block's scores of one query into its ranking, which is sorted before and after.
-void rank_scores(const Ranking& ranking, int64_t query, int64_t k, bool largest,
-                 const float* scores, int64_t count, int64_t first_index, const Slot& slot) {
+void rank_scores(const Ranking& ranking, int64_t query, bool largest, const float* scores,
+                 int64_t count, int64_t first_index, const Slot& slot) {
+  const int64_t k = ranking.k;
   float* best = ranking.scores + query * k;
   int64_t* indices = ranking.indices + query * k;
   int64_t candidates = indices[k - 1] < 0
@@ -241,8 +243,8 @@ void rank_scores(const Ranking& ranking, int64_t query, int64_t k, bool largest,
 void reduce_query(const TopK& job, const float* scores, const Block& block, int64_t query,
                   const Slot& slot) {
   const int64_t first_index = job.index_offset + block.train;
-  rank_scores(job.proponents, query, job.k, true, scores, block.trains, first_index, slot);
-  rank_scores(job.opponents, query, job.k, false, scores, block.trains, first_index, slot);
+  rank_scores(job.proponents, query, true, scores, block.trains, first_index, slot);
+  rank_scores(job.opponents, query, false, scores, block.trains, first_index, slot);
   if (job.group_sums == nullptr) return;
   double* sums = job.group_sums + query * job.num_groups;
   for (int64_t i = 0; i < block.trains; ++i) {

@@ -55,8 +55,8 @@ struct Batches {
   int64_t batch1, batch2, in, out;
 };
 
-// The sum of `value` over the threads of the block, valid in thread 0. The tree of additions has a
-// fixed shape, so the sum repeats bit by bit.
+// Thread 0 returns the sum of `value` over the threads of the block, the others 0. The tree of
+// additions has a fixed shape, so the sum repeats bit by bit.
 __device__ double block_sum(double value) {
   __shared__ double values[kThreads];
   values[threadIdx.x] = value;
@@ -64,7 +64,7 @@ __device__ double block_sum(double value) {
     __syncthreads();
     if (threadIdx.x < width) values[threadIdx.x] += values[threadIdx.x + width];
   }
-  return values[0];
+  return threadIdx.x == 0 ? values[0] : 0.0;  // no other thread may read it without a barrier
 }
 
 // Adds the block's sum to the result of its pair.
@@ -187,10 +187,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncthreads();
       sum_rows(layout1, layout2, gram);
       __syncthreads();
-      if (long1 || long2) {
-        if (thread < pairs) total += pair_sum(thread);
-        __syncthreads();  // the next tile overwrites `gram`
-      }
+      // The next tile overwrites `gram` only behind its first barrier.
+      if ((long1 || long2) && thread < pairs) total += pair_sum(thread);
     }
   }
   for (int pair = thread; pair < pairs; pair += kThreads) {

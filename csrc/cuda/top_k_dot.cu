@@ -94,7 +94,6 @@ struct Wave {
   int64_t num_groups;
   int tile_columns;
   double* partials;  // (tiles, G, Q) group sums of one tile
-  int64_t k;
   Ranking proponents, opponents;
 };
 
@@ -311,10 +310,12 @@ __device__ void sum_groups(const Wave& wave, int64_t q, int64_t tile, const floa
 // passes. The thread counts first, so that one atomic addition reserves room for all of them.
 __device__ void append_candidates(const Wave& wave, int64_t q, int64_t n, const float* row,
                                   int columns) {
-  const int64_t last = q * wave.k + wave.k - 1;
   const float infinity = __int_as_float(0x7f800000);
-  const float low = wave.proponents.indices[last] < 0 ? -infinity : wave.proponents.scores[last];
-  const float high = wave.opponents.indices[last] < 0 ? infinity : wave.opponents.scores[last];
+  const int64_t lowest = (q + 1) * wave.proponents.k - 1, highest = (q + 1) * wave.opponents.k - 1;
+  const float low =
+      wave.proponents.indices[lowest] < 0 ? -infinity : wave.proponents.scores[lowest];
+  const float high =
+      wave.opponents.indices[highest] < 0 ? infinity : wave.opponents.scores[highest];
   const auto passes = [&](float score) { return !(score < low) || !(score > high); };
   int count = 0;
   for (int i = 0; i < columns; ++i) count += passes(row[i]);
@@ -357,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, 1) score_tiles(Wave wave) {
   }
 }
 
-struct Entry {
+struct alignas(16) Entry {  // so that one instruction copies it
   float score;
   int64_t index;
 };
@@ -399,7 +400,8 @@ struct List {
   // The position of a new entry is the number of old entries that rank before it plus its rank
   // among the new ones; an old entry moves down by the number of new entries that rank before it.
   // Old entries are moved 256 at a time, from the end of the list: each lands at or behind its old
-  // position, where everything has been read already.
+  // position, where everything has been read already and no other entry lands. So one barrier,
+  // between reads and writes, is enough.
   __device__ void insert(const Entry& entry, int rank, int count, const Entry* sorted) const {
     const bool has_entry = static_cast<int>(threadIdx.x) < count;
     const int64_t before =
@@ -414,7 +416,6 @@ struct List {
       }
       __syncthreads();
       if (position >= 0 && shift > 0) set(position + shift, moved);
-      __syncthreads();
     }
     if (has_entry) set(before + rank, entry);
   }
@@ -429,14 +430,14 @@ __global__ void __launch_bounds__(kThreads) merge(Wave wave, int64_t first_index
   const int64_t query = blockIdx.x;
   const bool largest = blockIdx.y == 0;
   const Ranking& ranking = largest ? wave.proponents : wave.opponents;
-  const List list{ranking.scores + query * wave.k, ranking.indices + query * wave.k, wave.k,
-                  largest};
+  const List list{ranking.scores + query * ranking.k, ranking.indices + query * ranking.k,
+                  ranking.k, largest};
   const Candidate* candidates = wave.candidates + query * wave.capacity;
   const int candidate_count = wave.counts[query], thread = static_cast<int>(threadIdx.x);
   for (int begin = 0; begin < candidate_count; begin += kThreads) {
     __syncthreads();  // the list of the previous round is complete, and its `count` has been read
     if (thread == 0) count = 0;
-    const Entry last = list.at(wave.k - 1);
+    const Entry last = list.at(ranking.k - 1);
     __syncthreads();
     if (begin + thread < candidate_count) {
       const Candidate candidate = candidates[begin + thread];
@@ -514,7 +515,6 @@ Plan make_plan(Scratch& scratch, const TopK& job) {
   const int64_t tiles = ceil_div(job.queries, kSide);
   wave.query_tiles = static_cast<unsigned>(tiles);
   wave.band = static_cast<unsigned>(ceil_div(tiles, std::max<int64_t>(ceil_div(tiles, kBand), 1)));
-  wave.k = job.k;
   wave.proponents = job.proponents;
   wave.opponents = job.opponents;
   return plan;

@@ -206,10 +206,11 @@ def test_rows_are_scored_on_the_device_of_the_folder(made, monkeypatch):
         return top_k_dot(*on_cpu, **named)
 
     monkeypatch.setattr(kernels, "top_k_dot", record)
+    monkeypatch.setattr("tracmod.influence.scores.checked_device", torch.device)  # takes meta, too
     attributor = tm.Attributor(made / "out")
     attributor.train_stores  # noqa: B018 (opened while models are on the CPU)
     attributor.source.device = "meta"
-    attributor._rank([torch.ones(1, 96)] * 2, 3, torch.arange(300))
+    attributor._rank([torch.ones(1, 96)] * 2, 3, torch.arange(300), opponents=True)
     assert devices == {"meta"}
 
 
@@ -284,6 +285,8 @@ def test_an_attribution_is_indexed_and_queried_by_commands(copy):
     assert list(exact["proponents"][0]) == [
         "rank", "score", "id", "language", "text_a", "text_b", "label", "group",
     ]  # fmt: skip
+    some = ask(out, "--language", "de", "--language", "es", "-k", 3, "--no-opponents")
+    assert some == {**exact, "opponents": []}
     output = invoke("index", out, "--kind", "ivf", "--recall", 0.9, "--memory", "200MB")
     lines = output.splitlines()
     assert re.search(re.escape(str(out / "index")) + r"\b.*\bivf\b.*\b300\b", lines[0])
@@ -294,6 +297,9 @@ def test_an_attribution_is_indexed_and_queried_by_commands(copy):
     indexed = ask(out, "--language", "de", "--language", "es", "-k", 3)
     assert (exact["index"], indexed["index"]) == (None, "ivf")
     assert exact["languages"] == indexed["languages"] == ["de", "es"]
+    some = ask(out, "--language", "de", "--language", "es", "-k", 3, "--no-opponents")
+    assert some == {**indexed, "opponents": []}
+    assert "opponents" not in invoke("query", out, TEXT, "--no-opponents")
     text = invoke("query", out, TEXT, "--language", "de")
     assert re.search(r"\bivf\b", text)
     assert "   de " in text

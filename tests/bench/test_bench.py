@@ -1,4 +1,4 @@
-"""The benchmarks: every case is correct, every part runs, and incorrect results are not timed."""
+"""The benchmarks: every case is correct, every part runs, and incorrect results are named."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from tracmod.bench import (
     job,
     models,
     plain,
+    predict,
     report,
 )
-from tracmod.bench.cases import ProjectSize, cases, project_case
+from tracmod.bench.cases import ProjectSize, Spec, cases, headline_specs, specs
 from tracmod.bench.collect import WrongResult
 from tracmod.bench.measure import agreement, environment
 from tracmod.cli import main
@@ -66,7 +67,7 @@ def test_every_case_that_is_timed_is_correct(device, dtype):
 
 def test_a_table_has_limits_shares_and_the_environment(tmp_path, capsys):
     file = tmp_path / "kernels.json"
-    assert bench_kernels.run_bench("cpu", "float32", file, short=True, seconds=0.01, rows=2)
+    assert bench_kernels.run_bench("cpu", "float32", file, selection="short", seconds=0.01, rows=2)
     result = json.loads(file.read_text())
     assert result["environment"].keys() >= {"device", "threads", "commit", "torch", "build"}
     assert {row["op"].split()[0] for row in result["cases"]} == {
@@ -77,11 +78,11 @@ def test_a_table_has_limits_shares_and_the_environment(tmp_path, capsys):
         assert row["bound_by"] in ("bytes", "operations")
         assert row["times_plain"] == row["plain_seconds"] / row["native_seconds"]
     assert "Speed-up over plain torch" in "\n".join(report.section(result))
-    assert len(capsys.readouterr().out.splitlines()) == len(result["cases"]) + 2
+    assert len(capsys.readouterr().out.splitlines()) == len(result["cases"]) + 3
 
 
 @pytest.mark.parametrize("op", ["project_gradients", "gradient_dot", "quantize_rows", "top_k_dot"])
-def test_an_incorrect_op_is_reported_without_its_time(monkeypatch, op, capsys):
+def test_an_incorrect_op_is_marked_and_timed(monkeypatch, op, capsys):
     right = getattr(tm.kernels, op)
 
     def wrong(*args, **named):
@@ -97,11 +98,13 @@ def test_an_incorrect_op_is_reported_without_its_time(monkeypatch, op, capsys):
     monkeypatch.setattr(tm.kernels, op, wrong)
     monkeypatch.setattr(bench_kernels, "write_json", lambda _, result: written.append(result))
     written = []
-    assert not bench_kernels.run_bench("cpu", "float32", None, short=True, seconds=0, rows=2)
-    for row in written[0]["cases"]:
-        assert row["right"] == ("native_seconds" in row) == (not row["op"].startswith(op))
+    assert not bench_kernels.run_bench("cpu", "float32", None, selection="short", seconds=0, rows=2)
+    assert len(written) == len(written[-1]["cases"])  # the file is written after every case
+    for row in written[-1]["cases"]:
+        assert row["right"] == (not row["op"].startswith(op))
+        assert row["native_seconds"] > 0
     assert "WRONG" in capsys.readouterr().out
-    assert "wrong result" in "\n".join(report.section(written[0]))
+    assert "wrong result" in "\n".join(report.section(written[-1]))
 
 
 def test_a_case_that_fails_does_not_stop_the_others(monkeypatch, capsys):
@@ -109,19 +112,50 @@ def test_a_case_that_fails_does_not_stop_the_others(monkeypatch, capsys):
         raise ValueError("no such thing")
 
     monkeypatch.setattr(tm.kernels, "gradient_dot", fails)
-    assert not bench_kernels.run_bench("cpu", "float32", None, short=True, seconds=0, rows=2)
+    assert not bench_kernels.run_bench("cpu", "float32", None, selection="short", seconds=0, rows=2)
     lines = capsys.readouterr().out.splitlines()
     assert "FAILED: no such thing" in "\n".join(lines)
     assert "top_k_dot" in lines[-1]
     assert "FAILED" not in lines[-1]
 
 
-def test_the_command_runs_the_short_form(monkeypatch, tmp_path):
-    def one_case(device, dtype, *, short, rows):
-        assert short
-        yield project_case(ProjectSize(2, 3, 8, (8,), (4, 4)), "sjlt", device, dtype)
+def test_the_headline_of_a_gpu_comes_first_and_every_gpu_case_has_a_current_prediction():
+    for name, dtype in predict.DTYPES.items():
+        listed, headline = specs(True, dtype), headline_specs(dtype)
+        assert listed[: len(headline)] == headline
+        assert len(set(map(str, listed))) == len(listed)
+        assert predict.predictions(name).keys() == {f"{s.op}, {s.size}" for s in listed}
+    stored = json.loads(predict.FILE.read_text(encoding="utf-8"))
+    assert stored == predict.all_predictions(), "run `python bench/predict.py`"
+    for by_name in stored.values():
+        assert all(0 < case["limit_seconds"] < case["seconds"] for case in by_name.values())
 
-    monkeypatch.setattr(bench_kernels, "cases", one_case)
+
+def test_predictions_stand_beside_what_a_gpu_measured(tmp_path):
+    name, case = next(iter(predict.predictions("bfloat16").items()))
+    result = {
+        "part": "predictions", "predicted": {"bfloat16": {name: case}},
+        "measured": {"bfloat16": {name: {"native_seconds": 0.0123, "share_of_limit": 0.45}}},
+    }  # fmt: skip
+    assert "| 12.3 | 45% |" in report.section(result)[-1]
+    result["measured"] = {}
+    assert "|  |  |" in report.section(result)[-1]
+
+
+def test_only_one_op_is_checked_without_times(tmp_path):
+    file = tmp_path / "checks.json"
+    assert bench_kernels.run_bench("cpu", "bfloat16", file, op="gradient_dot", seconds=None, rows=2)
+    result = json.loads(file.read_text())
+    assert {row["op"] for row in result["cases"]} == {"gradient_dot"}
+    assert not any("native_seconds" in row for row in result["cases"])
+
+
+def test_the_command_runs_the_short_form(monkeypatch, tmp_path):
+    def one_case(gpu, dtype, *, short, rows):
+        assert short
+        return [Spec("project_gradients sjlt", ProjectSize(2, 3, 8, (8,), (4, 4)))]
+
+    monkeypatch.setattr(bench_kernels, "specs", one_case)
     file = tmp_path / "bench.json"
     done = CliRunner().invoke(main, ["bench", "--dtype", "bfloat16", "--json", str(file)])
     assert done.exit_code == 0, done.output
@@ -198,7 +232,7 @@ def test_collection_compared_with_the_floor():
     assert "| floor float32 |" in "\n".join(report.section(result))
 
 
-def test_incorrect_features_are_not_timed(monkeypatch):
+def test_incorrect_features_are_named_and_timed(monkeypatch):
     right = tm.collect_features
 
     def wrong(model, examples, projection, **named):
@@ -207,9 +241,14 @@ def test_incorrect_features_are_not_timed(monkeypatch):
         return features
 
     monkeypatch.setattr(tm, "collect_features", wrong)
-    monkeypatch.setattr(collect, "take_turns", lambda *_, **__: pytest.fail("timed"))
-    with pytest.raises(collect.WrongResult, match=r"rademacher features.*not timed"):
-        collect.run_collect("tiny", CPU, 14)
+    saved = []
+    result = collect.run_collect(
+        "tiny", CPU, 14, seconds=0.01, rounds=2, save=lambda result: saved.append(dict(result))
+    )
+    assert any(text.startswith("rademacher float32: features off") for text in result["wrong"])
+    assert result["seconds"]["rademacher float32"] > 0
+    assert len(saved) > len(result["seconds"])  # saved after every measurement
+    assert "seconds" not in saved[0]
 
 
 def test_an_ignored_head_mask_is_detected(monkeypatch):
@@ -219,21 +258,26 @@ def test_an_ignored_head_mask_is_detected(monkeypatch):
         return right(*args, **named)
 
     monkeypatch.setattr(tm, "collect_features", wrong)
-    with pytest.raises(collect.WrongResult, match="2 heads"):
-        collect.run_collect("tiny", CPU, 14)
+    result = collect.run_collect("tiny", CPU, 14, seconds=0.01, rounds=2)
+    assert [text.split(":")[0] for text in result["wrong"]] == [
+        "heads 25%", "heads 50%", "heads 75%",
+    ]  # fmt: skip
 
 
 def test_exact_influence_is_measured_or_extrapolated(monkeypatch):
     result = collect.run_exact("tiny", CPU, 40, 20, bound=3600.0)
     assert not result["extrapolated"]
+    assert result["wrong"] == []
     assert "measured" in report.section(result)[0]
     result = collect.run_exact("tiny", CPU, 40, 20, bound=0.0)
     assert result["extrapolated"]
     assert result["seconds"] == 100 * result["tenth_by_tenth_seconds"]
     right = tm.exact_influence
     monkeypatch.setattr(tm, "exact_influence", lambda *a, **n: right(*a, **n) + 1e-3)
+    result = collect.run_exact("tiny", CPU, 40, 20)
+    assert "a cosine is off" in result["wrong"][0]
     with pytest.raises(collect.WrongResult, match="exact influence"):
-        collect.run_exact("tiny", CPU, 40, 20)
+        collect.check_exact(models.random_model("tiny"), *[models.random_examples(4)] * 2)
 
 
 def test_fidelity(trained):
@@ -352,7 +396,7 @@ def test_the_page_and_the_picture_are_written_from_json(tmp_path):
     report.write(tmp_path)
     once = page.read_text(encoding="utf-8")
     assert f"commit {result['environment']['commit']}" in once
-    assert once.count("Not measured yet.") == len(report.PARTS) - 1
+    assert once.count("Not measured yet.") == len(report.PARTS) - 2  # this one and predictions
     svg = ElementTree.fromstring((tmp_path / "results" / "speed.svg").read_text())
     assert len(svg.findall("{*}rect")) == 1 + 7
     report.write(tmp_path)

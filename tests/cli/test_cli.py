@@ -358,7 +358,7 @@ def test_exact_and_projected_do_not_share_a_folder(model_dir, files, tmp_path):
 
 
 def test_exact_keeps_finished_checkpoints_when_stopped(model_dir, files, tmp_path, monkeypatch):
-    import tracmod.attribution.attribute as module
+    import tracmod.attribution.tasks as module
 
     given = []
     for step in (5, 10):
@@ -458,7 +458,7 @@ def test_examples_added_to_the_files_are_collected_alone(model_dir, tmp_path, mo
 def test_an_interrupted_addition_of_examples_leaves_nothing_damaged(
     model_dir, files, tmp_path, monkeypatch
 ):
-    import tracmod.attribution.context as module
+    import tracmod.attribution.tasks as module
 
     def stopped(*_):
         raise KeyboardInterrupt

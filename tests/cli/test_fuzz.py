@@ -29,7 +29,7 @@ def read_tables(monkeypatch, tmp_path) -> Callable[[Case], tuple[Any, dict[str, 
     model = save_model(tmp_path / "model", **shape, intermediate_size=8)
     tables: dict[str, Any] = {}
 
-    def stop(context: AttributionContext, details: object) -> None:
+    def stop(context: AttributionContext, *_: object) -> None:
         tables.update(context.tables)
         raise click.exceptions.Exit(0)
 

@@ -20,6 +20,7 @@ from tracmod.cli.options import (
     ColumnNames,
     CountOrAuto,
     GivenPath,
+    ParameterNames,
     RealNumber,
     WholeNumber,
     field_option,
@@ -37,6 +38,7 @@ OUT_OF_RANGE = {
     WholeNumber: ["0.5", "nan", "one", "", str(LARGEST_INT + 1), "9" * 5000],
     RealNumber: ["nan", "inf", "-inf", "1e999", "half", ""],
     CountOrAuto: ["0", "-1", "1.5", "nan", "Auto", "", "²", "9" * 5000],
+    ParameterNames: ["", ",", "a,,b", " "],
     ColumnNames: ["", "premise", "body=x", "text_a=", "text_a=x,text_a=y", "text_a=x,text_b=x"],
     Bytes: ["0", "-1GB", "nan", "infGB", "1e400GB", "much", "", "9" * 30],
     GivenPath: [""],
@@ -159,7 +161,19 @@ def test_attribute_has_the_defaults_and_choices_of_its_dataclass():
             default = params[option.name].type_cast_value(context, params[option.name].default)
             assert default == option.default, option.name
     for name, literal in {
-        "parameters": ParameterSet, "preconditioner": MetricKind, "normalize": Normalization,
+        "preconditioner": MetricKind, "normalize": Normalization,
         "dtype": PassDtype, "store_dtype": StoreDtype,
     }.items():  # fmt: skip
         assert tuple(params[name].type.choices) == get_args(literal)
+    assert params["parameters"].type.name.startswith("|".join(get_args(ParameterSet)))
+
+
+def test_parameters_are_a_set_or_patterns():
+    for text, expected in (
+        ("attention", "attention"),
+        ("classifier, *.query", ["classifier", "*.query"]),
+        ("bert.encoder.layer.1", ["bert.encoder.layer.1"]),
+    ):
+        assert ParameterNames().convert(text, None, None) == expected
+    with pytest.raises(click.BadParameter, match="a,,b"):
+        ParameterNames().convert("a,,b", None, None)

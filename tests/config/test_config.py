@@ -46,6 +46,15 @@ def test_tables_with_an_entry_per_choice_have_every_choice():
         assert set(get_args(choices)) == set(table)
 
 
+def test_parameters_are_a_set_or_patterns():
+    for parameters in ("attention", ["*.query", "classifier"]):
+        config = tiny_config(collect={"parameters": parameters})
+        assert stored(config).collect.parameters == parameters
+    for override in ("most", "[]", "[1]", "3", "true", "['']"):
+        with pytest.raises(ValueError, match=r"collect\.parameters"):
+            override_config(tiny_config(), [f"collect.parameters={override}"])
+
+
 def test_without_the_section_sparse_fine_tuning_has_the_values_of_finetune():
     config = tiny_config(finetune={"epochs": 7, "sampling": "uniform"})
     assert config.sparse_finetune is None

@@ -9,7 +9,7 @@ import torch
 from encoders import ragged_examples, tiny_encoder
 
 import tracmod as tm
-from tracmod.features.collector import Collector, collect_to_store
+from tracmod.features.collector import SHARDS_PER_TASK, Collector, collect_to_store, divide_shards
 from tracmod.features.projection import projection_keys
 from tracmod.features.recipe import FeatureRecipe
 from tracmod.gradients.capture import ModelPass, select_layers
@@ -415,7 +415,7 @@ def test_layers_of_few_tokens_are_sketched_and_err_as_a_sketch():
     whole = {name for name, slot in slots.items() if slot.kind == "sketch" and slot.rows == 0}
     assert whole == sketched
     exact = tm.exact_influence(model, examples, examples, "classifier")[0, 0]
-    seeds = 60
+    seeds = 120
     features = torch.cat([
         tm.collect_features(model, examples, tm.Projection(64, seed=seed), "classifier")
         for seed in range(seeds)
@@ -438,3 +438,14 @@ def test_features_do_not_depend_on_the_pass():
 def test_features_of_another_version_are_another_identity():
     identity = FeatureRecipe(tm.Projection(64), "encoder", "float32", 512, 64).identity()
     assert identity["projection"]["version"] == 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 98, 1000])
+def test_shards_are_divided_among_workers(count):
+    missing = list(range(3, 3 + count))
+    assert divide_shards(missing, 1) == ([tuple(missing)] if count else [])
+    for workers in (2, 7):
+        tasks = divide_shards(missing, workers)
+        assert [shard for task in tasks for shard in task] == missing
+        assert all(1 <= len(task) <= SHARDS_PER_TASK for task in tasks)
+        assert len(tasks) >= min(count, 4 * workers)

@@ -137,6 +137,20 @@ def test_supported_families_take_every_shortcut(family, dtype):
     assert not model_pass.alone
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlmr", "distilbert"])
+@pytest.mark.parametrize("kept", ["all but one head", "no head of a layer"])
+def test_masked_heads_are_taken_out_of_the_pass(family, kept):
+    model = tiny_encoder(family)
+    heads = torch.ones(len(attention_layers(model)), attention_layers(model)[0].num_heads).long()
+    heads[0, 0 if kept == "all but one head" else slice(None)] = 0
+    mask = tm.HeadMask(heads.tolist())
+    layers = select_layers(model, "all")
+    with frozen(model), verified_pass(model, ragged_examples(6), layers, mask) as model_pass:
+        assert {attention_layers(model)[0].query, attention_layers(model)[0].output} <= set(
+            model_pass.lean_columns
+        )
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_a_decoder_makes_its_own_causal_mask(family, attention):
@@ -455,9 +469,10 @@ def wrong_mask(monkeypatch):
 
 def wrong_lean(monkeypatch):
     import tracmod.gradients.lean_pass as lean_pass
+    from tracmod.models.architecture import family
 
-    right = lean_pass._attend
-    monkeypatch.setattr(lean_pass, "_attend", lambda *args: right(*args) * 1.01)
+    right = family.attend_from_first
+    monkeypatch.setattr(family, "attend_from_first", lambda *args: right(*args) * 1.01)
     monkeypatch.setattr(lean_pass, "_reads_first_alone", lambda *args: True)
 
 

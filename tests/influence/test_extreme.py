@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from encoders import ragged_examples, tiny_encoder
@@ -76,6 +77,7 @@ def test_inner_products_that_float32_cannot_represent_are_refused(scale, tmp_pat
     for run in (
         lambda: tm.influence_scores(query_QK, train_NK),
         lambda: tm.top_influences(query_QK, train_NK, 5),
+        lambda: tm.top_influences(query_QK, train_NK, 5, opponents=False),
         lambda: tm.top_influences(*stores(tmp_path, query_QK, train_NK), 5),
     ):
         with pytest.raises(ValueError, match=r"query_features: row 1: .*float32"):
@@ -164,6 +166,10 @@ def test_exact_cosines_of_gradients_that_are_almost_zero(probability):
         (0.5, r"weights.*list of numbers, got 0.5"),
         ("12", r"weights.*list of numbers, got '12'"),
         (["a", "b"], r"weights.*list of numbers"),
+        (["0.5", "1"], r"weights.*list of numbers.*'0.5'"),
+        ([True, False], r"weights.*list of numbers.*True"),
+        ({500: 0.1, 1000: 0.2}, r"weights.*list of numbers.*500"),
+        ({0.1, 0.2}, r"weights.*list of numbers"),
         ([], r"weights"),
     ],
 )
@@ -177,3 +183,48 @@ def test_weights_that_make_no_scores_are_refused(weights, message):
     ):
         with pytest.raises(ValueError, match=message):
             run()
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-40, 1e39, 1e300])
+@pytest.mark.parametrize("normalize", [None, "cosine"])
+def test_rows_of_float64_that_float32_cannot_hold_are_refused(scale, normalize):
+    rows, good = features(N, 0, 1, torch.float64), features(N, 1, 1, torch.float64)
+    rows[7] *= scale
+    for call, name in (
+        (lambda: tm.influence_scores(rows, good, normalize=normalize), "query_features"),
+        (lambda: tm.top_influences(good, rows.numpy(), normalize=normalize), "train_features"),
+        (lambda: tm.self_influence([good, rows]), "features: checkpoint 1"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.*row 7.*float32"):
+            call()
+    rows[7] = 0  # a zero gradient is none of them
+    assert tm.influence_scores(rows, good, normalize=normalize)[7].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "got"),
+    [
+        (torch.ones(2, 3, dtype=torch.int64), "int64"),
+        (torch.ones(2, 3, dtype=torch.bool), "bool"),
+        (torch.ones(2, 3, dtype=torch.complex64), "complex64"),
+        (np.array([[1.0, None]]), "object"),
+        ([[[1.0, 2.0]]], "list"),
+        (torch.ones(2, 0), r"\(2, 0\)"),
+        ("features", "str"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_is_no_features_is_refused(rows, got):
+    for call, name in (
+        (lambda: tm.influence_scores(rows, rows), "query_features"),
+        (lambda: tm.top_influences(torch.ones(2, 3), rows), "train_features"),
+        (lambda: tm.self_influence(rows), "features"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.*{got}"):
+            call()
+
+
+def test_an_array_that_is_read_backwards_is_right():
+    rows = features(N, 0, 1).numpy()
+    expected_NN = tm.influence_scores(rows[:, ::-1].copy(), rows)
+    assert torch.equal(tm.influence_scores(rows[:, ::-1], rows), expected_NN)

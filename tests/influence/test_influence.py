@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 import tracmod as tm
-from tracmod.influence.scores import top_of_scores, without_examples
+from tracmod.influence.scores import without_examples
 
 
 def features(count, seed, checkpoints=3, dim=33):
@@ -38,6 +40,35 @@ def test_scores_are_the_weighted_sum_over_checkpoints(normalize, weights):
     )
     assert torch.equal(top.indices.cpu(), expected.topk(5).indices)
     assert top.group_sums is None
+
+
+@pytest.mark.parametrize("normalize", [None, "cosine"])
+def test_without_opponents_the_proponents_are_the_same(normalize):
+    query, train = features(11, 1), features(64, 2)
+    groups = [row % 3 for row in range(64)]
+    arguments = {"k": 6, "groups": groups, "weights": [1, 0.5, 2], "normalize": normalize}
+    both = tm.top_influences(query, train, **arguments)
+    some = tm.top_influences(query, train, **arguments, opponents=False)
+    for name in ("indices", "scores", "group_sums", "group_shares"):
+        assert torch.equal(getattr(some, name), getattr(both, name)), name
+    assert some.opponent_indices.shape == some.opponent_scores.shape == (11, 0)
+    assert both.opponent_group_shares is not None
+    assert some.opponent_group_shares is None
+    left_out = [[int(row)] for row in both.indices[:, 0]]
+    rest = without_examples(some, left_out, query, train, 5, groups, [1, 0.5, 2], normalize)
+    assert torch.equal(rest.indices, both.indices[:, 1:])
+    assert rest.opponent_indices.shape == (11, 0)
+
+
+def test_rankings_of_dense_scores_are_those_of_the_search():
+    query, train = features(11, 1), features(64, 2)
+    scores = tm.influence_scores(query, train)
+    searched = tm.top_influences(query, train, 6)
+    for opponents in (True, False):
+        top = tm.top_of_scores(scores, 6, opponents=opponents)
+        assert torch.equal(top.indices, searched.indices)
+        assert torch.equal(top.scores, scores.gather(1, top.indices))
+        assert torch.equal(top.opponent_indices, searched.opponent_indices[:, : 6 * opponents])
 
 
 def test_one_tensor_is_one_checkpoint():
@@ -129,7 +160,7 @@ def test_top_of_scores_is_top_influences():
     query, train = features(5, 1, 1), features(30, 2, 1)
     groups = [row % 4 for row in range(30)]
     top = tm.top_influences(query, train, 6, groups)
-    ranked = top_of_scores(tm.influence_scores(query, train), 6, groups)
+    ranked = tm.top_of_scores(tm.influence_scores(query, train), 6, groups)
     for name in ("indices", "opponent_indices"):
         assert torch.equal(getattr(top, name), getattr(ranked, name))
     for name in ("scores", "opponent_scores", "group_sums", "group_shares"):
@@ -141,7 +172,7 @@ def test_ties_go_to_the_lower_index():
     top = tm.top_influences(torch.ones(2, 4), train, 3)
     assert top.indices.tolist() == [[0, 1, 2]] * 2
     assert top.opponent_indices.tolist() == [[0, 1, 2]] * 2
-    assert top_of_scores(torch.ones(2, 9), 3).indices.tolist() == [[0, 1, 2]] * 2
+    assert tm.top_of_scores(torch.ones(2, 9), 3).indices.tolist() == [[0, 1, 2]] * 2
 
 
 def test_k_is_lowered_to_the_number_of_training_examples():
@@ -233,3 +264,30 @@ def test_rows_that_are_not_finite_are_refused_by_number(side, dtype, value):
         tm.self_influence(features[side])
     with pytest.raises(ValueError, match="row 7"):
         tm.influence_scores(wrong.float().numpy(), wrong.float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (["de", None, "en"], r"row 1.*None"),
+        (["de", float("nan"), "en"], r"row 1.*nan"),
+        (["de", ["en"], "en"], r"row 1.*\['en'\]"),
+        (["de", 1, "en"], r"int and str"),
+        ({"de", "en", "es"}, r"list"),
+        ({"de": 0, "en": 1, "es": 2}, r"list"),
+        ("abc", r"list.*'abc'"),
+        (3, r"list.*3"),
+        (torch.zeros(3, 2), r"row 0"),
+    ],
+)
+def test_groups_that_are_no_names_are_refused(groups, message):
+    with pytest.raises(ValueError, match=f"groups.*{message}"):
+        tm.top_influences(torch.eye(3), torch.eye(3), groups=groups)
+
+
+def test_groups_may_be_a_column_of_arrow_or_of_numpy():
+    names = ["de", "en", "de"]
+    for groups in (pa.chunked_array([names]), np.array(names)):
+        top = tm.top_influences(torch.eye(3), torch.eye(3), groups=groups)
+        assert top.group_names == ["de", "en"]
+        assert top.group_sums.tolist() == [[1, 0], [0, 1], [1, 0]]

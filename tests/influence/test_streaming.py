@@ -91,6 +91,9 @@ def test_stores_in_blocks_give_the_dense_result(tmp_path, num_query, num_train, 
         assert_same_bits(
             dense, tm.top_influences(query_stores, train_stores, **arguments, memory=memory)
         )
+    some = tm.top_influences(query_stores, train_stores, **arguments, opponents=False, memory=small)
+    assert torch.equal(some.indices, dense.indices)
+    assert torch.equal(some.scores, dense.scores)
     scores = tm.influence_scores(query, train, [0.3, 2.0], normalize)
     assert torch.equal(
         scores, tm.influence_scores(query_stores, train_stores, [0.3, 2.0], normalize)
@@ -244,6 +247,9 @@ def test_a_resumed_search_gives_the_dense_result(search, stop, monkeypatch):
     calls.clear()
     assert_same_bits(dense, top_influences(queries, trains, **arguments))
     assert not calls
+    some = top_influences(queries, trains, **arguments, opponents=False)
+    assert calls  # progress of a search with opponents is of another result
+    assert torch.equal(some.indices, dense.indices)
 
 
 @pytest.mark.parametrize("more", [7_000, 11_000, 100_000])

@@ -59,6 +59,10 @@ def test_top_k_dot(sizes: tuple[int, ...], normalize: Any, dtype: torch.dtype) -
     top_k.test_matches_the_reference(*sizes, normalize, dtype, CPU)
 
 
+def test_a_short_ranking_of_opponents() -> None:
+    top_k.test_the_ranking_of_opponents_has_a_length_of_its_own(1, CPU)
+
+
 @pytest.mark.parametrize("block", [37, 1100])
 def test_top_k_dot_streamed(block: int) -> None:
     q, n = top_k.make_rows(2, 7, 9, 0), top_k.make_rows(2, 1500, 9, 1)

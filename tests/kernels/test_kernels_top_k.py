@@ -32,6 +32,20 @@ def assert_same(first: TopK, second: TopK) -> None:
             assert torch.equal(a, b), name
 
 
+def drift_of_tensor_cores(
+    checkpoints: int, width: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Return the error of one chain of additions on tensor cores, relative to the largest score.
+
+    On a GPU a bfloat16 score is one chain of C K / 16 additions that round towards zero, each off
+    by up to 2^-23 (csrc/cuda/top_k_dot.cu). Elsewhere there is no such chain.
+    """
+    on_cpu = device.type == "cpu" and kernels._C.__name__ == "tracmod._C"
+    if on_cpu or dtype is not torch.bfloat16:
+        return 0.0
+    return checkpoints * width / 16 * 2**-23
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [None, "cosine"])
 @pytest.mark.parametrize(("checkpoints", "queries", "trains", "width", "k"), SIZES["top_k_dot"])
@@ -60,18 +74,20 @@ def test_matches_the_reference(
         )
 
     truth, plain = scores(torch.float64), scores(torch.float32)
+    drift = drift_of_tensor_cores(checkpoints, width, dtype, device)
     rankings = [(top.scores, top.indices, True), (top.opponent_scores, top.opponent_indices, False)]
     for actual, indices, largest in rankings:
         best, _ = reference.top_k(truth, k, largest=largest)
-        assert_close(actual, best, reference.top_k(plain, k, largest=largest)[0])
+        assert_close(actual, best, reference.top_k(plain, k, largest=largest)[0], drift)
         # Near ties may be swapped, so the row of an index need only have the score that is given.
-        assert_close(actual, truth.gather(1, indices.cpu()), plain.gather(1, indices.cpu()))
+        assert_close(actual, truth.gather(1, indices.cpu()), plain.gather(1, indices.cpu()), drift)
         assert all(len(set(row)) == k for row in indices.tolist())
     assert top.group_sums is not None
     assert_close(
         top.group_sums.float(),
         reference.group_sums(truth, groups, 5),
         plain.double() @ one_hot(groups),
+        drift,
     )
     assert not top.group_sums[:, 4].any()
 
@@ -128,6 +144,32 @@ def test_queries_do_not_depend_on_each_other_or_on_threads(
     assert torch.equal(part.opponent_indices, whole.opponent_indices[first:])
     torch.set_num_threads(1 if torch.get_num_threads() > 1 else 3)
     assert_same(kernels.top_k_dot(q, n, k=9), whole)
+
+
+@pytest.mark.parametrize("opponents_k", [1, 7, 30])
+def test_the_ranking_of_opponents_has_a_length_of_its_own(
+    opponents_k: int, device: torch.device
+) -> None:
+    q, n = on(make_rows(2, 11, 65, 0), device), on(make_rows(2, 2100, 65, 1), device)
+    longest = kernels.top_k_dot(q, n, k=30)
+    state = None
+    for start in range(0, 2100, 700):
+        block = [rows[start : start + 700] for rows in n]
+        state = kernels.top_k_dot(
+            q, block, k=9, state=state, index_offset=start, opponents_k=opponents_k
+        )
+    assert state is not None
+    expected = longest._replace(
+        scores=longest.scores[:, :9],
+        indices=longest.indices[:, :9],
+        opponent_scores=longest.opponent_scores[:, :opponents_k],
+        opponent_indices=longest.opponent_indices[:, :opponents_k],
+    )
+    assert_same(state, expected)
+    with pytest.raises(ValueError, match=rf"opponent_scores.*\(11, 9\), got \(11, {opponents_k}\)"):
+        kernels.top_k_dot(q, n, k=9, state=state)
+    with pytest.raises(ValueError, match=r"opponents_k.*0"):
+        kernels.top_k_dot(q, n, k=9, opponents_k=0)
 
 
 def test_ties_go_to_the_lower_index(device: torch.device) -> None:

@@ -33,7 +33,7 @@ from tracmod.models.digests import model_digest, tokenizer_digest
 from tracmod.models.inputs import BATCH_COST, accuracy, collate, encode, plan_batches
 from tracmod.models.loading import create_model, load_classifier, load_model, max_tokens
 from tracmod.models.loss import per_example_loss
-from tracmod.models.modes import resolve_device
+from tracmod.models.modes import device_of_worker, resolve_device
 from tracmod.models.plain_pass import predict
 from tracmod.models.tokenizer import read_sentencepiece, train_tokenizer
 
@@ -304,8 +304,8 @@ def test_an_unknown_name_is_refused_at_once(monkeypatch):
     def no_network(url):
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr("tracmod.models.loading.get_hf_file_metadata", no_network)
-    monkeypatch.setattr("tracmod.models.loading.AutoConfig", None)  # which would try for 20 seconds
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", no_network)
+    monkeypatch.setattr("transformers.AutoConfig", None)  # which would try for 20 seconds
     with pytest.raises(ValueError, match=r"model nosuch: no such folder, .*Hub.*: Name or service"):
         load_model("nosuch")
 
@@ -323,6 +323,11 @@ def test_devices(monkeypatch):
     assert [resolve_device(text) for text in (None, "auto", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
     with pytest.raises(ValueError, match="torch finds 2 GPUs"):
         resolve_device("cuda:2")
+    workers = [device_of_worker("cuda", number) for number in range(3)]
+    assert workers == ["cuda:0", "cuda:1", "cuda:0"]
+    assert device_of_worker("cuda:1", 2) == "cuda:1"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert device_of_worker("cpu", 1) == "cpu"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert resolve_device(None) == resolve_device("auto") == "cpu"

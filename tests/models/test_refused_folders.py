@@ -48,6 +48,11 @@ def only_shards(folder, lost):
     (folder / "model.safetensors").unlink()
 
 
+def change_index(folder, **changes):
+    file = folder / "model.safetensors.index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def no_safetensors(folder, instead):
     (folder / "model.safetensors").rename(folder / instead)
 
@@ -101,6 +106,18 @@ FAULTS = {
     ),
     "contradicting classes": (
         lambda f: change_config(f, label2id={"no": 2, "maybe": 1, "yes": 0}), "id2label.*label2id"
+    ),
+    "names that are numbers": (
+        lambda f: change_config(f, id2label={"0": 0, "1": 1, "2": 2}, label2id={}), "id2label.*0"
+    ),
+    "list of names": (lambda f: change_config(f, id2label=["no", "maybe", "yes"]), "config.*list"),
+    "text for a number": (lambda f: change_config(f, vocab_size="120"), "config.*vocab_size"),
+    "index without metadata": (
+        lambda f: (only_shards(f, lost=None), change_index(f, metadata=None)), "index.*metadata"
+    ),
+    "link to a lost file (shard)": (
+        lambda f: (no_safetensors(f, "x"), (f / "model.safetensors").symlink_to(f / "lost")),
+        "model.safetensors.*link",
     ),
     "more classes": (lambda f: change_config(f, num_labels=5), r"\(5,.*\(3,"),
     "sentence-transformers": (pipeline, "Pooling"),

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from make_run import LANGUAGES, add_blocks, add_courses, add_retraining, make_run
+from make_run import LANGUAGES, add_blocks, add_courses, add_metagradient, add_retraining, make_run
 from PIL import Image
 
 from tracmod.analysis import analyze
@@ -39,6 +39,7 @@ EXPECTED = {
       for model in ("full", "sparse")),
     *(f"blocks-{part}-{model}" for part in ("heads", "layers") for model in ("full", "sparse")),
     "lds",
+    "metagradient-full",
 }  # fmt: skip
 
 
@@ -52,6 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings["config"]["influence"]["k"] = [20, 5]
     (path / "run.json").write_text(json.dumps(settings))
     add_retraining(path)
+    add_metagradient(path)
     analyze(path, bootstrap=50, permutations=200)
     return path
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_study import files_of, tiny_config
 
 import tracmod as tm
+from tracmod.config import RunConfig
 from tracmod.study.context import RunContext
 from tracmod.study.pipeline import run_stages
 from tracmod.study.plan import plan_run
 from tracmod.study.run_folder import RunFolder
 from tracmod.study.run_metagradient import open_run_replay, quantities_of
 from tracmod.study.stages import metagradient as stage
-from tracmod.training.metagradient import evaluate, weighted_mean
+from tracmod.training.batch_mean import WeightedMean
+from tracmod.training.metagradient import evaluate
 from tracmod.validation.integrity import verify
 
 LANGUAGES = ["en", "de", "es"]
@@ -76,7 +80,7 @@ def test_the_matrix_agrees_with_trainings_of_slightly_other_weights(model, run):
     direction_N = torch.randn(len(matrix), generator=torch.Generator().manual_seed(1))
     losses = []
     for step in (0.02, -0.02):
-        mean = weighted_mean(step * direction_N, "fixed")
+        mean = WeightedMean(step * direction_N, "fixed")
         with open_run_replay(context, model, mean) as replay:
             for number in range(replay.total_steps):
                 replay.advance(number)
@@ -122,6 +126,46 @@ def test_only_what_is_missing_is_computed_again(run, monkeypatch):
         patch.setattr(stage, "open_run_replay", fail)
         run_stages(run, ["metagradient"], again="metagradient")
     assert files_of(run.path, "metagradient/*") == before
+
+
+def test_retraining_judges_the_metagradient_with_the_same_batches(run, tmp_path):
+    shutil.copytree(run.path, tmp_path / "run")
+    retrain = {"batches": "same", "fraction": 0.9, "subsets": 3, "other_fractions": {0.5: 2},
+               "seeds": 1, "removed": 0, "methods": ["metagradient", "random"]}  # fmt: skip
+    config = run.config.model_dump(mode="json") | {"retrain": retrain}
+    copy = RunFolder(tmp_path / "run", RunConfig.model_validate(config))
+    with copy.locked():
+        run_stages(copy, ["retrain"])
+    losses = pq.read_table(copy.retraining / "losses.parquet").to_pandas()
+    after = losses.groupby(["set", "test_language"]).loss.mean()
+    summary = json.loads((run.metagradient / "summary.json").read_text())["models"]["full"]
+    assert list(after["all"][LANGUAGES]) == pytest.approx(summary["loss"][:3], rel=1e-6)
+
+    context = RunContext(copy)
+    weights_N = torch.tensor([-float(name == "de") for name in context.example_languages("train")])
+    with open_run_replay(context, "full", WeightedMean(weights_N, "fixed")) as replay:
+        for number in range(replay.total_steps):
+            replay.advance(number)
+        expected = evaluate(replay, quantities_of(context, "full", None)).tolist()
+    assert list(after["without language de"][LANGUAGES]) == pytest.approx(expected, rel=1e-6)
+    assert list(after["all"][LANGUAGES]) != pytest.approx(expected, rel=1e-5)
+
+    cells = pq.read_table(copy.retraining / "leave_one_out.parquet").to_pandas()
+    cells = cells[cells.method == "metagradient"].set_index(["test_language", "train_language"])
+    sums = pq.read_table(run.metagradient / "languages.parquet").to_pandas()
+    sums = sums[sums.model == "full"].set_index(["quantity", "train_language"]).influence
+    for pair, predicted in cells.predicted.items():
+        assert predicted == pytest.approx(sums[pair], rel=1e-4, abs=1e-7)
+
+    lds, fractions = (
+        pq.read_table(copy.retraining / f"{name}.parquet").to_pandas()
+        for name in ("lds", "fractions")
+    )
+    assert list(fractions.fraction.unique()) == [0.9, 0.5]
+    own = fractions[fractions.fraction == 0.9].drop(columns="fraction").reset_index(drop=True)
+    pd.testing.assert_frame_equal(own, lds)
+    left_out = pq.read_table(copy.retraining / "left_out.parquet").to_pandas()
+    assert (left_out["set"] == "subset 4").sum() == 18
 
 
 def test_groups_of_test_examples_are_means_of_their_influence(run):

@@ -536,3 +536,19 @@ def test_distances_that_cannot_be_used_are_refused_before_the_first_stage(tmp_pa
         with pytest.raises(ValueError, match=re.escape(str(table)) + named):
             run_stages(run)
     assert not (tmp_path / "run" / "data").exists()
+
+
+def test_patterns_that_match_no_parameter_are_refused_before_the_training(tmp_path):
+    run = RunFolder(tmp_path, tiny_config(collect={"parameters": ["*.qury"]}))
+    with run.locked(), pytest.raises(ValueError, match=r"parameters: .*'\*\.qury'.*\.query"):
+        run_stages(run, ["data", "finetune"])
+    assert not list(tmp_path.glob("models/*/*"))
+
+
+def test_a_run_whose_parameters_are_patterns(tmp_path):
+    run = RunFolder(tmp_path, tiny_config(collect={"parameters": ["*.value", "*.query"]}))
+    with run.locked():
+        run_stages(run, ["data", "finetune", "prune", "sparse-finetune", "collect", "influence"])
+    store = FeatureStore.open(run.features("full", "full", None, 1, "train"))
+    assert store.identity["parameters"] == ["*.query", "*.value"]
+    assert (tmp_path / "influence/full/full/top.parquet").is_file()

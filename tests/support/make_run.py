@@ -319,6 +319,28 @@ def add_retraining(path: Path, languages: tuple[str, ...] = LANGUAGES) -> None:
     _write_json(path / "run.json", record)
 
 
+def add_metagradient(path: Path, languages: tuple[str, ...] = LANGUAGES) -> None:
+    """Add the metagradient of the full model, of the languages and one test example."""
+    rng = np.random.default_rng(3)
+    folder = path / "metagradient"
+    folder.mkdir()
+    rows = [
+        {"model": "full", "quantity": quantity, "train_language": b,
+         "influence": float(rng.normal(0.1 * (quantity == b), 0.02)), "mean_influence": 0.0,
+         "num_train": 16}
+        for quantity in (*languages, "test-0") for b in languages
+    ]  # fmt: skip
+    checks = [{"model": "full", "share": 0.05, "check": 0, "quantity": name, "predicted": 0.01,
+               "actual": 0.012} for name in languages]  # fmt: skip
+    for name, of_table in (("languages", rows), ("checks", checks)):
+        pq.write_table(pa.Table.from_pylist(of_table), folder / f"{name}.parquet")
+    verdict = "Foretells changes of up to about 5% of the examples."
+    _write_json(folder / "summary.json", {"models": {"full": {"verdict": verdict}}})
+    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    record["config"]["metagradient"] = {"models": ["full"]}
+    _write_json(path / "run.json", record)
+
+
 def _write_run_json(
     path: Path, languages: Any, num_train: int, num_test: int, k: int, views: Any, seed: int
 ) -> None:

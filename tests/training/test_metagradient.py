@@ -20,13 +20,13 @@ from torch import Tensor
 
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.training import metagradient as metagradient_module
+from tracmod.training.batch_mean import WeightedMean
 from tracmod.training.fine_tune import TrainingSettings, fine_tune
 from tracmod.training.metagradient import (
     Metagradient,
     Quantity,
     differentiate,
     evaluate,
-    weighted_mean,
 )
 from tracmod.training.replay import Replay, open_replay
 
@@ -89,7 +89,7 @@ class Trained:
 
     def losses(self, weights_N: Tensor) -> Tensor:
         """Train with weights, and return the quantities."""
-        batch_mean = weighted_mean(weights_N, self.denominator)
+        batch_mean = WeightedMean(weights_N, self.denominator)
         with self.replay(batch_mean=batch_mean) as replay:
             take_all_steps(replay)
             return evaluate(replay, QUANTITIES)

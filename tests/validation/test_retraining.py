@@ -203,7 +203,8 @@ def test_sets_that_leave_out_the_same_are_trained_once(done, copy):
 
 def test_every_method_scores_every_pair_and_tracin_as_the_run_does(copy):
     study = RunContext(RunFolder(copy))
-    scores = {method: method_scores(study, method) for method in METHODS}
+    methods = [name for name in METHODS if name != "metagradient"]  # needs its own stage
+    scores = {method: method_scores(study, method) for method in methods}
     for method, scores_QN in scores.items():
         assert scores_QN.shape == (18, 36), method
         assert scores_QN.dtype == np.float32, method
@@ -266,14 +267,17 @@ def test_in_a_run_with_a_metric_plain_tracin_stays_plain(copy, tmp_path):
 def test_the_default_methods_are_all_without_a_second_name_of_tracin():
     for normalize, twin in (("cosine", "tracin-cosine"), ("none", "tracin-dot")):
         chosen = config(retrain={}, influence={"normalize": normalize, "k": 5})
-        assert methods_of(chosen) == [name for name in METHODS if name != twin]
+        left_out = (twin, "metagradient")
+        assert methods_of(chosen) == [name for name in METHODS if name not in left_out]
     for normalize, twins in (("cosine", set()), ("none", {"ekfac"})):
         chosen = config(
             retrain={},
             influence={"normalize": normalize, "k": 5},
             collect={"preconditioner": "ekfac"},
         )
-        assert set(METHODS) - set(methods_of(chosen)) == twins
+        assert set(METHODS) - set(methods_of(chosen)) == {*twins, "metagradient"}
+    chosen = config(retrain={}, metagradient={"models": ["full"]})
+    assert "metagradient" in methods_of(chosen)
     assert set(METHODS) == set(Method.__args__)
     assert set(METHOD_NAMES) == {*METHODS, HALF_OF_SEEDS}
 
@@ -404,6 +408,10 @@ def test_the_command_adds_the_stage_to_a_finished_run(copy):
         ({"removed": 0.999}, r"retrain.removed.*\b36\b.*got 0.999"),
         ({"methods": ["tracin", "bm25", "tracin"]}, r"retrain.methods.*tracin"),
         ({"methods": ["lucene"]}, "retrain.methods"),
+        ({"methods": ["metagradient"]}, r"retrain.methods.*section metagradient"),
+        ({"other_fractions": {1.0: 2}}, r"retrain.other_fractions.*less than 1"),
+        ({"other_fractions": {0.001: 2}}, r"retrain.other_fractions.*\b36\b.*got 0.001"),
+        ({"batches": "old"}, r"retrain.batches"),
     ],
 )
 def test_an_invalid_value_is_named(values, what):

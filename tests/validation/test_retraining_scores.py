@@ -14,7 +14,7 @@ from tiny_models import tiny_examples, tiny_model
 from tracmod.analysis.matrix_correlation import permuted_columns
 from tracmod.analysis.statistics import Resampling
 from tracmod.validation.baselines import bm25_scores, embedding_scores, random_scores
-from tracmod.validation.lds import Draws, lds_table, rank_correlation
+from tracmod.validation.lds import Draws, lds_table, linear_correlation, rank_correlation
 from tracmod.validation.retrained_changes import Changes
 from tracmod.validation.retraining import (
     ALL,
@@ -87,6 +87,28 @@ def test_a_rank_correlation_with_counts_is_that_of_a_sample_with_repetitions():
         expected = spearmanr(*repeated).statistic
         assert rank_correlation(x, y, counts.astype(float)) == pytest.approx(expected, abs=1e-12)
     assert rank_correlation(np.ones(4), np.arange(4.0), np.ones(4)) == 0
+
+
+def test_a_linear_correlation_with_counts_is_that_of_a_sample_with_repetitions():
+    rng = rng_of(2)
+    x, y = rng.standard_normal((2, 9))
+    counts = rng.multinomial(9, np.full(9, 1 / 9))
+    expected = np.corrcoef(np.repeat(x, counts), np.repeat(y, counts))[0, 1]
+    assert linear_correlation(x, y, counts.astype(float)) == pytest.approx(expected, abs=1e-12)
+    assert linear_correlation(np.ones(4), np.arange(4.0), np.ones(4)) == 0
+
+
+def test_pearson_is_of_the_mean_loss_of_a_language():
+    summed, retrained = linear_world(3, noise=2.0)
+    table = subset_lds(summed, retrained, LANGUAGES_Q, CLUSTERS_Q, RESAMPLING)
+    losses_QS = np.stack([retrained.losses[subset_set(s)].mean(0) for s in range(12)], axis=-1)
+    predicted_QS = summed["tracin"].subsets_QS
+    own_Q = np.array(LANGUAGES_Q) == "de"
+    means = predicted_QS[own_Q].mean(axis=0), -losses_QS[own_Q].mean(axis=0)
+    row = row_with(table, method="tracin", level="language", test_language="de")
+    assert row["pearson"] == pytest.approx(np.corrcoef(*means)[0, 1])
+    assert row["pearson_low"] <= row["pearson"] <= row["pearson_high"]
+    assert row_with(table, method="tracin", level="example", test_language="de")["pearson"] is None
 
 
 def test_in_a_linear_world_true_scores_have_an_lds_of_one_and_random_ones_of_about_zero():

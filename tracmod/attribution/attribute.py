@@ -2,7 +2,7 @@
 
 1. Check the options, load the model, read the examples (`AttributionContext`).
 2. Collect features of every checkpoint and rank (`_projected`), or score whole gradients
-   (`_exact`).
+   (`_exact`), each in tasks of an engine (`tracmod.attribution.tasks`).
 3. Certify the features against exact scores on a sample (`tracmod.attribution.fidelity`).
 4. Write the tables and run.json.
 """
@@ -23,33 +23,38 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from tracmod.analysis.influence_tables import InfluenceTables, self_influence_table
 from tracmod.attribution.context import SPLITS, AttributionContext
 from tracmod.attribution.fidelity import certify_features, choose_projection_dim
 from tracmod.attribution.options import AttributionOptions
+from tracmod.attribution.tasks import (
+    RankQueries,
+    ScoreExactly,
+    ScoreSample,
+    collect_stores,
+    exact_scores,
+    rank,
+    run_tasks,
+)
+from tracmod.engine import Engine
+from tracmod.engine.local import LocalEngine
 from tracmod.features.store import SHARD_ROWS
 from tracmod.files import progress
 from tracmod.files.durable import read_json, write_checksums, write_json, write_parquet
-from tracmod.files.tensor_cache import read_tensors, write_tensors
 from tracmod.files.versions import versions
 from tracmod.gradients.capture import FrozenParametersWarning
-from tracmod.influence.exact import exact_influence
 from tracmod.influence.scores import (
     TopInfluences,
     self_influence,
-    top_influences,
     top_of_scores,
 )
 from tracmod.influence.streaming import Sizes, check_memory
-from tracmod.models.checkpoints import Checkpoint, checkpoint_folders
+from tracmod.models.checkpoints import checkpoint_folders
 from tracmod.models.loading import has_tokenizer
 from tracmod.models.plain_pass import predict
 from tracmod.subnetworks.head_mask import masked
-
-PROGRESS = "progress"
 
 
 def given_checkpoints(
@@ -84,7 +89,7 @@ def given_checkpoints(
     return str(last), checkpoints
 
 
-def attribute(options: AttributionOptions) -> None:
+def attribute(options: AttributionOptions, engine: Engine | None = None) -> None:
     """Write top, languages and examples.parquet, run.json and features/ or exact/ into `out`.
 
     With features also self_influence.parquet and fidelity.json.
@@ -101,6 +106,11 @@ def attribute(options: AttributionOptions) -> None:
     Gradients of training examples are those of the loss that the checkpoints were trained with;
     queries are measured by the same loss without label smoothing and weights. run.json has both.
 
+    Args:
+        options: The options.
+        engine: Where features are collected and scores computed; None for this process. The results
+            do not depend on it, for as many threads per worker.
+
     Raises:
         ValueError: Files or labels are not valid, the mask has another shape, the device is not
             there, checkpoints are of another model or only some have a learning rate, or `out`
@@ -110,16 +120,16 @@ def attribute(options: AttributionOptions) -> None:
     with warnings.catch_warnings():
         # Its place is among the notes: once, and with the name of the command-line option.
         warnings.simplefilter("ignore", FrozenParametersWarning)
-        _attribute(options)
+        _attribute(options, LocalEngine() if engine is None else engine)
 
 
-def _attribute(options: AttributionOptions) -> None:
+def _attribute(options: AttributionOptions, engine: Engine) -> None:
     started = time.perf_counter()
     _check_out(options.out, options.exact)
     context = AttributionContext(options)
     context.examples  # noqa: B018 (read and checked before the long part begins)
     details: dict[str, Any] = {"projection_choice": None, "fidelity": None}
-    top = _exact(context) if options.exact else _projected(context, details)
+    top = _exact(context, engine) if options.exact else _projected(context, engine, details)
     num_queries = len(context.tables["query"])
     predictions = _predictions(context)
     has_classes = context.loss.kind == "cross_entropy"
@@ -139,7 +149,7 @@ def _attribute(options: AttributionOptions) -> None:
     details["loss"] = _report_loss(context)
     seconds = round(time.perf_counter() - started, 3)
     write_json(options.out / "run.json", _record(context, details, seconds))
-    shutil.rmtree(options.out / PROGRESS, ignore_errors=True)
+    shutil.rmtree(context.progress, ignore_errors=True)
     write_checksums(options.out)
 
 
@@ -205,7 +215,7 @@ def _saying_notes_first(
 
     def advance_and_say(count: int) -> None:
         nonlocal is_first
-        if is_first:
+        if is_first and count:  # 0 when a worker is ready, which may yet refuse its task
             is_first = False
             context.say_notes()
         advance(count)
@@ -216,85 +226,51 @@ def _saying_notes_first(
 # --- scores from whole gradients ------------------------------------------------------------
 
 
-def _exact(context: AttributionContext) -> TopInfluences:
+def _exact(context: AttributionContext, engine: Engine) -> TopInfluences:
     """Rank by whole gradients; the scores of every checkpoint stay in `out`/exact."""
     num_queries, num_train = len(context.examples["query"]), len(context.examples["train"])
-    scores_QN = torch.zeros(num_queries, num_train)
     with context.bar(num_train) as bar:
-        advance = _saying_notes_first(context, bar.update)
-        for checkpoint, weight in zip(context.checkpoints, context.weights, strict=True):
-            scores_QN += weight * _exact_scores(context, checkpoint, advance)
+        tasks = [ScoreExactly(checkpoint.epoch) for checkpoint in context.checkpoints]
+        run_tasks(context, engine, tasks, _saying_notes_first(context, bar.update))
+    scores_QN = torch.zeros(num_queries, num_train)
+    for checkpoint, weight in zip(context.checkpoints, context.weights, strict=True):
+        scores_QN += weight * exact_scores(context, checkpoint, lambda _: None)
     return top_of_scores(scores_QN, context.options.k, context.example_languages("train"))
-
-
-def _exact_scores(
-    context: AttributionContext, checkpoint: Checkpoint, advance: Callable[[int], Any]
-) -> Tensor:
-    """Return the (Q, N) unweighted scores of one checkpoint, from its file if that is there."""
-    options = context.options
-    file = options.out / "exact" / f"checkpoint-{checkpoint.epoch}.safetensors"
-    model = context.load(checkpoint)
-    identity = context.exact_identity(checkpoint, model)
-    cached = read_tensors(file, identity)
-    if cached is not None:
-        advance(cached["scores"].shape[1])
-        return cached["scores"]
-    with context.naming_examples({split: range(len(context.tables[split])) for split in SPLITS}):
-        scores_QN = exact_influence(
-            model,
-            context.examples["train"],
-            context.examples["query"],
-            options.parameters,
-            context.mask,
-            options.normalize,
-            options.batch_tokens,
-            advance=advance,
-            dtype=getattr(torch, options.dtype),
-            preconditioner=context.preconditioner(checkpoint, model),
-            include_frozen=options.include_frozen,
-            loss=context.loss,
-            query_loss=context.loss.measured,
-        ).cpu()
-    write_tensors(file, {"scores": scores_QN}, identity)
-    return scores_QN
 
 
 # --- scores from features -------------------------------------------------------------------
 
 
-def _projected(context: AttributionContext, details: dict[str, Any]) -> TopInfluences:
+def _projected(
+    context: AttributionContext, engine: Engine, details: dict[str, Any]
+) -> TopInfluences:
     """Rank by features, which stay in `out`/features.
 
     Args:
         context: The attribution.
+        engine: Where features are collected and ranked.
         details: Gets the choice of the dimension and the certificate, for run.json.
     """
-    options, parts = context.options, context.options.out / PROGRESS
+    options, workers = context.options, engine.workers
     if options.projection_dim is None:
-        details["projection_choice"] = choose_projection_dim(context, parts)
+        details["projection_choice"] = choose_projection_dim(context)
     _check_memory(context)
     with context.bar(sum(len(context.examples[split]) for split in SPLITS)) as bar:
-        advance = _saying_notes_first(context, bar.update)
-        stores = [context.collect(checkpoint, advance) for checkpoint in context.checkpoints]
-    queries, trains = ([store[split] for store in stores] for split in ("query", "train"))
-    self_influences = self_influence(trains, context.weights)
-    table = self_influence_table(context.tables["train"], self_influences)
+        collect_stores(context, engine, bar.skip, _saying_notes_first(context, bar.update))
+    if workers > 1:  # this process would score the sample of one checkpoint after the other
+        samples = [ScoreSample(checkpoint.epoch) for checkpoint in context.checkpoints]
+        run_tasks(context, engine, samples, lambda _: None)
+    table = self_influence_table(
+        context.tables["train"], self_influence(context.stores_of("train"), context.weights)
+    )
     write_parquet(options.out / "self_influence.parquet", table)
-    details["fidelity"] = certify_features(context, queries, trains, parts)
+    details["fidelity"] = certify_features(context)
+    context.forget_model()
     num_scores = len(context.tables["query"]) * len(context.tables["train"])
     with progress.bar("influence", num_scores, "score") as bar:
-        return top_influences(
-            queries,
-            trains,
-            options.k,
-            context.example_languages("train"),
-            context.weights,
-            options.normalize,
-            memory=options.memory,
-            progress=parts,
-            device=context.device,
-            advance=bar.update,
-        )
+        tasks = [RankQueries(part, workers) for part in range(workers)]
+        run_tasks(context, engine, tasks, bar.update)
+    return rank(context, lambda _: None, workers)
 
 
 def _check_memory(context: AttributionContext) -> None:
@@ -314,7 +290,7 @@ def _predictions(context: AttributionContext) -> list[Any]:
 
     A class, a target or targets, or a number 0 or 1 for each of several labels.
     """
-    model = context.load(context.checkpoints[-1])
+    model = context.loaded(context.checkpoints[-1])
     with masked(model, context.mask):
         logits_QC = predict(
             model, context.examples["query"], batch_tokens=context.options.batch_tokens

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
+from glob import escape as glob_escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from tracmod.attribution.options import AttributionOptions
 from tracmod.attribution.weights import checkpoint_notes, choose_weights
-from tracmod.features.collector import collect_to_store
+from tracmod.choices import selection_record
 from tracmod.features.projection import Projection
 from tracmod.features.recipe import FeatureRecipe, checkpoint_digests
 from tracmod.features.store import FeatureStore
 from tracmod.files import progress
 from tracmod.files.durable import file_sha256, read_json, write_json
-from tracmod.gradients.capture import describe_frozen, frozen_names, select_layers
+from tracmod.gradients.capture import (
+    chosen_names,
+    describe_frozen,
+    frozen_names,
+    select_layers,
+)
 from tracmod.gradients.ekfac import checkpoint_preconditioner
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.influence.exact import NotFiniteError
@@ -40,13 +45,17 @@ from tracmod.models.digests import tokenizer_digest
 from tracmod.models.inputs import encode, num_cut, other_inputs
 from tracmod.models.loading import class_names, load_classifier, load_model
 from tracmod.models.loss import stated_loss
-from tracmod.models.modes import frozen, resolve_device, to_device, trained_names
+from tracmod.models.modes import resolve_device, to_device, trained_names
 from tracmod.models.weight_files import tensor_digests, unmoved
 from tracmod.subnetworks.head_mask import HeadMask, matching_layers
 from tracmod.tasks.examples import rows_digest
 from tracmod.tasks.files import read_model_files
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 SPLITS = ("train", "query")
+PROGRESS = "progress"
 
 
 class AttributionContext:
@@ -67,6 +76,10 @@ class AttributionContext:
             label smoothing and weights (`ExampleLoss.measured`).
         max_length: The number of tokens at which texts are cut.
         projection_dim: The numbers per feature row; None until it is chosen.
+        stores: The feature stores that this process has made or continued, by checkpoint and split.
+
+    A copy that is sent to a worker has the checked options, but none of the examples and models; it
+    reads and loads what its tasks need, and refuses files that have changed.
     """
 
     def __init__(self, options: AttributionOptions) -> None:
@@ -84,6 +97,9 @@ class AttributionContext:
             self.checkpoints, options.weights
         )
         model, self.tokenizer = load_model(options.model)
+        if callable(options.parameters):  # which cannot be recorded; the names that it chooses can
+            names = [glob_escape(name) for name in chosen_names(model, options.parameters)]
+            self.options = options = replace(options, parameters=names)
         if self.mask is not None:
             matching_layers(model, self.mask)  # refuses a mask of another shape
         for path in options.checkpoints:
@@ -102,6 +118,39 @@ class AttributionContext:
         self.max_length = longest if options.max_length is None else options.max_length
         self._tokenizer_digest = tokenizer_digest(self.tokenizer)
         self._preconditioners: dict[int, Preconditioner] = {}
+        self._models: dict[int, PreTrainedModel] = {}
+        self._digests: dict[int, dict[str, str]] = {}
+        self._file_digests: dict[str, str] = {}
+        self.stores: dict[tuple[int, str], FeatureStore] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a worker is sent; paths are absolute, since it may run elsewhere."""
+        options = self.options
+        checkpoints = [
+            replace(
+                checkpoint,
+                path=checkpoint.path.absolute() if checkpoint.path.exists() else checkpoint.path,
+            )
+            for checkpoint in self.checkpoints
+        ]
+        changed = {
+            "options": replace(
+                options,
+                train=Path(options.train).absolute(),
+                query=Path(options.query).absolute(),
+                out=Path(options.out).absolute(),
+            ),
+            "checkpoints": checkpoints,
+            "stores": {}, "_models": {}, "_preconditioners": {},
+        }  # fmt: skip
+        of_this_process = ("tables", "examples")
+        state = {name: value for name, value in vars(self).items() if name not in of_this_process}
+        return state | changed
+
+    @property
+    def progress(self) -> Path:
+        """The folder of intermediate results, which is removed at the end."""
+        return self.options.out / PROGRESS
 
     # --- examples ---------------------------------------------------------------------------
 
@@ -109,6 +158,17 @@ class AttributionContext:
     def tables(self) -> dict[str, pa.Table]:
         """The examples of both files; each file shows whether labels are names or numbers."""
         options = self.options
+        files = {"train": options.train, "query": options.query}
+        # The readers say what is wrong with what is no file.
+        digests = {
+            split: self.data_digest(split) for split in SPLITS if Path(files[split]).is_file()
+        }
+        for split, digest in digests.items():
+            if self._file_digests.setdefault(split, digest) != digest:
+                raise ValueError(
+                    f"{getattr(options, split)}: expected the examples that the attribution began "
+                    f"with, the file has changed since; run the command again"
+                )
         tables = read_model_files(
             [options.train, options.query],
             self.label_names,
@@ -208,6 +268,10 @@ class AttributionContext:
             first = next(names for names in self.left_out if names)
             self.notes.append(f"{describe_frozen(first)}{where}; --include-frozen includes them")
 
+    def checkpoint(self, number: int) -> Checkpoint:
+        """Return the checkpoint with a number, from 1."""
+        return self.checkpoints[number - 1]
+
     def _freeze(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         if not self.options.include_frozen:
             freeze(model, checkpoint.frozen, checkpoint.path)
@@ -217,6 +281,18 @@ class AttributionContext:
         model = load_classifier(checkpoint.path)
         self._freeze(model, checkpoint)
         return to_device(model, self.device)
+
+    def loaded(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """Return a checkpoint's model; it stays in memory until that of another is needed."""
+        number = checkpoint.epoch
+        if number not in self._models:
+            self._models = {}  # before the next one is loaded
+            self._models = {number: self.load(checkpoint)}
+        return self._models[number]
+
+    def forget_model(self) -> None:
+        """Free the memory of the model that `loaded` has returned, and of its preconditioner."""
+        self._models, self._preconditioners = {}, {}
 
     def preconditioner(
         self, checkpoint: Checkpoint, model: PreTrainedModel
@@ -234,7 +310,7 @@ class AttributionContext:
                 model, self._tokenizer_digest, None, options.include_frozen
             )
             if options.preconditioner == "ekfac":
-                identity["data"] = self._fitted_on(folder)
+                identity["data"] = self.fitted_on()
             preconditioner = checkpoint_preconditioner(
                 options.preconditioner,
                 model,
@@ -250,11 +326,12 @@ class AttributionContext:
             self._preconditioners = {number: preconditioner}  # one: as large as several models
         return self._preconditioners[number]
 
-    def _fitted_on(self, folder: Path) -> str:
+    def fitted_on(self) -> str:
         """Return the digest of the training examples that preconditioners are fitted on.
 
         These are the examples of the first call; new ones must come after them.
         """
+        folder = self.options.out / "preconditioners"
         file, table = folder / "fitted-on.json", self.tables["train"]
         if not file.is_file():
             write_json(file, {"rows": len(table), "digest": rows_digest(table, 0, len(table))})
@@ -277,26 +354,37 @@ class AttributionContext:
             "batch_tokens": str(self.options.batch_tokens),
         }
 
-    def digests(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
-        """Return the digests of all that scores depend on at a checkpoint, apart from examples."""
-        preconditioner = self.preconditioner(checkpoint, model)
-        digests = checkpoint_digests(
-            model, self._tokenizer_digest, preconditioner, self.options.include_frozen
-        )
-        return digests | self._settings_digests()
+    def digests(
+        self, checkpoint: Checkpoint, model: PreTrainedModel | None = None
+    ) -> dict[str, str]:
+        """Return the digests of all that scores depend on at a checkpoint, apart from examples.
 
-    def exact_identity(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
+        Args:
+            checkpoint: The checkpoint.
+            model: Its model; None to load it.
+        """
+        number = checkpoint.epoch
+        if number not in self._digests:
+            model = self.loaded(checkpoint) if model is None else model
+            preconditioner = self.preconditioner(checkpoint, model)
+            digests = checkpoint_digests(
+                model, self._tokenizer_digest, preconditioner, self.options.include_frozen
+            )
+            self._digests[number] = digests | self._settings_digests()
+        return self._digests[number]
+
+    def exact_identity(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return what exact scores at a checkpoint depend on."""
         options = self.options
         return {
-            "parameters": options.parameters,
+            "parameters": selection_record(options.parameters),
             "head_mask": None if self.mask is None else self.mask.digest(),
             "normalize": options.normalize,
             "pass_dtype": options.dtype,
             **({} if self.loss.identity is None else {"loss": self.loss.identity}),
             **{split: self.data_digest(split) for split in SPLITS},
             **self._reading(),
-            **self.digests(checkpoint, model),
+            **self.digests(checkpoint),
         }
 
     # --- features ---------------------------------------------------------------------------
@@ -316,7 +404,9 @@ class AttributionContext:
             self.loss,
         )
 
-    def feature_identity(self, checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
+    def feature_identity(
+        self, checkpoint: Checkpoint, model: PreTrainedModel | None = None
+    ) -> dict[str, Any]:
         """Return what features at a checkpoint depend on, apart from the examples."""
         return self.recipe().identity(**self.digests(checkpoint, model))
 
@@ -324,31 +414,27 @@ class AttributionContext:
         """Return the folder of the features of a split at a checkpoint."""
         return self.options.out / "features" / f"checkpoint-{checkpoint.epoch}" / split
 
-    def collect(
-        self, checkpoint: Checkpoint, advance: Callable[[int], Any]
-    ) -> dict[str, FeatureStore]:
-        """Collect the features of both files at a checkpoint; rows that are there stay."""
-        model = self.load(checkpoint)
-        identity = self.feature_identity(checkpoint, model)
-        preconditioner = self.preconditioner(checkpoint, model)
-        stores = {}
-        with frozen(model):
-            for split in SPLITS:
-                collector = self.recipe().collector(
-                    model, preconditioner, measured=split == "query"
-                )
-                table = self.tables[split]
-                with FeatureStore.grow(
-                    self.store_path(checkpoint, split),
-                    ids=table.column("id").to_pylist(),
-                    data=partial(rows_digest, table),
-                    dim=collector.projection.dim,
-                    identity=identity,
-                    dtype=self.options.store_dtype,
-                ) as store:
-                    collect_to_store(collector, self.examples[split], store, advance)
-                stores[split] = store
-        return stores
+    def begin_store(self, checkpoint: Checkpoint, split: str) -> FeatureStore:
+        """Make the store of a split at a checkpoint, or open it to continue, as its only writer."""
+        table = self.tables[split]
+        store = FeatureStore.grow(
+            self.store_path(checkpoint, split),
+            ids=table.column("id").to_pylist(),
+            data=partial(rows_digest, table),
+            dim=self.recipe().projection.dim,
+            identity=self.feature_identity(checkpoint),
+            dtype=self.options.store_dtype,
+        )
+        self.stores[checkpoint.epoch, split] = store
+        return store
+
+    def stores_of(self, split: str) -> list[FeatureStore]:
+        """Return the (C,) complete stores of a split."""
+        for checkpoint in self.checkpoints:
+            key = (checkpoint.epoch, split)
+            if key not in self.stores:
+                self.stores[key] = FeatureStore.open(self.store_path(checkpoint, split))
+        return [self.stores[checkpoint.epoch, split] for checkpoint in self.checkpoints]
 
     def open_train_store(self, checkpoint: Checkpoint, model: PreTrainedModel) -> FeatureStore:
         """Open the training features that were collected at a checkpoint.

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from tracmod.attribution.context import AttributionContext
+from tracmod.choices import selection_record
 from tracmod.features.collector import collect_features
 from tracmod.features.projection import VERSION
-from tracmod.features.store import FeatureStore
 from tracmod.files.durable import identity_differences, read_json, write_json
 from tracmod.influence.scores import influence_scores
+from tracmod.models.checkpoints import Checkpoint
 from tracmod.validation.fidelity import (
     CHOICE_QUERIES,
     CHOICE_TRAINS,
@@ -35,28 +35,21 @@ from tracmod.validation.fidelity import (
 )
 
 
-def certify_features(
-    context: AttributionContext,
-    queries: Sequence[FeatureStore],
-    trains: Sequence[FeatureStore],
-    progress: Path,
-) -> dict[str, Any]:
+def certify_features(context: AttributionContext) -> dict[str, Any]:
     """Compare the scores of stored features with exact ones on a sample; write fidelity.json.
-
-    Args:
-        context: The attribution.
-        queries, trains: (C,) feature stores.
-        progress: The folder where exact scores stay between two attempts.
 
     Returns:
         The certificate.
     """
-    passes = sum(len(table) for table in context.tables.values())
-    sample = _sample(context, passes)
+    sample = certificate_sample(context)
     projected_QN = projected_sample_scores(
-        sample, queries, trains, context.weights, context.options.normalize
+        sample,
+        context.stores_of("query"),
+        context.stores_of("train"),
+        context.weights,
+        context.options.normalize,
     )
-    exact_QN = _exact_scores(context, sample, progress)
+    exact_QN = _exact_scores(context, sample)
     certificate = _certificate(context, sample, exact_QN, projected_QN)
     write_json(context.options.out / "fidelity.json", certificate)
     if warning := failure(certificate, "these features"):
@@ -64,12 +57,11 @@ def certify_features(
     return certificate
 
 
-def choose_projection_dim(context: AttributionContext, progress: Path) -> dict[str, Any]:
+def choose_projection_dim(context: AttributionContext) -> dict[str, Any]:
     """Choose as few numbers per row as a sample allows; the choice stays in projection.json.
 
     Args:
         context: The attribution, whose `projection_dim` is set.
-        progress: The folder where exact scores stay between two attempts.
 
     Returns:
         The choice (see `choose_dim`).
@@ -82,7 +74,7 @@ def choose_projection_dim(context: AttributionContext, progress: Path) -> dict[s
     settings = _choice_settings(context)
     if choice is None:
         sample = _sample(context, None, CHOICE_QUERIES, CHOICE_TRAINS)
-        exact_QN = _exact_scores(context, sample, progress)
+        exact_QN = _exact_scores(context, sample)
         choice = choose_dim(
             partial(_projected_scores, context, sample),
             partial(_certificate, context, sample, exact_QN),
@@ -110,16 +102,18 @@ def _choice_settings(context: AttributionContext) -> dict[str, Any]:
     return {
         "share_error": options.share_error,
         "projection_version": VERSION,
-        "parameters": options.parameters,
+        "parameters": selection_record(options.parameters),
         "head_mask": None if context.mask is None else context.mask.digest(),
         "normalize": options.normalize,
         "weights": context.weights,
         **({} if context.loss.identity is None else {"loss": context.loss.identity}),
-        "checkpoints": [
-            context.digests(checkpoint, context.load(checkpoint))
-            for checkpoint in context.checkpoints
-        ],
+        "checkpoints": [context.digests(checkpoint) for checkpoint in context.checkpoints],
     }
+
+
+def certificate_sample(context: AttributionContext) -> Sample:
+    """Draw the pairs of examples that the certificate compares, the same at every call."""
+    return _sample(context, sum(len(table) for table in context.tables.values()))
 
 
 def _sample(context: AttributionContext, passes: int | None, *most: int) -> Sample:
@@ -133,33 +127,37 @@ def _encoded(
     context: AttributionContext, sample: Sample
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the encoded queries and training examples of a sample."""
-    return (
-        [context.examples["query"][row] for row in sample.queries],
-        [context.examples["train"][row] for row in sample.trains],
+    queries, trains = (
+        context.encode(context.tables[split].take(pa.array(rows, pa.int64())))
+        for split, rows in (("query", sample.queries), ("train", sample.trains))
     )
+    return queries, trains
 
 
-def _exact_scores(context: AttributionContext, sample: Sample, progress: Path) -> Tensor:
+def sample_scores(context: AttributionContext, sample: Sample, checkpoint: Checkpoint) -> Tensor:
+    """Return (Q, N) exact scores of a sample at a checkpoint, which stay in progress/."""
+    options = context.options
+    model = context.loaded(checkpoint)
+    with context.naming_examples({"query": sample.queries, "train": sample.trains}):
+        return exact_sample_scores(
+            model,
+            *_encoded(context, sample),
+            parameters=options.parameters,
+            head_mask=context.mask,
+            normalize=options.normalize,
+            dtype=options.dtype,
+            batch_tokens=options.batch_tokens,
+            keep_in=context.progress,
+            identity=context.exact_identity(checkpoint) | {"sample": asdict(sample)},
+            preconditioner=context.preconditioner(checkpoint, model),
+            include_frozen=options.include_frozen,
+            loss=context.loss,
+        )
+
+
+def _exact_scores(context: AttributionContext, sample: Sample) -> Tensor:
     """Return (Q, N) exact scores of a sample over all checkpoints."""
-    options, scores = context.options, []
-    for checkpoint in context.checkpoints:
-        model = context.load(checkpoint)
-        with context.naming_examples({"query": sample.queries, "train": sample.trains}):
-            exact_QN = exact_sample_scores(
-                model,
-                *_encoded(context, sample),
-                parameters=options.parameters,
-                head_mask=context.mask,
-                normalize=options.normalize,
-                dtype=options.dtype,
-                batch_tokens=options.batch_tokens,
-                keep_in=progress,
-                identity=context.exact_identity(checkpoint, model) | {"sample": asdict(sample)},
-                preconditioner=context.preconditioner(checkpoint, model),
-                include_frozen=options.include_frozen,
-                loss=context.loss,
-            )
-        scores.append(exact_QN)
+    scores = [sample_scores(context, sample, checkpoint) for checkpoint in context.checkpoints]
     return over_checkpoints(scores, context.weights)
 
 
@@ -167,7 +165,7 @@ def _projected_scores(context: AttributionContext, sample: Sample, dim: int) -> 
     """Return (Q, N) scores of a sample over all checkpoints, from features of `dim` numbers."""
     options, scores = context.options, []
     for checkpoint in context.checkpoints:
-        model = context.load(checkpoint)
+        model = context.loaded(checkpoint)
         preconditioner = context.preconditioner(checkpoint, model)
         queries, trains = (
             collect_features(

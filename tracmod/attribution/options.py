@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from tracmod.choices import (
     DEFAULT_MEMORY,
     MetricKind,
-    ParameterSet,
+    ParameterSelection,
     PassDtype,
     StatedLossKind,
     StoreDtype,
+    check_selection,
     positive_number,
     whole_number,
 )
@@ -109,11 +110,12 @@ class AttributionOptions:
         default=None,
         metadata={"help": "JSON file of a head mask, applied to the gradients of both files."},
     )
-    parameters: ParameterSet = field(
+    parameters: ParameterSelection = field(
         default="encoder",
         metadata={
-            "help": "Parameters whose gradients are used: all but the embeddings, all, those of "
-            "the attention heads, or those of the classifier."
+            "help": "Parameters whose gradients are used. encoder: all but the embeddings; all; "
+            "attention: those of the attention heads; classifier; or patterns of the names of "
+            "parameters or modules, such as '*.query,*.value'."
         },
     )
     include_frozen: bool = field(
@@ -194,6 +196,7 @@ class AttributionOptions:
         annotations = get_type_hints(type(self))
         for option in fields(self):
             _check(option.name, getattr(self, option.name), annotations[option.name], option)
+        check_selection("parameters", self.parameters)
         if self.normalize not in (None, "cosine"):
             raise ValueError(f"normalize: expected None or 'cosine', got {self.normalize!r}")
         check_columns(self.columns)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from tracmod.attribution.sources import AttributionSource, RunSource, Source
-from tracmod.choices import whole_number
+from tracmod.choices import switch, whole_number
 from tracmod.features.rows import SomeRows, StoreRows
 from tracmod.features.store import FeatureStore
 from tracmod.files import progress
 from tracmod.files.durable import read_json
-from tracmod.influence.index import InfluenceIndex, gpu_number
 from tracmod.influence.scores import TopInfluences, top_influences
 from tracmod.models.inputs import as_examples, encode, num_cut
 from tracmod.models.modes import frozen
@@ -28,6 +27,9 @@ from tracmod.subnetworks.head_mask import masked
 from tracmod.tasks.files import target_of, target_text
 from tracmod.tasks.label_vectors import NO_LABEL, label_vector_text
 from tracmod.tasks.readers import text_fault
+
+if TYPE_CHECKING:
+    from tracmod.influence.index import InfluenceIndex
 
 Label = int | float | list[float]  # a class, a target, or a number per output
 
@@ -129,6 +131,9 @@ class Attributor:
             ValueError: As there, or the features were made with another model, mask, data or
                 projection than there is now.
         """
+        # Not at the top: FAISS is loaded by those who use an index.
+        from tracmod.influence.index import InfluenceIndex, gpu_number
+
         gpu_number(device, kind)  # refused before the models are read
         index = InfluenceIndex.build(
             self.train_stores,
@@ -151,6 +156,8 @@ class Attributor:
         label: str | None = None,
         k: int = 10,
         languages: Sequence[str] | None = None,
+        *,
+        opponents: bool = True,
     ) -> dict[str, Any]:
         """Find the strongest proponents and opponents of one example.
 
@@ -163,6 +170,7 @@ class Attributor:
                 rounded to whole numbers.
             k: The number of proponents, and of opponents.
             languages: The languages whose training examples are considered; None for all.
+            opponents: False to find proponents only; `opponents` is then empty.
 
         Returns:
             A dict with `label`, `prediction`, `output` (for a regression, the output or outputs of
@@ -176,7 +184,7 @@ class Attributor:
             ValueError: There is no such label or language, or the features or the index were made
                 with another model, mask, data or projection than there is now.
         """
-        k = whole_number("k", k)
+        k, opponents = whole_number("k", k), switch("opponents", opponents)
         for name, text in (("text", text_a), ("text_b", text_b), ("label", label)):
             fault = None if text is None else text_fault(text)
             if fault is not None:
@@ -197,7 +205,7 @@ class Attributor:
         if label_number is None:
             label_number = prediction
             table = table.set_column(3, "label", [[label_number]])
-        top, kind = self._nearest(self._features(table), k, rows, languages)
+        top, kind = self._nearest(self._features(table), k, rows, languages, opponents)
         return {
             "label": self.label_text(label_number),
             "prediction": self.label_text(prediction),
@@ -300,14 +308,15 @@ class Attributor:
         k: int,
         rows: Tensor,
         languages: Sequence[str] | None,
+        opponents: bool,
     ) -> tuple[TopInfluences, str | None]:
         """Return the strongest of `rows`, and the kind of the index that was used, if any."""
         index = self._index
         if index is not None:
-            chosen = self._candidates(index, features, min(k, len(rows)), languages)
+            chosen = self._candidates(index, features, min(k, len(rows)), languages, opponents)
             if chosen is not None:
-                return self._rank(features, k, chosen), index.kind
-        return self._rank(features, k, rows), None
+                return self._rank(features, k, chosen, opponents), index.kind
+        return self._rank(features, k, rows, opponents), None
 
     def _candidates(
         self,
@@ -315,8 +324,9 @@ class Attributor:
         features: list[Tensor],
         k: int,
         languages: Sequence[str] | None,
+        opponents: bool,
     ) -> Tensor | None:
-        """Return the rows that an index finds for both signs, or None if it finds fewer than k.
+        """Return the rows that an index finds for each sign, or None if it finds fewer than k.
 
         It may find too few for a filter by language, where the lists or the part of the graph that
         it visits hold next to none of these languages.
@@ -325,16 +335,16 @@ class Attributor:
         wanted = min(wanted, len(index.ids))
         on_cpu = [row.cpu() for row in features]
         candidates = []
-        for opponents in (False, True):
-            result = index.search(on_cpu, wanted, opponents=opponents, languages=languages)
+        for sign_is_negative in (False, True) if opponents else (False,):
+            result = index.search(on_cpu, wanted, opponents=sign_is_negative, languages=languages)
             rows = result.indices[0]
             candidates.append(rows[rows >= 0])
         if min(map(len, candidates)) < k:
             return None
         return torch.cat(candidates).unique()
 
-    def _rank(self, features: list[Tensor], k: int, rows: Tensor) -> TopInfluences:
-        """Rank `rows` by their stored features; return the k strongest of both signs."""
+    def _rank(self, features: list[Tensor], k: int, rows: Tensor, opponents: bool) -> TopInfluences:
+        """Rank `rows` by their stored features; return the k strongest of each sign."""
         stores = [StoreRows(store) for store in self.train_stores]
         all_rows = len(rows) == stores[0].shape[0]
         with progress.bar("query", len(rows)) as bar:
@@ -346,6 +356,7 @@ class Attributor:
                 normalize=self.source.normalize,
                 device=self.source.device,
                 advance=bar.update,
+                opponents=opponents,
             )
         return replace(
             top,
@@ -357,6 +368,8 @@ class Attributor:
     def _index(self) -> InfluenceIndex | None:
         if not (self.index_path / "index.json").is_file():
             return None
+        from tracmod.influence.index import InfluenceIndex
+
         index = InfluenceIndex.load(self.index_path)
         index.check_built_from(self.train_stores, self.source.weights, self.source.normalize)
         return index

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.attribution.attribute import read_attribution
 from tracmod.attribution.context import AttributionContext
@@ -24,6 +23,9 @@ from tracmod.study.context import MODELS, RunContext
 from tracmod.study.run_features import STUDY_LOSS, open_stores, preconditioner_of_run, recipe
 from tracmod.study.run_folder import RunFolder
 from tracmod.subnetworks.head_mask import HeadMask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Source(Protocol):

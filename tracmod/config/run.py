@@ -15,19 +15,20 @@ from pydantic import (
 
 from tracmod.choices import (
     DEFAULT_MEMORY,
+    Batches,
     Combine,
     Denominator,
     Method,
     MetricKind,
     ModelName,
     Normalization,
-    ParameterSet,
     PassDtype,
     ProjectionKind,
     ProjectionLayers,
     Sampling,
     SharedParameters,
     StoreDtype,
+    check_selection,
 )
 from tracmod.config.section import Section, repeated
 from tracmod.config.task import TaskConfig
@@ -38,8 +39,9 @@ class ModelConfig(Section):
 
     name: str | None = Field(
         None,
-        description="Hub name or folder of a pretrained model. Default: a new model of the shape "
-        "below.",
+        description="Hub name or folder of a pretrained model; or a folder with a config.json "
+        "alone, for a new model of any supported family and shape. Default: a new XLM-R of the "
+        "shape below.",
     )
     layers: int = Field(4, ge=1, description="Number of layers of a new model.")
     hidden: int = Field(
@@ -190,10 +192,11 @@ class CollectConfig(Section):
         description="Also use the full model before its fine-tuning, as epoch 0. This control is "
         "shown in the course over the epochs; its weight in all scores is 0.",
     )
-    parameters: ParameterSet = Field(
+    parameters: str | list[str] = Field(
         "encoder",
-        description="Parameters whose gradients are used: all but the embeddings, all, those of "
-        "the attention heads, or those of the classifier.",
+        description="Parameters whose gradients are used. encoder: all but the embeddings; all; "
+        "attention: those of the attention heads; classifier; or a list of patterns of the names "
+        "of parameters or modules.",
     )
     projection_dim: int = Field(4096, ge=1, description="Numbers per feature row.")
     projection_kind: ProjectionKind = Field(
@@ -384,6 +387,17 @@ class RetrainConfig(Section):
         "seeds (seed, seed + 1, ... of the run) determine order and dropout; all begin with the "
         "same initial weights.",
     )
+    other_fractions: dict[Annotated[float, Field(gt=0, lt=1)], Annotated[int, Field(ge=2)]] = Field(
+        default_factory=dict,
+        description="Further shares -> number of random subsets of this share, compared with the "
+        "scores like those of `fraction`.",
+    )
+    batches: Batches = Field(
+        "new",
+        description="new: the remaining examples are put into batches of their own, in fewer "
+        "steps; same: examples that are left out have weight 0 in the batches of the training on "
+        "all examples, so that nothing else differs.",
+    )
     removed: float = Field(
         0.1,
         ge=0,
@@ -401,7 +415,7 @@ class RetrainConfig(Section):
         None,
         min_length=1,
         description="Methods whose scores are tested. Default: all, except one that equals tracin "
-        "under another name.",
+        "under another name, and metagradient only with the section `metagradient`.",
     )
 
     @field_validator("methods")
@@ -458,6 +472,11 @@ class RunConfig(Section):
         """`sparse_finetune`, or the values of `finetune` if the section is absent."""
         return self.sparse_finetune or SparseFinetuneConfig(**self.finetune.model_dump())
 
+    @property
+    def has_metagradient(self) -> bool:
+        """Whether the run differentiates through the fine-tuning of the full model."""
+        return self.metagradient is not None and "full" in self.metagradient.models
+
     @model_validator(mode="before")
     @classmethod
     def _inherit_finetune(cls, tree: Any) -> Any:
@@ -506,12 +525,19 @@ class RunConfig(Section):
         if retrain is None:
             return self
         total = sum(map(self.task.train_count, languages))
-        for name, share in (("fraction", retrain.fraction), ("removed", retrain.removed)):
+        shares = [("fraction", retrain.fraction), ("removed", retrain.removed)]
+        shares += [("other_fractions", share) for share in retrain.other_fractions]
+        for name, share in shares:
             if share and not 0 < round(share * total) < total:
                 raise ValueError(
                     f"retrain.{name}: expected a share that amounts to at least one, and not all, "
                     f"of the {total} training examples, got {share}"
                 )
+        if "metagradient" in (retrain.methods or []) and not self.has_metagradient:
+            raise ValueError(
+                "retrain.methods: expected metagradient only with a section metagradient whose "
+                "models include full"
+            )
         if retrain.leave_one_out and len(languages) < 2:
             raise ValueError(
                 "retrain.leave_one_out: expected false with fewer than two languages with training "
@@ -521,6 +547,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_trained(self) -> RunConfig:
+        check_selection("collect.parameters", self.collect.parameters)
         if self.collect.parameters == "classifier" and self.sparse.shared == "frozen":
             raise ValueError(
                 "collect.parameters: expected some that sparse_finetune.shared frozen trains, got "

@@ -1,4 +1,4 @@
-"""What all sections of a configuration share: strict keys, and numbers that are numbers."""
+"""The base of all sections of a configuration: strict keys, and numbers that are numbers."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import os
 from collections.abc import MutableMapping
 
 # GNU OpenMP: rounds of spinning, each some nanoseconds. Torch's wheels for Linux bring it.
-SPINCOUNT = "5000"
+SPINCOUNT = "10000"
 # LLVM's and Intel's OpenMP, of other builds of torch: milliseconds; their default is 200.
 BLOCKTIME = "1"
 # Each decides how threads wait, so that a user who sets any of them has chosen.

@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tracmod import kernels
-from tracmod.choices import whole_number
+from tracmod.choices import ParameterSelection, instance, whole_number
 from tracmod.features.projection import Projection, Slot, projection_keys
 from tracmod.features.store import FeatureStore
 from tracmod.gradients.capture import (
@@ -45,6 +44,14 @@ from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen, on_device
 from tracmod.subnetworks.head_mask import HeadMask
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# Shards per task when several workers share a store, at most, and fewer where a worker would
+# otherwise have fewer tasks than this.
+SHARDS_PER_TASK, TASKS_PER_WORKER = 4, 4
+
 
 @dataclass
 class Collector:
@@ -62,7 +69,7 @@ class Collector:
 
     model: PreTrainedModel
     projection: Projection
-    parameters: str = "encoder"
+    parameters: ParameterSelection = "encoder"
     batch_tokens: int = 8192
     dtype: torch.dtype | None = None
     head_mask: HeadMask | None = None
@@ -73,6 +80,8 @@ class Collector:
     slots: dict[str, Slot] = field(init=False)
 
     def __post_init__(self) -> None:
+        instance("projection", self.projection, Projection)
+        instance("preconditioner", self.preconditioner, Preconditioner, optional=True)
         self.batch_tokens = whole_number("batch_tokens", self.batch_tokens)
         if self.dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(
@@ -215,7 +224,7 @@ def collect_features(
     model: PreTrainedModel,
     dataset: Iterable[Mapping[str, Any]],
     projection: Projection,
-    parameters: str = "encoder",
+    parameters: ParameterSelection = "encoder",
     head_mask: HeadMask | None = None,
     batch_tokens: int = 8192,
     device: torch.device | str | None = None,
@@ -241,7 +250,9 @@ def collect_features(
             a class, or a list of C numbers for a model with several labels per text or with several
             targets.
         projection: Kind, size and seed of the projection.
-        parameters: `encoder` (all but the embeddings module), `all`, `attention` or `classifier`.
+        parameters: `encoder` (all but the embeddings module), `all`, `attention` or `classifier`; a
+            list of patterns of the names of parameters or modules (`["*.query", "*.value.weight"]`,
+            as in `fnmatch`); or a function that returns whether a parameter of this name counts.
         head_mask: A head mask that is applied in the forward pass.
         batch_tokens: Upper bound on the number of examples in a batch times their longest length.
         device: Where to compute; by default, where the model is.
@@ -262,8 +273,8 @@ def collect_features(
 
     Raises:
         ValueError: An example is invalid or its gradient is not finite (the message names its row),
-            `parameters` is unknown or all of them are frozen, the mask's shape does not match the
-            model, or the loss does not fit the model and its labels.
+            `parameters` is unknown, matches nothing or is all frozen, the mask's shape does not
+            match the model, or the loss does not fit the model and its labels.
 
     Examples:
         >>> import tracmod as tm
@@ -349,6 +360,22 @@ def collect_to_store(
             written = writer.submit(_write_shard, store, shard, *_to_host(features))
         if written is not None:
             written.result()
+
+
+def divide_shards(missing: Sequence[int], workers: int) -> list[tuple[int, ...]]:
+    """Divide shards of a store that are to be computed into tasks for several workers.
+
+    A single worker is given all of them, because every task begins with a verification of the pass.
+
+    Args:
+        missing: The numbers of the shards.
+        workers: The number of workers.
+    """
+    size = len(missing)
+    if workers > 1:
+        size = min(SHARDS_PER_TASK, size // (TASKS_PER_WORKER * workers))
+    size = max(1, size)
+    return [tuple(missing[first : first + size]) for first in range(0, len(missing), size)]
 
 
 def _to_host(features: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -8,11 +8,11 @@ that features made in two ways are never compared.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
+from tracmod.choices import ParameterSelection, selection_record
 from tracmod.features.collector import Collector
 from tracmod.features.projection import Projection
 from tracmod.files.durable import canonical_json, sha256
@@ -22,6 +22,9 @@ from tracmod.models.loss import ExampleLoss
 from tracmod.models.modes import trained_names
 from tracmod.subnetworks.head_mask import HeadMask
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class FeatureRecipe:
@@ -29,7 +32,8 @@ class FeatureRecipe:
 
     Attributes:
         projection: The kind, size and seed of the random projection.
-        parameters: Whose gradients: `encoder`, `all`, `attention` or `classifier`.
+        parameters: Whose gradients: `encoder`, `all`, `attention` or `classifier`, or patterns of
+            names.
         dtype: The precision of the forward and backward pass, `float32` or `bfloat16`.
         batch_tokens: The bound on the tokens of a batch.
         max_length: The number of tokens at which texts are cut.
@@ -39,7 +43,7 @@ class FeatureRecipe:
     """
 
     projection: Projection
-    parameters: str
+    parameters: ParameterSelection
     dtype: str
     batch_tokens: int
     max_length: int
@@ -88,7 +92,7 @@ class FeatureRecipe:
         loss = None if self.loss is None else self.loss.identity
         return {
             "projection": self.projection.identity,
-            "parameters": self.parameters,
+            "parameters": selection_record(self.parameters),
             "head_mask": None if self.head_mask is None else self.head_mask.digest(),
             "pass_dtype": self.dtype,
             "max_length": str(self.max_length),

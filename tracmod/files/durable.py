@@ -189,7 +189,7 @@ def write_checksums(folder: Path, owned: str = ".") -> None:
     """Record the SHA-256 of every file in the part of `folder` that was just written.
 
     Of feature stores, only the manifests are recorded, because shards carry their own digests. The
-    index also carries its own, and run.json changes with every stage, so both are left out. Records
+    index also carries its own, and run.json and logs change, so these are left out. Records
     of other parts are kept, even if their files have changed or disappeared since; otherwise damage
     that happened in between would be recorded as correct.
 
@@ -249,7 +249,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 def _is_recorded(name: Path) -> bool:
     """Return whether checksums.json records this file of the folder."""
-    if name.parts[0] in ("index", "run.json", CHECKSUMS):
+    if name.parts[0] in ("index", "logs", "run.json", CHECKSUMS):
         return False
     if any(part.startswith(".") for part in name.parts):
         return False

@@ -17,7 +17,12 @@ from tracmod.files.durable import identity_differences, sha256, this_process, wr
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], identity: dict[str, Any]) -> None:
     """Write tensors as safetensors, with their identity and SHA-256 in its metadata."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    on_cpu: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        on_cpu[name] = tensor.cpu().contiguous()
+        # safetensors takes no tensor twice, such as what query, key and value have in common.
+        if any(on_cpu[name].data_ptr() == on_cpu[other].data_ptr() for other in list(on_cpu)[:-1]):
+            on_cpu[name] = on_cpu[name].clone()
     # A single metadata entry, because safetensors does not fix the order of several.
     made_from = json.dumps({"identity": identity, "sha256": _digest(on_cpu)}, sort_keys=True)
     # Another worker may be writing the same file, so the temporary name is that of this process.

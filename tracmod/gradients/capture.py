@@ -23,21 +23,20 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tracmod.choices import ParameterSet
+from tracmod.choices import ParameterSelection, check_selection, switch
 from tracmod.gradients.lean_pass import Columns, LeanColumns
+from tracmod.gradients.selection import matching_names
 from tracmod.kernels import LayerKind
-from tracmod.models.architecture import attention_layers, embeddings_module
+from tracmod.models.architecture import attention_layers, embeddings_module, family_of
+from tracmod.models.architecture.family import is_rms_norm, normalized
 from tracmod.models.loss import ExampleLoss, loss_of_batch
 from tracmod.models.modes import ModelState, trained_names
 from tracmod.models.plain_pass import Batch, batches, model_logits
-
-PARAMETER_SETS = get_args(ParameterSet)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +149,7 @@ class Captured:
 
 
 def select_layers(
-    model: nn.Module, parameters: str = "encoder", include_frozen: bool = False
+    model: nn.Module, parameters: ParameterSelection = "encoder", include_frozen: bool = False
 ) -> list[Layer]:
     """Return the layers with the selected parameters, in the order of the model.
 
@@ -163,22 +162,21 @@ def select_layers(
         parameters: `encoder` (all parameters outside the embeddings module), `all`, `attention`
             (what belongs to heads: query, key and value with biases, and the weight of the
             attention output projection, whose bias belongs to no head) or `classifier` (outside
-            the base model).
+            the base model); or patterns of names, or a function of a name (`matching_names`).
         include_frozen: Whether parameters with `requires_grad=False` are selected, too.
 
     Raises:
-        ValueError: The selection is unknown, or a selected parameter is not part of a Linear,
-            LayerNorm or Embedding module (it would be left out silently), or of two of them.
+        ValueError: The selection is unknown or matches nothing, or a selected parameter is not part
+            of a Linear, LayerNorm or Embedding module (it would be left out silently), or of two of
+            them.
     """
-    if parameters not in PARAMETER_SETS:
-        expected = ", ".join(PARAMETER_SETS)
-        raise ValueError(f"parameters: expected one of {expected}, got {parameters!r}")
+    check_selection("parameters", parameters)
     selected = _selected_names(model, parameters)
-    if not include_frozen:
+    if not switch("include_frozen", include_frozen):
         frozen = set(frozen_names(model, parameters))
         if frozen and frozen >= selected:
             raise ValueError(
-                f"parameters {parameters!r}: expected some that training moves, all "
+                f"parameters {_described(parameters)}: expected some that training moves, all "
                 f"{len(frozen)} are frozen (requires_grad=False); set requires_grad of those that "
                 f"were trained, or include frozen ones (include_frozen=True, --include-frozen)"
             )
@@ -193,13 +191,13 @@ def select_layers(
             selected -= {f"{layer.name}.weight", f"{layer.name}.bias"}
     if selected:
         raise ValueError(
-            f"parameters: expected weights and biases of Linear, LayerNorm and Embedding modules, "
-            f"got {', '.join(sorted(selected)[:5])}"
+            f"parameters: expected weights and biases of Linear, LayerNorm, RMSNorm and Embedding "
+            f"modules, got {', '.join(sorted(selected)[:5])}"
         )
     return layers
 
 
-def frozen_names(model: nn.Module, parameters: str = "encoder") -> list[str]:
+def frozen_names(model: nn.Module, parameters: ParameterSelection = "encoder") -> list[str]:
     """Return the selected parameters with `requires_grad=False`, in the order of the model."""
     selected, trained = _selected_names(model, parameters), trained_names(model)
     return [
@@ -207,8 +205,9 @@ def frozen_names(model: nn.Module, parameters: str = "encoder") -> list[str]:
     ]
 
 
-def warn_of_frozen(model: nn.Module, parameters: str, include_frozen: bool) -> None:
+def warn_of_frozen(model: nn.Module, parameters: ParameterSelection, include_frozen: bool) -> None:
     """Warn the caller of a public function of the frozen parameters that it leaves out."""
+    check_selection("parameters", parameters)
     names = [] if include_frozen else frozen_names(model, parameters)
     if names:
         warnings.warn(
@@ -230,11 +229,6 @@ def describe_frozen(names: Sequence[str]) -> str:
 
 def _all_layers(model: nn.Module) -> list[Layer]:
     """Return every layer of the model with parameters, numbered in the order of its modules."""
-    kinds: list[tuple[type[nn.Module], LayerKind]] = [
-        (nn.Linear, "linear"),
-        (nn.LayerNorm, "elementwise"),
-        (nn.Embedding, "embedding"),
-    ]
     shared_input = {}
     attentions = attention_layers(model)
     for attention in attentions:
@@ -243,25 +237,36 @@ def _all_layers(model: nn.Module) -> list[Layer]:
     names = {module: name for name, module in model.named_modules()}
     # Layers under `encoder.layer` and the embeddings (and ELECTRA's `embeddings_project`) see every
     # token; other linear layers see one vector per example. Of the last encoder layer, a lean pass
-    # computes the first position only, except key and value.
+    # computes the first position only, except key and value, if the family has such a pass.
     encoder_layers = re.split(r"\.\d+\.", names[attentions[0].query], maxsplit=1)[0]
-    per_token = (f"{encoder_layers}.", names[embeddings_module(model)])
-    last = attentions[-1]
-    last_layer = "".join(re.split(r"(\.\d+\.)", names[last.query], maxsplit=1)[:2])
+    family, last = family_of(model), attentions[-1]
+    others = family.layers_of_tokens(model)
+    per_token = (f"{encoder_layers}.", *(names[module] for module in others))
+    per_token += (names[embeddings_module(model)],)
+    lean = family.lean_last_layer(model, last)
+    in_last_layer = set() if lean is None else set(lean[0].modules()) - {last.key, last.value}
     layers: list[Layer] = []
     position_of: dict[nn.Module, int] = {}
     for name, module in model.named_modules():
-        kind = next((kind for cls, kind in kinds if isinstance(module, cls)), None)
+        kind = _kind_of(module)
         if kind is None or next(module.parameters(recurse=False), None) is None:
             continue
         position = position_of[module] = len(position_of)
         owner = position_of[shared_input.get(module, module)]
         few_tokens = kind == "linear" and (
-            not name.startswith(per_token)
-            or (name.startswith(last_layer) and module not in (last.key, last.value))
+            not name.startswith(per_token) or module in in_last_layer
         )
         layers.append(Layer(name, kind, module, True, position, owner, few_tokens))
     return layers
+
+
+def _kind_of(module: nn.Module) -> LayerKind | None:
+    """Return the kind of a layer, or None if the module is of no kind that can be captured."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "elementwise" if isinstance(module, nn.LayerNorm) or is_rms_norm(module) else None
 
 
 def _check_untied(model: nn.Module, selected: set[str]) -> None:
@@ -279,8 +284,22 @@ def _check_untied(model: nn.Module, selected: set[str]) -> None:
                 )
 
 
-def _selected_names(model: nn.Module, parameters: str) -> set[str]:
+def _described(parameters: ParameterSelection) -> str:
+    if callable(parameters):
+        return "chosen by a function"
+    return repr(parameters) if isinstance(parameters, str) else ", ".join(map(repr, parameters))
+
+
+def chosen_names(model: nn.Module, parameters: ParameterSelection) -> list[str]:
+    """Return the full names of the selected parameters, in the order of the model."""
+    selected = _selected_names(model, parameters)
+    return [name for name, _ in model.named_parameters() if name in selected]
+
+
+def _selected_names(model: nn.Module, parameters: ParameterSelection) -> set[str]:
     """Return the full names of the selected parameters."""
+    if not isinstance(parameters, str):
+        return matching_names([name for name, _ in model.named_parameters()], parameters)
     names = {name for name, _ in model.named_parameters()}
     prefix = {module: name for name, module in model.named_modules()}
     if parameters == "all":
@@ -293,7 +312,7 @@ def _selected_names(model: nn.Module, parameters: str) -> set[str]:
         return {name for name in names if not name.startswith(base)}
     of_heads = set()
     for attention in attention_layers(model):
-        for module in (attention.query, attention.key, attention.value):
+        for module in attention.projections:
             of_heads |= {f"{prefix[module]}.weight", f"{prefix[module]}.bias"}
         of_heads.add(f"{prefix[attention.output]}.weight")
     return of_heads & names  # some models have no biases there
@@ -351,8 +370,7 @@ def capture(
         loss: The loss; None for the one that transformers chooses for the model and the labels.
 
     Raises:
-        ValueError: A layer runs twice in one pass, because parameters are shared across depth; or
-            the loss depends on no selected layer.
+        ValueError: The loss depends on no selected layer.
     """
 
     def loss_of(logits_BC: Tensor) -> Tensor:
@@ -384,6 +402,8 @@ def capture_loss(
             # Before any hook of the user, which may change the output.
             hook = layer.module.register_forward_hook(groups.hook(layer), prepend=True)
             stack.callback(hook.remove)
+        count, tokens = batch["attention_mask"].shape
+        stack.enter_context(family_of(model).examples_apart(model, count, tokens))
         inputs = dict(batch)
         if model_pass.ready_mask:
             inputs["attention_mask"] = ready_mask(batch["attention_mask"])
@@ -418,39 +438,37 @@ def ready_mask(mask_BS: Tensor) -> Tensor:
 
 
 @dataclass
-class _Group:
-    """Layers of one pass that read the same tensor, and the gradients received so far."""
+class _Call:
+    """One call of a layer in a pass: its input, and the gradient at its output once it is there."""
 
     x: Tensor  # keeps the memory of the input alive, so no other group can have its address
-    layers: list[Layer] = field(default_factory=list)
-    g: dict[str, Tensor] = field(default_factory=dict)
+    g: Tensor | None = None
 
 
 class _Groups:
     """Collects what the hooks of one pass see, and passes a group on when it is complete.
 
-    The forward pass runs the hooks of a group's layers one after the other, so a group has all of
-    its layers before the backward pass begins; the backward pass then brings their gradients.
+    A group is the layers of one pass that read the same tensor. The forward pass runs the hooks of
+    a group's layers one after the other, so a group has all of its layers before the backward pass
+    begins; the backward pass then brings their gradients. A layer that a model calls several times
+    (parameters shared across depth) is a group by itself, complete with the gradients of all calls.
     """
 
     def __init__(
         self, lengths: Tensor, on_captured: Callable[[Captured], None], lean_columns: LeanColumns
     ) -> None:
         self.lengths, self.on_captured, self.lean_columns = lengths, on_captured, lean_columns
-        self.seen: set[str] = set()
-        self.groups: dict[Any, _Group] = {}
+        self.calls: dict[str, list[_Call]] = {}
+        self.groups: dict[Any, list[Layer]] = {}  # by what their layers have in common
+        self.key_of: dict[str, Any] = {}
 
     def hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         """Return the forward hook of a layer, which records its input and its output's gradient."""
 
         def forward_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if layer.name in self.seen:
-                raise ValueError(
-                    f"{layer.name}: expected every layer to run once in a forward pass, but it "
-                    f"ran twice (parameters that are shared across depth are not supported)"
-                )
-            self.seen.add(layer.name)
-            if not torch.is_grad_enabled():  # the model stops the gradient here
+            # The model stops the gradient here, or calls the layer for no example (X-MOD's adapters
+            # of other languages).
+            if not torch.is_grad_enabled() or not len(output):
                 return output
             if not output.requires_grad:  # no selected layer below: the backward pass ends here
                 output = output.detach().requires_grad_()
@@ -459,73 +477,132 @@ class _Groups:
             # example has a gradient of its own.
             if output.shape[0] != batch:
                 output = output.expand(batch, *output.shape[1:])
-            # The position says which layers read the same input in the architecture; the tensor
-            # says whether they do in this pass. In a lean last layer the query does not. An
-            # address identifies the tensor, because the group keeps its memory from being reused.
-            # Whether weight and bias are selected is the same for all layers of a group.
-            key = (
-                layer.input_position,
-                args[0].data_ptr(),
-                args[0].shape,
-                layer.bias,
-                layer.only_bias,
-            )
-            self.groups.setdefault(key, _Group(args[0].detach())).layers.append(layer)
+            call = _Call(args[0].detach())
+            calls = self.calls.setdefault(layer.name, [])
+            calls.append(call)
+            self._join_group(layer, args[0], is_first=len(calls) == 1)
 
             def gradient_hook(g: Tensor) -> None:
-                group = self.groups[key]
-                group.g[layer.name] = g
-                if len(group.g) == len(group.layers):
-                    self.pass_on(key)
+                call.g = g
+                group = self.groups[self.key_of[layer.name]]
+                if all(call.g is not None for own in group for call in self.calls[own.name]):
+                    self.pass_on(self.key_of[layer.name])
 
             output.register_hook(gradient_hook)
             return output
 
         return forward_hook
 
+    def _join_group(self, layer: Layer, x: Tensor, is_first: bool) -> None:
+        """Put a layer into the group of its input, or into one of its own if it is called again."""
+        # The position says which layers read the same input in the architecture; the tensor says
+        # whether they do in this pass. In a lean last layer the query does not. An address
+        # identifies the tensor, because the group keeps its memory from being reused. Whether
+        # weight and bias are selected is the same for all layers of a group.
+        key: Any = (layer.input_position, x.data_ptr(), x.shape, layer.bias, layer.only_bias)
+        if not is_first:
+            previous, key = self.key_of[layer.name], layer.name
+            self.groups[previous].remove(layer)
+            if not self.groups[previous]:
+                del self.groups[previous]
+        self.groups.setdefault(key, []).append(layer)
+        self.key_of[layer.name] = key
+
     def pass_on(self, key: Any) -> None:
         """Pass a group to the callback and forget it, so that its memory can be freed."""
-        self.on_captured(_captured(self.groups.pop(key), self.lengths, self.lean_columns))
+        layers = self.groups.pop(key)
+        calls = [self.calls.pop(layer.name) for layer in layers]
+        self.on_captured(_captured(layers, calls, self.lengths, self.lean_columns))
 
     def finish(self) -> None:
-        """Pass on groups in which only some layers received a gradient."""
-        for key, group in list(self.groups.items()):
-            group.layers = [layer for layer in group.layers if layer.name in group.g]
-            if group.layers:
+        """Pass on groups in which only some layers or calls received a gradient."""
+        for key, layers in list(self.groups.items()):
+            for layer in layers:
+                calls = self.calls[layer.name]
+                self.calls[layer.name] = [call for call in calls if call.g is not None]
+            self.groups[key] = [layer for layer in layers if self.calls[layer.name]]
+            if self.groups[key]:
                 self.pass_on(key)
 
 
-def _captured(group: _Group, lengths: Tensor, lean_columns: LeanColumns) -> Captured:
-    """Convert a complete group to `Captured`."""
-    module = group.layers[0].module
-    gs = [group.g[layer.name] for layer in group.layers]
+def _captured(
+    layers: list[Layer], calls: list[list[_Call]], lengths: Tensor, lean_columns: LeanColumns
+) -> Captured:
+    """Convert a complete group to `Captured`: several layers with one call, or one with several."""
+    columns = [lean_columns.get(layer.module, Columns(None, None)) for layer in layers]
+    if len(calls[0]) == 1:
+        gradients = [own[0].g for own in calls]
+        x, gs, token_counts = _tokens(layers[0], calls[0][0].x, gradients, lengths)
+    else:
+        # Calls are further tokens of the same product. Padding is then no longer at the end, so
+        # its gradients are set to 0 instead.
+        of_calls = [_tokens(layers[0], call.x, [call.g], lengths) for call in calls[0]]
+        parts = [_without_padding(*of_call) for of_call in of_calls]
+        x = torch.cat([x_BSI for x_BSI, _ in parts], dim=1)
+        gs, token_counts = [torch.cat([g_BSO for _, g_BSO in parts], dim=1)], None
+    return Captured(
+        tuple(layers),
+        x.contiguous(),
+        tuple(g.contiguous() for g in gs),
+        token_counts,
+        None if layers[0].only_bias else columns[0].input,
+        tuple(layer_columns.output for layer_columns in columns),
+    )
+
+
+def _tokens(
+    layer: Layer, x: Tensor, gradients: Sequence[Tensor | None], lengths: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """Convert what the hooks of a call saw to input and output gradients as in `Captured`.
+
+    An input with further dimensions between examples and features (the heads of a normalised query,
+    rows of a table) has as many tokens as these have entries. None of them is padding: where a
+    model has padding in them, its gradient is 0.
+
+    Args:
+        layer: a layer of the call's group.
+        x: input of the call.
+        gradients: gradients at the outputs of the layers of the group.
+        lengths: (B,) numbers of tokens of the examples.
+
+    Returns:
+        (B, S, I) inputs or (B, S) ids, gradients (B, S, O), and the numbers of tokens, or None.
+    """
+    module: Any = layer.module
+    gs = [g for g in gradients if g is not None]
     gs = [g if g.dtype in (torch.float32, torch.bfloat16) else g.float() for g in gs]
     # A pooled layer, or the first position of a lean last layer: no padding.
     one_token = gs[0].dim() == 2 or gs[0].shape[1] == 1
-    x = group.x
-    if isinstance(module, nn.LayerNorm):
-        # The weight multiplies the normalised input, which the module does not return.
-        x = F.layer_norm(x, module.normalized_shape, eps=module.eps).to(gs[0].dtype)
-    elif isinstance(module, nn.Embedding):
-        x = x.expand(gs[0].shape[0], -1)
+    if layer.kind == "elementwise":
+        x = normalized(module, x).to(gs[0].dtype)
+    elif layer.kind == "embedding":
+        x = x.expand(gs[0].shape[:-1])
+        if getattr(module, "embed_scale", None) is not None:  # Gemma scales the rows it looks up
+            gs = [g * module.embed_scale.to(g.dtype) for g in gs]
         if module.padding_idx is not None:  # its row has no gradient in autograd either
             gs = [g.masked_fill((x == module.padding_idx)[..., None], 0) for g in gs]
     else:
         x = x.to(gs[0].dtype)
-    only_bias = group.layers[0].only_bias
-    if only_bias:
-        x = torch.ones_like(x if isinstance(module, nn.LayerNorm) else x[..., :1])
+    if layer.only_bias:
+        x = torch.ones_like(x if layer.kind == "elementwise" else x[..., :1])
     if gs[0].dim() == 2:
         x, gs = x[:, None], [g[:, None] for g in gs]
-    columns = [lean_columns.get(layer.module, Columns(None, None)) for layer in group.layers]
-    return Captured(
-        tuple(group.layers),
-        x.contiguous(),
-        tuple(g.contiguous() for g in gs),
-        None if one_token else lengths,
-        None if only_bias else columns[0].input,
-        tuple(layer_columns.output for layer_columns in columns),
-    )
+    if gs[0].dim() == 3:
+        return x, gs, None if one_token else lengths
+    x = x.flatten(1) if layer.kind == "embedding" else x.flatten(1, -2)
+    return x, [g.flatten(1, -2) for g in gs], None
+
+
+def _without_padding(x: Tensor, gs: list[Tensor], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return input and output gradient of a call with zeros in the padding."""
+    (g_BSO,) = gs
+    if lengths is None:
+        return x, g_BSO
+    position_S = torch.arange(g_BSO.shape[1], device=g_BSO.device)
+    padding_BS = position_S >= lengths[:, None]
+    is_ids = x.dim() == 2
+    x = x.masked_fill(padding_BS if is_ids else padding_BS[..., None], 0)
+    return x, g_BSO.masked_fill(padding_BS[..., None], 0)
 
 
 def add_gradients(captured: Captured, weights_B: Tensor, total: dict[str, Tensor]) -> None:

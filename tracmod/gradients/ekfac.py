@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from tracmod.choices import positive_number, whole_number
+from tracmod.choices import ParameterSelection, positive_number, selection_record, whole_number
 from tracmod.files import progress
 from tracmod.gradients.capture import Captured, Layer, capture, select_layers, warn_of_frozen
 from tracmod.gradients.preconditioner import (
@@ -39,6 +38,9 @@ from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen, on_device
 from tracmod.models.plain_pass import predict
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # The share of a layer's mean eigenvalue that is added to each eigenvalue (Grosse et al. 2023,
 # section 2.2).
 DAMPING = 0.1
@@ -50,7 +52,7 @@ FIT_EXAMPLES = 10_000
 def fit_ekfac(
     model: PreTrainedModel,
     dataset: Iterable[Mapping[str, Any]],
-    parameters: str = "encoder",
+    parameters: ParameterSelection = "encoder",
     *,
     labels: Literal["sampled", "given"] = "sampled",
     damping: float = DAMPING,
@@ -260,7 +262,9 @@ def _accumulate(sums: dict[Any, Tensor], key: Any, tokens_BSD: Tensor) -> None:
 def _eigenvectors(covariance_DD: Tensor) -> Tensor:
     if not bool(covariance_DD.isfinite().all()):
         raise ValueError("fit_ekfac: expected finite inputs and gradients, got NaN or infinity")
-    return torch.linalg.eigh(covariance_DD).eigenvectors.float()
+    # LAPACK returns them in the order of columns, and products with them would round otherwise than
+    # those with the same matrix from a file, which is in the order of rows.
+    return torch.linalg.eigh(covariance_DD).eigenvectors.float().contiguous()
 
 
 class _Curvature:
@@ -328,7 +332,7 @@ def checkpoint_preconditioner(
     folder: Path,
     train: Callable[[], Sequence[Mapping[str, Any]]],
     *,
-    parameters: str,
+    parameters: ParameterSelection,
     damping: float = DAMPING,
     batch_tokens: int,
     keep_in: Path,
@@ -360,7 +364,7 @@ def checkpoint_preconditioner(
     """
     if kind == "adam":
         return adam_preconditioner(model, folder, parameters, include_frozen=include_frozen)
-    identity = {**identity, "parameters": parameters, "damping": damping}
+    identity = {**identity, "parameters": selection_record(parameters), "damping": damping}
     if loss is not None and loss.identity is not None:
         identity["loss"] = loss.identity
     saved = Preconditioner.load(keep_in, "ekfac", identity)

@@ -22,20 +22,23 @@ Shape suffixes: B examples, S tokens, T rows of a product, I in, O out, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from tracmod import kernels
-from tracmod.models.architecture import AttentionLayer, attention_layers
+from tracmod.models.architecture import AttentionLayer, attention_layers, family_of
+from tracmod.models.architecture.family import Forward
 from tracmod.models.probe import logits_agree, probe_inputs, probe_logits
 from tracmod.subnetworks.head_mask import HeadMask, kept_columns, matching_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Columns(NamedTuple):
@@ -93,8 +96,12 @@ def _remove_masked_heads(
     with mask.apply(model):
         expected = probe_logits(model, probe)
     lean_columns: dict[nn.Module, Columns] = {}
+    layers = matching_layers(model, mask)
+    if any(layer.is_grouped for layer in layers):  # the heads left need the keys and values
+        stack.enter_context(mask.apply(model))
+        return {}
     with ExitStack() as attempt:  # restores the weights unless `stack` takes over
-        for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):
+        for layer, kept_H in zip(layers, mask.array, strict=True):
             if not kept_H.all():
                 lean_columns |= _narrow(attempt, layer, torch.from_numpy(kept_H.copy()))
         with suppress(RuntimeError, ValueError):  # from a model that relies on its number of heads
@@ -110,19 +117,20 @@ def _narrow(stack: ExitStack, layer: AttentionLayer, kept_H: Tensor) -> dict[nn.
     if not kept_H.any():
         # Attention needs a head, so `kept_columns` keeps the first; its output is multiplied by 0.
         stack.callback(layer.output.register_forward_pre_hook(_times_zero, prepend=True).remove)
-    columns = kept_columns(layer, kept_H)
-    for linear in (layer.query, layer.key, layer.value):
+    lean_columns: dict[nn.Module, Columns] = {}
+    for linear, starts in layer.first_rows.items():
+        rows = kept_columns(layer, kept_H, starts)
         for name, parameter in list(linear.named_parameters(recurse=False)):
-            _swap(stack, linear, name, parameter[columns])
+            _swap(stack, linear, name, parameter[rows])
+        lean_columns[linear] = Columns(None, rows)
+    columns = kept_columns(layer, kept_H)
     _swap(stack, layer.output, "weight", layer.output.weight[:, columns].contiguous())
+    for name, count in layer.head_counts(len(columns) // layer.head_dim).items():
+        stack.callback(setattr, layer.module, name, getattr(layer.module, name))
+        setattr(layer.module, name, count)
     ones = torch.tensor([layer.output.in_features], device=columns.device)
-    return {
-        layer.query: Columns(None, columns),
-        layer.key: Columns(None, columns),
-        layer.value: Columns(None, columns),
-        # The bias is a column of ones behind the others; its number stays the same.
-        layer.output: Columns(torch.cat([columns, ones]), None),
-    }
+    # The bias is a column of ones behind the others; its number stays the same.
+    return lean_columns | {layer.output: Columns(torch.cat([columns, ones]), None)}
 
 
 def _times_zero(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -136,63 +144,10 @@ def _swap(stack: ExitStack, module: nn.Module, name: str, tensor: Tensor) -> Non
 
 # --- Unread positions of the last layer -----------------------------------------------------
 
-Forward = Callable[..., Tensor]
-
 
 def _last_block(model: PreTrainedModel) -> tuple[nn.Module, Forward] | None:
-    """Return the last layer and its lean forward pass, for the two layouts of layers we know."""
-    last = attention_layers(model)[-1]
-    for block in model.modules():
-        attention = getattr(block, "attention", None)
-        if not isinstance(attention, nn.Module):
-            continue
-        if last.query is getattr(getattr(attention, "self", None), "query", None):
-            return block, _bert_forward(block, last)
-        if last.query is getattr(attention, "q_lin", None):
-            return block, _distilbert_forward(block, last)
-    return None
-
-
-def _bert_forward(block: Any, layer: AttentionLayer) -> Forward:
-    """Return the lean forward pass of BERT's layers, also used by RoBERTa, XLM-R and ELECTRA."""
-
-    def forward(x_BSI: Tensor, mask: Any = None, *_: Any, **named: Any) -> Tensor:
-        first_B1I = _first(x_BSI)
-        attended = _attend(layer, first_B1I, x_BSI, named.get("attention_mask", mask))
-        return block.feed_forward_chunk(block.attention.output(attended, first_B1I))
-
-    return forward
-
-
-def _distilbert_forward(block: Any, layer: AttentionLayer) -> Forward:
-    def forward(x_BSI: Tensor, mask: Any = None, *_: Any, **named: Any) -> Tensor:
-        first_B1I = _first(x_BSI)
-        attended = _attend(layer, first_B1I, x_BSI, named.get("attention_mask", mask))
-        attended = block.sa_layer_norm(layer.output(attended) + first_B1I)
-        return block.output_layer_norm(block.ffn(attended) + attended)
-
-    return forward
-
-
-def _first(x_BSI: Tensor) -> Tensor:
-    """Return a copy of the first position, (B, 1, I).
-
-    `capture` groups layers by the memory of their input. A view would be grouped with the input of
-    key and value where S is 1, so that rounding would depend on the batch.
-    """
-    return x_BSI[:, :1].clone()
-
-
-def _attend(layer: AttentionLayer, first_B1I: Tensor, x_BSI: Tensor, mask: Tensor | None) -> Tensor:
-    """Attend from the first position to all positions; the heads side by side, (B, 1, I)."""
-    query, key, value = (
-        linear(x).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
-        for linear, x in ((layer.query, first_B1I), (layer.key, x_BSI), (layer.value, x_BSI))
-    )
-    if mask is not None:
-        mask = mask[:, :, :1]  # of (B, 1, S, S), or of (B, 1, 1, S) for all queries
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return attended.transpose(1, 2).flatten(2)
+    """Return the last layer and its lean forward pass, if the family has one."""
+    return family_of(model).lean_last_layer(model, attention_layers(model)[-1])
 
 
 @torch.no_grad()
@@ -213,17 +168,18 @@ def _reads_first_alone(
     """
     same = False
 
-    def compare(
-        _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
-    ) -> Tensor | None:
+    def compare(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
         nonlocal same
-        if not isinstance(output, Tensor):  # a layer that also returns attention weights, say
-            return None
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        if not isinstance(hidden, Tensor) or any(part is not None for part in rest):
+            return None  # a layer that also returns attention weights, say
         with suppress(RuntimeError, TypeError, ValueError, IndexError):
-            same = logits_agree(forward(*inputs, **named), output[:, :1])
-        first_only = torch.full_like(output, torch.nan)
-        first_only[:, 0] = output[:, 0]
-        return first_only
+            lean_output = forward(*inputs, **named)
+            lean_hidden = lean_output[0] if isinstance(output, tuple) else lean_output
+            same = logits_agree(lean_hidden, hidden[:, :1])
+        first_only = torch.full_like(hidden, torch.nan)
+        first_only[:, 0] = hidden[:, 0]
+        return (first_only, *rest) if isinstance(output, tuple) else first_only
 
     hook = block.register_forward_hook(compare, with_kwargs=True)
     try:

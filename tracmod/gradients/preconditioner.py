@@ -24,17 +24,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from tracmod.choices import positive_number
+from tracmod.choices import ParameterSelection, instance, positive_number
 from tracmod.files.durable import sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 from tracmod.gradients.capture import Captured, Layer, select_layers, warn_of_frozen
 from tracmod.models.checkpoints import load_second_moment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAM_EPS = 1e-8  # the default of torch.optim.AdamW and of transformers' Trainer
 CHUNK_BYTES = 32 << 20  # gradients of a layer that are formed at a time, at most
@@ -243,7 +245,7 @@ def _without_padding(tokens_BSD: Tensor, lengths: Tensor | None, chosen: slice) 
 def adam_preconditioner(
     model: PreTrainedModel,
     second_moment: Mapping[str, Tensor] | str | Path,
-    parameters: str = "encoder",
+    parameters: ParameterSelection = "encoder",
     eps: float = ADAM_EPS,
     *,
     include_frozen: bool = False,
@@ -294,6 +296,7 @@ def adam_preconditioner(
     eps = positive_number("eps", eps)
     if isinstance(second_moment, str | Path):
         second_moment = load_second_moment(second_moment)
+    instance("second_moment", second_moment, Mapping)
     metrics = {}
     warn_of_frozen(model, parameters, include_frozen)
     for layer in select_layers(model, parameters, include_frozen):
@@ -318,7 +321,7 @@ def _moment_of(moments: Mapping[str, Tensor], model: PreTrainedModel, name: str)
             f"second moment of {name}: expected shape {tuple(shape)}, got {got}; was it trained "
             f"with another model?"
         )
-    moment = moments[name].float()
+    moment = torch.as_tensor(moments[name]).float()
     if not bool(((moment >= 0) & moment.isfinite()).all()):
         raise ValueError(f"second moment of {name}: expected finite numbers of at least 0")
     return moment

@@ -27,11 +27,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tracmod.gradients.capture import (
     Captured,
@@ -41,10 +40,14 @@ from tracmod.gradients.capture import (
     capture_loss,
 )
 from tracmod.gradients.lean_pass import lean
+from tracmod.models.architecture import family_of
 from tracmod.models.inputs import collate, example_length, pad_token_id
 from tracmod.models.modes import ModelState
 from tracmod.models.plain_pass import given_batch, logits_agree, model_logits, probe_rows
 from tracmod.subnetworks.head_mask import HeadMask, masked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Parameters of at most so many numbers are compared for a whole batch.
 SMALL = 1 << 16
@@ -107,7 +110,7 @@ def _chosen_pass(
 
     def fast(attempt: ExitStack) -> ModelPass:
         columns = attempt.enter_context(lean(model, head_mask, dtype))
-        ready = model.config._attn_implementation == "sdpa"
+        ready = model.config._attn_implementation == "sdpa" and family_of(model).takes_ready_mask
         return ModelPass(columns, ready_mask=ready, state=ModelState(model))
 
     def plain(attempt: ExitStack, alone: bool = False) -> ModelPass:
@@ -138,7 +141,7 @@ def _chosen_pass(
                 if isinstance(error, ValueError):
                     raise
                 raise ValueError(
-                    f"{type(model).__name__}: expected an encoder of the BERT family, but its "
+                    f"{type(model).__name__}: expected a model of a supported family, but its "
                     f"gradients cannot be captured: {type(error).__name__}: {error}"
                 ) from error
             if different is None:
@@ -171,6 +174,8 @@ class _Probe:
         dtypes = {model.get_parameter(name).dtype for name in names} | {torch.float32}
         self.tolerances = max(TOLERANCES[dtype] for dtype in dtypes)
         numbers = {name: model.get_parameter(name).numel() for name in names}
+        # Of the whole weights: the lean pass narrows those of masked heads.
+        self.shapes = {name: model.get_parameter(name).shape for name in names}
         self.small = [name for name in names if numbers[name] <= SMALL]
         # Large tables are left out: their rows are sums of output gradients, which are compared.
         self.not_tables = [
@@ -290,9 +295,7 @@ class _Probe:
         """Return the summed gradients that the engine captures in batches, and the logits."""
         device = self.batch["labels"].device
         total = {
-            name: torch.zeros(
-                self.model.get_parameter(name).shape, dtype=torch.float32, device=device
-            )
+            name: torch.zeros(self.shapes[name], dtype=torch.float32, device=device)
             for name in names
         }
         logits: list[Tensor] = []

@@ -27,13 +27,13 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from tracmod.choices import ParameterSelection
 from tracmod.gradients.capture import (
     Captured,
     Layer,
@@ -56,6 +56,9 @@ from tracmod.models.inputs import as_examples, check_examples, unwrapped
 from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BATCH_TOKENS = 2048  # factors of a batch are held: about 0.75 MB per token of XLM-R base
 
@@ -93,7 +96,7 @@ def block_influence(
     model: PreTrainedModel,
     train: Mapping[str, Examples],
     test: Mapping[str, Examples],
-    parameters: str = "encoder",
+    parameters: ParameterSelection = "encoder",
     head_mask: HeadMask | None = None,
     normalize: str | None = None,
     batch_tokens: int = BATCH_TOKENS,
@@ -117,7 +120,7 @@ def block_influence(
         train: language -> its training examples, dicts with `input_ids`, `labels` and optionally
             `attention_mask`.
         test: language -> its test examples, likewise.
-        parameters: "encoder", "all", "attention" or "classifier", as in `collect_features`.
+        parameters: as in `collect_features`.
         head_mask: heads to leave out of the forward pass; their blocks are exactly 0.
         normalize: None for inner products or "cosine".
         batch_tokens: bound on the number of examples times the longest length of a batch.
@@ -155,6 +158,11 @@ def block_influence(
     """
     dtype, model = autocast_dtype(normalize, dtype), unwrapped(model)
     given = as_loss(loss)
+    for name, datasets in (("train", train), ("test", test)):
+        if not isinstance(datasets, Mapping):
+            raise ValueError(
+                f"{name}: expected a dict from languages to datasets, got {type(datasets).__name__}"
+            )
     tests = {name: _checked(model, rows, f"test {name}", given) for name, rows in test.items()}
     trains = {name: _checked(model, rows, f"train {name}", given) for name, rows in train.items()}
     warn_of_frozen(model, parameters, include_frozen)

@@ -35,13 +35,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tracmod import kernels
+from tracmod.choices import ParameterSelection, instance
 from tracmod.features.rows import extreme_exponents
 from tracmod.gradients.capture import (
     Captured,
@@ -63,6 +63,9 @@ from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen, on_device
 from tracmod.subnetworks.head_mask import HeadMask
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Bytes of captured factors of queries that are held at the same time.
 QUERY_BLOCK_BYTES = 2 << 30
 
@@ -71,7 +74,7 @@ def exact_influence(
     model: PreTrainedModel,
     train: Iterable[Mapping[str, Any]],
     query: Iterable[Mapping[str, Any]],
-    parameters: str = "encoder",
+    parameters: ParameterSelection = "encoder",
     head_mask: HeadMask | None = None,
     normalize: str | None = None,
     batch_tokens: int = 4096,
@@ -94,7 +97,7 @@ def exact_influence(
         train: N examples, a `datasets.Dataset` or a sequence of dicts with `input_ids`,
             `attention_mask` and `labels`.
         query: Q examples, likewise.
-        parameters: "encoder", "all", "attention" or "classifier", as in `collect_features`.
+        parameters: as in `collect_features`.
         head_mask: heads to leave out of the forward pass; None for none.
         normalize: None for inner products or "cosine". A zero gradient has cosine 0 with
             everything.
@@ -137,6 +140,7 @@ def exact_influence(
         (torch.Size([1, 3]), 1.0)
     """
     dtype, model = autocast_dtype(normalize, dtype), unwrapped(model)
+    instance("preconditioner", preconditioner, Preconditioner, optional=True)
     trains = as_examples(train, "train", model)
     queries = as_examples(query, "query", model)
     loss = check_examples(model, trains, "train", as_loss(loss))

@@ -17,7 +17,7 @@ of a ranking, L examples left out by a query.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracmod.choices import DEFAULT_MEMORY, whole_number
+from tracmod.choices import DEFAULT_MEMORY, is_real, switch, whole_number
 from tracmod.features.rows import (
     Features,
     Rows,
@@ -38,6 +38,7 @@ from tracmod.features.rows import (
 from tracmod.features.store import FeatureStore
 from tracmod.files.durable import identity_differences
 from tracmod.influence.streaming import Search, check_scores, query_exponents, search_rows
+from tracmod.models.modes import checked_device
 
 # Features at one checkpoint, or at several.
 OneOrMore = Features | Sequence[Features]
@@ -52,12 +53,13 @@ class TopInfluences:
     Attributes:
         indices: (Q, k) int64, training examples of the proponents, highest score first.
         scores: (Q, k) float32, their scores.
-        opponent_indices: (Q, k) int64, training examples of the opponents, lowest score first.
-        opponent_scores: (Q, k) float32, their scores.
+        opponent_indices: (Q, k) int64, training examples of the opponents, lowest score first;
+            (Q, 0) if opponents were not asked for.
+        opponent_scores: (Q, k) float32, their scores, or (Q, 0).
         group_names: names of the G groups, sorted; None without groups, like the fields below.
         group_sums: (Q, G) float64, sum of the scores of *all* training examples of each group.
         group_shares: (Q, G) float64, share of each group among the proponents; rows sum to 1.
-        opponent_group_shares: (Q, G) float64, the same among the opponents.
+        opponent_group_shares: (Q, G) float64, the same among the opponents; None without them.
     """
 
     indices: Tensor
@@ -158,6 +160,7 @@ def top_influences(
     advance: Callable[[int], Any] | None = None,
     parts: int = 1,
     part: int | None = None,
+    opponents: bool = True,
 ) -> TopInfluences:
     """Find the strongest proponents and opponents of every query, and sum scores by group.
 
@@ -188,6 +191,8 @@ def top_influences(
         parts: minimum number of blocks of queries, fewer if there are too few queries, so that
             several processes with the same `progress` can share the work.
         part: from 0 to parts - 1: the part of the blocks to search and return; None for all.
+        opponents: False to rank proponents only, in less time and memory. The proponents are the
+            same bit for bit.
 
     Returns:
         Rankings (Q, k) and, with groups, sums and shares (Q, G); see `TopInfluences`.
@@ -217,28 +222,38 @@ def top_influences(
         tensor([[0.5000, 0.5000]], dtype=torch.float64)
     """
     memory, parts = whole_number("memory", memory), whole_number("parts", parts)
+    opponents = switch("opponents", opponents)
     part = None if part is None else whole_number("part", part, 0, parts - 1)
     queries, trains, weights = _checked(query_features, train_features, weights, normalize)
     num_train = trains[0].shape[0]
     k = _bounded_k(k, num_train)
-    device = _device(queries) if device is None else torch.device(device)
+    device = _device(queries) if device is None else checked_device(device)
     names, groups_N = _number_groups(groups, num_train, device)
-    search = Search(queries, trains, k, weights, normalize, groups_N, len(names or ()), device)
+    search = Search(
+        queries, trains, k, weights, normalize, groups_N, len(names or ()), device, opponents
+    )
     top = search_rows(search, memory, progress, advance, parts, part)
+    opponents_k = k if opponents else 0
     return _with_shares(
-        top.scores, top.indices, top.opponent_scores, top.opponent_indices, names, groups_N,
-        top.group_sums,
+        top.scores, top.indices, top.opponent_scores[:, :opponents_k],
+        top.opponent_indices[:, :opponents_k], names, groups_N, top.group_sums,
     )  # fmt: skip
 
 
 def top_of_scores(
-    scores_QN: Tensor, k: int = 100, groups: Sequence[Any] | Tensor | None = None
+    scores_QN: Tensor,
+    k: int = 100,
+    groups: Sequence[Any] | Tensor | None = None,
+    *,
+    opponents: bool = True,
 ) -> TopInfluences:
     """Rank scores that have been computed already, such as those of `exact_influence`.
 
+    With `influence_scores`, it gives the dense scores and the rankings from one computation.
+
     Args:
         scores_QN: (Q, N) scores.
-        k, groups: as in `top_influences`.
+        k, groups, opponents: as in `top_influences`.
 
     Returns:
         What `top_influences` would return for these scores, ties included.
@@ -246,12 +261,25 @@ def top_of_scores(
     Raises:
         ValueError: k is below 1, there is no training example, or `groups` does not have N
             entries.
+
+    Examples:
+        >>> import torch
+        >>> import tracmod as tm
+        >>> scores = torch.tensor([[2.0, -1.0, 0.0, 0.5]])
+        >>> top = tm.top_of_scores(scores, k=2, opponents=False)
+        >>> top.indices, top.scores
+        (tensor([[0, 3]]), tensor([[2.0000, 0.5000]]))
+        >>> top.opponent_indices.shape
+        torch.Size([1, 0])
     """
+    opponents = switch("opponents", opponents)
     k = _bounded_k(k, scores_QN.shape[1])
     names, groups_N = _number_groups(groups, scores_QN.shape[1], scores_QN.device)
     # Stable sorts keep equal scores in the order of their indices.
     scores, indices = scores_QN.sort(dim=1, descending=True, stable=True)
-    opponent_scores, opponent_indices = scores_QN.sort(dim=1, stable=True)
+    opponent_scores, opponent_indices = scores_QN[:, :0], indices[:, :0]
+    if opponents:
+        opponent_scores, opponent_indices = scores_QN.sort(dim=1, stable=True)
     sums_QG = None
     if groups_N is not None:
         sums_QG = torch.zeros(len(scores), len(names or ()), dtype=torch.float64).to(scores.device)
@@ -424,12 +452,13 @@ def checkpoint_weights(weights: Sequence[float] | None, num_checkpoints: int) ->
     """
     if weights is None:
         return [1.0] * num_checkpoints
-    try:
-        values = [float(weight) for weight in weights]
-    except (TypeError, ValueError):
-        values = []
-    if isinstance(weights, str) or (not values and num_checkpoints):
+    # Numbers of torch and NumPy become Python's.
+    numbers = [
+        x.item() if hasattr(x, "item") else x for x in _as_values("weights", weights, "numbers")
+    ]
+    if not all(map(is_real, numbers)) or (not numbers and num_checkpoints):
         raise ValueError(f"weights: expected a list of numbers, got {weights!r}")
+    values = [float(number) for number in numbers]
     if len(values) != num_checkpoints:
         raise ValueError(
             f"weights: expected {num_checkpoints}, one per checkpoint, got {len(values)}"
@@ -448,6 +477,21 @@ def checkpoint_weights(weights: Sequence[float] | None, num_checkpoints: int) ->
     return values
 
 
+def _as_values(name: str, values: Any, kind: str) -> list[Any]:
+    """Return the values of a list, tensor, array, series or column.
+
+    Raises:
+        ValueError: they have no order (a set), would be the keys of a dict (steps in place of their
+            rates) or the letters of a text, or there is only one.
+    """
+    for method in ("to_pylist", "tolist"):  # of pyarrow; of torch, NumPy and pandas
+        if hasattr(values, method):
+            return _as_values(name, getattr(values, method)(), kind)
+    if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected a list of {kind}, got {values!r}")
+    return list(values)
+
+
 def _as_list(features: OneOrMore) -> list[Features]:
     """Return the features of each checkpoint."""
     return list(features) if isinstance(features, Sequence) else [features]
@@ -457,28 +501,49 @@ def _as_rows(name: str, features: OneOrMore) -> list[Rows]:
     """Return the rows of each checkpoint.
 
     Raises:
-        ValueError: a tensor or array is not two-dimensional, or a row is not finite. Rows of stores
-            were checked when they were written.
+        ValueError: they are no features, not two-dimensional, or a row is not finite in float32.
+            Rows of stores were checked when they were written.
     """
-    checkpoints = _as_list(features)
-    for number, checkpoint in enumerate(checkpoints):
-        if not isinstance(checkpoint, Tensor | np.ndarray):
-            continue
-        if checkpoint.ndim != 2:
+    return [
+        _checked_rows(f"{name}: checkpoint {number}", checkpoint)
+        for number, checkpoint in enumerate(_as_list(features))
+    ]
+
+
+def _checked_rows(where: str, features: Features) -> Rows:
+    """Return the rows of one checkpoint; see `_as_rows`."""
+    if isinstance(features, np.ndarray) and features.dtype.kind == "f":
+        features = torch.as_tensor(np.ascontiguousarray(features))
+    if not isinstance(features, Tensor):
+        if not isinstance(features, FeatureStore) and not hasattr(features, "magnitudes"):
+            of_dtype = f" of {features.dtype}" if isinstance(features, np.ndarray) else ""
             raise ValueError(
-                f"{name}: checkpoint {number}: expected two dimensions (rows, numbers), got shape "
-                f"{tuple(checkpoint.shape)}"
+                f"{where}: expected a tensor or array of floating-point numbers or a "
+                f"FeatureStore, got {type(features).__name__}{of_dtype}"
             )
-        tensor = torch.as_tensor(checkpoint)
-        # A sum is not finite if a number is not, and costs one fast read. Sums of huge numbers may
-        # overflow too, so the numbers of such rows are looked at.
-        for row in tensor.sum(dim=1).isfinite().logical_not().nonzero().flatten().tolist():
-            if not bool(tensor[row].isfinite().all()):
-                raise ValueError(
-                    f"{name}: checkpoint {number}: row {row}: expected finite numbers, got NaN or "
-                    f"infinity"
-                )
-    return [as_rows(checkpoint) for checkpoint in checkpoints]
+        return as_rows(features)
+    if not features.is_floating_point():
+        raise ValueError(f"{where}: expected floating-point numbers, got {features.dtype}")
+    if features.ndim != 2 or not features.shape[1]:
+        raise ValueError(
+            f"{where}: expected two dimensions (rows, numbers), got shape {tuple(features.shape)}"
+        )
+    # A sum is not finite if a number is not, and costs one fast read. Sums of huge numbers may
+    # overflow too, so the numbers of such rows are looked at.
+    for row in features.sum(dim=1).isfinite().logical_not().nonzero().flatten().tolist():
+        if not bool(features[row].isfinite().all()):
+            raise ValueError(f"{where}: row {row}: expected finite numbers, got NaN or infinity")
+    if features.dtype == torch.float64:
+        limits = torch.finfo(torch.float32)
+        largest_N = features.abs().amax(dim=1)
+        outside_N = (largest_N > limits.max) | ((largest_N < limits.tiny) & (largest_N > 0))
+        for row in outside_N.nonzero().flatten().tolist():
+            raise ValueError(
+                f"{where}: row {row}: expected numbers of which the largest is between "
+                f"{limits.tiny:.1e} and {limits.max:.1e} (float32), got {largest_N[row]:.1e}; "
+                f"multiply the features by a constant"
+            )
+    return as_rows(features)
 
 
 def _check_same_origin(query_features: OneOrMore, train_features: OneOrMore) -> None:
@@ -520,12 +585,19 @@ def _number_groups(
     """Return the distinct groups, sorted, and the (N,) number of each training example's group."""
     if groups is None:
         return None, None
-    values = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+    values = _as_values("groups", groups, "names")
     if len(values) != num_train:
         raise ValueError(
             f"groups: expected {num_train}, one per training example, got {len(values)}"
         )
-    names = sorted(set(values))
+    for row, value in enumerate(values):
+        if value is None or isinstance(value, list | dict | set) or value != value:
+            raise ValueError(f"groups: row {row}: expected the name of a group, got {value!r}")
+    try:
+        names = sorted(set(values))
+    except TypeError:
+        kinds = sorted({type(value).__name__ for value in values})
+        raise ValueError(f"groups: expected names of one kind, got {' and '.join(kinds)}") from None
     number_of = {name: number for number, name in enumerate(names)}
     return names, torch.tensor([number_of[value] for value in values], device=device)
 
@@ -543,7 +615,8 @@ def _with_shares(
     shares = opponent_shares = None
     if names is not None and groups_N is not None:
         shares = _shares(groups_N[indices], len(names))
-        opponent_shares = _shares(groups_N[opponent_indices], len(names))
+        if opponent_indices.shape[1]:
+            opponent_shares = _shares(groups_N[opponent_indices], len(names))
     return TopInfluences(
         indices, scores, opponent_indices, opponent_scores, names, sums_QG, shares, opponent_shares
     )

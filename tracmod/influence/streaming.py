@@ -81,6 +81,8 @@ class Search:
         groups_N: group number of every training row, int64, on `device`; None for no sums.
         num_groups: G.
         device: where scores are computed.
+        opponents: whether opponents are ranked. If not, their ranking has the strongest alone,
+            which `check_scores` needs.
     """
 
     queries: Sequence[Rows]
@@ -91,6 +93,12 @@ class Search:
     groups_N: Tensor | None
     num_groups: int
     device: torch.device
+    opponents: bool = True
+
+    @property
+    def opponents_k(self) -> int:
+        """Length of the ranking of opponents."""
+        return self.k if self.opponents else 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,6 +128,7 @@ class Search:
             "normalize": self.normalize,
             "groups": None if groups is None else sha256(groups),
             "device": self.device.type,
+            **({} if self.opponents else {"opponents": False}),
         }
 
 
@@ -160,7 +169,9 @@ def search_rows(
     ]
     if not results:  # no queries, or none in this part
         num_groups = None if search.groups_N is None else search.num_groups
-        results = [kernels.empty_ranking(0, search.k, num_groups, search.device)]
+        results = [
+            kernels.empty_ranking(0, search.k, num_groups, search.device, search.opponents_k)
+        ]
     fields = [
         None if blocks[0] is None else torch.cat(blocks) for blocks in zip(*results, strict=True)
     ]
@@ -210,7 +221,7 @@ class Sizes(NamedTuple):
         mapped_bytes = min(shard_rows, max(num_queries, num_trains)) * row_bytes
         if not on_disk:  # the bytes and tensors of a shard, and the cached shards of both sides
             mapped_bytes *= 2 + 2 * CACHED_SHARDS
-        ranking_bytes = _ranking_bytes(k, num_groups)
+        ranking_bytes = _ranking_bytes(k, k, num_groups)
         return cls(num_queries, num_trains, row_bytes, ranking_bytes, mapped_bytes)
 
     @classmethod
@@ -222,7 +233,7 @@ class Sizes(NamedTuple):
             num_queries,
             search.trains[0].shape[0],
             row_bytes=len(search.trains) * width * search.dtype.itemsize,
-            ranking_bytes=_ranking_bytes(search.k, search.num_groups),
+            ranking_bytes=_ranking_bytes(search.k, search.opponents_k, search.num_groups),
             mapped_bytes=max(rows.mapped_bytes for rows in sides)
             + sum(rows.kept_bytes for rows in sides),
         )
@@ -253,13 +264,13 @@ class Sizes(NamedTuple):
         return min(self.num_queries, 2 * _LEAST_QUERIES - 1)
 
 
-def _ranking_bytes(k: int, num_groups: int) -> int:
+def _ranking_bytes(k: int, opponents_k: int, num_groups: int) -> int:
     """Return the bytes of one query's results.
 
-    Per place: score and row number in both rankings (24 bytes), and group numbers while the shares
+    Per place: score and row number in each ranking (12 bytes), and group numbers while the shares
     of one ranking are counted (16). Per group: the sum and the shares in both rankings (24).
     """
-    return 40 * k + 24 * num_groups
+    return 28 * k + 12 * opponents_k + 24 * num_groups
 
 
 def check_memory(sizes: Sizes, memory: int) -> None:
@@ -373,6 +384,7 @@ def _search_block(
             num_groups=search.num_groups,
             state=state,
             index_offset=start,
+            opponents_k=search.opponents_k,
         )
         if saved is not None:
             saved.save(state, start + count)
@@ -445,8 +457,8 @@ def check_scores(
     """
     if not scores_QP.numel():
         return
-    ends = torch.stack([scores_QP, opponents_QP])
-    finite_Q = ends.isfinite().all(dim=2).all(dim=0)
+    ends = torch.cat([scores_QP, opponents_QP], dim=1)
+    finite_Q = ends.isfinite().all(dim=1)
     rows_Q = torch.arange(first, first + len(computed_Q))
     if not bool(finite_Q.all()):
         row = int(rows_Q[finite_Q.logical_not().cpu()][0])
@@ -456,7 +468,7 @@ def check_scores(
         )
     if search.normalize == "cosine":
         return
-    largest_Q = ends.abs().amax(dim=2).amax(dim=0)
+    largest_Q = ends.abs().amax(dim=1)
     limits = torch.finfo(torch.float32)
     vanished_Q = (computed_Q > 0) & (largest_Q < limits.tiny)
     small_Q = (computed_Q < SMALLEST_SCORE).cpu()

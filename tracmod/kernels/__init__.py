@@ -289,8 +289,8 @@ class TopK(NamedTuple):
     Attributes:
         scores: (Q, k) float32, descending.
         indices: (Q, k) int64, the training rows with these scores.
-        opponent_scores: (Q, k) float32, ascending.
-        opponent_indices: (Q, k) int64.
+        opponent_scores: (Q, k) float32, ascending; (Q, opponents_k) where that is given.
+        opponent_indices: (Q, k) int64, likewise.
         group_sums: (Q, G) float64 sums of the scores of all training rows of each group, or None.
 
     Examples:
@@ -321,6 +321,7 @@ def top_k_dot(
     num_groups: int = 0,
     state: TopK | None = None,
     index_offset: int = 0,
+    opponents_k: int | None = None,
 ) -> TopK:
     """Find the k largest and the k smallest scores of each query without storing all scores.
 
@@ -342,6 +343,8 @@ def top_k_dot(
         num_groups: G, the number of groups.
         state: Result of the previous call; not modified.
         index_offset: Added to the number of a training row to give its entry of `indices`.
+        opponents_k: Length of the ranking of the smallest scores, from 1; k by default. A shorter
+            one takes less time and memory where only proponents matter.
 
     Returns:
         `TopK`, on the device of the rows. Its `group_sums` is None without `groups`.
@@ -377,6 +380,9 @@ def top_k_dot(
     k = operator.index(k)
     if k < 1:
         raise ValueError(f"top_k_dot: k: expected at least 1, got {k}")
+    opponents_k = k if opponents_k is None else operator.index(opponents_k)
+    if opponents_k < 1:
+        raise ValueError(f"top_k_dot: opponents_k: expected at least 1, got {opponents_k}")
     if normalize not in (None, "cosine"):
         raise ValueError(f"top_k_dot: normalize: expected None or 'cosine', got {normalize!r}")
     if groups is not None and num_groups < 1:
@@ -387,7 +393,7 @@ def top_k_dot(
         raise ValueError("top_k_dot: queries: expected at least one tensor, got none")
     expected_groups = None if groups is None else num_groups
     if state is None:
-        result = empty_ranking(len(queries[0]), k, expected_groups, queries[0].device)
+        result = empty_ranking(len(queries[0]), k, expected_groups, queries[0].device, opponents_k)
     else:
         state_groups = None if state.group_sums is None else state.group_sums.shape[-1]
         if state_groups != expected_groups:
@@ -395,13 +401,18 @@ def top_k_dot(
                 f"top_k_dot: state.group_sums: expected {expected_groups} groups as in this call, "
                 f"got {state_groups}"
             )
+        for name, length in (("scores", k), ("opponent_scores", opponents_k)):
+            expected, shape = (len(queries[0]), length), tuple(getattr(state, name).shape)
+            if shape != expected:
+                raise ValueError(
+                    f"top_k_dot: state.{name}: expected shape (Q, k) = {expected}, got {shape}"
+                )
         result = TopK(*(None if part is None else part.clone() for part in state))  # type: ignore[arg-type]
     _C.top_k_dot(
         [_capsule(rows) for rows in queries],
         [_capsule(rows) for rows in trains],
         [1.0] * len(queries) if weights is None else [float(weight) for weight in weights],
         normalize == "cosine",
-        k,
         operator.index(index_offset),
         None if groups is None else _capsule(groups),
         _capsule(result.scores),
@@ -416,16 +427,18 @@ def top_k_dot(
     return result
 
 
-def empty_ranking(num_queries: int, k: int, num_groups: int | None, device: torch.device) -> TopK:
+def empty_ranking(
+    num_queries: int, k: int, num_groups: int | None, device: torch.device, opponents_k: int
+) -> TopK:
     """Return the ranking of no training rows, from which `top_k_dot` starts."""
-    shape, sums = (num_queries, k), None
+    shape, opponents_shape, sums = (num_queries, k), (num_queries, opponents_k), None
     if num_groups is not None:
         sums = torch.zeros(num_queries, num_groups, dtype=torch.float64, device=device)
     return TopK(
         torch.full(shape, -torch.inf, dtype=torch.float32, device=device),
         torch.full(shape, -1, dtype=torch.int64, device=device),
-        torch.full(shape, torch.inf, dtype=torch.float32, device=device),
-        torch.full(shape, -1, dtype=torch.int64, device=device),
+        torch.full(opponents_shape, torch.inf, dtype=torch.float32, device=device),
+        torch.full(opponents_shape, -1, dtype=torch.int64, device=device),
         sums,
     )
 

@@ -198,10 +198,10 @@ def project_gradients(
         else:
             feature = gradient(x_b, g_b, layer=layer, bias=bias)
             if kind != "identity" and layer == "elementwise":
-                numbers = torch.arange(len(feature))
-                feature = count_sketch(feature, numbers, size, seed, output_key)
+                feature = count_sketch(feature, torch.arange(len(feature)), size, seed, output_key)
             elif kind == "sketch":
-                key, numbers = output_key, output_columns
+                key: int = output_key
+                numbers: Tensor | None = output_columns
                 if rows > 0:
                     r_out = projection_matrix(
                         "rademacher", rows, len(feature), seed, key, feature.dtype, numbers

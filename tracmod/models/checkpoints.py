@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from tracmod.files.durable import read_json
+from tracmod.models.adapters import is_adapter_folder, number_of_classes
 from tracmod.models.loading import (
     check_model_source,
     config_class_names,
@@ -219,10 +219,19 @@ def check_checkpoint(path: Path, config: Any) -> None:
         ValueError: the folder has no config or no weights, or the checkpoint's model has other
             classes or another shape.
     """
+    from transformers import AutoConfig
+
     check_model_source(path)
+    if is_adapter_folder(Path(path)):  # its base is loaded with it, and refused if it has no place
+        num_classes, expected_classes = number_of_classes(Path(path)), len(config.id2label)
+        if num_classes not in (None, expected_classes):
+            raise ValueError(
+                f"{path}: expected the model's {expected_classes} classes, got {num_classes}"
+            )
+        return
     try:
         own = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (KeyError, OSError, ValueError) as error:
+    except Exception as error:  # transformers raises anything here, from KeyError to its own
         raise ValueError(f"{path}: its config cannot be read: {first_line_of(error)}") from None
     expected, got = config_class_names(config), config_class_names(own)
     if got != expected:

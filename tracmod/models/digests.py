@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Config entries that do not change what the model computes: where it was loaded from and by which
 # version, its dtype (the weights carry that), and the loss that transformers would choose.
@@ -31,6 +34,8 @@ def model_digest(model: nn.Module) -> str:
     Returns:
         64 hexadecimal digits. Saving and loading the model does not change them.
     """
+    from transformers import PreTrainedModel  # whoever has a model has imported it already
+
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -6,22 +6,22 @@ Shape suffixes: B examples of a batch, S tokens, N examples, C classes.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from tracmod.choices import whole_number
-from tracmod.models.architecture import embeddings_module, max_positions
+from tracmod.models.adapters import adapted_model, is_peft_model
+from tracmod.models.architecture import embeddings_module, max_positions, word_embeddings
 from tracmod.models.loss import ExampleLoss, loss_of_examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Example = dict[str, Any]  # input_ids, attention_mask, labels and perhaps token_type_ids
 
@@ -173,8 +173,13 @@ def as_examples(
     if model is not None:
         _check_class_numbers(dataset, name, model)
     refused = frozenset(OTHER_INPUTS) if model is None else other_inputs(model)
+    try:
+        rows = iter(dataset)
+    except TypeError:
+        kind = type(dataset).__name__
+        raise ValueError(f"{name}: expected a sequence of rows, got {kind}") from None
     examples = []
-    for row, example in enumerate(dataset):
+    for row, example in enumerate(rows):
         if not isinstance(example, Mapping):
             raise ValueError(
                 f"{name}: row {row}: expected a dict with input_ids and labels, got "
@@ -294,7 +299,7 @@ def check_examples(
     check_classifier(model)
     loss = loss_of_examples(model.config, examples, loss)
     embeddings: Any = embeddings_module(model)
-    table_sizes = {"input_ids": embeddings.word_embeddings.num_embeddings}
+    table_sizes = {"input_ids": word_embeddings(model).num_embeddings}
     if getattr(embeddings, "token_type_embeddings", None) is not None:
         table_sizes["token_type_ids"] = embeddings.token_type_embeddings.num_embeddings
     longest, num_labels = max_positions(model), int(model.config.num_labels or 0)
@@ -328,12 +333,14 @@ def check_classifier(model: PreTrainedModel) -> None:
         ValueError: it is a bare encoder, has the head of another task, is wrapped or compiled, or
             its weights are quantized, not in memory or on several devices.
     """
+    # Whoever has a model has imported this already.
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
     kind = type(model)
     missing = [name for name in ("config", "base_model", "dtype") if not hasattr(model, name)]
     if missing or kind.__module__.partition(".")[0] == "peft":
         raise ValueError(
-            f"model: expected a transformers model without a wrapper or adapters (peft merges them "
-            f"by merge_and_unload), got {kind.__name__}"
+            f"model: expected a transformers model without a wrapper, got {kind.__name__}"
         )
     expected: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
     if kind.__module__.startswith("transformers.") and kind is not expected:
@@ -347,24 +354,38 @@ def check_classifier(model: PreTrainedModel) -> None:
     device = next(model.parameters()).device
     for name, parameter in model.named_parameters():
         problem = None
-        if not parameter.is_floating_point():
+        if parameter.is_inference():
+            problem = "weights that were not made within torch.inference_mode()"
+        elif not parameter.is_floating_point():
             problem = f"floating-point weights, got {parameter.dtype}"
         elif parameter.is_meta or parameter.device != device:
             problem = f"all weights on one device, got {parameter.device} beside {device}"
         if problem:
             raise ValueError(f"{name}: expected {problem}")
+    if model.dtype in (torch.bfloat16, torch.float16):
+        warnings.warn(
+            f"model: its weights are {model.dtype}, and so are its passes: scores agree to two or "
+            f"three digits with those in float32, which model.float() gives",
+            stacklevel=4,
+        )
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the model inside DataParallel, DistributedDataParallel or torch.compile's wrapper.
+    """Return the model inside DataParallel, DistributedDataParallel, torch.compile or PEFT.
 
-    The wrappers compute what the model inside computes.
+    The wrappers compute what the model inside computes. A LoRA model of PEFT becomes one of
+    transformers with the same parameters (`adapted_model`).
+
+    Raises:
+        ValueError: the model has an adapter of another kind.
     """
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
+        elif is_peft_model(model):
+            model = adapted_model(model)
         else:
             return model
 

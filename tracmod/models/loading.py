@@ -1,4 +1,8 @@
-"""Create a classifier, or load one and its tokenizer from a transformers folder or the Hub."""
+"""Create a classifier, or load one and its tokenizer from a transformers folder or the Hub.
+
+transformers is imported by the functions that make or load a model, because it takes seconds:
+importing tracmod, and refusing what can be refused without a model, do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,29 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    XLMRobertaConfig,
-    XLMRobertaForSequenceClassification,
-)
-from transformers.utils import logging
 
 from tracmod.files.durable import read_json
-from tracmod.models.architecture import attention_layers, embeddings_module, max_positions
+from tracmod.models.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_settings,
+    is_adapter_folder,
+    load_adapter,
+    number_of_classes,
+)
+from tracmod.models.architecture import (
+    attention_layers,
+    embeddings_module,
+    max_positions,
+    word_embeddings,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = (
@@ -41,14 +49,17 @@ TOKENIZER_FILES = (
 LEFTOVERS = re.compile(
     r"(.*\.)?position_ids|(.*\.)?pooler\.dense\.(weight|bias)"
     r"|(lm_head|generator_lm_head|sop_classifier|cls\.(predictions|seq_relationship)"
-    r"|vocab_(transform|layer_norm|projector)|(lm_|mask_|generator_|discriminator_)?predictions"
+    r"|decoder(?=\.(weight|bias)$)|vocab_(transform|layer_norm|projector)|(lm_|mask_|generator_|discriminator_)?predictions"
     r")\..*"
 )
 
+# Special tokens whose ids configs state.
+SPECIAL = ("bos", "eos", "cls", "sep", "mask")
+
 # Files of an adapter, whose base model alone would be loaded.
 ADAPTER_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     "adapter_model.bin",
     "adapter.safetensors",
     "pytorch_adapter.bin",
@@ -86,6 +97,8 @@ def create_model(
     Raises:
         ValueError: `hidden` is not a multiple of `heads`, or the tokenizer has no padding token.
     """
+    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
     if hidden % heads:
         raise ValueError(f"hidden must be a multiple of heads, got hidden {hidden}, heads {heads}")
     pad_id = _tokenizer_pad_id(tokenizer)
@@ -112,12 +125,67 @@ def create_model(
     return model.float().eval()
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder has weights of any kind, so that it is a trained model's."""
+    files = (path.name for path in folder.iterdir())
+    return any(
+        re.search(r"\.(safetensors|bin|pt|pth|h5|msgpack)(\.index\.json)?$", f) for f in files
+    )
+
+
+def create_from_config(
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    label_names: Sequence[str],
+    *,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Create a classifier of any supported family with random weights that depend on `seed` alone.
+
+    Args:
+        folder: folder with the config.json that states family and shape. The size of the
+            vocabulary and the special ids are those of the tokenizer.
+        tokenizer: its `model_max_length` is set to the `max_tokens` of both.
+        label_names: names of the classes, in the order of the labels 0, 1, ...
+        seed: seed of the weights. The global random generator is not moved.
+
+    Returns:
+        The model in float32 and evaluation mode.
+
+    Raises:
+        ValueError: the config cannot be read, or is of no family that is supported.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    pad_id = _tokenizer_pad_id(tokenizer)
+    config = _read_config(str(folder))
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+    stated = {name: token_id for name, token_id in special.items() if hasattr(config, name)}
+    settings = {"vocab_size": len(tokenizer), **stated, "pad_token_id": pad_id}
+    for key, value in {**settings, **_label_config(label_names)}.items():
+        setattr(config, key, value)
+    try:
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
+            torch.manual_seed(seed)
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(
+            f"model {folder}: not a sequence classifier of transformers: {first_line_of(error)}"
+        ) from None
+    attention_layers(model)
+    tokenizer.model_max_length = max_tokens(model, tokenizer)
+    return model.float().eval()
+
+
 def load_model(
     source: str | Path, label_names: Sequence[str] | None = None, *, seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a sequence classifier and its tokenizer from a transformers folder or the Hub.
 
     Only safetensors weights are read, and no code from the folder is run.
+
+    A folder that has a LoRA adapter of PEFT alone is loaded on the base model that it names, as
+    `adapted_model` returns it.
 
     Args:
         source: folder or Hub name.
@@ -136,28 +204,22 @@ def load_model(
             for, or a model of another class. Also if its architecture has no attention heads that
             `attention_layers` finds.
     """
-    name, folder = str(source), Path(source)
+    name = str(source)
     check_model_source(source)
-    if folder.is_dir() and not has_tokenizer(folder):
+    tokenizer_name = tokenizer_source(source)
+    if Path(tokenizer_name).is_dir() and not has_tokenizer(Path(tokenizer_name)):
         raise ValueError(
             f"model {name}: no tokenizer in the folder, expected one of "
             + ", ".join(TOKENIZER_FILES)
         )
     model = load_classifier(source, label_names, seed=seed)
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything here, from KeyError to ImportError
-        message = first_line_of(error)
-        raise ValueError(f"model {name}: cannot load its tokenizer: {message}") from None
-    _tokenizer_pad_id(tokenizer)
-    embeddings: Any = embeddings_module(model)
-    rows = embeddings.word_embeddings.num_embeddings
+    tokenizer = load_tokenizer(tokenizer_name)
+    rows = word_embeddings(model).num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(
             f"model {name}: its tokenizer has {len(tokenizer)} ids, its embeddings only {rows} rows"
         )
-    types: Any = getattr(embeddings, "token_type_embeddings", None)
+    types: Any = getattr(embeddings_module(model), "token_type_embeddings", None)
     given = max(tokenizer("a", "b").get("token_type_ids", [0]))
     if types is not None and given >= types.num_embeddings:
         raise ValueError(
@@ -168,12 +230,33 @@ def load_model(
     return model, tokenizer
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the Hub.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no padding token.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything here, from KeyError to ImportError
+        message = first_line_of(error)
+        raise ValueError(f"model {name}: cannot load its tokenizer: {message}") from None
+    _tokenizer_pad_id(tokenizer)
+    return tokenizer
+
+
 def load_classifier(
     source: str | Path, label_names: Sequence[str] | None = None, *, seed: int = 0
 ) -> PreTrainedModel:
     """Load the model of `load_model` from a source that need not have a tokenizer."""
     name = str(source)
     check_model_source(source)
+    if is_adapter_folder(Path(source)):
+        return _load_adapted(Path(source), label_names, seed)
     if label_names is None and Path(source).is_dir():
         _check_no_pipeline(Path(source))
     with quiet_transformers():
@@ -211,6 +294,45 @@ def load_classifier(
     return model.float().eval()
 
 
+def _load_adapted(folder: Path, label_names: Sequence[str] | None, seed: int) -> PreTrainedModel:
+    """Load an adapter's base model and the adapter on it.
+
+    A base model without a classifier gets one of as many classes as the adapter folder has. Their
+    names are the ones that `TracInCallback` recorded, or transformers' LABEL_0, LABEL_1, ...
+    """
+    base = str(adapter_settings(folder)["base_model_name_or_path"])
+    num_classes = number_of_classes(folder)
+    names = label_names or _recorded_class_names(folder)
+    if names is None and num_classes is not None and not _is_classifier(base, num_classes):
+        names = [f"LABEL_{number}" for number in range(num_classes)]
+    return load_adapter(load_classifier(base, names, seed=seed), folder)
+
+
+def _is_classifier(name: str, num_classes: int) -> bool:
+    """Return whether a model has a classifier of so many classes."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    has_head = any("ForSequenceClassification" in kind for kind in config.architectures or ())
+    return has_head and len(config.id2label) == num_classes
+
+
+def _recorded_class_names(folder: Path) -> list[str] | None:
+    """Return the names of the classes that the tracmod.json of an adapter records, or None."""
+    file = folder / "tracmod.json"
+    tree = read_json(file) if file.is_file() else {}
+    names = tree.get("class_names") if isinstance(tree, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def tokenizer_source(source: str | Path) -> str:
+    """Return where the tokenizer of a model is: for an adapter without one, at its base model."""
+    folder = Path(source)
+    if is_adapter_folder(folder) and not has_tokenizer(folder):
+        return str(adapter_settings(folder)["base_model_name_or_path"])
+    return str(source)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a transformers folder has a tokenizer in it."""
     return any((folder / file).is_file() for file in TOKENIZER_FILES)
@@ -236,15 +358,19 @@ def check_model_source(source: str | Path) -> None:
 
     Raises:
         ValueError: the folder does not exist, has no config.json or holds an adapter, or the Hub
-            cannot be reached.
+            cannot be reached; the same for the base model of a folder with an adapter alone.
     """
     name, folder = str(source), Path(source)
+    if is_adapter_folder(folder):
+        check_model_source(adapter_settings(folder)["base_model_name_or_path"])
+        return
     if folder.is_dir():
         for file in ADAPTER_FILES:
             if (folder / file).is_file():
                 raise ValueError(
-                    f"model {name}: expected a whole model, found an adapter ({file}); merge it "
-                    f"into its base model first, for example with PEFT's merge_and_unload"
+                    f"model {name}: expected a whole model or an adapter of PEFT alone, found an "
+                    f"adapter ({file}) beside a model or in another form; merge it into its base "
+                    f"model first, for example with PEFT's merge_and_unload"
                 )
         if not (folder / "config.json").is_file():
             raise ValueError(f"model {name}: expected a transformers folder, found no config.json")
@@ -252,6 +378,9 @@ def check_model_source(source: str | Path) -> None:
         return
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"model {name}: no such folder")
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
     # Ask the Hub once: without a network, transformers would go on trying for 20 seconds.
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
@@ -269,11 +398,16 @@ def _check_weights_files(folder: Path) -> None:
     """Check that a folder has whole safetensors weights whose numbers are not quantized."""
     single, index = (folder / file for file in WEIGHTS_FILES)
     shards = [single]
-    if not single.is_file() and index.is_file():
+    for file in (single, index):
+        if file.is_symlink() and not file.exists():
+            raise ValueError(f"{file}: expected weights, got a link to a file that is missing")
+    if index.is_file() and not single.is_file():
         tree = read_json(index)
         weight_map = tree.get("weight_map") if isinstance(tree, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: expected a weight_map from tensors to files, got none")
+        if not isinstance(tree.get("metadata"), dict):
+            raise ValueError(f"{index}: expected metadata, which transformers reads, got none")
         shards = [folder / str(file) for file in sorted(set(weight_map.values()))]
     elif not single.is_file():
         files = sorted(path.name for path in folder.iterdir())
@@ -336,6 +470,9 @@ def _config_fault(config: Any) -> str | None:
             f"expected id2label of config.json to have the numbers 0 to {len(numbers) - 1}, got "
             f"{', '.join(map(str, numbers))}"
         )
+    unnamed = next((label for label in names if not isinstance(label, str)), None)
+    if unnamed is not None:
+        return f"expected names of classes in id2label of config.json, got {unnamed!r}"
     repeated = next((label for label in names if names.count(label) > 1), None)
     if repeated is not None:
         return f"expected different names of classes, got {repeated} twice"
@@ -353,15 +490,9 @@ def _load_weights(
     name: str, label_names: Sequence[str] | None, seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load the weights; return the model and what transformers reports of missing weights."""
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (ImportError, KeyError, OSError, ValueError) as error:
-        where = "the folder" if Path(name).is_dir() else "the Hub"
-        raise ValueError(
-            f"model {name}: its config cannot be loaded from {where}: {first_line_of(error)}"
-        ) from None
-    if (fault := _config_fault(config)) is not None:
-        raise ValueError(f"model {name}: {fault}")
+    from transformers import AutoModelForSequenceClassification
+
+    config = _read_config(name)
     try:
         own_names = config_class_names(config)
         if label_names is not None:
@@ -402,6 +533,22 @@ def _load_weights(
     return model, loading_info
 
 
+def _read_config(name: str) -> Any:
+    """Read the config of a folder or the Hub, after checking it."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything here, from KeyError to its own
+        where = "the folder" if Path(name).is_dir() else "the Hub"
+        raise ValueError(
+            f"model {name}: its config cannot be loaded from {where}: {first_line_of(error)}"
+        ) from None
+    if (fault := _config_fault(config)) is not None:
+        raise ValueError(f"model {name}: {fault}")
+    return config
+
+
 def _label_config(label_names: Sequence[str]) -> dict[str, Any]:
     # num_labels comes first: setting it resets the names.
     return {
@@ -421,6 +568,8 @@ def _tokenizer_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Hide transformers' progress bars, and its report of missing weights, within the context."""
+    from transformers.utils import logging
+
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

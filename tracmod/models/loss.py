@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tracmod.choices import LossKind
+from tracmod.choices import LossKind, is_real
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -480,7 +480,7 @@ def _checked_weights(name: str, weights: Any) -> tuple[float, ...]:
     plain = weights.tolist() if hasattr(weights, "tolist") else weights
     valid = (
         isinstance(plain, Sequence)
-        and all(_is_real(weight) and weight >= 0 for weight in plain)
+        and all(is_real(weight) and math.isfinite(weight) and weight >= 0 for weight in plain)
         and any(plain)
     )
     if not valid:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from operator import eq, is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ModelState:
@@ -25,6 +27,8 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        from transformers import PreTrainedConfig  # whoever has a model has imported it already
+
         owners: dict[int, dict[str, Any]] = {}
         for module in model.modules():
             attributes = vars(module)
@@ -145,7 +149,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode without weight gradients; restore both afterwards.
 
     Autograd records within the context, also when the caller is inside `torch.no_grad()` or
-    `torch.inference_mode()`: gradients with respect to hidden states are needed.
+    `torch.inference_mode()`: gradients with respect to hidden states are needed. An autocast of the
+    caller does not apply.
     """
     outermost = model not in _trained_names
     if outermost:
@@ -154,7 +159,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
     with evaluating(model):
         model.requires_grad_(False)
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.autocast("cpu", enabled=False),
+                torch.autocast("cuda", enabled=False),
+            ):
                 yield
         finally:
             for parameter, requires_grad in required:
@@ -183,15 +193,35 @@ def on_device(model: PreTrainedModel, device: torch.device | str | None) -> Exit
         model: model to move, in place.
         device: where to; None leaves the model where it is.
 
+    Raises:
+        ValueError: `device` is no device, or this machine has no such GPU.
+
     Returns:
         A context manager. The model is already on `device` when this function returns.
     """
     stack = ExitStack()
     original = next(model.parameters()).device
-    if device is not None and torch.device(device) != original:
+    if device is not None:
+        device = checked_device(device)
+    if device is not None and device != original:
         to_device(model, device)
         stack.callback(to_device, model, original)
     return stack
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """Return a device that torch knows and, if it is a GPU, that this machine has.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        checked = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"device: expected cpu, cuda, cuda:1, ..., got {device!r}") from None
+    if checked.type in ("cpu", "cuda", "meta"):
+        resolve_device(str(checked))
+    return checked
 
 
 def resolve_device(text: str | None) -> str:
@@ -215,6 +245,17 @@ def resolve_device(text: str | None) -> str:
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"device: got {text}, but torch finds {gpus or 'no'} GPUs here")
     return text
+
+
+def device_of_worker(device: str, number: int) -> str:
+    """Return the device of a worker: of several GPUs of a machine, each worker has its own.
+
+    Args:
+        device: the device that was chosen for the work.
+        number: number of the worker, from 0.
+    """
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    return f"cuda:{number % gpus}" if gpus > 1 else device
 
 
 def to_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:

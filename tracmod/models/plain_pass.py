@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tracmod.models.architecture import max_positions
 from tracmod.models.inputs import collate, example_length, pad_token_id, plan_batches
 from tracmod.models.modes import ModelState, evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Batch = dict[str, Tensor]
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.modes import ModelState
 from tracmod.models.plain_pass import logits_agree, model_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def same_logits(model: PreTrainedModel, reference: PreTrainedModel) -> bool:

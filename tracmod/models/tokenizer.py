@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import (
     Regex,
@@ -17,7 +17,9 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # XLM-R's numbering: <s> 0, <pad> 1, </s> 2, <unk> 3, then the pieces, <mask> last.
 _FIRST_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -118,6 +120,8 @@ def _parse_sentencepiece(content: bytes, name: str) -> Any:
 
 def _with_special_tokens(backend: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
     """Add special tokens and pairs as XLM-R has them: `<s> A </s></s> B </s>`."""
+    from transformers import PreTrainedTokenizerFast
+
     backend.decoder = decoders.Metaspace()
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",

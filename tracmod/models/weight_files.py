@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tracmod.files.durable import read_json
+from tracmod.models.adapters import ADAPTER_WEIGHTS, is_adapter_folder, plain_parameter_name
 from tracmod.models.loading import WEIGHTS_FILES
 
 
@@ -31,6 +32,7 @@ def tensor_digests(folder: Path) -> dict[str, str]:
                     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
                     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
                     digest.update(memoryview(flat.numpy()))
+                    name = plain_parameter_name(name)
                     digests[name] = "constant" if _is_constant(tensor) else digest.hexdigest()
         except (OSError, SafetensorError) as error:
             raise ValueError(
@@ -47,6 +49,8 @@ def _is_constant(tensor: torch.Tensor) -> bool:
 
 def _weights_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder, those of its index if it has shards."""
+    if is_adapter_folder(folder):
+        return [folder / ADAPTER_WEIGHTS]
     single, index = (folder / name for name in WEIGHTS_FILES)
     if single.is_file() or not index.is_file():
         return [single]

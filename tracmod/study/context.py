@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.analysis.results import UNTRAINED
 from tracmod.analysis.statistics import Resampling
@@ -25,6 +24,9 @@ from tracmod.study.run_folder import RunFolder
 from tracmod.study.views import View, views_of
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.training.folder import epoch_masks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODELS = ("full", "sparse")
 SPLITS = ("train", "dev", "test")

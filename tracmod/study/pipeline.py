@@ -7,8 +7,8 @@
     collect          projected gradients of every model, view, checkpoint      features/
     influence        scores, strongest examples, shares by language            influence/
     analyze          comparisons, intervals, tests, certificate                analysis/
-    retrain          models trained without some examples (if configured)      retraining/
     metagradient     derivatives through the fine-tuning (if configured)       metagradient/
+    retrain          models trained without some examples (if configured)      retraining/
     report           one page                                                  report/
 
 Each stage reads what those before it wrote, and can be stopped at any time: done again, it takes

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -38,7 +39,8 @@ def methods_of(config: RunConfig) -> list[Method]:
         same_as_tracin = ["tracin-cosine" if is_cosine else "tracin-dot"]
     else:
         same_as_tracin = [] if is_cosine else [kind]
-    return config.retrain.methods or [name for name in METHODS if name not in same_as_tracin]
+    left_out = same_as_tracin if config.has_metagradient else [*same_as_tracin, "metagradient"]
+    return config.retrain.methods or [name for name in METHODS if name not in left_out]
 
 
 def preconditioned_passes(config: RunConfig, checkpoints: int) -> list[tuple[MetricKind, int]]:
@@ -69,6 +71,7 @@ def method_scores(context: RunContext, method: Method) -> np.ndarray:
     - adam, ekfac: Inner products preconditioned by Adam's second moment or by the curvature at each
       checkpoint.
     - ekfac-last: The same at the last checkpoint alone, which is what influence functions are.
+    - metagradient: That of the mean loss of the test example's language, for each of its examples.
     - bm25: Over both texts of an example; knows no labels.
     - embedding: Cosine of the mean last hidden states at the last checkpoint; knows no labels.
     - random: No knowledge at all.
@@ -85,6 +88,10 @@ def method_scores(context: RunContext, method: Method) -> np.ndarray:
             return _cached_scores(context, method, context.checkpoints("full"), None)
         case "ekfac-last":
             return _cached_scores(context, "ekfac", context.checkpoints("full")[-1:], None)
+        case "metagradient":
+            influence = pq.read_table(context.run.metagradient / "full.parquet")
+            by_test = [influence[name].to_numpy() for name in test["language"].to_pylist()]
+            return np.stack(by_test).astype(np.float32)
         case "bm25":
             return bm25_scores(_texts(test), _texts(train))
         case "embedding":

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.features.projection import Projection
 from tracmod.features.recipe import FeatureRecipe, checkpoint_digests
@@ -20,6 +19,9 @@ from tracmod.models.digests import tokenizer_digest
 from tracmod.models.loss import ExampleLoss
 from tracmod.study.context import RunContext
 from tracmod.subnetworks.head_mask import HeadMask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What a run trains with, whatever loss the config of its encoder names.
 STUDY_LOSS = ExampleLoss("cross_entropy")

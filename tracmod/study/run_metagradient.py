@@ -15,9 +15,10 @@ from tracmod.study.context import RunContext
 from tracmod.study.run_folder import RunFolder
 from tracmod.study.run_training import initial_model, training_settings
 from tracmod.subnetworks.head_mask import HeadMask
+from tracmod.training.batch_mean import WeightedMean
 from tracmod.training.folder import epoch_masks
 from tracmod.training.metagradient import DEFAULT_DISK, Quantity, differentiate
-from tracmod.training.replay import BatchMean, Replay, open_replay
+from tracmod.training.replay import Replay, open_replay
 
 
 def metagradient(
@@ -131,7 +132,7 @@ def _last_masks(context: RunContext) -> dict[str, HeadMask]:
 
 @contextmanager
 def open_run_replay(
-    context: RunContext, model_name: ModelName, batch_mean: BatchMean | None = None
+    context: RunContext, model_name: ModelName, batch_mean: WeightedMean | None = None
 ) -> Iterator[Replay]:
     """Open the fine-tuning of one of the run's models, see `open_replay`."""
     model, tokenizer = initial_model(context)

@@ -4,36 +4,54 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.config import FinetuneConfig
-from tracmod.models.loading import create_model, load_model
+from tracmod.models.loading import (
+    create_from_config,
+    create_model,
+    has_tokenizer,
+    has_weights,
+    load_model,
+    load_tokenizer,
+)
 from tracmod.models.tokenizer import read_sentencepiece, train_tokenizer
 from tracmod.study.context import RunContext
+from tracmod.training.batch_mean import WeightedMean
 from tracmod.training.fine_tune import TrainingSettings, fine_tune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model and tokenizer that every fine-tuning of the run begins with.
 
     The weights are the same each time: those of the pretrained model with a classifier drawn from
-    the run's seed, or all drawn from it. A tokenizer of the run's own is trained on all its
-    training texts.
+    the run's seed, or all drawn from it, if the model is a folder without weights or is not named.
+    A tokenizer of the run's own is trained on all its training texts.
     """
     shape, labels = context.config.model, context.run.record["label_names"]
-    if shape.name is not None:
+    folder = None if shape.name is None else Path(shape.name)
+    is_shape_only = (
+        folder is not None and (folder / "config.json").is_file() and not has_weights(folder)
+    )
+    if shape.name is not None and not is_shape_only:
         return load_model(shape.name, labels, seed=context.config.seed)
     tokenizer: PreTrainedTokenizerBase
-    if shape.sentencepiece is not None:
+    if folder is not None and has_tokenizer(folder):
+        tokenizer = load_tokenizer(str(folder))
+    elif shape.sentencepiece is not None:
         tokenizer = read_sentencepiece(shape.sentencepiece, shape.max_length)
     else:
         train = context.table("train")
         texts = train.column("text_a").to_pylist() + train.column("text_b").to_pylist()
         texts = [text for text in texts if text is not None]
         tokenizer = train_tokenizer(texts, shape.vocabulary, shape.max_length)
+    if folder is not None:
+        return create_from_config(folder, tokenizer, labels, seed=context.config.seed), tokenizer
     model = create_model(
         tokenizer,
         labels,
@@ -61,6 +79,7 @@ def fine_tune_on(
     description: str,
     keep: Literal["all", "last"] = "last",
     second_moment: bool = False,
+    batch_mean: WeightedMean | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Fine-tune as for the run's `full` model, on other examples or with another seed.
 
@@ -75,6 +94,7 @@ def fine_tune_on(
         description: The label of the progress bar.
         keep: Which checkpoints are kept.
         second_moment: Whether checkpoints include Adam's second moment.
+        batch_mean: The mean loss of a batch whose examples have weights; None for equal weights.
 
     Returns:
         The model of the last checkpoint, on the device, and the tokenizer.
@@ -93,5 +113,6 @@ def fine_tune_on(
         ids=train.column("id").to_pylist(),
         description=description,
         second_moment=second_moment,
+        batch_mean=batch_mean,
     )
     return context.load(checkpoints[-1])

@@ -108,18 +108,6 @@ STAGES = (
         summary="Compare views and models, with intervals and tests.",
     ),
     Stage(
-        "retrain",
-        folder="retraining",
-        reads=("retrain",),
-        redone=("retrain",),
-        requires="retrain",
-        summary="Compare influence scores with actual retraining.",
-        details="Retrains the model without some of the training examples. If the run's "
-        "configuration has no section `retrain`, its defaults are used. `tracmod run` with the "
-        "same --set and --check prints the number of trainings.",
-        options="--set retrain.subsets=16",
-    ),
-    Stage(
         "metagradient",
         folder="metagradient",
         reads=("metagradient",),
@@ -131,6 +119,18 @@ STAGES = (
         "for each check. If the run's configuration has no section `metagradient`, its defaults "
         "are used.",
         options="--set 'metagradient.models=[full]'",
+    ),
+    Stage(
+        "retrain",
+        folder="retraining",
+        reads=("retrain",),
+        redone=("retrain",),
+        requires="retrain",
+        summary="Compare influence scores with actual retraining.",
+        details="Retrains the model without some of the training examples. If the run's "
+        "configuration has no section `retrain`, its defaults are used. `tracmod run` with the "
+        "same --set and --check prints the number of trainings.",
+        options="--set retrain.subsets=16",
     ),
     Stage(
         "report",

@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
+from tracmod.models.modes import device_of_worker
 from tracmod.study.context import RunContext
 from tracmod.study.run_folder import RunFolder
 
@@ -39,8 +38,7 @@ class StudyWorker:
             number: The number of the worker, from 0.
         """
         self._context = RunContext(RunFolder(path))
-        gpus = torch.cuda.device_count()
-        self._context.device = f"cuda:{number % gpus}" if device == "cuda" and gpus else device
+        self._context.device = device_of_worker(device, number)
 
     def do(self, task: StudyTask, advance: Advance) -> None:
         """See `Worker.do`."""

@@ -13,6 +13,9 @@ W_q[h], W_k[h], W_v[h], their biases and the columns W_o[:, h] belong to head h;
 for all heads and belongs to none. While a head is masked, the gradients of all that belongs to it
 are exactly zero, because o_h is multiplied by 0 on its way to the loss.
 
+Where several heads share keys and values (grouped heads), a head owns its queries and its columns
+of W_o; keys and values belong to none.
+
 Shape suffixes: B examples of a batch, S tokens, I inputs of a layer, L layers, H heads.
 """
 
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +34,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from tracmod.choices import whole_number
+from tracmod.choices import instance, whole_number
 from tracmod.files.durable import write_file
+from tracmod.models.adapters import AdaptedLinear
 from tracmod.models.architecture import AttentionLayer, attention_layers
 
 MOST_HEADS = 2**15  # of a layer, and layers: far beyond any model
@@ -56,7 +60,12 @@ class HeadMask:
     """
 
     def __init__(self, mask_LH: ArrayLike) -> None:
-        given = np.asarray(mask_LH)
+        try:
+            given = np.asarray(mask_LH)
+        except ValueError:
+            raise ValueError(
+                f"head mask: expected as many heads in every layer, got {mask_LH!r}"
+            ) from None
         if given.ndim != 2 or 0 in given.shape:
             raise ValueError(f"head mask: expected (layers, heads), got shape {given.shape}")
         if not np.isin(given, (0, 1)).all():
@@ -246,7 +255,7 @@ class HeadMask:
         are not touched, so that the full mask changes no bit.
 
         Args:
-            model: an encoder of the BERT family; its weights are not changed.
+            model: a classifier of a supported family; its weights are not changed.
 
         Raises:
             ValueError: the mask's shape is not the model's (layers, heads).
@@ -297,6 +306,7 @@ def _scale_heads(layer: AttentionLayer, kept_H: Tensor) -> Callable[[], None]:
 
 def masked(model: nn.Module, mask: HeadMask | None) -> AbstractContextManager[None]:
     """Return the context of `mask.apply(model)`, or one that does nothing for no mask."""
+    instance("head_mask", mask, HeadMask, optional=True)
     return nullcontext() if mask is None else mask.apply(model)
 
 
@@ -307,6 +317,8 @@ def matching_layers(model: nn.Module, mask: HeadMask) -> list[AttentionLayer]:
         ValueError: the mask's shape is not the model's (layers, heads), or the model's layers have
             lost heads (`tracmod.load_pruned`).
     """
+    instance("mask", mask, HeadMask)
+    instance("model", model, nn.Module)
     layers = attention_layers(model)
     heads = [layer.num_heads for layer in layers]
     if len(set(heads)) > 1:
@@ -331,6 +343,8 @@ class HeadSlice:
         parameter: the whole parameter.
         layer, head: position of the head.
         index: `parameter[index]` is the head's part, a view.
+        part: number of this part, where a head has several of one parameter (query, key and value
+            of a fused projection).
     """
 
     name: str
@@ -338,17 +352,20 @@ class HeadSlice:
     layer: int
     head: int
     index: tuple[slice, ...]
+    part: int = 0
 
 
 def head_slices(model: nn.Module, mask: HeadMask | None = None) -> list[HeadSlice]:
     """List the slices that belong to heads: rows of query, key and value, columns of the output.
 
     Args:
-        model: an encoder of the BERT family.
+        model: a classifier of a supported family.
         mask: if given, list the slices of the heads that it masks; None lists those of all heads.
 
     Returns:
-        Seven slices for each head, ordered by layer, then parameter, then head.
+        Seven slices for each head of BERT, ordered by layer, then parameter, then head. A fused
+        projection has three of them in one parameter; grouped heads own no keys and values; an
+        adapted projection has one more.
 
     Raises:
         ValueError: the mask does not fit the model.
@@ -357,13 +374,16 @@ def head_slices(model: nn.Module, mask: HeadMask | None = None) -> list[HeadSlic
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     slices = []
     for layer_index, layer in enumerate(layers):
-        for parameter, axis in head_parameters(layer):
+        for parameter, axis, starts in head_parameters(layer):
             for head in range(layer.num_heads):
                 if mask is not None and mask.array[layer_index, head]:
                     continue
-                own = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
-                index = (own,) if axis == 0 else (slice(None), own)
-                slices.append(HeadSlice(names[id(parameter)], parameter, layer_index, head, index))
+                for part, start in enumerate(starts):
+                    first = start + head * layer.head_dim
+                    own = slice(first, first + layer.head_dim)
+                    index = (own,) if axis == 0 else (slice(None), own)
+                    name = names[id(parameter)]
+                    slices.append(HeadSlice(name, parameter, layer_index, head, index, part))
     return slices
 
 
@@ -375,15 +395,26 @@ def _shape(num_layers: Any, num_heads: Any) -> tuple[int, int]:
     )
 
 
-def head_parameters(layer: AttentionLayer) -> list[tuple[Tensor, int]]:
-    """List the parameters that the heads divide, each with the axis that they divide it along."""
-    linears = (layer.query, layer.key, layer.value)
-    parameters = [parameter for linear in linears for parameter in linear.parameters()]
-    return [*((parameter, 0) for parameter in parameters), (layer.output.weight, 1)]
+def head_parameters(layer: AttentionLayer) -> list[tuple[Tensor, int, list[int]]]:
+    """List the parameters that the heads divide.
+
+    Returns:
+        Each parameter with the axis that the heads divide it along, and the positions on this axis
+        at which the heads begin: several if the parameter is a fused projection.
+    """
+    divided: list[tuple[Tensor, int, list[int]]] = []
+    for linear, starts in layer.first_rows.items():
+        divided += [(parameter, 0, starts) for parameter in linear.parameters(recurse=False)]
+        if isinstance(linear, AdaptedLinear):
+            divided.append((linear.lora_B.weight, 0, starts))
+    divided.append((layer.output.weight, 1, [0]))
+    if isinstance(layer.output, AdaptedLinear):
+        divided.append((layer.output.lora_A.weight, 1, [0]))
+    return divided
 
 
-def kept_columns(layer: AttentionLayer, kept_H: Tensor) -> Tensor:
-    """Return the positions of the kept heads along the axes of `head_parameters`.
+def kept_columns(layer: AttentionLayer, kept_H: Tensor, starts: Sequence[int] = (0,)) -> Tensor:
+    """Return the positions of the kept heads along an axis of `head_parameters`.
 
     Attention cannot work without any head: if none is kept, the columns of the first head are
     returned, and the caller has to make sure that they contribute nothing.
@@ -391,6 +422,7 @@ def kept_columns(layer: AttentionLayer, kept_H: Tensor) -> Tensor:
     Args:
         layer: the attention layer.
         kept_H: (H,) 1 for heads to keep.
+        starts: the positions at which the heads begin.
 
     Returns:
         int64, on the layer's device.
@@ -399,4 +431,5 @@ def kept_columns(layer: AttentionLayer, kept_H: Tensor) -> Tensor:
     if len(heads) == 0:
         heads = torch.zeros(1, dtype=torch.int64)
     columns = (heads[:, None] * layer.head_dim + torch.arange(layer.head_dim)).flatten()
-    return columns.to(layer.query.weight.device)
+    all_columns = torch.cat([start + columns for start in starts])
+    return all_columns.to(layer.query.weight.device)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tracmod.models.architecture import AttentionLayer, attention_layers
 from tracmod.models.inputs import accuracy
@@ -22,6 +21,9 @@ from tracmod.models.loss import per_example_loss
 from tracmod.models.modes import evaluating
 from tracmod.models.plain_pass import batches, depends_on_padding, model_logits, predict
 from tracmod.subnetworks.head_mask import HeadMask, masked, matching_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def head_importance(

@@ -19,19 +19,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
+from tracmod.models.adapters import check_no_adapters
 from tracmod.models.architecture import AttentionLayer
 from tracmod.models.loading import quiet_transformers
 from tracmod.models.modes import to_device
@@ -43,6 +38,9 @@ from tracmod.subnetworks.head_mask import (
     kept_columns,
     matching_layers,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Not model.safetensors, so that from_pretrained does not read the narrow tensors as a whole model.
 WEIGHTS_FILE = "pruned.safetensors"
@@ -70,7 +68,7 @@ def save_masked(
             the language.
 
     Raises:
-        ValueError: the mask does not fit the model.
+        ValueError: the mask does not fit the model, or the model has adapters.
 
     Examples:
         >>> import tempfile
@@ -87,6 +85,7 @@ def save_masked(
         >>> saved.bert.encoder.layer[0].attention.self.query.weight[:4].any().item()
         False
     """
+    check_no_adapters(model)
     folder = Path(folder)
     state, masked_slices = dict(model.state_dict()), head_slices(model, mask)
     state |= {name: state[name].clone() for name in {part.name for part in masked_slices}}
@@ -115,8 +114,9 @@ def save_pruned(
         model, mask, folder, tokenizer, made_from: as in `save_masked`.
 
     Raises:
-        ValueError: the mask does not fit the model, or the model without its masked heads does not
-            compute the logits of the masked model.
+        ValueError: the mask does not fit the model, several of its heads share keys and values, the
+            model has adapters, or without its masked heads it does not compute the logits of the
+            masked model.
 
     Examples:
         >>> import tempfile
@@ -133,7 +133,13 @@ def save_pruned(
         >>> model.num_parameters() - pruned.num_parameters()  # 2 heads of 4 * 16 * 4 + 3 * 4
         536
     """
+    check_no_adapters(model)
     folder = Path(folder)
+    if any(layer.is_grouped for layer in matching_layers(model, mask)):
+        raise ValueError(
+            f"{type(model).__name__}: expected heads with keys and values of their own, got heads "
+            f"that share them, which cannot be taken out one by one; use the form with zeros"
+        )
     state = _without_heads(model, mask)
     pruned = _narrow_model(model.config, mask)
     pruned.load_state_dict(state, assign=True)
@@ -183,6 +189,8 @@ def load_pruned(folder: str | Path) -> PreTrainedModel:
         >>> pruned.bert.encoder.layer[0].attention.self.num_attention_heads
         2
     """
+    from transformers import AutoConfig
+
     folder = Path(folder)
     for name in ("config.json", WEIGHTS_FILE, MASK_FILE):
         if not (folder / name).is_file():
@@ -215,8 +223,8 @@ def _without_heads(model: PreTrainedModel, mask: HeadMask) -> dict[str, Tensor]:
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):
-        columns = kept_columns(layer, torch.from_numpy(kept_H.copy()))
-        for parameter, axis in head_parameters(layer):
+        for parameter, axis, starts in head_parameters(layer):
+            columns = kept_columns(layer, torch.from_numpy(kept_H.copy()), starts)
             narrow = parameter.detach().index_select(axis, columns)
             state[names[id(parameter)]] = narrow if kept_H.any() else torch.zeros_like(narrow)
     return state
@@ -224,31 +232,24 @@ def _without_heads(model: PreTrainedModel, mask: HeadMask) -> dict[str, Tensor]:
 
 def _narrow_model(config: Any, mask: HeadMask) -> PreTrainedModel:
     """Create a classifier with the shapes that the mask leaves; its weights are still random."""
+    from transformers import AutoModelForSequenceClassification
+
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):
-        _narrow_layer(model, layer, torch.from_numpy(kept_H.copy()))
+        _narrow_layer(layer, torch.from_numpy(kept_H.copy()))
     return model
 
 
-def _narrow_layer(model: nn.Module, layer: AttentionLayer, kept_H: Tensor) -> None:
-    """Narrow an attention layer's four linear layers, and its count of heads, in place."""
-    columns = kept_columns(layer, kept_H)
-    for linear in (layer.query, layer.key, layer.value):
+def _narrow_layer(layer: AttentionLayer, kept_H: Tensor) -> None:
+    """Narrow an attention layer's linear layers, and its count of heads, in place."""
+    for linear, starts in layer.first_rows.items():
+        rows = kept_columns(layer, kept_H, starts)
         for name, parameter in list(linear.named_parameters(recurse=False)):
-            setattr(linear, name, nn.Parameter(parameter.detach()[columns]))
-        linear.out_features = len(columns)
+            setattr(linear, name, nn.Parameter(parameter.detach()[rows]))
+        linear.out_features = len(rows)
+    columns = kept_columns(layer, kept_H)
     layer.output.weight = nn.Parameter(layer.output.weight.detach()[:, columns])
     layer.output.in_features = len(columns)
-    # The module above the query projection splits its output into heads; its attributes of counts
-    # are named differently in BERT (num_attention_heads, all_head_size) and DistilBERT (n_heads).
-    attention: Any = next(module for module in model.modules() if layer.query in module.children())
-    num_heads = len(columns) // layer.head_dim
-    counts = {
-        "num_attention_heads": num_heads,
-        "n_heads": num_heads,
-        "all_head_size": len(columns),
-    }
-    for name, count in counts.items():
-        if hasattr(attention, name):
-            setattr(attention, name, count)
+    for name, count in layer.head_counts(len(columns) // layer.head_dim).items():
+        setattr(layer.module, name, count)

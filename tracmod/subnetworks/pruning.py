@@ -16,16 +16,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from tracmod.choices import Combine
 from tracmod.files import progress
 from tracmod.models.architecture import attention_layers
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.subnetworks.importance import head_importance, mask_least_important, masked_accuracy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # A score of exactly threshold * full_score must not fall below it by the rounding of the product.
 ROUNDING = 1e-9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -38,7 +39,8 @@ def read_examples(
     """Read and check one file of examples.
 
     Args:
-        path: TSV (without quoting), CSV, JSON lines or Parquet, each also gzipped.
+        path: TSV (texts with doubled quotation marks are unquoted), CSV, JSON lines or Parquet,
+            each also gzipped.
         columns: our column name -> the name in the file, where they differ.
         language: the language of all rows; the file then needs no language column.
         label_names: the names of the classes. Numbers (of JSON or Parquet) are class numbers. Text
@@ -54,7 +56,7 @@ def read_examples(
     Raises:
         ValueError: a malformed row; the message names file and line.
     """
-    file = _RawFile.read(path, columns or {}, language)
+    file = _warn_of_notes(_RawFile.read(path, columns or {}, language))
     if label_names is not None:
         return _model_tables([file], label_names)[0]
     label_names = file.class_names or _distinct_labels([file])
@@ -194,12 +196,12 @@ def load_files(config: TaskConfig) -> Corpus:
 def _read_languages(template: str, config: TaskConfig, splits: list[str]) -> list[_RawFile]:
     """Read a file of all languages, or one file per language that a split needs."""
     if "{language}" not in template:
-        return [_RawFile.read(template, config.columns, None)]
+        return [_warn_of_notes(_RawFile.read(template, config.columns, None))]
     files = []
     needed = {language for split in splits for language in config.languages_of(split)}
     for language in [language for language in config.languages if language in needed]:
         path = template.replace("{language}", language)
-        file = _RawFile.read(path, config.columns, language)
+        file = _warn_of_notes(_RawFile.read(path, config.columns, language))
         # Parallel files usually number their rows alike; ids must differ between languages.
         file.values["id"] = [f"{language}-{number}" for number in file.values["id"]]
         files.append(file)
@@ -234,7 +236,7 @@ class _RawFile:
         class_names: the names of the label numbers, if the schema of the file states them.
         names_in_file: the names of the columns in the file.
         has_languages: whether the file states the language of its rows.
-        notes: sentences on what the file does not say.
+        notes: sentences on what the file does not say, and on what was made of its texts.
     """
 
     path: Path
@@ -278,6 +280,7 @@ class _RawFile:
         notes: list[str] = []
         values: dict[str, list[Any]] = {name: [] for name in POOL_SCHEMA.names}
         lines: list[int] = []
+        unquoted: list[int] = []
         label_kinds: list[str] = []
         class_names: list[str] | None = None
         language_names: list[str] | None = None
@@ -316,8 +319,8 @@ class _RawFile:
             if list_text is not None:
                 kind, cells["label"] = "list", list_text
             fault = fault or _clean(cells)
-            if fault is None and is_tsv:
-                fault = _quoted_text(cells)
+            if fault is None and is_tsv and _unquote(cells):
+                unquoted.append(line)
             if fault is None and class_names is not None and kind == "number":
                 kind, number = "stated", str(cells["label"])
                 if _are_numbers([number]) and int(number) < len(class_names):
@@ -343,6 +346,13 @@ class _RawFile:
         if any(texts) and not all(texts):
             line = lines[texts.index(None)]
             raise ValueError(f"{path}:{line}: empty text_b, but other rows have one")
+        if unquoted:
+            # A new list: `choose_columns` made the other one.
+            notes = [
+                *notes,
+                f"{path}: {len(unquoted)} rows have a text that is quoted as in CSV, first in line "
+                f"{unquoted[0]}; its quotation marks were removed",
+            ]
         has_languages = names.get("language") in names_in_file
         return cls(
             Path(path), lines, values, label_kinds, class_names, names_in_file, has_languages, notes
@@ -498,15 +508,27 @@ def _stated_name(number: Any, names: Sequence[str]) -> Any:
     return names[number] if is_known else number
 
 
-def _quoted_text(cells: Mapping[str, Any]) -> str | None:
-    """Return which text of a row of TSV is quoted as in CSV; its marks would be taken as text."""
-    for name in ("text_a", "text_b"):
-        if cells[name] is not None and QUOTED_AS_IN_CSV.fullmatch(cells[name].strip()):
-            return (
-                f"{name} is quoted as in CSV: {shown(cells[name])}; TSV is read without quoting: "
-                "name the file .csv, or write it as JSON lines"
-            )
-    return None
+def _unquote(cells: dict[str, Any]) -> bool:
+    """Take the marks off the texts of a row of TSV that are quoted as in CSV, and say if any were.
+
+    Published TSV is often written by a CSV writer, which quotes a text that has quotation marks in
+    it and doubles these. A text that only begins and ends with marks is left as it is.
+    """
+    quoted = [
+        name
+        for name in ("text_a", "text_b")
+        if cells[name] is not None and QUOTED_AS_IN_CSV.fullmatch(cells[name].strip())
+    ]
+    for name in quoted:
+        cells[name] = cells[name].strip()[1:-1].replace('""', '"')
+    return bool(quoted)
+
+
+def _warn_of_notes(file: _RawFile) -> _RawFile:
+    """Return a file of a study after warning of what was made of it."""
+    for note in file.notes:
+        warnings.warn(note, stacklevel=3)
+    return file
 
 
 def _mark_of(label: Any) -> str:

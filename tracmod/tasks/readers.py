@@ -212,6 +212,10 @@ def _with_header(
                     f"{path}:{number}: the columns are quoted as in CSV, and TSV is read without "
                     "quoting: name the file .csv"
                 )
+            if any("\r" in name for name in header):
+                raise ValueError(
+                    f"{path}:{number}: expected lines that end in a line feed, got carriage returns"
+                )
             if len(header) == 1:
                 raise ValueError(
                     f"{path}:{number}: expected columns separated by {delimiter!r}, got "

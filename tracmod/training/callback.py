@@ -28,10 +28,13 @@ from transformers import (
     TrainingArguments,
 )
 
+from tracmod.choices import instance, switch
 from tracmod.files.durable import write_json
+from tracmod.models.adapters import is_peft_model, plain_parameter_name
 from tracmod.models.architecture import attention_layers
 from tracmod.models.checkpoints import SECOND_MOMENT, check_checkpoint
-from tracmod.models.loading import has_tokenizer
+from tracmod.models.inputs import unwrapped
+from tracmod.models.loading import config_class_names, has_tokenizer
 from tracmod.models.loss import ExampleLoss, LossFunction, as_loss, own_loss
 from tracmod.training.loss_watch import LossWatch
 
@@ -109,13 +112,15 @@ class TracInCallback(TrainerCallback):
                 function of logits (B, C) and labels (B, ...) that returns a loss per example.
 
         Raises:
-            ValueError: another value of `every`, or `loss` is no loss.
+            ValueError: another value of `every` or `second_moment`, or `tokenizer` is no tokenizer
+                or `loss` no loss.
         """
         if every not in (None, "epoch"):
             raise ValueError(f"every: expected None or 'epoch', got {every!r}")
+        instance("tokenizer", tokenizer, PreTrainedTokenizerBase, optional=True)
         self.tokenizer = tokenizer
         self.every = every
-        self.second_moment = second_moment
+        self.second_moment = switch("second_moment", second_moment)
         self.loss = as_loss(loss)
         self._watch: LossWatch | None = None
         # Sum of the learning rates and number of optimizer steps since the previous checkpoint.
@@ -141,7 +146,9 @@ class TracInCallback(TrainerCallback):
                 hyperparameter search, or `save_strategy` would undo `every`.
         """
         self._begin_checkpoint()  # an earlier training of this object may have failed
-        attention_layers(kwargs["model"])
+        attention_layers(unwrapped(kwargs["model"]))
+        if is_peft_model(kwargs["model"]):
+            _check_base(kwargs["model"])
         if self.loss is not None:
             self.loss.check_outputs(int(kwargs["model"].config.num_labels or 0))
         self._watch_loss(args, kwargs["model"])
@@ -293,9 +300,11 @@ class TracInCallback(TrainerCallback):
             "steps": steps,
             **self._loss_record(args, state, kwargs["model"]),
         }
-        frozen = sorted({_plain_name(name) for name, _ in model.named_parameters()} - trained)
+        frozen = sorted({name for name, _ in _named_parameters(model)} - trained)
         if frozen:
             record["frozen_parameters"] = frozen
+        if is_peft_model(model):  # its folder has no config
+            record["class_names"] = config_class_names(model.config)
         write_json(folder / "tracmod.json", record)
 
     def _begin_checkpoint(self) -> None:
@@ -321,19 +330,35 @@ def _trainable(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in _named_parameters(model) if p.requires_grad]
     if not any(id(parameter) in rate_of for _, parameter in trainable):
-        return {_plain_name(name): 1.0 for name, _ in trainable}
+        return {name: 1.0 for name, _ in trainable}
     return {
-        _plain_name(name): rate_of[id(parameter)]
-        for name, parameter in trainable
-        if id(parameter) in rate_of
+        name: rate_of[id(parameter)] for name, parameter in trainable if id(parameter) in rate_of
     }
 
 
-def _plain_name(name: str) -> str:
-    """Return the name of a parameter without the prefixes of wrappers."""
-    return re.sub(r"^((_orig_mod|module)\.)+", "", name)
+def _named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters with their names in the model without wrappers, also of PEFT.
+
+    Modules that PEFT trains whole have a copy as they were before, which the model does not use.
+    """
+    return [
+        (plain_parameter_name(re.sub(r"^((_orig_mod|module)\.)+", "", name)), parameter)
+        for name, parameter in model.named_parameters()
+        if ".original_module." not in name
+    ]
+
+
+def _check_base(model: Any) -> None:
+    """Refuse a PEFT model whose checkpoints would not say which model they belong to."""
+    config = model.active_peft_config
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            "TracInCallback: expected an adapter on a model from a folder or the Hub, got one on a "
+            "model without a name: its checkpoints could not be loaded; save the base model and "
+            "load it with from_pretrained"
+        )
 
 
 def _second_moment(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -356,5 +381,5 @@ def _second_moment(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
                 moments[parameter] = state["exp_avg_sq"].float() / correction
     return {
         name: moments.get(parameter, torch.zeros_like(parameter)).detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
+        for name, parameter in _named_parameters(model)
     }

@@ -23,11 +23,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.choices import PassDtype, Sampling, SharedParameters
 from tracmod.files import progress
@@ -38,11 +37,16 @@ from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.loss import per_example_loss
 from tracmod.subnetworks.head_mask import HeadMask, head_slices, masked, matching_layers
 from tracmod.subnetworks.importance import head_importance, mask_least_important, masked_accuracy
+from tracmod.training.batch_mean import WeightedMean
 from tracmod.training.folder import TrainingFolder
 from tracmod.training.optimizer import HeadwiseAdamW
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 Masks = Mapping[str, HeadMask]  # by language
-Evaluate = Callable[[PreTrainedModel, Masks | None], Mapping[str, float]]  # accuracy by language
+# Returns the accuracy by language. The model's class is text: it is imported with the model.
+Evaluate = Callable[["PreTrainedModel", Masks | None], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ def fine_tune(
     ids: Sequence[str] | None = None,
     description: str = "fine-tune",
     second_moment: bool = False,
+    batch_mean: WeightedMean | None = None,
 ) -> list[Checkpoint]:
     """Fine-tune a classifier on all languages together, or on each through its own head mask.
 
@@ -154,6 +159,7 @@ def fine_tune(
         description: label of the progress bar.
         second_moment: whether every checkpoint gets AdamW's second moment, which
             `adam_preconditioner` reads.
+        batch_mean: the mean loss of a batch whose examples have weights; None for equal weights.
 
     Returns:
         The checkpoints kept, first epoch first.
@@ -172,6 +178,8 @@ def fine_tune(
         )
     folder = TrainingFolder(out_dir)
     identity = _identity(model, examples, languages, settings, masks, dev)
+    if batch_mean is not None:
+        identity |= batch_mean.identity()
     folder.claim(identity, defaults=asdict(TrainingSettings()))
     if not folder.is_complete(settings.epochs, settings.kept_epochs):
         module: torch.nn.Module = model
@@ -193,6 +201,7 @@ def fine_tune(
                     model, weight_decay=settings.weight_decay, split_heads=masks is not None
                 ),
                 second_moment=second_moment,
+                batch_mean=batch_mean,
             )
             training.run(evaluate, save_seconds, description)
     folder.clear_state()
@@ -345,7 +354,7 @@ class _Training:
     plan: _BatchPlan
     optimizer: HeadwiseAdamW
     second_moment: bool
-    batch_mean: Callable[[Tensor, list[int]], Tensor] | None = None  # None: the mean of the losses
+    batch_mean: WeightedMean | None = None  # None: the mean of the losses
 
     def run(self, evaluate: Evaluate | None, save_seconds: float, description: str) -> None:
         """Train from the state on disk, or from the start, to the end."""

@@ -19,17 +19,19 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.files.durable import read_json, sync_folder, write_json
 from tracmod.models.checkpoints import SECOND_MOMENT, Checkpoint, load_checkpoints
 from tracmod.models.loading import quiet_transformers
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.training.optimizer import HeadwiseAdamW
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class TrainingFolder:

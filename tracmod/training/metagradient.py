@@ -51,7 +51,8 @@ from tracmod.files.durable import (
 from tracmod.models.inputs import collate, pad_token_id, plan_batches
 from tracmod.models.loss import per_example_loss
 from tracmod.subnetworks.head_mask import HeadMask, masked
-from tracmod.training.replay import BatchMean, Replay, State
+from tracmod.training.batch_mean import mean_loss
+from tracmod.training.replay import Replay, State
 
 DEFAULT_DISK = 20 * 10**9
 # The differentiable pass uses other attention kernels than the training, which round differently.
@@ -128,10 +129,8 @@ def differentiate(
 ) -> Metagradient:
     """Differentiate mean losses after a fine-tuning with respect to every example's weight.
 
-    The loss of a batch of B examples is, with `fixed`, `sum_i (1 + w_i) l_i / B`: leaving an
-    example out (w_i = -1) leaves the others with the weight that they had. With `weighted` it is
-    `sum_i (1 + w_i) l_i / sum_i (1 + w_i)`: the others of the batch then share its weight.
-    Derivatives are at w = 0. An example that the training repeats has one weight for all times.
+    The loss of a batch is that of `WeightedMean`. Derivatives are at weights w of 0. An example
+    that the training repeats has one weight for all times.
 
     Each quantity costs about 2.4 trainings, and all of them together 2.4 more (measured on a CPU,
     where all states fit into memory). A call with the same arguments continues one that was
@@ -141,7 +140,7 @@ def differentiate(
         replay: the fine-tuning, from `open_replay`.
         quantities: the quantities, each with its test examples.
         work_dir: folder for states; emptied at the end.
-        denominator: what happens to the mean over a batch, see above.
+        denominator: what happens to the mean over a batch, see `WeightedMean`.
         memory: bytes for the states between two that are kept on disk, and for the adjoints.
         disk: bytes that `work_dir` may take.
         save_seconds: seconds between two saves of the adjoints, to resume from.
@@ -158,29 +157,6 @@ def differentiate(
     result = sweep.run(save_seconds, description)
     shutil.rmtree(work_dir, ignore_errors=True)
     return result
-
-
-def weighted_mean(weights_N: Tensor, denominator: Denominator) -> BatchMean:
-    """Return the mean loss of a batch in a training with weights, for `open_replay`.
-
-    Args:
-        weights_N: (N,) the weights w_i; 0 is an example's usual weight, -1 leaves it out.
-        denominator: see `differentiate`.
-    """
-
-    def mean(losses_B: Tensor, rows: list[int]) -> Tensor:
-        scale_B = 1 + weights_N[rows].to(losses_B)
-        return _weighted(losses_B, scale_B, denominator)
-
-    return mean
-
-
-def _weighted(losses_B: Tensor, scale_B: Tensor, denominator: Denominator) -> Tensor:
-    total = (losses_B * scale_B).sum()
-    if denominator == "fixed":
-        return total / len(losses_B)
-    # A batch without weight has no loss; its gradient is 0, and AdamW still moves by its moments.
-    return total / scale_B.sum().clamp(min=torch.finfo(scale_B.dtype).tiny)
 
 
 def evaluate(replay: Replay, quantities: Sequence[Quantity]) -> Tensor:
@@ -300,7 +276,7 @@ def _step_back(
     with _differentiable_attention(replay, step):
         losses_B = replay.losses(step)
         scale_B = torch.ones_like(losses_B, requires_grad=True)
-        loss = _weighted(losses_B, scale_B, denominator)
+        loss = mean_loss(losses_B, scale_B, denominator)
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         raw = {
             name: gradient
@@ -314,9 +290,11 @@ def _step_back(
         difference = _gradient_difference(replay, step, before, after, detached, clip)
         outputs = [gradient for gradient in raw.values() if gradient.requires_grad]
         weights_KB = torch.empty(len(adjoints), len(losses_B), dtype=losses_B.dtype)
+        # One buffer for all quantities, because filling new pages is slow on a CPU.
+        by_raw = {name: torch.empty_like(gradient) for name, gradient in detached.items()}
         for number, adjoint in enumerate(adjoints):
-            by_clipped = _through_update(replay, updates, adjoint, detached)
-            by_raw = _through_clipping(by_clipped, detached, norm, clip)
+            _through_update(replay, updates, adjoint, by_raw)
+            _through_clipping(by_raw, detached, norm, clip)
             products = torch.autograd.grad(
                 outputs,
                 [*parameters, scale_B],
@@ -369,18 +347,23 @@ def _through_update(
     replay: Replay,
     updates: Sequence[_UnitUpdate],
     adjoint: _Adjoint,
-    gradients: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
+    by_gradient: Mapping[str, Tensor],
+) -> None:
     """Take an adjoint back through AdamW's update, in place.
 
     What a step does not move keeps its adjoint. The part that goes through the loss is not yet in
     the result.
 
-    Returns:
-        The derivative with respect to the clipped gradient, by parameter.
+    Args:
+        replay: the fine-tuning.
+        updates: the derivatives of the step's updates.
+        adjoint: the adjoint.
+        by_gradient: gets the derivative with respect to the clipped gradient, by parameter.
     """
     beta1, beta2, _ = replay.optimizer.constants
-    by_gradient = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
+    written_whole = {update.name for update in updates if update.index is None}
+    for name in by_gradient.keys() - written_whole:
+        by_gradient[name].zero_()
     for update in updates:
         index = ... if update.index is None else update.index
         weight, first, second, out = (
@@ -394,21 +377,21 @@ def _through_update(
         first.mul_(beta1)
         second.mul_(beta2)
         weight.mul_(update.keep)
-    return by_gradient
 
 
 def _through_clipping(
-    by_clipped: dict[str, Tensor], gradients: Mapping[str, Tensor], norm: float, clip: float
-) -> dict[str, Tensor]:
+    by_clipped: Mapping[str, Tensor], gradients: Mapping[str, Tensor], norm: float, clip: float
+) -> None:
     """Take a derivative back, in place, through `g' = c g`, `c = min(1, limit / (|g| + 1e-6))`.
 
     `dc/dg = -c / (|g| + 1e-6) g / |g|` where the gradient is clipped, and 0 elsewhere.
     """
     if clip == 1.0:
-        return by_clipped
+        return
     inner = sum(float(by_clipped[n].flatten() @ g.flatten()) for n, g in gradients.items())
     along = clip * inner / ((norm + 1e-6) * norm)
-    return {n: by_clipped[n].mul_(clip).sub_(g, alpha=along) for n, g in gradients.items()}
+    for name, gradient in gradients.items():
+        by_clipped[name].mul_(clip).sub_(gradient, alpha=along)
 
 
 def _gradient_difference(
@@ -442,8 +425,8 @@ def _gradient_difference(
 
 
 def _square(tensor: Tensor) -> float:
-    """Return the squared L2 norm, summed in float64."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    """Return the squared L2 norm, summed in the tensor's precision: float64 would copy it."""
+    return float(torch.linalg.vector_norm(tensor)) ** 2
 
 
 def _check_attention(replay: Replay) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracmod.models.architecture.family import is_rms_norm
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
@@ -33,7 +34,7 @@ class HeadwiseAdamW:
 
     Args:
         model: model to train. Parameters that need no gradient are left out.
-        weight_decay: decoupled weight decay. Biases and LayerNorm weights do not decay.
+        weight_decay: decoupled weight decay. Biases and weights of norms do not decay.
         split_heads: whether steps can leave heads out.
     """
 
@@ -152,6 +153,7 @@ class Unit:
         decays: whether weight decay applies.
         index: `parameter[index]` is the head's part; None for a whole parameter.
         head: (layer, head), or None for a whole parameter.
+        part: as in `HeadSlice`.
     """
 
     parameter_name: str
@@ -160,12 +162,15 @@ class Unit:
     decays: bool
     index: tuple[slice, ...] | None = None
     head: tuple[int, int] | None = None
+    part: int = 0
 
     @property
     def name(self) -> str:
         """Name in the optimizer's state; the layer is part of the parameter's name."""
         return (
-            self.parameter_name if self.head is None else f"{self.parameter_name}[{self.head[1]}]"
+            self.parameter_name
+            if self.head is None
+            else f"{self.parameter_name}[{self.head[1]}]" + (f".{self.part}" if self.part else "")
         )
 
 
@@ -175,7 +180,7 @@ def _units(model: nn.Module, split_heads: bool) -> list[Unit]:
         f"{module_name}.{name}" if module_name else name
         for module_name, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)
-        if name != "bias" and not isinstance(module, nn.LayerNorm)
+        if name != "bias" and not (isinstance(module, nn.LayerNorm) or is_rms_norm(module))
     }
     slices = head_slices(model) if split_heads else []
     split = {part.name for part in slices}
@@ -189,5 +194,6 @@ def _units(model: nn.Module, split_heads: bool) -> list[Unit]:
             if part.name == name:
                 view = parameter.detach()[part.index]
                 head = (part.layer, part.head)
-                units.append(Unit(name, parameter, view, name in decaying, part.index, head))
+                decays = name in decaying
+                units.append(Unit(name, parameter, view, decays, part.index, head, part.part))
     return units

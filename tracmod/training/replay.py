@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.models.loading import quiet_transformers
 from tracmod.subnetworks.head_mask import HeadMask
+from tracmod.training.batch_mean import WeightedMean
 from tracmod.training.fine_tune import (
     Masks,
     TrainingSettings,
@@ -33,10 +33,12 @@ from tracmod.training.fine_tune import (
 from tracmod.training.folder import TrainingFolder
 from tracmod.training.optimizer import HeadwiseAdamW
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 # State of a training between two steps: `weight:<name>` of every trained parameter, and the entries
 # of `HeadwiseAdamW.state`.
 State = dict[str, Tensor]
-BatchMean = Callable[[Tensor, list[int]], Tensor]  # losses and rows of a batch -> its mean loss
 
 
 class Replay:
@@ -165,7 +167,7 @@ def open_replay(
     masks: Masks | None = None,
     dev: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     device: torch.device | str | None = None,
-    batch_mean: BatchMean | None = None,
+    batch_mean: WeightedMean | None = None,
 ) -> Iterator[Replay]:
     """Open a finished fine-tuning to take its steps again.
 

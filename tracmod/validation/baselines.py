@@ -7,16 +7,18 @@ size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bm25s
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tracmod.models.inputs import collate, pad_token_id, plan_batches
 from tracmod.models.modes import frozen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # All words of any script count, single letters and frequent words included. In scripts without
 # spaces a run of letters is one word.

@@ -10,10 +10,11 @@ languages, R resamples, D = 2 G shares (of proponents and of opponents), M = L x
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from tracmod.choices import ParameterSelection
 from tracmod.features.rows import Features, as_rows
 from tracmod.files.durable import canonical_json, sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
@@ -32,6 +33,9 @@ from tracmod.influence.exact import exact_influence
 from tracmod.influence.scores import TopInfluences, influence_scores, top_of_scores
 from tracmod.models.loss import ExampleLoss
 from tracmod.subnetworks.head_mask import HeadMask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Largest sample, and its largest share of the passes of a run. A certificate costs about twice the
 # passes of its sample.
@@ -118,7 +122,7 @@ def exact_sample_scores(
     queries: Sequence[Mapping[str, Any]],
     trains: Sequence[Mapping[str, Any]],
     *,
-    parameters: str,
+    parameters: ParameterSelection,
     head_mask: HeadMask | None,
     normalize: str | None,
     dtype: str,
@@ -393,10 +397,12 @@ def failure(certificate: Mapping[str, Any], subject: str) -> str:
     """
     if certificate["passed"]:
         return ""
+    # Rounded down: 0.9496 would be shown as the 0.950 that is expected.
+    value = math.floor(certificate["spearman"]["value"] * 1000) / 1000
     return (
         f"fidelity of {subject}: expected a Spearman correlation of at least "
         f"{certificate['least_spearman']} between scores from features and exact scores, got "
-        f"{certificate['spearman']['value']:.3f}; use a larger projection_dim (scores of a model "
+        f"{value:.3f}; use a larger projection_dim (scores of a model "
         f"that has learned little differ less than their errors, so it needs more numbers), and do "
         f"not rely on the rankings of this run"
     )

@@ -7,15 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.trainer_pt_utils import LabelSmoother
 
 from tracmod import kernels
-from tracmod.choices import StatedLossKind
+from tracmod.choices import ParameterSelection, StatedLossKind
 from tracmod.gradients.capture import (
     Captured,
     ModelPass,
@@ -44,6 +42,9 @@ from tracmod.models.loss import (
 from tracmod.models.modes import evaluating, frozen, in_float64
 from tracmod.models.plain_pass import given_batch, logits_of, model_logits
 from tracmod.subnetworks.head_mask import HeadMask, masked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Relative error up to which gradients count as right whatever that of autograd is.
 ROUNDING = 1e-5
@@ -113,7 +114,7 @@ class ModelCheck:
 def check_model(
     source: str,
     data: Path,
-    parameters: str = "all",
+    parameters: ParameterSelection = "all",
     head_mask: Path | None = None,
     num_examples: int = 8,
     max_length: int = 128,
@@ -159,7 +160,7 @@ def check_model(
 def check_gradients(
     model: PreTrainedModel,
     examples: Sequence[Mapping[str, Any]],
-    parameters: str = "all",
+    parameters: ParameterSelection = "all",
     head_mask: HeadMask | None = None,
     include_frozen: bool = False,
     *,
@@ -270,7 +271,7 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 def engine_gradients(
     model: PreTrainedModel,
     examples: Sequence[Mapping[str, Any]],
-    parameters: str = "all",
+    parameters: ParameterSelection = "all",
     model_pass: ModelPass | None = None,
     logits: dict[int, Tensor] | None = None,
     include_frozen: bool = False,
@@ -441,6 +442,8 @@ def reference_loss(
         weights = None if loss.pos_weight is None else logits_BC.new_tensor(loss.pos_weight)
         return nn.BCEWithLogitsLoss(pos_weight=weights)(logits_BC, labels)
     if loss.class_weights is None and loss.label_smoothing:
+        from transformers.trainer_pt_utils import LabelSmoother
+
         return LabelSmoother(loss.label_smoothing)({"logits": logits_BC}, labels)
     weights = None if loss.class_weights is None else logits_BC.new_tensor(loss.class_weights)
     smoothing = loss.label_smoothing

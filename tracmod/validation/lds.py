@@ -13,7 +13,7 @@ Shape suffixes: Q test examples, S subsets, B draws of the bootstrap (the first 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,11 @@ LDS_SCHEMA = pa.schema(
         *((name, pa.string()) for name in ("method", "level", "test_language")),
         *((name, pa.float64()) for name in ("value", "low", "high")),
         *((f"over_first{bound}", pa.float64()) for bound in ("", "_low", "_high")),
+        *((f"pearson{bound}", pa.float64()) for bound in ("", "_low", "_high")),
     ]
 )
 _BLOCK_NUMBERS = 1 << 22
+Correlation = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,21 @@ def rank_correlation(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.nda
     return np.where(squares > 1e-12, product / np.sqrt(np.where(squares > 1e-12, squares, 1)), 0.0)
 
 
+def linear_correlation(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Compute Pearson's correlation over the last axis, with counts as weights.
+
+    It is 0 where one side does not vary.
+
+    Args:
+        x, y, counts: (..., S) float, of shapes that can be broadcast.
+    """
+    total = counts.sum(axis=-1, keepdims=True)
+    x, y = (values - (counts * values).sum(axis=-1, keepdims=True) / total for values in (x, y))
+    product = (counts * x * y).sum(axis=-1)
+    squares = (counts * x**2).sum(axis=-1) * (counts * y**2).sum(axis=-1)
+    return np.where(squares > 0, product / np.sqrt(np.where(squares > 0, squares, 1)), 0.0)
+
+
 def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return mean ranks up to a constant: the count of lower entries plus half that of equal ones.
 
@@ -126,7 +143,8 @@ def lds_table(
     At the level "example" the value is the mean of LDS(z) over test examples. At the level
     "language" it is the Spearman correlation of the *mean* loss over a language's test examples
     with the mean predicted effect on them, on which the tables of influence between languages rely;
-    for all languages it is the mean of theirs. `over_first` is the difference from the first
+    for all languages it is the mean of theirs. `pearson` is Pearson's correlation in place of
+    Spearman's, at the level "language" only. `over_first` is the difference from the first
     method, null for the first method itself. Its interval uses the same draws for both methods, so
     it can separate methods whose own intervals overlap.
 
@@ -153,6 +171,12 @@ def lds_table(
                 else:
                     first[level, language] = values_B
                 rows.append(row)
+        pearson = _language_lds(predicted_QS, -losses_QS, languages_Q, draws, linear_correlation)
+        for language, values_B in pearson:
+            row = next(r for r in reversed(rows) if r["test_language"] == language)
+            bounds = draws.interval(values_B)
+            row["pearson"] = bounds.pop("value")
+            row |= {f"pearson_{bound}": value for bound, value in bounds.items()}
     return pa.Table.from_pylist(rows, LDS_SCHEMA)
 
 
@@ -179,7 +203,11 @@ def _example_lds(
 
 
 def _language_lds(
-    predicted_QS: np.ndarray, effect_QS: np.ndarray, languages_Q: Sequence[str], draws: Draws
+    predicted_QS: np.ndarray,
+    effect_QS: np.ndarray,
+    languages_Q: Sequence[str],
+    draws: Draws,
+    correlation: Correlation = rank_correlation,
 ) -> Iterator[tuple[str | None, np.ndarray]]:
     """Yield (B,) mean over languages of the LDS of their means (None), then that of each."""
     lds_of = {}
@@ -190,7 +218,7 @@ def _language_lds(
         sums = [weights_BQ @ values_QS[own_Q] for values_QS in (predicted_QS, effect_QS)]
         values_B = np.concatenate(
             [
-                rank_correlation(
+                correlation(
                     sums[0][start : start + size],
                     sums[1][start : start + size],
                     draws.others_BS[start : start + size],

@@ -212,6 +212,7 @@ def subset_lds(
     languages_Q: Sequence[str],
     clusters_Q: Sequence[Any] | np.ndarray,
     resampling: Resampling,
+    subsets: Sequence[int] | None = None,
 ) -> pa.Table:
     """Compute `lds_table` of every method, and with half of the seeds as the prediction.
 
@@ -223,11 +224,13 @@ def subset_lds(
         retrained: losses after training on each subset.
         languages_Q, clusters_Q: language and parallel item of each test example.
         resampling: options of the intervals.
+        subsets: numbers of the subsets that are compared; None for all.
     """
-    number = next(iter(summed.values())).subsets_QS.shape[1]
-    losses_RQS = np.stack([retrained.losses[subset_set(s)] for s in range(number)], axis=-1)
-    draws = Draws.of(clusters_Q, number, resampling)
-    predicted = {method: sums.subsets_QS for method, sums in summed.items()}
+    if subsets is None:
+        subsets = range(next(iter(summed.values())).subsets_QS.shape[1])
+    losses_RQS = np.stack([retrained.losses[subset_set(s)] for s in subsets], axis=-1)
+    draws = Draws.of(clusters_Q, len(subsets), resampling)
+    predicted = {method: sums.subsets_QS[:, list(subsets)] for method, sums in summed.items()}
     table = lds_table(predicted, losses_RQS.mean(axis=0), languages_Q, draws)
     half = len(losses_RQS) // 2
     if half == 0:

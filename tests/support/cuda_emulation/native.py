@@ -2,6 +2,7 @@
 
 `build` compiles csrc/cuda with the headers of this folder; the ops have the signatures of
 `tracmod._C`, but check no argument. `backwards` reverses the order in which warps and threads run.
+A build with `check` watches every access to memory (checker.cpp): `start_check` and `reports`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_bool, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ from torch.utils.dlpack import from_dlpack
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 LAUNCH = re.compile(r"([\w:]+(?:<[^<>;=]*>)?)\s*<<<(.*?)>>>\((.*?)\);", re.DOTALL)
+BOUND = re.compile(r"__launch_bounds__\(([^(),]*)(?:,[^()]*)?\)\s*(\w+)\(")
+BARRIER = re.compile(r"__syncthreads\(\);|__syncwarp\(\);")
+CONTENTS = {"tensor": 1, "input": 2}  # numbers of checker.cpp
 LAYERS = ["linear", "elementwise", "embedding"]
 KINDS = ["rademacher", "sjlt", "identity", "sketch"]
 # Changes to the sources. Smaller limits make small tests run through many waves and parts. And only
@@ -42,6 +47,8 @@ CHANGES = {
 
 backwards = False
 _library: ctypes.CDLL | None = None
+_checks = False
+_memory: list[tuple[Tensor, str]] = []  # tensors of the next call, and their content
 
 
 class Gradients(Structure):
@@ -69,6 +76,13 @@ class Projection(Structure):
     ]
 
 
+class Ranking(Structure):
+    _fields_ = [
+        *[(name, c_void_p) for name in ("scores", "indices")],
+        ("k", c_int64),
+    ]
+
+
 class TopK(Structure):
     _fields_ = [
         *[(name, c_int64) for name in ("queries", "trains", "width", "checkpoints")],
@@ -76,11 +90,12 @@ class TopK(Structure):
         ("weights", POINTER(c_double)),
         ("dtype", c_int),
         ("cosine", c_bool),
-        *[(name, c_int64) for name in ("k", "index_offset")],
+        ("index_offset", c_int64),
         ("groups", c_void_p),
         ("num_groups", c_int64),
-        *[(name, c_void_p) for name in ("scores", "indices")],
-        *[(name, c_void_p) for name in ("opponent_scores", "opponent_indices", "group_sums")],
+        ("proponents", Ranking),
+        ("opponents", Ranking),
+        ("group_sums", c_void_p),
     ]
 
 
@@ -93,34 +108,148 @@ class Quantization(Structure):
     ]
 
 
-def build(folder: Path, compiler: str) -> None:
-    """Compile all csrc/cuda/*.cu with launches replaced by calls, and load the result."""
-    global _library
-    flags = ["-std=c++17", "-O2", "-w", "-fPIC", "-ffp-contract=fast", "-DTRACMOD_EMULATE"]
-    flags += [f"-I{HERE}", f"-I{CSRC}"]
+class Fault(NamedTuple):
+    """A change of a source that makes it wrong, present in a build but switched off.
 
-    def compile_source(source: Path) -> Path:
-        text = LAUNCH.sub(r"emu::launch(\1, [&] { \1(\3); }, \2);", source.read_text())
-        for line, changed in CHANGES.get(source.stem, {}).items():
-            assert line in text
-            text = text.replace(line, changed)
-        assert "<<<" not in text, f"{source.name}: a launch that the pattern does not match"
-        copy, target = folder / f"{source.stem}.cpp", folder / f"{source.stem}.o"
-        copy.write_text(text)
-        subprocess.run([compiler, *flags, "-c", str(copy), "-o", str(target)], check=True)
-        return target
+    Attributes:
+        file: name of a file of csrc/cuda.
+        start, end: offsets of the text that is replaced.
+        replacement: C++ in its place, in which FAULT is true while the fault is switched on.
+    """
 
+    file: str
+    start: int
+    end: int
+    replacement: str
+
+
+def find_fault(file: str, text: str, replacement: str) -> Fault:
+    """Return the fault that replaces a text, which must occur once in the file."""
+    source = (CSRC / "cuda" / file).read_text()
+    assert source.count(text) == 1, (
+        f"csrc/cuda/{file}: expected once, got {source.count(text)}: {text}"
+    )
+    start = source.index(text)
+    return Fault(file, start, start + len(text), replacement)
+
+
+def removed_barriers() -> dict[str, Fault]:
+    """Return a fault for every barrier of the sources, by file and line: the barrier is removed."""
+    faults = {}
+    for path in sorted((CSRC / "cuda").iterdir()):
+        source = path.read_text()
+        for match in BARRIER.finditer(source):
+            line = source.count("\n", 0, match.start()) + 1
+            faults[f"{path.name}:{line}"] = Fault(
+                path.name, match.start(), match.end(), f"if (!FAULT) {match[0]}"
+            )
+    return faults
+
+
+def _emulated_source(path: Path, faults: Sequence[Fault], bounds: dict[str, str]) -> str:
+    """Return a source with its launches as calls of the emulation; lines keep their numbers."""
+    text = path.read_text()
+    numbered = [
+        (fault, number) for number, fault in enumerate(faults, 1) if fault.file == path.name
+    ]
+    for fault, number in sorted(numbered, reverse=True):
+        switched = fault.replacement.replace("FAULT", f"(emu::position.fault == {number})")
+        text = text[: fault.start] + switched + text[fault.end :]
+    for line, changed in CHANGES.get(path.stem, {}).items() if path.suffix == ".cu" else ():
+        assert line in text, f"{path.name}: expected the text {line}"
+        text = text.replace(line, changed)
+
+    def call(match: re.Match[str]) -> str:
+        kernel, configuration, arguments = match.groups()
+        name = kernel.split("<")[0].split("::")[-1]
+        launch = (
+            f'emu::launch("{name}", static_cast<int>({bounds.get(name, "1024")}), {kernel}, '
+            f"[=] {{ {kernel}({arguments}); }}, {configuration});"
+        )
+        return launch + "\n" * (match[0].count("\n") - launch.count("\n"))
+
+    text = LAUNCH.sub(call, text)
+    assert "<<<" not in text, f"{path.name}: a launch that the pattern does not match"
+    return f'#line 1 "cuda/{path.name}"\n{text}'
+
+
+def build(
+    folder: Path, compiler: str, *, check: bool = False, faults: Sequence[Fault] = ()
+) -> None:
+    """Compile all csrc/cuda/*.cu with launches replaced by calls, and load the result.
+
+    Args:
+        folder: empty folder for the sources, objects and the library.
+        compiler: g++.
+        check: watch every access to memory.
+        faults: faults that `start_check` can switch on, by their number, which begins at 1.
+    """
+    global _library, _checks
+    (folder / "cuda").mkdir()
+    paths = sorted((CSRC / "cuda").iterdir())
+    bounds = {name: bound for path in paths for bound, name in BOUND.findall(path.read_text())}
+    for path in paths:
+        name = path.name.removesuffix(".cu") + (".cpp" if path.suffix == ".cu" else "")
+        (folder / "cuda" / name).write_text(_emulated_source(path, faults, bounds))
+    flags = ["-std=c++17", "-w", "-fPIC", "-ffp-contract=fast", "-DTRACMOD_EMULATE"]
+    flags += [f"-I{HERE}", f"-I{folder}", f"-I{CSRC}", *(["-DTRACMOD_CHECK"] if check else [])]
+    watched = ["-O1", "-g1", "-fsanitize=thread"] if check else ["-O2"]
+
+    def compile_source(source: Path) -> str:
+        target = folder / f"{source.stem}.o"
+        mode = watched if source.parent.name == "cuda" else ["-O2"]
+        command = [compiler, *flags, *mode, "-c", str(source), "-o", str(target)]
+        subprocess.run(command, check=True)
+        return str(target)
+
+    sources = [
+        *sorted((folder / "cuda").glob("*.cpp")),
+        HERE / "bindings.cpp",
+        HERE / "emulator.cpp",
+    ]
+    sources += [HERE / "checker.cpp"] if check else []
     with ThreadPoolExecutor(2) as pool:
-        sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "bindings.cpp"]
-        objects = [str(path) for path in pool.map(compile_source, sources)]
+        objects = list(pool.map(compile_source, sources))
     library = folder / "libemulated.so"
-    subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
-    _library = ctypes.CDLL(str(library))
+    subprocess.run([compiler, "-shared", *objects, "-o", str(library), "-ldl"], check=True)
+    _library, _checks = ctypes.CDLL(str(library)), check
+    if check:
+        _library.check_reports.restype = ctypes.c_char_p
+
+
+def start_check(fault: int = 0) -> None:
+    """Forget the reports so far, and switch a fault on (0: none)."""
+    assert _library is not None
+    _library.check_begin(fault)
+
+
+def reports() -> list[str]:
+    """Return what the checker reported since `start_check`, one sentence each."""
+    assert _library is not None
+    text = _library.check_reports().decode()
+    places = sorted(set(re.findall(r"@(0x[0-9a-f]+)@", text)))
+    if places:
+        command = ["addr2line", "-e", _library._name, *places]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split(
+            "\n"
+        )
+        for place, line in zip(places, lines, strict=False):
+            text = text.replace(f"@{place}@", re.sub(r".*/(?=cuda/)| \(.*", "", line))
+    return text.splitlines()
 
 
 def _call(name: str, *arguments: object) -> None:
+    """Run an op; a build that checks gets to know its tensors."""
     assert _library is not None
+    for tensor, content in _memory if _checks else ():
+        _library.check_add_memory(
+            content.encode(), c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes),
+            CONTENTS[content],
+        )  # fmt: skip
     code = getattr(_library, f"emulated_{name}")(*arguments, int(backwards))
+    if _checks:
+        _library.check_remove_memory()
+    _memory.clear()
     assert code == 0, f"{name}: " + ("threw" if code == 1 else "wrote behind its scratch memory")
 
 
@@ -129,10 +258,11 @@ def _tensors(capsules: Any) -> list[Tensor | None]:
     return [None if capsule is None else from_dlpack(capsule) for capsule in capsules]
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def _address(tensor: Tensor | None, content: str = "input") -> int | None:
     if tensor is None:
         return None
     assert tensor.is_contiguous()
+    _memory.append((tensor, content))
     return tensor.data_ptr()
 
 
@@ -162,6 +292,7 @@ def project_gradients(
         LAYERS.index(layer), KINDS.index(kind), bias, k_out, k_in, rows, seed, input_key,
         _address(input_columns), len(g), outputs,
     )  # fmt: skip
+    _address(out, "tensor")
     if len(x):
         _call(
             "project_gradients", byref(_gradients(x, g[0], lengths, layer)), byref(projection),
@@ -179,24 +310,33 @@ def gradient_dot(
     if len(g1) and len(g2):
         _call(
             "gradient_dot", byref(first), byref(second), LAYERS.index(layer), int(bias),
-            c_void_p(_address(out)),
+            c_void_p(_address(out, "tensor")),
         )  # fmt: skip
 
 
 def top_k_dot(
-    queries: Any, trains: Any, weights: list[float], cosine: bool, k: int, index_offset: int,
+    queries: Any, trains: Any, weights: list[float], cosine: bool, index_offset: int,
     groups: Any, scores: Any, indices: Any, opponent_scores: Any, opponent_indices: Any,
     group_sums: Any, allocate: Any, threads: int, stream: int,
 ) -> None:  # fmt: skip
     queries, trains, count = _tensors(queries), _tensors(trains), len(queries)
     groups, group_sums = _tensors([groups, group_sums])
-    rankings = _tensors([scores, indices, opponent_scores, opponent_indices])
+    scores, indices = _tensors([scores, indices])
+    opponent_scores, opponent_indices = _tensors([opponent_scores, opponent_indices])
+    rankings = [
+        Ranking(_address(scores, "tensor"), _address(indices, "tensor"), scores.shape[1]),
+        Ranking(
+            _address(opponent_scores, "tensor"),
+            _address(opponent_indices, "tensor"),
+            opponent_scores.shape[1],
+        ),
+    ]
     pointers = [(c_void_p * count)(*map(_address, rows)) for rows in (queries, trains)]
     job = TopK(
         len(queries[0]), len(trains[0]), queries[0].shape[1], count, *pointers,
-        (c_double * count)(*weights), _dtype(queries[0]), cosine, k, index_offset, _address(groups),
-        0 if group_sums is None else group_sums.shape[1], *map(_address, rankings),
-        _address(group_sums),
+        (c_double * count)(*weights), _dtype(queries[0]), cosine, index_offset, _address(groups),
+        0 if group_sums is None else group_sums.shape[1], *rankings,
+        _address(group_sums, "tensor"),
     )  # fmt: skip
     if job.queries and job.trains:
         _call("top_k_dot", byref(job))
@@ -205,7 +345,8 @@ def top_k_dot(
 def quantize_rows(rows: Any, codes: Any, scales: Any, threads: int, stream: int) -> None:
     rows, codes, scales = _tensors([rows, codes, scales])
     job = Quantization(
-        _address(rows), *rows.shape, _dtype(rows), _address(codes), _address(scales)
+        _address(rows), *rows.shape, _dtype(rows), _address(codes, "tensor"),
+        _address(scales, "tensor"),
     )  # fmt: skip
     if job.count:
         _call("quantize_rows", byref(job))

@@ -1,4 +1,4 @@
-"""Reads the tables in `analysis/` and `retraining/` of a run folder, for figures and tables."""
+"""Reads the tables of results in a run folder, for figures and tables."""
 
 from __future__ import annotations
 
@@ -64,6 +64,31 @@ class AnalysisTables:
         """Return a factor that makes influences readable, and their unit after it."""
         exponent = words.power_of_ten(float(values.abs().max()) if len(values) else 0.0)
         return 10.0**-exponent, f"10{words.superscript(exponent)} {self.unit}"
+
+    @cached_property
+    def metagradient_summary(self) -> dict[str, Any] | None:
+        """The content of metagradient/summary.json; None if it is not configured."""
+        folder = self._metagradient
+        return read_json(folder / "summary.json") if folder else None
+
+    def metagradient_table(self, name: str) -> pd.DataFrame:
+        """Return `metagradient/<name>.parquet`; empty if missing or no longer configured."""
+        folder = self._metagradient
+        return _read(folder / f"{name}.parquet") if folder else pd.DataFrame()
+
+    @cached_property
+    def metagradient_languages(self) -> pd.DataFrame:
+        """The sums of the metagradient by test and training language; empty without them."""
+        rows = self.metagradient_table("languages")
+        if not len(rows):
+            return rows
+        # Other quantities are single test examples.
+        rows = rows[rows["quantity"].isin(self.run.section("task").get("languages", []))]
+        return rows.rename(columns={"quantity": "test_language", "influence": "foretold"})
+
+    @property
+    def _metagradient(self) -> Path | None:
+        return self.run.path / "metagradient" if self.run.section("metagradient") else None
 
     @property
     def _retraining(self) -> Path | None:

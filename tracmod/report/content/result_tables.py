@@ -22,12 +22,14 @@ _HEADERS = {
     "mean_influence": "mean influence",
     "predicted": "predicted change in mean loss, in the method's own unit",
     "actual": "actual change in mean loss",
+    "foretold": "foretold change in mean loss without the language",
     "expected_jaccard": "Jaccard by chance",
     "corrected_jaccard": "Jaccard beyond chance",
 }
 _RETRAINING_NOTES = {
     "lds": "value: Spearman correlation of the losses after retraining with the method's "
     "predictions; over first: difference from the value of the first method; test language -: all",
+    "fractions": "fraction: share of the training examples in a subset; otherwise as in lds",
     "removal": "changes: without the removed training examples; test language -: all",
     "leave_one_out": "changes: without the training language",
 }
@@ -44,12 +46,12 @@ _NAMES: dict[str, Mapping[str, str]] = {
 _SHARES = ("share", "null_share", "accuracy", "score", "full_score", "threshold", "same_label",
            "same_group")  # fmt: skip
 _INFLUENCES = ("mean_influence", "in_language", "cross_language")
-_DIFFERENCES = ("loss_change", "accuracy_change", "over_first", "predicted", "actual")
+_DIFFERENCES = ("loss_change", "accuracy_change", "over_first", "predicted", "actual", "foretold")
 _PROBABILITIES = ("p_value", "p_adjusted", "probability")
 
 
 def result_tables(tables: AnalysisTables) -> Iterator[Table]:
-    """Yield each table of `analysis/` and `retraining/`, and each language x language matrix."""
+    """Yield each table of a run's results, and each language x language matrix."""
     for path in sorted(tables.folder.glob("*.parquet")):
         if len(rows := pd.read_parquet(path)):
             yield table_of(tables, path.stem, rows)
@@ -60,6 +62,7 @@ def result_tables(tables: AnalysisTables) -> Iterator[Table]:
         if len(table.rows):
             yield table
     yield from _influence_matrices(tables)
+    yield from _metagradient(tables)
     yield from _retraining(tables)
 
 
@@ -104,6 +107,18 @@ def _influence_matrices(tables: AnalysisTables) -> Iterator[Table]:
                 views = ["-".join(key[start : start + 2]) for start in range(0, len(key), 2)]
                 name = f"{kind}-{words.measure_id(measure)}-{'-minus-'.join(views)}"
                 yield _matrix(tables, name, rows, measure, is_change=kind == "change")
+
+
+def _metagradient(tables: AnalysisTables) -> Iterator[Table]:
+    """Yield the checks by retraining, and a matrix of languages for each model."""
+    checks, languages = tables.metagradient_table("checks"), tables.metagradient_languages
+    if len(checks):
+        note = "predicted: by the metagradient; share: left out at random"
+        yield table_of(tables, "metagradient_checks", checks, note)
+    if not len(languages):
+        return
+    for model, own in languages.groupby("model", sort=False):
+        yield _matrix(tables, f"metagradient-{model}", own, "foretold", note="first order")
 
 
 def _retraining(tables: AnalysisTables) -> Iterator[Table]:

@@ -55,7 +55,7 @@ def leave_one_out(tables: AnalysisTables) -> Iterator[HeatMaps]:
     for title, rows, value in matrices:
         tests, trains = (list(rows[f"{side}_language"].unique()) for side in ("test", "train"))
         values_RC = rows[value].to_numpy().reshape(len(tests), len(trains))
-        panels.append(_scaled(title, values_RC, tests, trains))
+        panels.append(scaled(title, values_RC, tests, trains))
     yield HeatMaps(
         name="leave-one-out",
         tab="Without a language",
@@ -88,7 +88,7 @@ def removal(tables: AnalysisTables) -> Iterator[HeatMaps]:
     ):
         changes_RC = own[column].to_numpy().reshape(len(names), len(languages))
         values_RC = np.round(factor * changes_RC, 9)  # differences of rounding alone become 0
-        panels.append(_scaled(title, values_RC, names, languages))
+        panels.append(scaled(title, values_RC, names, languages))
     yield HeatMaps(
         name="removal",
         tab="Without the strongest examples",
@@ -104,7 +104,7 @@ def removal(tables: AnalysisTables) -> Iterator[HeatMaps]:
     )
 
 
-def _scaled(
+def scaled(
     title: str, values_RC: np.ndarray, rows: Sequence[str], columns: Sequence[str]
 ) -> Matrix:
     """Return a matrix divided by a power of ten, named in the title, if that is easier to read."""

@@ -26,6 +26,12 @@ from tracmod.report.content.influence import (
     reliance,
     reliance_by_k,
 )
+from tracmod.report.content.metagradient import (
+    actual_matrix,
+    foretold_matrices,
+    metagradient,
+    shares_matrix,
+)
 from tracmod.report.content.retraining import leave_one_out, removal
 from tracmod.report.content.subnetworks import (
     pruning,
@@ -49,6 +55,7 @@ from tracmod.report.wording.findings import (
     seeds,
     tiles,
 )
+from tracmod.report.wording.metagradient import disagreement, verdicts
 from tracmod.report.wording.retraining import METHOD_NAMES, sentences
 from tracmod.validation.fidelity import failure
 from tracmod.validation.retraining import HALF_OF_SEEDS
@@ -204,6 +211,7 @@ def _context(tables: AnalysisTables) -> dict[str, Any]:
         "blocks": [*block_differences(tables), *blocks(tables)],
         "blocks_table": page_tables.blocks_table(tables),
         "planted": page_tables.planted_table(tables),
+        "metagradient": _metagradient(tables),
         "retraining": _retraining(tables),
         "stages": [
             (name, str(entry.get("state", "")), words.seconds(entry["seconds"]))
@@ -212,6 +220,20 @@ def _context(tables: AnalysisTables) -> dict[str, Any]:
             if name != "report" and entry.get("seconds") is not None
         ],
     }
+
+
+def _metagradient(tables: AnalysisTables) -> dict[str, Any] | None:
+    """Return what the section on the metagradient shows; None if it is not configured."""
+    summary = tables.metagradient_summary
+    if summary is None:
+        return None
+    texts = verdicts(summary)
+    for model, foretold in foretold_matrices(tables).items():
+        shares = shares_matrix(tables, model)
+        if shares is not None:
+            text = disagreement(model, foretold, shares, actual_matrix(tables, model))
+            texts += [text] if text else []
+    return {"sentences": texts, "figures": list(metagradient(tables))}
 
 
 def _retraining(tables: AnalysisTables) -> dict[str, Any] | None:

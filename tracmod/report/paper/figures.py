@@ -18,6 +18,7 @@ from tracmod.report.content.influence import (
     reliance,
     reliance_by_k,
 )
+from tracmod.report.content.metagradient import metagradient
 from tracmod.report.content.retraining import lds
 from tracmod.report.content.subnetworks import (
     pruning,
@@ -40,6 +41,7 @@ _KINDS: list[tuple[Callable[[AnalysisTables], Iterator[Figure]], str, str]] = [
     (similarity, "similarity of subnetworks", "no analysis/similarity.parquet"),
     (similarity_influence, "similarity against influence", "no analysis/pairs.parquet"),
     (blocks, "influence by head and layer", "no analysis/blocks.parquet; influence.blocks=true"),
+    (metagradient, "metagradient", "no metagradient/; `metagradient` in the config"),
     (lds, "linear datamodeling score", "no retraining/lds.parquet; `retrain` in the config"),
 ]
 # Small figures, which are never wider than a column.

@@ -16,6 +16,7 @@ METHOD_NAMES = {
     "adam": "TracIn, Adam preconditioner",
     "ekfac": "TracIn, EK-FAC preconditioner",
     "ekfac-last": "EK-FAC, last checkpoint",
+    "metagradient": "Metagradient",
     "bm25": "BM25",
     "embedding": "Embedding similarity",
     "random": "Random",
@@ -40,10 +41,16 @@ def sentences(summary: Row, lds: list[Row], removal: list[Row]) -> list[str]:
     number_of_seeds = summary["settings"]["seeds"]
     seeds = "one seed" if number_of_seeds == 1 else f"{number_of_seeds} seeds"
     main = summary["methods"][0]
+    same = summary["settings"].get("batches") == "same"
+    steps = (
+        "steps; examples that are left out have weight 0 in their batches"
+        if same
+        else "epochs, hence fewer steps"
+    )
     texts = [
         f"The full model was trained again {summary['trainings']:,} times, on parts of its "
         f"{summary['num_train']:,} training examples. Each training started from the same initial "
-        f"weights and had the same settings and epochs, hence fewer steps. Each part was trained "
+        f"weights and had the same settings and {steps}. Each part was trained "
         f"with {seeds}, which set the order of the examples and dropout.",
         _lds(summary, lds, main),
         _by_language(lds, main),
@@ -113,9 +120,15 @@ def _by_language(lds: list[Row], main: str) -> str:
     own = next(row for row in lds if (row["method"], row["level"], row["test_language"])
                == (main, "language", None))  # fmt: skip
     none = ", which cannot be distinguished from 0" if own["low"] <= 0 else ""
+    others = "; ".join(
+        f"{method_name(row['method'])} {_interval(row)}" for row in lds
+        if (row["level"], row["test_language"]) == ("language", None)
+        and row["method"] not in (main, HALF_OF_SEEDS)
+    )  # fmt: skip
     return (
         "For the mean loss of a whole test language, on which the tables of influence between "
         f"languages rest, the same agreement is {_interval(own)}{none}."
+        f"{f' Other methods: {others}.' if others else ''}"
     )
 
 
@@ -165,6 +178,12 @@ def _leave_one_out(summary: Row, main: str) -> str:
         )
     orders = f"{of_all['permutations']:,}"
     orders = f"all {orders} orders" if of_all["exact"] else f"{orders} random orders"
+    others = "; ".join(
+        f"{method_name(test['method'])} {number(test['correlation'])}"
+        for test in summary["leave_one_out"]
+        if test["method"] != main and not test["between_only"] and test["correlation"] is not None
+    )
+    text += f". Other methods: {others}" if others else ""
     return f"{text}. p-values are from {orders} of the languages."
 
 

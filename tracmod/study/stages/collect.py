@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tracmod.analysis.results import UNTRAINED
-from tracmod.features.collector import collect_to_store
+from tracmod.features.collector import collect_to_store, divide_shards
 from tracmod.features.store import FeatureStore
 from tracmod.features.store_format import DTYPES
 from tracmod.files import progress
@@ -28,9 +28,6 @@ from tracmod.study.run_training import initial_model
 from tracmod.study.stages.influence import num_ranked
 from tracmod.study.worker import Advance, run_tasks
 from tracmod.training.folder import TrainingFolder
-
-# Shards per task when several workers share a store. One worker alone is given a store at a time.
-SHARDS_PER_TASK = 4
 
 
 def run(context: RunContext) -> None:
@@ -81,7 +78,6 @@ def _begin_stores(
 ) -> Iterator[CollectShards]:
     """Make a checkpoint's stores, and yield the tasks that fill them."""
     digests = load_checkpoint(context, model_name, checkpoint).digests
-    is_alone = context.engine.workers == 1
     for view, language, mask in context.passes(context.views_at(model_name, checkpoint.epoch)):
         for split in ("train", "test"):
             key = StoreKey(model_name, view.name, language, checkpoint.epoch, split)
@@ -89,9 +85,8 @@ def _begin_stores(
                 missing = store.missing_shards()
                 num_missing = sum(len(store.shard_range(shard)) for shard in missing)
                 skip(store.num_rows - num_missing)
-            size = max(1, len(missing)) if is_alone else SHARDS_PER_TASK
-            for first in range(0, len(missing), size):
-                yield CollectShards(key, tuple(missing[first : first + size]))
+            for shards in divide_shards(missing, context.engine.workers):
+                yield CollectShards(key, shards)
 
 
 @dataclass(frozen=True)

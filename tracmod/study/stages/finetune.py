@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from tracmod.config import FinetuneConfig
+from tracmod.gradients.capture import select_layers
 from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_training import initial_model, training_settings
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.training.fine_tune import Masks, accuracy_by_language, fine_tune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def run(context: RunContext) -> None:
@@ -36,6 +39,8 @@ def fine_tune_model(
         masks: The subnetwork through which each language is trained; None to train all heads.
     """
     model, tokenizer = initial_model(context)
+    # Patterns that match nothing are refused now, not after the training.
+    select_layers(model, context.config.collect.parameters)
     train, test = context.table("train"), context.table("test")
     test_examples = context.encode(tokenizer, test, model)
     test_languages = test.column("language").to_pylist()

@@ -16,12 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tracmod.analysis.influence_tables import InfluenceTables, self_influence_table
 from tracmod.analysis.results import WITHOUT_GROUP
@@ -44,6 +43,9 @@ from tracmod.study.stages.influence_fidelity import compare_sample, score_sample
 from tracmod.study.views import View, views_of
 from tracmod.study.worker import Advance, run_tasks
 from tracmod.subnetworks.head_mask import masked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Rankings are cut into parts until there are this many tasks per worker, so that no worker is idle
 # for long at the end.

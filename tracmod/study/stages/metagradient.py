@@ -28,12 +28,14 @@ from tracmod.config import MetagradientConfig
 from tracmod.files import progress
 from tracmod.files.durable import file_sha256, write_csv, write_json, write_parquet
 from tracmod.files.tensor_cache import read_tensors, write_tensors
+from tracmod.models.architecture import embeddings_module
 from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_metagradient import left_out_weights, open_run_replay, quantities_of
 from tracmod.study.run_training import initial_model
 from tracmod.study.worker import Advance, run_tasks
-from tracmod.training.metagradient import Quantity, differentiate, evaluate, weighted_mean
+from tracmod.training.batch_mean import WeightedMean
+from tracmod.training.metagradient import Quantity, differentiate, evaluate
 from tracmod.validation.smoothness import relative_error, verdict
 
 
@@ -146,7 +148,7 @@ class Check:
     def run(self, context: RunContext, advance: Advance) -> None:
         """Train, and write all quantities, whole or not at all."""
         weights_N = self.weights(context)
-        mean = weighted_mean(weights_N, _section(context).denominator)
+        mean = WeightedMean(weights_N, _section(context).denominator)
         with open_run_replay(context, self.model_name, mean) as replay:
             for step in range(replay.total_steps):
                 replay.advance(step)
@@ -210,7 +212,10 @@ def _groups(context: RunContext, model_name: ModelName) -> list[tuple[str, ...]]
     size = config.at_once
     if size is None:
         model, _ = context.latest("initial model", "run", lambda: initial_model(context))
-        adjoint_bytes = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+        section = context.config.finetune if model_name == "full" else context.config.sparse
+        frozen = set() if section.train_embeddings else {*embeddings_module(model).parameters()}
+        trained = [p for p in model.parameters() if p not in frozen]
+        adjoint_bytes = 3 * sum(p.numel() * p.element_size() for p in trained)
         size = max(1, config.memory // 2 // adjoint_bytes)
     return [tuple(names[start : start + size]) for start in range(0, len(names), size)]
 

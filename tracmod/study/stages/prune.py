@@ -13,10 +13,9 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracmod.files import progress
 from tracmod.study.context import RunContext
@@ -26,6 +25,9 @@ from tracmod.study.worker import Advance, run_tasks
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.subnetworks.importance import masked_accuracy
 from tracmod.subnetworks.pruning import PruneResult, combine_masks, prune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def run(context: RunContext) -> None:

@@ -2,8 +2,9 @@
 
 Every training begins with the run's own initial weights and tokenizer (which was made from all
 training texts) and has the settings of `finetune`; only the examples differ, and the seed of their
-order and of dropout. The number of epochs is the same, so fewer examples mean fewer steps, as in
-the literature on linear datamodeling scores.
+order and of dropout. With `batches: new`, the number of epochs is the same, so fewer examples mean
+fewer steps, as in the literature on linear datamodeling scores. With `batches: same`, examples that
+are left out have weight 0 in the batches of the training on all examples.
 
 1. Compute the scores of every method (`tracmod.study.retrain_scores`), and from them the sets of
    examples that are left out: random subsets, proponents and opponents of each language, languages.
@@ -14,17 +15,20 @@ the literature on linear datamodeling scores.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from tracmod.analysis.results import RunResults
+from tracmod.analysis.statistics import Resampling
+from tracmod.choices import Denominator
 from tracmod.config import RetrainConfig, RunConfig
 from tracmod.files import progress
 from tracmod.files.durable import canonical_json, sha256, write_csv, write_json, write_parquet
@@ -35,6 +39,7 @@ from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.retrain_scores import method_scores, methods_of, preconditioned_passes
 from tracmod.study.run_training import fine_tune_on
 from tracmod.study.worker import Advance, run_tasks
+from tracmod.training.batch_mean import WeightedMean
 from tracmod.validation.retraining import (
     ALL,
     Retrained,
@@ -83,15 +88,24 @@ class Design:
 
 
 def draw_subsets_of(config: RunConfig, train: pa.Table) -> np.ndarray:
-    """Return the (S, N) membership of the random subsets.
+    """Return the (S, N) membership of the random subsets, those of `fraction` first.
 
     Raises:
         ValueError: A subset lacks a language.
     """
+    languages = train["language"].to_pylist()
+    members = [
+        draw_subsets(languages, number, fraction, config.seed)
+        for fraction, number in _subset_counts(config).items()
+    ]
+    return np.concatenate(members)
+
+
+def _subset_counts(config: RunConfig) -> dict[float, int]:
+    """Return the number of random subsets of each share of the training examples."""
     retrain = config.retrain
     assert retrain is not None
-    languages = train["language"].to_pylist()
-    return draw_subsets(languages, retrain.subsets, retrain.fraction, config.seed)
+    return {retrain.fraction: retrain.subsets, **retrain.other_fractions}
 
 
 def _design(context: RunContext) -> Design:
@@ -146,6 +160,8 @@ def _result_names(
         "finetune": config.finetune.model_dump(mode="json", exclude={"save_seconds"}),
         **{split: context.data_digest(split) for split in ("train", "test")},
     }
+    if config.retrain.batches == "same":
+        common["denominator"] = _denominator(config)
     results = {}
     for name, rows in sets.items():
         left_out = sha256(rows.astype("<i8").tobytes())
@@ -153,6 +169,11 @@ def _result_names(
             identity = {**common, "left_out": left_out, "seed": seed}
             results[name, seed] = sha256(canonical_json(identity))[:32]
     return results
+
+
+def _denominator(config: RunConfig) -> Denominator:
+    """Return what happens to the mean over a batch without an example, with `batches: same`."""
+    return "fixed" if config.metagradient is None else config.metagradient.denominator
 
 
 # --- trainings ------------------------------------------------------------------------------
@@ -208,14 +229,17 @@ class RetrainWithout:
         train, test = context.table("train"), context.table("test")
         sets = pq.read_table(_sets_file(context), filters=[("set", "==", self.left_out)])
         left_out = set(sets["train_id"].to_pylist())
-        is_kept = pa.array([name not in left_out for name in train["id"].to_pylist()])
+        is_left_out = [name in left_out for name in train["id"].to_pylist()]
         folder = context.run.retraining / "models" / self.result
+        description, batch_mean = f"{self.left_out}, seed {self.seed}", None
+        assert context.config.retrain is not None
+        if context.config.retrain.batches == "same":
+            weights_N = -torch.tensor(is_left_out, dtype=torch.float32)
+            batch_mean = WeightedMean(weights_N, _denominator(context.config))
+        else:
+            train = train.filter(pc.invert(pa.array(is_left_out)))
         model, tokenizer = fine_tune_on(
-            context,
-            train.filter(is_kept),
-            self.seed,
-            folder,
-            f"{self.left_out}, seed {self.seed}",
+            context, train, self.seed, folder, description, batch_mean=batch_mean
         )
         logits_QC = predict(model, context.encode(tokenizer, test, model))
         labels_Q = torch.tensor(test["label"].to_pylist())
@@ -242,7 +266,13 @@ def _compare(context: RunContext, design: Design) -> None:
     )
     summed, resampling = design.summed, context.resampling
     common = (test_languages, RunResults(context.run.path).clusters, resampling)
-    tables = {"lds": subset_lds(summed, retrained, *common)}
+    by_fraction = dict(_lds_by_fraction(context.config, summed, retrained, *common))
+    tables = {"lds": by_fraction[design.config.fraction]}
+    if len(by_fraction) > 1:
+        tables["fractions"] = pa.concat_tables(
+            table.add_column(0, "fraction", pa.array([fraction] * len(table)))
+            for fraction, table in by_fraction.items()
+        )
     summary: dict[str, Any] = {
         "settings": design.config.model_dump(mode="json", exclude={"methods"}),
         "methods": list(summed),
@@ -263,7 +293,7 @@ def _compare(context: RunContext, design: Design) -> None:
         tables["leave_one_out"] = table
         summary["leave_one_out"] = leave_one_out_tests(table, resampling)
     write_parquet(folder / "losses.parquet", losses)
-    for name in ("lds", "removal", "leave_one_out"):
+    for name in ("lds", "fractions", "removal", "leave_one_out"):
         for suffix, write in (("parquet", write_parquet), ("csv", write_csv)):
             file = folder / f"{name}.{suffix}"
             if name in tables:
@@ -271,6 +301,25 @@ def _compare(context: RunContext, design: Design) -> None:
             else:
                 file.unlink(missing_ok=True)
     write_json(folder / "summary.json", summary)
+
+
+def _lds_by_fraction(
+    config: RunConfig,
+    summed: Mapping[str, Summed],
+    retrained: Retrained,
+    test_languages: Sequence[str],
+    clusters: Sequence[Any] | np.ndarray,
+    resampling: Resampling,
+) -> Iterator[tuple[float, pa.Table]]:
+    """Yield each share of the training examples, and `lds_table` of the subsets of this share."""
+    first = 0
+    for fraction, number in _subset_counts(config).items():
+        subsets = range(first, first + number)
+        yield (
+            fraction,
+            subset_lds(summed, retrained, test_languages, clusters, resampling, subsets),
+        )
+        first += number
 
 
 def _losses(context: RunContext, design: Design) -> pa.Table:
@@ -311,8 +360,10 @@ def count_trainings(config: RunConfig, train: pa.Table) -> list[tuple[str, int, 
     retrain, languages = config.retrain, config.task.languages
     assert retrain is not None
     total, seeds, methods = len(train), retrain.seeds, methods_of(config)
-    left_out, removed = total - round(retrain.fraction * total), round(retrain.removed * total)
-    counts = [("on subsets", seeds * retrain.subsets, seeds * retrain.subsets * left_out)]
+    removed = round(retrain.removed * total)
+    subsets = _subset_counts(config)
+    left_out = sum(number * (total - round(share * total)) for share, number in subsets.items())
+    counts = [("on subsets", seeds * sum(subsets.values()), seeds * left_out)]
     if "adam" in methods and config.collect.preconditioner != "adam":
         counts.append(("for Adam's second moment", 1, 0))
     if removed:
@@ -324,6 +375,8 @@ def count_trainings(config: RunConfig, train: pa.Table) -> list[tuple[str, int, 
         counts.append(("without a language", seeds * num_languages, seeds * total))
     if removed or retrain.leave_one_out:
         counts.append(("on all examples", seeds, 0))
+    if retrain.batches == "same":  # what is left out is computed, and multiplied by 0
+        counts = [(purpose, number, 0) for purpose, number, _ in counts]
     return counts
 
 

@@ -204,10 +204,13 @@ def project_gradients(
                 numbers: Tensor | None = output_columns
                 if rows > 0:
                     r_out = projection_matrix(
-                        "rademacher", rows, len(feature), seed, key, feature.dtype, numbers
+                        "rademacher", rows, len(feature), seed, row_key, feature.dtype, row_numbers
                     )
-                    feature, key, numbers = r_out.to(feature.device) @ feature, ~input_key, None
-                feature = formed_sketch(feature, size, seed, input_key, key, numbers, input_columns)
+                    feature = r_out.to(feature.device) @ feature
+                    row_key, row_numbers = ~input_key, None
+                feature = formed_sketch(
+                    feature, size, seed, input_key, row_key, row_numbers, input_columns
+                )
             elif kind != "identity":
                 n_out, n_in = feature.shape
                 dtype = feature.dtype

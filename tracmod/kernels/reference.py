@@ -200,8 +200,7 @@ def project_gradients(
             if kind != "identity" and layer == "elementwise":
                 feature = count_sketch(feature, torch.arange(len(feature)), size, seed, output_key)
             elif kind == "sketch":
-                key: int = output_key
-                numbers: Tensor | None = output_columns
+                row_key, row_numbers = output_key, output_columns
                 if rows > 0:
                     r_out = projection_matrix(
                         "rademacher", rows, len(feature), seed, row_key, feature.dtype, row_numbers

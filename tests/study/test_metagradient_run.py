@@ -25,7 +25,7 @@ from tracmod.training.metagradient import evaluate
 from tracmod.validation.integrity import verify
 
 LANGUAGES = ["en", "de", "es"]
-OPTIONS = {"examples": ["en-test-0"], "checks": [0.05, 0.5]}
+OPTIONS = {"examples": ["en-test-0"], "checks": [0.05, 0.5], "path_points": 2}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,27 @@ def test_the_matrix_agrees_with_trainings_of_slightly_other_weights(model, run):
     actual_K = ((losses[0] - losses[1]) / 0.04).numpy()
     predicted_K = -matrix[LANGUAGES].to_numpy().T @ direction_N.numpy()
     assert np.abs(actual_K - predicted_K).max() < 0.1 * np.abs(actual_K).max()
+
+
+@pytest.mark.parametrize("model", ["full", "sparse"])
+def test_paths_foretell_trainings_without_a_language(model, run):
+    context = RunContext(run)
+    quantities = quantities_of(context, model, None)
+    languages_N = np.array(context.example_languages("train"))
+    left_out = pq.read_table(run.metagradient / "left_out.parquet").to_pandas()
+    left_out = left_out[left_out.model == model].set_index(["train_language", "quantity"]).change
+    slopes = pq.read_table(run.metagradient / "path.parquet").to_pandas()
+    slopes = slopes[(slopes.model == model) & (slopes.train_language == "de")]
+    assert slopes.weight.round(3).unique().tolist() == [0.789, 0.211]
+    losses = []
+    for removed in (1.0, 0.0):
+        mean = WeightedMean(torch.from_numpy(-removed * (languages_N == "de")), "fixed")
+        with open_run_replay(context, model, mean) as replay:
+            for number in range(replay.total_steps):
+                replay.advance(number)
+            losses.append(evaluate(replay, quantities))
+    actual_K = (losses[0] - losses[1]).numpy()
+    assert np.abs(left_out["de"][LANGUAGES] - actual_K).max() < 0.1 * np.abs(actual_K).max()
 
 
 def test_the_summary_has_the_measured_properties(run):

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -94,10 +95,12 @@ class Trained:
             take_all_steps(replay)
             return evaluate(replay, QUANTITIES)
 
-    def finite_difference(self, direction_N: Tensor, h: float = 1e-6) -> Tensor:
+    def finite_difference(
+        self, direction_N: Tensor, h: float = 1e-6, at: Tensor | float = 0.0
+    ) -> Tensor:
         """Return the (K,) derivatives along a direction, with an error of the order of h^4."""
         plus, minus, plus2, minus2 = (
-            self.losses(step * h * direction_N) for step in (1, -1, 2, -2)
+            self.losses(at + step * h * direction_N) for step in (1, -1, 2, -2)
         )
         return (8 * (plus - minus) - (plus2 - minus2)) / (12 * h)
 
@@ -174,6 +177,34 @@ def trained(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A sparse fine-tuning of 12 steps, with dropout."""
     settings = replace(CLIPPED, epochs=4)
     return Trained(tokenizer, tmp_path_factory.mktemp("run"), settings, masks=MASKS, dropout=0.1)
+
+
+@pytest.mark.parametrize("denominator", ["fixed", "weighted"])
+def test_derivatives_at_other_weights_agree_with_finite_differences(
+    denominator, tokenizer, tmp_path
+):
+    trained = Trained(tokenizer, tmp_path, CLIPPED, denominator=denominator, dropout=0.1)
+    generator = torch.Generator().manual_seed(3)
+    weights_N = torch.rand(NUM_TRAIN, generator=generator, dtype=torch.float64) - 0.6
+    with trained.replay(batch_mean=WeightedMean(weights_N, denominator)) as replay:
+        result = differentiate(replay, QUANTITIES, tmp_path / "work")
+    assert result.verified == []
+    direction_N = torch.randn(NUM_TRAIN, generator=generator, dtype=torch.float64)
+    expected_K = trained.finite_difference(direction_N, at=weights_N)
+    torch.testing.assert_close(result.derivatives_KN @ direction_N, expected_K, rtol=1e-4, atol=0)
+
+
+def test_the_mean_of_derivatives_along_a_path_is_the_change(tokenizer, tmp_path):
+    """By Gauss-Legendre quadrature; AdamW's first steps are almost signs, so it converges slowly."""
+    trained = Trained(tokenizer, tmp_path, replace(SETTINGS, learning_rate=1e-3))
+    left_out_N = torch.tensor([float(language == "de") for language in LANGUAGES]).double()
+    change_K = torch.zeros(len(QUANTITIES), dtype=torch.float64)
+    for node, share in zip(*np.polynomial.legendre.leggauss(8), strict=True):
+        with trained.replay(batch_mean=WeightedMean(-0.5 * (1 + node) * left_out_N)) as replay:
+            result = differentiate(replay, QUANTITIES, trained.folder / "path")
+        change_K -= 0.5 * share * (result.derivatives_KN @ left_out_N)
+    actual_K = trained.losses(-left_out_N) - trained.losses(0 * left_out_N)
+    torch.testing.assert_close(change_K, actual_K, rtol=0.2, atol=0)
 
 
 @pytest.fixture(scope="module")

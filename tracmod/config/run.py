@@ -443,6 +443,9 @@ class MetagradientConfig(Section):
     checks: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [0.01, 0.05, 0.2], description="Shares left out at random to check, a training each."
     )
+    path_points: int = Field(
+        0, ge=0, description="Weights between 1 and 0 of each language's examples; 0: no paths."
+    )
 
 
 class RunConfig(Section):

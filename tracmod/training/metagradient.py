@@ -51,7 +51,7 @@ from tracmod.files.durable import (
 from tracmod.models.inputs import collate, pad_token_id, plan_batches
 from tracmod.models.loss import per_example_loss
 from tracmod.subnetworks.head_mask import HeadMask, masked
-from tracmod.training.batch_mean import mean_loss
+from tracmod.training.batch_mean import WeightedMean, mean_loss
 from tracmod.training.replay import Replay, State
 
 DEFAULT_DISK = 20 * 10**9
@@ -97,7 +97,8 @@ class Metagradient:
             respect to the weights before each step, and after the last.
         gradient_difference: largest relative difference between the gradient that was
             differentiated and that of the training, over the steps compared.
-        verified: epochs whose checkpoints equal the replayed weights bit for bit.
+        verified: epochs whose checkpoints equal the replayed weights bit for bit; none if examples
+            have weights.
         saved_states: largest number of states on disk at a time.
         replayed_steps: steps taken forward, the first replay included.
         seconds: time of the sweep.
@@ -129,8 +130,9 @@ def differentiate(
 ) -> Metagradient:
     """Differentiate mean losses after a fine-tuning with respect to every example's weight.
 
-    The loss of a batch is that of `WeightedMean`. Derivatives are at weights w of 0. An example
-    that the training repeats has one weight for all times.
+    The loss of a batch is that of `WeightedMean`. Derivatives are at the weights w of the replay's
+    `batch_mean`, or at 0 without one. An example that the training repeats has one weight for all
+    times.
 
     Each quantity costs about 2.4 trainings, and all of them together 2.4 more (measured on a CPU,
     where all states fit into memory). A call with the same arguments continues one that was
@@ -140,7 +142,8 @@ def differentiate(
         replay: the fine-tuning, from `open_replay`.
         quantities: the quantities, each with its test examples.
         work_dir: folder for states; emptied at the end.
-        denominator: what happens to the mean over a batch, see `WeightedMean`.
+        denominator: what happens to the mean over a batch, see `WeightedMean`; that of the replay's
+            `batch_mean` if it has one.
         memory: bytes for the states between two that are kept on disk, and for the adjoints.
         disk: bytes that `work_dir` may take.
         save_seconds: seconds between two saves of the adjoints, to resume from.
@@ -256,7 +259,7 @@ def _step_back(
     before: State,
     after: State,
     adjoints: Sequence[_Adjoint],
-    denominator: Denominator,
+    mean: WeightedMean,
 ) -> tuple[Tensor, float]:
     """Turn adjoints after a step into those before it, in place.
 
@@ -265,7 +268,7 @@ def _step_back(
         step: the step.
         before, after: the states before and after it.
         adjoints: the adjoints.
-        denominator: see `differentiate`.
+        mean: the mean loss of a batch, with the weights of all examples.
 
     Returns:
         (K, B) derivatives with respect to the weights of the batch's examples, and the relative
@@ -275,8 +278,9 @@ def _step_back(
     parameters = list(replay.parameters.values())
     with _differentiable_attention(replay, step):
         losses_B = replay.losses(step)
-        scale_B = torch.ones_like(losses_B, requires_grad=True)
-        loss = mean_loss(losses_B, scale_B, denominator)
+        rows, _ = replay.batch(step)
+        scale_B = (1 + mean.weights_N[rows].to(losses_B)).requires_grad_()
+        loss = mean_loss(losses_B, scale_B, mean.denominator)
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         raw = {
             name: gradient
@@ -465,7 +469,8 @@ class _Sweep:
         disk: int,
     ) -> None:
         self._replay, self._quantities, self._folder = replay, quantities, folder
-        self._denominator: Denominator = denominator
+        unweighted = WeightedMean(torch.zeros(replay.num_examples), denominator)
+        self._mean = replay.batch_mean or unweighted
         state, adjoints = replay.state_bytes, len(quantities) * replay.state_bytes
         # In memory: the adjoints, and the states before and after every step of a segment.
         self._segment = min((memory - adjoints) // state - 1, replay.total_steps)
@@ -515,7 +520,7 @@ class _Sweep:
             derivatives_KN=self._derivatives_KN,
             adjoint_norms_KT=self._norms_KT,
             gradient_difference=self._difference,
-            verified=list(self._replay.settings.kept_epochs),
+            verified=[] if self._replay.batch_mean else list(self._replay.settings.kept_epochs),
             saved_states=self._saved_states,
             replayed_steps=self._replayed_steps,
             seconds=time.perf_counter() - self._started,
@@ -537,7 +542,7 @@ class _Sweep:
 
     def _take_back(self, step: int, after: State, before: State) -> None:
         weights_KB, difference = _step_back(
-            self._replay, step, before, after, self._adjoints, self._denominator
+            self._replay, step, before, after, self._adjoints, self._mean
         )
         self._difference = max(self._difference, difference)
         tolerance = GRADIENT_TOLERANCE[self._replay.settings.dtype]
@@ -627,7 +632,7 @@ class _Sweep:
                 [q.name, [m and m.digest() for m in q.masks], _plain(q.examples)]
                 for q in self._quantities
             ],
-            "denominator": self._denominator,
+            **self._mean.identity(),
         }
         digest = sha256(canonical_json(identity))
         file = self._folder / "sweep.json"

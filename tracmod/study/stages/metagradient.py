@@ -2,9 +2,12 @@
 
 1. Differentiate the mean test loss of every language, and single test examples that the config
    names, for each model. A task is one sweep over as many quantities as fit into memory.
-2. To check them, train with some examples left out of their batches, with the same order, dropout
+2. If the config has `path_points`, do so also where the examples of one training language have less
+   weight, for each language and each of some weights: a task each. The mean of these derivatives is
+   the change of the loss when the language is left out, and not only its start.
+3. To check them, train with some examples left out of their batches, with the same order, dropout
    and initial weights: a task for each share.
-3. Write tables, and summary.json with how smooth the training was measured to be.
+4. Write tables, and summary.json with how smooth the training was measured to be.
 
 Signs are those of influence: minus the derivative, the first-order change of the loss when the
 example is left out. Positive: a proponent.
@@ -44,8 +47,8 @@ def run(context: RunContext) -> None:
     config = _section(context)
     tasks: list[Sweep | Check] = []
     for model_name in config.models:
-        groups = _groups(context, model_name)
-        tasks += [Sweep(model_name, names) for names in groups]
+        for place in [None, *_path(context)]:
+            tasks += [Sweep(model_name, names, place) for names in _groups(context, model_name)]
         tasks += [Check(model_name, share, n) for n, share in enumerate(config.checks)]
     missing = [task for task in tasks if task.result(context) is None]
     with progress.bar("metagradient", len(missing), "task") as bar:
@@ -63,7 +66,8 @@ def estimate(forecast: Forecast) -> Estimate:
     for model_name in config.models:
         section = forecast.config.finetune if model_name == "full" else forecast.config.sparse
         each = section.epochs * math.ceil(forecast.count("train") / section.batch_size)
-        worth = 2 * quantities + 3 + len(config.checks)
+        places = 1 + config.path_points * len(forecast.config.task.languages)
+        worth = places * (2 * quantities + 3) + len(config.checks)
         trainings, steps = trainings + worth, steps + worth * each
     work = (
         f"{quantities} quantities for {len(config.models)} models: about {trainings} trainings' "
@@ -76,21 +80,43 @@ def estimate(forecast: Forecast) -> Estimate:
 
 
 @dataclass(frozen=True)
+class PathPoint:
+    """A training in which the examples of one language have another weight than the others.
+
+    Attributes:
+        language: The language.
+        weight: The weight of its examples, between 0 and 1.
+        share: The share of this point in the mean over the path.
+    """
+
+    language: str
+    weight: float
+    share: float
+
+
+@dataclass(frozen=True)
 class Sweep:
     """A task: the derivatives of some quantities of one model.
 
     Attributes:
         model_name: The model.
         names: The names of the quantities.
+        point: The weights at which the derivatives are; None: all 1, those of the fine-tuning.
     """
 
     model_name: ModelName
     names: tuple[str, ...]
+    point: PathPoint | None = None
 
     def run(self, context: RunContext, advance: Advance) -> None:
         """Differentiate, and write the result, whole or not at all."""
         config, file = _section(context), self._file(context)
-        with open_run_replay(context, self.model_name) as replay:
+        mean = None
+        if self.point is not None:
+            languages_N = np.array(context.example_languages("train"))
+            removed_N = (1 - self.point.weight) * (languages_N == self.point.language)
+            mean = WeightedMean(-torch.from_numpy(removed_N), config.denominator)
+        with open_run_replay(context, self.model_name, mean) as replay:
             result = differentiate(
                 replay,
                 [q for q in _quantities(context, self.model_name) if q.name in self.names],
@@ -123,12 +149,17 @@ class Sweep:
 
     def _file(self, context: RunContext) -> Path:
         number = _groups(context, self.model_name).index(self.names)
-        return (
-            context.run.metagradient / "results" / self.model_name / f"sweep-{number}.safetensors"
-        )
+        folder = context.run.metagradient / "results" / self.model_name
+        if self.point is not None:
+            position = _path(context).index(self.point)
+            folder = folder / f"without-{self.point.language}" / f"point-{position}"
+        return folder / f"sweep-{number}.safetensors"
 
     def _identity(self, context: RunContext) -> dict[str, Any]:
-        return _identity(context, self.model_name) | {"quantities": list(self.names)}
+        identity = _identity(context, self.model_name) | {"quantities": list(self.names)}
+        if self.point is not None:
+            identity |= {"language": self.point.language, "weight": self.point.weight}
+        return identity
 
 
 @dataclass(frozen=True)
@@ -205,6 +236,17 @@ def _quantities(context: RunContext, model_name: ModelName) -> list[Quantity]:
     ]
 
 
+def _path(context: RunContext) -> list[PathPoint]:
+    """Return the points of the paths from weight 1 to 0, by Gauss-Legendre quadrature."""
+    nodes, shares = np.polynomial.legendre.leggauss(max(1, _section(context).path_points))
+    return [
+        PathPoint(language, float(0.5 * (1 + node)), float(0.5 * share))
+        for language in dict.fromkeys(context.example_languages("train"))
+        for node, share in zip(nodes[::-1], shares[::-1], strict=True)
+        if _section(context).path_points > 0
+    ]
+
+
 def _groups(context: RunContext, model_name: ModelName) -> list[tuple[str, ...]]:
     """Divide the quantities into those of each sweep, whose adjoints fit into half the memory."""
     config = _section(context)
@@ -232,10 +274,11 @@ def _write_tables(
         if path.name != "results":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     tables: dict[str, list[pa.Table]] = {"languages": [], "strongest": [], "adjoint": []}
-    tables["checks"] = []
+    tables |= {"checks": [], "path": [], "left_out": []}
     summary: dict[str, Any] = {"settings": config.model_dump(mode="json"), "models": {}}
     for model_name in config.models:
-        sweeps = [t for t in tasks if isinstance(t, Sweep) and t.model_name == model_name]
+        own = [t for t in tasks if isinstance(t, Sweep) and t.model_name == model_name]
+        sweeps = [sweep for sweep in own if sweep.point is None]
         checks = [t for t in tasks if isinstance(t, Check) and t.model_name == model_name]
         results = [sweep.result(context) for sweep in sweeps]
         joined = {
@@ -252,6 +295,10 @@ def _write_tables(
             _check_table(context, task, names, joined["values"], influence_KN) for task in checks
         ]
         tables["checks"] += checked
+        slopes = _path_slopes(context, [sweep for sweep in own if sweep.point is not None])
+        if slopes.num_rows:
+            tables["path"].append(slopes)
+            tables["left_out"].append(_left_out(slopes))
         measured_SM = np.array([result["measured"].numpy() for result in results if result])
         summary["models"][model_name] = _summary(
             names, joined["values"], joined["norms"], measured_SM, checks, checked
@@ -322,6 +369,44 @@ def _adjoint(model_name: str, names: Sequence[str], norms_KT: np.ndarray) -> pa.
             "steps_taken": np.tile(np.arange(steps), len(names)),
             "norm": norms_KT.ravel(),
         }
+    )
+
+
+def _path_slopes(context: RunContext, sweeps: Sequence[Sweep]) -> pa.Table:
+    """Return the derivatives along the paths: how fast a loss rises as a language loses weight."""
+    languages_N = np.array(context.example_languages("train"))
+    rows = []
+    for sweep in sweeps:
+        point, result = sweep.point, sweep.result(context)
+        assert point is not None
+        assert result is not None
+        own_N = languages_N == point.language
+        for name, value, derivatives_N in zip(
+            sweep.names, result["values"].tolist(), result["derivatives"].numpy(), strict=True
+        ):
+            rows.append(
+                {
+                    "model": sweep.model_name,
+                    "quantity": name,
+                    "train_language": point.language,
+                    "weight": point.weight,
+                    "share": point.share,
+                    "slope": float(-derivatives_N[own_N].sum()),
+                    "loss": value,
+                }
+            )
+    return pa.Table.from_pylist(rows)
+
+
+def _left_out(slopes: pa.Table) -> pa.Table:
+    """Return the change of each quantity without a language: the mean of the slopes on its path."""
+    changes: dict[tuple[str, str, str], float] = {}
+    for row in slopes.to_pylist():
+        key = (row["model"], row["quantity"], row["train_language"])
+        changes[key] = changes.get(key, 0.0) + row["share"] * row["slope"]
+    names = ("model", "quantity", "train_language")
+    return pa.Table.from_pylist(
+        [dict(zip(names, key, strict=True)) | {"change": change} for key, change in changes.items()]
     )
 
 

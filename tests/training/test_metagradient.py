@@ -195,7 +195,7 @@ def test_derivatives_at_other_weights_agree_with_finite_differences(
 
 
 def test_the_mean_of_derivatives_along_a_path_is_the_change(tokenizer, tmp_path):
-    """By Gauss-Legendre quadrature; AdamW begins with steps that are almost signs, so it is slow."""
+    """By Gauss-Legendre quadrature, which is slow: AdamW's first steps are almost signs."""
     trained = Trained(tokenizer, tmp_path, replace(SETTINGS, learning_rate=1e-3))
     left_out_N = torch.tensor([float(language == "de") for language in LANGUAGES]).double()
     change_K = torch.zeros(len(QUANTITIES), dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -46,11 +47,13 @@ def test_the_sentence_names_every_disagreement_and_what_retraining_says():
 def test_the_figure_shows_the_sums_the_shares_and_the_actual_changes(run):
     [figure] = metagradient(AnalysisTables(run))
     rows = pq.read_table(run / "metagradient" / "languages.parquet").to_pandas()
-    foretold, shares, actual = figure.panels
+    foretold, path, shares, actual = figure.panels
     assert list(foretold.rows) == list(foretold.columns) == list(LANGUAGES)
     value = rows.set_index(["quantity", "train_language"]).influence
     factor = foretold.values_RC[0, 0] / value["en", "en"]
     assert foretold.values_RC[1, 2] == pytest.approx(factor * value["de", "ru"])
+    ratio = path.values_RC / foretold.values_RC
+    assert ratio == pytest.approx(np.full((5, 5), ratio[0, 0]))
     assert shares.values_RC.sum(axis=1) == pytest.approx([shares.values_RC[0].sum()] * 5)
     table = pq.read_table(run / "retraining" / "leave_one_out.parquet").to_pandas()
     own = table[(table.method == "tracin") & (table.test_language == "ru")]
@@ -60,7 +63,11 @@ def test_the_figure_shows_the_sums_the_shares_and_the_actual_changes(run):
 
 def test_tables_and_page_have_the_matrix_and_the_verdict(run, tmp_path):
     files = {path.name: path for path in write_tables(run, tmp_path, "csv")}
-    assert {"metagradient-full.csv", "metagradient_checks.csv"} <= files.keys()
+    assert {
+        "metagradient-full.csv",
+        "metagradient-path-full.csv",
+        "metagradient_checks.csv",
+    } <= files.keys()
     written = pd.read_csv(files["metagradient-full.csv"])
     assert list(written.columns) == ["test_language", *LANGUAGES]
     write_report(run)

@@ -111,6 +111,26 @@ def test_paths_foretell_trainings_without_a_language(model, run):
     assert np.abs(left_out["de"][LANGUAGES] - actual_K).max() < 0.1 * np.abs(actual_K).max()
 
 
+def test_a_path_of_ones_own_has_the_slopes_of_the_stage(run):
+    train = pq.read_table(run.data("train")).to_pandas()
+    slopes = pq.read_table(run.metagradient / "path.parquet").to_pandas()
+    row = slopes[(slopes.model == "full") & (slopes.train_language == "es")].iloc[0]
+    spanish = train.id[train.language == "es"]
+    influence = tm.metagradient(run.path, weights=dict.fromkeys(spanish, row.weight)).to_pandas()
+    own = influence[influence.train_language == "es"]
+    assert own[row.quantity].sum() == pytest.approx(row.slope, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "argument"),
+    [({"no id": 0.5}, "weights.*no id"), (None, "weights.*-0.5"), ([0.5], "weights.*0.5")],
+)
+def test_wrong_weights_are_refused(weights, argument, run):
+    first = pq.read_table(run.data("train"))["id"][0].as_py()
+    with pytest.raises(ValueError, match=argument):
+        tm.metagradient(run.path, weights={first: -0.5} if weights is None else weights)
+
+
 def test_the_summary_has_the_measured_properties(run):
     summary = json.loads((run.metagradient / "summary.json").read_text())
     checks = pq.read_table(run.metagradient / "checks.parquet").to_pandas()

@@ -332,7 +332,11 @@ def add_metagradient(path: Path, languages: tuple[str, ...] = LANGUAGES) -> None
     ]  # fmt: skip
     checks = [{"model": "full", "share": 0.05, "check": 0, "quantity": name, "predicted": 0.01,
                "actual": 0.012} for name in languages]  # fmt: skip
-    for name, of_table in (("languages", rows), ("checks", checks)):
+    left_out = [{"model": "full", "quantity": row["quantity"],
+                 "train_language": row["train_language"], "change": 2 * row["influence"]}
+                for row in rows]  # fmt: skip
+    tables = {"languages": rows, "checks": checks, "left_out": left_out}
+    for name, of_table in tables.items():
         pq.write_table(pa.Table.from_pylist(of_table), folder / f"{name}.parquet")
     verdict = "Foretells changes of up to about 5% of the examples."
     _write_json(folder / "summary.json", {"models": {"full": {"verdict": verdict}}})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from tracmod.choices import DEFAULT_MEMORY, Denominator, ModelName, whole_number
+from tracmod.choices import DEFAULT_MEMORY, Denominator, ModelName, instance, is_real, whole_number
 from tracmod.study.context import RunContext
 from tracmod.study.run_folder import RunFolder
 from tracmod.study.run_training import initial_model, training_settings
@@ -25,6 +25,7 @@ def metagradient(
     run_dir: str | Path,
     groups: Mapping[str, Sequence[str]] | None = None,
     *,
+    weights: Mapping[str, float] | None = None,
     model: ModelName = "full",
     denominator: Denominator = "fixed",
     memory: int = DEFAULT_MEMORY,
@@ -46,6 +47,10 @@ def metagradient(
         run_dir: a run folder whose models are trained.
         groups: name of a group -> ids of its test examples. None: the test examples of each
             language.
+        weights: id of a training example -> its weight, between 0 (left out) and 1 (as trained),
+            at which the derivatives are taken; 1 for all others. The mean of the summed derivatives
+            of some examples over a path of their weights from 1 to 0 is the change of the loss
+            when they are left out.
         model: `full` or `sparse`. Each test example is evaluated with its language's head mask in
             the sparse model.
         denominator: `fixed`: without an example, the others of its batch keep their weight.
@@ -58,8 +63,9 @@ def metagradient(
         A row per training example: train_id, train_language, and the influence on each group.
 
     Raises:
-        ValueError: the run or model is not trained, an id is unknown or a group has none, the
-            replayed weights are not those of the checkpoints, or a budget is too small.
+        ValueError: the run or model is not trained, a weight is out of range, an id is unknown or a
+            group has none, the replayed weights are not those of the checkpoints, or a budget is
+            too small.
 
     Examples:
         >>> import tracmod as tm
@@ -73,7 +79,12 @@ def metagradient(
     if not context.run.is_done(stage):
         raise ValueError(f"{run_dir}: expected a trained model `{model}`, but {stage} is not done")
     quantities = quantities_of(context, model, groups)
-    with tempfile.TemporaryDirectory() as temporary, open_run_replay(context, model) as replay:
+    instance("weights", weights, Mapping, optional=True)
+    mean = None if weights is None else _weighted_mean(context, weights, denominator)
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        open_run_replay(context, model, mean) as replay,
+    ):
         result = differentiate(
             replay,
             quantities,
@@ -87,6 +98,19 @@ def metagradient(
     columns = {"train_id": train["id"], "train_language": train["language"]}
     influence_KN = (-result.derivatives_KN).numpy()
     return pa.table({**columns, **dict(zip(result.names, influence_KN, strict=True))})
+
+
+def _weighted_mean(
+    context: RunContext, weights: Mapping[str, float], denominator: Denominator
+) -> WeightedMean:
+    ids = context.table("train")["id"].to_pylist()
+    for name, weight in weights.items():
+        if name not in ids:
+            raise ValueError(f"weights: expected ids of training examples, got {name!r}")
+        if not is_real(weight) or not 0 <= weight <= 1:
+            raise ValueError(f"weights[{name!r}]: expected a number from 0 to 1, got {weight!r}")
+    weights_N = torch.tensor([weights.get(name, 1.0) for name in ids], dtype=torch.float64)
+    return WeightedMean(weights_N - 1, denominator)
 
 
 def quantities_of(

@@ -79,12 +79,20 @@ class AnalysisTables:
     @cached_property
     def metagradient_languages(self) -> pd.DataFrame:
         """The sums of the metagradient by test and training language; empty without them."""
-        rows = self.metagradient_table("languages")
+        return self._of_test_languages("languages").rename(columns={"influence": "foretold"})
+
+    @cached_property
+    def metagradient_paths(self) -> pd.DataFrame:
+        """The changes without a language by paths of weights; empty without `path_points`."""
+        return self._of_test_languages("left_out").rename(columns={"change": "foretold"})
+
+    def _of_test_languages(self, name: str) -> pd.DataFrame:
+        """Return a table of the metagradient without the quantities that are single examples."""
+        rows = self.metagradient_table(name)
         if not len(rows):
             return rows
-        # Other quantities are single test examples.
         rows = rows[rows["quantity"].isin(self.run.section("task").get("languages", []))]
-        return rows.rename(columns={"quantity": "test_language", "influence": "foretold"})
+        return rows.rename(columns={"quantity": "test_language"})
 
     @property
     def _metagradient(self) -> Path | None:

@@ -21,6 +21,9 @@ def metagradient(tables: AnalysisTables) -> Iterator[HeatMaps]:
     """Yield the metagradient, TracIn's shares, and retraining if there is one, for each model."""
     for model, foretold in foretold_matrices(tables).items():
         panels = [_panel("Metagradient: foretold", foretold)]
+        path = path_matrix(tables, model)
+        if path is not None:
+            panels.append(_panel("Metagradient along paths: foretold", path))
         shares = shares_matrix(tables, model)
         if shares is not None:
             values_RC = 100 * np.asarray(shares, dtype=float)
@@ -51,6 +54,13 @@ def foretold_matrices(tables: AnalysisTables) -> dict[str, pd.DataFrame]:
     if not len(rows):
         return {}
     return {str(model): _wide(own, "foretold") for model, own in rows.groupby("model", sort=False)}
+
+
+def path_matrix(tables: AnalysisTables, model: str) -> pd.DataFrame | None:
+    """Return the changes without a language by paths of weights; None if there are no paths."""
+    rows = tables.metagradient_paths
+    rows = rows[rows["model"] == model] if len(rows) else rows
+    return _wide(rows, "foretold") if len(rows) else None
 
 
 def shares_matrix(tables: AnalysisTables, model: str) -> pd.DataFrame | None:

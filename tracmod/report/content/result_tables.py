@@ -119,6 +119,10 @@ def _metagradient(tables: AnalysisTables) -> Iterator[Table]:
         return
     for model, own in languages.groupby("model", sort=False):
         yield _matrix(tables, f"metagradient-{model}", own, "foretold", note="first order")
+    paths = tables.metagradient_paths
+    for model, own in paths.groupby("model", sort=False) if len(paths) else ():
+        note = "mean over a path of weights from 1 to 0"
+        yield _matrix(tables, f"metagradient-path-{model}", own, "foretold", note=note)
 
 
 def _retraining(tables: AnalysisTables) -> Iterator[Table]:

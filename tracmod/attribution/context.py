@@ -31,6 +31,7 @@ from tracmod.gradients.capture import (
 from tracmod.gradients.ekfac import checkpoint_preconditioner
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.influence.exact import NotFiniteError
+from tracmod.models.architecture import is_token_classifier
 from tracmod.models.checkpoints import (
     Checkpoint,
     check_checkpoint,
@@ -110,9 +111,13 @@ class AttributionContext:
                 load_second_moment(checkpoint.path)  # refuses a checkpoint without one
         self.label_names = class_names(model)
         stated = stated_loss(
-            options.loss, options.label_smoothing, options.class_weights, self.label_names
+            options.loss,
+            options.label_smoothing,
+            options.class_weights,
+            self.label_names,
+            of_tokens=is_token_classifier(model),
         )
-        self.loss = loss_of_checkpoints(self.checkpoints, model.config, stated)
+        self.loss = loss_of_checkpoints(self.checkpoints, model, stated)
         self._model_inputs = other_inputs(model)
         longest = min(512, self.tokenizer.model_max_length)
         self.max_length = longest if options.max_length is None else options.max_length

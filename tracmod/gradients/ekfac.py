@@ -127,6 +127,10 @@ def fit_ekfac(
     if not examples:
         raise ValueError("dataset: expected at least one example, got none")
     loss = check_examples(model, examples, loss=as_loss(loss))
+    if loss.kind == "token_cross_entropy" and labels == "sampled":
+        raise ValueError(
+            "labels: expected given for a token classifier, whose tags are not sampled, got sampled"
+        )
     if loss.function is not None and labels == "sampled":
         raise ValueError(
             f"labels: expected given for {loss}, which does not say how labels are distributed, "

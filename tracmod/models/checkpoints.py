@@ -173,20 +173,20 @@ def recorded_loss(folder: str | Path) -> Mapping[str, Any] | None:
 
 
 def loss_of_checkpoints(
-    checkpoints: Sequence[Checkpoint], config: Any, stated: ExampleLoss | None = None
+    checkpoints: Sequence[Checkpoint], model: Any, stated: ExampleLoss | None = None
 ) -> ExampleLoss:
     """Return the loss that checkpoints were trained with.
 
     Args:
         checkpoints: the checkpoints of one training.
-        config: the model's config, which decides where nothing is recorded.
+        model: the model, whose class and config decide where nothing is recorded.
         stated: the loss that the user states.
 
     Raises:
         ValueError: the checkpoints record different losses, or one that is not the stated one; or
             they record one that only Python has or that is unknown, and none is stated.
     """
-    own = own_loss(config).to_json()
+    own = own_loss(model).to_json()
     first = checkpoints[0].loss or own
     for checkpoint in checkpoints:
         loss = checkpoint.loss or own
@@ -208,7 +208,7 @@ def loss_of_checkpoints(
                 f"{described_loss(loss)}, got {stated}"
             )
     chosen = ExampleLoss.from_json(first) if stated is None else stated
-    chosen.check_outputs(int(config.num_labels or 0))
+    chosen.check_outputs(int(model.config.num_labels or 0))
     return chosen
 
 

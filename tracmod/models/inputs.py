@@ -17,13 +17,26 @@ from torch import Tensor, nn
 
 from tracmod.choices import whole_number
 from tracmod.models.adapters import adapted_model, is_peft_model
-from tracmod.models.architecture import embeddings_module, max_positions, word_embeddings
-from tracmod.models.loss import ExampleLoss, loss_of_examples
+from tracmod.models.architecture import (
+    embeddings_module,
+    is_token_classifier,
+    max_positions,
+    word_embeddings,
+)
+from tracmod.models.loss import UNLABELLED, ExampleLoss, loss_of_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Example = dict[str, Any]  # input_ids, attention_mask, labels and perhaps token_type_ids
+
+
+class TokenLabels(list[int]):
+    """The labels of an example's tokens, which are padded as its tokens are.
+
+    A list of the several labels of one text has a label per class and is not padded.
+    """
+
 
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 # Names of the label that transformers' data collators take, the first that is there counting.
@@ -173,6 +186,7 @@ def as_examples(
     if model is not None:
         _check_class_numbers(dataset, name, model)
     refused = frozenset(OTHER_INPUTS) if model is None else other_inputs(model)
+    of_tokens = is_token_classifier(model)
     try:
         rows = iter(dataset)
     except TypeError:
@@ -195,6 +209,8 @@ def as_examples(
             plain["labels"] = next(
                 (label for label in labels if not isinstance(label, str)), labels[0]
             )
+        if of_tokens and isinstance(plain.get("labels"), list | tuple):
+            plain["labels"] = TokenLabels(plain["labels"])
         problem = _column_problem(plain, refused)
         if problem:
             raise ValueError(f"{name}: row {row}: expected {problem}")
@@ -293,11 +309,12 @@ def check_examples(
     Raises:
         ValueError: an id is outside the vocabulary, an example has more tokens than the model has
             positions, a label is not one of the loss (a class; a number for each output; 0 to 1 for
-            each of several labels), token types are in some rows only or unknown to the model, or
-            the loss is not one of the model.
+            each of several labels; classes of tokens, at least one), token types are in some rows
+            only or unknown to the model, or the loss is not one of the model.
     """
     check_classifier(model)
-    loss = loss_of_examples(model.config, examples, loss)
+    loss = loss_of_examples(model, examples, loss)
+    _check_unit(model, loss)
     embeddings: Any = embeddings_module(model)
     table_sizes = {"input_ids": word_embeddings(model).num_embeddings}
     if getattr(embeddings, "token_type_embeddings", None) is not None:
@@ -307,6 +324,8 @@ def check_examples(
     columns = examples[0].keys() if examples else ()
     for row, example in enumerate(examples):
         problem = loss.label_problem(example["labels"], num_labels)
+        if loss.kind == "token_cross_entropy":
+            problem = problem or _token_labels_problem(example)
         if example_length(example) > longest:
             problem = f"at most {longest} tokens, got {example_length(example)}"
         for column, size in table_sizes.items():
@@ -324,8 +343,29 @@ def check_examples(
     return loss
 
 
+def _check_unit(model: PreTrainedModel, loss: ExampleLoss) -> None:
+    """Refuse the loss of tokens for a classifier of texts, and the other way round."""
+    of_tokens = is_token_classifier(model)
+    if of_tokens != (loss.kind == "token_cross_entropy"):
+        expected = "token_cross_entropy" if of_tokens else "a loss of texts"
+        raise ValueError(f"loss: expected {expected} for {type(model).__name__}, got {loss}")
+
+
+def _token_labels_problem(example: Mapping[str, Any]) -> str | None:
+    """Return how the labels of tokens do not fit the tokens, to follow "expected", or None."""
+    labels, mask = example["labels"], example.get("attention_mask")
+    if len(labels) != len(example["input_ids"]):
+        return f"labels of {len(example['input_ids'])} tokens as in input_ids, got {len(labels)}"
+    for position, (label, attended) in enumerate(zip(labels, mask or labels, strict=True)):
+        if mask and not attended and label != UNLABELLED:
+            return f"the label -100 at padding, got {label} at token {position}"
+    return None
+
+
 def check_classifier(model: PreTrainedModel) -> None:
-    """Raise an error for a model of transformers that is no sequence classifier, or cannot run.
+    """Raise an error for a model of transformers that is no classifier, or cannot run.
+
+    A classifier of texts or of tokens.
 
     A class from elsewhere is not judged by its name.
 
@@ -334,7 +374,10 @@ def check_classifier(model: PreTrainedModel) -> None:
             its weights are quantized, not in memory or on several devices.
     """
     # Whoever has a model has imported this already.
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    from transformers import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    )
 
     kind = type(model)
     missing = [name for name in ("config", "base_model", "dtype") if not hasattr(model, name)]
@@ -343,7 +386,8 @@ def check_classifier(model: PreTrainedModel) -> None:
             f"model: expected a transformers model without a wrapper, got {kind.__name__}"
         )
     expected: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
-    if kind.__module__.startswith("transformers.") and kind is not expected:
+    of_tokens: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(model.config), None)
+    if kind.__module__.startswith("transformers.") and kind not in (expected, of_tokens):
         name = expected.__name__ if expected else "a sequence classifier"
         raise ValueError(f"model: expected {name}, got {kind.__name__}")
     for name, module in model.named_modules():
@@ -468,10 +512,14 @@ def collate(
     Returns:
         `input_ids`, `attention_mask` and, if the examples have them, `token_type_ids`: (B, S)
         int64. `labels`: (B,), or (B, C) if labels are lists; int64, or float32 if they are floats.
+        `TokenLabels` become (B, S), padded with -100.
     """
     lengths = [longest or example_length(example) for example in examples]
     batch: dict[str, Tensor] = {}
-    for name, padding in (("input_ids", pad_id), ("attention_mask", 0), ("token_type_ids", 0)):
+    paddings = {"input_ids": pad_id, "attention_mask": 0, "token_type_ids": 0}
+    if isinstance(examples[0]["labels"], TokenLabels):
+        paddings["labels"] = UNLABELLED
+    for name, padding in paddings.items():
         if name not in examples[0]:
             continue
         rows = [
@@ -479,7 +527,8 @@ def collate(
         ]
         padded = [row + [padding] * (max(lengths) - len(row)) for row in rows]
         batch[name] = send(torch.tensor(padded, dtype=torch.int64), device)
-    batch["labels"] = send(torch.tensor([example["labels"] for example in examples]), device)
+    if "labels" not in batch:
+        batch["labels"] = send(torch.tensor([example["labels"] for example in examples]), device)
     return batch
 
 

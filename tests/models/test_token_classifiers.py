@@ -9,11 +9,12 @@ from families import FAST, FORMS, LABELS, has_tokens, small_model, small_tagger,
 from torch import nn
 
 import tracmod as tm
+from tracmod.gradients import ekfac
 from tracmod.gradients.capture import select_layers
 from tracmod.gradients.lean_pass import _last_block, lean
 from tracmod.gradients.verified_pass import verified_pass
 from tracmod.models.architecture import attention_layers
-from tracmod.models.inputs import as_examples
+from tracmod.models.inputs import TokenLabels, as_examples
 from tracmod.models.modes import frozen
 from tracmod.models.plain_pass import given_batch, predict_tokens
 from tracmod.subnetworks.head_mask import HeadMask
@@ -185,13 +186,33 @@ def test_predictions_are_those_of_labelled_tokens():
         torch.testing.assert_close(logits, own[0, labelled].detach())
 
 
-def test_ekfac_with_given_labels():
+@pytest.mark.parametrize("labels", ["given", "sampled"])
+def test_ekfac(labels):
     model, examples = small_tagger("bert", dtype=torch.float32), tagged_examples(6, seed=1)
-    with pytest.raises(ValueError, match=r"labels.*given"):
-        tm.fit_ekfac(model, examples)
-    metric = tm.fit_ekfac(model, examples, labels="given")
+    metric = tm.fit_ekfac(model, examples, labels=labels)
     scores = tm.exact_influence(model, examples, examples, preconditioner=metric)
     assert (scores.diagonal() > 0).all()
+    weighted = tm.ExampleLoss("token_cross_entropy", class_weights=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"labels.*given.*class weights"):
+        tm.fit_ekfac(model, examples, loss=weighted)
+
+
+def test_sampled_tags_have_the_hessian_of_the_loss(monkeypatch):
+    """The mean of g g^T at the logits over many draws, against torch's Hessian."""
+    draws, tags = 20_000, TokenLabels([1, -100, 2, 0])
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labelled = torch.tensor(tags) != -100
+    monkeypatch.setattr(ekfac, "predict_tokens", lambda *_, **__: [logits[labelled]] * draws)
+    loss = tm.ExampleLoss("token_cross_entropy")
+    sampled, sampled_loss = ekfac._with_sampled_labels(None, [{"labels": tags}] * draws, loss, 9, 0)
+    leaf = logits.expand(draws, -1, -1).clone().requires_grad_()
+    chosen = torch.tensor([example["labels"] for example in sampled])
+    (gradient,) = torch.autograd.grad(sampled_loss(leaf, chosen).sum(), leaf)
+    outer = gradient.flatten(1).T @ gradient.flatten(1) / draws
+    hessian = torch.autograd.functional.hessian(
+        lambda z: loss(z.view(1, 4, 3), torch.tensor([tags])).sum(), logits.flatten()
+    )
+    torch.testing.assert_close(outer, hessian, rtol=0.1, atol=0.004)
 
 
 IDS = [5, 6, 7]

@@ -50,7 +50,7 @@ from tracmod.models.modes import resolve_device, to_device, trained_names
 from tracmod.models.weight_files import tensor_digests, unmoved
 from tracmod.subnetworks.head_mask import HeadMask, matching_layers
 from tracmod.tasks.examples import rows_digest
-from tracmod.tasks.files import read_model_files
+from tracmod.tasks.token_files import read_labelled_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,7 +174,7 @@ class AttributionContext:
                     f"{getattr(options, split)}: expected the examples that the attribution began "
                     f"with, the file has changed since; run the command again"
                 )
-        tables = read_model_files(
+        tables = read_labelled_files(
             [options.train, options.query],
             self.label_names,
             options.columns,
@@ -200,7 +200,10 @@ class AttributionContext:
         return encode(self.tokenizer, table, self.max_length, num_labels=num_labels)
 
     def num_cut(self, split: str) -> int:
-        """Return how many examples of a file have more than `max_length` tokens, and were cut."""
+        """Return how many examples of a file have more than `max_length` tokens, and were cut.
+
+        For a token classifier, the number of words that were cut off.
+        """
         lengths = [len(example["input_ids"]) for example in self.examples[split]]
         full = [row for row, length in enumerate(lengths) if length >= self.max_length]
         return num_cut(

@@ -76,6 +76,8 @@ def encode(
     A pair that is too long loses tokens from its longer text first. BERT's kind of tokenizer adds
     `token_type_ids`.
 
+    A table with the column `tokens` has sentences for a token classifier (`encode_words`).
+
     Args:
         tokenizer: the model's tokenizer.
         table: `pyarrow.Table` with the columns id, text_a, text_b (nullable) and label (a number,
@@ -85,7 +87,7 @@ def encode(
             1, a regression).
 
     Returns:
-        Dicts of `input_ids` and `attention_mask` (lists of int) and `labels` (int).
+        Dicts of `input_ids` and `attention_mask` (lists of int) and `labels` (int, or the list).
 
     Raises:
         ValueError: `max_length` is more than the tokenizer's model takes, or leaves no room for a
@@ -103,6 +105,8 @@ def encode(
             f"max_length: expected at most the {tokenizer.model_max_length} tokens that the model "
             f"takes, got {max_length}"
         )
+    if "tokens" in table.column_names:
+        return _encode_words(tokenizer, table, max_length)
     ids, labels = table.column("id").to_pylist(), table.column("label").to_pylist()
     if num_labels is not None and num_labels > 1 and not any(isinstance(n, list) for n in labels):
         for example_id, label in zip(ids, labels, strict=True):
@@ -128,6 +132,77 @@ def encode(
     return examples
 
 
+def _encode_words(tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int) -> list[Example]:
+    """Tokenize a table of sentences of words with tags.
+
+    The first token of a word has the tag of the word. Other tokens of it, and special tokens, have
+    no label.
+    """
+    encoded = _word_tokens(tokenizer, table, max_length)
+    examples = []
+    ids, labels = table.column("id").to_pylist(), table.column("label").to_pylist()
+    for row, (example_id, tags) in enumerate(zip(ids, labels, strict=True)):
+        token_labels, previous = TokenLabels(), None
+        for word in encoded.word_ids(row):
+            token_labels.append(UNLABELLED if word in (None, previous) else tags[word])
+            previous = word
+        if all(label == UNLABELLED for label in token_labels):
+            raise ValueError(
+                f"example {example_id}: expected a word with a tag within {max_length} tokens, got "
+                f"none"
+            )
+        example: Example = {name: column[row] for name, column in encoded.items()}
+        examples.append(example | {"labels": token_labels})
+    return examples
+
+
+def tags_of_words(
+    tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int, logits: Sequence[Tensor]
+) -> list[list[int]]:
+    """Return the predicted tag of every word of a table's sentences.
+
+    Args:
+        tokenizer, table, max_length: as for `encode`.
+        logits: for each sentence (T, C) logits of its labelled tokens, as `predict_tokens` returns
+            them.
+
+    Returns:
+        For each sentence a number per word; -100 for words that have no label or were cut off.
+    """
+    encoded = _word_tokens(tokenizer, table, max_length)
+    predicted = []
+    for row, (tags, logits_TC) in enumerate(
+        zip(table.column("label").to_pylist(), logits, strict=True)
+    ):
+        seen = dict.fromkeys(word for word in encoded.word_ids(row) if word is not None)
+        labelled = [word for word in seen if tags[word] != UNLABELLED]
+        own = [UNLABELLED] * len(tags)
+        for word, tag in zip(labelled, logits_TC.argmax(dim=1).tolist(), strict=True):
+            own[word] = tag
+        predicted.append(own)
+    return predicted
+
+
+def _word_tokens(tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int | None) -> Any:
+    """Tokenize the words of a table's sentences; the result has `word_ids` of each row."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path}: expected a fast one, which says of which word a "
+            f"token is, got {type(tokenizer).__name__}"
+        )
+    try:
+        # verbose=False: no warning about a sentence that is too long for the model.
+        return tokenizer(
+            table.column("tokens").to_pylist(),
+            is_split_into_words=True,
+            truncation=max_length is not None,
+            max_length=max_length,
+            verbose=False,
+        )
+    except AssertionError as error:  # byte-level ones that were not made for words
+        raise ValueError(f"tokenizer {tokenizer.name_or_path}: {error}") from None
+
+
 def other_inputs(model: Any) -> frozenset[str]:
     """Return the inputs that a model takes and that the engine does not pass on.
 
@@ -151,7 +226,16 @@ def other_inputs(model: Any) -> frozenset[str]:
 
 
 def num_cut(tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int) -> int:
-    """Return how many examples of a table have more than `max_length` tokens."""
+    """Return how many examples of a table have more than `max_length` tokens.
+
+    Of sentences of words with tags, the number of words that have no token before that.
+    """
+    if "tokens" in table.column_names:
+        whole = _word_tokens(tokenizer, table, None)
+        cut = _word_tokens(tokenizer, table, max_length)
+        return sum(
+            len(set(whole.word_ids(row)) - set(cut.word_ids(row))) for row in range(len(table))
+        )
     texts = zip(table["text_a"].to_pylist(), table["text_b"].to_pylist(), strict=True)
     # verbose=False: no warning about a text that is too long for the model, since none is given it.
     return sum(

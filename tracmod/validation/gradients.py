@@ -103,14 +103,17 @@ class ModelCheck:
     Attributes:
         errors: as `check_gradients` returns them.
         num_examples: number of examples that were compared.
-        num_cut: how many of their texts had more than `max_length` tokens, and were cut.
+        num_cut: how many of their texts had more than `max_length` tokens, and were cut; of a token
+            classifier, how many words were cut off.
         max_length: longest length in tokens.
+        num_words: number of words of the examples, for a token classifier.
     """
 
     errors: list[GradientError]
     num_examples: int
     num_cut: int
     max_length: int
+    num_words: int | None = None
 
 
 def check_model(
@@ -141,7 +144,7 @@ def check_model(
         loss, label_smoothing, class_weights: the loss of the training, as in `AttributionOptions`.
     """
     # Imported here because tasks need pydantic, which a GPU machine that tests the engine may lack.
-    from tracmod.tasks.files import read_model_files
+    from tracmod.tasks.token_files import read_labelled_files
 
     model, tokenizer = load_model(source)
     mask = None if head_mask is None else HeadMask.load(head_mask)
@@ -150,14 +153,16 @@ def check_model(
     stated = stated_loss(loss, label_smoothing, class_weights, labels, of_tokens=of_tokens)
     trained = Checkpoint(Path(source), 1, 0, learning_rate=None, loss=recorded_loss(source))
     trained_loss = loss_of_checkpoints([trained], model, stated)
-    (table,) = read_model_files([data], labels, columns, loss_kind=trained_loss.kind)
+    (table,) = read_labelled_files([data], labels, columns, loss_kind=trained_loss.kind)
     table = table.slice(0, num_examples)
     max_length = min(max_length, tokenizer.model_max_length)
     examples = encode(tokenizer, table, max_length, num_labels=len(labels))
     if not include_frozen:
         freeze(model, recorded_frozen(source), source)
     errors = check_gradients(model, examples, parameters, mask, include_frozen, loss=trained_loss)
-    return ModelCheck(errors, len(examples), num_cut(tokenizer, table, max_length), max_length)
+    num_words = sum(map(len, table["tokens"].to_pylist())) if of_tokens else None
+    cut = num_cut(tokenizer, table, max_length)
+    return ModelCheck(errors, len(examples), cut, max_length, num_words)
 
 
 def check_gradients(

@@ -47,7 +47,7 @@ def write_json(path, rows):
 
 
 def as_lists(table):
-    return list(zip(table["tokens"].to_pylist(), table["label"].to_pylist(), strict=True))
+    return list(zip(table["tokens"].to_pylist(), table["tags"].to_pylist(), strict=True))
 
 
 def test_all_formats_hold_the_same(tmp_path):
@@ -81,13 +81,13 @@ def test_conllu_has_the_syntactic_words(tmp_path):
     (relations,) = read_token_files(
         [file], ["case", "det", "root", "dep"], {"tags": "deprel"}, language="fr"
     )
-    assert relations["label"].to_pylist() == [[0, 1, 2, 3], [2]]
+    assert relations["tags"].to_pylist() == [[0, 1, 2, 3], [2]]
 
 
 def test_numbers_of_tags(tmp_path):
     numbered = write_json(tmp_path / "a.jsonl", [{"tokens": ["a", "b"], "tags": [3, -100]}])
     (table,) = read_token_files([numbered], TAGS)
-    assert table["label"].to_pylist() == [[3, -100]]
+    assert table["tags"].to_pylist() == [[3, -100]]
     feature = {"_type": "ClassLabel", "names": ["O", "B-LOC"]}
     for listed in ({"feature": feature, "_type": "List"}, {"feature": feature}):
         metadata = {"info": {"features": {"tags": listed}}}
@@ -95,9 +95,9 @@ def test_numbers_of_tags(tmp_path):
         table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
         pq.write_table(table, tmp_path / "a.parquet")
         (named,) = read_token_files([tmp_path / "a.parquet"], TAGS)
-        assert named["label"].to_pylist() == [[3, 0]]
+        assert named["tags"].to_pylist() == [[3, 0]]
         (unnamed,) = read_token_files([tmp_path / "a.parquet"], ["LABEL_0", "LABEL_1"])
-        assert unnamed["label"].to_pylist() == [[1, 0]]
+        assert unnamed["tags"].to_pylist() == [[1, 0]]
         assert distinct_tags([TokenFile.read(tmp_path / "a.parquet", {}, None)]) == ["O", "B-LOC"]
 
 
@@ -186,7 +186,7 @@ def table_of(sentences):
     return pa.table(
         {
             "id": [f"s{row}" for row in range(len(rows))],
-            "label": pa.array([row["tags"] for row in rows], pa.list_(pa.int64())),
+            "tags": pa.array([row["tags"] for row in rows], pa.list_(pa.int64())),
             "tokens": [row["tokens"] for row in rows],
         }
     )

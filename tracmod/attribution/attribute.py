@@ -321,14 +321,15 @@ def _write_targets(context: AttributionContext, predictions: list[Any]) -> None:
     """Put targets, or several labels, into examples.parquet, whose labels are classes."""
     file = context.options.out / "examples.parquet"
     examples, queries = pq.read_table(file), context.tables["query"]
+    labels = "tags" if "tags" in queries.column_names else "label"
     for name, values in (
-        ("test_label", queries["label"].to_pylist()),
+        ("test_label", queries[labels].to_pylist()),
         ("test_prediction", predictions),
     ):
         value_of = dict(zip(queries["id"].to_pylist(), values, strict=True))
         column = pa.array(
             [value_of[query] for query in examples["test_id"].to_pylist()],
-            queries.schema.field("label").type,
+            queries.schema.field(labels).type,
         )
         position = examples.column_names.index(name)
         examples = examples.set_column(position, name, column)

@@ -84,7 +84,7 @@ class Explorer:
         chosen: dict[str, dict[str, list[str]]] = {name: {} for name in self.languages}
         for row in rows:
             by_label = chosen[row["language"]]
-            label = self._full.label_text(row["label"])
+            label = self._full.label_of(row)
             if len(by_label) < EXAMPLES_PER_LANGUAGE and label not in by_label:
                 by_label[label] = [row["text_a"], row["text_b"] or "", row["language"], label]
         return [example for by_label in chosen.values() for example in by_label.values()]

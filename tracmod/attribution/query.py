@@ -27,7 +27,8 @@ from tracmod.subnetworks.head_mask import masked
 from tracmod.tasks.files import target_of, target_text
 from tracmod.tasks.label_vectors import NO_LABEL, label_vector_text
 from tracmod.tasks.readers import text_fault
-from tracmod.tasks.token_files import NO_TAG, UNTAGGED
+from tracmod.tasks.tag_scores import UNTAGGED
+from tracmod.tasks.token_files import NO_TAG
 
 if TYPE_CHECKING:
     from tracmod.influence.index import InfluenceIndex
@@ -263,7 +264,8 @@ class Attributor:
                 f"label: expected a tag for each of {len(words)} words, got {len(label)}"
             )
         tags = [int(tag) for tag in label] if isinstance(label, list) else [0] * len(words)
-        return pa.table(columns | {"label": pa.array([tags]), "tokens": pa.array([words])})
+        words_and_tags = {"tokens": pa.array([words]), "tags": pa.array([tags])}
+        return pa.table(columns | {"label": pa.array([0])} | words_and_tags)
 
     def _label_number(self, label: str) -> Label:
         names, kind = self.source.label_names, self.source.loss_kind
@@ -299,6 +301,10 @@ class Attributor:
                 f"{unknown[0] if unknown else label!r}"
             )
         return [numbers[tag] for tag in tags]
+
+    def label_of(self, row: Mapping[str, Any]) -> str:
+        """Return the label, or the tags, of an example of the folder as `query` takes it."""
+        return self.label_text(row["tags"] if "tags" in row else row["label"])
 
     def label_text(self, label: Label) -> str:
         """Return a label as `query` takes it: a name, names or numbers."""
@@ -418,7 +424,7 @@ class Attributor:
         """Return training examples as the answer shows them."""
         rows = self.source.train.take(indices.numpy()).to_pylist()
         return [
-            {"rank": rank, "score": score} | row | {"label": self.label_text(row["label"])}
+            {"rank": rank, "score": score} | row | {"label": self.label_of(row)}
             for rank, (row, score) in enumerate(zip(rows, scores.tolist(), strict=True), 1)
         ]
 

@@ -140,7 +140,7 @@ def _encode_words(tokenizer: PreTrainedTokenizerBase, table: Any, max_length: in
     """
     encoded = _word_tokens(tokenizer, table, max_length)
     examples = []
-    ids, labels = table.column("id").to_pylist(), table.column("label").to_pylist()
+    ids, labels = table.column("id").to_pylist(), table.column("tags").to_pylist()
     for row, (example_id, tags) in enumerate(zip(ids, labels, strict=True)):
         token_labels, previous = TokenLabels(), None
         for word in encoded.word_ids(row):
@@ -172,7 +172,7 @@ def tags_of_words(
     encoded = _word_tokens(tokenizer, table, max_length)
     predicted = []
     for row, (tags, logits_TC) in enumerate(
-        zip(table.column("label").to_pylist(), logits, strict=True)
+        zip(table.column("tags").to_pylist(), logits, strict=True)
     ):
         seen = dict.fromkeys(word for word in encoded.word_ids(row) if word is not None)
         labelled = [word for word in seen if tags[word] != UNLABELLED]

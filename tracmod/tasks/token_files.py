@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,21 @@ from tracmod.tasks.columns import (
 )
 from tracmod.tasks.examples import SCHEMA
 from tracmod.tasks.files import check_refused, clean, read_model_files, stated_by_number
-from tracmod.tasks.readers import read_rows, shown, shown_names, stated_class_names, text_fault
+from tracmod.tasks.readers import (
+    Row,
+    read_rows,
+    shown,
+    shown_names,
+    stated_class_names,
+    text_fault,
+)
+from tracmod.tasks.tag_scores import UNTAGGED, sentence_class
 
-# `text_a` is the words with spaces between them, for those who read it.
-TOKEN_SCHEMA = SCHEMA.set(
-    SCHEMA.get_field_index("label"), pa.field("label", pa.list_(pa.int64()))
-).append(pa.field("tokens", pa.list_(pa.string())))
+# `text_a` is the words with spaces between them, for those who read it, and `label` the class of
+# the sentence (`sentence_class`), by which sentences are drawn and shown.
+TOKEN_SCHEMA = SCHEMA.append(pa.field("tokens", pa.list_(pa.string()))).append(
+    pa.field("tags", pa.list_(pa.int64()))
+)
 
 # Names under which public data sets have our columns, suggested in messages.
 COMMON_TOKEN_NAMES = {
@@ -36,7 +45,7 @@ COMMON_TOKEN_NAMES = {
     "tags": "ner_tags pos_tags upos labels label ner tag label_ids",
 }
 
-UNTAGGED, NO_TAG = -100, "_"  # number and name of a word that has no tag
+NO_TAG = "_"  # the name of a word's tag if it has none; its number is UNTAGGED
 
 
 def read_labelled_files(
@@ -160,16 +169,37 @@ class TokenFile:
         Raises:
             ValueError: a missing column, no sentences, or a malformed one.
         """
+        rows, stated = read_rows(path), stated_class_names
+        return cls.of_rows(path, rows, columns, language, stated=stated, refused=refused)
+
+    @classmethod
+    def of_rows(
+        cls,
+        path: str | Path,
+        rows: Iterable[Row],
+        columns: Mapping[str, str],
+        language: str | None,
+        *,
+        stated: Callable[[str | Path], Mapping[str, list[str]]] = lambda _: {},
+        refused: Collection[str] = (),
+    ) -> TokenFile:
+        """Check rows, which are in the file or have its name.
+
+        Args:
+            path, columns, language, refused: as for `read`.
+            rows: numbers of lines, and values by column.
+            stated: returns the names of the numbers of tags, by column, for the path.
+        """
         names_in_file: list[str] = []
         names: dict[str, str] = {}
-        stated: list[str] | None = None
+        class_names: list[str] | None = None
         values: dict[str, list[Any]] = {
             name: [] for name in ("id", "language", "group", "text_a", "tokens")
         }
         lines: list[int] = []
         tags: list[list[str | int]] = []
         ids: set[str] = set()
-        for row_number, (line, row) in enumerate(read_rows(path)):
+        for row_number, (line, row) in enumerate(rows):
             new_names = [name for name in row if name not in names_in_file]
             if new_names:
                 names_in_file += new_names
@@ -183,7 +213,7 @@ class TokenFile:
                     )
                 names = chosen
             if not row_number:
-                stated = stated_class_names(path).get(names["tags"])
+                class_names = stated(path).get(names["tags"])
             tokens: Any = row.get(names["tokens"])
             own_tags: Any = row.get(names["tags"])
             fault = _words_fault(tokens, own_tags, names)
@@ -207,12 +237,12 @@ class TokenFile:
             lines.append(line)
             for name, own_values in values.items():
                 own_values.append(list(tokens) if name == "tokens" else cells[name])
-            tags.append([_named(tag, stated) for tag in own_tags])
+            tags.append([_named(tag, class_names) for tag in own_tags])
         if not lines:
             raise ValueError(f"{path}: expected sentences, got none")
         notes = _notes(path, names, language)
         has_languages = "language" in names
-        return cls(Path(path), lines, values, tags, stated, has_languages, notes)
+        return cls(Path(path), lines, values, tags, class_names, has_languages, notes)
 
     def table(self, label_names: Sequence[str]) -> pa.Table:
         """Return the sentences with `TOKEN_SCHEMA`, tags as numbers.
@@ -226,7 +256,7 @@ class TokenFile:
             pairs = zip(self.class_names, range(len(label_names)), strict=False)
             number_of |= dict(pairs)
         number_of |= {name: number for number, name in enumerate(label_names)}
-        labels = []
+        numbers = []
         for line, own_tags in zip(self.lines, self.tags, strict=True):
             for position, tag in enumerate(own_tags):
                 if tag not in number_of:
@@ -236,10 +266,24 @@ class TokenFile:
                     )
             if all(tag == UNTAGGED for tag in own_tags):
                 raise ValueError(f"{self.path}:{line}: expected a word with a tag, got none")
-            labels.append([number_of[tag] for tag in own_tags])
-        count = len(self.lines)
-        columns = self.values | {"label": labels, "text_b": [None] * count}
-        return pa.table({name: columns[name] for name in TOKEN_SCHEMA.names}, TOKEN_SCHEMA)
+            numbers.append([number_of[tag] for tag in own_tags])
+        return _table(self.values | {"tags": numbers}, label_names)
+
+
+def _table(columns: Mapping[str, list[Any]], tag_names: Sequence[str]) -> pa.Table:
+    """Return sentences with `TOKEN_SCHEMA`; text and class follow from their words and tags."""
+    made = {
+        "text_a": [" ".join(tokens) for tokens in columns["tokens"]],
+        "text_b": [None] * len(columns["id"]),
+        "label": [sentence_class(tags, tag_names) for tags in columns["tags"]],
+    }
+    return pa.table({name: (columns | made)[name] for name in TOKEN_SCHEMA.names}, TOKEN_SCHEMA)
+
+
+def pool_of_sentences(files: Iterable[TokenFile], tag_names: Sequence[str]) -> pa.Table:
+    """Return the sentences of files as the table of a pool, which splits are drawn from."""
+    table = pa.concat_tables([file.table(tag_names) for file in files])
+    return table.append_column("split_group", pa.nulls(len(table), pa.string()))
 
 
 def distinct_tags(files: Iterable[TokenFile]) -> list[str]:

@@ -241,6 +241,17 @@ def test_check(training):
     assert "expected a column tokens, tags" in output
 
 
+def test_a_stated_loss_of_texts_is_refused(training):
+    checkpoint = checkpoint_folders(training / "training")[0]
+    for kind in ("cross_entropy", "squared_error"):
+        output = invoke("check", "--model", checkpoint, "--data", training / "train.jsonl",
+                        "--loss", kind, code=2)  # fmt: skip
+        assert "token_cross_entropy" in output
+    output = invoke("check", "--model", checkpoint, "--data", training / "train.jsonl",
+                    "--class-weights", "O=1,B-PER=2,B-LOC=3")  # fmt: skip
+    assert "WRONG" not in output
+
+
 def test_adapters_of_token_classifiers(tmp_path, training, tokenizer):
     (tmp_path / "train.jsonl").write_bytes((training / "train.jsonl").read_bytes())
     new_model(tokenizer).save_pretrained(tmp_path / "base")

@@ -18,6 +18,7 @@ from tracmod.models.loading import load_model
 from tracmod.models.plain_pass import predict_tokens
 from tracmod.study.context import RunContext
 from tracmod.study.pipeline import run_stages
+from tracmod.study.plan import plan_run
 from tracmod.study.run_folder import RunFolder
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.tasks import load_task
@@ -26,8 +27,8 @@ from tracmod.tasks.tag_scores import count_tags, total_counts
 TASK = {
     "name": "entities",
     "shape": "nli",
-    "languages": ["en", "de", "es"],
-    "train_per_language": 40,
+    "languages": ["en", "de"],
+    "train_per_language": 60,
     "dev_per_language": 12,
     "test_per_language": 8,
 }
@@ -38,14 +39,25 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "run"
     config = tiny_config(
         task=TASK,
-        finetune={"epochs": 6, "learning_rate": 5e-3},
+        model={"vocabulary": 300},
+        finetune={"epochs": 8, "learning_rate": 6e-3},
         influence={"k": 5, "blocks": True},
-        collect={"every": 3, "untrained": True},
+        collect={"every": 8},
+        views={"random": 1, "other": []},
     )
     run_stages(RunFolder(folder, config))
     return RunContext(RunFolder(folder))
 
 
+@pytest.mark.slow
+def test_the_forecast_of_a_study(tmp_path):
+    config = tiny_config(task=TASK, prune={"seeds": 2})
+    plan = plan_run(RunFolder(tmp_path / "run", config))
+    assert plan.seconds > 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_the_whole_study_runs(run):
     summary = json.loads((run.run.path / "analysis" / "summary.json").read_text())
     assert summary["accuracy"]["score"] == "F1"
@@ -54,6 +66,7 @@ def test_the_whole_study_runs(run):
     assert "Wilson" not in page
 
 
+@pytest.mark.slow
 def test_scores_are_f1_of_the_models_own_predictions(run):
     """Recomputed from the last checkpoint under each mask, by a loop over words."""
     summary = json.loads((run.run.path / "analysis" / "summary.json").read_text())
@@ -78,9 +91,11 @@ def test_scores_are_f1_of_the_models_own_predictions(run):
             )
             entry = views["full", view][language]
             assert entry["value"] == pytest.approx(counts.f1)
+            assert view == "subnetwork" or counts.f1 > 0.3  # the model has learned something
             assert entry["low"] <= entry["value"] <= entry["high"]
 
 
+@pytest.mark.slow
 def test_pruning_and_metrics_are_by_f1(run):
     entry = json.loads(run.run.subnetwork("de").read_text())
     model, tokenizer = run.load(run.checkpoints("full")[-1])
@@ -101,6 +116,7 @@ def test_pruning_and_metrics_are_by_f1(run):
     assert metrics[-1]["accuracy"]["de"] == pytest.approx(full["languages"]["de"]["value"])
 
 
+@pytest.mark.slow
 def test_queries_of_a_run(run):
     attributor = Attributor(run.run.path)
     row = run.table("test").slice(0, 1).to_pylist()[0]
@@ -110,6 +126,7 @@ def test_queries_of_a_run(run):
     assert [r["id"] for r in answer["proponents"]] == listed
 
 
+@pytest.mark.slow
 def test_the_report_has_the_words_with_their_tags(run):
     from tracmod.analysis import RunResults
     from tracmod.report.html.explorer import explorer_data

@@ -84,6 +84,8 @@ class Explorer:
         chosen: dict[str, dict[str, list[str]]] = {name: {} for name in self.languages}
         for row in rows:
             by_label = chosen[row["language"]]
+            if "tokens" in row and row["text_a"].split() != row["tokens"]:
+                continue  # a word with a space in it, which cannot be typed
             label = self._full.label_of(row)
             if len(by_label) < EXAMPLES_PER_LANGUAGE and label not in by_label:
                 by_label[label] = [row["text_a"], row["text_b"] or "", row["language"], label]

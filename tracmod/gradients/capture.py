@@ -62,7 +62,8 @@ class Layer:
         input_position: Position of the first layer that reads the same input, by which layers that
             share an input (query, key and value) are recognised.
         pooled: Whether the layer is outside the encoder's layers (pooler, classifier), where an
-            example is a single vector and its gradient a single product g x^T.
+            example is a single vector and its gradient a single product g x^T; never so in a token
+            classifier.
     """
 
     name: str

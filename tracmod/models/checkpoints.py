@@ -23,7 +23,7 @@ from tracmod.models.loading import (
     config_class_names,
     first_line_of,
 )
-from tracmod.models.loss import ExampleLoss, described_loss, own_loss
+from tracmod.models.loss import ExampleLoss, check_unit, described_loss, own_loss
 
 HOW_TO_STATE = (
     "--loss, --label-smoothing or --class-weights; a function of your own as `loss` of "
@@ -208,6 +208,7 @@ def loss_of_checkpoints(
                 f"{described_loss(loss)}, got {stated}"
             )
     chosen = ExampleLoss.from_json(first) if stated is None else stated
+    check_unit(model, chosen)
     chosen.check_outputs(int(model.config.num_labels or 0))
     return chosen
 

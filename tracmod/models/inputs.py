@@ -23,7 +23,7 @@ from tracmod.models.architecture import (
     max_positions,
     word_embeddings,
 )
-from tracmod.models.loss import UNLABELLED, ExampleLoss, loss_of_examples
+from tracmod.models.loss import UNLABELLED, ExampleLoss, check_unit, loss_of_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -184,23 +184,24 @@ def tags_of_words(
 
 
 def _word_tokens(tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int | None) -> Any:
-    """Tokenize the words of a table's sentences; the result has `word_ids` of each row."""
+    """Tokenize the words of a table's sentences; the result has `word_ids` of each row.
+
+    Raises:
+        ValueError: the tokenizer does not say of which word a token is.
+    """
     if not tokenizer.is_fast:
         raise ValueError(
             f"tokenizer {tokenizer.name_or_path}: expected a fast one, which says of which word a "
             f"token is, got {type(tokenizer).__name__}"
         )
-    try:
-        # verbose=False: no warning about a sentence that is too long for the model.
-        return tokenizer(
-            table.column("tokens").to_pylist(),
-            is_split_into_words=True,
-            truncation=max_length is not None,
-            max_length=max_length,
-            verbose=False,
-        )
-    except AssertionError as error:  # byte-level ones that were not made for words
-        raise ValueError(f"tokenizer {tokenizer.name_or_path}: {error}") from None
+    # verbose=False: no warning about a sentence that is too long for the model.
+    return tokenizer(
+        table.column("tokens").to_pylist(),
+        is_split_into_words=True,
+        truncation=max_length is not None,
+        max_length=max_length,
+        verbose=False,
+    )
 
 
 def other_inputs(model: Any) -> frozenset[str]:
@@ -398,7 +399,7 @@ def check_examples(
     """
     check_classifier(model)
     loss = loss_of_examples(model, examples, loss)
-    _check_unit(model, loss)
+    check_unit(model, loss)
     embeddings: Any = embeddings_module(model)
     table_sizes = {"input_ids": word_embeddings(model).num_embeddings}
     if getattr(embeddings, "token_type_embeddings", None) is not None:
@@ -425,14 +426,6 @@ def check_examples(
             torch.tensor([example["labels"] for example in examples[:3]]), num_labels
         )
     return loss
-
-
-def _check_unit(model: PreTrainedModel, loss: ExampleLoss) -> None:
-    """Refuse the loss of tokens for a classifier of texts, and the other way round."""
-    of_tokens = is_token_classifier(model)
-    if of_tokens != (loss.kind == "token_cross_entropy"):
-        expected = "token_cross_entropy" if of_tokens else "a loss of texts"
-        raise ValueError(f"loss: expected {expected} for {type(model).__name__}, got {loss}")
 
 
 def _token_labels_problem(example: Mapping[str, Any]) -> str | None:

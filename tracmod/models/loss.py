@@ -388,6 +388,18 @@ def own_loss(model: Any, *, float_vectors: bool = False) -> ExampleLoss:
     return ExampleLoss(kinds[problem_type])
 
 
+def check_unit(model: Any, loss: ExampleLoss) -> None:
+    """Refuse the loss of tokens for a classifier of texts, and the other way round.
+
+    Raises:
+        ValueError: the loss is one of the other kind of model.
+    """
+    of_tokens = is_token_classifier(model)
+    if of_tokens != (loss.kind == "token_cross_entropy"):
+        expected = "token_cross_entropy" if of_tokens else "a loss of texts"
+        raise ValueError(f"loss: expected {expected} for {type(model).__name__}, got {loss}")
+
+
 def stated_loss(
     kind: LossKind | None,
     label_smoothing: float | None,

@@ -14,6 +14,8 @@ from tracmod.tasks.readers import Row, read_rows, stated_class_names
 from tracmod.tasks.tag_scores import sentence_classes
 from tracmod.tasks.token_files import TokenFile, distinct_tags, pool_of_sentences
 
+# Published corpora have no ids, and a file or configuration for each language.
+NO_COLUMNS = {"id": "", "language": ""}
 ENDINGS = (".parquet", ".jsonl", ".conll", ".bio", ".conllu")
 
 
@@ -69,27 +71,41 @@ def _read_languages(template: str, config: TaskConfig, splits: Sequence[str]) ->
 
 
 def _published(config: TaskConfig, repository: str, tags: str, names: Sequence[str]) -> Corpus:
-    """Read the splits of a published corpus, from the Hub or from files of these names."""
+    """Read the splits of a published corpus, from the Hub or from a folder.
+
+    Args:
+        config: the task.
+        repository: the data set on the Hub; its configurations are the languages.
+        tags: the column of the tags there.
+        names: patterns of the files' names by language and split, the first one in messages.
+    """
     files: dict[tuple[str, ...], list[TokenFile]] = {}
     for split in SPLITS:
         for language in config.languages_of(split):
-            if config.path is not None:
-                path = _find(config.path, [name.format(language, split) for name in names])
-                columns = {} if path.suffix in (".conll", ".bio", ".conllu") else {"tags": tags}
-                stated = stated_class_names
-                rows = _whole_sentences(str(path), read_rows(path), columns.get("tags", "tags"))
+            if config.path is None:
+                source = config.hub_name or repository
+                file = _from_hub(source, language, split, tags, names[0])
             else:
-                source, columns = config.hub_name or repository, {"tags": tags}
-                columns_read = {"tokens": "tokens", tags: tags}
-                hub_rows = read_hub(source, language, split, columns_read, f"{names[0]} files")
-                path = Path(f"{source} ({language}, {split})")
-                numbered = ((number, row) for number, (_, row) in enumerate(hub_rows))
-                rows = _whole_sentences(str(path), numbered, tags)
-                stated = _nothing_stated
-            own = {**columns, "id": "", "language": ""}
-            file = TokenFile.of_rows(path, rows, own, language, stated=stated)
+                path = _find(config.path, [name.format(language, split) for name in names])
+                file = _from_file(path, language, tags)
             files.setdefault((split,), []).append(_with_ids(file, f"{language}-{split}"))
     return _corpus(files)
+
+
+def _from_hub(repository: str, language: str, split: str, tags: str, files: str) -> TokenFile:
+    columns = {"tokens": "tokens", tags: tags}
+    rows = read_hub(repository, language, split, columns, f"the files {files}")
+    numbered = ((number, row) for number, (_, row) in enumerate(rows))
+    path = f"{repository} ({language}, {split})"
+    whole = _whole_sentences(path, numbered, tags)
+    return TokenFile.of_rows(path, whole, NO_COLUMNS | {"tags": tags}, language)
+
+
+def _from_file(path: Path, language: str, tags: str) -> TokenFile:
+    tags = tags if path.suffix in (".parquet", ".jsonl") else "tags"
+    whole = _whole_sentences(str(path), read_rows(path), tags)
+    columns = NO_COLUMNS | {"tags": tags}
+    return TokenFile.of_rows(path, whole, columns, language, stated=stated_class_names)
 
 
 def _corpus(files: dict[tuple[str, ...], list[TokenFile]]) -> Corpus:
@@ -155,7 +171,3 @@ def _with_warnings(file: TokenFile) -> TokenFile:
     for note in file.notes:
         warnings.warn(note, stacklevel=3)
     return file
-
-
-def _nothing_stated(_: object) -> dict[str, list[str]]:
-    return {}

@@ -270,7 +270,7 @@ class TokenFile:
         return _table(self.values | {"tags": numbers}, label_names)
 
 
-def _table(columns: Mapping[str, list[Any]], tag_names: Sequence[str]) -> pa.Table:
+def _table(columns: dict[str, list[Any]], tag_names: Sequence[str]) -> pa.Table:
     """Return sentences with `TOKEN_SCHEMA`; text and class follow from their words and tags."""
     made = {
         "text_a": [" ".join(tokens) for tokens in columns["tokens"]],

@@ -18,9 +18,8 @@ class TaskConfig(Section):
     """The examples: the task, its languages, and the number of examples per language and split."""
 
     name: Literal[
-        "grammar", "planted", "entities", "xnli", "pawsx", "marc", "wikiann", "ud", "files",
-        "tagged-files",
-    ] = Field(
+        "grammar", "planted", "entities", "xnli", "pawsx", "marc", "wikiann", "ud", "tagged-files",
+        "files"] = Field(
         "grammar",
         description="Task: built-in (grammar, planted, entities), public (xnli, pawsx, marc, "
         "wikiann, ud), or your own files (files; tagged-files for words with tags). In entities, "

@@ -108,7 +108,9 @@ def attribute(
 
     Example files (.tsv, .csv, .jsonl, .json, .parquet, each also .gz) have the columns text_a and
     label, and perhaps text_b, id, language and group; --columns gives other names. Without ids,
-    they are the numbers of the rows from 0; without languages, all examples are one group.
+    they are the numbers of the rows from 0; without languages, all examples are one group. Those of
+    a token classifier have lists of words and of their tags in the columns tokens and tags (.jsonl,
+    .json, .parquet), or are CoNLL-U (.conllu) or a word and its tag per line (.conll, .bio, .iob).
 
     Writes to --out: top.parquet, languages.parquet, examples.parquet, self_influence.parquet,
     fidelity.json (agreement with exact scores on a sample), run.json and features/; with --exact,
@@ -304,6 +306,7 @@ def query(
       tracmod query influence "What a film!"
     """
     from tracmod.attribution.query import Attributor
+    from tracmod.tasks.token_files import tagged_text
 
     attributor = Attributor(folder, model, view, mask, columns=columns)
     answer = attributor.query(text, text_b, label, k, languages or None, opponents=not no_opponents)
@@ -328,6 +331,9 @@ def query(
         for row in answer[side]:
             texts = " | ".join(text for text in (row["text_a"], row["text_b"]) if text)
             score, label = f"{row['score']:+.3e}", f"{row['language']:>4} {row['label']:14}"
+            if "tokens" in row:
+                texts = tagged_text(row["tokens"], row["label"].split())
+                label = f"{row['language']:>4}"
             click.echo(f"{row['rank']:4} {score}  {label} {texts}")
 
 

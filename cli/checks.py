@@ -105,9 +105,10 @@ def check(
     for error in result.errors:
         row = f"{error.kind:44} {error.num_parameters:7} {error.engine:9.1e} {error.autograd:9.1e}"
         click.echo(f"{row}  {error.verdict}")
-    click.echo(
-        f"{result.num_cut} of {result.num_examples} texts were cut at {result.max_length} tokens"
-    )
+    counted, unit = result.num_examples, "texts were cut"
+    if result.num_words is not None:
+        counted, unit = result.num_words, "words were cut off"
+    click.echo(f"{result.num_cut} of {counted} {unit} at {result.max_length} tokens")
     worst = max(result.errors, key=lambda error: error.autograd)
     if worst.autograd > FAR:
         click.echo(

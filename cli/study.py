@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 def run(config: str, out: Path, check: bool, **options: Any) -> None:
     """Run the stages of CONFIG that are not yet done.
 
-    CONFIG is a YAML file or the name of a built-in configuration (demo, planted, xnli, pawsx,
-    marc, ...). Run the same command again to resume.
+    CONFIG is a YAML file or the name of a built-in configuration (demo, planted, entities,
+    xnli, pawsx, marc, ...). Run the same command again to resume.
 
     \b
     Examples:

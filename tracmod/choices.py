@@ -22,8 +22,12 @@ ProjectionKind = Literal["rademacher", "sjlt"]
 ProjectionLayers = Literal["accumulate", "concatenate"]
 MetricKind = Literal["none", "adam", "ekfac"]
 PassDtype = Literal["float32", "bfloat16"]
-LossKind = Literal["cross_entropy", "squared_error", "binary_cross_entropy", "function"]
-StatedLossKind = Literal["cross_entropy", "squared_error", "binary_cross_entropy"]
+LossKind = Literal[
+    "cross_entropy", "squared_error", "binary_cross_entropy", "token_cross_entropy", "function"
+]
+StatedLossKind = Literal[
+    "cross_entropy", "squared_error", "binary_cross_entropy", "token_cross_entropy"
+]
 Denominator = Literal["fixed", "weighted"]
 Batches = Literal["new", "same"]
 StoreDtype = Literal["float32", "bfloat16", "float16", "int8"]

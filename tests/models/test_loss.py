@@ -289,6 +289,6 @@ def test_labels_of_a_function_are_not_sampled():
 
 
 def test_the_models_own_loss():
-    config = tiny_encoder("bert").config
-    assert own_loss(config) == tm.ExampleLoss()
-    assert own_loss(config, float_vectors=True) == tm.ExampleLoss("binary_cross_entropy")
+    model = tiny_encoder("bert")
+    assert own_loss(model) == tm.ExampleLoss()
+    assert own_loss(model, float_vectors=True) == tm.ExampleLoss("binary_cross_entropy")

@@ -19,8 +19,8 @@ from tiny_models import FAMILIES, SENTENCES, table, tiny_examples, tiny_model, t
 from transformers import (
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForQuestionAnswering,
-    BertForTokenClassification,
     BertModel,
     GPT2Config,
 )
@@ -692,8 +692,8 @@ def test_truncated_weights_are_refused_by_folder(saved, size):
         load_model(saved)
 
 
-@pytest.mark.parametrize("head", [BertModel, BertForTokenClassification, BertForQuestionAnswering])
-def test_a_model_that_is_no_classifier_of_texts_is_refused(head):
+@pytest.mark.parametrize("head", [BertModel, BertForMaskedLM, BertForQuestionAnswering])
+def test_a_model_that_is_no_classifier_is_refused(head):
     shape = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 8}
     model = head(BertConfig(vocab_size=60, num_hidden_layers=1, **shape)).eval()
     rows = [{"input_ids": [1, 2], "labels": 0}]

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 VOCABULARY, LABELS, PAD = 61, 3, 1
 
@@ -131,19 +137,49 @@ FORMS = {
 
 
 def small_model(
-    form: str, seed: int = 0, dtype: torch.dtype = torch.float64, **settings: Any
+    form: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    auto_class: Any = AutoModelForSequenceClassification,
+    **settings: Any,
 ) -> PreTrainedModel:
     """Build a classifier of a form with random weights, biases and norms too; no dropout."""
     shape = SHAPE | FORMS[form].settings | settings
     config = AutoConfig.for_model(FORMS[form].model_type, **shape)
     attention = shape.get("attn_implementation")
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
+    model = auto_class.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.ndim > 1 else 1)
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.to(dtype).eval()
+
+
+def has_tokens(form: str) -> bool:
+    """Return whether transformers has a token classifier of a form."""
+    config = AutoConfig.for_model(FORMS[form].model_type)
+    return type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+
+def small_tagger(form: str, **settings: Any) -> PreTrainedModel:
+    """Build a token classifier of a form, as `small_model` does."""
+    return small_model(form, auto_class=AutoModelForTokenClassification, **settings)
+
+
+def tagged_examples(count: int, seed: int = 0, padding: str = "none") -> list[dict[str, Any]]:
+    """Make the examples of `mixed_examples` with labels of tokens, about a third of them -100."""
+    generator = torch.Generator().manual_seed(seed + 100)
+    examples = mixed_examples(count, seed, padding)
+    for example in examples:
+        tokens = len(example["input_ids"])
+        labels = torch.randint(-1, LABELS, (tokens,), generator=generator)
+        mask = torch.tensor(example["attention_mask"])
+        labels[(labels < 0) | (mask == 0)] = -100
+        if bool((labels == -100).all()):
+            labels[int(mask.argmax())] = 0
+        example["labels"] = labels.tolist()
+    return examples
 
 
 def mixed_examples(count: int, seed: int = 0, padding: str = "none") -> list[dict[str, Any]]:

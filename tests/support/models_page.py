@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from families import FORMS, small_model
+from families import FORMS, has_tokens, small_model
 
 from tracmod.models.architecture import attention_layers
 
 HEAD = """# Models
 
-Sequence classifiers that tracmod supports, and what it can do with each.
+Classifiers of texts and tokens that tracmod supports, and what it can do with each.
 
 This page is made from the tests (`python tests/support/models_page.py`), which compare every row
 with transformers' own model.
@@ -26,9 +26,11 @@ differ in this:
   other. Where it is not, passes are the model's own.
 - **Narrow**: masked heads can be taken out of the tensors (`tracmod export --form pruned`,
   `tracmod.save_pruned`). Not where heads share keys and values, or a table of positions (MPNet).
+- **Tokens**: transformers has a token classifier of the form, with the same capabilities; its
+  passes are never lean.
 
-| Form | Models | `model_type` | Heads | Lean | Narrow |
-|---|---|---|---|---|---|
+| Form | Models | `model_type` | Heads | Lean | Narrow | Tokens |
+|---|---|---|---|---|---|---|
 """
 
 TAIL = """
@@ -62,6 +64,7 @@ def page() -> str:
             heads,
             "yes" if form.lean else "no",
             "yes" if form.pruned else "no",
+            "yes" if has_tokens(name) else "no",
         )
         rows.append("| " + " | ".join(cells) + " |\n")
     return HEAD + "".join(rows) + TAIL

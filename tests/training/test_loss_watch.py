@@ -145,11 +145,11 @@ def test_another_loss_is_noticed_and_its_checkpoints_are_refused(tmp_path, loss)
     assert len(said) == 1
     assert "TracInCallback(loss=" in said[0]
     checkpoints = load_checkpoints(checkpoint_folders(tmp_path))
-    config = own_model().config
+    model = own_model()
     with pytest.raises(ValueError, match=r"checkpoint-4: .*unknown.*--loss"):
-        loss_of_checkpoints(checkpoints, config)
+        loss_of_checkpoints(checkpoints, model)
     stated = tm.ExampleLoss(class_weights=WEIGHTS)
-    assert loss_of_checkpoints(checkpoints, config, stated) == stated
+    assert loss_of_checkpoints(checkpoints, model, stated) == stated
 
 
 class Watched(Trainer):

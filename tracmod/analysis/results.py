@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from tracmod.analysis.languages import MEASURES, pivot_examples
 from tracmod.choices import ModelName
 from tracmod.files.durable import read_json
+from tracmod.tasks.tag_scores import count_tags
 
 # The run's models, and the model before fine-tuning, a control that some runs have.
 UNTRAINED = "untrained"
@@ -38,6 +39,8 @@ VIEWS = (
 # Subfolder of a view with the same tables, computed without the training examples of the test
 # example's own parallel group.
 WITHOUT_GROUP = "without-group"
+# In the folder of a view, for a task of tokens: the predicted tags of the test sentences.
+PREDICTED_TAGS = "tags.parquet"
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,32 @@ class RunResults:
         """Names of the labels 0, 1, ...; their numbers if run.json has no names."""
         highest = max(self.test["label"].to_pylist(), default=0)
         return self.settings.get("label_names") or [str(label) for label in range(highest + 1)]
+
+    @property
+    def tag_names(self) -> list[str] | None:
+        """Names of the tags of words, for a task of tokens; None for a task of texts."""
+        names: list[str] | None = self.settings.get("tag_names")
+        return names
+
+    def tag_counts(self, view: ViewResults, names: Sequence[str]) -> np.ndarray:
+        """Return what is right, predicted and true in each test sentence under a view, (Q, 3).
+
+        They are the sums over the draws of the view under which a sentence counts.
+
+        Args:
+            view: the view.
+            names: the names of the tags.
+        """
+        test = self.examples("test")
+        total = np.zeros((len(test), 3), dtype=np.int64)
+        true, languages = test["tags"].to_pylist(), test["language"].to_pylist()
+        for folder in view.folders:
+            path = self.path / "influence" / view.model / folder / PREDICTED_TAGS
+            predicted = pq.read_table(path, columns=["tags"])[0].to_pylist()
+            for row, language in enumerate(languages):
+                if counts_under(folder, language):
+                    total[row] += count_tags(predicted[row], true[row], names)
+        return total
 
     def metrics(self, model: str) -> list[dict[str, Any]]:
         """Read `models/<model>/metrics.json`, one entry per epoch; [] without the model."""

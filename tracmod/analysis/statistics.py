@@ -103,6 +103,33 @@ def bootstrap_mean(
     return Interval(value.reshape(shape), low.reshape(shape), high.reshape(shape))
 
 
+def bootstrap_f1(
+    counts_Q3: np.ndarray, clusters: np.ndarray, resampling: Resampling
+) -> tuple[float, float, float]:
+    """Compute the F1 of all rows together, with a percentile interval over whole clusters.
+
+    `F1 = 2 right / (predicted + true)`, of sums over the rows; 0 if nothing is predicted or true.
+
+    Args:
+        counts_Q3: (Q, 3) numbers that are right, predicted and true in each row.
+        clusters: (Q,) cluster of each row.
+        resampling: number of resamples, coverage and seed.
+
+    Returns:
+        The value, and the bounds of its interval.
+    """
+    sums, _ = _cluster_sums(counts_Q3.astype(np.float64), clusters)
+    generator = np.random.default_rng(resampling.seed)
+    draws = generator.multinomial(len(sums), [1 / len(sums)] * len(sums), resampling.bootstrap)
+    right, predicted, true = (draws @ sums).T
+    scores = 2 * right / np.maximum(1, predicted + true)
+    tail = (1 - resampling.confidence) / 2
+    low, high = np.quantile(scores, [tail, 1 - tail])
+    all_right, all_predicted, all_true = sums.sum(axis=0)
+    value = 2 * all_right / max(1, all_predicted + all_true)
+    return float(value), float(low), float(high)
+
+
 def bootstrap_difference(
     a: np.ndarray,
     b: np.ndarray,

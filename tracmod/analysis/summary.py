@@ -36,9 +36,10 @@ from tracmod.analysis.similarity import (
     similarity_table,
     usage_summary,
 )
-from tracmod.analysis.statistics import Resampling, wilson_interval
+from tracmod.analysis.statistics import Resampling, bootstrap_f1, wilson_interval
 from tracmod.analysis.strongest import strongest_summary
 from tracmod.files.durable import write_json, write_parquet
+from tracmod.tasks.tag_scores import UNTAGGED, are_entities, score_name
 
 
 def analyze(
@@ -109,7 +110,9 @@ def analyze(
         "partial_similarity_influence": partial,
         "distance_influence": _distances(run, views, distances, distance_names, resampling),
         "seed_baseline": seed_baseline(seeds) if seeds is not None else None,
-        "accuracy": _accuracy(run, views, confidence),
+        "accuracy": _accuracy(run, views, confidence)
+        if run.tag_names is None
+        else _tag_scores(run, views, run.tag_names, resampling),
         "subnetworks": _subnetworks(run),
         "heads": usage_summary(run.masks) if run.masks else None,
         "blocks": block_shares(blocks) if blocks else [],
@@ -245,6 +248,43 @@ def _accuracy(run: RunResults, views: Sequence[ViewResults], confidence: float) 
             of_views.append({"model": view.model, "view": view.name, "languages": per_language})
     return {
         "chance": 1 / len(run.label_names),
+        "majority": majority,
+        "epochs": {model: run.metrics(model) for model in MODELS if run.metrics(model)},
+        "views": of_views,
+    }
+
+
+def _tag_scores(
+    run: RunResults, views: Sequence[ViewResults], names: Sequence[str], resampling: Resampling
+) -> dict[str, Any]:
+    """Return what `_accuracy` does for a task of tokens: the F1 of entities, or tags' accuracy.
+
+    Intervals are of resampled test sentences (whole parallel items). Without entities, `chance` and
+    `majority` are those of words; for F1 they are 0, the score of a model that finds no entity.
+    """
+    test, languages = run.examples("test"), np.array(run.test["language"].to_pylist())
+    majority = dict.fromkeys(run.num_test, 0.0)
+    if not are_entities(names):
+        for name in run.num_test:
+            own = test.filter(pc.equal(test["language"], name))["tags"].to_pylist()
+            tags = [tag for sentence in own for tag in sentence if tag != UNTAGGED]
+            majority[name] = float(np.bincount(tags).max() / len(tags))
+    of_views = []
+    for view in views:
+        counts_Q3 = run.tag_counts(view, names)
+        known = np.array([any(counts_under(folder, name) for folder in view.folders)
+                          for name in languages])  # fmt: skip
+        per_language = {}
+        for name in run.num_test:
+            rows = known & (languages == name)
+            if rows.any():
+                value, low, high = bootstrap_f1(counts_Q3[rows], run.clusters[rows], resampling)
+                per_language[name] = {"value": value, "low": low, "high": high}
+        if per_language:
+            of_views.append({"model": view.model, "view": view.name, "languages": per_language})
+    return {
+        "score": score_name(names),
+        "chance": 0.0 if are_entities(names) else 1 / len(names),
         "majority": majority,
         "epochs": {model: run.metrics(model) for model in MODELS if run.metrics(model)},
         "views": of_views,

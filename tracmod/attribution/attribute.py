@@ -52,8 +52,9 @@ from tracmod.influence.scores import (
 )
 from tracmod.influence.streaming import Sizes, check_memory
 from tracmod.models.checkpoints import checkpoint_folders
+from tracmod.models.inputs import tags_of_words
 from tracmod.models.loading import has_tokenizer
-from tracmod.models.plain_pass import predict
+from tracmod.models.plain_pass import predict, predict_tokens
 from tracmod.subnetworks.head_mask import masked
 
 
@@ -195,11 +196,16 @@ def _report_cut_texts(context: AttributionContext) -> dict[str, int]:
     """Return how many examples of each file were cut at the maximum length, and print it."""
     cut = {split: context.num_cut(split) for split in SPLITS}
     for split, count in cut.items():
+        table = context.tables[split]
+        cut_of = f"{count} of {len(table)} {split} examples are longer than"
+        end = "tokens and were cut"
+        if "tokens" in table.column_names:
+            num_words = sum(map(len, table["tokens"].to_pylist()))
+            cut_of = f"{count} of {num_words} words of {split} sentences are beyond"
+            end = "tokens and were cut off"
         if count:
             tqdm.write(
-                f"tracmod: {count} of {len(context.tables[split])} {split} examples are longer "
-                f"than {context.max_length} tokens and were cut (--max-length)",
-                file=sys.stderr,
+                f"tracmod: {cut_of} {context.max_length} {end} (--max-length)", file=sys.stderr
             )
     return cut
 
@@ -288,9 +294,16 @@ def _check_memory(context: AttributionContext) -> None:
 def _predictions(context: AttributionContext) -> list[Any]:
     """Return the last checkpoint's prediction of every query, under the mask.
 
-    A class, a target or targets, or a number 0 or 1 for each of several labels.
+    A class, a target or targets, a number 0 or 1 for each of several labels, or a class for each
+    word of a sentence, -100 for those without a label.
     """
     model = context.loaded(context.checkpoints[-1])
+    if context.loss.kind == "token_cross_entropy":
+        with masked(model, context.mask):
+            logits = predict_tokens(
+                model, context.examples["query"], batch_tokens=context.options.batch_tokens
+            )
+        return tags_of_words(context.tokenizer, context.tables["query"], context.max_length, logits)
     with masked(model, context.mask):
         logits_QC = predict(
             model, context.examples["query"], batch_tokens=context.options.batch_tokens
@@ -308,14 +321,15 @@ def _write_targets(context: AttributionContext, predictions: list[Any]) -> None:
     """Put targets, or several labels, into examples.parquet, whose labels are classes."""
     file = context.options.out / "examples.parquet"
     examples, queries = pq.read_table(file), context.tables["query"]
+    labels = "tags" if "tags" in queries.column_names else "label"
     for name, values in (
-        ("test_label", queries["label"].to_pylist()),
+        ("test_label", queries[labels].to_pylist()),
         ("test_prediction", predictions),
     ):
         value_of = dict(zip(queries["id"].to_pylist(), values, strict=True))
         column = pa.array(
             [value_of[query] for query in examples["test_id"].to_pylist()],
-            queries.schema.field("label").type,
+            queries.schema.field(labels).type,
         )
         position = examples.column_names.index(name)
         examples = examples.set_column(position, name, column)

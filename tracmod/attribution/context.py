@@ -31,6 +31,7 @@ from tracmod.gradients.capture import (
 from tracmod.gradients.ekfac import checkpoint_preconditioner
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.influence.exact import NotFiniteError
+from tracmod.models.architecture import is_token_classifier
 from tracmod.models.checkpoints import (
     Checkpoint,
     check_checkpoint,
@@ -49,7 +50,7 @@ from tracmod.models.modes import resolve_device, to_device, trained_names
 from tracmod.models.weight_files import tensor_digests, unmoved
 from tracmod.subnetworks.head_mask import HeadMask, matching_layers
 from tracmod.tasks.examples import rows_digest
-from tracmod.tasks.files import read_model_files
+from tracmod.tasks.token_files import read_labelled_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,9 +111,13 @@ class AttributionContext:
                 load_second_moment(checkpoint.path)  # refuses a checkpoint without one
         self.label_names = class_names(model)
         stated = stated_loss(
-            options.loss, options.label_smoothing, options.class_weights, self.label_names
+            options.loss,
+            options.label_smoothing,
+            options.class_weights,
+            self.label_names,
+            of_tokens=is_token_classifier(model),
         )
-        self.loss = loss_of_checkpoints(self.checkpoints, model.config, stated)
+        self.loss = loss_of_checkpoints(self.checkpoints, model, stated)
         self._model_inputs = other_inputs(model)
         longest = min(512, self.tokenizer.model_max_length)
         self.max_length = longest if options.max_length is None else options.max_length
@@ -169,7 +174,7 @@ class AttributionContext:
                     f"{getattr(options, split)}: expected the examples that the attribution began "
                     f"with, the file has changed since; run the command again"
                 )
-        tables = read_model_files(
+        tables = read_labelled_files(
             [options.train, options.query],
             self.label_names,
             options.columns,
@@ -195,7 +200,10 @@ class AttributionContext:
         return encode(self.tokenizer, table, self.max_length, num_labels=num_labels)
 
     def num_cut(self, split: str) -> int:
-        """Return how many examples of a file have more than `max_length` tokens, and were cut."""
+        """Return how many examples of a file have more than `max_length` tokens, and were cut.
+
+        For a token classifier, the number of words that were cut off.
+        """
         lengths = [len(example["input_ids"]) for example in self.examples[split]]
         full = [row for row, length in enumerate(lengths) if length >= self.max_length]
         return num_cut(

@@ -16,6 +16,7 @@ import jinja2
 
 from tracmod.attribution.query import Attributor
 from tracmod.report.wording.labels import MODEL_NAMES, VIEW_NAMES, influence_unit, power_of_ten
+from tracmod.tasks.token_files import tagged_text
 
 try:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is imported
@@ -83,7 +84,9 @@ class Explorer:
         chosen: dict[str, dict[str, list[str]]] = {name: {} for name in self.languages}
         for row in rows:
             by_label = chosen[row["language"]]
-            label = self._full.label_text(row["label"])
+            if "tokens" in row and row["text_a"].split() != row["tokens"]:
+                continue  # a word with a space in it, which cannot be typed
+            label = self._full.label_of(row)
             if len(by_label) < EXAMPLES_PER_LANGUAGE and label not in by_label:
                 by_label[label] = [row["text_a"], row["text_b"] or "", row["language"], label]
         return [example for by_label in chosen.values() for example in by_label.values()]
@@ -149,14 +152,21 @@ class Explorer:
                 **{key: answer[key] for key in ("label", "prediction", "probabilities")},
                 "shares": self._shares(answer["proponents"]),
                 "opponent_shares": self._shares(answer["opponents"]),
-                "proponents": listed["proponents"][:LISTED],
-                "opponents": listed["opponents"][:LISTED],
+                "proponents": [_with_tags(row) for row in listed["proponents"][:LISTED]],
+                "opponents": [_with_tags(row) for row in listed["opponents"][:LISTED]],
             }
 
     def _shares(self, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Return the share of each training language among rows of an answer."""
         languages = [row["language"] for row in rows]
         return {name: languages.count(name) / len(rows) for name in self.train_languages}
+
+
+def _with_tags(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of an answer; of a token classifier, with the tags at their words."""
+    if "tokens" not in row:
+        return row
+    return row | {"text_a": tagged_text(row["tokens"], row["label"].split()), "label": ""}
 
 
 def _file(name: str) -> str:

@@ -43,8 +43,9 @@ class AttributionOptions:
         kw_only=True,
         metadata={
             "help": "Names of the columns in the files where they differ from id, language, "
-            "text_a, text_b, label and group, such as text_a=premise,text_b=hypothesis. An empty "
-            "name (text_b=) leaves a column out. Can be repeated."
+            "text_a, text_b, label and group (of a token classifier: tokens and tags), such as "
+            "text_a=premise,text_b=hypothesis. An empty name (text_b=) leaves a column out. Can be "
+            "repeated."
         },
     )
     language: str | None = field(
@@ -191,7 +192,8 @@ class AttributionOptions:
     )
 
     def __post_init__(self) -> None:
-        from tracmod.tasks.columns import check_columns, check_language  # imports pyarrow
+        # Imports pyarrow.
+        from tracmod.tasks.columns import COLUMNS, check_columns, check_language
 
         annotations = get_type_hints(type(self))
         for option in fields(self):
@@ -199,7 +201,7 @@ class AttributionOptions:
         check_selection("parameters", self.parameters)
         if self.normalize not in (None, "cosine"):
             raise ValueError(f"normalize: expected None or 'cosine', got {self.normalize!r}")
-        check_columns(self.columns)
+        check_columns(self.columns, (*COLUMNS, "tokens", "tags"))
         if self.language is not None:
             check_language(self.language)
 

@@ -20,18 +20,20 @@ from tracmod.features.store import FeatureStore
 from tracmod.files import progress
 from tracmod.files.durable import read_json
 from tracmod.influence.scores import TopInfluences, top_influences
-from tracmod.models.inputs import as_examples, encode, num_cut
+from tracmod.models.inputs import as_examples, encode, num_cut, tags_of_words
 from tracmod.models.modes import frozen
-from tracmod.models.plain_pass import predict
+from tracmod.models.plain_pass import predict, predict_tokens
 from tracmod.subnetworks.head_mask import masked
 from tracmod.tasks.files import target_of, target_text
 from tracmod.tasks.label_vectors import NO_LABEL, label_vector_text
 from tracmod.tasks.readers import text_fault
+from tracmod.tasks.tag_scores import UNTAGGED
+from tracmod.tasks.token_files import NO_TAG
 
 if TYPE_CHECKING:
     from tracmod.influence.index import InfluenceIndex
 
-Label = int | float | list[float]  # a class, a target, or a number per output
+Label = int | float | list[float]  # a class, a target, a number per output, or a tag per word
 
 # An inexact index returns this many candidates per example wanted, and at least so many in all;
 # exact scores decide among them.
@@ -162,12 +164,14 @@ class Attributor:
         """Find the strongest proponents and opponents of one example.
 
         Args:
-            text_a, text_b: The texts.
+            text_a, text_b: The texts. For a token classifier, `text_a` has the words of a sentence
+                with spaces between them.
             label: The name of its label. For a model with several labels per text, names separated
-                by commas; for a regression, a number per output. None stands for the prediction of
-                the last checkpoint, which the answer then explains. The loss of an output for
-                itself as the target has no gradient: for a regression, None stands for the output
-                rounded to whole numbers.
+                by commas; for a regression, a number per output; for a token classifier, a tag for
+                each word, separated by spaces or commas, "_" for none. None stands for the
+                prediction of the last checkpoint, which the answer then explains. The loss of an
+                output for itself as the target has no gradient: for a regression, None stands for
+                the output rounded to whole numbers.
             k: The number of proponents, and of opponents.
             languages: The languages whose training examples are considered; None for all.
             opponents: False to find proponents only; `opponents` is then empty.
@@ -177,8 +181,8 @@ class Attributor:
             the model, which `prediction` rounds; else None), `probabilities` (by label; None for a
             regression), `languages`, `index` (the kind of the index that selected candidates, or
             None), and `proponents` and `opponents`: lists of dicts with rank, score, id, language,
-            label, text_a, text_b and group. A positive score means that the training example
-            lowered the loss of the label.
+            label, text_a, text_b and group (of a token classifier, also tokens). A positive score
+            means that the training example lowered the loss of the label.
 
         Raises:
             ValueError: There is no such label or language, or the features or the index were made
@@ -194,17 +198,14 @@ class Attributor:
         text_b = text_b if text_b and not text_b.isspace() else None  # as in files
         label_number = None if label is None else self._label_number(label)
         rows = self._rows_of(languages)
-        table = pa.table(
-            {"id": ["query"], "text_a": [text_a], "text_b": pa.array([text_b], pa.string()),
-             "label": [0 if label_number is None else label_number]}
-        )  # fmt: skip
+        table = self._table_of(text_a, text_b, label_number)
         prediction, probabilities = self._predict(table)
         output = None
         if self.source.loss_kind == "squared_error":
             output, prediction = prediction, _rounded(prediction)
         if label_number is None:
             label_number = prediction
-            table = table.set_column(3, "label", [[label_number]])
+            table = self._table_of(text_a, text_b, label_number)
         top, kind = self._nearest(self._features(table), k, rows, languages, opponents)
         return {
             "label": self.label_text(label_number),
@@ -219,7 +220,7 @@ class Attributor:
 
     def is_cut(self, text_a: str, text_b: str | None = None) -> bool:
         """Return whether an example has more tokens than the model is given."""
-        table = pa.table({"text_a": [text_a], "text_b": pa.array([text_b], pa.string())})
+        table = self._table_of(text_a, text_b, None)
         tokenizer = self.source.models[-1][1]
         return num_cut(tokenizer, table, self.source.max_length) > 0
 
@@ -246,8 +247,30 @@ class Attributor:
 
     # --- the example ------------------------------------------------------------------------
 
+    def _table_of(self, text_a: str, text_b: str | None, label: Label | None) -> pa.Table:
+        """Return a table of one example; without a label, it has one that stands for any."""
+        columns = {
+            "id": pa.array(["query"]),
+            "text_a": pa.array([text_a]),
+            "text_b": pa.array([text_b], pa.string()),
+        }
+        if self.source.loss_kind != "token_cross_entropy":
+            return pa.table(columns | {"label": pa.array([0 if label is None else label])})
+        words = text_a.split()
+        if text_b is not None:
+            raise ValueError(f"text_b: expected none for a token classifier, got {text_b!r}")
+        if isinstance(label, list) and len(label) != len(words):
+            raise ValueError(
+                f"label: expected a tag for each of {len(words)} words, got {len(label)}"
+            )
+        tags = [int(tag) for tag in label] if isinstance(label, list) else [0] * len(words)
+        words_and_tags = {"tokens": pa.array([words]), "tags": pa.array([tags])}
+        return pa.table(columns | {"label": pa.array([0])} | words_and_tags)
+
     def _label_number(self, label: str) -> Label:
         names, kind = self.source.label_names, self.source.loss_kind
+        if kind == "token_cross_entropy":
+            return self._tag_numbers(label)
         if kind == "cross_entropy":
             if label not in names:
                 raise ValueError(f"label: expected one of {', '.join(names)}, got {label}")
@@ -267,9 +290,27 @@ class Attributor:
             raise ValueError(f"label: expected {expected}, got {label}")
         return targets[0] if len(names) == 1 else targets
 
+    def _tag_numbers(self, label: str) -> list[float]:
+        names = self.source.label_names
+        numbers = {name: number for number, name in enumerate(names)} | {NO_TAG: UNTAGGED}
+        tags = label.replace(",", " ").split()
+        unknown = [tag for tag in tags if tag not in numbers]
+        if unknown or not any(numbers[tag] >= 0 for tag in tags):
+            raise ValueError(
+                f"label: expected a tag of {', '.join(names)} for each word, got "
+                f"{unknown[0] if unknown else label!r}"
+            )
+        return [numbers[tag] for tag in tags]
+
+    def label_of(self, row: Mapping[str, Any]) -> str:
+        """Return the label, or the tags, of an example of the folder as `query` takes it."""
+        return self.label_text(row["tags"] if "tags" in row else row["label"])
+
     def label_text(self, label: Label) -> str:
         """Return a label as `query` takes it: a name, names or numbers."""
         names = self.source.label_names
+        if self.source.loss_kind == "token_cross_entropy" and isinstance(label, list):
+            return " ".join(NO_TAG if tag == UNTAGGED else names[int(tag)] for tag in label)
         if isinstance(label, list):
             return label_vector_text(label, self.source.loss_kind, names)
         return names[int(label)] if self.source.loss_kind == "cross_entropy" else target_text(label)
@@ -277,6 +318,11 @@ class Attributor:
     def _predict(self, table: pa.Table) -> tuple[Label, dict[str, float] | None]:
         """Return the last checkpoint's label, and its probability of every label."""
         model, tokenizer = self.source.models[-1]
+        if self.source.loss_kind == "token_cross_entropy":
+            length = self.source.max_length
+            with masked(model, self.source.masks[-1]):
+                logits = predict_tokens(model, encode(tokenizer, table, length))
+            return [*map(float, tags_of_words(tokenizer, table, length, logits)[0])], None
         with masked(model, self.source.masks[-1]):
             logits_C = predict(model, encode(tokenizer, table, self.source.max_length))[0]
         kind = self.source.loss_kind
@@ -378,7 +424,7 @@ class Attributor:
         """Return training examples as the answer shows them."""
         rows = self.source.train.take(indices.numpy()).to_pylist()
         return [
-            {"rank": rank, "score": score} | row | {"label": self.label_text(row["label"])}
+            {"rank": rank, "score": score} | row | {"label": self.label_of(row)}
             for rank, (row, score) in enumerate(zip(rows, scores.tolist(), strict=True), 1)
         ]
 

@@ -20,7 +20,7 @@ from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import tokenizer_digest
 from tracmod.study.context import MODELS, RunContext
-from tracmod.study.run_features import STUDY_LOSS, open_stores, preconditioner_of_run, recipe
+from tracmod.study.run_features import open_stores, preconditioner_of_run, recipe
 from tracmod.study.run_folder import RunFolder
 from tracmod.subnetworks.head_mask import HeadMask
 
@@ -114,8 +114,8 @@ class RunSource:
                 f"{', '.join(map(str, languages))}, got {mask}"
             )
         self.index_path = folder / "index" / model / view / (self.language or "")
-        self.label_names: list[str] = self.context.run.record["label_names"]
-        self.loss_kind: LossKind = STUDY_LOSS.kind
+        self.label_names: list[str] = self.context.class_names
+        self.loss_kind: LossKind = self.context.loss.kind
         self.device = self.context.device
         self.max_length = self.context.config.model.max_length
         self.checkpoints = self.context.checkpoints(model)

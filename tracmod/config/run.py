@@ -523,6 +523,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_tokens(self) -> RunConfig:
+        for name in ("retrain", "metagradient"):
+            if self.task.of_tokens and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: expected none for the task {self.task.name}, whose words are "
+                    f"classified, got a section"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_retrain(self) -> RunConfig:
         retrain, languages = self.retrain, self.task.trained_languages
         if retrain is None:

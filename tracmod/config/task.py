@@ -17,40 +17,50 @@ from tracmod.config.section import Section, repeated
 class TaskConfig(Section):
     """The examples: the task, its languages, and the number of examples per language and split."""
 
-    name: Literal["grammar", "planted", "xnli", "pawsx", "marc", "files"] = Field(
+    name: Literal[
+        "grammar", "planted", "entities", "xnli", "pawsx", "marc", "wikiann", "ud", "tagged-files",
+        "files"] = Field(
         "grammar",
-        description="Task: built-in (grammar, planted), public (xnli, pawsx, marc), or your own "
-        "files (files).",
-    )
+        description="Task: built-in (grammar, planted, entities), public (xnli, pawsx, marc, "
+        "wikiann, ud), or your own files (files; tagged-files for words with tags). In entities, "
+        "wikiann (named entities), ud (parts of speech; languages are treebanks, such as en_ewt) "
+        "and tagged-files, words are classified.",
+    )  # fmt: skip
     shape: Literal["nli", "paraphrase", "reviews"] = Field(
         "nli", description="grammar only: the kind of task that the sentences make up."
     )
     languages: list[str] = Field(min_length=1, description="Languages, each once.")
     path: Path | None = Field(
         None,
-        description="xnli, pawsx, marc only: folder with the published files. Default: the Hub.",
+        description="xnli, pawsx, marc, wikiann, ud only: folder with the published files. "
+        "Default: the Hub.",
     )
     hub_name: str | None = Field(
-        None, description="xnli, pawsx, marc only: another Hub data set of the same format."
+        None,
+        description="xnli, pawsx, marc, wikiann, ud only: another Hub data set of the same format.",
     )
     train_file: str | None = Field(
         None,
-        description="files only: path of the training examples (.tsv, .csv, .jsonl, .parquet, each "
-        "also .gz). It may contain {language}.",
+        description="files, tagged-files only: path of the training examples (.tsv, .csv, .jsonl, "
+        ".parquet; with tags .jsonl, .parquet, .conllu, .conll, .bio; each also .gz). It may "
+        "contain {language}.",
     )
     dev_file: str | None = Field(
         None,
-        description="files only: path of the dev examples. Default: drawn from train_file.",
+        description="files, tagged-files only: path of the dev examples. Default: drawn from "
+        "train_file.",
     )
     test_file: str | None = Field(
         None,
-        description="files only: path of the test examples. Default: drawn from train_file.",
+        description="files, tagged-files only: path of the test examples. Default: drawn from "
+        "train_file.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="files only: name of a column here -> its name in the files. The columns are "
-        "id, language, text_a, text_b, label, group, and split_group, which names examples that "
-        "must stay in one split (default: group).",
+        description="files, tagged-files only: name of a column here -> its name in the files. The "
+        "columns are id, language, text_a, text_b, label, group, and split_group, which names "
+        "examples that must stay in one split (default: group); of tagged-files, id, language, "
+        "tokens, tags and group.",
     )
     parallel: bool = Field(
         False,
@@ -97,6 +107,11 @@ class TaskConfig(Section):
         return self.trained_languages
 
     @property
+    def of_tokens(self) -> bool:
+        """Whether words are classified, and not texts."""
+        return self.name in ("entities", "wikiann", "ud", "tagged-files")
+
+    @property
     def trained_languages(self) -> list[str]:
         """The languages with training data, in the order of `languages`."""
         trained = self.languages if self.train_languages is None else self.train_languages
@@ -116,8 +131,8 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _check_files(self) -> TaskConfig:
-        if self.name == "files" and self.train_file is None:
-            raise ValueError("train_file: expected a path for the task files, got none")
+        if self.name in ("files", "tagged-files") and self.train_file is None:
+            raise ValueError(f"train_file: expected a path for the task {self.name}, got none")
         return self
 
     @model_validator(mode="after")

@@ -32,7 +32,12 @@ from tracmod.choices import ParameterSelection, check_selection, switch
 from tracmod.gradients.lean_pass import Columns, LeanColumns
 from tracmod.gradients.selection import matching_names
 from tracmod.kernels import LayerKind
-from tracmod.models.architecture import attention_layers, embeddings_module, family_of
+from tracmod.models.architecture import (
+    attention_layers,
+    embeddings_module,
+    family_of,
+    is_token_classifier,
+)
 from tracmod.models.architecture.family import is_rms_norm, normalized
 from tracmod.models.loss import ExampleLoss, loss_of_batch
 from tracmod.models.modes import ModelState, trained_names
@@ -58,8 +63,9 @@ class Layer:
             share an input (query, key and value) are recognised.
         few_tokens: Whether an example usually has a single token here, so that its gradient is a
             single product g x^T: a linear layer outside the encoder's layers (pooler, classifier),
-            or in the last encoder layer, except key and value. It depends on the layer alone. A
-            model that reads more than the first position has all tokens in its last layer.
+            or in the last encoder layer, except key and value; never so in a token classifier. It
+            depends on the layer alone. A model that reads more than the first position has all
+            tokens in its last layer.
     """
 
     name: str
@@ -158,7 +164,7 @@ def select_layers(
     `models.modes.frozen`.
 
     Args:
-        model: A BERT-family sequence classifier of transformers.
+        model: A classifier of texts or tokens of transformers.
         parameters: `encoder` (all parameters outside the embeddings module), `all`, `attention`
             (what belongs to heads: query, key and value with biases, and the weight of the
             attention output projection, whose bias belongs to no head) or `classifier` (outside
@@ -237,7 +243,8 @@ def _all_layers(model: nn.Module) -> list[Layer]:
     names = {module: name for name, module in model.named_modules()}
     # Layers under `encoder.layer` and the embeddings (and ELECTRA's `embeddings_project`) see every
     # token; other linear layers see one vector per example. Of the last encoder layer, a lean pass
-    # computes the first position only, except key and value, if the family has such a pass.
+    # computes the first position only, except key and value, if the family has such a pass. A model
+    # that classifies tokens has all of them in every layer.
     encoder_layers = re.split(r"\.\d+\.", names[attentions[0].query], maxsplit=1)[0]
     family, last = family_of(model), attentions[-1]
     others = family.layers_of_tokens(model)
@@ -245,6 +252,7 @@ def _all_layers(model: nn.Module) -> list[Layer]:
     per_token += (names[embeddings_module(model)],)
     lean = family.lean_last_layer(model, last)
     in_last_layer = set() if lean is None else set(lean[0].modules()) - {last.key, last.value}
+    of_tokens = is_token_classifier(model)
     layers: list[Layer] = []
     position_of: dict[nn.Module, int] = {}
     for name, module in model.named_modules():
@@ -253,8 +261,10 @@ def _all_layers(model: nn.Module) -> list[Layer]:
             continue
         position = position_of[module] = len(position_of)
         owner = position_of[shared_input.get(module, module)]
-        few_tokens = kind == "linear" and (
-            not name.startswith(per_token) or module in in_last_layer
+        few_tokens = (
+            kind == "linear"
+            and not of_tokens
+            and (not name.startswith(per_token) or module in in_last_layer)
         )
         layers.append(Layer(name, kind, module, True, position, owner, few_tokens))
     return layers
@@ -360,10 +370,10 @@ def capture(
     and the examples of a short last batch would count more.
 
     Args:
-        model: A sequence classifier within `frozen`, with a head mask applied if there is one.
+        model: A classifier within `frozen`, with a head mask applied if there is one.
         layers: The layers to capture, from `select_layers`.
-        batch: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B,) or (B, C), on the model's
-            device.
+        batch: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B,), (B, C) or (B, S), on the
+            model's device.
         on_captured: Called with what was captured, from the last layer to the first.
         dtype: bfloat16 or float16 for a pass under autocast; None for the dtype of the model.
         model_pass: What `verified_pass` yields, within its context; None for the model's own pass.
@@ -375,7 +385,7 @@ def capture(
 
     def loss_of(logits_BC: Tensor) -> Tensor:
         labels = batch["labels"]
-        return loss_of_batch(model.config, labels, loss)(logits_BC, labels).sum()
+        return loss_of_batch(model, labels, loss)(logits_BC, labels).sum()
 
     capture_loss(model, layers, batch, on_captured, loss_of, dtype, model_pass)
 
@@ -389,7 +399,7 @@ def capture_loss(
     dtype: torch.dtype | None = None,
     model_pass: ModelPass | None = None,
 ) -> None:
-    """Run `capture` for any loss: a function of the logits (B, C) that returns a number."""
+    """Run `capture` for any loss: a function of the model's logits that returns a number."""
     model_pass = model_pass or ModelPass()
     lengths = token_lengths(batch["attention_mask"])
     if model_pass.alone:  # a model whose loss may depend on padding, too

@@ -33,10 +33,10 @@ from tracmod.gradients.preconditioner import (
     output_tokens,
 )
 from tracmod.gradients.verified_pass import verified_pass
-from tracmod.models.inputs import as_examples, check_examples, unwrapped
-from tracmod.models.loss import ExampleLoss, LossFunction, as_loss
+from tracmod.models.inputs import TokenLabels, as_examples, check_examples, unwrapped
+from tracmod.models.loss import UNLABELLED, ExampleLoss, LossFunction, as_loss
 from tracmod.models.modes import frozen, on_device
-from tracmod.models.plain_pass import predict
+from tracmod.models.plain_pass import predict, predict_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,6 +127,10 @@ def fit_ekfac(
     if not examples:
         raise ValueError("dataset: expected at least one example, got none")
     loss = check_examples(model, examples, loss=as_loss(loss))
+    if loss.kind == "token_cross_entropy" and loss.class_weights and labels == "sampled":
+        raise ValueError(
+            "labels: expected given for the tags of words with class weights, got sampled"
+        )
     if loss.function is not None and labels == "sampled":
         raise ValueError(
             f"labels: expected given for {loss}, which does not say how labels are distributed, "
@@ -169,12 +173,14 @@ def _with_sampled_labels(
     whose gradients g at the logits have E g g^T = H. Weights depend on the true label, so that
     there are none: g itself then stands for the label, and the loss is `<g, logits>`.
     """
+    generator = torch.Generator().manual_seed(seed)
+    if loss.kind == "token_cross_entropy":
+        sampled = _with_sampled_tags(model, examples, batch_tokens, generator)
+        return sampled, ExampleLoss("function", function=_sampled_tags_loss)
     logits_NC = predict(model, examples, batch_tokens=batch_tokens).double()
     not_finite_N = logits_NC.isfinite().all(dim=1).logical_not()
     if bool(not_finite_N.any()):
-        row = int(not_finite_N.nonzero()[0])
-        raise ValueError(f"dataset: row {row}: expected finite logits, got NaN or infinity")
-    generator = torch.Generator().manual_seed(seed)
+        raise _not_finite(int(not_finite_N.nonzero()[0]))
     num_outputs = logits_NC.shape[1]
     labels: list[Any]
     sampled_loss = loss.measured
@@ -195,10 +201,8 @@ def _with_sampled_labels(
         labels = ((weight_NC / num_outputs).sqrt() * residual_NC).tolist()
         sampled_loss = ExampleLoss("function", function=_inner_product)
     else:
-        # Inverse of the cumulative distribution; clamped because rounding may leave it below 1.
-        drawn_N = torch.rand(len(examples), 1, generator=generator, dtype=torch.float64)
         probability_NC = logits_NC.softmax(dim=1)
-        below_N = (probability_NC.cumsum(dim=1) < drawn_N).sum(dim=1).clamp(max=num_outputs - 1)
+        below_N = _drawn_classes(probability_NC, generator)
         labels = below_N.tolist()
         if loss.class_weights is not None:
             weight_N = _curvature_weights(loss, examples)
@@ -209,6 +213,48 @@ def _with_sampled_labels(
         {**example, "labels": label} for example, label in zip(examples, labels, strict=True)
     ]
     return sampled, sampled_loss
+
+
+def _drawn_classes(probability_NC: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a class (N,) from each row of probabilities."""
+    # Inverse of the cumulative distribution; clamped because rounding may leave it below 1.
+    drawn_N1 = torch.rand(len(probability_NC), 1, generator=generator, dtype=torch.float64)
+    below_N = (probability_NC.cumsum(dim=1) < drawn_N1).sum(dim=1)
+    return below_N.clamp(max=probability_NC.shape[1] - 1)
+
+
+def _with_sampled_tags(
+    model: PreTrainedModel,
+    examples: list[dict[str, Any]],
+    batch_tokens: int,
+    generator: torch.Generator,
+) -> list[dict[str, Any]]:
+    """Return the examples of a token classifier with labels drawn from its predictions."""
+    sampled = []
+    predicted = predict_tokens(model, examples, batch_tokens=batch_tokens)
+    for row, (example, logits_TC) in enumerate(zip(examples, predicted, strict=True)):
+        if not bool(logits_TC.isfinite().all()):
+            raise _not_finite(row)
+        drawn = iter(_drawn_classes(logits_TC.double().softmax(dim=1), generator).tolist())
+        labels = TokenLabels(
+            label if label == UNLABELLED else next(drawn) for label in example["labels"]
+        )
+        sampled.append({**example, "labels": labels})
+    return sampled
+
+
+def _sampled_tags_loss(logits_BSC: Tensor, labels_BS: Tensor) -> Tensor:
+    """Compute the loss of drawn tags whose gradients g at the logits have E g g^T = H.
+
+    The Hessian of a mean over T tokens is that of each of them by T; the tokens' gradients are
+    independent, so each has to have the factor 1 / sqrt(T).
+    """
+    counts_B = labels_BS.ne(UNLABELLED).sum(dim=1)
+    return ExampleLoss("token_cross_entropy")(logits_BSC, labels_BS) * counts_B.sqrt()
+
+
+def _not_finite(row: int) -> ValueError:
+    return ValueError(f"dataset: row {row}: expected finite logits, got NaN or infinity")
 
 
 def _curvature_weights(loss: ExampleLoss, examples: list[dict[str, Any]]) -> Tensor:

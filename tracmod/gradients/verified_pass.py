@@ -18,15 +18,17 @@ the first with gaps in its mask. Of a padded batch of them, the summed gradients
 parameters are compared (biases and LayerNorms, which show the output gradient of every layer); of
 the shortest alone, those of all parameters but large embedding tables. The loss of the probe is a
 random sum of logits, because the loss of an example that the model is sure of has a gradient that
-consists of rounding errors. The cost is that of collecting about a dozen examples.
+consists of rounding errors; of a token classifier, the logits of labelled tokens, which the loss
+reads. The cost is that of collecting about a dozen examples.
 
-Shape suffixes: B examples of a batch, C classes.
+Shape suffixes: B examples of a batch, or labelled tokens of a token classifier, C classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,9 +43,16 @@ from tracmod.gradients.capture import (
 )
 from tracmod.gradients.lean_pass import lean
 from tracmod.models.architecture import family_of
-from tracmod.models.inputs import collate, example_length, pad_token_id
+from tracmod.models.inputs import TokenLabels, collate, example_length, pad_token_id
+from tracmod.models.loss import UNLABELLED
 from tracmod.models.modes import ModelState
-from tracmod.models.plain_pass import given_batch, logits_agree, model_logits, probe_rows
+from tracmod.models.plain_pass import (
+    given_batch,
+    labelled_logits,
+    logits_agree,
+    model_logits,
+    probe_rows,
+)
 from tracmod.subnetworks.head_mask import HeadMask, masked
 
 if TYPE_CHECKING:
@@ -184,7 +193,9 @@ class _Probe:
             if numbers[name] <= SMALL or name.rpartition(".")[0] not in tables
         ]
         generator = torch.Generator().manual_seed(0)
-        size = (len(self.examples), int(model.config.num_labels or 1))
+        # Rows of logits of each example begin at these.
+        self.starts = [0, *accumulate(map(_num_logits, self.examples))]
+        size = (self.starts[-1], int(model.config.num_labels or 1))
         self.weights_BC = torch.randn(size, generator=generator, dtype=torch.float32).to(device)
         self.changes_itself = False
         versions = [parameter._version for parameter in model.parameters()]
@@ -215,7 +226,7 @@ class _Probe:
         )
 
     def _own(self, row: int, names: Sequence[str]) -> tuple[Tensor, Gradients]:
-        """Return logits (1, C) and gradients of the model's own pass on one example."""
+        """Return the logits and gradients of the model's own pass on one example."""
         parameters = [self.model.get_parameter(name) for name in names]
         required = [parameter.requires_grad for parameter in parameters]
         batch = given_batch(self.model, self.examples[row])
@@ -223,8 +234,8 @@ class _Probe:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             with torch.autocast(batch["labels"].device.type, enabled=False):
-                logits_1C = model_logits(self.model, batch)
-                loss = self._loss(logits_1C, row, row + 1)
+                logits_BC = labelled_logits(model_logits(self.model, batch), batch["labels"])
+                loss = self._loss(logits_BC, row, row + 1)
             gradients: Sequence[Tensor | None] = [None] * len(names)
             if loss.requires_grad:
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -239,7 +250,7 @@ class _Probe:
             for parameter, requires_grad in zip(parameters, required, strict=True):
                 parameter.requires_grad_(requires_grad)
             self.changes_itself |= self.state.restore()
-        return logits_1C.detach(), {
+        return logits_BC.detach(), {
             name: (torch.zeros_like(parameter) if gradient is None else gradient).detach().float()
             for name, parameter, gradient in zip(names, parameters, gradients, strict=True)
         }
@@ -249,21 +260,23 @@ class _Probe:
         """Return the logits of all examples if the model is not restored between them."""
         try:
             with torch.autocast(self.batch["labels"].device.type, enabled=False):
+                batches = [given_batch(self.model, example) for example in self.examples]
                 passes = [
-                    model_logits(self.model, given_batch(self.model, example))
-                    for example in self.examples
+                    labelled_logits(model_logits(self.model, batch), batch["labels"])
+                    for batch in batches
                 ]
         finally:
             self.state.restore()
         return torch.cat(passes)
 
     def _loss(self, logits_BC: Tensor, first: int, last: int) -> Tensor:
-        if logits_BC.shape != self.weights_BC[first:last].shape:
+        weights_BC = self.weights_BC[self.starts[first] : self.starts[last]]
+        if logits_BC.shape != weights_BC.shape:
             raise ValueError(
                 f"{type(self.model).__name__}: expected logits of shape "
-                f"{tuple(self.weights_BC[first:last].shape)}, got {tuple(logits_BC.shape)}"
+                f"{tuple(weights_BC.shape)}, got {tuple(logits_BC.shape)}"
             )
-        return (logits_BC * self.weights_BC[first:last].to(logits_BC.dtype)).sum()
+        return (logits_BC * weights_BC.to(logits_BC.dtype)).sum()
 
     def first_difference(self, model_pass: ModelPass) -> str | None:
         """Return what differs between a pass and the model's own; None if nothing does."""
@@ -301,10 +314,6 @@ class _Probe:
         logits: list[Tensor] = []
         for first, last in parts:
 
-            def loss_of(logits_BC: Tensor, first: int = first, last: int = last) -> Tensor:
-                logits.append(logits_BC.detach())
-                return self._loss(logits_BC, first, last)
-
             def add(captured: Captured) -> None:
                 ones_B = torch.ones(len(captured.x), dtype=torch.float32, device=device)
                 add_gradients(captured, ones_B, total)
@@ -314,6 +323,15 @@ class _Probe:
                 batch = given_batch(self.model, chosen[0])
             else:
                 batch = collate(chosen, pad_token_id(self.model), device)
+            labels = batch["labels"]
+
+            def loss_of(
+                all_logits: Tensor, labels: Tensor = labels, first: int = first, last: int = last
+            ) -> Tensor:
+                logits_BC = labelled_logits(all_logits, labels)
+                logits.append(logits_BC.detach())
+                return self._loss(logits_BC, first, last)
+
             capture_loss(self.model, self.layers, batch, add, loss_of, model_pass=model_pass)
         return total, torch.cat(logits)
 
@@ -321,7 +339,7 @@ class _Probe:
         """Return why the model is refused, as a sentence."""
         name = type(self.model).__name__
         again, _ = self._own(0, [])
-        if not logits_agree(again, self.logits_BC[:1]):
+        if not logits_agree(again, self.logits_BC[: self.starts[1]]):
             return (
                 f"{name}: expected the same logits whenever an example is passed in evaluation "
                 f"mode, got different ones: the model is random"
@@ -330,6 +348,14 @@ class _Probe:
             f"{name}: expected gradients that follow from the inputs and outputs of layers, but "
             f"those of {different} differ from autograd's"
         )
+
+
+def _num_logits(example: Mapping[str, Any]) -> int:
+    """Return how many rows of logits the loss of an example reads: 1, or one per labelled token."""
+    labels = example["labels"]
+    if not isinstance(labels, TokenLabels):
+        return 1
+    return sum(label != UNLABELLED for label in labels)
 
 
 def _is_plain_table(layer: Layer) -> bool:

@@ -205,7 +205,7 @@ def adapter_settings(folder: Path) -> Mapping[str, Any]:
     """Read and check the settings of an adapter folder.
 
     Raises:
-        ValueError: the adapter is no LoRA adapter of a sequence classifier, names no base model, or
+        ValueError: the adapter is no LoRA adapter of a classifier, names no base model, or
             its weights are missing or damaged.
     """
     file = folder / ADAPTER_CONFIG
@@ -215,8 +215,10 @@ def adapter_settings(folder: Path) -> Mapping[str, Any]:
     if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
         kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type")
         raise ValueError(f"{file}: expected a LoRA adapter, got {kind}; merge it into its base")
-    if settings.get("task_type") not in ("SEQ_CLS", None):
-        raise ValueError(f"{file}: expected task_type SEQ_CLS, got {settings['task_type']}")
+    if settings.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS", None):
+        raise ValueError(
+            f"{file}: expected task_type SEQ_CLS or TOKEN_CLS, got {settings['task_type']}"
+        )
     if not isinstance(settings.get("base_model_name_or_path"), str):
         raise ValueError(f"{file}: expected base_model_name_or_path, got none")
     if not (folder / ADAPTER_WEIGHTS).is_file():

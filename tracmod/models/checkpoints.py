@@ -23,7 +23,7 @@ from tracmod.models.loading import (
     config_class_names,
     first_line_of,
 )
-from tracmod.models.loss import ExampleLoss, described_loss, own_loss
+from tracmod.models.loss import ExampleLoss, check_unit, described_loss, own_loss
 
 HOW_TO_STATE = (
     "--loss, --label-smoothing or --class-weights; a function of your own as `loss` of "
@@ -173,20 +173,20 @@ def recorded_loss(folder: str | Path) -> Mapping[str, Any] | None:
 
 
 def loss_of_checkpoints(
-    checkpoints: Sequence[Checkpoint], config: Any, stated: ExampleLoss | None = None
+    checkpoints: Sequence[Checkpoint], model: Any, stated: ExampleLoss | None = None
 ) -> ExampleLoss:
     """Return the loss that checkpoints were trained with.
 
     Args:
         checkpoints: the checkpoints of one training.
-        config: the model's config, which decides where nothing is recorded.
+        model: the model, whose class and config decide where nothing is recorded.
         stated: the loss that the user states.
 
     Raises:
         ValueError: the checkpoints record different losses, or one that is not the stated one; or
             they record one that only Python has or that is unknown, and none is stated.
     """
-    own = own_loss(config).to_json()
+    own = own_loss(model).to_json()
     first = checkpoints[0].loss or own
     for checkpoint in checkpoints:
         loss = checkpoint.loss or own
@@ -208,7 +208,8 @@ def loss_of_checkpoints(
                 f"{described_loss(loss)}, got {stated}"
             )
     chosen = ExampleLoss.from_json(first) if stated is None else stated
-    chosen.check_outputs(int(config.num_labels or 0))
+    check_unit(model, chosen)
+    chosen.check_outputs(int(model.config.num_labels or 0))
     return chosen
 
 

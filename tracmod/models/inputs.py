@@ -17,13 +17,26 @@ from torch import Tensor, nn
 
 from tracmod.choices import whole_number
 from tracmod.models.adapters import adapted_model, is_peft_model
-from tracmod.models.architecture import embeddings_module, max_positions, word_embeddings
-from tracmod.models.loss import ExampleLoss, loss_of_examples
+from tracmod.models.architecture import (
+    embeddings_module,
+    is_token_classifier,
+    max_positions,
+    word_embeddings,
+)
+from tracmod.models.loss import UNLABELLED, ExampleLoss, check_unit, loss_of_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Example = dict[str, Any]  # input_ids, attention_mask, labels and perhaps token_type_ids
+
+
+class TokenLabels(list[int]):
+    """The labels of an example's tokens, which are padded as its tokens are.
+
+    A list of the several labels of one text has a label per class and is not padded.
+    """
+
 
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 # Names of the label that transformers' data collators take, the first that is there counting.
@@ -63,6 +76,8 @@ def encode(
     A pair that is too long loses tokens from its longer text first. BERT's kind of tokenizer adds
     `token_type_ids`.
 
+    A table with the column `tokens` has sentences for a token classifier (`encode_words`).
+
     Args:
         tokenizer: the model's tokenizer.
         table: `pyarrow.Table` with the columns id, text_a, text_b (nullable) and label (a number,
@@ -72,7 +87,7 @@ def encode(
             1, a regression).
 
     Returns:
-        Dicts of `input_ids` and `attention_mask` (lists of int) and `labels` (int).
+        Dicts of `input_ids` and `attention_mask` (lists of int) and `labels` (int, or the list).
 
     Raises:
         ValueError: `max_length` is more than the tokenizer's model takes, or leaves no room for a
@@ -90,6 +105,8 @@ def encode(
             f"max_length: expected at most the {tokenizer.model_max_length} tokens that the model "
             f"takes, got {max_length}"
         )
+    if "tokens" in table.column_names:
+        return _encode_words(tokenizer, table, max_length)
     ids, labels = table.column("id").to_pylist(), table.column("label").to_pylist()
     if num_labels is not None and num_labels > 1 and not any(isinstance(n, list) for n in labels):
         for example_id, label in zip(ids, labels, strict=True):
@@ -115,6 +132,78 @@ def encode(
     return examples
 
 
+def _encode_words(tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int) -> list[Example]:
+    """Tokenize a table of sentences of words with tags.
+
+    The first token of a word has the tag of the word. Other tokens of it, and special tokens, have
+    no label.
+    """
+    encoded = _word_tokens(tokenizer, table, max_length)
+    examples = []
+    ids, labels = table.column("id").to_pylist(), table.column("tags").to_pylist()
+    for row, (example_id, tags) in enumerate(zip(ids, labels, strict=True)):
+        token_labels, previous = TokenLabels(), None
+        for word in encoded.word_ids(row):
+            token_labels.append(UNLABELLED if word in (None, previous) else tags[word])
+            previous = word
+        if all(label == UNLABELLED for label in token_labels):
+            raise ValueError(
+                f"example {example_id}: expected a word with a tag within {max_length} tokens, got "
+                f"none"
+            )
+        example: Example = {name: column[row] for name, column in encoded.items()}
+        examples.append(example | {"labels": token_labels})
+    return examples
+
+
+def tags_of_words(
+    tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int, logits: Sequence[Tensor]
+) -> list[list[int]]:
+    """Return the predicted tag of every word of a table's sentences.
+
+    Args:
+        tokenizer, table, max_length: as for `encode`.
+        logits: for each sentence (T, C) logits of its labelled tokens, as `predict_tokens` returns
+            them.
+
+    Returns:
+        For each sentence a number per word; -100 for words that have no label or were cut off.
+    """
+    encoded = _word_tokens(tokenizer, table, max_length)
+    predicted = []
+    for row, (tags, logits_TC) in enumerate(
+        zip(table.column("tags").to_pylist(), logits, strict=True)
+    ):
+        seen = dict.fromkeys(word for word in encoded.word_ids(row) if word is not None)
+        labelled = [word for word in seen if tags[word] != UNLABELLED]
+        own = [UNLABELLED] * len(tags)
+        for word, tag in zip(labelled, logits_TC.argmax(dim=1).tolist(), strict=True):
+            own[word] = tag
+        predicted.append(own)
+    return predicted
+
+
+def _word_tokens(tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int | None) -> Any:
+    """Tokenize the words of a table's sentences; the result has `word_ids` of each row.
+
+    Raises:
+        ValueError: the tokenizer does not say of which word a token is.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path}: expected a fast one, which says of which word a "
+            f"token is, got {type(tokenizer).__name__}"
+        )
+    # verbose=False: no warning about a sentence that is too long for the model.
+    return tokenizer(
+        table.column("tokens").to_pylist(),
+        is_split_into_words=True,
+        truncation=max_length is not None,
+        max_length=max_length,
+        verbose=False,
+    )
+
+
 def other_inputs(model: Any) -> frozenset[str]:
     """Return the inputs that a model takes and that the engine does not pass on.
 
@@ -138,7 +227,16 @@ def other_inputs(model: Any) -> frozenset[str]:
 
 
 def num_cut(tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int) -> int:
-    """Return how many examples of a table have more than `max_length` tokens."""
+    """Return how many examples of a table have more than `max_length` tokens.
+
+    Of sentences of words with tags, the number of words that have no token before that.
+    """
+    if "tokens" in table.column_names:
+        whole = _word_tokens(tokenizer, table, None)
+        cut = _word_tokens(tokenizer, table, max_length)
+        return sum(
+            len(set(whole.word_ids(row)) - set(cut.word_ids(row))) for row in range(len(table))
+        )
     texts = zip(table["text_a"].to_pylist(), table["text_b"].to_pylist(), strict=True)
     # verbose=False: no warning about a text that is too long for the model, since none is given it.
     return sum(
@@ -173,6 +271,7 @@ def as_examples(
     if model is not None:
         _check_class_numbers(dataset, name, model)
     refused = frozenset(OTHER_INPUTS) if model is None else other_inputs(model)
+    of_tokens = is_token_classifier(model)
     try:
         rows = iter(dataset)
     except TypeError:
@@ -195,6 +294,8 @@ def as_examples(
             plain["labels"] = next(
                 (label for label in labels if not isinstance(label, str)), labels[0]
             )
+        if of_tokens and isinstance(plain.get("labels"), list | tuple):
+            plain["labels"] = TokenLabels(plain["labels"])
         problem = _column_problem(plain, refused)
         if problem:
             raise ValueError(f"{name}: row {row}: expected {problem}")
@@ -293,11 +394,12 @@ def check_examples(
     Raises:
         ValueError: an id is outside the vocabulary, an example has more tokens than the model has
             positions, a label is not one of the loss (a class; a number for each output; 0 to 1 for
-            each of several labels), token types are in some rows only or unknown to the model, or
-            the loss is not one of the model.
+            each of several labels; classes of tokens, at least one), token types are in some rows
+            only or unknown to the model, or the loss is not one of the model.
     """
     check_classifier(model)
-    loss = loss_of_examples(model.config, examples, loss)
+    loss = loss_of_examples(model, examples, loss)
+    check_unit(model, loss)
     embeddings: Any = embeddings_module(model)
     table_sizes = {"input_ids": word_embeddings(model).num_embeddings}
     if getattr(embeddings, "token_type_embeddings", None) is not None:
@@ -307,6 +409,8 @@ def check_examples(
     columns = examples[0].keys() if examples else ()
     for row, example in enumerate(examples):
         problem = loss.label_problem(example["labels"], num_labels)
+        if loss.kind == "token_cross_entropy":
+            problem = problem or _token_labels_problem(example)
         if example_length(example) > longest:
             problem = f"at most {longest} tokens, got {example_length(example)}"
         for column, size in table_sizes.items():
@@ -324,8 +428,21 @@ def check_examples(
     return loss
 
 
+def _token_labels_problem(example: Mapping[str, Any]) -> str | None:
+    """Return how the labels of tokens do not fit the tokens, to follow "expected", or None."""
+    labels, mask = example["labels"], example.get("attention_mask")
+    if len(labels) != len(example["input_ids"]):
+        return f"labels of {len(example['input_ids'])} tokens as in input_ids, got {len(labels)}"
+    for position, (label, attended) in enumerate(zip(labels, mask or labels, strict=True)):
+        if mask and not attended and label != UNLABELLED:
+            return f"the label -100 at padding, got {label} at token {position}"
+    return None
+
+
 def check_classifier(model: PreTrainedModel) -> None:
-    """Raise an error for a model of transformers that is no sequence classifier, or cannot run.
+    """Raise an error for a model of transformers that is no classifier, or cannot run.
+
+    A classifier of texts or of tokens.
 
     A class from elsewhere is not judged by its name.
 
@@ -334,7 +451,10 @@ def check_classifier(model: PreTrainedModel) -> None:
             its weights are quantized, not in memory or on several devices.
     """
     # Whoever has a model has imported this already.
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    from transformers import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    )
 
     kind = type(model)
     missing = [name for name in ("config", "base_model", "dtype") if not hasattr(model, name)]
@@ -343,7 +463,8 @@ def check_classifier(model: PreTrainedModel) -> None:
             f"model: expected a transformers model without a wrapper, got {kind.__name__}"
         )
     expected: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
-    if kind.__module__.startswith("transformers.") and kind is not expected:
+    of_tokens: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(model.config), None)
+    if kind.__module__.startswith("transformers.") and kind not in (expected, of_tokens):
         name = expected.__name__ if expected else "a sequence classifier"
         raise ValueError(f"model: expected {name}, got {kind.__name__}")
     for name, module in model.named_modules():
@@ -468,10 +589,14 @@ def collate(
     Returns:
         `input_ids`, `attention_mask` and, if the examples have them, `token_type_ids`: (B, S)
         int64. `labels`: (B,), or (B, C) if labels are lists; int64, or float32 if they are floats.
+        `TokenLabels` become (B, S), padded with -100.
     """
     lengths = [longest or example_length(example) for example in examples]
     batch: dict[str, Tensor] = {}
-    for name, padding in (("input_ids", pad_id), ("attention_mask", 0), ("token_type_ids", 0)):
+    paddings = {"input_ids": pad_id, "attention_mask": 0, "token_type_ids": 0}
+    if isinstance(examples[0]["labels"], TokenLabels):
+        paddings["labels"] = UNLABELLED
+    for name, padding in paddings.items():
         if name not in examples[0]:
             continue
         rows = [
@@ -479,7 +604,8 @@ def collate(
         ]
         padded = [row + [padding] * (max(lengths) - len(row)) for row in rows]
         batch[name] = send(torch.tensor(padded, dtype=torch.int64), device)
-    batch["labels"] = send(torch.tensor([example["labels"] for example in examples]), device)
+    if "labels" not in batch:
+        batch["labels"] = send(torch.tensor([example["labels"] for example in examples]), device)
     return batch
 
 

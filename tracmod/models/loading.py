@@ -27,6 +27,7 @@ from tracmod.models.adapters import (
 from tracmod.models.architecture import (
     attention_layers,
     embeddings_module,
+    is_token_classifier,
     max_positions,
     word_embeddings,
 )
@@ -66,10 +67,23 @@ ADAPTER_FILES = (
 )
 
 
+def classifier_class(of_tokens: bool) -> Any:
+    """Return transformers' auto class for classifiers of tokens, or of texts."""
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    return AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+
+
+def states_token_classifier(config: Any) -> bool:
+    """Return whether a config says that its model is a token classifier."""
+    return any(name.endswith("ForTokenClassification") for name in config.architectures or ())
+
+
 def create_model(
     tokenizer: PreTrainedTokenizerBase,
     label_names: Sequence[str],
     *,
+    of_tokens: bool = False,
     layers: int = 4,
     hidden: int = 128,
     heads: int = 4,
@@ -83,6 +97,7 @@ def create_model(
     Args:
         tokenizer: gives the size of the vocabulary and the special ids.
         label_names: names of the classes, in the order of the labels 0, 1, ...
+        of_tokens: whether it classifies tokens.
         layers: number of encoder layers.
         hidden: width of the hidden states, a multiple of `heads`.
         heads: attention heads per layer.
@@ -97,7 +112,11 @@ def create_model(
     Raises:
         ValueError: `hidden` is not a multiple of `heads`, or the tokenizer has no padding token.
     """
-    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+    from transformers import (
+        XLMRobertaConfig,
+        XLMRobertaForSequenceClassification,
+        XLMRobertaForTokenClassification,
+    )
 
     if hidden % heads:
         raise ValueError(f"hidden must be a multiple of heads, got hidden {hidden}, heads {heads}")
@@ -121,7 +140,10 @@ def create_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = XLMRobertaForSequenceClassification(config)
+        kind = (
+            XLMRobertaForTokenClassification if of_tokens else XLMRobertaForSequenceClassification
+        )
+        model = kind(config)
     return model.float().eval()
 
 
@@ -138,6 +160,7 @@ def create_from_config(
     tokenizer: PreTrainedTokenizerBase,
     label_names: Sequence[str],
     *,
+    of_tokens: bool = False,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Create a classifier of any supported family with random weights that depend on `seed` alone.
@@ -147,6 +170,7 @@ def create_from_config(
             vocabulary and the special ids are those of the tokenizer.
         tokenizer: its `model_max_length` is set to the `max_tokens` of both.
         label_names: names of the classes, in the order of the labels 0, 1, ...
+        of_tokens: whether it classifies tokens.
         seed: seed of the weights. The global random generator is not moved.
 
     Returns:
@@ -155,8 +179,6 @@ def create_from_config(
     Raises:
         ValueError: the config cannot be read, or is of no family that is supported.
     """
-    from transformers import AutoModelForSequenceClassification
-
     pad_id = _tokenizer_pad_id(tokenizer)
     config = _read_config(str(folder))
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
@@ -167,10 +189,11 @@ def create_from_config(
     try:
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
-            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+            auto_class = classifier_class(of_tokens)
+            model = auto_class.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(
-            f"model {folder}: not a sequence classifier of transformers: {first_line_of(error)}"
+            f"model {folder}: not a {_kind(of_tokens)} of transformers: {first_line_of(error)}"
         ) from None
     attention_layers(model)
     tokenizer.model_max_length = max_tokens(model, tokenizer)
@@ -178,9 +201,13 @@ def create_from_config(
 
 
 def load_model(
-    source: str | Path, label_names: Sequence[str] | None = None, *, seed: int = 0
+    source: str | Path,
+    label_names: Sequence[str] | None = None,
+    *,
+    of_tokens: bool | None = None,
+    seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a sequence classifier and its tokenizer from a transformers folder or the Hub.
+    """Load a classifier of texts or tokens, and its tokenizer, from a folder or the Hub.
 
     Only safetensors weights are read, and no code from the folder is run.
 
@@ -191,6 +218,7 @@ def load_model(
         source: folder or Hub name.
         label_names: the task's classes. If given, a model without a classifier
             (`xlm-roberta-base`) gets a new one; if not, such a model is an error.
+        of_tokens: whether it is to classify tokens; None for what its config says.
         seed: seed of the new classifier's weights.
 
     Returns:
@@ -212,7 +240,7 @@ def load_model(
             f"model {name}: no tokenizer in the folder, expected one of "
             + ", ".join(TOKENIZER_FILES)
         )
-    model = load_classifier(source, label_names, seed=seed)
+    model = load_classifier(source, label_names, of_tokens=of_tokens, seed=seed)
     tokenizer = load_tokenizer(tokenizer_name)
     rows = word_embeddings(model).num_embeddings
     if len(tokenizer) > rows:
@@ -250,7 +278,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_classifier(
-    source: str | Path, label_names: Sequence[str] | None = None, *, seed: int = 0
+    source: str | Path,
+    label_names: Sequence[str] | None = None,
+    *,
+    of_tokens: bool | None = None,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """Load the model of `load_model` from a source that need not have a tokenizer."""
     name = str(source)
@@ -260,7 +292,7 @@ def load_classifier(
     if label_names is None and Path(source).is_dir():
         _check_no_pipeline(Path(source))
     with quiet_transformers():
-        model, loading_info = _load_weights(name, label_names, seed)
+        model, loading_info = _load_weights(name, label_names, of_tokens, seed)
     for key, got, expected in sorted(loading_info["mismatched_keys"]):
         raise ValueError(
             f"model {name}: expected {key} of shape {tuple(expected)}, got {tuple(got)}"
@@ -276,7 +308,8 @@ def load_classifier(
             f"model {name}: weights are missing from the folder, first {lost[0]}{instead}"
         )
     if missing and label_names is None:
-        raise ValueError(f"model {name}: not a sequence classifier, it has no {missing[0]}")
+        kind = _kind(is_token_classifier(model))
+        raise ValueError(f"model {name}: not a {kind}, it has no {missing[0]}")
     unread = [key for key in loading_info["unexpected_keys"] if not LEFTOVERS.fullmatch(key)]
     if unread:
         raise ValueError(
@@ -300,12 +333,15 @@ def _load_adapted(folder: Path, label_names: Sequence[str] | None, seed: int) ->
     A base model without a classifier gets one of as many classes as the adapter folder has. Their
     names are the ones that `TracInCallback` recorded, or transformers' LABEL_0, LABEL_1, ...
     """
-    base = str(adapter_settings(folder)["base_model_name_or_path"])
+    settings = adapter_settings(folder)
+    base, of_tokens = str(settings["base_model_name_or_path"]), None
+    if settings.get("task_type") is not None:
+        of_tokens = settings["task_type"] == "TOKEN_CLS"
     num_classes = number_of_classes(folder)
     names = label_names or _recorded_class_names(folder)
     if names is None and num_classes is not None and not _is_classifier(base, num_classes):
         names = [f"LABEL_{number}" for number in range(num_classes)]
-    return load_adapter(load_classifier(base, names, seed=seed), folder)
+    return load_adapter(load_classifier(base, names, of_tokens=of_tokens, seed=seed), folder)
 
 
 def _is_classifier(name: str, num_classes: int) -> bool:
@@ -313,8 +349,13 @@ def _is_classifier(name: str, num_classes: int) -> bool:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    has_head = any("ForSequenceClassification" in kind for kind in config.architectures or ())
+    heads = ("ForSequenceClassification", "ForTokenClassification")
+    has_head = any(kind.endswith(heads) for kind in config.architectures or ())
     return has_head and len(config.id2label) == num_classes
+
+
+def _kind(of_tokens: bool) -> str:
+    return "token classifier" if of_tokens else "sequence classifier"
 
 
 def _recorded_class_names(folder: Path) -> list[str] | None:
@@ -487,12 +528,11 @@ def _config_fault(config: Any) -> str | None:
 
 
 def _load_weights(
-    name: str, label_names: Sequence[str] | None, seed: int
+    name: str, label_names: Sequence[str] | None, of_tokens: bool | None, seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load the weights; return the model and what transformers reports of missing weights."""
-    from transformers import AutoModelForSequenceClassification
-
     config = _read_config(name)
+    of_tokens = states_token_classifier(config) if of_tokens is None else of_tokens
     try:
         own_names = config_class_names(config)
         if label_names is not None:
@@ -500,7 +540,7 @@ def _load_weights(
                 setattr(config, key, value)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of a new classifier's weights
-            model, loading_info = AutoModelForSequenceClassification.from_pretrained(
+            model, loading_info = classifier_class(of_tokens).from_pretrained(
                 name,
                 config=config,
                 dtype=torch.float32,
@@ -523,7 +563,7 @@ def _load_weights(
         raise ValueError(f"model {name}: cannot be loaded: {first_line_of(error)}") from None
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"model {name}: not a sequence classifier of transformers: {first_line_of(error)}"
+            f"model {name}: not a {_kind(of_tokens)} of transformers: {first_line_of(error)}"
         ) from None
     # transformers names classes LABEL_0, LABEL_1, ... if the config does not name them.
     unnamed = all(own.startswith("LABEL_") for own in own_names)

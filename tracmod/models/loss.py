@@ -4,7 +4,7 @@ Influence is about gradients of the loss that a model was trained with. transfor
 the model's config (`own_loss`); a Trainer may smooth labels or weight classes, and a user may have
 a function of their own. `ExampleLoss` states which.
 
-Shape suffixes: B examples of a batch, C outputs of the model.
+Shape suffixes: B examples of a batch, S tokens, C outputs of the model.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tracmod.choices import LossKind, is_real
+from tracmod.models.architecture import is_token_classifier
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 # Kinds with which features and scores were made before losses could be stated. Their identities
 # have no entry for the loss, so that stores made then remain valid.
 _KINDS_WITHOUT_IDENTITY = ("cross_entropy", "squared_error")
+
+# The label of tokens that have none, which losses of torch and transformers leave out.
+UNLABELLED = -100
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,16 @@ class ExampleLoss:
         squared_error:         mean over the outputs of (z_c - y_c)^2
         binary_cross_entropy:  mean over the labels of
                                -(v_c y_c log sigmoid(z_c) + (1 - y_c) log(1 - sigmoid(z_c)))
+        token_cross_entropy:   mean over the labelled tokens of their cross entropy
         function:              `function(logits_BC, labels_B) -> losses_B`
 
-    They are the losses of transformers' sequence classifiers (`CrossEntropyLoss`, `MSELoss`,
-    `BCEWithLogitsLoss`) for a batch of one example. With label smoothing e, cross entropy is that
-    of the Trainer's `label_smoothing_factor`, which equals torch's.
+    They are the losses of transformers' classifiers of sequences and of tokens
+    (`CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`) for a batch of one example. With label
+    smoothing e, cross entropy is that of the Trainer's `label_smoothing_factor`, which equals
+    torch's.
+
+    A token classifier's loss of a batch is a mean over all labelled tokens of the batch, in which
+    long sentences count more. The loss of an example is that of a batch of it alone.
 
     With class weights w, the loss of an example is its cross entropy times the weight of its class.
     torch's weighted mean over a batch divides by the sum of the batch's weights instead of by its
@@ -51,9 +60,11 @@ class ExampleLoss:
     learning rate does; it is not part of the loss of an example.
 
     Attributes:
-        kind: `cross_entropy`, `squared_error`, `binary_cross_entropy` or `function`.
-        label_smoothing: e, from 0 to 1; of cross entropy.
-        class_weights: w, (C,) numbers of at least 0; of cross entropy. None for 1 each.
+        kind: `cross_entropy`, `squared_error`, `binary_cross_entropy`, `token_cross_entropy` or
+            `function`.
+        label_smoothing: e, from 0 to 1; of cross entropy, also of tokens.
+        class_weights: w, (C,) numbers of at least 0; of cross entropy, also of tokens. None for 1
+            each.
         pos_weight: v, (C,) numbers of at least 0; of binary cross entropy. None for 1 each.
         function: of the kind `function`. Each of its B losses may depend on its own row only.
 
@@ -108,14 +119,16 @@ class ExampleLoss:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _checked_weights(name, getattr(self, name)))
         needed_kinds = {
-            "label_smoothing": "cross_entropy",
-            "class_weights": "cross_entropy",
-            "pos_weight": "binary_cross_entropy",
-            "function": "function",
+            "label_smoothing": ("cross_entropy", "token_cross_entropy"),
+            "class_weights": ("cross_entropy", "token_cross_entropy"),
+            "pos_weight": ("binary_cross_entropy",),
+            "function": ("function",),
         }
-        for name, kind in needed_kinds.items():
-            if getattr(self, name) and self.kind != kind:
-                raise ValueError(f"{name}: expected only with the loss {kind}, got {self.kind}")
+        for name, kinds in needed_kinds.items():
+            if getattr(self, name) and self.kind not in kinds:
+                raise ValueError(
+                    f"{name}: expected only with the loss {' or '.join(kinds)}, got {self.kind}"
+                )
         if self.kind == "function" and not callable(self.function):
             raise ValueError(f"function: expected a function, got {self.function!r}")
 
@@ -125,9 +138,9 @@ class ExampleLoss:
         Logits of lower precision are widened to float32 first; float64 stays float64.
 
         Args:
-            logits_BC: (B, C).
-            labels_B: (B,) classes for cross entropy; (B, C) targets for the other kinds, also (B,)
-                if C is 1.
+            logits_BC: (B, C), or (B, S, C) for token cross entropy.
+            labels_B: (B,) classes for cross entropy; (B, S) for token cross entropy, -100 for
+                tokens without a label; (B, C) targets for the other kinds, also (B,) if C is 1.
 
         Raises:
             ValueError: a function of the user does not return a loss per example.
@@ -152,6 +165,16 @@ class ExampleLoss:
                 label_smoothing=self.label_smoothing,
                 reduction="none",
             )
+        if self.kind == "token_cross_entropy":
+            losses_BS = F.cross_entropy(
+                logits_BC.flatten(0, 1),
+                labels_B.flatten(),
+                weight=_like(self.class_weights, logits_BC),
+                label_smoothing=self.label_smoothing,
+                ignore_index=UNLABELLED,
+                reduction="none",
+            ).view(labels_B.shape)
+            return losses_BS.sum(dim=1) / labels_B.ne(UNLABELLED).sum(dim=1)
         labels_BC = labels_B.to(logits_BC.dtype).reshape(logits_BC.shape)
         if self.kind == "squared_error":
             squares_BC = (logits_BC - labels_BC).square()
@@ -182,6 +205,8 @@ class ExampleLoss:
                     "multi_label_classification"
                 )
             return problem
+        if self.kind == "token_cross_entropy":
+            return _token_label_problem(label, num_labels)
         is_list = isinstance(label, list | tuple)
         numbers = label if is_list else [label]
         valid = all(_is_real(number) for number in numbers)
@@ -206,9 +231,9 @@ class ExampleLoss:
             ValueError: cross entropy of a model with one output, which is always 0; or there are
                 weights for another number of classes.
         """
-        if self.kind == "cross_entropy" and num_labels < 2:
+        if self.kind in ("cross_entropy", "token_cross_entropy") and num_labels < 2:
             raise ValueError(
-                f"loss cross_entropy: expected a model with 2 outputs or more, got {num_labels}, "
+                f"loss {self.kind}: expected a model with 2 outputs or more, got {num_labels}, "
                 f"for which it is always 0"
             )
         for name in ("class_weights", "pos_weight"):
@@ -328,19 +353,23 @@ def as_loss(loss: ExampleLoss | LossFunction | None) -> ExampleLoss | None:
     return ExampleLoss("function", function=loss)
 
 
-def own_loss(config: Any, *, float_vectors: bool = False) -> ExampleLoss:
-    """Return the loss that transformers chooses for a sequence classifier.
+def own_loss(model: Any, *, float_vectors: bool = False) -> ExampleLoss:
+    """Return the loss that transformers chooses for a classifier.
 
-    By `problem_type`; without one, it is squared error for one output, binary cross entropy if the
-    labels are vectors of floats, and cross entropy otherwise.
+    For a token classifier it is token cross entropy. For a sequence classifier, `problem_type`
+    says; without one, it is squared error for one output, binary cross entropy if the labels are
+    vectors of floats, and cross entropy otherwise.
 
     Args:
-        config: the model's config.
+        model: the model, of which the class and the config count.
         float_vectors: whether a label is a vector of floats.
 
     Raises:
         ValueError: the problem type is unknown.
     """
+    if is_token_classifier(model):
+        return ExampleLoss("token_cross_entropy")
+    config = model.config
     problem_type, num_labels = getattr(config, "problem_type", None), int(config.num_labels or 0)
     if problem_type is None:
         problem_type = "multi_label_classification" if float_vectors else ""
@@ -359,11 +388,25 @@ def own_loss(config: Any, *, float_vectors: bool = False) -> ExampleLoss:
     return ExampleLoss(kinds[problem_type])
 
 
+def check_unit(model: Any, loss: ExampleLoss) -> None:
+    """Refuse the loss of tokens for a classifier of texts, and the other way round.
+
+    Raises:
+        ValueError: the loss is one of the other kind of model.
+    """
+    of_tokens = is_token_classifier(model)
+    if of_tokens != (loss.kind == "token_cross_entropy"):
+        expected = "token_cross_entropy" if of_tokens else "a loss of texts"
+        raise ValueError(f"loss: expected {expected} for {type(model).__name__}, got {loss}")
+
+
 def stated_loss(
     kind: LossKind | None,
     label_smoothing: float | None,
     class_weights: str | None,
     label_names: Sequence[str],
+    *,
+    of_tokens: bool = False,
 ) -> ExampleLoss | None:
     """Return the loss that options of the command line state, or None if they state none.
 
@@ -372,6 +415,7 @@ def stated_loss(
         label_smoothing: as in `ExampleLoss`.
         class_weights: `name=weight,...` for all classes, or weights in the order of the classes.
         label_names: the names of the classes.
+        of_tokens: whether the model is a token classifier, whose cross entropy is that of tokens.
 
     Raises:
         ValueError: an option is malformed or belongs to another kind.
@@ -396,12 +440,14 @@ def stated_loss(
             )
         weights = [weight_of[name] for name in label_names]
     return ExampleLoss(
-        kind or "cross_entropy", label_smoothing=label_smoothing or 0.0, class_weights=weights
+        kind or ("token_cross_entropy" if of_tokens else "cross_entropy"),
+        label_smoothing=label_smoothing or 0.0,
+        class_weights=weights,
     )
 
 
 def loss_of_examples(
-    config: Any,
+    model: Any,
     examples: Sequence[Mapping[str, Any]],
     loss: ExampleLoss | LossFunction | None = None,
 ) -> ExampleLoss:
@@ -411,26 +457,28 @@ def loss_of_examples(
         return given
     label = examples[0]["labels"] if examples else None
     is_vector = isinstance(label, list | tuple) and any(isinstance(n, float) for n in label)
-    return own_loss(config, float_vectors=is_vector)
+    return own_loss(model, float_vectors=is_vector)
 
 
-def loss_of_batch(config: Any, labels: Tensor, loss: ExampleLoss | None) -> ExampleLoss:
+def loss_of_batch(model: Any, labels: Tensor, loss: ExampleLoss | None) -> ExampleLoss:
     """Return the loss that was given, or else the model's own for a batch's labels."""
     if loss is not None:
         return loss
-    return own_loss(config, float_vectors=labels.dim() > 1 and labels.is_floating_point())
+    return own_loss(model, float_vectors=labels.dim() > 1 and labels.is_floating_point())
 
 
 def per_example_loss(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
     """Compute the loss of each example that the study trains with, (B,).
 
-    `-log softmax(logits)[label]`, or `(logit - label)^2` for a model with one output.
+    `-log softmax(logits)[label]`, or `(logit - label)^2` for a model with one output; for a token
+    classifier, the mean over the labelled tokens.
 
     Args:
-        logits_BC: (B, C).
-        labels_B: (B,) class indices, or targets if C is 1.
+        logits_BC: (B, C), or (B, S, C) of a token classifier.
+        labels_B: (B,) class indices, or targets if C is 1; (B, S) of a token classifier.
     """
     kind: LossKind = "squared_error" if logits_BC.shape[-1] == 1 else "cross_entropy"
+    kind = "token_cross_entropy" if logits_BC.dim() == 3 else kind
     return ExampleLoss(kind)(logits_BC, labels_B)
 
 
@@ -496,6 +544,18 @@ def _like(weights: Sequence[float] | None, logits_BC: Tensor) -> Tensor | None:
 
 def _counted(count: int, name: str) -> str:
     return f"a {name}" if count == 1 else f"a list of {count} {name}s"
+
+
+def _token_label_problem(labels: Any, num_labels: int) -> str | None:
+    """Return what is wrong with the labels of an example's tokens, or None."""
+    if not isinstance(labels, list | tuple):
+        return f"a list of labels, one per token, got {labels!r}"
+    for label in labels:
+        if type(label) is not int or (label != UNLABELLED and not 0 <= label < num_labels):
+            return f"labels of tokens from 0 to {num_labels - 1}, or -100 for none, got {label!r}"
+    if all(label == UNLABELLED for label in labels):
+        return "at least one labelled token, got labels of -100 only"
+    return None
 
 
 def _mark_of(label: Any) -> str:

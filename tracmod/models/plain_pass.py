@@ -1,6 +1,6 @@
 """A model's own forward pass: its logits and predictions, and whether they depend on padding.
 
-Shape suffixes: B examples of a batch, S tokens, N examples, C classes.
+Shape suffixes: B examples of a batch, S tokens, N examples, C classes, T labelled tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tracmod.models.architecture import max_positions
 from tracmod.models.inputs import collate, example_length, pad_token_id, plan_batches
+from tracmod.models.loss import UNLABELLED
 from tracmod.models.modes import ModelState, evaluating
 
 if TYPE_CHECKING:
@@ -23,13 +24,21 @@ Batch = dict[str, Tensor]
 
 
 def model_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Compute a batch's logits (B, C), also for a model whose config has `return_dict=False`."""
+    """Compute a batch's logits (B, C), or (B, S, C) of a token classifier.
+
+    Also for a model whose config has `return_dict=False`.
+    """
     return logits_of(model(**{n: value for n, value in inputs.items() if n != "labels"}))
 
 
 def logits_of(output: Any) -> Tensor:
     """Return the logits in the output of a classifier that was given no labels."""
     return output[0] if isinstance(output, tuple) else output.logits
+
+
+def labelled_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the logits that a batch's loss reads: (B, C), or (T, C) of the labelled tokens."""
+    return logits if logits.dim() == 2 else logits[labels.ne(UNLABELLED)]
 
 
 def logits_agree(logits: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
@@ -120,7 +129,7 @@ def depends_on_padding(
     inputs += [given_batch(model, example) for example in chosen]
     logits = []
     for batch in inputs:
-        logits.append(model_logits(model, batch))
+        logits.append(labelled_logits(model_logits(model, batch), batch["labels"]))
         state.restore()
     return not logits_agree(logits[0], torch.cat(logits[1:]))
 
@@ -131,7 +140,8 @@ def predict(
 ) -> Tensor:
     """Compute the logits of every example, in the order given and without dropout.
 
-    Examples of a model whose logits depend on padding are passed one by one.
+    Examples of a model whose logits depend on padding are passed one by one. A token classifier has
+    logits of tokens (`predict_tokens`).
 
     Args:
         model: classifier on any device; it is restored.
@@ -143,9 +153,39 @@ def predict(
     """
     num_labels = int(model.config.num_labels or 0)
     logits_NC = torch.empty(len(examples), num_labels, dtype=model.dtype)
+    for rows, logits_BC, _ in _passes(model, examples, batch_tokens):
+        logits_NC[rows] = logits_BC
+    return logits_NC
+
+
+@torch.no_grad()
+def predict_tokens(
+    model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], *, batch_tokens: int = 8192
+) -> list[Tensor]:
+    """Compute the logits of every example's labelled tokens, as `predict` does those of texts.
+
+    Args:
+        model: token classifier on any device; it is restored.
+        examples: examples from `encode_words`.
+        batch_tokens: largest batch, in tokens.
+
+    Returns:
+        For each example (T, C) on the CPU, in the model's dtype.
+    """
+    logits_of_row: dict[int, Tensor] = {}
+    for rows, logits_BSC, labels_BS in _passes(model, examples, batch_tokens):
+        parts = zip(rows, logits_BSC, labels_BS.ne(UNLABELLED), strict=True)
+        logits_of_row |= {row: logits_SC[labelled_S] for row, logits_SC, labelled_S in parts}
+    return [logits_of_row[row] for row in range(len(examples))]
+
+
+def _passes(
+    model: PreTrainedModel, examples: Sequence[Mapping[str, Any]], batch_tokens: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Yield the row numbers, logits and labels of batches, on the CPU."""
     with evaluating(model) as state:
         alone = depends_on_padding(model, examples, state)
         for rows, batch in batches(model, examples, batch_tokens, alone):
-            logits_NC[rows] = model_logits(model, batch).cpu()
+            logits = model_logits(model, batch).cpu()
             state.restore()
-    return logits_NC
+            yield rows, logits, batch["labels"].cpu()

@@ -19,6 +19,7 @@ from tracmod.files.durable import file_sha256
 from tracmod.models.checkpoints import Checkpoint, freeze, load_checkpoints
 from tracmod.models.inputs import encode
 from tracmod.models.loading import load_model
+from tracmod.models.loss import ExampleLoss
 from tracmod.models.modes import resolve_device, to_device
 from tracmod.study.run_folder import RunFolder
 from tracmod.study.views import View, views_of
@@ -114,6 +115,23 @@ class RunContext:
         if split == "train" or language is None:
             return list(range(len(languages)))
         return [row for row, other in enumerate(languages) if other == language]
+
+    @property
+    def tag_names(self) -> list[str] | None:
+        """The names of the tags of words, for a task of tokens; None for a task of texts."""
+        names: list[str] | None = self.run.record.get("tag_names")
+        return names
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the model's classes: those of texts, or of words."""
+        names: list[str] = self.tag_names or self.run.record["label_names"]
+        return names
+
+    @property
+    def loss(self) -> ExampleLoss:
+        """The loss that the study trains with."""
+        return ExampleLoss("token_cross_entropy" if self.tag_names else "cross_entropy")
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, table: pa.Table, model: PreTrainedModel

@@ -23,7 +23,7 @@ from tracmod.models.architecture import attention_layers, embeddings_module
 from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.loss import per_example_loss
 from tracmod.models.modes import frozen, to_device
-from tracmod.models.plain_pass import predict
+from tracmod.models.plain_pass import predict, predict_tokens
 from tracmod.study.context import SPLITS, RunContext
 from tracmod.study.probes import SIZES, Cost, Stopwatch
 from tracmod.study.retrain_scores import preconditioned_passes
@@ -211,9 +211,10 @@ class Forecast:
             with frozen(self._model):
                 features[kind] = cost_per_example(self.stopwatch, collector.collect, examples)
         importance = partial(head_importance, self._model)
+        forward = predict if self.context.tag_names is None else predict_tokens
         return _Costs(
             step=self._step_cost(examples),
-            forward=cost_per_example(self.stopwatch, partial(predict, self._model), examples),
+            forward=cost_per_example(self.stopwatch, partial(forward, self._model), examples),
             importance=cost_per_example(self.stopwatch, importance, examples),
             features=features,
             score=self._score_cost(),

@@ -16,7 +16,6 @@ from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.influence.scores import influence_scores
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import tokenizer_digest
-from tracmod.models.loss import ExampleLoss
 from tracmod.study.context import RunContext
 from tracmod.subnetworks.head_mask import HeadMask
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What a run trains with, whatever loss the config of its encoder names.
-STUDY_LOSS = ExampleLoss("cross_entropy")
 
 Digests = dict[str, str]  # of one checkpoint: see `checkpoint_digests`
 
@@ -63,7 +61,7 @@ def recipe(context: RunContext, mask: HeadMask | None = None) -> FeatureRecipe:
         collect.batch_tokens,
         context.config.model.max_length,
         mask,
-        loss=STUDY_LOSS,
+        loss=context.loss,
     )
 
 
@@ -111,7 +109,7 @@ def preconditioner_of_kind(
             "data": context.data_digest("train"),
             "max_length": context.config.model.max_length,
         },
-        loss=STUDY_LOSS,
+        loss=context.loss,
     )
 
 

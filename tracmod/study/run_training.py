@@ -33,13 +33,14 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
     the run's seed, or all drawn from it, if the model is a folder without weights or is not named.
     A tokenizer of the run's own is trained on all its training texts.
     """
-    shape, labels = context.config.model, context.run.record["label_names"]
+    shape, labels = context.config.model, context.class_names
+    of_tokens, seed = context.tag_names is not None, context.config.seed
     folder = None if shape.name is None else Path(shape.name)
     is_shape_only = (
         folder is not None and (folder / "config.json").is_file() and not has_weights(folder)
     )
     if shape.name is not None and not is_shape_only:
-        return load_model(shape.name, labels, seed=context.config.seed)
+        return load_model(shape.name, labels, of_tokens=of_tokens, seed=seed)
     tokenizer: PreTrainedTokenizerBase
     if folder is not None and has_tokenizer(folder):
         tokenizer = load_tokenizer(str(folder))
@@ -51,17 +52,19 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
         texts = [text for text in texts if text is not None]
         tokenizer = train_tokenizer(texts, shape.vocabulary, shape.max_length)
     if folder is not None:
-        return create_from_config(folder, tokenizer, labels, seed=context.config.seed), tokenizer
+        model = create_from_config(folder, tokenizer, labels, of_tokens=of_tokens, seed=seed)
+        return model, tokenizer
     model = create_model(
         tokenizer,
         labels,
+        of_tokens=of_tokens,
         layers=shape.layers,
         hidden=shape.hidden,
         heads=shape.heads,
         intermediate=shape.intermediate,
         dropout=shape.dropout,
         max_length=shape.max_length,
-        seed=context.config.seed,
+        seed=seed,
     )
     return model, tokenizer
 

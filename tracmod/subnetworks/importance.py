@@ -16,11 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tracmod.models.architecture import AttentionLayer, attention_layers
-from tracmod.models.inputs import accuracy
-from tracmod.models.loss import per_example_loss
+from tracmod.models.inputs import TokenLabels, accuracy
+from tracmod.models.loading import class_names
+from tracmod.models.loss import UNLABELLED, per_example_loss
 from tracmod.models.modes import evaluating
-from tracmod.models.plain_pass import batches, depends_on_padding, model_logits, predict
+from tracmod.models.plain_pass import (
+    batches,
+    depends_on_padding,
+    model_logits,
+    predict,
+    predict_tokens,
+)
 from tracmod.subnetworks.head_mask import HeadMask, masked, matching_layers
+from tracmod.tasks.tag_scores import count_tags, total_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +131,31 @@ def masked_accuracy(
     mask: HeadMask | None,
     batch_tokens: int = 8192,
 ) -> float:
-    """Compute the share of examples that the model classifies correctly under the mask, if any."""
+    """Compute the share of examples that the model classifies correctly under the mask, if any.
+
+    Of a token classifier, the F1 of its entities, or the accuracy of other tags.
+    """
+    if examples and isinstance(examples[0]["labels"], TokenLabels):
+        with masked(model, mask):
+            logits = predict_tokens(model, examples, batch_tokens=batch_tokens)
+        return _tag_score(class_names(model), logits, examples)
     with masked(model, mask):
         logits_NC = predict(model, examples, batch_tokens=batch_tokens)
     return accuracy(logits_NC, [example["labels"] for example in examples])
+
+
+def _tag_score(
+    names: Sequence[str], logits: Sequence[Tensor], examples: Sequence[Mapping[str, Any]]
+) -> float:
+    """Return the score of predicted tags.
+
+    Args:
+        names: the names of the tags.
+        logits: for each example (T, C) logits of its labelled tokens.
+        examples: the encoded examples.
+    """
+    counts = []
+    for logits_TC, example in zip(logits, examples, strict=True):
+        true = [label for label in example["labels"] if label != UNLABELLED]
+        counts.append(count_tags(logits_TC.argmax(dim=1).tolist(), true, names))
+    return total_counts(counts).f1

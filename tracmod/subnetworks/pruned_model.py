@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tracmod.models.adapters import check_no_adapters
-from tracmod.models.architecture import AttentionLayer
-from tracmod.models.loading import quiet_transformers
+from tracmod.models.architecture import AttentionLayer, is_token_classifier
+from tracmod.models.loading import classifier_class, quiet_transformers, states_token_classifier
 from tracmod.models.modes import to_device
 from tracmod.models.probe import same_logits
 from tracmod.subnetworks.head_mask import (
@@ -141,7 +141,7 @@ def save_pruned(
             f"that share them, which cannot be taken out one by one; use the form with zeros"
         )
     state = _without_heads(model, mask)
-    pruned = _narrow_model(model.config, mask)
+    pruned = _narrow_model(model.config, mask, is_token_classifier(model))
     pruned.load_state_dict(state, assign=True)
     # An architecture may count on all of its heads in a way that the tensors do not show. It is
     # better found now, on a few tokens, than by a user of the folder.
@@ -196,7 +196,8 @@ def load_pruned(folder: str | Path) -> PreTrainedModel:
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: expected a model that save_pruned wrote, found no {name}")
     mask = HeadMask.load(folder / MASK_FILE)
-    model = _narrow_model(AutoConfig.from_pretrained(folder, trust_remote_code=False), mask)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model = _narrow_model(config, mask, states_token_classifier(config))
     try:
         model.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)
     except (RuntimeError, SafetensorError) as error:
@@ -230,12 +231,11 @@ def _without_heads(model: PreTrainedModel, mask: HeadMask) -> dict[str, Tensor]:
     return state
 
 
-def _narrow_model(config: Any, mask: HeadMask) -> PreTrainedModel:
+def _narrow_model(config: Any, mask: HeadMask, of_tokens: bool) -> PreTrainedModel:
     """Create a classifier with the shapes that the mask leaves; its weights are still random."""
-    from transformers import AutoModelForSequenceClassification
-
+    auto_class = classifier_class(of_tokens)
     with torch.random.fork_rng(devices=[]), quiet_transformers():
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        model = auto_class.from_config(config, trust_remote_code=False)
     for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):
         _narrow_layer(layer, torch.from_numpy(kept_H.copy()))
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tracmod.config import TaskConfig
+from tracmod.tasks.entities import load_entities
 from tracmod.tasks.examples import SCHEMA, TaskData, check_classes
 from tracmod.tasks.files import load_files, read_examples, read_model_examples, read_model_files
 from tracmod.tasks.grammar import load_grammar
@@ -10,6 +11,7 @@ from tracmod.tasks.marc import load_marc
 from tracmod.tasks.pawsx import load_pawsx
 from tracmod.tasks.planted import load_planted
 from tracmod.tasks.sampling import sample
+from tracmod.tasks.tagged import load_tagged_files, load_treebanks, load_wikiann
 from tracmod.tasks.xnli import load_xnli
 
 __all__ = [
@@ -28,6 +30,10 @@ _LOADERS = {
     "pawsx": load_pawsx,
     "marc": load_marc,
     "files": load_files,
+    "entities": load_entities,
+    "wikiann": load_wikiann,
+    "ud": load_treebanks,
+    "tagged-files": load_tagged_files,
 }
 
 

@@ -12,6 +12,8 @@ from tracmod.tasks.readers import shown_names, text_fault
 
 COLUMNS = ("id", "language", "text_a", "text_b", "label", "group")
 OPTIONAL = ("id", "language", "text_b", "group")
+# Of sentences whose words have tags (`tasks.token_files`).
+TOKEN_FILE_COLUMNS = ("id", "language", "tokens", "tags", "group")
 # The language of examples whose file states none: the code of ISO 639 for "undetermined".
 NO_LANGUAGE = "und"
 
@@ -70,7 +72,7 @@ def parse_columns(text: str) -> dict[str, str]:
         if name in columns:
             raise ValueError(f"columns: expected {name} once, got it twice")
         columns[name] = name_in_file
-    check_columns(columns)
+    check_columns(columns, (*COLUMNS, "tokens", "tags"))
     return columns
 
 

@@ -36,6 +36,8 @@ class TaskData:
         label_names: the name of each class, in the order of the labels 0, 1, ...
         languages: the languages, in the order of the config.
         parallel: whether `group` identifies the same item in every language.
+        tag_names: the names of the tags of words, in the order of their numbers, for a task of
+            tokens; None for a task of texts. The classes are then those of `sentence_classes`.
         train, dev, test: tables with `SCHEMA`. Ids are unique within a table. No group is in two
             tables, except with `test_from_train`, where every group of test is also in train.
         known: further tables by name, for a task with known answers.
@@ -49,24 +51,31 @@ class TaskData:
     dev: pa.Table
     test: pa.Table
     known: Mapping[str, pa.Table] = field(default_factory=dict)
+    tag_names: list[str] | None = None
 
 
 def check_classes(data: TaskData) -> TaskData:
     """Return the data if training has something to learn, and pruning a score to lose.
 
     Raises:
-        ValueError: all training examples, or all dev examples of a language, have the same label.
+        ValueError: all training examples, or all dev examples of a language, have the same label,
+            or all of their words the same tag.
     """
     tables = {"train": data.train}
     for language in data.languages:
         in_language = pc.equal(data.dev["language"], language)
         tables[f"dev, language {language}"] = data.dev.filter(in_language)
     for name, table in tables.items():
+        names, unit = data.label_names, "classes"
         labels = pc.unique(table["label"]).to_pylist()
+        if data.tag_names is not None:
+            names, unit = data.tag_names, "tags"
+            tags = pc.unique(pc.list_flatten(table["tags"])).to_pylist()
+            labels = [tag for tag in tags if tag >= 0]
         if len(labels) == 1 and len(table) > 1:
             raise ValueError(
-                f"task: {name}: expected examples of several classes, got {len(table)}, all "
-                f"{data.label_names[labels[0]]}"
+                f"task: {name}: expected examples of several {unit}, got {len(table)}, all "
+                f"{names[labels[0]]}"
             )
     return data
 
@@ -87,11 +96,13 @@ class Corpus:
         label_names: the name of each class, in the order of the labels 0, 1, ...
         parallel: whether `group` identifies the same item in every language.
         pools: the examples; groups of different pools are different items.
+        tag_names: as in `TaskData`.
     """
 
     label_names: list[str]
     parallel: bool
     pools: list[Pool]
+    tag_names: list[str] | None = None
 
 
 def pool_from_rows(rows: Iterable[Mapping[str, Any]]) -> pa.Table:

@@ -56,12 +56,12 @@ def read_examples(
     Raises:
         ValueError: a malformed row; the message names file and line.
     """
-    file = _warn_of_notes(_RawFile.read(path, columns or {}, language))
+    file = warn_of_notes(_RawFile.read(path, columns or {}, language))
     if label_names is not None:
         return _model_tables([file], label_names)[0]
     label_names = file.class_names or _distinct_labels([file])
     number_of = _numbered(label_names)
-    if file.class_names is None and _are_numbers(label_names):
+    if file.class_names is None and are_numbers(label_names):
         number_of = {label: int(label) for label in label_names}
     return file.numbered_table(number_of).select(SCHEMA.names)
 
@@ -196,12 +196,12 @@ def load_files(config: TaskConfig) -> Corpus:
 def _read_languages(template: str, config: TaskConfig, splits: list[str]) -> list[_RawFile]:
     """Read a file of all languages, or one file per language that a split needs."""
     if "{language}" not in template:
-        return [_warn_of_notes(_RawFile.read(template, config.columns, None))]
+        return [warn_of_notes(_RawFile.read(template, config.columns, None))]
     files = []
     needed = {language for split in splits for language in config.languages_of(split)}
     for language in [language for language in config.languages if language in needed]:
         path = template.replace("{language}", language)
-        file = _warn_of_notes(_RawFile.read(path, config.columns, language))
+        file = warn_of_notes(_RawFile.read(path, config.columns, language))
         # Parallel files usually number their rows alike; ids must differ between languages.
         file.values["id"] = [f"{language}-{number}" for number in file.values["id"]]
         files.append(file)
@@ -292,7 +292,7 @@ class _RawFile:
             new_names = [name for name in row if name not in names_in_file]
             if new_names:
                 names_in_file += new_names
-                _check_refused(path, new_names, refused)
+                check_refused(path, new_names, refused)
             if not required and (new_names or not row_number):
                 choice = choose_columns(path, names_in_file, columns, language)
                 late = {"id", "language"} & (choice.names.keys() - names.keys())
@@ -313,17 +313,17 @@ class _RawFile:
             if "language" not in names or (required and language is not None):
                 cells["language"] = NO_LANGUAGE if language is None else language
             elif language_names is not None:
-                cells["language"] = _stated_name(cells["language"], language_names)
+                cells["language"] = stated_name(cells["language"], language_names)
             kind = _label_kind(cells["label"])
             list_text = label_list_text(cells["label"], class_names) if label_lists else None
             if list_text is not None:
                 kind, cells["label"] = "list", list_text
-            fault = fault or _clean(cells)
+            fault = fault or clean(cells)
             if fault is None and is_tsv and _unquote(cells):
                 unquoted.append(line)
             if fault is None and class_names is not None and kind == "number":
                 kind, number = "stated", str(cells["label"])
-                if _are_numbers([number]) and int(number) < len(class_names):
+                if are_numbers([number]) and int(number) < len(class_names):
                     cells["label"] = class_names[int(number)]
                 else:
                     fault = (
@@ -406,16 +406,16 @@ class _RawFile:
             if name is not None:
                 return label_names.index(name)
             # A name such as `not_entailment` for class 1 may mean either.
-            unnamed = len(label_names) == 2 and _are_unnamed(label_names)
+            unnamed = len(label_names) == 2 and are_unnamed(label_names)
             return int(label == "True") if unnamed else None
         if kind == "stated" and self.class_names is not None:
-            if not _stated_by_number(self.class_names, label_names):
+            if not stated_by_number(self.class_names, label_names):
                 return label_names.index(label) if label in label_names else None
             label = str(self.class_names.index(label))
         if kind == "text" and text_is_names:
             name = _boolean_name(label, label_names) or label
             return label_names.index(name) if name in label_names else None
-        return int(label) if _are_numbers([label]) and int(label) < len(label_names) else None
+        return int(label) if are_numbers([label]) and int(label) < len(label_names) else None
 
     def target_table(self) -> pa.Table:
         """Return the rows with `POOL_SCHEMA`, but labels as float64, the targets of a regression.
@@ -490,9 +490,7 @@ def _check_required(
         )
 
 
-def _check_refused(
-    path: str | Path, names_in_file: Sequence[str], refused: Collection[str]
-) -> None:
+def check_refused(path: str | Path, names_in_file: Sequence[str], refused: Collection[str]) -> None:
     """Refuse a file with columns that the model takes and that are not passed to it."""
     inputs = [name for name in names_in_file if name in refused]
     if inputs:
@@ -502,7 +500,7 @@ def _check_refused(
         )
 
 
-def _stated_name(number: Any, names: Sequence[str]) -> Any:
+def stated_name(number: Any, names: Sequence[str]) -> Any:
     """Return the name that a schema states for a number; anything else as it is."""
     is_known = type(number) is int and 0 <= number < len(names)
     return names[number] if is_known else number
@@ -524,7 +522,7 @@ def _unquote(cells: dict[str, Any]) -> bool:
     return bool(quoted)
 
 
-def _warn_of_notes(file: _RawFile) -> _RawFile:
+def warn_of_notes(file: _RawFile) -> _RawFile:
     """Return a file of a study after warning of what was made of it."""
     for note in file.notes:
         warnings.warn(note, stacklevel=3)
@@ -544,7 +542,7 @@ def _label_kind(label: Any) -> str:
     return "number" if isinstance(label, (int, float, Decimal)) else "text"
 
 
-def _clean(row: dict[str, Any]) -> str | None:
+def clean(row: dict[str, Any]) -> str | None:
     """Convert the values of a row to text in place, and return what is wrong with it, if anything.
 
     Blank values become None.
@@ -579,13 +577,13 @@ def _numbered(label_names: Sequence[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(label_names)}
 
 
-def _are_numbers(labels: Iterable[str]) -> bool:
+def are_numbers(labels: Iterable[str]) -> bool:
     return all(
         label.isascii() and label.isdigit() and len(label) <= MOST_DIGITS for label in labels
     )
 
 
-def _are_unnamed(label_names: Sequence[str]) -> bool:
+def are_unnamed(label_names: Sequence[str]) -> bool:
     """Return whether names of classes are their numbers only, as transformers gives them."""
     pattern = re.compile(r"(?:label_)?([0-9]+)", re.IGNORECASE)
     matches = [pattern.fullmatch(name) for name in label_names]
@@ -600,11 +598,11 @@ def _boolean_name(label: str, label_names: Sequence[str]) -> str | None:
     return same[0] if len(same) == 1 else None
 
 
-def _stated_by_number(class_names: Sequence[str], label_names: Sequence[str]) -> bool:
+def stated_by_number(class_names: Sequence[str], label_names: Sequence[str]) -> bool:
     """Return whether the numbers of a file are a model's, because one of both has no names."""
     if set(class_names) <= set(label_names):
         return False
-    return _are_unnamed(class_names) or _are_unnamed(label_names)
+    return are_unnamed(class_names) or are_unnamed(label_names)
 
 
 def _check_stated_names(files: Sequence[_RawFile], label_names: Sequence[str]) -> None:
@@ -612,8 +610,8 @@ def _check_stated_names(files: Sequence[_RawFile], label_names: Sequence[str]) -
     stated = [
         (file.path, file.class_names)
         for file in files
-        if file.class_names is not None and _stated_by_number(file.class_names, label_names)
-        and not _are_unnamed(file.class_names)
+        if file.class_names is not None and stated_by_number(file.class_names, label_names)
+        and not are_unnamed(file.class_names)
     ]  # fmt: skip
     for path, class_names in stated[1:]:
         if class_names != stated[0][1]:
@@ -633,8 +631,8 @@ def _text_is_names(files: Sequence[_RawFile], label_names: Sequence[str]) -> lis
     labels, names = set().union(*texts), set(label_names)
     if not labels <= names:
         # In one file names, in another one numbers; or else a label that is neither.
-        numbers = _are_numbers(labels)
-        return [not numbers and (own <= names or not _are_numbers(own)) for own in texts]
+        numbers = are_numbers(labels)
+        return [not numbers and (own <= names or not are_numbers(own)) for own in texts]
     digits = [str(number) for number in range(len(label_names))]
     # Numbers beside names that are numbers, too: were they meant as names?
     typed = {
@@ -660,4 +658,4 @@ def _distinct_labels(files: Iterable[_RawFile]) -> list[str]:
     stated = files[0].class_names
     if stated is not None and all(file.class_names == stated for file in files):
         return [name for name in stated if name in labels]
-    return sorted(labels, key=int) if _are_numbers(labels) else sorted(labels)
+    return sorted(labels, key=int) if are_numbers(labels) else sorted(labels)

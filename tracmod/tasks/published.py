@@ -74,9 +74,19 @@ def read_hub(
             f"{source}: expected columns {', '.join(missing)}, got {', '.join(data.column_names)}"
         )
     table = data.with_format("arrow")[:]
-    values = [table[name].to_pylist() for name in columns.values()]
+    values = [
+        _with_names(table[name].to_pylist(), data.features[name]) for name in columns.values()
+    ]
     for number, row in enumerate(zip(*values, strict=True)):
         yield f"{source}, row {number}", dict(zip(columns, row, strict=True))
+
+
+def _with_names(values: list[Any], feature: Any) -> list[Any]:
+    """Return the values of a column; numbers in lists by the names that its feature gives them."""
+    names = getattr(getattr(feature, "feature", None), "names", None)
+    if names is None:
+        return values
+    return [[names[number] for number in numbers] for numbers in values]
 
 
 def read_published(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:

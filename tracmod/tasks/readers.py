@@ -1,4 +1,4 @@
-"""Rows of TSV, CSV, JSON-lines and Parquet files, plain or gzipped, with line numbers."""
+"""Rows of TSV, CSV, JSON-lines, Parquet and CoNLL files, plain or gzipped, with line numbers."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     `.parquet` is Parquet. All may be gzipped (`.gz`). Text is UTF-8, the first line of TSV and CSV
     names the columns, and blank lines are skipped. Columns without a name are left out (the index
     that pandas writes has none).
+
+    `.conllu` is CoNLL-U, and `.conll`, `.bio`, `.iob` and `.iob2` have a word and, last on the
+    line, its tag. Their rows are sentences with the columns `tokens` and `tags`, lists of a word
+    and a tag for each token (`_read_conllu`, `_read_tagged_words`).
 
     Raises:
         ValueError: no such file, an unknown ending, or a malformed row; the message names file and
@@ -339,6 +343,86 @@ def _parquet_rows(path: Path, before: int, batch: pa.RecordBatch) -> list[dict[s
         raise ValueError(f"{path}: {error}") from None
 
 
+CONLLU_COLUMNS = (
+    "id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc",
+)  # fmt: skip
+
+
+def _read_conllu(path: Path) -> Iterator[Row]:
+    """Yield the sentences of CoNLL-U.
+
+    `tokens` are the forms and `tags` the UPOS of the syntactic words; the lists under the other
+    names of columns, such as xpos and deprel, can take the place of the tags. `id` is the sent_id
+    of the comment. Lines of multiword tokens (1-2) and of empty nodes (8.1) are left out.
+    """
+    sentence_id: str | None = None
+    for first, lines in _blocks(path):
+        columns: dict[str, list[str]] = {name: [] for name in CONLLU_COLUMNS}
+        sentence_id = None
+        for number, line in lines:
+            if line.startswith("#"):
+                name, _, value = line[1:].partition("=")
+                sentence_id = value.strip() if name.strip() == "sent_id" else sentence_id
+                continue
+            fields = line.split("\t")
+            if len(fields) != len(CONLLU_COLUMNS):
+                raise ValueError(
+                    f"{path}:{number}: expected the {len(CONLLU_COLUMNS)} fields of CoNLL-U "
+                    f"separated by tabs, got {len(fields)}"
+                )
+            if not re.fullmatch(r"[0-9]+([-.][0-9]+)?", fields[0]):
+                raise ValueError(
+                    f"{path}:{number}: expected the number of a word, got {shown(fields[0])}"
+                )
+            if fields[0].isdecimal():
+                for name, value in zip(CONLLU_COLUMNS, fields, strict=True):
+                    columns[name].append(value)
+        words = {name: columns[name] for name in CONLLU_COLUMNS if name != "id"}
+        if words["form"]:
+            own_id = {} if sentence_id is None else {"id": sentence_id}
+            yield first, own_id | {"tokens": words["form"], "tags": words["upos"]} | words
+
+
+def _read_tagged_words(path: Path) -> Iterator[Row]:
+    """Yield the sentences of a file with a word per line and an empty line after a sentence.
+
+    The first field of a line is the word and the last one its tag. Fields are separated by tabs, or
+    else by spaces. Lines of -DOCSTART- and comments (`# name = value`) are left out.
+    """
+    width: int | None = None
+    for first, lines in _blocks(path):
+        tokens, tags = [], []
+        for number, line in lines:
+            if line.startswith("-DOCSTART-") or re.match(r"# ?\S+ = ", line):
+                continue
+            fields = line.split("\t") if "\t" in line else line.split()
+            width = len(fields) if width is None else width
+            if len(fields) != width or width < 2:
+                expected = width if width and width > 1 else "two or more"
+                raise ValueError(
+                    f"{path}:{number}: expected {expected} fields, a word and its tag, got "
+                    f"{len(fields)}: {shown(line)}"
+                )
+            tokens.append(fields[0].strip())
+            tags.append(fields[-1].strip())
+        if tokens:
+            yield first, {"tokens": tokens, "tags": tags}
+
+
+def _blocks(path: Path) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+    """Yield the numbered lines between empty ones, and the number of the first."""
+    block: list[tuple[int, str]] = []
+    for number, line in _lines(path):
+        line = line.rstrip("\r\n")
+        if line.strip():
+            block.append((number, line))
+        elif block:
+            yield block[0][0], block
+            block = []
+    if block:
+        yield block[0][0], block
+
+
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".tsv": _read_tsv,
     ".csv": _read_csv,
@@ -346,6 +430,11 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".json": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".parquet": _read_parquet,
+    ".conllu": _read_conllu,
+    ".conll": _read_tagged_words,
+    ".bio": _read_tagged_words,
+    ".iob": _read_tagged_words,
+    ".iob2": _read_tagged_words,
 }
 
 

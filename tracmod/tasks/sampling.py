@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tracmod.config import TaskConfig
-from tracmod.tasks.examples import SCHEMA, SPLITS, Corpus, Pool, TaskData
+from tracmod.tasks.examples import SPLITS, Corpus, Pool, TaskData
 
 # Split -> number of examples to draw per stratum. A stratum is a class or, where languages have
 # different items, a class of one language: stratum = language index * number of classes + label.
@@ -77,9 +77,12 @@ def sample(corpus: Corpus, config: TaskConfig) -> TaskData:
         languages=list(config.languages),
         parallel=corpus.parallel,
         **{
-            split: pa.concat_tables(drawn[split].values()).select(SCHEMA.names).combine_chunks()
+            split: pa.concat_tables(drawn[split].values())
+            .drop_columns("split_group")
+            .combine_chunks()
             for split in SPLITS
         },
+        tag_names=corpus.tag_names,
     )
 
 

@@ -230,10 +230,10 @@ class TracInCallback(TrainerCallback):
         """Return the loss that was stated, or else the Trainer's."""
         if self.loss is not None:
             return self.loss
-        own = own_loss(model.config, float_vectors=float_vectors)
+        own = own_loss(model, float_vectors=float_vectors)
         # The Trainer does not smooth several labels per text.
-        if own.kind == "cross_entropy" and args.label_smoothing_factor:
-            return ExampleLoss(label_smoothing=args.label_smoothing_factor)
+        if own.kind in ("cross_entropy", "token_cross_entropy") and args.label_smoothing_factor:
+            return ExampleLoss(own.kind, label_smoothing=args.label_smoothing_factor)
         return own
 
     def _loss_record(

@@ -15,13 +15,14 @@ Shape suffixes: B examples of a batch, C outputs, Y labels that are tried for ea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tracmod.models.loss import ExampleLoss
+from tracmod.models.architecture import is_token_classifier
+from tracmod.models.loss import UNLABELLED, ExampleLoss
 
 # Steps that are watched: the first ones, and further ones until batches with every class were seen.
 FEWEST_STEPS, MOST_STEPS = 3, 32
@@ -91,7 +92,7 @@ class LossWatch:
         for batch in batches:
             self._compare(batch)
         self._steps += 1
-        num_outputs = batches[-1].logits_BC.shape[1] if batches else 0
+        num_outputs = batches[-1].logits_BC.shape[-1] if batches else 0
         is_complete = self._steps >= FEWEST_STEPS and len(self._classes) >= num_outputs
         if self.differs or is_complete or self._steps >= MOST_STEPS:
             self.stop()
@@ -104,7 +105,8 @@ class LossWatch:
         logits = getattr(output, "logits", None)
         if logits is None and isinstance(output, tuple):
             logits = output[labels is not None]
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.grad_fn is None:
+        dim = 3 if is_token_classifier(module) else 2
+        if not isinstance(logits, Tensor) or logits.dim() != dim or logits.grad_fn is None:
             return  # an evaluation, or a model that returns something else
         # Under autocast the model returns a widened copy, and computes its loss from the original.
         node: Any = logits.grad_fn
@@ -130,9 +132,12 @@ class LossWatch:
         ):
             return  # a step that a GradScaler skips
         loss = self._loss_of(batch.labels)
+        if loss.kind == "token_cross_entropy":
+            loss, batch = replace(loss, kind="cross_entropy"), _of_tokens(batch)
         expected_BYC = _expected_gradients(loss, batch)
         if expected_BYC is None:
             return
+        assert batch.gradient_BC is not None
         gradient_BC = batch.gradient_BC.double().cpu()
         eps = torch.finfo(batch.gradient_BC.dtype).eps
         tolerance = max(1e-3, 4 * eps)
@@ -167,6 +172,19 @@ class LossWatch:
         self.differs |= max(factors) > min(factors) * (1 + 4 * tolerance)
         if len(factors) > 1:
             self._classes |= classes
+
+
+def _of_tokens(batch: _Batch) -> _Batch:
+    """Return the labelled tokens of a batch as examples; without labels, those with a gradient.
+
+    The loss of a token classifier's batch is a mean over its labelled tokens, all with one factor.
+    """
+    assert batch.gradient_BC is not None
+    counted = batch.gradient_BC.ne(0).any(dim=-1)
+    if batch.labels is not None:
+        counted = batch.labels.ne(UNLABELLED)
+    labels = None if batch.labels is None else batch.labels[counted]
+    return _Batch(batch.logits_BC[counted], labels, batch.gradient_BC[counted])
 
 
 def _expected_gradients(loss: ExampleLoss, batch: _Batch) -> Tensor | None:

@@ -22,6 +22,7 @@ from tracmod.gradients.capture import (
     warn_of_frozen,
 )
 from tracmod.gradients.verified_pass import verified_pass
+from tracmod.models.architecture import is_token_classifier
 from tracmod.models.checkpoints import (
     Checkpoint,
     freeze,
@@ -32,6 +33,7 @@ from tracmod.models.checkpoints import (
 from tracmod.models.inputs import as_examples, check_examples, encode, num_cut, unwrapped
 from tracmod.models.loading import class_names, load_model
 from tracmod.models.loss import (
+    UNLABELLED,
     ExampleLoss,
     LossFunction,
     as_loss,
@@ -40,7 +42,7 @@ from tracmod.models.loss import (
     stated_loss,
 )
 from tracmod.models.modes import evaluating, frozen, in_float64
-from tracmod.models.plain_pass import given_batch, logits_of, model_logits
+from tracmod.models.plain_pass import given_batch, labelled_logits, logits_of, model_logits
 from tracmod.subnetworks.head_mask import HeadMask, masked
 
 if TYPE_CHECKING:
@@ -101,14 +103,17 @@ class ModelCheck:
     Attributes:
         errors: as `check_gradients` returns them.
         num_examples: number of examples that were compared.
-        num_cut: how many of their texts had more than `max_length` tokens, and were cut.
+        num_cut: how many of their texts had more than `max_length` tokens, and were cut; of a token
+            classifier, how many words were cut off.
         max_length: longest length in tokens.
+        num_words: number of words of the examples, for a token classifier.
     """
 
     errors: list[GradientError]
     num_examples: int
     num_cut: int
     max_length: int
+    num_words: int | None = None
 
 
 def check_model(
@@ -139,22 +144,25 @@ def check_model(
         loss, label_smoothing, class_weights: the loss of the training, as in `AttributionOptions`.
     """
     # Imported here because tasks need pydantic, which a GPU machine that tests the engine may lack.
-    from tracmod.tasks.files import read_model_files
+    from tracmod.tasks.token_files import read_labelled_files
 
     model, tokenizer = load_model(source)
     mask = None if head_mask is None else HeadMask.load(head_mask)
     labels = class_names(model)
-    stated = stated_loss(loss, label_smoothing, class_weights, labels)
+    of_tokens = is_token_classifier(model)
+    stated = stated_loss(loss, label_smoothing, class_weights, labels, of_tokens=of_tokens)
     trained = Checkpoint(Path(source), 1, 0, learning_rate=None, loss=recorded_loss(source))
-    trained_loss = loss_of_checkpoints([trained], model.config, stated)
-    (table,) = read_model_files([data], labels, columns, loss_kind=trained_loss.kind)
+    trained_loss = loss_of_checkpoints([trained], model, stated)
+    (table,) = read_labelled_files([data], labels, columns, loss_kind=trained_loss.kind)
     table = table.slice(0, num_examples)
     max_length = min(max_length, tokenizer.model_max_length)
     examples = encode(tokenizer, table, max_length, num_labels=len(labels))
     if not include_frozen:
         freeze(model, recorded_frozen(source), source)
     errors = check_gradients(model, examples, parameters, mask, include_frozen, loss=trained_loss)
-    return ModelCheck(errors, len(examples), num_cut(tokenizer, table, max_length), max_length)
+    num_words = sum(map(len, table["tokens"].to_pylist())) if of_tokens else None
+    cut = num_cut(tokenizer, table, max_length)
+    return ModelCheck(errors, len(examples), cut, max_length, num_words)
 
 
 def check_gradients(
@@ -288,7 +296,7 @@ def engine_gradients(
         examples: encoded examples.
         parameters: as in `collect_features`.
         model_pass: what `verified_pass` has chosen; None for the model's own pass.
-        logits: receives the logits (C,) of every example by its number, if given.
+        logits: receives the logits of every example by its number, as `own_logits` has them.
         include_frozen: as in `collect_features`.
         loss: the loss; None for the one that transformers chooses.
 
@@ -309,7 +317,9 @@ def engine_gradients(
         for position, row in enumerate(rows):
             captured[row] = by_layer, position
             if logits is not None:
-                logits[row] = logits_of(outputs[0])[position].detach()
+                only = slice(position, position + 1)
+                own = labelled_logits(logits_of(outputs[0])[only], batch["labels"][only])
+                logits[row] = own.detach()
 
     def example_gradients(by_layer: Mapping[str, Captured], row: int) -> dict[str, Tensor]:
         gradients: dict[str, Tensor] = {}
@@ -388,7 +398,7 @@ def autograd_gradients(
     parameters = dict(model.named_parameters())
     selected = [parameters[name] for name in names]
     required = [parameter.requires_grad for parameter in selected]
-    loss = loss or loss_of_examples(model.config, [example])
+    loss = loss or loss_of_examples(model, [example])
     with evaluating(model):
         try:
             for parameter in selected:
@@ -426,7 +436,7 @@ def reference_loss(
         labels = labels.to(model.dtype)  # as transformers needs them
     takes_labels = "labels" in inspect.signature(model.forward).parameters
     float_vectors = labels.dim() > 1 and labels.is_floating_point()
-    if takes_labels and loss == own_loss(model.config, float_vectors=float_vectors):
+    if takes_labels and loss == own_loss(model, float_vectors=float_vectors):
         problem_type = model.config.problem_type
         try:
             output = model(**inputs, labels=labels)
@@ -447,17 +457,22 @@ def reference_loss(
         return LabelSmoother(loss.label_smoothing)({"logits": logits_BC}, labels)
     weights = None if loss.class_weights is None else logits_BC.new_tensor(loss.class_weights)
     smoothing = loss.label_smoothing
-    # A mean over a batch of one would divide by the weight.
-    return nn.CrossEntropyLoss(weights, reduction="sum", label_smoothing=smoothing)(
-        logits_BC, labels
-    )
+    # A mean over a batch of one, or over its tokens, would divide by the weights.
+    total = nn.CrossEntropyLoss(weights, reduction="sum", label_smoothing=smoothing)
+    if loss.kind == "token_cross_entropy":
+        return total(logits_BC.flatten(0, 1), labels.flatten()) / labels.ne(UNLABELLED).sum()
+    return total(logits_BC, labels)
 
 
 @torch.no_grad()
 def own_logits(model: PreTrainedModel, example: Mapping[str, Any]) -> Tensor:
-    """Compute the logits (C,) of one example in the model's own pass, with dropout off."""
+    """Compute the logits of one example in the model's own pass, with dropout off.
+
+    (1, C), or (T, C) of the labelled tokens.
+    """
     with evaluating(model):
-        return model_logits(model, given_batch(model, example))[0]
+        batch = given_batch(model, example)
+        return labelled_logits(model_logits(model, batch), batch["labels"])
 
 
 def _kind(model: PreTrainedModel, name: str) -> str:

@@ -39,6 +39,14 @@ def family_of(model: nn.Module) -> Family:
     return DISTILBERT if is_distilbert else BERT
 
 
+def is_token_classifier(model: Any) -> bool:
+    """Return whether a model classifies tokens, by the name that transformers gives such a class.
+
+    A subclass of one, and PEFT's wrapper around one, are token classifiers, too.
+    """
+    return any(kind.__name__.endswith("ForTokenClassification") for kind in type(model).__mro__)
+
+
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """Return the self-attention layers of a model, first layer first.
 

@@ -311,7 +311,7 @@ def accuracy(tables: AnalysisTables) -> Iterator[LineCharts]:
         yield LineCharts(
             name="accuracy",
             x_axis="epoch",
-            y_axis="test accuracy",
+            y_axis=f"test {results.get('score', 'accuracy')}",
             unit="%",
             panels=panels,
             mark=Mark(100 * results["chance"], "chance"),

@@ -19,6 +19,8 @@ from markupsafe import Markup
 from tracmod.analysis import RunResults
 from tracmod.report.html.packed import packed_json
 from tracmod.report.wording.labels import view_title
+from tracmod.tasks.tag_scores import UNTAGGED
+from tracmod.tasks.token_files import NO_TAG, tagged_text
 
 # Training examples listed per test example and sign.
 MOST_LISTED = 20
@@ -88,8 +90,8 @@ def explorer_data(run: RunResults, listed: int, per_language: int) -> dict[str, 
         "languages": list(run.num_train),
         "num_test": sum(run.num_test.values()),
         "shown": listed,
-        "test": _columns(test),
-        "train": _columns(train.take(shown)),
+        "test": _columns(test, run.tag_names),
+        "train": _columns(train.take(shown), run.tag_names),
         "views": views,
     }
 
@@ -155,13 +157,21 @@ def _of_tests(
     return {"q": q.drop_null().to_numpy(), **values}
 
 
-def _columns(examples: pa.Table) -> dict[str, list[Any]]:
+def _columns(examples: pa.Table, tag_names: Sequence[str] | None) -> dict[str, list[Any]]:
     """Return what the page shows of examples, with long texts shortened."""
     columns = {name: examples[name].to_pylist() for name in ("language", "label")}
     for name in ("text_a", "text_b"):
+        texts = examples[name].to_pylist()
+        if name == "text_a" and tag_names is not None:
+            texts = [
+                tagged_text(tokens, [NO_TAG if tag == UNTAGGED else tag_names[tag] for tag in tags])
+                for tokens, tags in zip(
+                    examples["tokens"].to_pylist(), examples["tags"].to_pylist(), strict=True
+                )
+            ]
         columns[name] = [
             text if text is None or len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
-            for text in examples[name].to_pylist()
+            for text in texts
         ]
     has_group = "group" in examples.schema.names
     group = examples["group"].to_pylist() if has_group else [None] * len(examples)

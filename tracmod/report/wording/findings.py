@@ -129,7 +129,7 @@ def cautions(summary: Row, task: Row) -> list[str]:
             "alone makes gradients of one language more alike, whatever the model has learned. "
             "Compare with a random mask for each language."
         )
-    if task.get("name") in ("grammar", "planted"):
+    if task.get("name") in ("grammar", "planted", "entities"):
         texts.append(
             "The sentences of this run were written by the built-in grammar. They show that the "
             "method works and how to read its results, but say nothing about real text."
@@ -148,8 +148,9 @@ def _accuracy(summary: Row) -> str:
         if weak
         else "The fine-tuned model is better than chance in every language"
     )
+    score = accuracy.get("score", "accuracy")
     text = (
-        f"{verdict}. Its accuracy is {_range(view)}, depending on the test language; chance is "
+        f"{verdict}. Its {score} is {_range(view)}, depending on the test language; chance is "
         f"{percent(accuracy['chance'])}."
     )
     sparse = _find(accuracy["views"], model="sparse", view="full")

@@ -22,6 +22,8 @@ def run(context: RunContext) -> None:
         "parallel": task.parallel,
         "device": context.device,
     }
+    if task.tag_names is not None:
+        context.run.record["tag_names"] = task.tag_names
     if context.config.retrain is not None:
         # Refuses subsets that lack a language now, not after days of work.
         draw_subsets_of(context.config, task.train)

@@ -23,7 +23,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from tracmod.analysis.influence_tables import InfluenceTables, self_influence_table
-from tracmod.analysis.results import WITHOUT_GROUP
+from tracmod.analysis.results import PREDICTED_TAGS, WITHOUT_GROUP
 from tracmod.analysis.same_group import same_group_rows
 from tracmod.files import progress
 from tracmod.files.durable import write_parquet
@@ -34,7 +34,8 @@ from tracmod.influence.scores import (
     without_examples,
 )
 from tracmod.models.checkpoints import Checkpoint
-from tracmod.models.plain_pass import predict
+from tracmod.models.inputs import tags_of_words
+from tracmod.models.plain_pass import predict, predict_tokens
 from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_features import Digests, load_checkpoint, view_features
@@ -43,9 +44,10 @@ from tracmod.study.stages.influence_fidelity import compare_sample, score_sample
 from tracmod.study.views import View, views_of
 from tracmod.study.worker import Advance, run_tasks
 from tracmod.subnetworks.head_mask import masked
+from tracmod.tasks.tag_scores import sentence_class
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Rankings are cut into parts until there are this many tasks per worker, so that no worker is idle
 # for long at the end.
@@ -76,8 +78,15 @@ def run(context: RunContext) -> None:
             model, tokenizer = context.load(checkpoints[-1])
             test = context.encode(tokenizer, context.table("test"), model)
             for view in context.views_at(model_name, checkpoints[-1].epoch):
-                predictions = _predictions(context, model, test, view)
+                if context.tag_names is None:
+                    predictions = _predictions(context, model, test, view)
+                else:
+                    tags = _predicted_tags(context, model, tokenizer, test, view)
+                    names = context.tag_names
+                    predictions = [sentence_class(own, names) for own in tags]
                 _write_view(context, model_name, view, digests, predictions)
+                if context.tag_names is not None:
+                    _write_tags(context, model_name, view, tags)
             if with_blocks:
                 block_files |= influence_by_block(context, model_name, digests)
     for path in paths.blocks.glob("*"):
@@ -241,6 +250,39 @@ def _predictions(
             logits = predict(model, [test[row] for row in rows])
         predicted[rows] = logits.argmax(dim=1).numpy()
     return predicted.tolist()
+
+
+def _predicted_tags(
+    context: RunContext,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test: Sequence[dict[str, Any]],
+    view: View,
+) -> list[list[int]]:
+    """Return the predicted tag of every word of the test sentences, under the view's mask."""
+    table, length = context.table("test"), context.config.model.max_length
+    predicted: list[list[int]] = [[]] * len(test)
+    for language, mask in view.masks:
+        rows = context.rows("test", language)
+        with masked(model, mask):
+            logits = predict_tokens(model, [test[row] for row in rows])
+        own = tags_of_words(tokenizer, table.take(rows), length, logits)
+        for row, tags in zip(rows, own, strict=True):
+            predicted[row] = tags
+    return predicted
+
+
+def _write_tags(
+    context: RunContext, model_name: str, view: View, tags: Sequence[Sequence[int]]
+) -> None:
+    """Write the predicted tags of a view, from which F1 is computed."""
+    table = pa.table(
+        {
+            "test_id": context.table("test")["id"],
+            "tags": pa.array([list(own) for own in tags], pa.list_(pa.int64())),
+        }
+    )
+    write_parquet(context.run.influence(model_name, view.name) / PREDICTED_TAGS, table)
 
 
 def _write_view(

@@ -15,7 +15,7 @@ from tracmod.files.durable import canonical_json, sha256, write_parquet
 from tracmod.influence.blocks import block_influence, weighted_sum
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.study.context import RunContext
-from tracmod.study.run_features import STUDY_LOSS, Digests, store_identity
+from tracmod.study.run_features import Digests, store_identity
 from tracmod.subnetworks.head_mask import HeadMask
 
 BLOCK_VIEWS = ("full", "subnetwork")
@@ -93,7 +93,7 @@ def _compute_missing(context: RunContext, checkpoint: Checkpoint, files: dict[Pa
                 context.normalize,
                 dtype=getattr(torch, collect.dtype),
                 advance=bar.update,
-                loss=STUDY_LOSS,
+                loss=context.loss,
             )
             write_parquet(file, table)
 

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from tracmod.files.durable import write_json
 from tracmod.study.context import RunContext
 from tracmod.study.run_features import (
-    STUDY_LOSS,
     Digests,
     LoadedCheckpoint,
     store_identity,
@@ -80,7 +79,7 @@ def score_sample(context: RunContext, loaded: LoadedCheckpoint, keep_in: Path) -
         keep_in=keep_in,
         identity=identity,
         preconditioner=loaded.preconditioner,
-        loss=STUDY_LOSS,
+        loss=context.loss,
     )
 
 

@@ -166,14 +166,9 @@ def _model_tables(files: Sequence[_RawFile], label_names: Sequence[str]) -> list
 
 def load_files(config: TaskConfig) -> Corpus:
     """Read the task `files`; splits without a file of their own are drawn from the train file."""
-    assert config.train_file is not None  # checked by the config
-    splits_of: dict[str, list[str]] = {}
-    for split in SPLITS:
-        template = getattr(config, f"{split}_file") or config.train_file
-        splits_of.setdefault(template, []).append(split)
     files_of = {
-        template: _read_languages(template, config, splits)
-        for template, splits in splits_of.items()
+        splits: [_read_language(path, config, language) for path, language in sources]
+        for splits, sources in files_of_splits(config).items()
     }
     label_names = _distinct_labels(file for files in files_of.values() for file in files)
     if len(label_names) < 2:
@@ -182,33 +177,55 @@ def load_files(config: TaskConfig) -> Corpus:
         )
     pools = [
         Pool(
-            pa.concat_tables(
-                [file.numbered_table(_numbered(label_names)) for file in files_of[template]]
-            ),
-            tuple(splits),
+            pa.concat_tables([file.numbered_table(_numbered(label_names)) for file in files]),
+            splits,
         )
-        for template, splits in splits_of.items()
+        for splits, files in files_of.items()
     ]
-    _check_disjoint(pools)
+    check_disjoint(pools)
     return Corpus(label_names, config.parallel, pools)
 
 
-def _read_languages(template: str, config: TaskConfig, splits: list[str]) -> list[_RawFile]:
-    """Read a file of all languages, or one file per language that a split needs."""
-    if "{language}" not in template:
-        return [warn_of_notes(_RawFile.read(template, config.columns, None))]
-    files = []
-    needed = {language for split in splits for language in config.languages_of(split)}
-    for language in [language for language in config.languages if language in needed]:
-        path = template.replace("{language}", language)
-        file = warn_of_notes(_RawFile.read(path, config.columns, language))
-        # Parallel files usually number their rows alike; ids must differ between languages.
-        file.values["id"] = [f"{language}-{number}" for number in file.values["id"]]
-        files.append(file)
+def files_of_splits(
+    config: TaskConfig,
+) -> dict[tuple[str, ...], list[tuple[str, str | None]]]:
+    """Return the files of a task by the splits that are drawn from them.
+
+    A split without a file of its own is drawn from the train file.
+
+    Returns:
+        For each group of splits, one file of all languages (with None), or one per language that a
+        split needs (with the language).
+    """
+    assert config.train_file is not None  # checked by the config
+    splits_of: dict[str, list[str]] = {}
+    for split in SPLITS:
+        template = getattr(config, f"{split}_file") or config.train_file
+        splits_of.setdefault(template, []).append(split)
+    files: dict[tuple[str, ...], list[tuple[str, str | None]]] = {}
+    for template, splits in splits_of.items():
+        needed = {language for split in splits for language in config.languages_of(split)}
+        files[tuple(splits)] = (
+            [
+                (template.replace("{language}", language), language)
+                for language in config.languages
+                if language in needed
+            ]
+            if "{language}" in template
+            else [(template, None)]
+        )
     return files
 
 
-def _check_disjoint(pools: list[Pool]) -> None:
+def _read_language(path: str, config: TaskConfig, language: str | None) -> _RawFile:
+    file = warn_of_notes(_RawFile.read(path, config.columns, language))
+    if language is not None:
+        # Parallel files usually number their rows alike; ids must differ between languages.
+        file.values["id"] = [f"{language}-{number}" for number in file.values["id"]]
+    return file
+
+
+def check_disjoint(pools: list[Pool]) -> None:
     """Check that no example is in two pools."""
     pool_of: dict[tuple[Any, ...], Pool] = {}
     columns = ["id", "language", "text_a", "text_b"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tracmod.config import TaskConfig
 from tracmod.tasks.examples import SPLITS, Corpus, Pool
+from tracmod.tasks.files import check_disjoint, files_of_splits
 from tracmod.tasks.published import read_hub
 from tracmod.tasks.readers import Row, read_rows, stated_class_names
 from tracmod.tasks.tag_scores import sentence_classes
@@ -45,29 +46,20 @@ def load_treebanks(config: TaskConfig) -> Corpus:
 
 def load_tagged_files(config: TaskConfig) -> Corpus:
     """Read the task `tagged-files`; splits without a file of their own are drawn from train's."""
-    assert config.train_file is not None  # checked by the config
-    splits_of: dict[str, list[str]] = {}
-    for split in SPLITS:
-        template = getattr(config, f"{split}_file") or config.train_file
-        splits_of.setdefault(template, []).append(split)
     files = {
-        tuple(splits): _read_languages(template, config, splits)
-        for template, splits in splits_of.items()
+        splits: [_read_language(path, config, language) for path, language in sources]
+        for splits, sources in files_of_splits(config).items()
     }
-    return _corpus(files)
+    corpus = _corpus(files)
+    check_disjoint(corpus.pools)
+    return corpus
 
 
-def _read_languages(template: str, config: TaskConfig, splits: Sequence[str]) -> list[TokenFile]:
-    """Read a file of all languages, or one file per language that a split needs."""
-    if "{language}" not in template:
-        return [_with_warnings(TokenFile.read(template, config.columns, None))]
-    needed = {language for split in splits for language in config.languages_of(split)}
-    files = []
-    for language in [language for language in config.languages if language in needed]:
-        path = template.replace("{language}", language)
-        file = TokenFile.read(path, config.columns, language)
-        files.append(_with_ids(_with_warnings(file), language))
-    return files
+def _read_language(path: str, config: TaskConfig, language: str | None) -> TokenFile:
+    file = TokenFile.read(path, config.columns, language)
+    for note in file.notes:
+        warnings.warn(note, stacklevel=3)
+    return file if language is None else _with_ids(file, language)
 
 
 def _published(config: TaskConfig, repository: str, tags: str, names: Sequence[str]) -> Corpus:
@@ -164,10 +156,4 @@ def _whole_sentences(path: str, rows: Iterator[Row], tags: str) -> Iterator[Row]
 def _with_ids(file: TokenFile, prefix: str) -> TokenFile:
     """Make the ids of a file differ from those of other files, which may number alike."""
     file.values["id"] = [f"{prefix}-{number}" for number in file.values["id"]]
-    return file
-
-
-def _with_warnings(file: TokenFile) -> TokenFile:
-    for note in file.notes:
-        warnings.warn(note, stacklevel=3)
     return file

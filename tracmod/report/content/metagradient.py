@@ -22,8 +22,10 @@ def metagradient(tables: AnalysisTables) -> Iterator[HeatMaps]:
     for model, foretold in foretold_matrices(tables).items():
         panels = [_panel("Metagradient: foretold", foretold)]
         path = path_matrix(tables, model)
+        on_paths = ""
         if path is not None:
             panels.append(_panel("Metagradient along paths: foretold", path))
+            on_paths = "Along paths: the whole change, from derivatives at several weights. "
         shares = shares_matrix(tables, model)
         if shares is not None:
             values_RC = 100 * np.asarray(shares, dtype=float)
@@ -37,7 +39,9 @@ def metagradient(tables: AnalysisTables) -> Iterator[HeatMaps]:
             tab=words.MODEL_NAMES[model],
             caption="Metagradient: the first-order change of the test language's mean loss when "
             "the training language is left out. Blue: the loss rises, so the language helps; "
-            "orange: it falls. TracIn: how many of the strongest proponents are in the training "
+            "orange: it falls. "
+            + on_paths
+            + "TracIn: how many of the strongest proponents are in the training "
             "language. Each matrix has its own color scale.",
             x_axis=TRAIN_AXIS,
             y_axis=TEST_AXIS,

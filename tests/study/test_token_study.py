@@ -187,6 +187,12 @@ def test_files_of_a_users_own(tmp_path):
     ids = [row for split in (data.train, data.dev, data.test) for row in split["id"].to_pylist()]
     assert len(set(ids)) == 16
     assert set(data.train["language"].to_pylist()) == {"de", "en"}
+    with pytest.raises(ValueError, match=r"expected in one file only"):
+        task_of(name="tagged-files", languages=["und"], test_file=str(tmp_path / "en.bio"),
+                train_file=str(tmp_path / "de.bio"))  # fmt: skip
+    with pytest.raises(ValueError, match=r"columns.*text_a"):
+        task_of(name="tagged-files", languages=["de"], columns={"text_a": "x"},
+                train_file=str(tmp_path / "{language}.bio"))  # fmt: skip
     (tmp_path / "de.bio").write_text("a O\n\n" * 9)
     (tmp_path / "en.bio").write_text("a O\n\n" * 9)
     with pytest.raises(ValueError, match=r"de\.bio.*two tags"):

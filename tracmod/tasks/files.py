@@ -189,7 +189,7 @@ def load_files(config: TaskConfig) -> Corpus:
         )
         for template, splits in splits_of.items()
     ]
-    _check_disjoint(pools)
+    check_disjoint(pools)
     return Corpus(label_names, config.parallel, pools)
 
 
@@ -208,7 +208,7 @@ def _read_languages(template: str, config: TaskConfig, splits: list[str]) -> lis
     return files
 
 
-def _check_disjoint(pools: list[Pool]) -> None:
+def check_disjoint(pools: list[Pool]) -> None:
     """Check that no example is in two pools."""
     pool_of: dict[tuple[Any, ...], Pool] = {}
     columns = ["id", "language", "text_a", "text_b"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tracmod.config import TaskConfig
 from tracmod.tasks.examples import SPLITS, Corpus, Pool
+from tracmod.tasks.files import check_disjoint
 from tracmod.tasks.published import read_hub
 from tracmod.tasks.readers import Row, read_rows, stated_class_names
 from tracmod.tasks.tag_scores import sentence_classes
@@ -54,7 +55,9 @@ def load_tagged_files(config: TaskConfig) -> Corpus:
         tuple(splits): _read_languages(template, config, splits)
         for template, splits in splits_of.items()
     }
-    return _corpus(files)
+    corpus = _corpus(files)
+    check_disjoint(corpus.pools)
+    return corpus
 
 
 def _read_languages(template: str, config: TaskConfig, splits: Sequence[str]) -> list[TokenFile]:

@@ -16,6 +16,8 @@ from tracmod.config import parse_config
 from tracmod.models.inputs import encode
 from tracmod.models.loading import load_model
 from tracmod.models.plain_pass import predict_tokens
+from tracmod.report.content.analysis_tables import AnalysisTables
+from tracmod.report.content.result_tables import accuracy
 from tracmod.study.context import RunContext
 from tracmod.study.pipeline import run_stages
 from tracmod.study.plan import plan_run
@@ -63,6 +65,8 @@ def test_the_whole_study_runs(run):
     assert summary["accuracy"]["score"] == "F1"
     page = (run.run.path / "report" / "index.html").read_text()
     assert "F1 on the test examples" in page
+    table = accuracy(AnalysisTables(run.run.path))
+    assert any(column.header.startswith("F1") for column in table.columns)
     assert "Wilson" not in page
 
 

@@ -319,8 +319,9 @@ COLUMNS = click.option(
     multiple=True,
     callback=merged_columns,
     help="Names of the columns in the file where they differ from id, language, text_a, text_b, "
-    "label and group, such as text_a=premise,text_b=hypothesis. An empty name (text_b=) leaves a "
-    "column out. Can be repeated.",
+    "label and group (of a token classifier: tokens and tags), such as "
+    "text_a=premise,text_b=hypothesis. An empty name (text_b=) leaves a column out. Can be "
+    "repeated.",
 )
 VIEW_OPTIONS = [
     click.option(

@@ -241,15 +241,13 @@ def test_check(training):
     assert "expected a column tokens, tags" in output
 
 
-def test_a_stated_loss_of_texts_is_refused(training):
-    checkpoint = checkpoint_folders(training / "training")[0]
+def test_a_stated_loss_of_texts_is_refused(tmp_path, training, tokenizer):
+    new_model(tokenizer).save_pretrained(tmp_path)  # without a record of the loss
+    tokenizer.save_pretrained(tmp_path)
+    check = ("check", "--model", tmp_path, "--data", training / "train.jsonl")
     for kind in ("cross_entropy", "squared_error"):
-        output = invoke("check", "--model", checkpoint, "--data", training / "train.jsonl",
-                        "--loss", kind, code=2)  # fmt: skip
-        assert "token_cross_entropy" in output
-    output = invoke("check", "--model", checkpoint, "--data", training / "train.jsonl",
-                    "--class-weights", "O=1,B-PER=2,B-LOC=3")  # fmt: skip
-    assert "WRONG" not in output
+        assert "token_cross_entropy" in invoke(*check, "--loss", kind, code=2)
+    assert "WRONG" not in invoke(*check, "--class-weights", "O=1,B-PER=2,B-LOC=3")
 
 
 def test_adapters_of_token_classifiers(tmp_path, training, tokenizer):

@@ -111,6 +111,24 @@ def test_masked_heads(form):
     assert error(actual, truth, truth[:2]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("form", [form for form in ALL if FORMS[form.values[0]].pruned])
+def test_smaller_models_have_the_logits_of_the_masked_model(form, tmp_path):
+    model = small_tagger(form, dtype=torch.float32)
+    examples = as_examples(tagged_examples(5, seed=1), model=model)
+    layers = attention_layers(model)
+    array = np.ones((len(layers), layers[0].num_heads), dtype=np.int64)
+    array[0, 1] = 0
+    with HeadMask(array).apply(model):
+        expected = predict_tokens(model, examples)
+    tm.save_masked(model, HeadMask(array), tmp_path / "zeros")
+    tm.save_pruned(model, HeadMask(array), tmp_path / "pruned")
+    zeros = type(model).from_pretrained(tmp_path / "zeros")
+    for smaller in (zeros.eval(), tm.load_pruned(tmp_path / "pruned")):
+        assert type(smaller) is type(model)
+        for own, whole in zip(predict_tokens(smaller, examples), expected, strict=True):
+            torch.testing.assert_close(own, whole, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", ALL)
 def test_the_check_passes_against_the_loss_that_transformers_returns(form):
     model = small_tagger(form, dtype=torch.float32)

@@ -16,6 +16,8 @@ from tracmod.config import parse_config
 from tracmod.models.inputs import encode
 from tracmod.models.loading import load_model
 from tracmod.models.plain_pass import predict_tokens
+from tracmod.report.content.analysis_tables import AnalysisTables
+from tracmod.report.content.result_tables import accuracy
 from tracmod.study.context import RunContext
 from tracmod.study.pipeline import run_stages
 from tracmod.study.plan import plan_run
@@ -63,6 +65,8 @@ def test_the_whole_study_runs(run):
     assert summary["accuracy"]["score"] == "F1"
     page = (run.run.path / "report" / "index.html").read_text()
     assert "F1 on the test examples" in page
+    table = accuracy(AnalysisTables(run.run.path))
+    assert any(column.header.startswith("F1") for column in table.columns)
     assert "Wilson" not in page
 
 
@@ -187,6 +191,12 @@ def test_files_of_a_users_own(tmp_path):
     ids = [row for split in (data.train, data.dev, data.test) for row in split["id"].to_pylist()]
     assert len(set(ids)) == 16
     assert set(data.train["language"].to_pylist()) == {"de", "en"}
+    with pytest.raises(ValueError, match=r"expected in one file only"):
+        task_of(name="tagged-files", languages=["und"], test_file=str(tmp_path / "en.bio"),
+                train_file=str(tmp_path / "de.bio"))  # fmt: skip
+    with pytest.raises(ValueError, match=r"columns.*text_a"):
+        task_of(name="tagged-files", languages=["de"], columns={"text_a": "x"},
+                train_file=str(tmp_path / "{language}.bio"))  # fmt: skip
     (tmp_path / "de.bio").write_text("a O\n\n" * 9)
     (tmp_path / "en.bio").write_text("a O\n\n" * 9)
     with pytest.raises(ValueError, match=r"de\.bio.*two tags"):

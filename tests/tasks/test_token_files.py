@@ -155,7 +155,12 @@ def test_columns_and_languages(tmp_path):
     )
     columns = parse_columns("tokens=words,tags=ner")
     notes = []
-    (table,) = read_token_files([file], TAGS, columns, "de", notes=notes)
+    with pytest.raises(ValueError, match=r"language, or --language NAME.*language=lang"):
+        read_token_files([file], TAGS, columns)
+    (tmp_path / "a.bio").write_text("c B-PER\n")  # its own names
+    table, other = read_token_files([file, tmp_path / "a.bio"], TAGS, columns, "de", notes=notes)
+    assert as_lists(other) == [(["c"], [1])]
+    notes = notes[:1]
     assert len(notes) == 1
     assert "no column id" in notes[0]
     with pytest.raises(ValueError, match=r"a\.jsonl:2: no language"):

@@ -134,7 +134,7 @@ class TokenFile:
     Attributes:
         path: the file.
         lines: the number of the line where each sentence begins.
-        values: id, language, group, text_a and tokens of each sentence.
+        values: id, language, group and tokens of each sentence.
         tags: the tags of each sentence: names, or numbers where nothing names them.
         class_names: the names of the numbers of tags, if the schema of the file states them.
         has_languages: whether the file states the language of its sentences.
@@ -169,6 +169,7 @@ class TokenFile:
         Raises:
             ValueError: a missing column, no sentences, or a malformed one.
         """
+        check_columns(columns, TOKEN_FILE_COLUMNS)
         rows, stated = read_rows(path), stated_class_names
         return cls.of_rows(path, rows, columns, language, stated=stated, refused=refused)
 
@@ -193,9 +194,7 @@ class TokenFile:
         names_in_file: list[str] = []
         names: dict[str, str] = {}
         class_names: list[str] | None = None
-        values: dict[str, list[Any]] = {
-            name: [] for name in ("id", "language", "group", "text_a", "tokens")
-        }
+        values: dict[str, list[Any]] = {name: [] for name in ("id", "language", "group", "tokens")}
         lines: list[int] = []
         tags: list[list[str | int]] = []
         ids: set[str] = set()
@@ -204,7 +203,7 @@ class TokenFile:
             if new_names:
                 names_in_file += new_names
                 check_refused(path, new_names, refused)
-                chosen = _choose_names(path, names_in_file, columns)
+                chosen = _choose_names(path, names_in_file, columns, language)
                 late = {"id", "language"} & (chosen.keys() - names.keys())
                 if row_number and late:
                     raise ValueError(
@@ -315,29 +314,37 @@ def tagged_text(words: Sequence[str], tags: Sequence[str]) -> str:
 
 
 def _choose_names(
-    path: str | Path, names_in_file: Sequence[str], columns: Mapping[str, str]
+    path: str | Path,
+    names_in_file: Sequence[str],
+    columns: Mapping[str, str],
+    language: str | None,
 ) -> dict[str, str]:
-    """Return our columns that a file has, with their names there."""
+    """Return our columns that a file has, with their names there.
+
+    A file that lacks the name given, but has the column under its own name, is read by its own.
+    """
     names, missing = {}, []
     for name in TOKEN_FILE_COLUMNS:
         name_in_file = columns.get(name, name)
+        if name_in_file and name_in_file not in names_in_file and name in names_in_file:
+            name_in_file = name
         if name_in_file in names_in_file:
             names[name] = name_in_file
         elif name_in_file and (name not in OPTIONAL or name in columns):
             missing.append(name_in_file)
+    likely = {
+        name: common
+        for name, commons in COMMON_TOKEN_NAMES.items()
+        for common in reversed(commons.split())
+        if name not in names and common in names_in_file and columns.get(name) != ""
+    }
+    expected = f"a column {', '.join(missing)}, as a token classifier needs"
+    if not missing and "language" in likely and language is None:
+        missing, expected = ["language"], "a column language, or --language NAME for all sentences"
     if missing:
-        likely = {
-            name: common
-            for name, commons in COMMON_TOKEN_NAMES.items()
-            for common in reversed(commons.split())
-            if name not in names and common in names_in_file
-        }
         pairs = ",".join(f"{name}={value}" for name, value in likely.items())
         advice = f"; for example --columns {shlex.quote(pairs)}" if pairs else ""
-        raise ValueError(
-            f"{path}: expected a column {', '.join(missing)}, as a token classifier needs, got "
-            f"{shown_names(names_in_file)}{advice}"
-        )
+        raise ValueError(f"{path}: expected {expected}, got {shown_names(names_in_file)}{advice}")
     return names
 
 

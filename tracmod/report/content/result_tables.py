@@ -74,13 +74,18 @@ def summary_table(tables: AnalysisTables, name: str) -> Table:
 
 
 def accuracy(tables: AnalysisTables) -> Table:
-    """Return the accuracy under each view's masks, by language."""
+    """Return the accuracy, or the score of tags, under each view's masks, by language."""
     entries = [
         {"model": view["model"], "view": view["view"], "language": language, "accuracy": share}
         for view in tables.summary["accuracy"]["views"]
         for language, share in view["languages"].items()
     ]
-    return table_of(tables, "accuracy", flat(entries))
+    table = table_of(tables, "accuracy", flat(entries))
+    score = tables.summary["accuracy"].get("score", "accuracy")
+    columns = [
+        replace(column, header=column.header.replace("accuracy", score)) for column in table.columns
+    ]
+    return replace(table, columns=columns)
 
 
 def subnetworks(tables: AnalysisTables) -> Table:

@@ -470,8 +470,9 @@ void launch_tiles(const Job& job, cudaStream_t stream) {
   const size_t bytes = shared_bytes<kind>(warps);
   const int64_t tiles = ceil_div(job.batch, job.examples) * job.tiles;
   const int blocks = checked_int(tiles * job.out_blocks * job.in_blocks, "the number of blocks");
-  cudaFuncSetAttribute(project_tiles<T, kind>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       static_cast<int>(bytes));
+  check_call(kOp, cudaFuncSetAttribute(project_tiles<T, kind>,
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(bytes)));
   project_tiles<T, kind><<<blocks, 32 * warps, bytes, stream>>>(job);
   check_launch(kOp);
   if (job.tiles == 1) return;

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from autograd_truth import flat_gradients, influence_error
 from families import FAST, FORMS, PAD, mixed_examples, small_model
 from models_page import page
 from tiny_models import SENTENCES
@@ -39,28 +40,13 @@ EMPTY_ROWS = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "modernbert", "mod
 
 def own_gradients(model, examples, parameters="all"):
     """Return the gradients (N, P) of transformers' own loss by autograd, one example at a time."""
-    names = [name for layer in select_layers(model, parameters) for name in layer.parameter_names]
-    selected = [model.get_parameter(name) for name in names]
-    rows = []
-    for example in examples:
-        batch = given_batch(model, example)
-        loss = model(**batch).loss
-        gradients = torch.autograd.grad(loss, selected, allow_unused=True)
-        rows.append(
-            torch.cat(
-                [
-                    torch.zeros_like(parameter).flatten() if g is None else g.flatten()
-                    for g, parameter in zip(gradients, selected, strict=True)
-                ]
-            )
-        )
+
+    def loss_of(model, example):
+        return model(**given_batch(model, example)).loss
+
+    gradients = flat_gradients(model, examples, loss_of, parameters)
     model.config.problem_type = None  # which transformers sets
-    return torch.stack(rows)
-
-
-def error(actual, train, query):
-    truth = query @ train.T
-    return float((actual.double() - truth).abs().max() / truth.abs().max())
+    return gradients
 
 
 @pytest.mark.parametrize("form", ALL)
@@ -70,7 +56,7 @@ def test_exact_influence_is_that_of_one_example_autograd(form):
     train, query = own_gradients(model, trains), own_gradients(model, queries)
     for count in (1, 7, 32):
         actual = tm.exact_influence(model, trains[:count], queries, "all")
-        assert error(actual, train[:count], query) <= TOLERANCE
+        assert influence_error(actual, train[:count], query) <= TOLERANCE
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -80,7 +66,7 @@ def test_padding_of_the_dataset_is_read_as_the_model_reads_it(form, padding):
     trains, queries = mixed_examples(9, 1, padding), mixed_examples(4, 2, padding)
     actual = tm.exact_influence(model, trains, queries)
     train, query = (own_gradients(model, part, "encoder") for part in (trains, queries))
-    assert error(actual, train, query) <= TOLERANCE
+    assert influence_error(actual, train, query) <= TOLERANCE
 
 
 @pytest.mark.parametrize("form", [form for form in ALL if form.values[0] not in NO_SDPA])
@@ -92,7 +78,9 @@ def test_eager_attention_gives_the_same(form):
     examples = mixed_examples(7, seed=1)
     actual = tm.exact_influence(model, examples, examples[:3])
     truth = own_gradients(small_model(form, attn_implementation="sdpa"), examples, "encoder")
-    assert error(actual, truth, truth[:3]) <= (TOLERANCE if dtype is torch.float64 else 1e-5)
+    assert influence_error(actual, truth, truth[:3]) <= (
+        TOLERANCE if dtype is torch.float64 else 1e-5
+    )
 
 
 @pytest.mark.parametrize("form", ALL)
@@ -111,16 +99,15 @@ def test_features_are_the_projection_of_the_formed_gradients(form):
             parts.append(gradients[:, first : first + shape.numel()].unflatten(1, shape))
             first += shape.numel()
         columns = slice(slot.offset, slot.offset + slot.k_out * slot.k_in)
-        for draw in range(slot.draws):
-            expected[:, columns] += projected(layer, parts, projection, slot, draw)
+        expected[:, columns] += projected(layer, parts, projection, slot)
     torch.testing.assert_close(
         actual.double(), expected, rtol=1e-4, atol=2e-6 * float(expected.abs().max())
     )
 
 
-def projected(layer, parts, projection, slot, draw):
+def projected(layer, parts, projection, slot):
     """Project formed gradients of one layer: as tokens, one for each row of the gradient."""
-    keys = projection_keys(layer, draw)
+    keys = projection_keys(layer)
     count = len(parts[0])
     out = torch.zeros(count, slot.k_out * slot.k_in, dtype=torch.float64)
     if layer.kind == "linear":
@@ -139,8 +126,8 @@ def projected(layer, parts, projection, slot, draw):
         x = torch.arange(layer.in_features).expand(count, -1)
         g = parts[0]
     reference.project_gradients(
-        x, g / slot.draws**0.5, out, layer=layer.kind, kind=slot.kind, k_out=slot.k_out,
-        k_in=slot.k_in, seed=projection.seed, input_key=keys.input, output_key=keys.output,
+        x, g, out, layer=layer.kind, kind=slot.kind, k_out=slot.k_out, k_in=slot.k_in,
+        rows=slot.rows, seed=projection.seed, input_key=keys.input, output_key=keys.output,
         bias=layer.bias and layer.kind != "embedding",
     )  # fmt: skip
     return out
@@ -189,7 +176,7 @@ def test_a_masked_head_has_no_output_and_no_gradient(form):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(actual, plain, rtol=1e-3)
     influence = tm.exact_influence(model, examples, examples[:2], head_mask=mask)
-    assert error(influence, truth, truth[:2]) <= TOLERANCE
+    assert influence_error(influence, truth, truth[:2]) <= TOLERANCE
     with mask.apply(model):
         batch = given_batch(model, examples[3])
         model(**batch).loss.backward()
@@ -285,7 +272,7 @@ def test_padding_of_a_batch_is_not_a_token_of_a_table():
     model = small_model("deberta-v2", position_buckets=32)
     examples = [one for one in mixed_examples(40, seed=1) if len(one["input_ids"]) < 4]
     truth = own_gradients(model, examples, "encoder")
-    assert error(tm.exact_influence(model, examples, examples), truth, truth) <= TOLERANCE
+    assert influence_error(tm.exact_influence(model, examples, examples), truth, truth) <= TOLERANCE
 
 
 def test_a_longer_text_than_any_window_or_bucket():
@@ -301,7 +288,8 @@ def test_a_longer_text_than_any_window_or_bucket():
             "all",
         )
         assert (
-            error(tm.exact_influence(model, examples, examples, "all"), truth, truth) <= TOLERANCE
+            influence_error(tm.exact_influence(model, examples, examples, "all"), truth, truth)
+            <= TOLERANCE
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from autograd_truth import flat_gradients, influence_error
 from families import FAST, FORMS, LABELS, has_tokens, small_model, small_tagger, tagged_examples
 from torch import nn
 
@@ -40,26 +41,7 @@ def own_loss(model, example):
 
 
 def own_gradients(model, examples, parameters="all"):
-    """Return the gradients (N, P) of that loss by autograd, one example at a time."""
-    names = [name for layer in select_layers(model, parameters) for name in layer.parameter_names]
-    selected = [model.get_parameter(name) for name in names]
-    rows = []
-    for example in examples:
-        gradients = torch.autograd.grad(own_loss(model, example), selected, allow_unused=True)
-        rows.append(
-            torch.cat(
-                [
-                    torch.zeros_like(parameter).flatten() if g is None else g.flatten()
-                    for g, parameter in zip(gradients, selected, strict=True)
-                ]
-            )
-        )
-    return torch.stack(rows)
-
-
-def error(actual, train, query):
-    truth = query @ train.T
-    return float((actual.double() - truth).abs().max() / truth.abs().max())
+    return flat_gradients(model, examples, own_loss, parameters)
 
 
 @pytest.mark.parametrize("form", ALL)
@@ -69,7 +51,7 @@ def test_exact_influence_is_that_of_one_example_autograd(form):
     train, query = own_gradients(model, trains), own_gradients(model, queries)
     for count in (1, 7, 32):
         actual = tm.exact_influence(model, trains[:count], queries, "all")
-        assert error(actual, train[:count], query) <= TOLERANCE
+        assert influence_error(actual, train[:count], query) <= TOLERANCE
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -79,7 +61,7 @@ def test_padding_of_the_dataset_is_read_as_the_model_reads_it(form, padding):
     trains, queries = tagged_examples(9, 1, padding), tagged_examples(4, 2, padding)
     actual = tm.exact_influence(model, trains, queries)
     train, query = (own_gradients(model, part, "encoder") for part in (trains, queries))
-    assert error(actual, train, query) <= TOLERANCE
+    assert influence_error(actual, train, query) <= TOLERANCE
 
 
 @pytest.mark.parametrize("form", ALL)
@@ -108,7 +90,7 @@ def test_masked_heads(form):
     plain = own_gradients(model, examples, "encoder")
     assert not torch.allclose(truth, plain, rtol=1e-3)
     actual = tm.exact_influence(model, examples, examples[:2], head_mask=mask)
-    assert error(actual, truth, truth[:2]) <= TOLERANCE
+    assert influence_error(actual, truth, truth[:2]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("form", [form for form in ALL if FORMS[form.values[0]].pruned])

@@ -98,6 +98,14 @@ CASES: dict[str, list[Callable[[], None]]] = {
             for kind in ("rademacher", "sjlt")
             for sizes in ((3, 17, 33, 64), (9, 1, 40, 24), (2, 150, 264, 40))
         ],
+        *[
+            lambda sizes=sizes, dtype=dtype, kind=kind: project(  # type: ignore[misc]
+                "linear", kind, sizes, (1, 79), dtype
+            )
+            for dtype in DTYPES
+            for kind in ("sketch", "reduced")
+            for sizes in ((3, 17, 33, 64), (9, 1, 40, 24))
+        ],
     ],
 }  # fmt: skip
 

@@ -64,7 +64,10 @@ def check(certificate, expected):
 
 
 def config(least_spearman):
-    return tiny_config(influence={"k": 5, "certify": {"least_spearman": least_spearman}})
+    return tiny_config(
+        collect={"projection_dim": 1024},
+        influence={"k": 5, "certify": {"least_spearman": least_spearman}},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def done(tmp_path_factory):
     """A finished study."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("fidelity") / "run"
-    run_stages(RunFolder(folder, config(least_spearman=0.8)))
+    run_stages(RunFolder(folder, config(least_spearman=0.9)))
     return folder
 
 
@@ -126,7 +129,7 @@ def test_the_certificate_of_a_study_agrees_with_a_computation_by_hand(done, mode
         exact += rate * tm.exact_influence(
             network, encoded["train"], encoded["test"], normalize="cosine"
         )
-        features = {s: tm.collect_features(network, encoded[s], tm.Projection(256)) for s in ids}
+        features = {s: tm.collect_features(network, encoded[s], tm.Projection(1024)) for s in ids}
         projected += rate * tm.influence_scores(
             features["test"], features["train"], normalize="cosine"
         )
@@ -319,7 +322,7 @@ def test_a_study_interrupted_in_the_certificate_resumes_to_the_same(done, tmp_pa
 
 
 def test_a_run_that_takes_over_an_analysis_has_its_certificate_in_run_json(done, tmp_path):
-    run = RunFolder(tmp_path / "run", config(least_spearman=0.8))
+    run = RunFolder(tmp_path / "run", config(least_spearman=0.9))
     run_stages(run, donors=[RunFolder(done)])
     assert run.record["stages"]["analyze"]["taken_from"] == "run"
     assert run.record["fidelity"] == json.loads((done / WRITTEN[1]).read_text())

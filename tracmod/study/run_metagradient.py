@@ -104,9 +104,12 @@ def _weighted_mean(
     context: RunContext, weights: Mapping[str, float], denominator: Denominator
 ) -> WeightedMean:
     ids = context.table("train")["id"].to_pylist()
+    unknown = weights.keys() - set(ids)
+    if unknown:
+        raise ValueError(
+            f"weights: expected ids of training examples, got {min(unknown, key=str)!r}"
+        )
     for name, weight in weights.items():
-        if name not in ids:
-            raise ValueError(f"weights: expected ids of training examples, got {name!r}")
         if not is_real(weight) or not 0 <= weight <= 1:
             raise ValueError(f"weights[{name!r}]: expected a number from 0 to 1, got {weight!r}")
     weights_N = torch.tensor([weights.get(name, 1.0) for name in ids], dtype=torch.float64)

@@ -47,8 +47,8 @@ def run(context: RunContext) -> None:
     config = _section(context)
     tasks: list[Sweep | Check] = []
     for model_name in config.models:
-        for place in [None, *_path(context)]:
-            tasks += [Sweep(model_name, names, place) for names in _groups(context, model_name)]
+        for point in [None, *_path(context)]:
+            tasks += [Sweep(model_name, names, point) for names in _groups(context, model_name)]
         tasks += [Check(model_name, share, n) for n, share in enumerate(config.checks)]
     missing = [task for task in tasks if task.result(context) is None]
     with progress.bar("metagradient", len(missing), "task") as bar:
@@ -66,8 +66,8 @@ def estimate(forecast: Forecast) -> Estimate:
     for model_name in config.models:
         section = forecast.config.finetune if model_name == "full" else forecast.config.sparse
         each = section.epochs * math.ceil(forecast.count("train") / section.batch_size)
-        places = 1 + config.path_points * len(forecast.config.task.languages)
-        worth = places * (2 * quantities + 3) + len(config.checks)
+        sweeps = 1 + config.path_points * len(forecast.config.task.languages)
+        worth = sweeps * (2 * quantities + 3) + len(config.checks)
         trainings, steps = trainings + worth, steps + worth * each
     work = (
         f"{quantities} quantities for {len(config.models)} models: about {trainings} trainings' "
@@ -238,12 +238,14 @@ def _quantities(context: RunContext, model_name: ModelName) -> list[Quantity]:
 
 def _path(context: RunContext) -> list[PathPoint]:
     """Return the points of the paths from weight 1 to 0, by Gauss-Legendre quadrature."""
-    nodes, shares = np.polynomial.legendre.leggauss(max(1, _section(context).path_points))
+    points = _section(context).path_points
+    if points == 0:
+        return []
+    nodes, shares = np.polynomial.legendre.leggauss(points)
     return [
         PathPoint(language, float(0.5 * (1 + node)), float(0.5 * share))
         for language in dict.fromkeys(context.example_languages("train"))
         for node, share in zip(nodes[::-1], shares[::-1], strict=True)
-        if _section(context).path_points > 0
     ]
 
 

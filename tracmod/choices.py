@@ -51,6 +51,7 @@ Method = Literal[
     "random",
 ]
 DEFAULT_MEMORY = 4 * 10**9  # bytes
+ADAM_EPSILON = 1e-8  # the default of torch.optim.AdamW and of transformers' Trainer
 
 # The study and its outputs.
 ModelName = Literal["full", "sparse"]

@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from tracmod.choices import (
+    ADAM_EPSILON,
     DEFAULT_MEMORY,
     Batches,
     Combine,
@@ -97,6 +98,13 @@ class FinetuneConfig(Section):
         description="Precision of the forward and backward pass. Weights and optimizer state are "
         "float32 in either case.",
     )
+    adam_epsilon: float = Field(
+        ADAM_EPSILON,
+        gt=0,
+        description="Epsilon of AdamW. A larger one, such as 1e-6, makes training smoother, and "
+        "metagradients foretell more.",
+    )
+    dropout: bool = Field(True, description="Whether the training has the model's dropout.")
     train_embeddings: bool = Field(
         True,
         description="false: the embeddings stay those of the pretrained model. With a large "

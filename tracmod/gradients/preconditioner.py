@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from tracmod.choices import ParameterSelection, instance, positive_number
+from tracmod.choices import ADAM_EPSILON, ParameterSelection, instance, positive_number
 from tracmod.files.durable import sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
 from tracmod.gradients.capture import Captured, Layer, select_layers, warn_of_frozen
@@ -38,7 +38,6 @@ from tracmod.models.checkpoints import load_second_moment
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAM_EPS = 1e-8  # the default of torch.optim.AdamW and of transformers' Trainer
 CHUNK_BYTES = 32 << 20  # gradients of a layer that are formed at a time, at most
 
 
@@ -246,7 +245,7 @@ def adam_preconditioner(
     model: PreTrainedModel,
     second_moment: Mapping[str, Tensor] | str | Path,
     parameters: ParameterSelection = "encoder",
-    eps: float = ADAM_EPS,
+    eps: float | None = None,
     *,
     include_frozen: bool = False,
 ) -> Preconditioner:
@@ -262,7 +261,8 @@ def adam_preconditioner(
         second_moment: v by parameter name, in the shapes of the parameters; or the folder of a
             checkpoint in which `tracmod` or `TracInCallback(second_moment=True)` has saved it.
         parameters: As for `collect_features`.
-        eps: The epsilon of Adam.
+        eps: The epsilon of Adam; None is the one that is saved with the second moment, or 1e-8,
+            AdamW's default, where none is.
         include_frozen: As for `collect_features`.
 
     Returns:
@@ -293,9 +293,10 @@ def adam_preconditioner(
 
     Source: Xia et al. 2024, LESS, arXiv 2402.04333, section 4.1; Kingma and Ba 2015.
     """
-    eps = positive_number("eps", eps)
+    saved_epsilon = ADAM_EPSILON
     if isinstance(second_moment, str | Path):
-        second_moment = load_second_moment(second_moment)
+        second_moment, saved_epsilon = load_second_moment(second_moment)
+    eps = saved_epsilon if eps is None else positive_number("eps", eps)
     instance("second_moment", second_moment, Mapping)
     metrics = {}
     warn_of_frozen(model, parameters, include_frozen)

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tracmod.choices import ADAM_EPSILON
 from tracmod.files.durable import read_json
 from tracmod.models.adapters import is_adapter_folder, number_of_classes
 from tracmod.models.loading import (
@@ -269,8 +270,15 @@ def freeze(model: nn.Module, names: Iterable[str], source: str | Path) -> None:
         parameters[name].requires_grad_(False)
 
 
-def load_second_moment(folder: str | Path) -> dict[str, Tensor]:
-    """Load Adam's second moment by parameter name from a checkpoint's folder.
+def save_second_moment(second_moment: Mapping[str, Tensor], epsilon: float, folder: Path) -> None:
+    """Save Adam's second moment by parameter name, and Adam's epsilon, in a checkpoint's folder."""
+    save_file(dict(second_moment), folder / SECOND_MOMENT, {"epsilon": repr(epsilon)})
+
+
+def load_second_moment(folder: str | Path) -> tuple[dict[str, Tensor], float]:
+    """Load Adam's second moment by parameter name, and epsilon, from a checkpoint's folder.
+
+    Files of earlier versions have no epsilon, and the trainings of them had AdamW's default.
 
     Raises:
         ValueError: the folder has none, or the file is damaged.
@@ -282,7 +290,9 @@ def load_second_moment(folder: str | Path) -> dict[str, Tensor]:
             f"`collect.preconditioner: adam`, or a Trainer with TracInCallback(second_moment=True)"
         )
     try:
-        return load_file(file)
+        with safe_open(file, "pt") as opened:
+            epsilon = (opened.metadata() or {}).get("epsilon", ADAM_EPSILON)
+        return load_file(file), float(epsilon)
     except SafetensorError as error:
         raise ValueError(f"{file}: expected a safetensors file, it is damaged: {error}") from None
 

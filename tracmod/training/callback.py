@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -32,7 +31,7 @@ from tracmod.choices import instance, switch
 from tracmod.files.durable import write_json
 from tracmod.models.adapters import is_peft_model, plain_parameter_name
 from tracmod.models.architecture import attention_layers
-from tracmod.models.checkpoints import SECOND_MOMENT, check_checkpoint
+from tracmod.models.checkpoints import check_checkpoint, save_second_moment
 from tracmod.models.inputs import unwrapped
 from tracmod.models.loading import config_class_names, has_tokenizer
 from tracmod.models.loss import ExampleLoss, LossFunction, as_loss, own_loss
@@ -291,8 +290,9 @@ class TracInCallback(TrainerCallback):
                 "`tracmod attribute` a --model that has it",
             )
         if self.second_moment:
-            moments = _second_moment(model, kwargs["optimizer"])
-            save_file(moments, folder / SECOND_MOMENT)
+            optimizer = kwargs["optimizer"]
+            moments = _second_moment(model, optimizer)
+            save_second_moment(moments, optimizer.defaults["eps"], folder)
         record: dict[str, Any] = {
             "epoch": round(state.epoch),
             "step": state.global_step,

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from tracmod.choices import PassDtype, Sampling, SharedParameters
+from tracmod.choices import ADAM_EPSILON, PassDtype, Sampling, SharedParameters
 from tracmod.files import progress
 from tracmod.models.architecture import embeddings_module
 from tracmod.models.checkpoints import Checkpoint
@@ -77,6 +77,10 @@ class TrainingSettings:
         keep: `all` keeps the checkpoint of every epoch, `last` that of the last epoch.
         dtype: `bfloat16` runs the passes under autocast. Weights, gradients and optimizer state are
             float32 in either case.
+        adam_epsilon: AdamW's epsilon. Below it, updates no longer depend on the size of a gradient
+            alone but shrink with it. A larger one makes training smoother, see `differentiate`.
+        dropout: whether the training has the model's dropout; if not, the model is in evaluation
+            mode.
         train_embeddings: whether the embeddings are trained. If not, they stay bitwise as they
             were, with no optimizer state. AdamW updates every row of a table of embeddings in every
             step, whichever of them the batch has, so a large vocabulary costs much time on a CPU.
@@ -94,6 +98,8 @@ class TrainingSettings:
     reestimate_every: int | None = None
     keep: Literal["all", "last"] = "all"
     dtype: PassDtype = "float32"
+    adam_epsilon: float = ADAM_EPSILON
+    dropout: bool = True
     train_embeddings: bool = True
 
     @property
@@ -198,7 +204,10 @@ def fine_tune(
                 folder=folder,
                 plan=plan,
                 optimizer=HeadwiseAdamW(
-                    model, weight_decay=settings.weight_decay, split_heads=masks is not None
+                    model,
+                    weight_decay=settings.weight_decay,
+                    epsilon=settings.adam_epsilon,
+                    split_heads=masks is not None,
                 ),
                 second_moment=second_moment,
                 batch_mean=batch_mean,
@@ -365,7 +374,7 @@ class _Training:
             for epoch in range(step // plan.steps_per_epoch + 1, self.settings.epochs + 1):
                 done = step % plan.steps_per_epoch
                 masks = self._epoch_masks(epoch, started=done > 0)
-                self.model.train()
+                self.model.train(self.settings.dropout)
                 for batch in plan.epoch(epoch)[done:]:
                     loss = self._step(step, batch, masks)
                     loss_sum += loss
@@ -463,7 +472,9 @@ class _Training:
         if epoch in self.settings.kept_epochs:
             rate = self._mean_rate(0 if self.settings.keep == "last" else start, step)
             moment = self.optimizer.second_moment() if self.second_moment else None
-            self.folder.write_checkpoint(self.model, self.tokenizer, epoch, step, rate, moment)
+            self.folder.write_checkpoint(
+                self.model, self.tokenizer, epoch, step, rate, moment, self.settings.adam_epsilon
+            )
         return row.get("accuracy")
 
     def _mean_rate(self, start: int, end: int) -> float:

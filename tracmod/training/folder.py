@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tracmod.choices import ADAM_EPSILON
 from tracmod.files.durable import read_json, sync_folder, write_json
-from tracmod.models.checkpoints import SECOND_MOMENT, Checkpoint, load_checkpoints
+from tracmod.models.checkpoints import Checkpoint, load_checkpoints, save_second_moment
 from tracmod.models.loading import quiet_transformers
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.training.optimizer import HeadwiseAdamW
@@ -95,6 +96,7 @@ class TrainingFolder:
         step: int,
         learning_rate: float,
         second_moment: Mapping[str, Tensor] | None = None,
+        epsilon: float = ADAM_EPSILON,
     ) -> None:
         """Write `checkpoint-<epoch>/`, replacing an earlier one."""
         temporary = self.path / f"checkpoint-{epoch}.tmp"
@@ -113,7 +115,7 @@ class TrainingFolder:
             record["frozen_parameters"] = frozen
         write_json(temporary / "tracmod.json", record)
         if second_moment is not None:
-            save_file(dict(second_moment), temporary / SECOND_MOMENT)
+            save_second_moment(second_moment, epsilon, temporary)
         _publish(temporary, self._checkpoint(epoch))
 
     def write_metrics(self, row: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracmod.choices import ADAM_EPSILON
 from tracmod.models.architecture.family import is_rms_norm
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
 
@@ -36,9 +37,17 @@ class HeadwiseAdamW:
         model: model to train. Parameters that need no gradient are left out.
         weight_decay: decoupled weight decay. Biases and weights of norms do not decay.
         split_heads: whether steps can leave heads out.
+        epsilon: what is added to the root of the second moment.
     """
 
-    def __init__(self, model: nn.Module, *, weight_decay: float, split_heads: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight_decay: float,
+        split_heads: bool,
+        epsilon: float = ADAM_EPSILON,
+    ) -> None:
         self._units = _units(model, split_heads)
         # AdamW's fused kernel is several times faster than the foreach one, but wrong on strided
         # views, which columns of a matrix are (torch 2.13, CPU): heads go without it.
@@ -55,7 +64,7 @@ class HeadwiseAdamW:
                 decay = weight_decay if decays else 0.0
                 if tensors:
                     groups.append({"params": tensors, "weight_decay": decay, **kernel})
-        self._adamw = torch.optim.AdamW(groups)
+        self._adamw = torch.optim.AdamW(groups, eps=epsilon)
 
     def step(self, learning_rate: float, mask: HeadMask | None = None) -> None:
         """Update the parameters from their gradients, except the heads that `mask` masks.

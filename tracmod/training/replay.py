@@ -116,7 +116,7 @@ class Replay:
         """Take a step, given the state before it."""
         epoch, position = divmod(step, self._training.plan.steps_per_epoch)
         rows = self._epoch_batches(epoch + 1)[position]
-        self.model.train()
+        self.model.train(self.settings.dropout)
         self._training._step(step, rows, self._epoch_masks(epoch + 1))
 
     def losses(self, step: int) -> Tensor:
@@ -126,7 +126,7 @@ class Replay:
         backward pass. The pass is in the precision of the weights, also where the training ran in
         bfloat16.
         """
-        self.model.train()
+        self.model.train(self.settings.dropout)
         rows, _ = self.batch(step)
         return self._training.losses(step, rows, autocast=False)
 
@@ -198,7 +198,10 @@ def open_replay(
 
     def new_optimizer() -> HeadwiseAdamW:
         return HeadwiseAdamW(
-            model, weight_decay=settings.weight_decay, split_heads=masks is not None
+            model,
+            weight_decay=settings.weight_decay,
+            epsilon=settings.adam_epsilon,
+            split_heads=masks is not None,
         )
 
     with _trainable(model, settings), torch.random.fork_rng(devices=on_gpu):

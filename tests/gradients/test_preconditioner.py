@@ -11,6 +11,7 @@ import tracmod as tm
 from tracmod.gradients.capture import select_layers
 from tracmod.gradients.ekfac import checkpoint_preconditioner
 from tracmod.gradients.preconditioner import Metric, Preconditioner, gradient_shape
+from tracmod.models.checkpoints import save_second_moment
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.validation.gradients import autograd_gradients
 
@@ -232,6 +233,23 @@ def test_parameters_that_never_had_a_gradient_have_no_influence():
     weights = [autograd_gradients(model, example, [name])[name] for example in examples]
     rows = torch.stack([weight.flatten() for weight in weights]).double()
     assert_close(actual, rows @ rows.T / (1e-2 + 1e-8))
+
+
+def test_epsilon_is_that_of_the_training(tmp_path):
+    model = tiny_encoder()
+    moments, examples = drawn_moments(model), ragged_examples(3)
+
+    def scores(second_moment, **options):
+        metric = tm.adam_preconditioner(model, second_moment, **options)
+        return tm.exact_influence(model, examples, examples, preconditioner=metric)
+
+    save_second_moment(moments, 1e-2, tmp_path)
+    torch.testing.assert_close(scores(tmp_path), scores(moments, eps=1e-2), rtol=0, atol=0)
+    torch.testing.assert_close(scores(tmp_path, eps=1e-8), scores(moments), rtol=0, atol=0)
+    assert not torch.allclose(scores(tmp_path), scores(moments))
+    # A file that was saved by an earlier version.
+    save_file(moments, tmp_path / "second_moment.safetensors")
+    torch.testing.assert_close(scores(tmp_path), scores(moments), rtol=0, atol=0)
 
 
 def test_a_saved_preconditioner_is_loaded_unchanged(tmp_path):

@@ -117,6 +117,8 @@ CASES: dict[str, tuple[TrainingSettings, dict[str, Any]]] = {
     "clipped": (CLIPPED, {}),
     "weighted-denominator": (CLIPPED, {"denominator": "weighted"}),
     "dropout": (CLIPPED, {"dropout": 0.2}),
+    "no-dropout": (replace(CLIPPED, dropout=False), {"dropout": 0.2}),
+    "epsilon": (replace(CLIPPED, adam_epsilon=1e-3), {"masks": MASKS}),
     "eager-attention": (SETTINGS, {"attention": "eager", "dropout": 0.2}),
     "uniform-sampling": (replace(SETTINGS, sampling="uniform"), {}),
     "four-epochs-frozen-embeddings": (

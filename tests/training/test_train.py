@@ -20,6 +20,7 @@ from tiny_models import FAMILIES, tiny_examples, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
+from tracmod.models.checkpoints import load_second_moment
 from tracmod.models.digests import model_digest
 from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.loading import load_model
@@ -69,16 +70,23 @@ def dev_examples():
     return {"en": tiny_examples(2, seed=10), "de": tiny_examples(2, seed=42)}
 
 
-def new_model():
-    return tiny_model("xlm-roberta", dropout=0.1, dtype=torch.float32, scale=1.0)
+def new_model(dropout=0.1):
+    return tiny_model("xlm-roberta", dropout=dropout, dtype=torch.float32, scale=1.0)
 
 
-def train(tokenizer, out_dir, *, masks=None, settings=SETTINGS, **options):
+def train(tokenizer, out_dir, *, masks=None, settings=SETTINGS, model=None, **options):
     if settings.reestimate_every is not None:
         options = {"dev": dev_examples()} | options
     examples, languages = data()
     return fine_tune(
-        new_model(), tokenizer, examples, languages, out_dir, settings, masks=masks, **options
+        model or new_model(),
+        tokenizer,
+        examples,
+        languages,
+        out_dir,
+        settings,
+        masks=masks,
+        **options,
     )
 
 
@@ -149,15 +157,16 @@ def test_each_head_is_updated_as_by_an_adamw_of_its_own(family):
             torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("epsilon", [1e-8, 1e-3])
 @pytest.mark.parametrize("split_heads", [False, True])
-def test_without_masks_the_optimizer_is_adamw_of_torch(split_heads):
+def test_without_masks_the_optimizer_is_adamw_of_torch(split_heads, epsilon):
     model = tiny_model("roberta", scale=1.0)
     twin = copy.deepcopy(model)
-    optimizer = HeadwiseAdamW(model, weight_decay=0.1, split_heads=split_heads)
+    optimizer = HeadwiseAdamW(model, weight_decay=0.1, split_heads=split_heads, epsilon=epsilon)
     plain = [p for n, p in twin.named_parameters() if n.endswith("bias") or "LayerNorm" in n]
     decaying = [p for p in twin.parameters() if not any(p is q for q in plain)]
     groups = [{"params": decaying, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    reference = torch.optim.AdamW(groups, lr=1e-2, foreach=False)
+    reference = torch.optim.AdamW(groups, lr=1e-2, foreach=False, eps=epsilon)
     batch = collate(tiny_examples(6), pad_token_id(model))
     for _ in range(4):
         backward(model, HeadMask.full(2, 4), batch)
@@ -511,6 +520,37 @@ def test_embeddings_that_are_not_trained_stay_and_have_no_state(tokenizer, tmp_p
     assert not fixed & {name for name, moment in moments.items() if moment.any()}
 
 
+@pytest.mark.parametrize("masks", [None, MASKS], ids=["full", "sparse"])
+def test_a_training_without_dropout_is_that_of_a_model_without_it(tokenizer, tmp_path, masks):
+    """In every epoch: evaluation after an epoch also turns dropout off."""
+    weights = {}
+    for name, rate, applied in (("off", 0.3, False), ("none", 0.0, True), ("on", 0.3, True)):
+        settings = replace(SETTINGS, dropout=applied)
+        model = new_model(dropout=rate)
+        *_, last = train(tokenizer, tmp_path / name, masks=masks, settings=settings, model=model)
+        weights[name] = load_file(last.path / "model.safetensors")
+    same = {name: torch.equal(w, weights["none"][name]) for name, w in weights["off"].items()}
+    assert all(same.values()), same
+    assert not torch.equal(
+        weights["on"]["classifier.dense.weight"], weights["off"]["classifier.dense.weight"]
+    )
+
+
+def test_epsilon_is_that_of_the_settings_and_saved_with_the_second_moment(tokenizer, tmp_path):
+    """With an epsilon far above all gradients, a step is as long as it is divided by more."""
+    moves = {}
+    for epsilon in (50.0, 100.0):
+        settings = replace(SETTINGS, epochs=1, adam_epsilon=epsilon, weight_decay=0.0)
+        (checkpoint,) = train(
+            tokenizer, tmp_path / str(epsilon), settings=settings, second_moment=True
+        )
+        after = load_file(checkpoint.path / "model.safetensors")["classifier.out_proj.weight"]
+        moves[epsilon] = after - new_model().state_dict()["classifier.out_proj.weight"]
+        assert load_second_moment(checkpoint.path)[1] == epsilon
+    assert moves[50.0].abs().max() > 1e-6
+    torch.testing.assert_close(moves[50.0], 2 * moves[100.0], rtol=2e-2, atol=1e-7)
+
+
 def test_a_training_in_bfloat16_follows_that_in_float32(tokenizer, tmp_path):
     """The weights are float32, and their moves point the same way; no pass is in float32."""
     moves = {}
@@ -706,6 +746,7 @@ def test_a_training_stopped_between_its_masks_resumes_to_the_same_bits(
         {"shared": "frozen"},
         {"dtype": "bfloat16"},
         {"train_embeddings": False},
+        {"dropout": False, "adam_epsilon": 1e-3},
     ],
     ids=str,
 )

@@ -29,7 +29,7 @@ from transformers import (
 import tracmod as tm
 from tracmod.attribution.attribute import given_checkpoints
 from tracmod.cli import main
-from tracmod.models.checkpoints import checkpoint_folders, load_checkpoints
+from tracmod.models.checkpoints import checkpoint_folders, load_checkpoints, load_second_moment
 from tracmod.models.inputs import collate, encode, pad_token_id
 from tracmod.models.loading import load_classifier, load_model
 from tracmod.tasks.files import read_model_files
@@ -313,6 +313,21 @@ def test_the_second_moment_of_two_parameter_groups_has_the_right_names(files, tm
     invoke(*given, "--preconditioner", "adam", "--normalize", "none")
     assert_close(scores_of(alone), expected.double())
     assert not torch.allclose(scores_of(out), scores_of(alone))
+
+
+def test_the_epsilon_of_the_trainers_optimizer_is_saved(tmp_path):
+    callback = tm.TracInCallback(own_tokenizer(), second_moment=True)
+    make_trainer(tmp_path, callback, adam_epsilon=1e-5).train()
+    assert load_second_moment(checkpoint_folders(tmp_path)[-1])[1] == 1e-5
+
+
+def test_groups_of_parameters_with_different_epsilons_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, tm.TracInCallback(second_moment=True))
+    first, *others = trainer.model.parameters()
+    groups = [{"params": [first], "eps": 1e-6}, {"params": others}]
+    trainer.optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    with pytest.raises(ValueError, match=r"one eps.*1e-08, 1e-06"):
+        trainer.train()
 
 
 def test_an_optimizer_without_a_second_moment_is_named(tmp_path):

@@ -292,7 +292,7 @@ class TracInCallback(TrainerCallback):
         if self.second_moment:
             optimizer = kwargs["optimizer"]
             moments = _second_moment(model, optimizer)
-            save_second_moment(moments, optimizer.defaults["eps"], folder)
+            save_second_moment(moments, _epsilon(optimizer), folder)
         record: dict[str, Any] = {
             "epoch": round(state.epoch),
             "step": state.global_step,
@@ -359,6 +359,17 @@ def _check_base(model: Any) -> None:
             "model without a name: its checkpoints could not be loaded; save the base model and "
             "load it with from_pretrained"
         )
+
+
+def _epsilon(optimizer: torch.optim.Optimizer) -> float:
+    """Return Adam's epsilon, which all groups of parameters must share."""
+    epsilons = sorted({group["eps"] for group in optimizer.param_groups})
+    if len(epsilons) > 1:
+        raise ValueError(
+            f"TracInCallback(second_moment=True): expected one eps for all groups of parameters, "
+            f"got {', '.join(map(str, epsilons))}"
+        )
+    return epsilons[0]
 
 
 def _second_moment(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

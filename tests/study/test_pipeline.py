@@ -28,6 +28,7 @@ from tracmod.features import shards
 from tracmod.features.store import FeatureStore, verify_store
 from tracmod.influence.scores import top_influences
 from tracmod.models.checkpoints import load_checkpoints
+from tracmod.models.digests import tokenizer_digest
 from tracmod.models.inputs import encode
 from tracmod.models.loading import load_model
 from tracmod.study.context import RunContext
@@ -403,6 +404,21 @@ def test_features_are_scored_on_the_device_of_the_run(copy, monkeypatch):
     context.device = "meta"
     _write_view(context, "full", context.views[0], digests, [0] * 18)
     assert devices == {"meta"}
+
+
+def test_checkpoints_share_a_tokenizer_whose_files_are_the_same(copy):
+    context = RunContext(RunFolder(copy))
+    first, second = context.checkpoints("full")
+    tokenizer = context.load(first)[1]
+    assert context.load(second)[1] is tokenizer
+    assert context.tokenizer_digest(tokenizer) == tokenizer_digest(tokenizer)
+    file = second.path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(content))
+    other = context.load(second)[1]
+    assert other is not tokenizer
+    assert context.tokenizer_digest(other) == tokenizer_digest(other) != tokenizer_digest(tokenizer)
 
 
 @pytest.mark.cuda

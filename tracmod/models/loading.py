@@ -206,6 +206,7 @@ def load_model(
     *,
     of_tokens: bool | None = None,
     seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a classifier of texts or tokens, and its tokenizer, from a folder or the Hub.
 
@@ -220,6 +221,7 @@ def load_model(
             (`xlm-roberta-base`) gets a new one; if not, such a model is an error.
         of_tokens: whether it is to classify tokens; None for what its config says.
         seed: seed of the new classifier's weights.
+        tokenizer: that of the source if it is loaded already; None loads it.
 
     Returns:
         The model (float32, evaluation mode, CPU) and the tokenizer, whose `model_max_length` is set
@@ -241,7 +243,7 @@ def load_model(
             + ", ".join(TOKENIZER_FILES)
         )
     model = load_classifier(source, label_names, of_tokens=of_tokens, seed=seed)
-    tokenizer = load_tokenizer(tokenizer_name)
+    tokenizer = tokenizer or load_tokenizer(tokenizer_name)
     rows = word_embeddings(model).num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(

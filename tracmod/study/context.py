@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
@@ -17,8 +18,9 @@ from tracmod.engine import Engine
 from tracmod.engine.local import LocalEngine
 from tracmod.files.durable import file_sha256
 from tracmod.models.checkpoints import Checkpoint, freeze, load_checkpoints
+from tracmod.models.digests import tokenizer_digest
 from tracmod.models.inputs import encode
-from tracmod.models.loading import load_model
+from tracmod.models.loading import has_tokenizer, load_model, load_tokenizer
 from tracmod.models.loss import ExampleLoss
 from tracmod.models.modes import resolve_device, to_device
 from tracmod.study.run_folder import RunFolder
@@ -192,9 +194,28 @@ class RunContext:
 
     def load(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load a checkpoint's model, on the device, and its tokenizer."""
-        model, tokenizer = load_model(checkpoint.path)
+        model, tokenizer = load_model(checkpoint.path, tokenizer=self._tokenizer(checkpoint.path))
         freeze(model, checkpoint.frozen, checkpoint.path)
         return to_device(model, self.device), tokenizer
+
+    def tokenizer_digest(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return the digest of a checkpoint's tokenizer, computed once for each."""
+        return self.latest("tokenizer digest", tokenizer, lambda: tokenizer_digest(tokenizer))
+
+    def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase | None:
+        """Return a checkpoint's tokenizer, or None if its folder has none.
+
+        Loading one of 250,000 pieces takes seconds, and all checkpoints of a run have the same
+        files of it. Which of the files transformers reads is its affair, so all are compared.
+        """
+        if not has_tokenizer(folder):
+            return None
+        content = tuple(
+            (file.name, file_sha256(file))
+            for file in sorted(folder.iterdir())
+            if file.is_file() and file.suffix != ".safetensors" and file.name != "tracmod.json"
+        )
+        return self.latest("tokenizer", content, lambda: load_tokenizer(str(folder)))
 
     def weights(self, checkpoints: Sequence[Checkpoint]) -> list[float] | None:
         """Return the weight of each checkpoint in the scores; None stands for 1 each."""

@@ -15,7 +15,6 @@ from tracmod.gradients.ekfac import checkpoint_preconditioner
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.influence.scores import influence_scores
 from tracmod.models.checkpoints import Checkpoint
-from tracmod.models.digests import tokenizer_digest
 from tracmod.study.context import RunContext
 from tracmod.subnetworks.head_mask import HeadMask
 
@@ -105,7 +104,7 @@ def preconditioner_of_kind(
         batch_tokens=collect.batch_tokens,
         keep_in=context.run.preconditioner(model_name, checkpoint.epoch),
         identity={
-            **checkpoint_digests(model, tokenizer_digest(tokenizer), None),
+            **checkpoint_digests(model, context.tokenizer_digest(tokenizer), None),
             "data": context.data_digest("train"),
             "max_length": context.config.model.max_length,
         },
@@ -128,7 +127,7 @@ def load_checkpoint(
     """Load a checkpoint, on the device, with the preconditioner of the run's features."""
     model, tokenizer = context.load(checkpoint)
     preconditioner = preconditioner_of_run(context, model_name, checkpoint, model, tokenizer)
-    digests = checkpoint_digests(model, tokenizer_digest(tokenizer), preconditioner)
+    digests = checkpoint_digests(model, context.tokenizer_digest(tokenizer), preconditioner)
     return LoadedCheckpoint(model, tokenizer, preconditioner, digests)
 
 

@@ -268,6 +268,11 @@ def _print_index(built: InfluenceIndex, path: Path) -> None:
     help="Find proponents only.",
 )
 @click.option(
+    "--by-word",
+    is_flag=True,
+    help="Token classifiers only: show which words of the sentence each score comes from.",
+)
+@click.option(
     "--columns",
     type=ColumnNames(),
     multiple=True,
@@ -288,6 +293,7 @@ def query(
     mask: str | None,
     k: int,
     no_opponents: bool,
+    by_word: bool,
     columns: dict[str, str],
     as_json: bool,
 ) -> None:
@@ -309,7 +315,9 @@ def query(
     from tracmod.tasks.token_files import tagged_text
 
     attributor = Attributor(folder, model, view, mask, columns=columns)
-    answer = attributor.query(text, text_b, label, k, languages or None, opponents=not no_opponents)
+    answer = attributor.query(
+        text, text_b, label, k, languages or None, opponents=not no_opponents, by_word=by_word
+    )
     if attributor.is_cut(text, text_b):
         length = attributor.source.max_length
         click.echo(f"tracmod: the text is longer than {length} tokens and was cut", err=True)
@@ -335,6 +343,10 @@ def query(
                 texts = tagged_text(row["tokens"], row["label"].split())
                 label = f"{row['language']:>4}"
             click.echo(f"{row['rank']:4} {score}  {label} {texts}")
+            if by_word:
+                parts = zip(text.split(), row["word_scores"], strict=True)
+                shown = [f"{word} {part:+.1e}" for word, part in parts if part is not None]
+                click.echo(f"{'':16} by word: {', '.join(shown)}")
 
 
 @click.command()

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from encoders import LABELS
+from encoders import LABELS, tiny_encoder
 from families import small_tagger
 from made_checkpoints import WORDS
 from transformers import AutoModelForTokenClassification, Trainer, TrainingArguments
@@ -211,6 +211,52 @@ def test_query_and_index(training):
     weights = sum(attributor.source.weights)
     correlation = torch.corrcoef(torch.stack([actual, exact[0] * weights / 2]))[0, 1]
     assert correlation > 0.95
+
+
+@pytest.mark.parametrize("normalize", ["none", "cosine"])
+def test_the_scores_of_words_add_up_to_those_of_the_sentence(training, normalize):
+    out = f"by-word-{normalize}"
+    attribute(training, out, "--projection-dim", "64", "--normalize", normalize)
+    attributor = tm.Attributor(training / out)
+    text, tags = "die Katze rennt heim", "O B-PER _ B-LOC"
+    answer = attributor.query(text, label=tags, k=24, by_word=True)
+    rows = answer["proponents"] + answer["opponents"]
+    assert len(rows) == 48
+    for row in rows:
+        assert row["word_scores"][2] is None
+        parts = [part for part in row["word_scores"] if part is not None]
+        assert len(parts) == 3
+        assert sum(parts) == pytest.approx(row["score"], rel=1e-4, abs=1e-7)
+    if normalize == "none":  # a word's part is the score of the word alone, in a mean of three
+        for word, alone in enumerate(["O _ _ _", "_ B-PER _ _", None, "_ _ _ B-LOC"]):
+            expected = {} if alone is None else again_scores(attributor, text, alone)
+            for row in rows if alone else []:
+                score = row["word_scores"][word]
+                assert score == pytest.approx(expected[row["id"]] / 3, rel=1e-4, abs=1e-7)
+    assert "word_scores" not in attributor.query(text, label=tags)["proponents"][0]
+
+
+def test_words_that_were_cut_off_have_no_score(training):
+    attribute(training, "by-word-cut", "--projection-dim", "64", "--max-length", "6")
+    text = " ".join(["die Katze rennt heim"] * 3)
+    query = ("query", training / "by-word-cut", text, "--by-word", "-k", "2")
+    answer = json.loads(invoke(*query, "--json").split("\n", 1)[1])
+    assert answer["proponents"][0]["word_scores"][-1] is None
+    (first, *_) = [line for line in invoke(*query).splitlines() if "by word:" in line]
+    assert first.split("by word: ")[1].startswith("die ")
+    assert first.count(",") < 4
+
+
+def test_scores_by_word_of_a_classifier_of_texts_are_refused(tmp_path, tokenizer):
+    model = tiny_encoder(vocab_size=len(tokenizer)).float()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.tsv").write_text("text_a\tlabel\ndie Katze\t0\nder Hund\t1\n")
+    data = ("--train", tmp_path / "data.tsv", "--query", tmp_path / "data.tsv")
+    invoke("attribute", "--model", tmp_path / "model", *data, "--out", tmp_path / "out")
+    refused = invoke("query", tmp_path / "out", "die Katze", "--by-word", code=2)
+    assert "by_word" in refused
+    assert "token classifier" in refused
 
 
 def again_scores(attributor, text, tags):

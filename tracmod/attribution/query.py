@@ -20,7 +20,7 @@ from tracmod.features.store import FeatureStore
 from tracmod.files import progress
 from tracmod.files.durable import read_json
 from tracmod.influence.scores import TopInfluences, top_influences
-from tracmod.models.inputs import as_examples, encode, num_cut, tags_of_words
+from tracmod.models.inputs import as_examples, encode, labelled_words, num_cut, tags_of_words
 from tracmod.models.modes import frozen
 from tracmod.models.plain_pass import predict, predict_tokens
 from tracmod.subnetworks.head_mask import masked
@@ -160,6 +160,7 @@ class Attributor:
         languages: Sequence[str] | None = None,
         *,
         opponents: bool = True,
+        by_word: bool = False,
     ) -> dict[str, Any]:
         """Find the strongest proponents and opponents of one example.
 
@@ -175,6 +176,7 @@ class Attributor:
             k: The number of proponents, and of opponents.
             languages: The languages whose training examples are considered; None for all.
             opponents: False to find proponents only; `opponents` is then empty.
+            by_word: True to split the scores of a token classifier by the words of the sentence.
 
         Returns:
             A dict with `label`, `prediction`, `output` (for a regression, the output or outputs of
@@ -182,13 +184,19 @@ class Attributor:
             regression), `languages`, `index` (the kind of the index that selected candidates, or
             None), and `proponents` and `opponents`: lists of dicts with rank, score, id, language,
             label, text_a, text_b and group (of a token classifier, also tokens). A positive score
-            means that the training example lowered the loss of the label.
+            means that the training example lowered the loss of the label. With `by_word`, each of
+            them also has `word_scores`, a number for every word of the sentence (None for words
+            without a tag and those that were cut off): the part of the score that comes from the
+            loss of the word. The score is their sum.
 
         Raises:
-            ValueError: There is no such label or language, or the features or the index were made
+            ValueError: There is no such label or language, `by_word` is True and the model
+                classifies texts, or the features or the index were made
                 with another model, mask, data or projection than there is now.
         """
         k, opponents = whole_number("k", k), switch("opponents", opponents)
+        if switch("by_word", by_word) and self.source.loss_kind != "token_cross_entropy":
+            raise ValueError("by_word: expected a token classifier, got a classifier of texts")
         for name, text in (("text", text_a), ("text_b", text_b), ("label", label)):
             fault = None if text is None else text_fault(text)
             if fault is not None:
@@ -207,6 +215,17 @@ class Attributor:
             label_number = prediction
             table = self._table_of(text_a, text_b, label_number)
         top, kind = self._nearest(self._features(table), k, rows, languages, opponents)
+        sides = {
+            "proponents": self._examples(top.indices[0], top.scores[0]),
+            "opponents": self._examples(top.opponent_indices[0], top.opponent_scores[0]),
+        }
+        if by_word and isinstance(label_number, list):
+            indices = torch.cat([top.indices[0], top.opponent_indices[0]])
+            word_scores = self._word_scores(text_a, label_number, indices)
+            for row, scores in zip(
+                [row for s in sides.values() for row in s], word_scores, strict=True
+            ):
+                row["word_scores"] = scores
         return {
             "label": self.label_text(label_number),
             "prediction": self.label_text(prediction),
@@ -214,8 +233,7 @@ class Attributor:
             "probabilities": probabilities,
             "languages": None if languages is None else list(languages),
             "index": kind,
-            "proponents": self._examples(top.indices[0], top.scores[0]),
-            "opponents": self._examples(top.opponent_indices[0], top.opponent_scores[0]),
+            **sides,
         }
 
     def is_cut(self, text_a: str, text_b: str | None = None) -> bool:
@@ -345,6 +363,43 @@ class Attributor:
             with frozen(model):
                 features.append(collector.collect(examples))
         return features
+
+    def _word_scores(
+        self, sentence: str, tags: list[float], indices: Tensor
+    ) -> list[list[float | None]]:
+        """Split the scores of training examples by the words of a sentence.
+
+        The sentence's loss is the mean of its words', and so is its gradient: with the features f_w
+        of a sentence in which only the word w has its tag, f = mean of f_w over the words.
+
+        Args:
+            sentence: The words, with spaces between them.
+            tags: A tag for each word.
+            indices: (N,) the rows of the training examples.
+
+        Returns:
+            (N, W) parts of the scores; None for a word without a tag, and one that was cut off.
+        """
+        source = self.source
+        whole = self._table_of(sentence, None, tags)
+        words = labelled_words(source.models[-1][1], whole, source.max_length)[0]
+        alone = [[tag if w == word else UNTAGGED for w, tag in enumerate(tags)] for word in words]
+        tables = [self._table_of(sentence, None, tags_of_word) for tags_of_word in alone]
+        features = self._features(pa.concat_tables(tables))
+        parts_NW = torch.zeros(len(indices), len(words), dtype=torch.float64)
+        weights = source.weights or [1.0] * len(features)
+        for weight, words_WK, store in zip(weights, features, self.train_stores, strict=True):
+            query_WK = words_WK.cpu().double() / len(words)
+            train_NK = StoreRows(store).take(indices.tolist()).double()
+            if source.normalize == "cosine":
+                query_WK = query_WK / query_WK.sum(dim=0).norm()
+                train_NK = torch.nn.functional.normalize(train_NK, dim=1)
+            parts_NW += weight * train_NK @ query_WK.T
+        scores: list[list[float | None]] = [[None] * len(tags) for _ in indices]
+        for row, parts in zip(scores, parts_NW.tolist(), strict=True):
+            for word, part in zip(words, parts, strict=True):
+                row[word] = part
+        return scores
 
     # --- the training examples --------------------------------------------------------------
 

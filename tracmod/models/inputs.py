@@ -169,18 +169,35 @@ def tags_of_words(
     Returns:
         For each sentence a number per word; -100 for words that have no label or were cut off.
     """
-    encoded = _word_tokens(tokenizer, table, max_length)
     predicted = []
-    for row, (tags, logits_TC) in enumerate(
-        zip(table.column("tags").to_pylist(), logits, strict=True)
+    labelled = labelled_words(tokenizer, table, max_length)
+    for tags, words, logits_TC in zip(
+        table.column("tags").to_pylist(), labelled, logits, strict=True
     ):
-        seen = dict.fromkeys(word for word in encoded.word_ids(row) if word is not None)
-        labelled = [word for word in seen if tags[word] != UNLABELLED]
         own = [UNLABELLED] * len(tags)
-        for word, tag in zip(labelled, logits_TC.argmax(dim=1).tolist(), strict=True):
+        for word, tag in zip(words, logits_TC.argmax(dim=1).tolist(), strict=True):
             own[word] = tag
         predicted.append(own)
     return predicted
+
+
+def labelled_words(
+    tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int
+) -> list[list[int]]:
+    """Return which words of a table's sentences have a label and were not cut off.
+
+    Args:
+        tokenizer, table, max_length: as for `encode`.
+
+    Returns:
+        For each sentence the numbers of the words, ascending, from 0.
+    """
+    encoded = _word_tokens(tokenizer, table, max_length)
+    labelled = []
+    for row, tags in enumerate(table.column("tags").to_pylist()):
+        seen = dict.fromkeys(word for word in encoded.word_ids(row) if word is not None)
+        labelled.append([word for word in seen if tags[word] != UNLABELLED])
+    return labelled
 
 
 def _word_tokens(tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int | None) -> Any:

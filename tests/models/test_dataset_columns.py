@@ -17,7 +17,6 @@ from transformers import (
     LukeConfig,
     PreTrainedModel,
     XLMConfig,
-    XmodConfig,
 )
 
 import tracmod as tm
@@ -54,7 +53,6 @@ class Rows(list):
     [
         (LayoutLMConfig(**SHAPE), "bbox"),
         (LukeConfig(**SHAPE, entity_vocab_size=9, entity_emb_size=4), "entity_ids"),
-        (XmodConfig(**SHAPE, languages=["en_XX"]), "lang_ids"),
         (XLMConfig(emb_dim=8, n_layers=1, n_heads=2, n_words=20), "langs"),
         (
             BartConfig(d_model=8, encoder_layers=1, decoder_layers=1, vocab_size=20,

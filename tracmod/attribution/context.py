@@ -44,6 +44,11 @@ from tracmod.models.checkpoints import (
 )
 from tracmod.models.digests import tokenizer_digest
 from tracmod.models.inputs import encode, num_cut, other_inputs
+from tracmod.models.language_adapters import (
+    LANGUAGE_COLUMN,
+    has_language_adapters,
+    with_adapters,
+)
 from tracmod.models.loading import class_names, load_classifier, load_model
 from tracmod.models.loss import stated_loss
 from tracmod.models.modes import resolve_device, to_device, trained_names
@@ -118,7 +123,10 @@ class AttributionContext:
             of_tokens=is_token_classifier(model),
         )
         self.loss = loss_of_checkpoints(self.checkpoints, model, stated)
-        self._model_inputs = other_inputs(model)
+        # The adapter of an example is that of its language, whatever a file has beside it.
+        of_adapters = {LANGUAGE_COLUMN} if has_language_adapters(model.config) else set()
+        self._model_inputs = other_inputs(model) | of_adapters
+        self._model_config = model.config
         longest = min(512, self.tokenizer.model_max_length)
         self.max_length = longest if options.max_length is None else options.max_length
         self._tokenizer_digest = tokenizer_digest(self.tokenizer)
@@ -197,7 +205,8 @@ class AttributionContext:
     def encode(self, table: pa.Table) -> list[dict[str, Any]]:
         """Encode examples as the model takes them."""
         num_labels = len(self.label_names)
-        return encode(self.tokenizer, table, self.max_length, num_labels=num_labels)
+        examples = encode(self.tokenizer, table, self.max_length, num_labels=num_labels)
+        return with_adapters(self._model_config, examples, table.column("language").to_pylist())
 
     def num_cut(self, split: str) -> int:
         """Return how many examples of a file have more than `max_length` tokens, and were cut.

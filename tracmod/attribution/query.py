@@ -21,6 +21,7 @@ from tracmod.files import progress
 from tracmod.files.durable import read_json
 from tracmod.influence.scores import TopInfluences, top_influences
 from tracmod.models.inputs import as_examples, encode, labelled_words, num_cut, tags_of_words
+from tracmod.models.language_adapters import with_adapters
 from tracmod.models.modes import frozen
 from tracmod.models.plain_pass import predict, predict_tokens
 from tracmod.subnetworks.head_mask import masked
@@ -31,6 +32,8 @@ from tracmod.tasks.tag_scores import UNTAGGED
 from tracmod.tasks.token_files import NO_TAG
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from tracmod.influence.index import InfluenceIndex
 
 Label = int | float | list[float]  # a class, a target, a number per output, or a tag per word
@@ -339,10 +342,10 @@ class Attributor:
         if self.source.loss_kind == "token_cross_entropy":
             length = self.source.max_length
             with masked(model, self.source.masks[-1]):
-                logits = predict_tokens(model, encode(tokenizer, table, length))
+                logits = predict_tokens(model, self._encode(model, tokenizer, table))
             return [*map(float, tags_of_words(tokenizer, table, length, logits)[0])], None
         with masked(model, self.source.masks[-1]):
-            logits_C = predict(model, encode(tokenizer, table, self.source.max_length))[0]
+            logits_C = predict(model, self._encode(model, tokenizer, table))[0]
         kind = self.source.loss_kind
         if kind == "squared_error":
             return float(logits_C) if len(logits_C) == 1 else logits_C.tolist(), None
@@ -354,12 +357,18 @@ class Attributor:
         named = dict(zip(self.source.label_names, probabilities, strict=True))
         return int(logits_C.argmax()), named
 
+    def _encode(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: pa.Table
+    ) -> list[dict[str, Any]]:
+        examples = encode(tokenizer, table, self.source.max_length)
+        return with_adapters(model.config, examples, None)
+
     def _features(self, table: pa.Table) -> list[Tensor]:
         """Return (C,) features (1, K) of the example."""
         features = []
         source = self.source
         for (model, tokenizer), collector in zip(source.models, source.collectors, strict=True):
-            examples = as_examples(encode(tokenizer, table, source.max_length))
+            examples = as_examples(self._encode(model, tokenizer, table), model=model)
             with frozen(model):
                 features.append(collector.collect(examples))
         return features

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -238,6 +239,10 @@ class _CapturedBatch:
     def num_bytes(self) -> int:
         return sum(captured.num_bytes for captured in self.groups.values())
 
+    @cached_property
+    def layer_names(self) -> frozenset[str]:
+        return frozenset(layer.name for own in self.groups.values() for layer in own.layers)
+
 
 @dataclass(frozen=True)
 class _Products:
@@ -360,7 +365,9 @@ class _Products:
 
         def multiply(captured: Captured) -> None:
             for query_batch, tile in zip(block, tiles, strict=True):
-                self._add_products(query_batch.groups[_name(captured)], captured, tile)
+                # A batch of another language has no gradients of this language's adapters.
+                if not query_batch.layer_names.isdisjoint(layer.name for layer in captured.layers):
+                    self._add_products(query_batch.groups[_name(captured)], captured, tile)
             if squares_N is not None:
                 squares_N.index_add_(0, rows, self._squares(captured))
 

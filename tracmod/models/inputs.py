@@ -23,12 +23,14 @@ from tracmod.models.architecture import (
     max_positions,
     word_embeddings,
 )
+from tracmod.models.language_adapters import LANGUAGE_COLUMN, has_language_adapters
 from tracmod.models.loss import UNLABELLED, ExampleLoss, check_unit, loss_of_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Example = dict[str, Any]  # input_ids, attention_mask, labels and perhaps token_type_ids
+# input_ids, attention_mask, labels, and perhaps token_type_ids and lang_ids
+Example = dict[str, Any]
 
 
 class TokenLabels(list[int]):
@@ -240,7 +242,10 @@ def other_inputs(model: Any) -> frozenset[str]:
     if "input_ids" not in named:
         return frozenset(OTHER_INPUTS)
     switches = {name for name in named if name.startswith(("output_", "return_", "use_"))}
-    return frozenset(named - switches - {*TOKEN_COLUMNS, *LABEL_COLUMNS})
+    passed = {*TOKEN_COLUMNS, *LABEL_COLUMNS}
+    if has_language_adapters(getattr(model, "config", None)):
+        passed.add(LANGUAGE_COLUMN)
+    return frozenset(named - switches - passed)
 
 
 def num_cut(tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int) -> int:
@@ -319,7 +324,8 @@ def as_examples(
         tokens = {"attention_mask": [1] * len(plain["input_ids"])} | {
             column: plain[column] for column in TOKEN_COLUMNS if column in plain
         }
-        examples.append({**tokens, "labels": plain["labels"]})
+        language = {column: plain[column] for column in (LANGUAGE_COLUMN,) if column in plain}
+        examples.append({**tokens, **language, "labels": plain["labels"]})
     return examples
 
 
@@ -421,9 +427,16 @@ def check_examples(
     table_sizes = {"input_ids": word_embeddings(model).num_embeddings}
     if getattr(embeddings, "token_type_embeddings", None) is not None:
         table_sizes["token_type_ids"] = embeddings.token_type_embeddings.num_embeddings
+    columns = examples[0].keys() if examples else ()
+    if has_language_adapters(model.config):
+        table_sizes[LANGUAGE_COLUMN] = len(model.config.languages)
+        if examples and LANGUAGE_COLUMN not in columns and model.config.default_language is None:
+            raise ValueError(
+                f"{name}: row 0: expected {LANGUAGE_COLUMN}, the number of the language among the "
+                f"model's adapters, or a default_language in its config, got neither"
+            )
     longest, num_labels = max_positions(model), int(model.config.num_labels or 0)
     loss.check_outputs(num_labels)
-    columns = examples[0].keys() if examples else ()
     for row, example in enumerate(examples):
         problem = loss.label_problem(example["labels"], num_labels)
         if loss.kind == "token_cross_entropy":
@@ -431,11 +444,14 @@ def check_examples(
         if example_length(example) > longest:
             problem = f"at most {longest} tokens, got {example_length(example)}"
         for column, size in table_sizes.items():
-            problem = problem or _id_problem(column, example.get(column, [0]), size)
+            ids = example.get(column, [0])
+            ids = ids if isinstance(ids, list | tuple) else [ids]
+            problem = problem or _id_problem(column, ids, size)
         if loss.function is not None and _label_form(example) != _label_form(examples[0]):
             problem = problem or "a label of the same form as in row 0, got another one"
         if example.keys() != columns:
-            problem = "token_type_ids in all rows or in none, got them in some"
+            (differing, *_) = sorted(example.keys() ^ columns)
+            problem = f"{differing} in all rows or in none, got them in some"
         if problem:
             raise ValueError(f"{name}: row {row}: expected {problem}")
     if loss.function is not None and examples:
@@ -597,7 +613,8 @@ def collate(
     Padding at the end of an example is cut first.
 
     Args:
-        examples: dicts with `input_ids`, `attention_mask`, `labels` and perhaps `token_type_ids`.
+        examples: dicts with `input_ids`, `attention_mask`, `labels` and perhaps `token_type_ids`
+            and `lang_ids`.
         pad_id: id that pads `input_ids`; the other columns are padded with 0.
         device: device of the tensors returned.
         longest: S, if it is not that of the longest example; the examples' own padding is then
@@ -606,7 +623,7 @@ def collate(
     Returns:
         `input_ids`, `attention_mask` and, if the examples have them, `token_type_ids`: (B, S)
         int64. `labels`: (B,), or (B, C) if labels are lists; int64, or float32 if they are floats.
-        `TokenLabels` become (B, S), padded with -100.
+        `TokenLabels` become (B, S), padded with -100. `lang_ids`, if the examples have them: (B,).
     """
     lengths = [longest or example_length(example) for example in examples]
     batch: dict[str, Tensor] = {}
@@ -623,6 +640,9 @@ def collate(
         batch[name] = send(torch.tensor(padded, dtype=torch.int64), device)
     if "labels" not in batch:
         batch["labels"] = send(torch.tensor([example["labels"] for example in examples]), device)
+    if LANGUAGE_COLUMN in examples[0]:
+        numbers = [example[LANGUAGE_COLUMN] for example in examples]
+        batch[LANGUAGE_COLUMN] = send(torch.tensor(numbers), device)
     return batch
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tracmod.models.architecture import max_positions
 from tracmod.models.inputs import collate, example_length, pad_token_id, plan_batches
+from tracmod.models.language_adapters import LANGUAGE_COLUMN
 from tracmod.models.loss import UNLABELLED
 from tracmod.models.modes import ModelState, evaluating
 
@@ -73,6 +74,9 @@ def batches(
 ) -> Iterator[tuple[list[int], Batch]]:
     """Yield the row numbers and inputs of padded batches of examples of similar length.
 
+    A batch has examples of one language adapter only: a layer of an adapter is called with those of
+    its language.
+
     Args:
         model: the classifier.
         examples: checked examples.
@@ -80,13 +84,18 @@ def batches(
         alone: whether every example is a batch by itself, as it was given.
     """
     device = next(model.parameters()).device
-    for rows in plan_batches([example_length(example) for example in examples], batch_tokens):
-        if alone:
-            for row in rows:
-                yield [row], given_batch(model, examples[row])
-        else:
-            chosen = [examples[row] for row in rows]
-            yield rows, collate(chosen, pad_token_id(model), device)
+    rows_of: dict[Any, list[int]] = {}
+    for row, example in enumerate(examples):
+        rows_of.setdefault(example.get(LANGUAGE_COLUMN), []).append(row)
+    for own in rows_of.values():
+        for batch in plan_batches([example_length(examples[row]) for row in own], batch_tokens):
+            rows = [own[position] for position in batch]
+            if alone:
+                for row in rows:
+                    yield [row], given_batch(model, examples[row])
+            else:
+                chosen = [examples[row] for row in rows]
+                yield rows, collate(chosen, pad_token_id(model), device)
 
 
 def probe_rows(examples: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -94,15 +103,18 @@ def probe_rows(examples: Sequence[Mapping[str, Any]]) -> list[int]:
 
     Returns:
         The rows of the longest and the shortest example and, if there are any, of the first one
-        with padding at its end and of the first one with another gap in its mask.
+        with padding at its end and of the first one with another gap in its mask; all of one
+        language adapter.
     """
     lengths = [example_length(example) for example in examples]
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    language = examples[0].get(LANGUAGE_COLUMN) if examples else None
+    own = [row for row, e in enumerate(examples) if e.get(LANGUAGE_COLUMN) == language]
+    order = sorted(own, key=lambda row: -lengths[row])
     rows = [*order[:1], *order[-1:]]
-    padded = (row for row, n in enumerate(lengths) if len(examples[row]["input_ids"]) > n)
+    padded = (row for row in own if len(examples[row]["input_ids"]) > lengths[row])
     rows += [row for row in [next(padded, None)] if row is not None]
-    for row, example in enumerate(examples):
-        mask = example.get("attention_mask")
+    for row in own:
+        mask = examples[row].get("attention_mask")
         if mask is not None and not all(mask[: lengths[row]]):
             rows.append(row)
             break

@@ -185,7 +185,9 @@ def _features(
     collector = recipe(context).collector(model, preconditioner)
     with frozen(model):
         test, train = (
-            collector.collect(as_examples(context.encode(tokenizer, context.table(split), model)))
+            collector.collect(
+                as_examples(context.encode(tokenizer, context.table(split), model), model=model)
+            )
             for split in ("test", "train")
         )
     return test.cpu(), train.cpu()

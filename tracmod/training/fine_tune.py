@@ -33,7 +33,7 @@ from tracmod.files import progress
 from tracmod.models.architecture import embeddings_module
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import model_digest
-from tracmod.models.inputs import collate, pad_token_id
+from tracmod.models.inputs import TOKEN_COLUMNS, collate, pad_token_id
 from tracmod.models.loss import per_example_loss
 from tracmod.subnetworks.head_mask import HeadMask, head_slices, masked, matching_layers
 from tracmod.subnetworks.importance import head_importance, mask_least_important, masked_accuracy
@@ -562,6 +562,9 @@ def _identity(
 def _examples_digest(examples: Sequence[Mapping[str, Any]], languages: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for example, language in zip(examples, languages, strict=True):
-        content = {name: list(v) if name != "labels" else v for name, v in example.items()}
+        content = {
+            name: list(example[name]) if name in TOKEN_COLUMNS else example[name]
+            for name in example
+        }
         digest.update(json.dumps([language, content], sort_keys=True).encode())
     return digest.hexdigest()

@@ -48,7 +48,7 @@ from tracmod.files.durable import (
     temporary_name,
     write_json,
 )
-from tracmod.models.inputs import collate, pad_token_id, plan_batches
+from tracmod.models.inputs import TOKEN_COLUMNS, collate, pad_token_id, plan_batches
 from tracmod.models.loss import per_example_loss
 from tracmod.subnetworks.head_mask import HeadMask, masked
 from tracmod.training.batch_mean import WeightedMean, mean_loss
@@ -686,7 +686,7 @@ class _Sweep:
 
 
 def _plain(examples: Sequence[Mapping[str, Any]]) -> str:
-    rows = [{k: v if k == "labels" else list(v) for k, v in e.items()} for e in examples]
+    rows = [{k: list(v) if k in TOKEN_COLUMNS else v for k, v in e.items()} for e in examples]
     return sha256(json.dumps(rows, sort_keys=True).encode())
 
 

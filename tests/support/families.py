@@ -122,8 +122,8 @@ FORMS = {
     "xmod": Form(
         "xmod",
         {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
-        "X-MOD, one language",
-        "X-MOD with a `default_language`",
+        "X-MOD",
+        "X-MOD",
         lean=False,
     ),
     "mpnet": Form("mpnet", {}, "MPNet", "MPNet, paraphrase-multilingual-mpnet", pruned=False),

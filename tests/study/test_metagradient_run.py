@@ -135,7 +135,7 @@ def test_the_summary_has_the_measured_properties(run):
     summary = json.loads((run.metagradient / "summary.json").read_text())
     checks = pq.read_table(run.metagradient / "checks.parquet").to_pandas()
     metrics = json.loads((run.model("full") / "metrics.json").read_text())
-    assert len(checks) == 2 * 2 * 4
+    assert len(checks) == 2 * 3 * 4
     for model in ("full", "sparse"):
         measured = summary["models"][model]
         assert measured["steps"] == (metrics[-1]["step"] if model == "full" else 12)
@@ -143,10 +143,16 @@ def test_the_summary_has_the_measured_properties(run):
         assert set(measured["relative_error"]) == {"0.05", "0.5"}
         assert measured["verdict"]
         of_share = checks[(checks.model == model) & (checks.share == 0.05)]
-        error = np.linalg.norm(of_share.actual - of_share.predicted)
-        assert measured["relative_error"]["0.05"] == pytest.approx(
-            error / np.linalg.norm(of_share.actual)
-        )
+        removed, small = (of_share[of_share.removed == removed] for removed in (1.0, 0.1))
+        for rows, expected in (
+            (removed, measured["relative_error"]["0.05"]),
+            (small, measured["relative_error_of_small_change"]),
+        ):
+            error = np.linalg.norm(rows.actual - rows.predicted)
+            assert expected == pytest.approx(error / np.linalg.norm(rows.actual))
+        assert small.predicted.to_numpy() == pytest.approx(0.1 * removed.predicted.to_numpy())
+        # Of the change of the weights of two examples by a tenth, derivatives foretell most.
+        assert measured["relative_error_of_small_change"] < 0.2
         norms = pq.read_table(run.metagradient / "adjoint.parquet").to_pandas()
         norms = norms[(norms.model == model) & (norms.quantity == "es")]
         growth = norms.norm.iloc[0] / norms.norm.iloc[-1]
@@ -234,4 +240,4 @@ def test_the_plan_counts_quantities_and_trainings(tmp_path):
     plan = plan_run(RunFolder(tmp_path / "run", config))
     work = next(stage.work for stage in plan.stages if stage.stage == "metagradient")
     assert "3 quantities" in work
-    assert f"{2 * 3 + 3 + 1} trainings" in work
+    assert f"{2 * 3 + 3 + 2} trainings" in work

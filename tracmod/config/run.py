@@ -449,7 +449,9 @@ class MetagradientConfig(Section):
     memory: ByteSize = Field(ByteSize(DEFAULT_MEMORY), gt=0, description="Memory for states.")
     disk: ByteSize = Field(ByteSize(20 * 10**9), gt=0, description="Disk space for states.")
     checks: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
-        [0.01, 0.05, 0.2], description="Shares left out at random to check, a training each."
+        [0.01, 0.05, 0.2],
+        description="Shares left out at random to check, a training each; of the smallest, one "
+        "more with a small change of weights.",
     )
     path_points: int = Field(
         0, ge=0, description="Weights between 1 and 0 of each language's examples; 0: no paths."

@@ -29,7 +29,9 @@ def relative_error(predicted: np.ndarray, actual: np.ndarray) -> float:
     return float(np.linalg.norm(actual - predicted)) / size if size else float("inf")
 
 
-def verdict(growth: float, error_of_share: Mapping[float, float]) -> str:
+def verdict(
+    growth: float, error_of_share: Mapping[float, float], error_of_small_change: float | None = None
+) -> str:
     """Say in one sentence what the metagradient of a training foretells.
 
     Args:
@@ -37,6 +39,8 @@ def verdict(growth: float, error_of_share: Mapping[float, float]) -> str:
             last.
         error_of_share: share of the training examples left out -> relative error of the predicted
             changes; empty if no training was made to check.
+        error_of_small_change: the relative error where examples lose a little of their weight; None
+            if there was no such training.
     """
     grew = f"the adjoint's norm changed by a factor of {growth:.2g}"
     if not error_of_share:
@@ -44,10 +48,19 @@ def verdict(growth: float, error_of_share: Mapping[float, float]) -> str:
             return f"Smooth as far as the adjoint shows ({grew}); no training was made to check it."
         return f"Probably too rough ({grew}): {ADVICE}, and check it by trainings."
     errors = ", ".join(f"{share:.3g}: {e:.2f}" for share, e in sorted(error_of_share.items()))
-    measured = f"({grew}; relative error by share left out: {errors})"
+    measured = f"({grew}; relative error by share left out: {errors}"
+    if error_of_small_change is not None:
+        measured += f"; of a small change of weights: {error_of_small_change:.2f}"
+    measured += ")"
     foretold = [share for share, error in error_of_share.items() if error <= FORETELLS]
     if foretold:
         return f"Foretells changes of up to about {max(foretold):.0%} of the examples {measured}."
     if min(error_of_share.values()) <= RANKS:
         return f"Foretells the direction of changes but not their size {measured}: {ADVICE}."
+    if error_of_small_change is not None and error_of_small_change <= FORETELLS:
+        return (
+            f"Foretells small changes of weights, but leaving out {min(error_of_share):.0%} of the "
+            f"examples is too large a change for derivatives at full weight {measured}: use "
+            f"path_points for whole languages, check smaller shares, or {ADVICE}."
+        )
     return f"This training is too rough to be foretold {measured}: {ADVICE}."

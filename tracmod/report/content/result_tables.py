@@ -118,7 +118,7 @@ def _metagradient(tables: AnalysisTables) -> Iterator[Table]:
     """Yield the checks by retraining, and a matrix of languages for each model."""
     checks, languages = tables.metagradient_table("checks"), tables.metagradient_languages
     if len(checks):
-        note = "predicted: by the metagradient; share: left out at random"
+        note = "predicted: by the metagradient; share: of random examples; removed: of their weight"
         yield table_of(tables, "metagradient_checks", checks, note)
     if not len(languages):
         return

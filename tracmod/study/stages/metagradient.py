@@ -6,7 +6,9 @@
    weight, for each language and each of some weights: a task each. The mean of these derivatives is
    the change of the loss when the language is left out, and not only its start.
 3. To check them, train with some examples left out of their batches, with the same order, dropout
-   and initial weights: a task for each share.
+   and initial weights: a task for each share. One more for the smallest share, in which these
+   examples lose a tenth of their weight, says whether the derivatives are right where a change is
+   small.
 4. Write tables, and summary.json with how smooth the training was measured to be.
 
 Signs are those of influence: minus the derivative, the first-order change of the loss when the
@@ -18,7 +20,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ from tracmod.training.batch_mean import WeightedMean
 from tracmod.training.metagradient import Quantity, differentiate, evaluate
 from tracmod.validation.smoothness import relative_error, verdict
 
+SMALL_CHANGE = 0.1  # of the weights of examples, where a derivative must be right if it ever is
+
 
 def run(context: RunContext) -> None:
     """Differentiate, check and write the tables."""
@@ -49,7 +53,7 @@ def run(context: RunContext) -> None:
     for model_name in config.models:
         for point in [None, *_path(context)]:
             tasks += [Sweep(model_name, names, point) for names in _groups(context, model_name)]
-        tasks += [Check(model_name, share, n) for n, share in enumerate(config.checks)]
+        tasks += _checks(model_name, config)
     missing = [task for task in tasks if task.result(context) is None]
     with progress.bar("metagradient", len(missing), "task") as bar:
         # Never twice at a time: a sweep keeps the states it resumes from in its folder.
@@ -67,7 +71,7 @@ def estimate(forecast: Forecast) -> Estimate:
         section = forecast.config.finetune if model_name == "full" else forecast.config.sparse
         each = section.epochs * math.ceil(forecast.count("train") / section.batch_size)
         sweeps = 1 + config.path_points * len(forecast.config.task.languages)
-        worth = sweeps * (2 * quantities + 3) + len(config.checks)
+        worth = sweeps * (2 * quantities + 3) + len(_checks(model_name, config))
         trainings, steps = trainings + worth, steps + worth * each
     work = (
         f"{quantities} quantities for {len(config.models)} models: about {trainings} trainings' "
@@ -164,17 +168,19 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Check:
-    """A task: a training in which a random share of the examples has no weight.
+    """A task: a training in which a random share of the examples has less weight.
 
     Attributes:
         model_name: The model.
         share: The share.
-        number: The number of the check, from 0.
+        number: The number of the share, from 0.
+        removed: How much less; 1: the examples are left out.
     """
 
     model_name: ModelName
     share: float
     number: int
+    removed: float = 1.0
 
     def run(self, context: RunContext, advance: Advance) -> None:
         """Train, and write all quantities, whole or not at all."""
@@ -190,7 +196,7 @@ class Check:
     def weights(self, context: RunContext) -> torch.Tensor:
         """Return the (N,) weights of the training examples."""
         seed = context.config.seed + self.number
-        return left_out_weights(len(context.table("train")), self.share, seed)
+        return self.removed * left_out_weights(len(context.table("train")), self.share, seed)
 
     def result(self, context: RunContext) -> dict[str, torch.Tensor] | None:
         """Return what `run` wrote, or None."""
@@ -198,11 +204,19 @@ class Check:
 
     def _file(self, context: RunContext) -> Path:
         folder = context.run.metagradient / "results" / self.model_name
-        return folder / f"check-{self.number}.safetensors"
+        suffix = "" if self.removed == 1 else f"-removed-{self.removed:g}"
+        return folder / f"check-{self.number}{suffix}.safetensors"
 
     def _identity(self, context: RunContext) -> dict[str, Any]:
         names = [q.name for q in _quantities(context, self.model_name)]
         return _identity(context, self.model_name) | {"quantities": names, "share": self.share}
+
+
+def _checks(model_name: ModelName, config: MetagradientConfig) -> list[Check]:
+    """Return the checks of a model, that of a small change of weights last."""
+    checks = [Check(model_name, share, n) for n, share in enumerate(config.checks)]
+    smallest = min(checks, key=lambda check: check.share, default=None)
+    return checks if smallest is None else [*checks, replace(smallest, removed=SMALL_CHANGE)]
 
 
 def _section(context: RunContext) -> MetagradientConfig:
@@ -427,6 +441,7 @@ def _check_table(
             "model": [task.model_name] * len(names),
             "share": [task.share] * len(names),
             "check": [task.number] * len(names),
+            "removed": [task.removed] * len(names),
             "quantity": list(names),
             "predicted": -influence_KN @ task.weights(context).double().numpy(),
             "actual": result["values"].numpy() - values_K,
@@ -444,18 +459,16 @@ def _summary(
 ) -> dict[str, Any]:
     """Return the measured properties of one model's derivatives."""
     growth_K = norms_KT[:, 0] / norms_KT[:, -1]
-    error_of_share = {
-        share: float(
-            np.mean(
-                [
-                    relative_error(table["predicted"].to_numpy(), table["actual"].to_numpy())
-                    for task, table in zip(checks, checked, strict=True)
-                    if task.share == share
-                ]
-            )
-        )
-        for share in sorted({task.share for task in checks})
+    errors = {
+        task: relative_error(table["predicted"].to_numpy(), table["actual"].to_numpy())
+        for task, table in zip(checks, checked, strict=True)
     }
+    left_out = [task for task in checks if task.removed == 1]
+    error_of_share = {
+        share: float(np.mean([errors[task] for task in left_out if task.share == share]))
+        for share in sorted({task.share for task in left_out})
+    }
+    of_small_change = next((error for task, error in errors.items() if task.removed != 1), None)
     difference, seconds, training_seconds, states, _ = measured_SM.T
     return {
         "quantities": list(names),
@@ -465,7 +478,8 @@ def _summary(
         "gradient_difference": float(difference.max()),
         "adjoint_growth": dict(zip(names, growth_K.tolist(), strict=True)),
         "relative_error": {str(share): error for share, error in error_of_share.items()},
-        "verdict": verdict(float(growth_K.max()), error_of_share),
+        "relative_error_of_small_change": of_small_change,
+        "verdict": verdict(float(growth_K.max()), error_of_share, of_small_change),
         "seconds": float(seconds.sum()),
         "trainings": float((seconds / training_seconds).sum()),
         "saved_states": int(states.max()),

@@ -12,6 +12,7 @@ from tiny_study import tiny_config
 from tracmod.choices import FigureWidth, StoreDtype
 from tracmod.config import FinetuneConfig, RunConfig, load_config, override_config, parse_config
 from tracmod.features.store_format import DTYPES
+from tracmod.files.yaml_tree import parse_overrides, read_tree
 from tracmod.report.paper.matplotlib_plots import WIDTHS
 from tracmod.study.run_folder import RunFolder
 
@@ -132,3 +133,20 @@ def test_a_change_of_the_section_is_refused_once_the_stage_has_begun(tmp_path):
     assert RunFolder(tmp_path).is_done("sparse-finetune")
     with pytest.raises(ValueError, match=r"sparse_finetune\.shared=trained.*\.shared=frozen"):
         RunFolder(tmp_path, tiny_config(sparse_finetune={"masks": "dynamic", "shared": "frozen"}))
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("2e-5", 2e-5), ("2E-5", 2e-5), ("2.0e-5", 2e-5), ("1e3", 1000.0), ("+1e-3", 1e-3)],
+)
+def test_numbers_with_an_exponent_need_no_dot(tmp_path, written, value):
+    (tmp_path / "a.yaml").write_text(f"finetune: {{learning_rate: {written}}}\n")
+    assert read_tree(tmp_path / "a.yaml")["finetune"]["learning_rate"] == value
+    assert parse_overrides((f"finetune.learning_rate={written}",)) == {
+        "finetune.learning_rate": value
+    }
+
+
+@pytest.mark.parametrize("text", ["2e", "e5", "en", "1e3x", "e-5"])
+def test_words_that_look_like_them_stay_words(text):
+    assert parse_overrides((f"name={text}",)) == {"name": text}

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 2e-5 as a number, as YAML 1.2, JSON and Python do; YAML 1.1 wants 2.0e-5."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def read_tree(path: str | Path, embedded: str = "") -> dict[str, Any]:
@@ -30,7 +40,7 @@ def read_tree(path: str | Path, embedded: str = "") -> dict[str, Any]:
             f"{path}: expected a YAML file or the name of a built-in configuration, found neither"
         )
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, dict):
@@ -52,7 +62,7 @@ def parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
         if not separator or not key:
             raise ValueError(f"--set {override}: expected key=value, for example finetune.epochs=5")
         try:
-            values[key] = yaml.safe_load(value)
+            values[key] = yaml.load(value, Loader=_Loader)
         except yaml.YAMLError:
             raise ValueError(f"--set {override}: {value} is not valid YAML") from None
     return values

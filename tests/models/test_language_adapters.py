@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,7 +14,7 @@ import tracmod as tm
 from tracmod.cli import main
 from tracmod.gradients.capture import chosen_names
 from tracmod.models.inputs import collate
-from tracmod.models.language_adapters import with_adapters
+from tracmod.models.language_adapters import with_language_ids
 from tracmod.models.plain_pass import batches, predict
 from tracmod.study.pipeline import run_stages
 from tracmod.study.run_folder import RunFolder
@@ -99,16 +97,16 @@ def test_predictions_are_those_of_the_model():
 def test_languages_are_found_by_their_name_or_its_first_part():
     config = model_of().config
     examples = mixed_examples(3)
-    numbered = with_adapters(config, examples, ["de", "zh_TW", "en_XX"])
+    numbered = with_language_ids(config, examples, ["de", "zh_TW", "en_XX"])
     assert [example["lang_ids"] for example in numbered] == [1, 4, 0]
     for language, number in (("zh", 2), ("fr", 0)):
         with pytest.raises(ValueError, match=rf"language {language}: .*en_XX.*got {number}"):
-            with_adapters(config, examples, [language] * 3)
+            with_language_ids(config, examples, [language] * 3)
     with pytest.raises(ValueError, match="default_language"):
-        with_adapters(config, examples, None)
+        with_language_ids(config, examples, None)
     default = model_of(default_language="de_DE").config
-    assert with_adapters(default, examples, None) == examples
-    assert "lang_ids" not in with_adapters(default, examples, ["fr"] * 3)[0]
+    assert with_language_ids(default, examples, None) == examples
+    assert "lang_ids" not in with_language_ids(default, examples, ["fr"] * 3)[0]
 
 
 @pytest.mark.parametrize(
@@ -194,5 +192,8 @@ def test_attribute_and_check_take_the_language_column(run, tmp_path):
     out = ["--out", str(tmp_path / "out"), "--exact", "--parameters", ADAPTERS[0]]
     result = CliRunner().invoke(main, ["attribute", "--model", checkpoint, *files, *out])
     assert result.exit_code == 0, result.output
-    sums = json.loads((tmp_path / "out/run.json").read_text())
-    assert sums["arguments"]["exact"]
+    scores = pq.read_table(tmp_path / "out/top.parquet").to_pylist()
+    same = [row for row in scores if int(row["test_id"]) % 3 == int(row["train_id"]) % 3]
+    assert len(scores) > len(same) > 0
+    assert any(row["score"] != 0 for row in same)
+    assert all(row["score"] == 0 for row in scores if row not in same)

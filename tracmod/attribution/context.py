@@ -47,7 +47,7 @@ from tracmod.models.inputs import encode, num_cut, other_inputs
 from tracmod.models.language_adapters import (
     LANGUAGE_COLUMN,
     has_language_adapters,
-    with_adapters,
+    with_language_ids,
 )
 from tracmod.models.loading import class_names, load_classifier, load_model
 from tracmod.models.loss import stated_loss
@@ -206,7 +206,7 @@ class AttributionContext:
         """Encode examples as the model takes them."""
         num_labels = len(self.label_names)
         examples = encode(self.tokenizer, table, self.max_length, num_labels=num_labels)
-        return with_adapters(self._model_config, examples, table.column("language").to_pylist())
+        return with_language_ids(self._model_config, examples, table.column("language").to_pylist())
 
     def num_cut(self, split: str) -> int:
         """Return how many examples of a file have more than `max_length` tokens, and were cut.

@@ -20,8 +20,8 @@ from tracmod.features.store import FeatureStore
 from tracmod.files import progress
 from tracmod.files.durable import read_json
 from tracmod.influence.scores import TopInfluences, top_influences
-from tracmod.models.inputs import as_examples, encode, labelled_words, num_cut, tags_of_words
-from tracmod.models.language_adapters import with_adapters
+from tracmod.models.inputs import encode, labelled_words, num_cut, tags_of_words
+from tracmod.models.language_adapters import with_language_ids
 from tracmod.models.modes import frozen
 from tracmod.models.plain_pass import predict, predict_tokens
 from tracmod.subnetworks.head_mask import masked
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 Label = int | float | list[float]  # a class, a target, a number per output, or a tag per word
 
+TINY = 1e-300  # below every norm of float32 numbers that is not 0
 # An inexact index returns this many candidates per example wanted, and at least so many in all;
 # exact scores decide among them.
 CANDIDATES, LEAST_CANDIDATES = 4, 100
@@ -361,14 +362,14 @@ class Attributor:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: pa.Table
     ) -> list[dict[str, Any]]:
         examples = encode(tokenizer, table, self.source.max_length)
-        return with_adapters(model.config, examples, None)
+        return with_language_ids(model.config, examples, None)
 
     def _features(self, table: pa.Table) -> list[Tensor]:
         """Return (C,) features (1, K) of the example."""
         features = []
         source = self.source
         for (model, tokenizer), collector in zip(source.models, source.collectors, strict=True):
-            examples = as_examples(self._encode(model, tokenizer, table), model=model)
+            examples = self._encode(model, tokenizer, table)
             with frozen(model):
                 features.append(collector.collect(examples))
         return features
@@ -401,8 +402,9 @@ class Attributor:
             query_WK = words_WK.cpu().double() / len(words)
             train_NK = StoreRows(store).take(indices.tolist()).double()
             if source.normalize == "cosine":
-                query_WK = query_WK / query_WK.sum(dim=0).norm()
-                train_NK = torch.nn.functional.normalize(train_NK, dim=1)
+                # Gradients of 0 have cosines of 0, as in `top_influences`.
+                query_WK = query_WK / query_WK.sum(dim=0).norm().clamp_min(TINY)
+                train_NK = torch.nn.functional.normalize(train_NK, dim=1, eps=TINY)
             parts_NW += weight * train_NK @ query_WK.T
         scores: list[list[float | None]] = [[None] * len(tags) for _ in indices]
         for row, parts in zip(scores, parts_NW.tolist(), strict=True):

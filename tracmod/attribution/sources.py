@@ -18,7 +18,6 @@ from tracmod.features.recipe import checkpoint_digests
 from tracmod.features.store import FeatureStore
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.models.checkpoints import Checkpoint
-from tracmod.models.digests import tokenizer_digest
 from tracmod.study.context import MODELS, RunContext
 from tracmod.study.run_features import open_stores, preconditioner_of_run, recipe
 from tracmod.study.run_folder import RunFolder
@@ -177,7 +176,7 @@ class RunSource:
     @cached_property
     def _digests(self) -> list[dict[str, str]]:
         return [
-            checkpoint_digests(model, tokenizer_digest(tokenizer), preconditioner)
+            checkpoint_digests(model, self.context.tokenizer_digest(tokenizer), preconditioner)
             for (model, tokenizer), preconditioner in zip(
                 self.models, self._preconditioners, strict=True
             )

@@ -19,7 +19,7 @@ def has_language_adapters(config: Any) -> bool:
     return getattr(config, "model_type", None) == "xmod"
 
 
-def with_adapters(
+def with_language_ids(
     config: Any, examples: Sequence[Mapping[str, Any]], languages: Sequence[str] | None
 ) -> list[dict[str, Any]]:
     """Give every example the number of its language's adapter, if the model needs one.
@@ -50,9 +50,9 @@ def with_adapters(
 
 def _adapter(own: Sequence[str], language: str) -> int:
     """Return the number of a language's adapter."""
-    matching = [n for n, name in enumerate(own) if language in (name, name.partition("_")[0])]
     if language in own:
         return list(own).index(language)
+    matching = [number for number, name in enumerate(own) if name.partition("_")[0] == language]
     if len(matching) != 1:
         raise ValueError(
             f"language {language}: expected one of the languages of the model's adapters, "

@@ -20,7 +20,7 @@ from tracmod.files.durable import file_sha256
 from tracmod.models.checkpoints import Checkpoint, freeze, load_checkpoints
 from tracmod.models.digests import tokenizer_digest
 from tracmod.models.inputs import encode
-from tracmod.models.language_adapters import with_adapters
+from tracmod.models.language_adapters import with_language_ids
 from tracmod.models.loading import has_tokenizer, load_model, load_tokenizer
 from tracmod.models.loss import ExampleLoss
 from tracmod.models.modes import resolve_device, to_device
@@ -142,7 +142,7 @@ class RunContext:
         """Encode examples as the model takes them."""
         num_labels = int(model.config.num_labels or 0)
         examples = encode(tokenizer, table, self.config.model.max_length, num_labels=num_labels)
-        return with_adapters(model.config, examples, table.column("language").to_pylist())
+        return with_language_ids(model.config, examples, table.column("language").to_pylist())
 
     # --- checkpoints ------------------------------------------------------------------------
 

@@ -249,7 +249,7 @@ class Forecast:
         embeddings_module(model).requires_grad_(config.train_embeddings)
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         optimizer = HeadwiseAdamW(model, weight_decay=0.0, split_heads=False)
-        model.train()
+        model.train(config.dropout)
 
         def gradient(batch: list[dict[str, Any]]) -> None:
             model.zero_grad(set_to_none=True)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tracmod.choices import Method, MetricKind
 from tracmod.config import RunConfig
-from tracmod.features.collector import as_examples
 from tracmod.files import progress
 from tracmod.files.durable import canonical_json, file_sha256, sha256
 from tracmod.files.tensor_cache import read_tensors, write_tensors
@@ -185,9 +184,7 @@ def _features(
     collector = recipe(context).collector(model, preconditioner)
     with frozen(model):
         test, train = (
-            collector.collect(
-                as_examples(context.encode(tokenizer, context.table(split), model), model=model)
-            )
+            collector.collect(context.encode(tokenizer, context.table(split), model))
             for split in ("test", "train")
         )
     return test.cpu(), train.cpu()

@@ -31,7 +31,7 @@ from tracmod.models.checkpoints import (
     recorded_loss,
 )
 from tracmod.models.inputs import as_examples, check_examples, encode, num_cut, unwrapped
-from tracmod.models.language_adapters import with_adapters
+from tracmod.models.language_adapters import with_language_ids
 from tracmod.models.loading import class_names, load_model
 from tracmod.models.loss import (
     UNLABELLED,
@@ -157,7 +157,7 @@ def check_model(
     (table,) = read_labelled_files([data], labels, columns, loss_kind=trained_loss.kind)
     table = table.slice(0, num_examples)
     max_length = min(max_length, tokenizer.model_max_length)
-    examples = with_adapters(
+    examples = with_language_ids(
         model.config,
         encode(tokenizer, table, max_length, num_labels=len(labels)),
         table.column("language").to_pylist(),

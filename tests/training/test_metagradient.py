@@ -125,6 +125,8 @@ CASES: dict[str, tuple[TrainingSettings, dict[str, Any]]] = {
         replace(SETTINGS, epochs=4, batch_size=6, train_embeddings=False),
         {"family": "bert"},
     ),
+    "upper-layer": (replace(CLIPPED, train_layers=1), {"dropout": 0.2}),
+    "sparse-upper-layer": (replace(CLIPPED, train_layers=1), {"masks": MASKS}),
     "distilbert": (CLIPPED, {"family": "distilbert"}),
     "electra": (SETTINGS, {"family": "electra"}),
     "regression": (SETTINGS, {"num_labels": 1}),

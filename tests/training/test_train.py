@@ -18,9 +18,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, tiny_examples, tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import get_linear_schedule_with_warmup
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    get_linear_schedule_with_warmup,
+)
 
-from tracmod.models.checkpoints import load_second_moment
+from tracmod.models.checkpoints import load_second_moment, recorded_frozen
 from tracmod.models.digests import model_digest
 from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.loading import load_model
@@ -521,6 +525,34 @@ def test_embeddings_that_are_not_trained_stay_and_have_no_state(tokenizer, tmp_p
 
 
 @pytest.mark.parametrize("masks", [None, MASKS], ids=["full", "sparse"])
+def test_layers_below_those_trained_stay_and_have_no_state(tokenizer, tmp_path, masks):
+    before = new_model().state_dict()
+    settings = replace(SETTINGS, train_layers=1, epochs=1)
+    (checkpoint,) = train(tokenizer, tmp_path, masks=masks, settings=settings, second_moment=True)
+    after = load_file(checkpoint.path / "model.safetensors")
+    moments = load_file(checkpoint.path / "second_moment.safetensors")
+    fixed = {name for name in before if ".embeddings." in name or ".layer.0." in name}
+    assert len(fixed) >= 20
+    for name in after:
+        assert torch.equal(after[name], before[name]) == (name in fixed), name
+    assert not fixed & {name for name, moment in moments.items() if moment.any()}
+    assert set(recorded_frozen(checkpoint.path)) == fixed
+
+
+def test_a_model_without_the_layers_to_train_is_refused(tokenizer, tmp_path):
+    settings = replace(SETTINGS, train_layers=3)
+    with pytest.raises(ValueError, match=r"train_layers: .* 2 layers, got 3"):
+        train(tokenizer, tmp_path / "few", settings=settings)
+    config = AlbertConfig(
+        vocab_size=len(tokenizer), embedding_size=8, hidden_size=16, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=32, num_labels=2,
+    )  # fmt: skip
+    albert = AlbertForSequenceClassification(config)
+    with pytest.raises(ValueError, match=r"train_layers: .* 2 layers .*: AlbertFor"):
+        train(tokenizer, tmp_path / "one", settings=replace(SETTINGS, train_layers=1), model=albert)
+
+
+@pytest.mark.parametrize("masks", [None, MASKS], ids=["full", "sparse"])
 def test_a_training_without_dropout_is_that_of_a_model_without_it(tokenizer, tmp_path, masks):
     """In every epoch: evaluation after an epoch also turns dropout off."""
     weights = {}
@@ -746,6 +778,7 @@ def test_a_training_stopped_between_its_masks_resumes_to_the_same_bits(
         {"shared": "frozen"},
         {"dtype": "bfloat16"},
         {"train_embeddings": False},
+        {"train_layers": 1},
         {"dropout": False, "adam_epsilon": 1e-3},
     ],
     ids=str,

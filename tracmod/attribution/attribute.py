@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +43,7 @@ from tracmod.features.store import SHARD_ROWS
 from tracmod.files import progress
 from tracmod.files.durable import read_json, write_checksums, write_json, write_parquet
 from tracmod.files.versions import versions
-from tracmod.gradients.capture import FrozenParametersWarning
+from tracmod.gradients.capture import frozen_as_configured
 from tracmod.influence.scores import (
     TopInfluences,
     self_influence,
@@ -118,9 +117,7 @@ def attribute(options: AttributionOptions, engine: Engine | None = None) -> None
             holds results of other options.
         OSError: `out` cannot be written.
     """
-    with warnings.catch_warnings():
-        # Its place is among the notes: once, and with the name of the command-line option.
-        warnings.simplefilter("ignore", FrozenParametersWarning)
+    with frozen_as_configured():  # a note has their names, and that of the command-line option
         _attribute(options, LocalEngine() if engine is None else engine)
 
 

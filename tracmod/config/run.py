@@ -110,6 +110,12 @@ class FinetuneConfig(Section):
         description="false: the embeddings stay those of the pretrained model. With a large "
         "vocabulary this saves memory and, on a CPU, time.",
     )
+    train_layers: int | None = Field(
+        None,
+        ge=1,
+        description="Number of the highest layers that are trained, with what comes after them; "
+        "the layers below and the embeddings stay those of the pretrained model. Default: all.",
+    )
 
 
 class SparseFinetuneConfig(FinetuneConfig):

@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -225,6 +225,14 @@ def warn_of_frozen(model: nn.Module, parameters: ParameterSelection, include_fro
 
 class FrozenParametersWarning(UserWarning):
     """Selected parameters are left out because they are frozen."""
+
+
+@contextmanager
+def frozen_as_configured() -> Iterator[None]:
+    """Keep `FrozenParametersWarning` quiet where a configuration or a note says what is frozen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FrozenParametersWarning)
+        yield
 
 
 def describe_frozen(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from tracmod.config import RunConfig
 from tracmod.engine import Engine
 from tracmod.engine.local import LocalEngine
 from tracmod.files.durable import file_sha256
-from tracmod.models.checkpoints import Checkpoint, freeze, load_checkpoints
+from tracmod.models.checkpoints import Checkpoint, freeze, load_checkpoints, recorded_frozen
 from tracmod.models.digests import tokenizer_digest
 from tracmod.models.inputs import encode
 from tracmod.models.language_adapters import with_language_ids
@@ -169,7 +169,8 @@ class RunContext:
         """
         folder = self.run.model(model_name)
         if model_name == UNTRAINED:
-            return [Checkpoint(folder / "checkpoint-0", epoch=0, step=0, learning_rate=1.0)]
+            path = folder / "checkpoint-0"
+            return [Checkpoint(path, 0, 0, learning_rate=1.0, frozen=recorded_frozen(path))]
         epochs = range(1, self._epochs(model_name) + 1)
         all_checkpoints = load_checkpoints(folder / f"checkpoint-{epoch}" for epoch in epochs)
         counted = self.counted_epochs(model_name)

@@ -19,7 +19,7 @@ from tracmod.gradients.capture import select_layers
 from tracmod.gradients.ekfac import FIT_EXAMPLES
 from tracmod.gradients.preconditioner import Metric, Preconditioner, gradient_shape
 from tracmod.influence.scores import top_influences
-from tracmod.models.architecture import attention_layers, embeddings_module
+from tracmod.models.architecture import attention_layers
 from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.loss import per_example_loss
 from tracmod.models.modes import frozen, to_device
@@ -29,10 +29,11 @@ from tracmod.study.probes import SIZES, Cost, Stopwatch
 from tracmod.study.retrain_scores import preconditioned_passes
 from tracmod.study.run_features import recipe
 from tracmod.study.run_folder import RunFolder
-from tracmod.study.run_training import initial_model
+from tracmod.study.run_training import initial_model, training_settings
 from tracmod.study.views import views_of
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.subnetworks.importance import head_importance
+from tracmod.training.fine_tune import untrained_parameters
 from tracmod.training.optimizer import HeadwiseAdamW
 
 # The field of `Cost` that an estimate is made from.
@@ -120,6 +121,9 @@ class Forecast:
         self.clock: Clock = "free"
         self._model, self._tokenizer = initial_model(context)
         to_device(self._model, context.device)
+        settings = training_settings(self.config.finetune, self.config.seed)
+        for parameter in untrained_parameters(self._model, settings):
+            parameter.requires_grad_(False)  # as in checkpoints
         self.tables = {split: context.table(split) for split in SPLITS}
         layers = attention_layers(self._model)
         self.all_heads = HeadMask.full(len(layers), layers[0].num_heads)
@@ -246,7 +250,6 @@ class Forecast:
         """
         model, config = self._model, self.config.finetune
         batch_size, dtype = config.batch_size, getattr(torch, config.dtype)
-        embeddings_module(model).requires_grad_(config.train_embeddings)
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         optimizer = HeadwiseAdamW(model, weight_decay=0.0, split_heads=False)
         model.train(config.dropout)
@@ -262,7 +265,7 @@ class Forecast:
         cost = cost_per_example(self.stopwatch, gradient, examples, batch_size).scaled(batch_size)
         update = self.stopwatch.probe(lambda size: optimizer.step(0.0), sizes=(1, 1))
         model.zero_grad(set_to_none=True)
-        model.eval().requires_grad_(True)
+        model.eval()
         model.load_state_dict(weights)
         return cost.plus(update)
 

@@ -24,6 +24,7 @@ from tracmod.config import RunConfig
 from tracmod.engine import Engine
 from tracmod.files import progress
 from tracmod.files.object_storage import location
+from tracmod.gradients.capture import frozen_as_configured
 from tracmod.study.context import RunContext
 from tracmod.study.run_folder import RunFolder
 from tracmod.study.stage_table import stage_named
@@ -72,6 +73,7 @@ def run_stages(
             progress.kept_in(run.progress_file),
             progress.stage(name, run.stages.index(name) + 1, len(run.stages)),
             run.stage(name),
+            frozen_as_configured(),
         ):
             stage_module(stage).run(context)
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from tracmod.gradients.capture import frozen_as_configured
 from tracmod.models.modes import device_of_worker
 from tracmod.study.context import RunContext
 from tracmod.study.run_folder import RunFolder
@@ -42,7 +43,8 @@ class StudyWorker:
 
     def do(self, task: StudyTask, advance: Advance) -> None:
         """See `Worker.do`."""
-        task.run(self._context, advance)
+        with frozen_as_configured():
+            task.run(self._context, advance)
 
 
 def run_tasks(

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tracmod.choices import ADAM_EPSILON, PassDtype, Sampling, SharedParameters
 from tracmod.files import progress
-from tracmod.models.architecture import embeddings_module
+from tracmod.models.architecture import embeddings_module, lower_layers
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import model_digest
 from tracmod.models.inputs import TOKEN_COLUMNS, collate, pad_token_id
@@ -84,6 +84,8 @@ class TrainingSettings:
         train_embeddings: whether the embeddings are trained. If not, they stay bitwise as they
             were, with no optimizer state. AdamW updates every row of a table of embeddings in every
             step, whichever of them the batch has, so a large vocabulary costs much time on a CPU.
+        train_layers: number of the highest layers that are trained, with what comes after them;
+            layers below and the embeddings stay bitwise as they were. None: all layers.
     """
 
     epochs: int = 3
@@ -101,6 +103,7 @@ class TrainingSettings:
     adam_epsilon: float = ADAM_EPSILON
     dropout: bool = True
     train_embeddings: bool = True
+    train_layers: int | None = None
 
     @property
     def kept_epochs(self) -> range:
@@ -191,7 +194,7 @@ def fine_tune(
         module: torch.nn.Module = model
         module.to(model.device if device is None else device)
         on_gpu = [model.device] if model.device.type == "cuda" else []
-        with _trainable(model, settings), torch.random.fork_rng(devices=on_gpu):
+        with trainable(model, settings), torch.random.fork_rng(devices=on_gpu):
             training = _Training(
                 model=model,
                 tokenizer=tokenizer,
@@ -315,20 +318,9 @@ def _derived_seed(seed: int, purpose: str, number: int) -> int:
 
 
 @contextmanager
-def _trainable(model: PreTrainedModel, settings: TrainingSettings) -> Iterator[None]:
-    """Freeze within the context what `shared` and `train_embeddings` do not train."""
-    shared = settings.shared
-    fixed = set() if settings.train_embeddings else set(embeddings_module(model).parameters())
-    of_heads = {part.name for part in head_slices(model)}  # heads divide these without remainder
-    base = set(model.base_model.parameters())
-    frozen = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and name not in of_heads
-        if shared == "frozen"
-        or (shared == "classifier" and parameter in base)
-        or parameter in fixed
-    ]
+def trainable(model: PreTrainedModel, settings: TrainingSettings) -> Iterator[None]:
+    """Freeze within the context what the settings do not train."""
+    frozen = untrained_parameters(model, settings)
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
@@ -336,6 +328,32 @@ def _trainable(model: PreTrainedModel, settings: TrainingSettings) -> Iterator[N
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+
+
+def untrained_parameters(
+    model: PreTrainedModel, settings: TrainingSettings
+) -> list[torch.nn.Parameter]:
+    """Return the parameters that the settings do not train, of those that need a gradient.
+
+    Raises:
+        ValueError: the model does not have the layers of `train_layers`.
+    """
+    shared, upper = settings.shared, settings.train_layers
+    fixed: set[torch.nn.Parameter] = set()
+    if upper is not None or not settings.train_embeddings:
+        fixed.update(embeddings_module(model).parameters())
+    if upper is not None:
+        fixed.update(p for layer in lower_layers(model, upper) for p in layer.parameters())
+    of_heads = {part.name for part in head_slices(model)}  # heads divide these without remainder
+    base = set(model.base_model.parameters())
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        if parameter in fixed
+        or (shared == "frozen" and name not in of_heads)
+        or (shared == "classifier" and parameter in base and name not in of_heads)
+    ]
 
 
 def _most_important_heads(

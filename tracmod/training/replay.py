@@ -26,9 +26,9 @@ from tracmod.training.fine_tune import (
     _BatchPlan,
     _check_inputs,
     _identity,
-    _trainable,
     _Training,
     scheduled_rate,
+    trainable,
 )
 from tracmod.training.folder import TrainingFolder
 from tracmod.training.optimizer import HeadwiseAdamW
@@ -204,7 +204,7 @@ def open_replay(
             split_heads=masks is not None,
         )
 
-    with _trainable(model, settings), torch.random.fork_rng(devices=on_gpu):
+    with trainable(model, settings), torch.random.fork_rng(devices=on_gpu):
         training = _Training(
             model=model,
             tokenizer=tokenizer,

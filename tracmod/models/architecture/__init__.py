@@ -80,6 +80,29 @@ def embeddings_module(model: nn.Module) -> nn.Module:
     return embeddings
 
 
+def lower_layers(model: nn.Module, upper: int) -> list[nn.Module]:
+    """Return the layers below the `upper` highest ones, first layer first.
+
+    Raises:
+        ValueError: the model has fewer layers, or uses one of them several times.
+    """
+    attention = attention_layers(model)
+    if upper > len(attention):
+        raise ValueError(
+            f"train_layers: expected at most the model's {len(attention)} layers, got {upper}"
+        )
+    family = family_of(model)
+    layers = [family.layer_around(model, layer) for layer in attention]
+    calls = getattr(getattr(model, "config", None), "num_hidden_layers", len(layers))
+    found = [layer for layer in layers if layer is not None]
+    if len(found) != calls:
+        raise ValueError(
+            f"train_layers: expected a model with {calls} layers of their own, got one that is "
+            f"built otherwise: {type(model).__name__}"
+        )
+    return found[: len(found) - upper]
+
+
 def word_embeddings(model: nn.Module) -> nn.Embedding:
     """Return the table of words, whose rows are the ids that the model takes."""
     return family_of(model).word_embeddings(embeddings_module(model))

@@ -151,13 +151,18 @@ class Family:
         Returns:
             A module and its new `forward`; None if the family or this model has no such form.
         """
+        block = self.layer_around(model, last)
+        forward = None if block is None else self.lean_forward(block, last)
+        return None if block is None or forward is None else (block, forward)
+
+    def layer_around(self, model: nn.Module, attention: AttentionLayer) -> nn.Module | None:
+        """Return the layer of the model that has this attention; None if it is built otherwise."""
         for block in model.modules():
             module: Any = block
             for name in self.attention_in_layer.split("."):
                 module = getattr(module, name, None)
-            if module is last.module:
-                forward = self.lean_forward(block, last)
-                return None if forward is None else (block, forward)
+            if module is attention.module:
+                return block
         return None
 
     def lean_forward(self, block: Any, layer: AttentionLayer) -> Forward | None:

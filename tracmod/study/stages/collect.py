@@ -24,9 +24,10 @@ from tracmod.study.run_features import (
     load_checkpoint,
     recipe,
 )
-from tracmod.study.run_training import initial_model
+from tracmod.study.run_training import initial_model, training_settings
 from tracmod.study.stages.influence import num_ranked
 from tracmod.study.worker import Advance, run_tasks
+from tracmod.training.fine_tune import trainable
 from tracmod.training.folder import TrainingFolder
 
 
@@ -53,7 +54,9 @@ def _write_untrained(context: RunContext) -> None:
     folder = TrainingFolder(context.run.model(UNTRAINED))
     if not folder.has_checkpoint(0):
         model, tokenizer = initial_model(context)
-        folder.write_checkpoint(model, tokenizer, epoch=0, step=0, learning_rate=1.0)
+        # With the parameters that the full model's training does not move marked as such.
+        with trainable(model, training_settings(context.config.finetune, context.config.seed)):
+            folder.write_checkpoint(model, tokenizer, epoch=0, step=0, learning_rate=1.0)
 
 
 def _check_memory(context: RunContext) -> None:

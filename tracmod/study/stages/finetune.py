@@ -11,7 +11,7 @@ from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_training import initial_model, training_settings
 from tracmod.subnetworks.head_mask import HeadMask
-from tracmod.training.fine_tune import Masks, accuracy_by_language, fine_tune
+from tracmod.training.fine_tune import Masks, accuracy_by_language, fine_tune, trainable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +39,10 @@ def fine_tune_model(
         masks: The subnetwork through which each language is trained; None to train all heads.
     """
     model, tokenizer = initial_model(context)
-    # Patterns that match nothing are refused now, not after the training.
-    select_layers(model, context.config.collect.parameters)
+    settings = training_settings(config, context.config.seed)
+    # Patterns that match nothing that is trained are refused now, not after the training.
+    with trainable(model, settings):
+        select_layers(model, context.config.collect.parameters)
     train, test = context.table("train"), context.table("test")
     test_examples = context.encode(tokenizer, test, model)
     test_languages = test.column("language").to_pylist()
@@ -58,7 +60,7 @@ def fine_tune_model(
         context.encode(tokenizer, train, model),
         train.column("language").to_pylist(),
         context.run.model(name),
-        training_settings(config, context.config.seed),
+        settings,
         masks=masks,
         dev=dev,
         evaluate=evaluate,

@@ -33,13 +33,13 @@ from tracmod.config import MetagradientConfig
 from tracmod.files import progress
 from tracmod.files.durable import file_sha256, write_csv, write_json, write_parquet
 from tracmod.files.tensor_cache import read_tensors, write_tensors
-from tracmod.models.architecture import embeddings_module
 from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_metagradient import left_out_weights, open_run_replay, quantities_of
-from tracmod.study.run_training import initial_model
+from tracmod.study.run_training import initial_model, training_settings
 from tracmod.study.worker import Advance, run_tasks
 from tracmod.training.batch_mean import WeightedMean
+from tracmod.training.fine_tune import untrained_parameters
 from tracmod.training.metagradient import Quantity, differentiate, evaluate
 from tracmod.validation.smoothness import relative_error, verdict
 
@@ -271,8 +271,9 @@ def _groups(context: RunContext, model_name: ModelName) -> list[tuple[str, ...]]
     if size is None:
         model, _ = context.latest("initial model", "run", lambda: initial_model(context))
         section = context.config.finetune if model_name == "full" else context.config.sparse
-        frozen = set() if section.train_embeddings else {*embeddings_module(model).parameters()}
-        trained = [p for p in model.parameters() if p not in frozen]
+        settings = training_settings(section, context.config.seed)
+        untrained = set(untrained_parameters(model, settings))
+        trained = [p for p in model.parameters() if p not in untrained]
         adjoint_bytes = 3 * sum(p.numel() * p.element_size() for p in trained)
         size = max(1, config.memory // 2 // adjoint_bytes)
     return [tuple(names[start : start + size]) for start in range(0, len(names), size)]

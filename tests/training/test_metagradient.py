@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_examples, tiny_model, tiny_tokenizer
 from torch import Tensor
 
+from tracmod.models.adapters import add_lora
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.training import metagradient as metagradient_module
 from tracmod.training.batch_mean import WeightedMean
@@ -60,10 +61,10 @@ def tokenizer() -> Any:
     return tiny_tokenizer()
 
 
-def new_model(attention: str = "sdpa", **options: Any) -> Any:
+def new_model(attention: str = "sdpa", lora: bool = False, **options: Any) -> Any:
     model = tiny_model(**{"family": "xlm-roberta", "hidden": 8, "heads": 2, "scale": 2.0} | options)
     model.set_attn_implementation(attention)
-    return model
+    return add_lora(model, "base", rank=2, alpha=8) if lora else model
 
 
 class Trained:
@@ -127,6 +128,8 @@ CASES: dict[str, tuple[TrainingSettings, dict[str, Any]]] = {
     ),
     "upper-layer": (replace(CLIPPED, train_layers=1), {"dropout": 0.2}),
     "sparse-upper-layer": (replace(CLIPPED, train_layers=1), {"masks": MASKS}),
+    "lora": (CLIPPED, {"lora": True, "dropout": 0.2}),
+    "sparse-lora": (CLIPPED, {"lora": True, "masks": MASKS}),
     "distilbert": (CLIPPED, {"family": "distilbert"}),
     "electra": (SETTINGS, {"family": "electra"}),
     "regression": (SETTINGS, {"num_labels": 1}),

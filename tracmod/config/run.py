@@ -35,6 +35,24 @@ from tracmod.config.section import Section, repeated
 from tracmod.config.task import TaskConfig
 
 
+class LoraConfig(Section):
+    """A LoRA adapter on the layers of a pretrained model, and what is trained whole beside it."""
+
+    rank: int = Field(8, ge=1, description="Rank of the matrices.")
+    alpha: float = Field(
+        16.0, gt=0, description="The adapter's output is multiplied by alpha / rank."
+    )
+    targets: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Names of the linear layers that are adapted, such as [query, value]. Default: "
+        "those that PEFT adapts in a model of this family.",
+    )
+    rank_stabilized: bool = Field(
+        False, description="rsLoRA: the adapter's output is multiplied by alpha / sqrt(rank)."
+    )
+
+
 class ModelConfig(Section):
     """The classifier: a pretrained model, or a new XLM-R trained from scratch."""
 
@@ -64,6 +82,17 @@ class ModelConfig(Section):
     max_length: int = Field(
         128, ge=8, description="Tokens per example. Longer examples are truncated."
     )
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train a LoRA adapter, and all that comes after the encoder's layers, instead "
+        "of the pretrained model. Checkpoints are adapter folders of PEFT.",
+    )
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> ModelConfig:
+        if self.lora is not None and self.name is None:
+            raise ValueError("lora: expected a pretrained model as name, got none")
+        return self
 
     @model_validator(mode="after")
     def _check_heads(self) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT: the same model as plain layers, and adapter folders.
+"""LoRA adapters of PEFT: the same model as plain layers, new adapters, and adapter folders.
 
 PEFT replaces a linear layer by a module that holds the layer, its two low-rank matrices, and
 switches between adapters. `adapted_model` turns such a model into one of transformers again, in
@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tracmod.files.durable import read_json
+from tracmod.models.architecture import is_token_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,11 +114,92 @@ def adapted_model(model: Any) -> PreTrainedModel:
     for name, module in list(adapted.named_modules()):
         if _kind(module).startswith("peft.tuners.lora."):
             _replace(adapted, name, _adapted_linear(name, module))
+    _remember_adapter(adapted, model)
     left = [name for name, module in adapted.named_modules() if _kind(module).startswith("peft.")]
     if left:
         kind = _kind(adapted.get_submodule(left[0]))
         raise ValueError(f"model: expected LoRA on linear layers, got {kind} at {left[0]}")
     return adapted.eval()
+
+
+def add_lora(
+    model: PreTrainedModel,
+    base_name: str,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] | None = None,
+    rank_stabilized: bool = False,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Put a new LoRA adapter of PEFT on a classifier, and return the adapted model.
+
+    The adapter's matrices are trained, and all that comes after the encoder's layers (pooler and
+    classifier) is trained whole. The rest is frozen.
+
+    Args:
+        model: The classifier. It is changed: its parameters are those of the adapted model.
+        base_name: Its folder or Hub name, which an adapter folder names.
+        rank: Rank of the matrices.
+        alpha: The adapter's output is multiplied by alpha / rank.
+        targets: Names of the linear layers that are adapted, such as `["query", "value"]`; None for
+            those that PEFT adapts in a model of this family.
+        rank_stabilized: Whether the factor is alpha / sqrt(rank) instead (rsLoRA).
+        seed: Seed of the matrices. The global random generator is not moved.
+
+    Returns:
+        The adapted model, in evaluation mode.
+
+    Raises:
+        ValueError: PEFT is not installed or has no targets for this family, or they match nothing.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ValueError(
+            "LoRA: expected the package peft, which is not installed: pip install 'tracmod[peft]'"
+        ) from None
+    base = model.base_model
+    after = [name for name, child in model.named_children() if child is not base]
+    after += [name for name, _ in base.named_children() if name == "pooler"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            config = LoraConfig(
+                task_type="TOKEN_CLS" if is_token_classifier(model) else "SEQ_CLS",
+                r=rank,
+                lora_alpha=alpha,  # type: ignore[arg-type]
+                target_modules=None if targets is None else list(targets),
+                modules_to_save=[name for name in after if _has_parameters(model, base, name)],
+                use_rslora=rank_stabilized,
+            )
+            peft_model = get_peft_model(model, config)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            where = "PEFT's own targets" if targets is None else f"targets {', '.join(targets)}"
+            raise ValueError(f"LoRA: {type(model).__name__}, {where}: {reason}") from None
+    config.base_model_name_or_path = base_name  # PEFT would write where the model was read from
+    return adapted_model(peft_model)
+
+
+def _has_parameters(model: nn.Module, base: nn.Module, name: str) -> bool:
+    owner = model if hasattr(model, name) else base
+    return next(owner.get_submodule(name).parameters(), None) is not None
+
+
+def _remember_adapter(adapted: Any, model: Any) -> None:
+    """Give an adapted model what a folder of its adapter needs: config, and PEFT's names."""
+    from peft.utils import get_peft_model_state_dict
+
+    keys = get_peft_model_state_dict(model, save_embedding_layers=False)
+    adapted.adapter_config = model.peft_config[model.active_adapters[0]]
+    adapted.adapter_keys = {plain_parameter_name(key): key for key in keys}
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what an adapter folder has of an adapted model, by name; nothing of another model."""
+    keys: Any = getattr(model, "adapter_keys", {})
+    return {name: p for name, p in model.named_parameters() if name in keys}
 
 
 def _check_adapter(model: Any) -> None:
@@ -177,7 +261,9 @@ def _kind(module: nn.Module) -> str:
 
 
 def plain_parameter_name(name: str) -> str:
-    """Return the name in `adapted_model` of a parameter of a PEFT model with one adapter.
+    """Return the name in `adapted_model` of a parameter of a PEFT model, or of its adapter folder.
+
+    The model has one adapter, whose name is part of the names in the model, but not in the folder.
 
     Examples:
         >>> plain_parameter_name("base_model.model.bert.pooler.dense.base_layer.weight")
@@ -187,7 +273,7 @@ def plain_parameter_name(name: str) -> str:
     plain: list[str] = []
     for position, part in enumerate(parts):
         before = parts[position - 1] if position else ""
-        in_adapter = before in ("lora_A", "lora_B", "modules_to_save")
+        in_adapter = before in ("lora_A", "lora_B", "modules_to_save") and position < len(parts) - 1
         if part not in ("base_layer", "modules_to_save") and not in_adapter:
             plain.append(part)
     return ".".join(plain)
@@ -240,6 +326,24 @@ def number_of_classes(folder: Path) -> int | None:
         raise ValueError(
             f"{folder / ADAPTER_WEIGHTS}: the weights are damaged or were not copied whole: {error}"
         ) from None
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Write the folder of an adapted model's adapter, as PEFT does."""
+    config: Any = model.adapter_config
+    keys: Any = model.adapter_keys
+    config.save_pretrained(str(folder))
+    tensors = {
+        keys[name]: parameter.detach().contiguous()
+        for name, parameter in adapter_parameters(model).items()
+    }
+    save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+
+
+def adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter folder, by the names that `adapted_model` gives them."""
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    return {plain_parameter_name(name): tensor for name, tensor in tensors.items()}
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from tracmod.gradients.capture import select_layers
 from tracmod.gradients.ekfac import FIT_EXAMPLES
 from tracmod.gradients.preconditioner import Metric, Preconditioner, gradient_shape
 from tracmod.influence.scores import top_influences
+from tracmod.models.adapters import adapter_parameters
 from tracmod.models.architecture import attention_layers
 from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.loss import per_example_loss
@@ -127,7 +128,8 @@ class Forecast:
         self.tables = {split: context.table(split) for split in SPLITS}
         layers = attention_layers(self._model)
         self.all_heads = HeadMask.full(len(layers), layers[0].num_heads)
-        parameters = list(self._model.parameters())
+        saved = adapter_parameters(self._model) or dict(self._model.named_parameters())
+        parameters = list(saved.values())
         tokenizer_bytes = 4_000_000
         self.checkpoint_bytes = tokenizer_bytes + sum(
             parameter.numel() * parameter.element_size() for parameter in parameters

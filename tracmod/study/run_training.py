@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import pyarrow as pa
 
 from tracmod.config import FinetuneConfig
+from tracmod.models.adapters import add_lora
 from tracmod.models.loading import (
     create_from_config,
     create_model,
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model and tokenizer that every fine-tuning of the run begins with.
 
-    The weights are the same each time: those of the pretrained model with a classifier drawn from
-    the run's seed, or all drawn from it, if the model is a folder without weights or is not named.
+    The weights are the same each time: those of the pretrained model with a classifier (and a LoRA
+    adapter, if there is one) drawn from the run's seed, or all drawn from it, if the model is a
+    folder without weights or is not named.
     A tokenizer of the run's own is trained on all its training texts.
     """
     shape, labels = context.config.model, context.class_names
@@ -39,9 +41,14 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
     is_shape_only = (
         folder is not None and (folder / "config.json").is_file() and not has_weights(folder)
     )
-    if shape.name is not None and not is_shape_only:
-        return load_model(shape.name, labels, of_tokens=of_tokens, seed=seed)
     tokenizer: PreTrainedTokenizerBase
+    if shape.name is not None and not is_shape_only:
+        model, tokenizer = load_model(shape.name, labels, of_tokens=of_tokens, seed=seed)
+        if shape.lora is not None:
+            model = add_lora(model, shape.name, **shape.lora.model_dump(), seed=seed)
+        return model, tokenizer
+    if shape.lora is not None:
+        raise ValueError(f"model.lora: expected a pretrained model, {folder} has no weights")
     if folder is not None and has_tokenizer(folder):
         tokenizer = load_tokenizer(str(folder))
     elif shape.sentencepiece is not None:

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from tracmod.choices import ADAM_EPSILON
 from tracmod.files.durable import read_json, sync_folder, write_json
+from tracmod.models.adapters import adapter_parameters, save_adapter
 from tracmod.models.checkpoints import Checkpoint, load_checkpoints, save_second_moment
-from tracmod.models.loading import quiet_transformers
+from tracmod.models.loading import class_names, quiet_transformers
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.training.optimizer import HeadwiseAdamW
 
@@ -40,8 +41,8 @@ class TrainingFolder:
 
     ```
     training.json          settings and digests of what is trained on what
-    checkpoint-<epoch>/    transformers format, tokenizer, tracmod.json {epoch, step, learning_rate,
-                           loss} and, if wanted, second_moment.safetensors
+    checkpoint-<epoch>/    transformers format (or PEFT's, of an adapter), tokenizer, tracmod.json
+                           {epoch, step, learning_rate, loss}, perhaps second_moment.safetensors
     metrics.json           [{epoch, step, learning_rate, train_loss, accuracy: {language: share}}]
     masks/epoch-<epoch>/   <language>.json, the head masks of the epoch; only for dynamic masks
     resume/<step>/         model.safetensors, optimizer.safetensors, state.json; removed at the end
@@ -102,7 +103,10 @@ class TrainingFolder:
         temporary = self.path / f"checkpoint-{epoch}.tmp"
         _make_empty(temporary)
         with quiet_transformers():
-            model.save_pretrained(temporary)
+            if adapter_parameters(model):
+                save_adapter(model, temporary)
+            else:
+                model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         record: dict[str, Any] = {
             "epoch": epoch,
@@ -113,6 +117,8 @@ class TrainingFolder:
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         if frozen:
             record["frozen_parameters"] = frozen
+        if adapter_parameters(model):
+            record["class_names"] = class_names(model)
         write_json(temporary / "tracmod.json", record)
         if second_moment is not None:
             save_second_moment(second_moment, epsilon, temporary)

@@ -273,6 +273,11 @@ def _print_index(built: InfluenceIndex, path: Path) -> None:
     help="Token classifiers only: show which words of the sentence each score comes from.",
 )
 @click.option(
+    "--text-language",
+    metavar="NAME",
+    help="X-MOD only: the language of TEXT, whose adapter the model uses.",
+)
+@click.option(
     "--columns",
     type=ColumnNames(),
     multiple=True,
@@ -294,6 +299,7 @@ def query(
     k: int,
     no_opponents: bool,
     by_word: bool,
+    text_language: str | None,
     columns: dict[str, str],
     as_json: bool,
 ) -> None:
@@ -316,7 +322,14 @@ def query(
 
     attributor = Attributor(folder, model, view, mask, columns=columns)
     answer = attributor.query(
-        text, text_b, label, k, languages or None, opponents=not no_opponents, by_word=by_word
+        text,
+        text_b,
+        label,
+        k,
+        languages or None,
+        opponents=not no_opponents,
+        by_word=by_word,
+        language=text_language,
     )
     if attributor.is_cut(text, text_b):
         length = attributor.source.max_length

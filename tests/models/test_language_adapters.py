@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tiny_study import LANGUAGES, tiny_config
 from transformers import AutoConfig
 
 import tracmod as tm
+from tracmod.attribution.explore import Explorer
 from tracmod.cli import main
 from tracmod.gradients.capture import chosen_names
 from tracmod.models.inputs import collate
@@ -177,7 +180,27 @@ def test_the_finished_study_verifies(run):
 def test_a_query_needs_to_know_the_language(run):
     result = CliRunner().invoke(main, ["query", str(run), "the dog sleeps"])
     assert result.exit_code == 2
-    assert "default_language" in result.output
+    assert "--text-language" in result.output
+    with pytest.raises(ValueError, match=r"language fr: .*got 0"):
+        tm.Attributor(run).query("the dog sleeps", language="fr")
+
+
+def test_a_query_goes_through_the_adapter_of_its_language(run):
+    """An adapter's gradient is 0 for training examples of other languages."""
+    for language in LANGUAGES:
+        arguments = ["query", str(run), "the dog sleeps", "--text-language", language, "--json"]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        answer = json.loads(result.output)
+        scored = {row["language"] for row in answer["proponents"] if row["score"] != 0}
+        assert scored == {language}
+
+
+def test_the_explorer_goes_through_the_adapter_of_the_language_of_its_text(run):
+    explorer = Explorer(run)
+    first = next(explorer.explain("the dog sleeps", None, LANGUAGES[1]))
+    scored = {row["language"] for row in first["proponents"] if row["score"] != 0}
+    assert scored == {LANGUAGES[1]}
 
 
 def test_attribute_and_check_take_the_language_column(run, tmp_path):

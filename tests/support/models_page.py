@@ -41,7 +41,8 @@ TAIL = """
   include it; `parameters: attention` works.
 - **X-MOD** passes every example through the adapter of its language: of the column `language`, or
   `lang_ids` in Python (whole numbers, positions in the config's `languages`). If the config has a
-  `default_language`, all examples go through that one. `query` needs a `default_language`.
+  `default_language`, all examples go through that one. `query` takes the language of its text as
+  `--text-language`.
 - **ALBERT** calls each layer several times. It is one layer here: a head that is masked is masked
   in all calls, and its gradient is the sum over calls.
 - **Decoders** read the last token that is no padding, and need a `pad_token_id` for batches.

@@ -139,12 +139,17 @@ class Explorer:
             self._views(model), key=lambda view: (view[1] is not None, view[1] != language)
         )
         for title, mask_language, attributor in views:
-            answer = attributor.query(text_a, text_b or None, label, self.k)
+            answer = attributor.query(text_a, text_b or None, label, self.k, language=language)
             label = answer["label"]
             listed = answer
             if listed_languages:
                 listed = attributor.query(
-                    text_a, text_b or None, label, LISTED, list(listed_languages)
+                    text_a,
+                    text_b or None,
+                    label,
+                    LISTED,
+                    list(listed_languages),
+                    language=language,
                 )
             yield {
                 "title": title,

@@ -165,6 +165,7 @@ class Attributor:
         *,
         opponents: bool = True,
         by_word: bool = False,
+        language: str | None = None,
     ) -> dict[str, Any]:
         """Find the strongest proponents and opponents of one example.
 
@@ -181,6 +182,8 @@ class Attributor:
             languages: The languages whose training examples are considered; None for all.
             opponents: False to find proponents only; `opponents` is then empty.
             by_word: True to split the scores of a token classifier by the words of the sentence.
+            language: The language of the texts, for a model with an adapter for each language
+                (X-MOD). Others do not need it.
 
         Returns:
             A dict with `label`, `prediction`, `output` (for a regression, the output or outputs of
@@ -210,14 +213,14 @@ class Attributor:
         text_b = text_b if text_b and not text_b.isspace() else None  # as in files
         label_number = None if label is None else self._label_number(label)
         rows = self._rows_of(languages)
-        table = self._table_of(text_a, text_b, label_number)
+        table = self._table_of(text_a, text_b, label_number, language)
         prediction, probabilities = self._predict(table)
         output = None
         if self.source.loss_kind == "squared_error":
             output, prediction = prediction, _rounded(prediction)
         if label_number is None:
             label_number = prediction
-            table = self._table_of(text_a, text_b, label_number)
+            table = self._table_of(text_a, text_b, label_number, language)
         top, kind = self._nearest(self._features(table), k, rows, languages, opponents)
         sides = {
             "proponents": self._examples(top.indices[0], top.scores[0]),
@@ -225,7 +228,7 @@ class Attributor:
         }
         if by_word and isinstance(label_number, list):
             indices = torch.cat([top.indices[0], top.opponent_indices[0]])
-            word_scores = self._word_scores(text_a, label_number, indices)
+            word_scores = self._word_scores(text_a, label_number, indices, language)
             for row, scores in zip(
                 [row for s in sides.values() for row in s], word_scores, strict=True
             ):
@@ -269,12 +272,19 @@ class Attributor:
 
     # --- the example ------------------------------------------------------------------------
 
-    def _table_of(self, text_a: str, text_b: str | None, label: Label | None) -> pa.Table:
+    def _table_of(
+        self,
+        text_a: str,
+        text_b: str | None,
+        label: Label | None,
+        language: str | None = None,
+    ) -> pa.Table:
         """Return a table of one example; without a label, it has one that stands for any."""
         columns = {
             "id": pa.array(["query"]),
             "text_a": pa.array([text_a]),
             "text_b": pa.array([text_b], pa.string()),
+            "language": pa.array([language], pa.string()),
         }
         if self.source.loss_kind != "token_cross_entropy":
             return pa.table(columns | {"label": pa.array([0 if label is None else label])})
@@ -362,7 +372,9 @@ class Attributor:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: pa.Table
     ) -> list[dict[str, Any]]:
         examples = encode(tokenizer, table, self.source.max_length)
-        return with_language_ids(model.config, examples, None)
+        (language,) = set(table["language"].to_pylist())
+        languages = None if language is None else [language] * len(examples)
+        return with_language_ids(model.config, examples, languages)
 
     def _features(self, table: pa.Table) -> list[Tensor]:
         """Return (C,) features (1, K) of the example."""
@@ -375,7 +387,7 @@ class Attributor:
         return features
 
     def _word_scores(
-        self, sentence: str, tags: list[float], indices: Tensor
+        self, sentence: str, tags: list[float], indices: Tensor, language: str | None
     ) -> list[list[float | None]]:
         """Split the scores of training examples by the words of a sentence.
 
@@ -386,15 +398,16 @@ class Attributor:
             sentence: The words, with spaces between them.
             tags: A tag for each word.
             indices: (N,) the rows of the training examples.
+            language: As for `query`.
 
         Returns:
             (N, W) parts of the scores; None for a word without a tag, and one that was cut off.
         """
         source = self.source
-        whole = self._table_of(sentence, None, tags)
+        whole = self._table_of(sentence, None, tags, language)
         words = labelled_words(source.models[-1][1], whole, source.max_length)[0]
         alone = [[tag if w == word else UNTAGGED for w, tag in enumerate(tags)] for word in words]
-        tables = [self._table_of(sentence, None, tags_of_word) for tags_of_word in alone]
+        tables = [self._table_of(sentence, None, tags_of_word, language) for tags_of_word in alone]
         features = self._features(pa.concat_tables(tables))
         parts_NW = torch.zeros(len(indices), len(words), dtype=torch.float64)
         weights = source.weights or [1.0] * len(features)

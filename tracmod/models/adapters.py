@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +155,7 @@ def add_lora(
         ValueError: PEFT is not installed or has no targets for this family, or they match nothing.
     """
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
     except ImportError:
         raise ValueError(
             "LoRA: expected the package peft, which is not installed: pip install 'tracmod[peft]'"
@@ -173,13 +174,22 @@ def add_lora(
                 modules_to_save=[name for name in after if _has_parameters(model, base, name)],
                 use_rslora=rank_stabilized,
             )
-            peft_model = get_peft_model(model, config)
+            peft_model = _peft_model(model, config)
         except ValueError as error:
             reason = " ".join(str(error).split())
             where = "PEFT's own targets" if targets is None else f"targets {', '.join(targets)}"
             raise ValueError(f"LoRA: {type(model).__name__}, {where}: {reason}") from None
     config.base_model_name_or_path = base_name  # PEFT would write where the model was read from
     return adapted_model(peft_model)
+
+
+def _peft_model(model: PreTrainedModel, config: Any) -> Any:
+    """Return PEFT's model of a config, without what transformers says of how PEFT makes it."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def _has_parameters(model: nn.Module, base: nn.Module, name: str) -> bool:
@@ -353,7 +363,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         ValueError: PEFT is not installed, or the adapter does not fit the base model.
     """
     try:
-        from peft import PeftConfig, get_peft_model
+        from peft import PeftConfig
         from peft.utils import load_peft_weights, set_peft_model_state_dict
     except ImportError:
         raise ValueError(
@@ -364,7 +374,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False  # PEFT would freeze what the training moved
-        model = get_peft_model(base, config)
+        model = _peft_model(base, config)
         tensors = load_peft_weights(str(folder), device="cpu")
         result: Any = set_peft_model_state_dict(model, tensors)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:

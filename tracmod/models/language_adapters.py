@@ -38,8 +38,8 @@ def with_language_ids(
         return [dict(example) for example in examples]
     if languages is None:
         raise ValueError(
-            "model: expected a default_language in the config of X-MOD for an example whose "
-            "language is not given, got none"
+            "language: expected that of the text (--text-language) for X-MOD without a "
+            "default_language in its config, got none"
         )
     number_of = {language: _adapter(config.languages, language) for language in set(languages)}
     return [

@@ -120,7 +120,7 @@ def brute_force(attributor, label, text=TEXT, text_b=None):
     names = attributor.source.label_names
     number = int(label) if len(names) == 1 else names.index(label)
     table = pa.table({"id": ["q"], "text_a": [text], "text_b": pa.array([text_b], pa.string()),
-                      "label": [number]})  # fmt: skip
+                      "language": pa.array([None], pa.string()), "label": [number]})  # fmt: skip
     scores = tm.influence_scores(
         attributor._features(table),
         [store.read() for store in attributor.train_stores],

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from families import FORMS, mixed_examples, small_model
 from own_model import LABELS, own_model, own_tokenizer, write_examples
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
@@ -17,8 +18,13 @@ from transformers import Trainer, TrainingArguments
 import tracmod as tm
 from tracmod.cli import main
 from tracmod.gradients.capture import FrozenParametersWarning
-from tracmod.models.adapters import plain_parameter_name
-from tracmod.models.inputs import encode
+from tracmod.models.adapters import (
+    adapter_parameters,
+    add_lora,
+    plain_parameter_name,
+    save_adapter,
+)
+from tracmod.models.inputs import collate, encode, pad_token_id
 from tracmod.models.loading import load_classifier, load_model
 from tracmod.subnetworks.head_mask import head_slices
 from tracmod.tasks.files import read_model_files
@@ -290,3 +296,50 @@ def test_the_frozen_base_is_said_once(examples):
     with pytest.warns(FrozenParametersWarning, match="frozen") as warned:
         tm.exact_influence(lora_model(), examples, examples)
     assert [entry.category for entry in warned].count(FrozenParametersWarning) == 1
+
+
+# --- new adapters ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_new_adapter_of_every_family_is_saved_and_loaded(form, tmp_path):
+    """It starts as the base model; all after the layers is trained whole, and the rest frozen."""
+    base = small_model(form).float()
+    batch = [collate([example], pad_token_id(base)) for example in mixed_examples(4)]
+    inputs = [{k: v for k, v in example.items() if k != "labels"} for example in batch]
+    with torch.no_grad():
+        before = [base(**example).logits for example in inputs]
+    base.save_pretrained(tmp_path / "base")
+    after_layers = {
+        name
+        for name, _ in base.named_parameters()
+        if not name.startswith(f"{base.base_model_prefix}.") or ".pooler." in name
+    }
+    adapted = add_lora(base, str(tmp_path / "base"), rank=2, alpha=4)
+    with torch.no_grad():
+        for example, logits in zip(inputs, before, strict=True):
+            torch.testing.assert_close(adapted(**example).logits, logits)
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    adapters = {name for name in trained if ".lora_" in name}
+    assert adapters
+    assert trained == adapters | after_layers == set(adapter_parameters(adapted))
+    with torch.no_grad():
+        for parameter in adapter_parameters(adapted).values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(adapted, tmp_path / "adapter")
+    again = load_classifier(tmp_path / "adapter")
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == trained
+    with torch.no_grad():
+        for example, logits in zip(inputs, before, strict=True):
+            changed = adapted(**example).logits
+            assert not torch.allclose(changed, logits, atol=1e-3)
+            torch.testing.assert_close(again(**example).logits, changed)
+
+
+def test_new_adapters_depend_on_their_seed_alone():
+    first, same, other = (add_lora(own_model(), "base", rank=2, alpha=4, seed=s) for s in (1, 1, 2))
+    name = "roberta.encoder.layer.0.attention.self.query.lora_A.weight"
+    matrices = [dict(model.named_parameters())[name] for model in (first, same, other)]
+    assert torch.equal(matrices[0], matrices[1])
+    assert not torch.equal(matrices[0], matrices[2])

@@ -45,8 +45,8 @@ class LoraConfig(Section):
     targets: list[str] | None = Field(
         None,
         min_length=1,
-        description="Names of the linear layers that are adapted, such as [query, value]. Default: "
-        "those that PEFT adapts in a model of this family.",
+        description="Names of the linear layers that are adapted, or their last parts, such as "
+        "[query, value, output.dense]. Default: the query and value projections of attention.",
     )
     rank_stabilized: bool = Field(
         False, description="rsLoRA: the adapter's output is multiplied by alpha / sqrt(rank)."

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tracmod.files.durable import read_json
-from tracmod.models.architecture import is_token_classifier
+from tracmod.models.architecture import attention_layers, is_token_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,8 +143,9 @@ def add_lora(
         base_name: Its folder or Hub name, which an adapter folder names.
         rank: Rank of the matrices.
         alpha: The adapter's output is multiplied by alpha / rank.
-        targets: Names of the linear layers that are adapted, such as `["query", "value"]`; None for
-            those that PEFT adapts in a model of this family.
+        targets: Names of the linear layers that are adapted, or their last parts, such as
+            `["query", "value", "output.dense"]`; None for the query and value projections of
+            attention, of a fused projection all of it.
         rank_stabilized: Whether the factor is alpha / sqrt(rank) instead (rsLoRA).
         seed: Seed of the matrices. The global random generator is not moved.
 
@@ -152,7 +153,7 @@ def add_lora(
         The adapted model, in evaluation mode.
 
     Raises:
-        ValueError: PEFT is not installed or has no targets for this family, or they match nothing.
+        ValueError: PEFT is not installed, or the targets match nothing.
     """
     try:
         from peft import LoraConfig
@@ -160,6 +161,8 @@ def add_lora(
         raise ValueError(
             "LoRA: expected the package peft, which is not installed: pip install 'tracmod[peft]'"
         ) from None
+    if targets is None:
+        targets = _queries_and_values(model)
     base = model.base_model
     after = [name for name, child in model.named_children() if child is not base]
     after += [name for name, _ in base.named_children() if name == "pooler"]
@@ -170,15 +173,15 @@ def add_lora(
                 task_type="TOKEN_CLS" if is_token_classifier(model) else "SEQ_CLS",
                 r=rank,
                 lora_alpha=alpha,  # type: ignore[arg-type]
-                target_modules=None if targets is None else list(targets),
+                target_modules=list(targets),
                 modules_to_save=[name for name in after if _has_parameters(model, base, name)],
                 use_rslora=rank_stabilized,
             )
             peft_model = _peft_model(model, config)
         except ValueError as error:
             reason = " ".join(str(error).split())
-            where = "PEFT's own targets" if targets is None else f"targets {', '.join(targets)}"
-            raise ValueError(f"LoRA: {type(model).__name__}, {where}: {reason}") from None
+            where = f"{type(model).__name__}, targets {', '.join(targets)}"
+            raise ValueError(f"LoRA: {where}: {reason}") from None
     config.base_model_name_or_path = base_name  # PEFT would write where the model was read from
     return adapted_model(peft_model)
 
@@ -190,6 +193,12 @@ def _peft_model(model: PreTrainedModel, config: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, config)
+
+
+def _queries_and_values(model: nn.Module) -> list[str]:
+    names = {module: name for name, module in model.named_modules()}
+    layers = attention_layers(model)
+    return list(dict.fromkeys(names[p] for layer in layers for p in (layer.query, layer.value)))
 
 
 def _has_parameters(model: nn.Module, base: nn.Module, name: str) -> bool:

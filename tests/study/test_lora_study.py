@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,6 +20,8 @@ from tracmod.features.store import FeatureStore
 from tracmod.models.adapters import adapter_tensors
 from tracmod.models.inputs import encode
 from tracmod.models.loading import load_model
+from tracmod.study.context import RunContext
+from tracmod.study.forecast import Forecast
 from tracmod.study.pipeline import run_stages
 from tracmod.study.run_folder import RunFolder
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
@@ -175,3 +179,16 @@ def test_an_adapter_folder_has_all_that_a_fine_tuning_of_it_moved(tmp_path):
     save_adapter(adapted, tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(saved) == len(trained)
+
+
+def test_the_cost_of_a_study_of_adapters_is_estimated(run, tmp_path):
+    config = tmp_path / "config.yaml"
+    tree = lora_config(run.path.parent).model_dump(mode="json", exclude_unset=True)
+    config.write_text(json.dumps(tree))
+    arguments = ["run", str(config), "--out", str(tmp_path / "run"), "--check"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    # A checkpoint has the adapter alone. The rest of the estimate is for the tokenizer.
+    adapter = adapter_tensors(run.path / "models/full/checkpoint-2")
+    in_adapter = sum(tensor.nbytes for tensor in adapter.values())
+    assert Forecast(run, RunContext(run)).checkpoint_bytes == 4_000_000 + in_adapter

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 # Training and features.
 Sampling = Literal["proportional", "uniform"]
 SharedParameters = Literal["trained", "classifier", "frozen"]
-ParameterSet = Literal["encoder", "all", "attention", "classifier"]
+ParameterSet = Literal["encoder", "all", "attention", "classifier", "adapter"]
 # A set, patterns of names, or a function of the full name of a parameter. See
 # `tracmod.gradients.selection`.
 ParameterSelection = str | Sequence[str] | Callable[[str], bool]

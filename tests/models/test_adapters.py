@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 import tracmod as tm
 from tracmod.cli import main
-from tracmod.gradients.capture import FrozenParametersWarning
+from tracmod.gradients.capture import FrozenParametersWarning, chosen_names, frozen_names
 from tracmod.models.adapters import (
     adapter_parameters,
     add_lora,
@@ -296,6 +296,25 @@ def test_the_frozen_base_is_said_once(examples):
     with pytest.warns(FrozenParametersWarning, match="frozen") as warned:
         tm.exact_influence(lora_model(), examples, examples)
     assert [entry.category for entry in warned].count(FrozenParametersWarning) == 1
+
+
+@pytest.mark.parametrize("parameters", ["adapter", "attention"])
+def test_named_sets_have_the_matrices_of_lora(examples, parameters):
+    """`attention` has those that heads divide."""
+    model = tm.adapted_model(lora_model())
+    chosen = set(chosen_names(model, parameters)) - set(frozen_names(model, parameters))
+    divided = {part.name for part in head_slices(model) if ".lora_" in part.name}
+    matrices = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert divided < matrices
+    assert chosen == (matrices if parameters == "adapter" else divided)
+    features = tm.collect_features(model, examples, tm.Projection(512), parameters)
+    patterns = tm.collect_features(model, examples, tm.Projection(512), sorted(chosen))
+    assert torch.equal(features, patterns)
+
+
+def test_a_model_without_adapters_has_none_to_select(examples):
+    with pytest.raises(ValueError, match=r"parameters 'adapter': .*XLMRoberta"):
+        tm.collect_features(own_model(), examples, tm.Projection(512), "adapter")
 
 
 # --- new adapters ---------------------------------------------------------------------------

@@ -97,6 +97,11 @@ def test_predictions_are_those_of_the_model():
     torch.testing.assert_close(predict(model, examples), torch.stack(expected))
 
 
+def test_adapters_are_the_modules_of_all_languages():
+    model = model_of()
+    assert chosen_names(model, "adapter") == chosen_names(model, ADAPTERS)
+
+
 def test_languages_are_found_by_their_name_or_its_first_part():
     config = model_of().config
     examples = mixed_examples(3)

@@ -250,9 +250,10 @@ def collect_features(
             a class, or a list of C numbers for a model with several labels per text or with several
             targets.
         projection: Kind, size and seed of the projection.
-        parameters: `encoder` (all but the embeddings module), `all`, `attention` or `classifier`; a
-            list of patterns of the names of parameters or modules (`["*.query", "*.value.weight"]`,
-            as in `fnmatch`); or a function that returns whether a parameter of this name counts.
+        parameters: `encoder` (all but the embeddings module), `all`, `attention`, `classifier` or
+            `adapter` (LoRA's matrices, or X-MOD's language adapters); a list of patterns of the
+            names of parameters or modules (`["*.query", "*.value.weight"]`, as in `fnmatch`); or a
+            function that returns whether a parameter of this name counts.
         head_mask: A head mask that is applied in the forward pass.
         batch_tokens: Upper bound on the number of examples in a batch times their longest length.
         device: Where to compute; by default, where the model is.

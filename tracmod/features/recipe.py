@@ -32,8 +32,8 @@ class FeatureRecipe:
 
     Attributes:
         projection: The kind, size and seed of the random projection.
-        parameters: Whose gradients: `encoder`, `all`, `attention` or `classifier`, or patterns of
-            names.
+        parameters: Whose gradients: `encoder`, `all`, `attention`, `classifier` or `adapter`, or
+            patterns of names.
         dtype: The precision of the forward and backward pass, `float32` or `bfloat16`.
         batch_tokens: The bound on the tokens of a batch.
         max_length: The number of tokens at which texts are cut.

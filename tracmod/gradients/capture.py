@@ -43,6 +43,9 @@ from tracmod.models.loss import ExampleLoss, loss_of_batch
 from tracmod.models.modes import ModelState, trained_names
 from tracmod.models.plain_pass import Batch, batches, model_logits
 
+# Parts of the names of adapters' parameters: LoRA's matrices, and X-MOD's adapter of each language.
+ADAPTERS = {"lora_A", "lora_B", "adapter_modules"}
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -167,8 +170,10 @@ def select_layers(
         model: A classifier of texts or tokens of transformers.
         parameters: `encoder` (all parameters outside the embeddings module), `all`, `attention`
             (what belongs to heads: query, key and value with biases, and the weight of the
-            attention output projection, whose bias belongs to no head) or `classifier` (outside
-            the base model); or patterns of names, or a function of a name (`matching_names`).
+            attention output projection, whose bias belongs to no head, with the matrices of LoRA
+            that the heads divide), `classifier` (outside the base model) or `adapter` (LoRA's
+            matrices, or X-MOD's language adapters); or patterns of names, or a function of a name
+            (`matching_names`).
         include_frozen: Whether parameters with `requires_grad=False` are selected, too.
 
     Raises:
@@ -328,12 +333,20 @@ def _selected_names(model: nn.Module, parameters: ParameterSelection) -> set[str
     if parameters == "classifier":
         base = prefix[model.base_model] + "."
         return {name for name in names if not name.startswith(base)}
+    if parameters == "adapter":
+        in_adapters = {name for name in names if ADAPTERS & set(name.split("."))}
+        if not in_adapters:
+            raise ValueError(
+                f"parameters 'adapter': expected a model with LoRA or language adapters, got "
+                f"{type(model).__name__} without"
+            )
+        return in_adapters
     of_heads = set()
     for attention in attention_layers(model):
         for module in attention.projections:
-            of_heads |= {f"{prefix[module]}.weight", f"{prefix[module]}.bias"}
-        of_heads.add(f"{prefix[attention.output]}.weight")
-    return of_heads & names  # some models have no biases there
+            of_heads |= {f"{prefix[module]}.{part}" for part in ("weight", "bias", "lora_B.weight")}
+        of_heads |= {f"{prefix[attention.output]}.{part}" for part in ("weight", "lora_A.weight")}
+    return of_heads & names  # some models have no biases there, and most have no adapters
 
 
 @dataclass(frozen=True)

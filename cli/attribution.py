@@ -321,6 +321,11 @@ def query(
     from tracmod.tasks.token_files import tagged_text
 
     attributor = Attributor(folder, model, view, mask, columns=columns)
+    if text_language is not None and not attributor.needs_language:
+        raise click.BadParameter(
+            f"expected none for a model without an adapter for each language, got {text_language}",
+            param_hint="--text-language",
+        )
     answer = attributor.query(
         text,
         text_b,

@@ -21,9 +21,11 @@ from tracmod.gradients.capture import FrozenParametersWarning, chosen_names, fro
 from tracmod.models.adapters import (
     adapter_parameters,
     add_lora,
+    merge_adapters,
     plain_parameter_name,
     save_adapter,
 )
+from tracmod.models.digests import model_digest
 from tracmod.models.inputs import collate, encode, pad_token_id
 from tracmod.models.loading import load_classifier, load_model
 from tracmod.subnetworks.head_mask import head_slices
@@ -362,3 +364,63 @@ def test_new_adapters_depend_on_their_seed_alone():
     matrices = [dict(model.named_parameters())[name] for model in (first, same, other)]
     assert torch.equal(matrices[0], matrices[1])
     assert not torch.equal(matrices[0], matrices[2])
+
+
+def test_a_target_that_matches_nothing_is_refused_beside_one_that_does():
+    with pytest.raises(ValueError, match=r"targets: .*query.*got vlaue"):
+        add_lora(own_model(), "base", rank=2, alpha=4, targets=["query", "vlaue"])
+
+
+@pytest.mark.parametrize("options", [{"alpha": 64}, {"rank_stabilized": True}], ids=str)
+def test_models_that_scale_their_adapter_differently_are_others(options):
+    settings = {"rank": 2, "alpha": 4}
+    one, other = (add_lora(own_model(), "base", **s) for s in (settings, settings | options))
+    assert model_digest(one) != model_digest(other)
+    assert model_digest(one) == model_digest(add_lora(own_model(), "base", **settings))
+
+
+def test_files_of_an_adapter_do_not_depend_on_the_order_of_its_names(tmp_path):
+    folders = []
+    for order in (["query", "value"], ["value", "query"]):
+        folders.append(tmp_path / order[0])
+        folders[-1].mkdir()
+        save_adapter(add_lora(own_model(), "b", rank=2, alpha=4, targets=order), folders[-1])
+    config = json.loads((folders[0] / "adapter_config.json").read_text())
+    assert (config["target_modules"], config["modules_to_save"]) == (
+        ["query", "value"], ["classifier", "score"],
+    )  # fmt: skip
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_a_trained_parameter_outside_the_adapter_is_not_lost_in_silence(tmp_path):
+    adapted = add_lora(own_model(), "base", rank=2, alpha=4)
+    adapted.roberta.embeddings.word_embeddings.requires_grad_(True)
+    with pytest.raises(ValueError, match="word_embeddings"):
+        save_adapter(adapted, tmp_path)
+
+
+def test_merged_adapters_give_the_same_logits(examples):
+    adapted = tm.adapted_model(lora_model()).double()
+    batch = collate(examples, pad_token_id(adapted))
+    del batch["labels"]
+    expected = adapted(**batch).logits
+    merge_adapters(adapted)
+    assert not adapter_parameters(adapted)
+    assert not any("lora" in name for name, _ in adapted.named_parameters())
+    torch.testing.assert_close(adapted(**batch).logits, expected)
+
+
+def test_a_pooler_that_was_drawn_at_random_and_not_saved_is_refused(tmp_path):
+    """PEFT saves the classifier, but not the pooler of a BERT that was pretrained without one."""
+    base = small_model("bert").float()
+    encoder = base.bert.__class__(base.config, add_pooling_layer=False)
+    encoder.save_pretrained(tmp_path / "base")
+    options = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    model = peft.get_peft_model(base, options)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match=r"expected bert\.pooler\.dense\.(bias|weight) in the adapter"
+    ):
+        load_classifier(tmp_path / "adapter", ["a", "b", "c"])

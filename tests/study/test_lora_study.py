@@ -21,9 +21,11 @@ from tracmod.models.adapters import adapter_tensors
 from tracmod.models.inputs import encode
 from tracmod.models.loading import load_model
 from tracmod.study.context import RunContext
+from tracmod.study.export import export_subnetwork
 from tracmod.study.forecast import Forecast
 from tracmod.study.pipeline import run_stages
 from tracmod.study.run_folder import RunFolder
+from tracmod.study.stages import metagradient
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
 from tracmod.validation.integrity import verify
 
@@ -133,6 +135,11 @@ def test_a_query_of_the_run_is_answered(run):
         main, ["query", str(run.path), "the cat sleeps", "--language", "en", "-k", "2"]
     )
     assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(
+        main, ["query", str(run.path), "the cat sleeps", "--text-language", "en"]
+    )
+    assert result.exit_code == 2
+    assert "--text-language" in result.output
 
 
 def test_a_killed_run_gives_the_same_adapters(run, tmp_path):
@@ -192,3 +199,88 @@ def test_the_cost_of_a_study_of_adapters_is_estimated(run, tmp_path):
     adapter = adapter_tensors(run.path / "models/full/checkpoint-2")
     in_adapter = sum(tensor.nbytes for tensor in adapter.values())
     assert Forecast(run, RunContext(run)).checkpoint_bytes == 4_000_000 + in_adapter
+
+
+def test_a_subnetwork_is_exported_with_the_adapter_merged(run, tmp_path):
+    language = run.config.task.languages[0]
+    mask = HeadMask.load(run.subnetwork(language))
+    model, tokenizer = load_model(run.path / "models/full/checkpoint-2")
+    examples = examples_of(run, "test", tokenizer)[:4]
+    for form in ("masked", "pruned"):
+        export_subnetwork(run.path, tmp_path / form, language=language, form=form)
+    masked, _ = load_model(tmp_path / "masked")
+    pruned = tm.load_pruned(tmp_path / "pruned")
+    for example in examples:
+        ids = torch.tensor([list(example["input_ids"])])
+        with torch.no_grad():
+            with mask.apply(model):
+                expected = model(ids).logits
+            for exported in (masked, pruned):
+                torch.testing.assert_close(exported(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_is_trained_counts_towards_the_memory_of_adjoints(run):
+    context = RunContext(run)
+    trained = sum(
+        t.numel() for t in adapter_tensors(run.path / "models/full/checkpoint-2").values()
+    )
+    room = run.config.metagradient.model_copy(update={"memory": 2 * 3 * 4 * trained * 3})
+    config = run.config.model_copy(update={"metagradient": room})
+    context.config = config
+    assert metagradient._groups(context, "full") == [tuple(run.config.task.languages)]
+
+
+SPARSE = ["data", "finetune", "prune", "sparse-finetune"]
+
+
+def test_adapters_that_no_head_divides_are_trained_by_every_language(tmp_path):
+    config = lora_config(tmp_path, {"targets": ["intermediate.dense"]})
+    run = RunFolder(tmp_path / "run", config)
+    with run.locked():
+        run_stages(run, SPARSE)
+    tensors = adapter_tensors(run.path / "models/sparse/checkpoint-2")
+    assert all(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name)
+
+
+def test_adapters_that_could_not_learn_are_refused_before_any_training(tmp_path):
+    """The second matrix on the attention output is 0 at first, and no head owns a part of it."""
+    config = lora_config(
+        tmp_path,
+        {"targets": ["attention.output.dense"]},
+        sparse_finetune={"shared": "frozen"},
+        collect={"parameters": "attention"},
+    )
+    run = RunFolder(tmp_path / "run", config)
+    with run.locked(), pytest.raises(ValueError, match=r"sparse_finetune: shared: .*output\.dense"):
+        run_stages(run, SPARSE)
+    assert not (run.path / "models").exists()
+
+
+def test_layers_that_the_model_does_not_have_are_refused_before_any_training(tmp_path):
+    config = lora_config(tmp_path, sparse_finetune={"train_layers": 3})
+    run = RunFolder(tmp_path / "run", config)
+    with (
+        run.locked(),
+        pytest.raises(ValueError, match=r"sparse_finetune: train_layers: .*2.*got 3"),
+    ):
+        run_stages(run, SPARSE)
+    assert not (run.path / "models").exists()
+
+
+def test_an_adapter_as_the_model_to_begin_with_is_refused(run, tmp_path):
+    adapter = run.path / "models/full/checkpoint-2"
+    config = lora_config(tmp_path, model={"name": str(adapter), **OWN})
+    second = RunFolder(tmp_path / "run", config)
+    with second.locked(), pytest.raises(ValueError, match=r"model\.name: .*adapter"):
+        run_stages(second, ["data", "finetune"])
+
+
+def test_checkpoints_are_read_from_any_working_directory(tmp_path, monkeypatch):
+    config = lora_config(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    relative = config.model.model_copy(update={"name": "base"})
+    run = RunFolder(tmp_path / "run", config.model_copy(update={"model": relative}))
+    with run.locked():
+        run_stages(run, ["data", "finetune"])
+    monkeypatch.chdir("/")
+    load_model(tmp_path / "run/models/full/checkpoint-2")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import FORMS, mixed_examples, small_model
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, tiny_examples, tiny_model, tiny_tokenizer
 from torch import nn
@@ -24,6 +25,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from tracmod.models.architecture import parameters_below
 from tracmod.models.checkpoints import load_second_moment, recorded_frozen
 from tracmod.models.digests import model_digest
 from tracmod.models.inputs import collate, pad_token_id
@@ -539,6 +541,23 @@ def test_layers_below_those_trained_stay_and_have_no_state(tokenizer, tmp_path, 
     assert set(recorded_frozen(checkpoint.path)) == fixed
 
 
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "albert"])
+def test_nothing_that_lower_layers_use_is_trained_with_the_highest(form):
+    """With its own parameters alone trained, the input of the highest layer depends on none."""
+    model = small_model(form)
+    below = parameters_below(model, 1)
+    for parameter in below:
+        parameter.requires_grad_(False)
+    example = collate(mixed_examples(2), pad_token_id(model))
+    del example["labels"]
+    output = model(**example, output_hidden_states=True)
+    assert not output.hidden_states[-2].requires_grad
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    output.logits.sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
+    assert any(name.partition(".")[0] != model.base_model_prefix for name in trained)
+
+
 def test_a_model_without_the_layers_to_train_is_refused(tokenizer, tmp_path):
     settings = replace(SETTINGS, train_layers=3)
     with pytest.raises(ValueError, match=r"train_layers: .* 2 layers, got 3"):
@@ -548,7 +567,7 @@ def test_a_model_without_the_layers_to_train_is_refused(tokenizer, tmp_path):
         num_attention_heads=2, intermediate_size=32, num_labels=2,
     )  # fmt: skip
     albert = AlbertForSequenceClassification(config)
-    with pytest.raises(ValueError, match=r"train_layers: .* 2 layers .*: AlbertFor"):
+    with pytest.raises(ValueError, match=r"train_layers: .*AlbertFor.* with 1 for 2 layers"):
         train(tokenizer, tmp_path / "one", settings=replace(SETTINGS, train_layers=1), model=albert)
 
 

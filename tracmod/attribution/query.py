@@ -21,7 +21,7 @@ from tracmod.files import progress
 from tracmod.files.durable import read_json
 from tracmod.influence.scores import TopInfluences, top_influences
 from tracmod.models.inputs import encode, labelled_words, num_cut, tags_of_words
-from tracmod.models.language_adapters import with_language_ids
+from tracmod.models.language_adapters import has_language_adapters, with_language_ids
 from tracmod.models.modes import frozen
 from tracmod.models.plain_pass import predict, predict_tokens
 from tracmod.subnetworks.head_mask import masked
@@ -242,6 +242,12 @@ class Attributor:
             "index": kind,
             **sides,
         }
+
+    @property
+    def needs_language(self) -> bool:
+        """Whether the model has an adapter for each language: a query then needs its language."""
+        config: Any = self.source.models[-1][0].config
+        return has_language_adapters(config) and config.default_language is None
 
     def is_cut(self, text_a: str, text_b: str | None = None) -> bool:
         """Return whether an example has more tokens than the model is given."""

@@ -163,6 +163,14 @@ def add_lora(
         ) from None
     if targets is None:
         targets = _queries_and_values(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            some = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+            raise ValueError(
+                f"LoRA: targets: expected names of linear layers of {type(model).__name__}, or "
+                f"their last parts ({some}), got {target}"
+            )
     base = model.base_model
     after = [name for name, child in model.named_children() if child is not base]
     after += [name for name, _ in base.named_children() if name == "pooler"]
@@ -180,8 +188,7 @@ def add_lora(
             peft_model = _peft_model(model, config)
         except ValueError as error:
             reason = " ".join(str(error).split())
-            where = f"{type(model).__name__}, targets {', '.join(targets)}"
-            raise ValueError(f"LoRA: {where}: {reason}") from None
+            raise ValueError(f"LoRA: {type(model).__name__}: {reason}") from None
     config.base_model_name_or_path = base_name  # PEFT would write where the model was read from
     return adapted_model(peft_model)
 
@@ -219,6 +226,18 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what an adapter folder has of an adapted model, by name; nothing of another model."""
     keys: Any = getattr(model, "adapter_keys", {})
     return {name: p for name, p in model.named_parameters() if name in keys}
+
+
+def merge_adapters(model: Any) -> None:
+    """Make an adapted model a plain one, in place: `W + scaling B A` in place of W."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            product = module.lora_B.weight.detach() @ module.lora_A.weight.detach()
+            weight = module.weight.detach() + module.scaling * product.to(module.weight.dtype)
+            linear.weight, linear.bias = nn.Parameter(weight), module.bias
+            _replace(model, name, linear)
+    model.adapter_keys = {}
 
 
 def _check_adapter(model: Any) -> None:
@@ -348,9 +367,20 @@ def number_of_classes(folder: Path) -> int | None:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write the folder of an adapted model's adapter, as PEFT does."""
-    config: Any = model.adapter_config
+    """Write the folder of an adapted model's adapter, as PEFT does.
+
+    Raises:
+        ValueError: a parameter is trained that no such folder has.
+    """
+    config: Any = copy.copy(model.adapter_config)
     keys: Any = model.adapter_keys
+    lost = [n for n, p in model.named_parameters() if p.requires_grad and n not in keys]
+    if lost:
+        raise ValueError(f"adapter: expected {lost[0]} to be frozen or of the adapter, got neither")
+    for option in ("target_modules", "modules_to_save"):  # in an order that is always the same
+        names = getattr(config, option)
+        if isinstance(names, (list, set)):
+            setattr(config, option, sorted(set(names)))
     config.save_pretrained(str(folder))
     tensors = {
         keys[name]: parameter.detach().contiguous()
@@ -383,7 +413,9 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False  # PEFT would freeze what the training moved
+        base_name = config.base_model_name_or_path
         model = _peft_model(base, config)
+        config.base_model_name_or_path = base_name  # PEFT writes where the base was read from
         tensors = load_peft_weights(str(folder), device="cpu")
         result: Any = set_peft_model_state_dict(model, tensors)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:

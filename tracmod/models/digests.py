@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from tracmod.models.adapters import AdaptedLinear
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -28,8 +30,8 @@ def model_digest(model: nn.Module) -> str:
     """Compute the SHA-256 digest of a model's weights and config.
 
     The digest covers name, dtype, shape and bytes of every entry of the state dict, in name order,
-    and every config entry that differs from its default. The config is part of it because the same
-    weights divided into another number of heads are another model.
+    the scaling of LoRA adapters, and every config entry that differs from its default. The config
+    is part of it because the same weights divided into another number of heads are another model.
 
     Returns:
         64 hexadecimal digits. Saving and loading the model does not change them.
@@ -37,6 +39,9 @@ def model_digest(model: nn.Module) -> str:
     from transformers import PreTrainedModel  # whoever has a model has imported it already
 
     digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):  # its scaling is in no tensor and no config
+            digest.update(f"{name} scaled by {module.scaling!r}\n".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

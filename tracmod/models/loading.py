@@ -20,6 +20,7 @@ from tracmod.models.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     adapter_settings,
+    adapter_tensors,
     is_adapter_folder,
     load_adapter,
     number_of_classes,
@@ -287,12 +288,18 @@ def load_classifier(
     seed: int = 0,
 ) -> PreTrainedModel:
     """Load the model of `load_model` from a source that need not have a tokenizer."""
-    name = str(source)
     check_model_source(source)
     if is_adapter_folder(Path(source)):
         return _load_adapted(Path(source), label_names, seed)
-    if label_names is None and Path(source).is_dir():
-        _check_no_pipeline(Path(source))
+    return _load_whole(str(source), label_names, of_tokens, seed)[0]
+
+
+def _load_whole(
+    name: str, label_names: Sequence[str] | None, of_tokens: bool | None, seed: int
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a model that is no adapter, and return the weights that it has from the seed, too."""
+    if label_names is None and Path(name).is_dir():
+        _check_no_pipeline(Path(name))
     with quiet_transformers():
         model, loading_info = _load_weights(name, label_names, of_tokens, seed)
     for key, got, expected in sorted(loading_info["mismatched_keys"]):
@@ -326,7 +333,7 @@ def load_classifier(
             f"{', '.join(trained_as)}: the loaded model would not be the one that was trained"
         )
     attention_layers(model)
-    return model.float().eval()
+    return model.float().eval(), missing
 
 
 def _load_adapted(folder: Path, label_names: Sequence[str] | None, seed: int) -> PreTrainedModel:
@@ -343,7 +350,14 @@ def _load_adapted(folder: Path, label_names: Sequence[str] | None, seed: int) ->
     names = label_names or _recorded_class_names(folder)
     if names is None and num_classes is not None and not _is_classifier(base, num_classes):
         names = [f"LABEL_{number}" for number in range(num_classes)]
-    return load_adapter(load_classifier(base, names, of_tokens=of_tokens, seed=seed), folder)
+    model, drawn = _load_whole(base, names, of_tokens, seed)
+    lost = sorted(set(drawn) - adapter_tensors(folder).keys())
+    if lost:
+        raise ValueError(
+            f"model {folder}: expected {lost[0]} in the adapter or in its base model {base}, found "
+            f"it in neither: the loaded model would not be the one that was trained"
+        )
+    return load_adapter(model, folder)
 
 
 def _is_classifier(name: str, num_classes: int) -> bool:

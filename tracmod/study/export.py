@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from tracmod.models.adapters import merge_adapters
 from tracmod.models.loading import load_model
 from tracmod.study.context import MODELS, RunContext
 from tracmod.study.run_folder import RunFolder
@@ -43,6 +44,8 @@ def export_subnetwork(
 ) -> Exported:
     """Write the last checkpoint of a run's model without the heads of a mask, whole or not at all.
 
+    A LoRA adapter is merged into its base model first.
+
     Args:
         run_dir: A run folder in which the model is fine-tuned.
         out: A folder that does not exist yet, or an empty one.
@@ -72,6 +75,7 @@ def export_subnetwork(
         masks = epoch_masks(run.model(model), checkpoint.epoch, {language: head_mask})
         head_mask = masks[language]
     network, tokenizer = load_model(checkpoint.path)
+    merge_adapters(network)
     matching_layers(network, head_mask)
     save = save_masked if form == "masked" else save_pruned
     made_from = {"model": model, "epoch": checkpoint.epoch, "form": form}

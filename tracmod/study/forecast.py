@@ -30,7 +30,7 @@ from tracmod.study.probes import SIZES, Cost, Stopwatch
 from tracmod.study.retrain_scores import preconditioned_passes
 from tracmod.study.run_features import recipe
 from tracmod.study.run_folder import RunFolder
-from tracmod.study.run_training import initial_model, training_settings
+from tracmod.study.run_training import check_trained, initial_model, training_settings
 from tracmod.study.views import views_of
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.subnetworks.importance import head_importance
@@ -122,6 +122,7 @@ class Forecast:
         self.clock: Clock = "free"
         self._model, self._tokenizer = initial_model(context)
         to_device(self._model, context.device)
+        check_trained(context, self._model)
         settings = training_settings(self.config.finetune, self.config.seed)
         for parameter in untrained_parameters(self._model, settings):
             parameter.requires_grad_(False)  # as in checkpoints

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import pyarrow as pa
 
 from tracmod.config import FinetuneConfig
-from tracmod.models.adapters import add_lora
+from tracmod.gradients.capture import select_layers
+from tracmod.models.adapters import add_lora, is_adapter_folder
 from tracmod.models.loading import (
     create_from_config,
     create_model,
@@ -21,7 +22,7 @@ from tracmod.models.loading import (
 from tracmod.models.tokenizer import read_sentencepiece, train_tokenizer
 from tracmod.study.context import RunContext
 from tracmod.training.batch_mean import WeightedMean
-from tracmod.training.fine_tune import TrainingSettings, fine_tune
+from tracmod.training.fine_tune import TrainingSettings, check_adapters, fine_tune, trainable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,11 +42,18 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
     is_shape_only = (
         folder is not None and (folder / "config.json").is_file() and not has_weights(folder)
     )
+    if folder is not None and is_adapter_folder(folder):
+        raise ValueError(
+            f"model.name: expected a whole model, got the adapter {folder}; merge it into its base "
+            f"(PEFT's merge_and_unload) and train a new one (model.lora)"
+        )
     tokenizer: PreTrainedTokenizerBase
     if shape.name is not None and not is_shape_only:
         model, tokenizer = load_model(shape.name, labels, of_tokens=of_tokens, seed=seed)
         if shape.lora is not None:
-            model = add_lora(model, shape.name, **shape.lora.model_dump(), seed=seed)
+            # A folder's checkpoints name it, and are read from anywhere.
+            base = str(folder.resolve()) if folder is not None and folder.is_dir() else shape.name
+            model = add_lora(model, base, **shape.lora.model_dump(), seed=seed)
         return model, tokenizer
     if shape.lora is not None:
         raise ValueError(f"model.lora: expected a pretrained model, {folder} has no weights")
@@ -79,6 +87,24 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
 def training_settings(config: FinetuneConfig, seed: int) -> TrainingSettings:
     """Return the settings of `fine_tune` for a section of the config."""
     return TrainingSettings(seed=seed, **config.model_dump(exclude={"save_seconds", "masks"}))
+
+
+def check_trained(context: RunContext, model: PreTrainedModel) -> None:
+    """Refuse settings of either fine-tuning that do not fit the model, before both.
+
+    Raises:
+        ValueError: the model lacks the layers to train, or nothing that is trained is selected for
+            influence.
+    """
+    config = context.config
+    for section, settings in (("finetune", config.finetune), ("sparse_finetune", config.sparse)):
+        try:
+            training = training_settings(settings, config.seed)
+            check_adapters(model, training)
+            with trainable(model, training):
+                select_layers(model, config.collect.parameters)
+        except ValueError as error:
+            raise ValueError(f"{section}: {error}") from None
 
 
 def fine_tune_on(

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from tracmod.choices import ADAM_EPSILON, PassDtype, Sampling, SharedParameters
 from tracmod.files import progress
-from tracmod.models.architecture import embeddings_module, lower_layers
+from tracmod.models.adapters import AdaptedLinear
+from tracmod.models.architecture import embeddings_module, parameters_below
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import model_digest
 from tracmod.models.inputs import TOKEN_COLUMNS, collate, pad_token_id
@@ -85,7 +86,8 @@ class TrainingSettings:
             were, with no optimizer state. AdamW updates every row of a table of embeddings in every
             step, whichever of them the batch has, so a large vocabulary costs much time on a CPU.
         train_layers: number of the highest layers that are trained, with what comes after them;
-            layers below and the embeddings stay bitwise as they were. None: all layers.
+            the layers below, the embeddings and what all layers share (tables of relative
+            positions) stay bitwise as they were. None: all layers.
     """
 
     epochs: int = 3
@@ -178,6 +180,7 @@ def fine_tune(
         RuntimeError: a loss or gradient is not finite; the message has the step and the examples.
     """
     _check_inputs(model, examples, languages, settings, masks, dev)
+    check_adapters(model, settings)
     plan = _BatchPlan(languages, settings, by_language=masks is not None)
     first_steps = range(min(2, plan.total_steps))
     if not any(scheduled_rate(step, plan.total_steps, settings) for step in first_steps):
@@ -340,10 +343,10 @@ def untrained_parameters(
     """
     shared, upper = settings.shared, settings.train_layers
     fixed: set[torch.nn.Parameter] = set()
-    if upper is not None or not settings.train_embeddings:
+    if not settings.train_embeddings:
         fixed.update(embeddings_module(model).parameters())
     if upper is not None:
-        fixed.update(p for layer in lower_layers(model, upper) for p in layer.parameters())
+        fixed |= parameters_below(model, upper)
     of_heads = {part.name for part in head_slices(model)}  # heads divide these without remainder
     base = set(model.base_model.parameters())
     return [
@@ -529,6 +532,19 @@ def _check_inputs(
             "fine-tuning without masks: expected shared `trained` and reestimate_every None, got "
             f"`{settings.shared}` and {settings.reestimate_every}"
         )
+
+
+def check_adapters(model: PreTrainedModel, settings: TrainingSettings) -> None:
+    """Refuse to train one matrix of an adapter while the other is frozen at 0."""
+    untrained = set(untrained_parameters(model, settings))
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear) and module.lora_A.weight not in untrained:
+            second = module.lora_B.weight
+            if second in untrained and not bool(second.any()):
+                raise ValueError(
+                    f"shared: expected `trained` for LoRA on {name}, whose second matrix is 0 and "
+                    f"belongs to no head, got `{settings.shared}`: nothing would be trained there"
+                )
 
 
 def _check_masks(

@@ -48,7 +48,7 @@ class HeadwiseAdamW:
         split_heads: bool,
         epsilon: float = ADAM_EPSILON,
     ) -> None:
-        self._units = _units(model, split_heads)
+        self._units, self._split_heads = _units(model, split_heads), split_heads
         # AdamW's fused kernel is several times faster than the foreach one, but wrong on strided
         # views, which columns of a matrix are (torch 2.13, CPU): heads go without it.
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
@@ -74,7 +74,7 @@ class HeadwiseAdamW:
             mask: heads to update; only with `split_heads`. None updates every head.
         """
         head_units = [unit for unit in self._units if unit.index is not None]
-        assert mask is None or head_units, "a mask needs split_heads"
+        assert mask is None or self._split_heads, "a mask needs split_heads"
         # The backward pass gave the whole parameters their gradients; a head gets its part of them.
         for unit in head_units:
             gradient, kept = unit.parameter.grad, mask is None or mask.array[unit.head]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,6 +13,12 @@ from tracmod.models.architecture.family import AttentionLayer, Family
 from tracmod.models.architecture.modernbert import ModernBert
 from tracmod.models.architecture.mpnet import MPNet
 from tracmod.models.architecture.rotary import Decoder, EuroBert, NomicBert
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Modules of base models that follow all layers: poolers, and norms of models that normalize first.
+AFTER_LAYERS = {"pooler", "final_norm", "norm", "encoder.ln"}
 
 BERT, DISTILBERT = Family(), DistilBert()
 # Those that their configs name. A model of another type may still be built like BERT or DistilBERT.
@@ -80,27 +86,30 @@ def embeddings_module(model: nn.Module) -> nn.Module:
     return embeddings
 
 
-def lower_layers(model: nn.Module, upper: int) -> list[nn.Module]:
-    """Return the layers below the `upper` highest ones, first layer first.
+def parameters_below(model: PreTrainedModel, upper: int) -> set[nn.Parameter]:
+    """Return the parameters of the base model that come before its `upper` highest layers.
+
+    These are the embeddings, the layers below, and what all layers share, such as a table of
+    relative positions. What comes after the layers (AFTER_LAYERS) is not among them.
 
     Raises:
         ValueError: the model has fewer layers, or uses one of them several times.
     """
-    attention = attention_layers(model)
-    if upper > len(attention):
+    attention, family = attention_layers(model), family_of(model)
+    calls = getattr(model.config, "num_hidden_layers", len(attention))
+    layers = [layer for own in attention if (layer := family.layer_around(model, own))]
+    if len(layers) != calls:
         raise ValueError(
-            f"train_layers: expected at most the model's {len(attention)} layers, got {upper}"
+            f"train_layers: expected a model whose layers have weights of their own, got "
+            f"{type(model).__name__} with {len(attention)} for {calls} layers"
         )
-    family = family_of(model)
-    layers = [family.layer_around(model, layer) for layer in attention]
-    calls = getattr(getattr(model, "config", None), "num_hidden_layers", len(layers))
-    found = [layer for layer in layers if layer is not None]
-    if len(found) != calls:
-        raise ValueError(
-            f"train_layers: expected a model with {calls} layers of their own, got one that is "
-            f"built otherwise: {type(model).__name__}"
-        )
-    return found[: len(found) - upper]
+    if upper > calls:
+        raise ValueError(f"train_layers: expected at most the model's {calls} layers, got {upper}")
+    above = {p for layer in layers[calls - upper :] for p in layer.parameters()}
+    for name, module in model.base_model.named_modules():
+        if name in AFTER_LAYERS:
+            above.update(module.parameters())
+    return set(model.base_model.parameters()) - above
 
 
 def word_embeddings(model: nn.Module) -> nn.Embedding:

@@ -6,12 +6,11 @@ import math
 from typing import TYPE_CHECKING
 
 from tracmod.config import FinetuneConfig
-from tracmod.gradients.capture import select_layers
 from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
-from tracmod.study.run_training import initial_model, training_settings
+from tracmod.study.run_training import check_trained, initial_model, training_settings
 from tracmod.subnetworks.head_mask import HeadMask
-from tracmod.training.fine_tune import Masks, accuracy_by_language, fine_tune, trainable
+from tracmod.training.fine_tune import Masks, accuracy_by_language, fine_tune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,10 +38,7 @@ def fine_tune_model(
         masks: The subnetwork through which each language is trained; None to train all heads.
     """
     model, tokenizer = initial_model(context)
-    settings = training_settings(config, context.config.seed)
-    # Patterns that match nothing that is trained are refused now, not after the training.
-    with trainable(model, settings):
-        select_layers(model, context.config.collect.parameters)
+    check_trained(context, model)
     train, test = context.table("train"), context.table("test")
     test_examples = context.encode(tokenizer, test, model)
     test_languages = test.column("language").to_pylist()
@@ -60,7 +56,7 @@ def fine_tune_model(
         context.encode(tokenizer, train, model),
         train.column("language").to_pylist(),
         context.run.model(name),
-        settings,
+        training_settings(config, context.config.seed),
         masks=masks,
         dev=dev,
         evaluate=evaluate,

@@ -273,7 +273,7 @@ def _groups(context: RunContext, model_name: ModelName) -> list[tuple[str, ...]]
         section = context.config.finetune if model_name == "full" else context.config.sparse
         settings = training_settings(section, context.config.seed)
         untrained = set(untrained_parameters(model, settings))
-        trained = [p for p in model.parameters() if p not in untrained]
+        trained = [p for p in model.parameters() if p.requires_grad and p not in untrained]
         adjoint_bytes = 3 * sum(p.numel() * p.element_size() for p in trained)
         size = max(1, config.memory // 2 // adjoint_bytes)
     return [tuple(names[start : start + size]) for start in range(0, len(names), size)]

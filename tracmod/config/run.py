@@ -238,7 +238,8 @@ class CollectConfig(Section):
     parameters: str | list[str] = Field(
         "encoder",
         description="Parameters whose gradients are used. encoder: all but the embeddings; all; "
-        "attention: those of the attention heads; classifier; or a list of patterns of the names "
+        "attention: those of the attention heads; classifier; adapter: LoRA's matrices or "
+        "language adapters; or a list of patterns of the names "
         "of parameters or modules.",
     )
     projection_dim: int = Field(4096, ge=1, description="Numbers per feature row.")

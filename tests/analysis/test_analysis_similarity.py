@@ -9,6 +9,7 @@ from tracmod.analysis import head_usage, mask_similarity, similarity_table
 from tracmod.analysis.similarity import (
     seed_baseline,
     seed_similarity_table,
+    seed_test,
     similarity_matrix,
     usage_summary,
 )
@@ -92,7 +93,8 @@ def test_seeds_of_one_language_are_the_baseline_of_two() -> None:
     }
     table = seed_similarity_table(masks)
     rows = {(row["language_a"], row["language_b"]): row for row in table.to_pylist()}
-    pairs = {("en", "en"): 3, ("en", "de"): 6, ("en", "ru"): 3, ("de", "de"): 1, ("de", "ru"): 2}
+    # Two languages are compared across seeds, like the baseline: 4 of 3 x 2 pairs.
+    pairs = {("en", "en"): 3, ("en", "de"): 4, ("en", "ru"): 3, ("de", "de"): 1, ("de", "ru"): 2}
     assert {key: row["mask_pairs"] for key, row in rows.items()} == pairs
     for measure in ("jaccard", "cosine", "overlap", "corrected_jaccard"):
         english = [mask_similarity(a, b) for a, b in itertools.combinations(masks["en"], 2)]
@@ -103,3 +105,46 @@ def test_seeds_of_one_language_are_the_baseline_of_two() -> None:
         two = [within, rows["de", "de"][measure]]
         assert seed_baseline(table)["within"][measure] == pytest.approx(np.mean(two))
     assert seed_similarity_table({name: seeds[:1] for name, seeds in masks.items()}) is None
+
+
+def test_what_masks_of_one_training_share_is_not_a_likeness_of_languages() -> None:
+    """Every language has the masks of its training: alike within a seed, and for no language."""
+    rng = np.random.default_rng(2)
+    trainings = [(rng.random((6, 8)) < 0.5).astype(int) for _ in range(2)]
+    masks = {name: list(trainings) for name in ("en", "de", "ru", "zh", "hi")}
+    baseline = seed_baseline(seed_similarity_table(masks))
+    for measure in ("jaccard", "corrected_jaccard"):
+        assert baseline["within"][measure] == pytest.approx(baseline["between"][measure])
+    assert seed_test(masks, 100, 0) == {"p_value": 1.0, "permutations": 120, "exact": True}
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_masks_that_belong_to_languages_are_told_from_others(seeds) -> None:
+    rng = np.random.default_rng(3)
+    languages = ("en", "de", "ru", "zh", "hi")
+    own = {name: (rng.random((6, 8)) < 0.5).astype(int) for name in languages}
+    # A few heads of each mask are others in each seed.
+    noisy = {
+        name: [np.where(rng.random(mask.shape) < 0.1, 1 - mask, mask) for _ in range(seeds)]
+        for name, mask in own.items()
+    }
+    result = seed_test(noisy, 400, 0)
+    if seeds == 2:
+        assert result == {"p_value": 1 / 120, "permutations": 120, "exact": True}
+    else:
+        assert result == {"p_value": 1 / 401, "permutations": 401, "exact": False}
+    drawn = {name: [(rng.random((6, 8)) < 0.5).astype(int) for _ in range(2)] for name in languages}
+    matrix = np.array(
+        [[mask_similarity(drawn[a][0], drawn[b][1])["corrected_jaccard"] for b in languages]
+         for a in languages]
+    )  # fmt: skip
+    sums = [matrix[range(5), order].sum() for order in itertools.permutations(range(5))]
+    expected = np.mean([total >= sums[0] - 1e-12 for total in sums])
+    assert seed_test(drawn, 10, 0)["p_value"] == pytest.approx(expected)
+
+
+def test_one_language_or_one_seed_is_not_tested() -> None:
+    mask = np.ones((2, 2), int)
+    assert seed_test({"en": [mask, mask]}, 10, 0) is None
+    assert seed_test({"en": [mask, mask], "de": [mask]}, 10, 0) is None
+    assert seed_test({}, 10, 0) is None

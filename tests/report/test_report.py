@@ -382,6 +382,7 @@ def test_the_summary_mentions_translations_seeds_partial_tests_and_distances() -
     summary["seed_baseline"] = {
         "within": {"jaccard": 0.6, "corrected_jaccard": 0.2},
         "between": {"jaccard": 0.5, "corrected_jaccard": 0.1},
+        "test": {"p_value": 0.008, "permutations": 120, "exact": True},
     }
     test = {"model": "full", "view": "full", "measure": "share_positive", "correlation": -0.7}
     test |= {"p_value": 0.01, "p_adjusted": 0.02, "pairs": 10, "exact": True, "permutations": 120}
@@ -398,8 +399,12 @@ def test_the_summary_mentions_translations_seeds_partial_tests_and_distances() -
     assert "Leaving them out lowers the own-language share" in text
     assert "mean Jaccard similarity of 0.60 (0.20 beyond chance), those of two" in text
     assert "Only the difference is evidence" in text
-    summary["seed_baseline"]["within"]["jaccard"] = 0.4
-    assert "no more alike than those of two languages, so these masks are no" in seeds(summary)
+    assert "are more alike" in seeds(summary)
+    assert "0.50 (0.10; permutation test p = 0.008)" in seeds(summary)
+    summary["seed_baseline"]["test"]["p_value"] = 0.06
+    assert "not clearly more alike than those of two languages" in seeds(summary)
+    summary["seed_baseline"]["test"] = None
+    assert "not clearly more alike than those of two languages" in seeds(summary)
     assert "Controlling for differences in label balance and agreement between seeds" in text
     assert "syntactic (Spearman \N{MINUS SIGN}0.70, adjusted p = 0.020)" in text
 

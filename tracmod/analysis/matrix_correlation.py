@@ -85,7 +85,7 @@ def mantel(
     a_unit_nn[rows, columns] = _standardised(a_nn[rows, columns], method, "first")
     a_unit_nn += a_unit_nn.T
     b_unit = _standardised(b_nn[rows, columns], method, "second")
-    orders, exact = _orders(n, permutations, seed)
+    orders, exact = orders_of(n, permutations, seed)
     correlations = a_unit_nn[orders[:, rows], orders[:, columns]] @ b_unit
     observed = float(a_unit_nn[rows, columns] @ b_unit)
     # Orders with the same r must count as equal, although rounding may make them differ.
@@ -146,7 +146,7 @@ def partial_mantel(
     )
     a_nn = np.zeros((n, n))
     a_nn[rows, columns] = a_nn[columns, rows] = a_M
-    orders, exact = _orders(n, permutations, seed)
+    orders, exact = orders_of(n, permutations, seed)
     permuted_PM = a_nn[orders[:, rows], orders[:, columns]]
     permuted_PM -= (permuted_PM @ basis_MC) @ basis_MC.T
     lengths_P = np.maximum(np.linalg.norm(permuted_PM, axis=1), 1e-12)
@@ -205,7 +205,7 @@ def permuted_columns(
     mask = np.ones(a.shape, dtype=bool)
     if between_only:
         mask[own, np.arange(len(columns))] = False
-    orders, exact = _orders(len(columns), permutations, seed)
+    orders, exact = orders_of(len(columns), permutations, seed)
     tried, cells = len(orders) + exact, int(mask.sum())
     if cells < 2 or np.ptp(a[mask]) == 0 or np.ptp(b[mask]) == 0:
         return CellsResult(None, None, tried, exact, cells)
@@ -244,7 +244,7 @@ def _residual(vector_M: np.ndarray, basis_MC: np.ndarray, which: str) -> np.ndar
     return residual_M / length
 
 
-def _orders(n: int, permutations: int, seed: int) -> tuple[np.ndarray, bool]:
+def orders_of(n: int, permutations: int, seed: int) -> tuple[np.ndarray, bool]:
     """Return the orders to try, without the observed one, and whether these are all others."""
     if math.factorial(min(n, 20)) <= MAX_ORDERS:
         return np.array(list(itertools.permutations(range(n)))[1:]), True

@@ -6,11 +6,13 @@ Shape suffixes: L layers, H heads.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 from scipy.stats import hypergeom
+
+from tracmod.analysis.matrix_correlation import orders_of
 
 SIMILARITY_SCHEMA = pa.schema(
     [
@@ -104,11 +106,12 @@ def seed_similarity_table(masks: Mapping[str, Sequence[np.ndarray]]) -> pa.Table
     """Build `similarity_seeds.parquet`: mean similarity of masks from single seeds.
 
     A row with `language_a` = `language_b` is the baseline, a mean over pairs of seeds of one
-    language. A row with two languages is a mean over all pairs of a mask of either, so that it
-    compares masks that were made in the same way. Languages with one seed have no baseline.
+    language. A row with two languages is a mean over pairs of a mask of either, of different seeds
+    like those of the baseline: masks of one seed come from one training, which makes them alike
+    whatever the language. Of a language with one seed there is no baseline, and all pairs count.
 
     Args:
-        masks: language -> one (L, H) mask per seed.
+        masks: language -> one (L, H) mask per seed, in the same order of seeds.
 
     Returns:
         A table with `SEED_SCHEMA`, or None if no language has two seeds.
@@ -116,7 +119,16 @@ def seed_similarity_table(masks: Mapping[str, Sequence[np.ndarray]]) -> pa.Table
     rows = []
     for a, b in itertools.combinations_with_replacement(masks, 2):
         both = masks[a], masks[b]
-        pairs = itertools.combinations(both[0], 2) if a == b else itertools.product(*both)
+        pairs: Iterable[tuple[np.ndarray, np.ndarray]]
+        if a == b:
+            pairs = itertools.combinations(both[0], 2)
+        else:
+            several = min(map(len, both)) > 1
+            pairs = (
+                (first, second)
+                for (i, first), (j, second) in itertools.product(*map(enumerate, both))
+                if i != j or not several
+            )
         similarities = [mask_similarity(*pair) for pair in pairs]
         if similarities:
             means = {
@@ -128,6 +140,59 @@ def seed_similarity_table(masks: Mapping[str, Sequence[np.ndarray]]) -> pa.Table
     if not any(row["language_a"] == row["language_b"] for row in rows):
         return None
     return pa.Table.from_pylist(rows, schema=SEED_SCHEMA)
+
+
+def seed_test(
+    masks: Mapping[str, Sequence[np.ndarray]], permutations: int, seed: int
+) -> dict[str, float | int | bool] | None:
+    """Test whether a language's masks of two seeds are more alike than those of two languages.
+
+    The statistic is the mean `corrected_jaccard` of two seeds of one language. If masks did not
+    belong to languages, it would be as large for any assignment of a seed's masks to the
+    languages. The p-value is the share of assignments for which it is at least as large.
+
+    Args:
+        masks: language -> one (L, H) mask per seed, in the same order of seeds.
+        permutations: number of assignments drawn where there are too many to try all.
+        seed: seed of the draws.
+
+    Returns:
+        `p_value`, `permutations` (the assignments tried, the observed one included) and `exact`
+        (whether these are all); None with fewer than two languages or seeds.
+    """
+    count = min((len(own) for own in masks.values()), default=0)
+    if len(masks) < 2 or count < 2:
+        return None
+    seeds, languages = range(count), range(len(masks))
+    own = list(masks.values())
+    similarity = {
+        (s, t): np.array(
+            [
+                [mask_similarity(own[a][s], own[b][t])["corrected_jaccard"] for b in languages]
+                for a in languages
+            ]
+        )
+        for s, t in itertools.combinations(seeds, 2)
+    }
+
+    def statistic(orders: Sequence[np.ndarray]) -> float:
+        """Return the sum over pairs of seeds, with each seed's masks in an order of its own."""
+        return sum(
+            float(values[orders[s], orders[t]].sum()) for (s, t), values in similarity.items()
+        )
+
+    observed = np.arange(len(masks))
+    least = statistic([observed] * count) - 1e-12
+    orders, exact = orders_of(len(masks), permutations, seed)
+    exact = exact and count == 2
+    if exact:
+        others = [[observed, order] for order in orders]
+    else:
+        rng = np.random.default_rng(seed)
+        others = [[rng.permutation(observed) for _ in seeds] for _ in range(permutations)]
+    as_large = 1 + sum(statistic(order) >= least for order in others)
+    tried = 1 + len(others)
+    return {"p_value": as_large / tried, "permutations": tried, "exact": exact}
 
 
 def seed_baseline(seeds: pa.Table) -> dict[str, dict[str, float | None]]:

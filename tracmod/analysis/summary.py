@@ -33,6 +33,7 @@ from tracmod.analysis.same_group import same_group_summary
 from tracmod.analysis.similarity import (
     seed_baseline,
     seed_similarity_table,
+    seed_test,
     similarity_table,
     usage_summary,
 )
@@ -109,7 +110,7 @@ def analyze(
         "similarity_influence": correlations,
         "partial_similarity_influence": partial,
         "distance_influence": _distances(run, views, distances, distance_names, resampling),
-        "seed_baseline": seed_baseline(seeds) if seeds is not None else None,
+        "seed_baseline": _seed_baseline(run, seeds, resampling),
         "accuracy": _accuracy(run, views, confidence)
         if run.tag_names is None
         else _tag_scores(run, views, run.tag_names, resampling),
@@ -162,6 +163,15 @@ def _in_language(
         for view in views
     ]
     return [entry for entry in entries if "num_test" in entry]
+
+
+def _seed_baseline(
+    run: RunResults, seeds: pa.Table | None, resampling: Resampling
+) -> dict[str, Any] | None:
+    if seeds is None:
+        return None
+    test = seed_test(run.seed_masks, resampling.permutations, resampling.seed)
+    return {**seed_baseline(seeds), "test": test}
 
 
 def _strongest(run: RunResults) -> list[dict[str, Any]]:

@@ -242,20 +242,21 @@ def seeds(summary: Row) -> str:
     baseline = summary.get("seed_baseline")
     if not baseline or baseline["between"]["jaccard"] is None:
         return ""
-    within, between = baseline["within"], baseline["between"]
-    alike = within["jaccard"] > between["jaccard"]
+    within, between, test = baseline["within"], baseline["between"], baseline.get("test")
+    alike = test is not None and test["p_value"] <= LEVEL
     verdict = (
         "Subnetworks of one language are more alike than those of two languages"
         if alike
-        else "Subnetworks of one language are no more alike than those of two languages, so these "
-        "masks are no evidence of specialization by language"
+        else "Subnetworks of one language are not clearly more alike than those of two languages, "
+        "so these masks are no evidence of specialization by language"
     )
     last = " Only the difference is evidence of specialization by language." if alike else ""
+    chance = "" if test is None else f"; permutation test {p_value(test['p_value'])}"
     return (
         f"{verdict}. Subnetworks of one language from two seeds have a mean Jaccard similarity of "
         f"{number(within['jaccard'])} ({number(within['corrected_jaccard'])} beyond chance), those "
-        f"of two languages {number(between['jaccard'])} ({number(between['corrected_jaccard'])})."
-        f"{last}"
+        f"of two languages, also from two seeds, {number(between['jaccard'])} "
+        f"({number(between['corrected_jaccard'])}{chance}).{last}"
     )
 
 

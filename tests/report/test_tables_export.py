@@ -17,6 +17,7 @@ from pyarrow import csv
 
 from tracmod.analysis import analyze
 from tracmod.cli import main
+from tracmod.report.content.result_tables import _format
 from tracmod.report.content.tables import Column, Table
 from tracmod.report.paper.tables import latex, write_tables
 
@@ -274,3 +275,15 @@ def test_a_run_without_analysis_and_an_unknown_format_are_errors(run, tmp_path):
     assert "tracmod analyze" in result.output
     with pytest.raises(ValueError, match="csv, latex, markdown, got html"):
         write_tables(run, tmp_path / "out", "html")
+
+
+def test_numbers_of_very_different_sizes_in_a_column_are_written_with_own_powers() -> None:
+    """As the errors of scores with and without learning rates: one power would make some 0.00."""
+    rows = pd.DataFrame({"rmse": [9.19e-7, 4.09e-3], "rmse_low": [8.3e-7, 3.58e-3]})
+    write, unit = _format("rmse", rows, False, "")
+    assert ([write(value) for value in rows["rmse"]], unit) == (
+        ["9.19e\N{MINUS SIGN}07", "0.00409"],
+        "",
+    )
+    alike, unit = _format("rmse", rows.assign(rmse=[2e-3, 4.09e-3]), False, "")
+    assert (alike(4.09e-3), unit) == ("4.09", "10\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT THREE}")

@@ -243,6 +243,7 @@ def _format(
     The name says what a column is; the digits of unknown columns follow from the largest number.
     """
     numbers = values.to_numpy(float)
+    first = numbers[:, 0]  # without the ends of intervals
     largest = float(np.max(np.abs(numbers[np.isfinite(numbers)]), initial=0.0))
     exponent = words.power_of_ten(largest)
     power = f"10{words.superscript(exponent)}"
@@ -256,6 +257,9 @@ def _format(
     if name.startswith(_SHARES):
         signed = signed or (is_change and name != "null_share")
         return fixed(100.0, 1, signed), "percentage points" if signed else "%"
+    sizes = np.abs(first[np.isfinite(first) & (first != 0)])
+    if largest < 0.01 and sizes.size and sizes.max() > 100 * sizes.min():  # one power: some 0.00
+        return lambda x: f"{x:{'+' if signed and x else ''}.3g}".replace("-", words.MINUS), ""
     if 0 < largest < 0.01:
         return fixed(10.0**-exponent, 2, signed), power
     return fixed(digits=1 if largest >= 10 else 3, signed=signed), ""

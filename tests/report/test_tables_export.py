@@ -278,7 +278,7 @@ def test_a_run_without_analysis_and_an_unknown_format_are_errors(run, tmp_path):
 
 
 def test_numbers_of_very_different_sizes_in_a_column_are_written_with_own_powers() -> None:
-    """As the errors of scores with and without learning rates: one power would make some 0.00."""
+    """Scores with and without learning rates have such errors; one power would make some 0.00."""
     rows = pd.DataFrame({"rmse": [9.19e-7, 4.09e-3], "rmse_low": [8.3e-7, 3.58e-3]})
     write, unit = _format("rmse", rows, False, "")
     assert ([write(value) for value in rows["rmse"]], unit) == (

@@ -183,12 +183,11 @@ def seed_test(
 
     observed = np.arange(len(masks))
     least = statistic([observed] * count) - 1e-12
-    orders, exact = orders_of(len(masks), permutations, seed)
-    exact = exact and count == 2
-    if exact:
+    if count == 2:
+        orders, exact = orders_of(len(masks), permutations, seed)
         others = [[observed, order] for order in orders]
     else:
-        rng = np.random.default_rng(seed)
+        rng, exact = np.random.default_rng(seed), False
         others = [[rng.permutation(observed) for _ in seeds] for _ in range(permutations)]
     as_large = 1 + sum(statistic(order) >= least for order in others)
     tried = 1 + len(others)

@@ -172,8 +172,9 @@ def add_lora(
                 f"their last parts ({some}), got {target}"
             )
     base = model.base_model
-    after = [name for name, child in model.named_children() if child is not base]
-    after += [name for name, _ in base.named_children() if name == "pooler"]
+    after = {name: child for name, child in model.named_children() if child is not base}
+    after |= {name: child for name, child in base.named_children() if name == "pooler"}
+    trained_whole = [name for name, child in after.items() if any(True for _ in child.parameters())]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -182,7 +183,7 @@ def add_lora(
                 r=rank,
                 lora_alpha=alpha,  # type: ignore[arg-type]
                 target_modules=list(targets),
-                modules_to_save=[name for name in after if _has_parameters(model, base, name)],
+                modules_to_save=trained_whole,
                 use_rslora=rank_stabilized,
             )
             peft_model = _peft_model(model, config)
@@ -206,11 +207,6 @@ def _queries_and_values(model: nn.Module) -> list[str]:
     names = {module: name for name, module in model.named_modules()}
     layers = attention_layers(model)
     return list(dict.fromkeys(names[p] for layer in layers for p in (layer.query, layer.value)))
-
-
-def _has_parameters(model: nn.Module, base: nn.Module, name: str) -> bool:
-    owner = model if hasattr(model, name) else base
-    return next(owner.get_submodule(name).parameters(), None) is not None
 
 
 def _remember_adapter(adapted: Any, model: Any) -> None:

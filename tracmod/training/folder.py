@@ -102,8 +102,9 @@ class TrainingFolder:
         """Write `checkpoint-<epoch>/`, replacing an earlier one."""
         temporary = self.path / f"checkpoint-{epoch}.tmp"
         _make_empty(temporary)
+        is_adapted = bool(adapter_parameters(model))
         with quiet_transformers():
-            if adapter_parameters(model):
+            if is_adapted:
                 save_adapter(model, temporary)
             else:
                 model.save_pretrained(temporary)
@@ -117,7 +118,7 @@ class TrainingFolder:
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         if frozen:
             record["frozen_parameters"] = frozen
-        if adapter_parameters(model):
+        if is_adapted:
             record["class_names"] = class_names(model)
         write_json(temporary / "tracmod.json", record)
         if second_moment is not None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tracmod.models.adapters import adapter_tensors, is_adapter_folder
+from tracmod.models.adapters import adapter_parameters, adapter_tensors
 from tracmod.models.loading import quiet_transformers
 from tracmod.subnetworks.head_mask import HeadMask
 from tracmod.training.batch_mean import WeightedMean
@@ -143,14 +143,14 @@ class Replay:
         if self.batch_mean or within or epoch not in self.settings.kept_epochs:
             return
         path = self.folder / f"checkpoint-{epoch}"
-        if is_adapter_folder(path):
+        adapter = adapter_parameters(self.model)
+        if adapter:
             saved = adapter_tensors(path)
         else:
             with quiet_transformers():
                 saved = type(self.model).from_pretrained(path, dtype="auto").state_dict()
-        weights = self.model.state_dict()
-        for name, tensor in saved.items():
-            if not torch.equal(weights[name].cpu(), tensor):
+        for name, tensor in (adapter or self.model.state_dict()).items():
+            if not torch.equal(tensor.cpu(), saved[name]):
                 raise ValueError(
                     f"{path}: expected the weights that the same training gives here, got another "
                     f"{name}; the metagradient needs the machine, number of threads and versions "

@@ -12,7 +12,7 @@ import pandas as pd
 
 from tracmod.analysis.languages import MEASURES
 from tracmod.report.content.analysis_tables import AnalysisTables
-from tracmod.report.content.tables import Column, Table, fixed, spread
+from tracmod.report.content.tables import Column, Table, fixed, significant, spread
 from tracmod.report.wording import labels as words
 from tracmod.report.wording.retraining import METHOD_NAMES
 
@@ -229,8 +229,7 @@ def _column(name: str, values: pd.DataFrame, is_change: bool, unit: str) -> Colu
     if name.endswith(_PROBABILITIES):
         return Column(name, header, lambda p: re.sub("^p (= )?", "", words.p_value(p)), ends=ends)
     if name == "predicted":  # each method has its own unit, hence its own size
-        sign = {True: "+", False: ""}
-        return Column(name, header, lambda x: f"{x:{sign[bool(x)]}.3g}".replace("-", words.MINUS))
+        return Column(name, header, significant(signed=True))
     write_number, unit = _format(name, values, is_change, unit)
     return Column(name, header, write_number, unit, ends)
 
@@ -259,7 +258,7 @@ def _format(
         return fixed(100.0, 1, signed), "percentage points" if signed else "%"
     sizes = np.abs(first[np.isfinite(first) & (first != 0)])
     if largest < 0.01 and sizes.size and sizes.max() > 100 * sizes.min():  # one power: some 0.00
-        return lambda x: f"{x:{'+' if signed and x else ''}.3g}".replace("-", words.MINUS), ""
+        return significant(signed), ""
     if 0 < largest < 0.01:
         return fixed(10.0**-exponent, 2, signed), power
     return fixed(digits=1 if largest >= 10 else 3, signed=signed), ""

@@ -104,6 +104,11 @@ def fixed(factor: float = 1.0, digits: int = 3, signed: bool = False) -> Callabl
     return lambda value: words.number(factor * value, digits, signed)
 
 
+def significant(signed: bool = False) -> Callable[[float], str]:
+    """Return how a column writes numbers of very different sizes: with three significant digits."""
+    return lambda value: f"{value:{'+' if signed and value else ''}.3g}".replace("-", words.MINUS)
+
+
 def spread(
     rows: pd.DataFrame, index: str, across: Sequence[str], column: Column, more: Sequence[str] = ()
 ) -> tuple[pd.DataFrame, dict[tuple[Any, ...], Column]]:

@@ -11,7 +11,12 @@ from click.testing import CliRunner
 from encoders import tiny_encoder
 from own_model import own_model, own_tokenizer
 from safetensors.torch import load_file
-from tiny_study import files_of, run_killing, tiny_config
+from tiny_study import (
+    assert_sound_with_own_metagradient,
+    files_of,
+    run_killing,
+    tiny_config,
+)
 
 import tracmod as tm
 from tracmod.cli import main
@@ -27,7 +32,6 @@ from tracmod.study.pipeline import run_stages
 from tracmod.study.run_folder import RunFolder
 from tracmod.study.stages import metagradient
 from tracmod.subnetworks.head_mask import HeadMask, head_slices
-from tracmod.validation.integrity import verify
 
 peft = pytest.importorskip("peft")
 LORA = {"rank": 3, "alpha": 6, "targets": ["query", "value", "attention.output.dense"]}
@@ -124,12 +128,7 @@ def test_features_are_those_of_what_training_moves(run, model_name):
 
 
 def test_the_run_is_sound_and_its_metagradient_is_of_its_own_training(run):
-    assert verify(run.path) == []
-    models = json.loads((run.path / "metagradient/summary.json").read_text())["models"]
-    assert set(models) == {"full", "sparse"}
-    for model in models.values():
-        assert model["checkpoints_equal"]
-        assert model["gradient_difference"] < 1e-4
+    assert_sound_with_own_metagradient(run.path)
     assert (run.path / "report").is_dir()
 
 

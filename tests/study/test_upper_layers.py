@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_study import tiny_config
+from tiny_study import assert_sound_with_own_metagradient, tiny_config
 
 import tracmod as tm
 from tracmod.features.store import FeatureStore
@@ -17,7 +15,6 @@ from tracmod.models.inputs import encode
 from tracmod.models.loading import load_model
 from tracmod.study.pipeline import run_stages
 from tracmod.study.run_folder import RunFolder
-from tracmod.validation.integrity import verify
 
 UPPER = ["*.layer.1.*", "classifier.*"]  # of two layers
 
@@ -67,9 +64,4 @@ def test_features_are_those_of_the_parameters_that_training_moves(run, model_nam
 
 
 def test_the_run_is_sound_and_its_metagradient_is_of_its_own_training(run):
-    assert verify(run.path) == []
-    models = json.loads((run.path / "metagradient/summary.json").read_text())["models"]
-    assert set(models) == {"full", "sparse"}
-    for model in models.values():
-        assert model["checkpoints_equal"]
-        assert model["gradient_difference"] < 1e-4
+    assert_sound_with_own_metagradient(run.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from tracmod.config import RunConfig, parse_config
+from tracmod.validation.integrity import verify
 
 LANGUAGES = ["en", "de", "es"]
 # The files of a run that must not depend on interruptions, or on stages taken over from other runs.
@@ -65,6 +67,16 @@ def files_of(folder: Path, *patterns: str) -> dict[str, bytes]:
         for path in sorted(folder.glob(pattern))
         if path.is_file()
     }
+
+
+def assert_sound_with_own_metagradient(out: Path) -> None:
+    """Check that a run verifies, and that its metagradient replayed both of its trainings."""
+    assert verify(out) == []
+    models = json.loads((out / "metagradient/summary.json").read_text())["models"]
+    assert set(models) == {"full", "sparse"}
+    for model in models.values():
+        assert model["checkpoints_equal"]
+        assert model["gradient_difference"] < 1e-4
 
 
 def run_killing(config: RunConfig, out: Path) -> int:

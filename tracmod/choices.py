@@ -22,6 +22,7 @@ ProjectionKind = Literal["rademacher", "sjlt"]
 ProjectionLayers = Literal["accumulate", "concatenate"]
 MetricKind = Literal["none", "adam", "ekfac"]
 PassDtype = Literal["float32", "bfloat16"]
+Pooling = Literal["mean"]
 LossKind = Literal[
     "cross_entropy", "squared_error", "binary_cross_entropy", "token_cross_entropy", "function"
 ]

@@ -202,7 +202,9 @@ def test_smaller_models_have_the_logits_of_the_masked_model(form, tmp_path):
     with mask.apply(model):
         expected = own_logits(model, examples)
     tm.save_masked(model, mask, tmp_path / "zeros")
-    zeros = AutoModelForSequenceClassification.from_pretrained(tmp_path / "zeros")
+    zeros = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "zeros", trust_remote_code=True
+    )
     torch.testing.assert_close(own_logits(zeros.eval(), examples), expected, rtol=1e-5, atol=1e-5)
     if not FORMS[form].pruned:
         with pytest.raises(ValueError, match=r"form with zeros"):

@@ -266,4 +266,4 @@ def test_a_subclass_of_a_token_classifier_is_one():
 
 def test_the_fast_forms_have_token_classifiers():
     assert set(FAST_TAGGERS) <= {form for form in FORMS if has_tokens(form)}
-    assert [form for form in FAST if not has_tokens(form)] == []
+    assert [form for form in FAST if not has_tokens(form)] == ["bert-mean"]

@@ -8,10 +8,12 @@ import torch
 from transformers import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
+
+from tracmod.models.architecture import MEAN_POOLING
+from tracmod.models.loading import classifier_class
 
 VOCABULARY, LABELS, PAD = 61, 3, 1
 
@@ -37,7 +39,16 @@ class Form(NamedTuple):
 
 
 # Forms that the fast tests cover: each differs from BERT in another way. The others are slow tests.
-FAST = ("deberta-v3", "modernbert", "modernbert-mean", "eurobert", "mpnet", "albert", "qwen3")
+FAST = (
+    "bert-mean",
+    "deberta-v3",
+    "modernbert",
+    "modernbert-mean",
+    "eurobert",
+    "mpnet",
+    "albert",
+    "qwen3",
+)
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 24,
@@ -69,6 +80,13 @@ MODERN = {
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
 FORMS = {
     "bert": Form("bert", {}, "BERT", "BERT, mBERT, LaBSE"),
+    "bert-mean": Form(
+        "bert",
+        {"architectures": [MEAN_POOLING]},
+        "BERT with `pooling: mean`",
+        "multilingual-e5-small",
+        lean=False,
+    ),
     "roberta": Form("roberta", {}, "RoBERTa", "RoBERTa, CamemBERT"),
     "xlm-roberta": Form("xlm-roberta", {}, "XLM-R", "XLM-R, multilingual-e5, BGE-M3"),
     "electra": Form("electra", {"embedding_size": 12}, "ELECTRA", "ELECTRA"),
@@ -140,7 +158,7 @@ def small_model(
     form: str,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
-    auto_class: Any = AutoModelForSequenceClassification,
+    auto_class: Any = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """Build a classifier of a form with random weights, biases and norms too; no dropout."""
@@ -148,6 +166,7 @@ def small_model(
     config = AutoConfig.for_model(FORMS[form].model_type, **shape)
     attention = shape.get("attn_implementation")
     torch.manual_seed(seed)
+    auto_class = auto_class or classifier_class(config, of_tokens=False)
     model = auto_class.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -158,6 +177,8 @@ def small_model(
 
 def has_tokens(form: str) -> bool:
     """Return whether transformers has a token classifier of a form."""
+    if "architectures" in FORMS[form].settings:  # a classifier of texts
+        return False
     config = AutoConfig.for_model(FORMS[form].model_type)
     return type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 

@@ -24,6 +24,7 @@ from tracmod.choices import (
     ModelName,
     Normalization,
     PassDtype,
+    Pooling,
     ProjectionKind,
     ProjectionLayers,
     Sampling,
@@ -81,6 +82,12 @@ class ModelConfig(Section):
     )
     max_length: int = Field(
         128, ge=8, description="Tokens per example. Longer examples are truncated."
+    )
+    pooling: Pooling | None = Field(
+        None,
+        description="mean: the classifier is one linear layer that reads the mean of all tokens, "
+        "as sentence encoders such as E5 are pretrained to be read. Default: the classifier of the "
+        "model's family, which mostly reads the first token.",
     )
     lora: LoraConfig | None = Field(
         None,

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tracmod.files.durable import read_json
-from tracmod.models.architecture import attention_layers, is_token_classifier
+from tracmod.models.architecture import MEAN_POOLING, attention_layers, is_token_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -191,6 +191,9 @@ def add_lora(
             reason = " ".join(str(error).split())
             raise ValueError(f"LoRA: {type(model).__name__}: {reason}") from None
     config.base_model_name_or_path = base_name  # PEFT would write where the model was read from
+    if type(model).__name__ == MEAN_POOLING:  # as PEFT names the class of a base model
+        module = type(model).__module__
+        config.auto_mapping = {"base_model_class": MEAN_POOLING, "parent_library": module}
     return adapted_model(peft_model)
 
 
@@ -344,6 +347,16 @@ def adapter_settings(folder: Path) -> Mapping[str, Any]:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"model {folder}: expected {ADAPTER_WEIGHTS} in the adapter's folder")
     return settings
+
+
+def adapts_mean_pooling(settings: Mapping[str, Any]) -> bool:
+    """Return whether the classifier under an adapter reads the mean of its tokens.
+
+    Args:
+        settings: as `adapter_settings` returns them.
+    """
+    names = settings.get("auto_mapping")
+    return isinstance(names, dict) and names.get("base_model_class") == MEAN_POOLING
 
 
 def number_of_classes(folder: Path) -> int | None:

@@ -15,17 +15,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tracmod.choices import Pooling
 from tracmod.files.durable import read_json
 from tracmod.models.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     adapter_settings,
     adapter_tensors,
+    adapts_mean_pooling,
     is_adapter_folder,
     load_adapter,
     number_of_classes,
 )
 from tracmod.models.architecture import (
+    MEAN_POOLING,
+    Decoder,
     attention_layers,
     embeddings_module,
     is_token_classifier,
@@ -68,11 +72,54 @@ ADAPTER_FILES = (
 )
 
 
-def classifier_class(of_tokens: bool) -> Any:
-    """Return transformers' auto class for classifiers of tokens, or of texts."""
+def classifier_class(config: Any, of_tokens: bool) -> Any:
+    """Return the class that makes or loads a classifier of tokens, or of texts.
+
+    That is transformers' auto class, or tracmod's own if the config states mean pooling.
+    """
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+    if states_mean_pooling(config):
+        from tracmod.models.mean_pooling import MeanPoolingForSequenceClassification
+
+        return MeanPoolingForSequenceClassification
     return AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+
+
+def states_mean_pooling(config: Any) -> bool:
+    """Return whether a config says that its model is one of `tracmod.models.mean_pooling`."""
+    return list(config.architectures or ()) == [MEAN_POOLING]
+
+
+def _set_pooling(name: str, config: Any, pooling: Pooling | None, of_tokens: bool) -> None:
+    """State in a config what the classifier of a new model reads.
+
+    Families whose own classifier can read the mean have an entry for it in their config.
+
+    Raises:
+        ValueError: the model classifies tokens, reads the last token, or has a classifier already
+            that reads something else.
+    """
+    if pooling is None:
+        return
+    given = None
+    if of_tokens:
+        given = "one of tokens"
+    elif config.model_type in Decoder.model_types:
+        given = f"{config.model_type}, whose classifier reads the last token"
+    elif any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ()):
+        own = getattr(config, "classifier_pooling", "mean" if states_mean_pooling(config) else None)
+        if own != pooling:
+            given = f"{config.architectures[0]}, which has a classifier that reads something else"
+    if given is not None:
+        raise ValueError(
+            f"model {name}: pooling {pooling}: expected an encoder with a new classifier of texts, "
+            f"got {given}"
+        )
+    if hasattr(config, "classifier_pooling"):
+        config.classifier_pooling = pooling
+    else:
+        config.architectures = [MEAN_POOLING]
 
 
 def states_token_classifier(config: Any) -> bool:
@@ -91,6 +138,7 @@ def create_model(
     intermediate: int | None = None,
     dropout: float = 0.1,
     max_length: int = 128,
+    pooling: Pooling | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Create an XLM-R classifier with random weights that depend on `seed` alone.
@@ -105,6 +153,7 @@ def create_model(
         intermediate: width of the feed-forward layers; None is 4 x `hidden`.
         dropout: dropout rate of hidden states and attention weights.
         max_length: longest input that the model takes, in tokens.
+        pooling: as in `load_model`.
         seed: seed of the weights. The global random generator is not moved.
 
     Returns:
@@ -113,11 +162,7 @@ def create_model(
     Raises:
         ValueError: `hidden` is not a multiple of `heads`, or the tokenizer has no padding token.
     """
-    from transformers import (
-        XLMRobertaConfig,
-        XLMRobertaForSequenceClassification,
-        XLMRobertaForTokenClassification,
-    )
+    from transformers import XLMRobertaConfig
 
     if hidden % heads:
         raise ValueError(f"hidden must be a multiple of heads, got hidden {hidden}, heads {heads}")
@@ -139,12 +184,10 @@ def create_model(
         eos_token_id=tokenizer.eos_token_id,
         **_label_config(label_names),
     )
+    _set_pooling("from nothing", config, pooling, of_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        kind = (
-            XLMRobertaForTokenClassification if of_tokens else XLMRobertaForSequenceClassification
-        )
-        model = kind(config)
+        model: PreTrainedModel = classifier_class(config, of_tokens).from_config(config)
     return model.float().eval()
 
 
@@ -162,6 +205,7 @@ def create_from_config(
     label_names: Sequence[str],
     *,
     of_tokens: bool = False,
+    pooling: Pooling | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Create a classifier of any supported family with random weights that depend on `seed` alone.
@@ -172,6 +216,7 @@ def create_from_config(
         tokenizer: its `model_max_length` is set to the `max_tokens` of both.
         label_names: names of the classes, in the order of the labels 0, 1, ...
         of_tokens: whether it classifies tokens.
+        pooling: as in `load_model`.
         seed: seed of the weights. The global random generator is not moved.
 
     Returns:
@@ -187,10 +232,13 @@ def create_from_config(
     settings = {"vocab_size": len(tokenizer), **stated, "pad_token_id": pad_id}
     for key, value in {**settings, **_label_config(label_names)}.items():
         setattr(config, key, value)
+    if pooling is not None:
+        config.architectures = None  # there are no weights of another classifier to lose
+        _set_pooling(str(folder), config, pooling, of_tokens)
     try:
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
-            auto_class = classifier_class(of_tokens)
+            auto_class = classifier_class(config, of_tokens)
             model = auto_class.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(
@@ -206,6 +254,7 @@ def load_model(
     label_names: Sequence[str] | None = None,
     *,
     of_tokens: bool | None = None,
+    pooling: Pooling | None = None,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -221,6 +270,9 @@ def load_model(
         label_names: the task's classes. If given, a model without a classifier
             (`xlm-roberta-base`) gets a new one; if not, such a model is an error.
         of_tokens: whether it is to classify tokens; None for what its config says.
+        pooling: `mean` gives a model without a classifier one that reads the mean of its tokens;
+            None one of its family, which mostly reads the first token. A model that has a
+            classifier keeps it.
         seed: seed of the new classifier's weights.
         tokenizer: that of the source if it is loaded already; None loads it.
 
@@ -243,7 +295,7 @@ def load_model(
             f"model {name}: no tokenizer in the folder, expected one of "
             + ", ".join(TOKENIZER_FILES)
         )
-    model = load_classifier(source, label_names, of_tokens=of_tokens, seed=seed)
+    model = load_classifier(source, label_names, of_tokens=of_tokens, pooling=pooling, seed=seed)
     tokenizer = tokenizer or load_tokenizer(tokenizer_name)
     rows = word_embeddings(model).num_embeddings
     if len(tokenizer) > rows:
@@ -285,23 +337,28 @@ def load_classifier(
     label_names: Sequence[str] | None = None,
     *,
     of_tokens: bool | None = None,
+    pooling: Pooling | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Load the model of `load_model` from a source that need not have a tokenizer."""
     check_model_source(source)
     if is_adapter_folder(Path(source)):
         return _load_adapted(Path(source), label_names, seed)
-    return _load_whole(str(source), label_names, of_tokens, seed)[0]
+    return _load_whole(str(source), label_names, of_tokens, pooling, seed)[0]
 
 
 def _load_whole(
-    name: str, label_names: Sequence[str] | None, of_tokens: bool | None, seed: int
+    name: str,
+    label_names: Sequence[str] | None,
+    of_tokens: bool | None,
+    pooling: Pooling | None,
+    seed: int,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a model that is no adapter, and return the weights that it has from the seed, too."""
     if label_names is None and Path(name).is_dir():
         _check_no_pipeline(Path(name))
     with quiet_transformers():
-        model, loading_info = _load_weights(name, label_names, of_tokens, seed)
+        model, loading_info = _load_weights(name, label_names, of_tokens, pooling, seed)
     for key, got, expected in sorted(loading_info["mismatched_keys"]):
         raise ValueError(
             f"model {name}: expected {key} of shape {tuple(expected)}, got {tuple(got)}"
@@ -350,7 +407,8 @@ def _load_adapted(folder: Path, label_names: Sequence[str] | None, seed: int) ->
     names = label_names or _recorded_class_names(folder)
     if names is None and num_classes is not None and not _is_classifier(base, num_classes):
         names = [f"LABEL_{number}" for number in range(num_classes)]
-    model, drawn = _load_whole(base, names, of_tokens, seed)
+    pooling: Pooling | None = "mean" if adapts_mean_pooling(settings) else None
+    model, drawn = _load_whole(base, names, of_tokens, pooling, seed)
     lost = sorted(set(drawn) - adapter_tensors(folder).keys())
     if lost:
         raise ValueError(
@@ -511,7 +569,7 @@ def _config_fault(config: Any) -> str | None:
     if getattr(config, "quantization_config", None):
         return "expected weights that are not quantized, got a quantization_config in config.json"
     own_code = [key for key in getattr(config, "auto_map", None) or {} if "AutoModel" in key]
-    if own_code:
+    if own_code and not states_mean_pooling(config):
         return (
             f"expected a model of transformers itself, got code of its own (auto_map of "
             f"config.json: {own_code[0]}), which is not run"
@@ -544,11 +602,16 @@ def _config_fault(config: Any) -> str | None:
 
 
 def _load_weights(
-    name: str, label_names: Sequence[str] | None, of_tokens: bool | None, seed: int
+    name: str,
+    label_names: Sequence[str] | None,
+    of_tokens: bool | None,
+    pooling: Pooling | None,
+    seed: int,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load the weights; return the model and what transformers reports of missing weights."""
     config = _read_config(name)
     of_tokens = states_token_classifier(config) if of_tokens is None else of_tokens
+    _set_pooling(name, config, pooling, of_tokens)
     try:
         own_names = config_class_names(config)
         if label_names is not None:
@@ -556,7 +619,7 @@ def _load_weights(
                 setattr(config, key, value)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of a new classifier's weights
-            model, loading_info = classifier_class(of_tokens).from_pretrained(
+            model, loading_info = classifier_class(config, of_tokens).from_pretrained(
                 name,
                 config=config,
                 dtype=torch.float32,

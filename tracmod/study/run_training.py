@@ -49,7 +49,9 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
         )
     tokenizer: PreTrainedTokenizerBase
     if shape.name is not None and not is_shape_only:
-        model, tokenizer = load_model(shape.name, labels, of_tokens=of_tokens, seed=seed)
+        model, tokenizer = load_model(
+            shape.name, labels, of_tokens=of_tokens, pooling=shape.pooling, seed=seed
+        )
         if shape.lora is not None:
             # A folder's checkpoints name it, and are read from anywhere.
             base = str(folder.resolve()) if folder is not None and folder.is_dir() else shape.name
@@ -67,7 +69,9 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
         texts = [text for text in texts if text is not None]
         tokenizer = train_tokenizer(texts, shape.vocabulary, shape.max_length)
     if folder is not None:
-        model = create_from_config(folder, tokenizer, labels, of_tokens=of_tokens, seed=seed)
+        model = create_from_config(
+            folder, tokenizer, labels, of_tokens=of_tokens, pooling=shape.pooling, seed=seed
+        )
         return model, tokenizer
     model = create_model(
         tokenizer,
@@ -79,6 +83,7 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
         intermediate=shape.intermediate,
         dropout=shape.dropout,
         max_length=shape.max_length,
+        pooling=shape.pooling,
         seed=seed,
     )
     return model, tokenizer

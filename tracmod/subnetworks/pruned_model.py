@@ -233,7 +233,7 @@ def _without_heads(model: PreTrainedModel, mask: HeadMask) -> dict[str, Tensor]:
 
 def _narrow_model(config: Any, mask: HeadMask, of_tokens: bool) -> PreTrainedModel:
     """Create a classifier with the shapes that the mask leaves; its weights are still random."""
-    auto_class = classifier_class(of_tokens)
+    auto_class = classifier_class(config, of_tokens)
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         model = auto_class.from_config(config, trust_remote_code=False)
     for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):

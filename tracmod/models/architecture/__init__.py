@@ -17,6 +17,9 @@ from tracmod.models.architecture.rotary import Decoder, EuroBert, NomicBert
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# The class of `tracmod.models.mean_pooling`, as config.json names it.
+MEAN_POOLING = "MeanPoolingForSequenceClassification"
+
 # Modules of base models that follow all layers: poolers, and norms of models that normalize first.
 AFTER_LAYERS = {"pooler", "final_norm", "norm", "encoder.ln"}
 

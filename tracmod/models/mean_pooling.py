@@ -47,7 +47,7 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         """Build the model with random weights."""
-        encoder_class = MODEL_MAPPING[type(config)]
+        encoder_class: Any = MODEL_MAPPING[type(config)]
         for name in OF_ENCODER:
             setattr(self, name, getattr(encoder_class, name))
         config.auto_map = {"AutoModelForSequenceClassification": AUTO_MAP}
@@ -61,7 +61,9 @@ class MeanPoolingForSequenceClassification(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **options: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]
+        cls, name: Any, *args: Any, config: Any = None, **options: Any
+    ) -> Any:
         """Load a folder or Hub name, as transformers does; its config may be of any encoder."""
         config = AutoConfig.from_pretrained(name) if config is None else config
         return super().from_pretrained(name, *args, config=config, **options)

@@ -163,6 +163,31 @@ def test_model_is_put_back_if_the_probe_fails():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_weights_are_cast_once_and_products_stay_the_same(monkeypatch, mask):
+    """What autocast computes, bit for bit, though no pass casts a weight; float32 without it."""
+    model = tiny_encoder().requires_grad_(False)
+    linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    given = []
+    own = torch.nn.functional.linear
+
+    def noted(x, weight, bias=None):
+        given.append(weight.dtype)
+        return own(x, weight, bias)
+
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    with lean(model, mask, torch.bfloat16):
+        monkeypatch.setattr(torch.nn.functional, "linear", noted)
+        for linear in linears:
+            part = x[..., : linear.weight.shape[1]]
+            with torch.autocast("cpu", torch.bfloat16):
+                actual, expected = linear(part), own(part, linear.weight, linear.bias)
+            assert torch.equal(actual, expected)
+            assert torch.equal(linear(part), own(part, linear.weight, linear.bias))
+    assert set(given[::2]) == {torch.bfloat16}
+    assert set(given[1::2]) == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_model_is_put_back(dtype):
     model = tiny_encoder()

@@ -9,6 +9,7 @@ up to rounding, but two things are not computed:
   <s>). The last layer then needs keys and values of every position, but the query, the attention
   output and the feed-forward network of the first position only.
 
+Passes under autocast cast weights once instead of in every batch.
 On the CPU, float32 products that are no wider than their input are computed by `kernels.linear`,
 and passes under autocast use attention that is not fused; both are faster there.
 
@@ -80,6 +81,8 @@ def lean(
         lean_columns: dict[nn.Module, Columns] = {}
         if head_mask is not None:
             lean_columns = _remove_masked_heads(stack, model, head_mask, probe)
+        if dtype is not None:
+            _cast_weights_once(stack, model, dtype)
         last = _last_block(model)
         if last is not None and _reads_first_alone(model, *last, probe):
             _replace_forward(stack, *last)
@@ -249,6 +252,30 @@ def _use_native_products(stack: ExitStack, model: nn.Module) -> None:
 
 def _native_forward(linear: nn.Linear, x_BSI: Tensor) -> Tensor:
     return _Linear.apply(x_BSI, linear.weight, linear.bias)
+
+
+# --- Products under autocast ----------------------------------------------------------------
+
+
+def _cast_weights_once(stack: ExitStack, model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep a copy of each linear layer's weight and bias in the dtype of the passes.
+
+    Autocast makes the same copy in every pass: it keeps copies only of weights that require a
+    gradient. It takes no more memory, because a pass holds the copies until its backward pass.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear and "forward" not in vars(module):
+            bias = None if module.bias is None else module.bias.detach().to(dtype)
+            copies = module.weight.detach().to(dtype), bias
+            _replace_forward(stack, module, partial(_cast_forward, module, *copies))
+
+
+def _cast_forward(
+    linear: nn.Linear, weight_OI: Tensor, bias_O: Tensor | None, x_BSI: Tensor
+) -> Tensor:
+    if torch.is_autocast_enabled(x_BSI.device.type):
+        return F.linear(x_BSI, weight_OI, bias_O)
+    return F.linear(x_BSI, linear.weight, linear.bias)
 
 
 # --- Attention under autocast on the CPU ----------------------------------------------------

@@ -3,8 +3,9 @@
 Sentence encoders such as multilingual-e5 are pretrained to be read so, but transformers' classifier
 of their architecture reads the first token, through layers that no pretraining has seen.
 
-A copy of this file lies in every folder of such a model, so that `AutoModelForSequenceClassification`
-of transformers loads it if it is given `trust_remote_code`. So it imports nothing of tracmod.
+A copy of this file lies in every folder of such a model, so that transformers' own
+`AutoModelForSequenceClassification` loads it if it is given `trust_remote_code`. So it imports
+nothing of tracmod.
 
 Shape suffixes: B examples, S tokens, I hidden size, C classes.
 """

@@ -111,6 +111,8 @@ def attribute(
     they are the numbers of the rows from 0; without languages, all examples are one group. Those of
     a token classifier have lists of words and of their tags in the columns tokens and tags (.jsonl,
     .json, .parquet), or are CoNLL-U (.conllu) or a word and its tag per line (.conll, .bio, .iob).
+    Those of question answering have the columns question, context and answers, as datasets has
+    them, or the form of SQuAD (.json).
 
     Writes to --out: top.parquet, languages.parquet, examples.parquet, self_influence.parquet,
     fidelity.json (agreement with exact scores on a sample), run.json and features/; with --exact,
@@ -360,6 +362,8 @@ def query(
             if "tokens" in row:
                 texts = tagged_text(row["tokens"], row["label"].split())
                 label = f"{row['language']:>4}"
+            elif "answer" in row:
+                texts = row["text_a"]  # contexts are long; --json has them
             click.echo(f"{row['rank']:4} {score}  {label} {texts}")
             if by_word:
                 parts = zip(text.split(), row["word_scores"], strict=True)

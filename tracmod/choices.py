@@ -23,8 +23,14 @@ ProjectionLayers = Literal["accumulate", "concatenate"]
 MetricKind = Literal["none", "adam", "ekfac"]
 PassDtype = Literal["float32", "bfloat16"]
 Pooling = Literal["mean"]
+Unit = Literal["text", "token", "span"]  # of which a model says something
 LossKind = Literal[
-    "cross_entropy", "squared_error", "binary_cross_entropy", "token_cross_entropy", "function"
+    "cross_entropy",
+    "squared_error",
+    "binary_cross_entropy",
+    "token_cross_entropy",
+    "span_cross_entropy",
+    "function",
 ]
 StatedLossKind = Literal[
     "cross_entropy", "squared_error", "binary_cross_entropy", "token_cross_entropy"

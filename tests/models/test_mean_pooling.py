@@ -151,7 +151,7 @@ def test_a_classifier_that_reads_something_else_is_refused(tmp_path, form):
 def test_classifiers_of_tokens_and_of_the_last_token_are_refused(tmp_path):
     source = encoder_folder(tmp_path / "encoder")
     with pytest.raises(ValueError, match=r"pooling mean: .*of tokens"):
-        load_model(source, NAMES, of_tokens=True, pooling="mean")
+        load_model(source, NAMES, unit="token", pooling="mean")
     source = encoder_folder(tmp_path / "decoder", "llama")
     with pytest.raises(ValueError, match=r"pooling mean: .*llama"):
         load_model(source, NAMES, pooling="mean")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForTokenClassification,
@@ -166,7 +167,7 @@ def small_model(
     config = AutoConfig.for_model(FORMS[form].model_type, **shape)
     attention = shape.get("attn_implementation")
     torch.manual_seed(seed)
-    auto_class = auto_class or classifier_class(config, of_tokens=False)
+    auto_class = auto_class or classifier_class(config, "text")
     model = auto_class.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -181,6 +182,14 @@ def has_tokens(form: str) -> bool:
         return False
     config = AutoConfig.for_model(FORMS[form].model_type)
     return type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+
+def answers(form: str) -> bool:
+    """Return whether transformers has a model for question answering of a form."""
+    if "architectures" in FORMS[form].settings:  # a classifier of texts
+        return False
+    config = AutoConfig.for_model(FORMS[form].model_type)
+    return type(config) in MODEL_FOR_QUESTION_ANSWERING_MAPPING
 
 
 def small_tagger(form: str, **settings: Any) -> PreTrainedModel:

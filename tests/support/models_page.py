@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from families import FORMS, has_tokens, small_model
+from families import FORMS, answers, has_tokens, small_model
 
 from tracmod.models.architecture import attention_layers
 
 HEAD = """# Models
 
-Classifiers of texts and tokens that tracmod supports, and what it can do with each.
+Classifiers of texts and tokens, and models for question answering, that tracmod supports, and what it can do with each.
 
 This page is made from the tests (`python tests/support/models_page.py`), which compare every row
 with transformers' own model.
@@ -28,9 +28,10 @@ differ in this:
   `tracmod.save_pruned`). Not where heads share keys and values, or a table of positions (MPNet).
 - **Tokens**: transformers has a token classifier of the form, with the same capabilities; its
   passes are never lean.
+- **Answers**: the same for models for question answering.
 
-| Form | Models | `model_type` | Heads | Lean | Narrow | Tokens |
-|---|---|---|---|---|---|---|
+| Form | Models | `model_type` | Heads | Lean | Narrow | Tokens | Answers |
+|---|---|---|---|---|---|---|---|
 """
 
 TAIL = """
@@ -68,6 +69,7 @@ def page() -> str:
             "yes" if form.lean else "no",
             "yes" if form.pruned else "no",
             "yes" if has_tokens(name) else "no",
+            "yes" if answers(name) else "no",
         )
         rows.append("| " + " | ".join(cells) + " |\n")
     return HEAD + "".join(rows) + TAIL

@@ -54,6 +54,7 @@ from tracmod.models.checkpoints import checkpoint_folders
 from tracmod.models.inputs import tags_of_words
 from tracmod.models.loading import has_tokenizer
 from tracmod.models.plain_pass import predict, predict_tokens
+from tracmod.models.questions import best_answers
 from tracmod.subnetworks.head_mask import masked
 
 
@@ -101,7 +102,8 @@ def attribute(options: AttributionOptions, engine: Engine | None = None) -> None
     `test_prediction` in examples.parquet is that of the last checkpoint. For a model with one
     output it is the output rounded to a whole number, and both it and `test_label` are float64; for
     several targets they are lists of float64. For several labels per text they are lists of a
-    number per label, and a label is predicted if its probability is above 0.5.
+    number per label, and a label is predicted if its probability is above 0.5. Answers to questions
+    are texts.
 
     Gradients of training examples are those of the loss that the checkpoints were trained with;
     queries are measured by the same loss without label smoothing and weights. run.json has both.
@@ -291,8 +293,8 @@ def _check_memory(context: AttributionContext) -> None:
 def _predictions(context: AttributionContext) -> list[Any]:
     """Return the last checkpoint's prediction of every query, under the mask.
 
-    A class, a target or targets, a number 0 or 1 for each of several labels, or a class for each
-    word of a sentence, -100 for those without a label.
+    A class, a target or targets, a number 0 or 1 for each of several labels, a class for each word
+    of a sentence, -100 for those without a label, or the text of an answer.
     """
     model = context.loaded(context.checkpoints[-1])
     if context.loss.kind == "token_cross_entropy":
@@ -301,6 +303,12 @@ def _predictions(context: AttributionContext) -> list[Any]:
                 model, context.examples["query"], batch_tokens=context.options.batch_tokens
             )
         return tags_of_words(context.tokenizer, context.tables["query"], context.max_length, logits)
+    if context.loss.kind == "span_cross_entropy":
+        with masked(model, context.mask):
+            logits = predict_tokens(
+                model, context.examples["query"], batch_tokens=context.options.batch_tokens
+            )
+        return best_answers(context.tokenizer, context.tables["query"], context.max_length, logits)
     with masked(model, context.mask):
         logits_QC = predict(
             model, context.examples["query"], batch_tokens=context.options.batch_tokens
@@ -315,10 +323,10 @@ def _predictions(context: AttributionContext) -> list[Any]:
 
 
 def _write_targets(context: AttributionContext, predictions: list[Any]) -> None:
-    """Put targets, or several labels, into examples.parquet, whose labels are classes."""
+    """Put labels that are no classes into examples.parquet, whose labels are classes."""
     file = context.options.out / "examples.parquet"
     examples, queries = pq.read_table(file), context.tables["query"]
-    labels = "tags" if "tags" in queries.column_names else "label"
+    labels = next(name for name in ("tags", "answer", "label") if name in queries.column_names)
     for name, values in (
         ("test_label", queries[labels].to_pylist()),
         ("test_prediction", predictions),

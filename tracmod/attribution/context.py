@@ -31,7 +31,7 @@ from tracmod.gradients.capture import (
 from tracmod.gradients.ekfac import checkpoint_preconditioner
 from tracmod.gradients.preconditioner import Preconditioner
 from tracmod.influence.exact import NotFiniteError
-from tracmod.models.architecture import is_token_classifier
+from tracmod.models.architecture import model_unit
 from tracmod.models.checkpoints import (
     Checkpoint,
     check_checkpoint,
@@ -120,7 +120,7 @@ class AttributionContext:
             options.label_smoothing,
             options.class_weights,
             self.label_names,
-            of_tokens=is_token_classifier(model),
+            unit=model_unit(model),
         )
         self.loss = loss_of_checkpoints(self.checkpoints, model, stated)
         # The adapter of an example is that of its language, whatever a file has beside it.

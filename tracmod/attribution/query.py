@@ -24,6 +24,7 @@ from tracmod.models.inputs import encode, labelled_words, num_cut, tags_of_words
 from tracmod.models.language_adapters import has_language_adapters, with_language_ids
 from tracmod.models.modes import frozen
 from tracmod.models.plain_pass import predict, predict_tokens
+from tracmod.models.questions import best_answers
 from tracmod.subnetworks.head_mask import masked
 from tracmod.tasks.files import target_of, target_text
 from tracmod.tasks.label_vectors import NO_LABEL, label_vector_text
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
 
     from tracmod.influence.index import InfluenceIndex
 
-Label = int | float | list[float]  # a class, a target, a number per output, or a tag per word
+# A class, a target, a number per output, a tag per word, or the text of an answer.
+Label = int | float | list[float] | str
 
+NO_ANSWER = "(no answer)"
 TINY = 1e-300  # below every norm of float32 numbers that is not 0
 # An inexact index returns this many candidates per example wanted, and at least so many in all;
 # exact scores decide among them.
@@ -190,7 +193,8 @@ class Attributor:
             the model, which `prediction` rounds; else None), `probabilities` (by label; None for a
             regression), `languages`, `index` (the kind of the index that selected candidates, or
             None), and `proponents` and `opponents`: lists of dicts with rank, score, id, language,
-            label, text_a, text_b and group (of a token classifier, also tokens). A positive score
+            label, text_a, text_b and group (of a token classifier, also tokens; of question
+            answering, also answer and answer_start). A positive score
             means that the training example lowered the loss of the label. With `by_word`, each of
             them also has `word_scores`, a number for every word of the sentence (None for words
             without a tag and those that were cut off): the part of the score that comes from the
@@ -292,6 +296,15 @@ class Attributor:
             "text_b": pa.array([text_b], pa.string()),
             "language": pa.array([language], pa.string()),
         }
+        if self.source.loss_kind == "span_cross_entropy":
+            answer = label if isinstance(label, str) else ""
+            if text_b is None:
+                raise ValueError("text_b: expected a context that has the answer, got none")
+            start = text_b.find(answer) if answer else -1
+            if answer and start < 0:
+                raise ValueError(f"label: expected an answer in the context, got {answer!r}")
+            span = {"answer": pa.array([answer]), "answer_start": pa.array([start])}
+            return pa.table(columns | {"label": pa.array([0])} | span)
         if self.source.loss_kind != "token_cross_entropy":
             return pa.table(columns | {"label": pa.array([0 if label is None else label])})
         words = text_a.split()
@@ -309,6 +322,8 @@ class Attributor:
         names, kind = self.source.label_names, self.source.loss_kind
         if kind == "token_cross_entropy":
             return self._tag_numbers(label)
+        if kind == "span_cross_entropy":
+            return "" if label == NO_ANSWER else label.strip()
         if kind == "cross_entropy":
             if label not in names:
                 raise ValueError(f"label: expected one of {', '.join(names)}, got {label}")
@@ -342,11 +357,14 @@ class Attributor:
 
     def label_of(self, row: Mapping[str, Any]) -> str:
         """Return the label, or the tags, of an example of the folder as `query` takes it."""
-        return self.label_text(row["tags"] if "tags" in row else row["label"])
+        name = next(name for name in ("tags", "answer", "label") if name in row)
+        return self.label_text(row[name])
 
     def label_text(self, label: Label) -> str:
-        """Return a label as `query` takes it: a name, names or numbers."""
+        """Return a label as `query` takes it: a name, names, numbers or an answer."""
         names = self.source.label_names
+        if isinstance(label, str):
+            return label or NO_ANSWER
         if self.source.loss_kind == "token_cross_entropy" and isinstance(label, list):
             return " ".join(NO_TAG if tag == UNTAGGED else names[int(tag)] for tag in label)
         if isinstance(label, list):
@@ -361,6 +379,10 @@ class Attributor:
             with masked(model, self.source.masks[-1]):
                 logits = predict_tokens(model, self._encode(model, tokenizer, table))
             return [*map(float, tags_of_words(tokenizer, table, length, logits)[0])], None
+        if self.source.loss_kind == "span_cross_entropy":
+            with masked(model, self.source.masks[-1]):
+                logits = predict_tokens(model, self._encode(model, tokenizer, table))
+            return best_answers(tokenizer, table, self.source.max_length, logits)[0], None
         with masked(model, self.source.masks[-1]):
             logits_C = predict(model, self._encode(model, tokenizer, table))[0]
         kind = self.source.loss_kind
@@ -514,7 +536,7 @@ class Attributor:
         ]
 
 
-def _rounded(outputs: Label) -> Label:
+def _rounded(outputs: Any) -> Label:
     """Return outputs of a regression as whole numbers."""
     return (
         [float(round(output)) for output in outputs]

@@ -33,6 +33,7 @@ from tracmod.gradients.lean_pass import Columns, LeanColumns
 from tracmod.gradients.selection import matching_names
 from tracmod.kernels import LayerKind
 from tracmod.models.architecture import (
+    answers_questions,
     attention_layers,
     embeddings_module,
     family_of,
@@ -257,7 +258,7 @@ def _all_layers(model: nn.Module) -> list[Layer]:
     # Layers under `encoder.layer` and the embeddings (and ELECTRA's `embeddings_project`) see every
     # token; other linear layers see one vector per example. Of the last encoder layer, a lean pass
     # computes the first position only, except key and value, if the family has such a pass. A model
-    # that classifies tokens has all of them in every layer.
+    # that classifies tokens, or finds answers, has all of them in every layer.
     encoder_layers = re.split(r"\.\d+\.", names[attentions[0].query], maxsplit=1)[0]
     family, last = family_of(model), attentions[-1]
     others = family.layers_of_tokens(model)
@@ -265,7 +266,7 @@ def _all_layers(model: nn.Module) -> list[Layer]:
     per_token += (names[embeddings_module(model)],)
     lean = family.lean_last_layer(model, last)
     in_last_layer = set() if lean is None else set(lean[0].modules()) - {last.key, last.value}
-    of_tokens = is_token_classifier(model)
+    of_tokens = is_token_classifier(model) or answers_questions(model)
     layers: list[Layer] = []
     position_of: dict[nn.Module, int] = {}
     for name, module in model.named_modules():

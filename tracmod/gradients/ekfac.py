@@ -13,6 +13,7 @@ distinct pairs of example and id.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -174,7 +175,7 @@ def _with_sampled_labels(
     there are none: g itself then stands for the label, and the loss is `<g, logits>`.
     """
     generator = torch.Generator().manual_seed(seed)
-    if loss.kind == "token_cross_entropy":
+    if loss.kind in ("token_cross_entropy", "span_cross_entropy"):
         sampled = _with_sampled_tags(model, examples, batch_tokens, generator)
         return sampled, ExampleLoss("function", function=_sampled_tags_loss)
     logits_NC = predict(model, examples, batch_tokens=batch_tokens).double()
@@ -229,16 +230,20 @@ def _with_sampled_tags(
     batch_tokens: int,
     generator: torch.Generator,
 ) -> list[dict[str, Any]]:
-    """Return the examples of a token classifier with labels drawn from its predictions."""
+    """Return examples with the labels of tokens, or answers, drawn from the predictions."""
     sampled = []
     predicted = predict_tokens(model, examples, batch_tokens=batch_tokens)
     for row, (example, logits_TC) in enumerate(zip(examples, predicted, strict=True)):
-        if not bool(logits_TC.isfinite().all()):
+        padding_TC = logits_TC == -math.inf  # of question answering, before the first token
+        if not bool((logits_TC.isfinite() | padding_TC).all()):
             raise _not_finite(row)
-        drawn = iter(_drawn_classes(logits_TC.double().softmax(dim=1), generator).tolist())
-        labels = TokenLabels(
-            label if label == UNLABELLED else next(drawn) for label in example["labels"]
-        )
+        drawn = _drawn_classes(logits_TC.double().softmax(dim=1), generator).tolist()
+        labels: list[int] = drawn  # of question answering
+        if isinstance(example["labels"], TokenLabels):
+            tags = iter(drawn)
+            labels = TokenLabels(
+                label if label == UNLABELLED else next(tags) for label in example["labels"]
+            )
         sampled.append({**example, "labels": labels})
     return sampled
 

@@ -42,7 +42,7 @@ from tracmod.gradients.capture import (
     capture_loss,
 )
 from tracmod.gradients.lean_pass import lean
-from tracmod.models.architecture import family_of
+from tracmod.models.architecture import answers_questions, family_of
 from tracmod.models.inputs import TokenLabels, collate, example_length, pad_token_id
 from tracmod.models.loss import UNLABELLED
 from tracmod.models.modes import ModelState
@@ -194,8 +194,10 @@ class _Probe:
         ]
         generator = torch.Generator().manual_seed(0)
         # Rows of logits of each example begin at these.
-        self.starts = [0, *accumulate(map(_num_logits, self.examples))]
-        size = (self.starts[-1], int(model.config.num_labels or 1))
+        of_spans = answers_questions(model)
+        counts = [_num_logits(example, of_spans) for example in self.examples]
+        self.starts = [0, *accumulate(counts)]
+        size = (self.starts[-1], 1 if of_spans else int(model.config.num_labels or 1))
         self.weights_BC = torch.randn(size, generator=generator, dtype=torch.float32).to(device)
         self.changes_itself = False
         versions = [parameter._version for parameter in model.parameters()]
@@ -234,7 +236,8 @@ class _Probe:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             with torch.autocast(batch["labels"].device.type, enabled=False):
-                logits_BC = labelled_logits(model_logits(self.model, batch), batch["labels"])
+                all_logits = model_logits(self.model, batch)
+                logits_BC = labelled_logits(self.model, all_logits, batch["labels"])
                 loss = self._loss(logits_BC, row, row + 1)
             gradients: Sequence[Tensor | None] = [None] * len(names)
             if loss.requires_grad:
@@ -262,7 +265,7 @@ class _Probe:
             with torch.autocast(self.batch["labels"].device.type, enabled=False):
                 batches = [given_batch(self.model, example) for example in self.examples]
                 passes = [
-                    labelled_logits(model_logits(self.model, batch), batch["labels"])
+                    labelled_logits(self.model, model_logits(self.model, batch), batch["labels"])
                     for batch in batches
                 ]
         finally:
@@ -328,7 +331,7 @@ class _Probe:
             def loss_of(
                 all_logits: Tensor, labels: Tensor = labels, first: int = first, last: int = last
             ) -> Tensor:
-                logits_BC = labelled_logits(all_logits, labels)
+                logits_BC = labelled_logits(self.model, all_logits, labels)
                 logits.append(logits_BC.detach())
                 return self._loss(logits_BC, first, last)
 
@@ -350,9 +353,14 @@ class _Probe:
         )
 
 
-def _num_logits(example: Mapping[str, Any]) -> int:
-    """Return how many rows of logits the loss of an example reads: 1, or one per labelled token."""
+def _num_logits(example: Mapping[str, Any], of_spans: bool) -> int:
+    """Return how many rows of logits the loss of an example reads.
+
+    That is 1, or one per labelled token, or two per token of question answering.
+    """
     labels = example["labels"]
+    if of_spans:
+        return 2 * sum(example.get("attention_mask", [1] * len(example["input_ids"])))
     if not isinstance(labels, TokenLabels):
         return 1
     return sum(label != UNLABELLED for label in labels)

@@ -22,14 +22,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tracmod.choices import Unit
 from tracmod.files.durable import read_json
-from tracmod.models.architecture import MEAN_POOLING, attention_layers, is_token_classifier
+from tracmod.models.architecture import MEAN_POOLING, attention_layers, model_unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+# What a model says something of -> PEFT's name of the task.
+TASK_OF_UNIT: dict[Unit, str] = {"text": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
+UNIT_OF_TASK: dict[str, Unit] = {task: unit for unit, task in TASK_OF_UNIT.items()}
 
 
 class AdaptedLinear(nn.Linear):
@@ -179,7 +185,7 @@ def add_lora(
         torch.manual_seed(seed)
         try:
             config = LoraConfig(
-                task_type="TOKEN_CLS" if is_token_classifier(model) else "SEQ_CLS",
+                task_type=TASK_OF_UNIT[model_unit(model)],
                 r=rank,
                 lora_alpha=alpha,  # type: ignore[arg-type]
                 target_modules=list(targets),
@@ -338,9 +344,9 @@ def adapter_settings(folder: Path) -> Mapping[str, Any]:
     if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
         kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type")
         raise ValueError(f"{file}: expected a LoRA adapter, got {kind}; merge it into its base")
-    if settings.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS", None):
+    if settings.get("task_type") not in (*UNIT_OF_TASK, None):
         raise ValueError(
-            f"{file}: expected task_type SEQ_CLS or TOKEN_CLS, got {settings['task_type']}"
+            f"{file}: expected task_type {' or '.join(UNIT_OF_TASK)}, got {settings['task_type']}"
         )
     if not isinstance(settings.get("base_model_name_or_path"), str):
         raise ValueError(f"{file}: expected base_model_name_or_path, got none")
@@ -364,7 +370,7 @@ def number_of_classes(folder: Path) -> int | None:
 
     Its last layer is `out_proj` (RoBERTa) or `classifier` itself (BERT).
     """
-    last = re.compile(r"(.*\.)?(out_proj|classifier|score)\.weight")
+    last = re.compile(r"(.*\.)?(out_proj|classifier|score|qa_outputs)\.weight")
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
             names = [name for name in tensors.keys() if last.fullmatch(name)]  # noqa: SIM118

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tracmod.choices import whole_number
 from tracmod.models.adapters import adapted_model, is_peft_model
 from tracmod.models.architecture import (
+    answers_questions,
     embeddings_module,
     is_token_classifier,
     max_positions,
@@ -25,6 +26,7 @@ from tracmod.models.architecture import (
 )
 from tracmod.models.language_adapters import LANGUAGE_COLUMN, has_language_adapters
 from tracmod.models.loss import UNLABELLED, ExampleLoss, check_unit, loss_of_examples
+from tracmod.models.questions import encode_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +45,8 @@ class TokenLabels(list[int]):
 TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 # Names of the label that transformers' data collators take, the first that is there counting.
 LABEL_COLUMNS = ("labels", "label", "label_ids")
+# The label of question answering, as transformers' models take it.
+SPAN_COLUMNS = ("start_positions", "end_positions")
 # Inputs of some models that the engine does not pass on, for models whose forward pass does not
 # name its inputs (`other_inputs`).
 OTHER_INPUTS = (
@@ -78,7 +82,8 @@ def encode(
     A pair that is too long loses tokens from its longer text first. BERT's kind of tokenizer adds
     `token_type_ids`.
 
-    A table with the column `tokens` has sentences for a token classifier (`encode_words`).
+    A table with the column `tokens` has sentences for a token classifier, and one with `answer`
+    has questions (`encode_questions`).
 
     Args:
         tokenizer: the model's tokenizer.
@@ -109,6 +114,8 @@ def encode(
         )
     if "tokens" in table.column_names:
         return _encode_words(tokenizer, table, max_length)
+    if "answer" in table.column_names:
+        return encode_questions(tokenizer, table, max_length)
     ids, labels = table.column("id").to_pylist(), table.column("label").to_pylist()
     if num_labels is not None and num_labels > 1 and not any(isinstance(n, list) for n in labels):
         for example_id, label in zip(ids, labels, strict=True):
@@ -243,6 +250,8 @@ def other_inputs(model: Any) -> frozenset[str]:
         return frozenset(OTHER_INPUTS)
     switches = {name for name in named if name.startswith(("output_", "return_", "use_"))}
     passed = {*TOKEN_COLUMNS, *LABEL_COLUMNS}
+    if answers_questions(model):
+        passed.update(SPAN_COLUMNS)
     if has_language_adapters(getattr(model, "config", None)):
         passed.add(LANGUAGE_COLUMN)
     return frozenset(named - switches - passed)
@@ -259,6 +268,7 @@ def num_cut(tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int) -> 
         return sum(
             len(set(whole.word_ids(row)) - set(cut.word_ids(row))) for row in range(len(table))
         )
+    # Of a question, the context is longer than one window.
     texts = zip(table["text_a"].to_pylist(), table["text_b"].to_pylist(), strict=True)
     # verbose=False: no warning about a text that is too long for the model, since none is given it.
     return sum(
@@ -293,7 +303,7 @@ def as_examples(
     if model is not None:
         _check_class_numbers(dataset, name, model)
     refused = frozenset(OTHER_INPUTS) if model is None else other_inputs(model)
-    of_tokens = is_token_classifier(model)
+    of_tokens, of_spans = is_token_classifier(model), answers_questions(model)
     try:
         rows = iter(dataset)
     except TypeError:
@@ -311,6 +321,8 @@ def as_examples(
             for column, value in example.items()
             if value is not None
         }
+        if of_spans and all(column in plain for column in SPAN_COLUMNS):
+            plain.setdefault("labels", [plain[column] for column in SPAN_COLUMNS])
         labels = [plain[column] for column in LABEL_COLUMNS if column in plain]
         if labels:  # in words beside its number, it was numbered by the user
             plain["labels"] = next(
@@ -441,6 +453,8 @@ def check_examples(
         problem = loss.label_problem(example["labels"], num_labels)
         if loss.kind == "token_cross_entropy":
             problem = problem or _token_labels_problem(example)
+        if loss.kind == "span_cross_entropy":
+            problem = problem or _span_place_problem(example)
         if example_length(example) > longest:
             problem = f"at most {longest} tokens, got {example_length(example)}"
         for column, size in table_sizes.items():
@@ -472,10 +486,19 @@ def _token_labels_problem(example: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _span_place_problem(example: Mapping[str, Any]) -> str | None:
+    """Return how an answer's positions do not fit the tokens, to follow "expected", or None."""
+    mask = example.get("attention_mask", [1] * len(example["input_ids"]))
+    for position in example["labels"]:
+        if position >= len(mask) or not mask[position]:
+            return f"positions of its {sum(mask)} tokens, got {position}"
+    return None
+
+
 def check_classifier(model: PreTrainedModel) -> None:
     """Raise an error for a model of transformers that is no classifier, or cannot run.
 
-    A classifier of texts or of tokens.
+    A classifier of texts or of tokens, or a model for question answering.
 
     A class from elsewhere is not judged by its name.
 
@@ -485,6 +508,7 @@ def check_classifier(model: PreTrainedModel) -> None:
     """
     # Whoever has a model has imported this already.
     from transformers import (
+        MODEL_FOR_QUESTION_ANSWERING_MAPPING,
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     )
@@ -497,7 +521,8 @@ def check_classifier(model: PreTrainedModel) -> None:
         )
     expected: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
     of_tokens: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(model.config), None)
-    if kind.__module__.startswith("transformers.") and kind not in (expected, of_tokens):
+    of_spans: Any = MODEL_FOR_QUESTION_ANSWERING_MAPPING.get(type(model.config), None)
+    if kind.__module__.startswith("transformers.") and kind not in (expected, of_tokens, of_spans):
         name = expected.__name__ if expected else "a sequence classifier"
         raise ValueError(f"model: expected {name}, got {kind.__name__}")
     for name, module in model.named_modules():
@@ -623,7 +648,8 @@ def collate(
     Returns:
         `input_ids`, `attention_mask` and, if the examples have them, `token_type_ids`: (B, S)
         int64. `labels`: (B,), or (B, C) if labels are lists; int64, or float32 if they are floats.
-        `TokenLabels` become (B, S), padded with -100. `lang_ids`, if the examples have them: (B,).
+        `TokenLabels` become (B, S), padded with -100; the answers of questions are (B, 2).
+        `lang_ids`, if the examples have them: (B,).
     """
     lengths = [longest or example_length(example) for example in examples]
     batch: dict[str, Tensor] = {}

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tracmod.choices import Pooling
+from tracmod.choices import Pooling, Unit
 from tracmod.files.durable import read_json
 from tracmod.models.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    UNIT_OF_TASK,
     adapter_settings,
     adapter_tensors,
     adapts_mean_pooling,
@@ -32,8 +33,9 @@ from tracmod.models.architecture import (
     Decoder,
     attention_layers,
     embeddings_module,
-    is_token_classifier,
     max_positions,
+    model_unit,
+    unit_of,
     word_embeddings,
 )
 
@@ -72,18 +74,24 @@ ADAPTER_FILES = (
 )
 
 
-def classifier_class(config: Any, of_tokens: bool) -> Any:
-    """Return the class that makes or loads a classifier of tokens, or of texts.
+def classifier_class(config: Any, unit: Unit) -> Any:
+    """Return the class that makes or loads a model that says something of texts, tokens or spans.
 
     That is transformers' auto class, or tracmod's own if the config states mean pooling.
     """
-    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+    from transformers import (
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
     if states_mean_pooling(config):
         from tracmod.models.mean_pooling import MeanPoolingForSequenceClassification
 
         return MeanPoolingForSequenceClassification
-    return AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+    if unit == "text":
+        return AutoModelForSequenceClassification
+    return AutoModelForTokenClassification if unit == "token" else AutoModelForQuestionAnswering
 
 
 def states_mean_pooling(config: Any) -> bool:
@@ -91,7 +99,7 @@ def states_mean_pooling(config: Any) -> bool:
     return list(config.architectures or ()) == [MEAN_POOLING]
 
 
-def _set_pooling(name: str, config: Any, pooling: Pooling | None, of_tokens: bool) -> None:
+def _set_pooling(name: str, config: Any, pooling: Pooling | None, unit: Unit) -> None:
     """State in a config what the classifier of a new model reads.
 
     Families whose own classifier can read the mean have an entry for it in their config.
@@ -103,8 +111,8 @@ def _set_pooling(name: str, config: Any, pooling: Pooling | None, of_tokens: boo
     if pooling is None:
         return
     given = None
-    if of_tokens:
-        given = "one of tokens"
+    if unit != "text":
+        given = f"one of {unit}s"
     elif config.model_type in Decoder.model_types:
         given = f"{config.model_type}, whose classifier reads the last token"
     elif any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ()):
@@ -122,16 +130,16 @@ def _set_pooling(name: str, config: Any, pooling: Pooling | None, of_tokens: boo
         config.architectures = [MEAN_POOLING]
 
 
-def states_token_classifier(config: Any) -> bool:
-    """Return whether a config says that its model is a token classifier."""
-    return any(name.endswith("ForTokenClassification") for name in config.architectures or ())
+def stated_unit(config: Any) -> Unit:
+    """Return what a config says that its model says something of."""
+    return unit_of(config.architectures or ())
 
 
 def create_model(
     tokenizer: PreTrainedTokenizerBase,
     label_names: Sequence[str],
     *,
-    of_tokens: bool = False,
+    unit: Unit = "text",
     layers: int = 4,
     hidden: int = 128,
     heads: int = 4,
@@ -146,7 +154,7 @@ def create_model(
     Args:
         tokenizer: gives the size of the vocabulary and the special ids.
         label_names: names of the classes, in the order of the labels 0, 1, ...
-        of_tokens: whether it classifies tokens.
+        unit: whether it says something of texts, tokens or spans (question answering).
         layers: number of encoder layers.
         hidden: width of the hidden states, a multiple of `heads`.
         heads: attention heads per layer.
@@ -184,10 +192,10 @@ def create_model(
         eos_token_id=tokenizer.eos_token_id,
         **_label_config(label_names),
     )
-    _set_pooling("from nothing", config, pooling, of_tokens)
+    _set_pooling("from nothing", config, pooling, unit)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = classifier_class(config, of_tokens).from_config(config)
+        model: PreTrainedModel = classifier_class(config, unit).from_config(config)
     return model.float().eval()
 
 
@@ -204,7 +212,7 @@ def create_from_config(
     tokenizer: PreTrainedTokenizerBase,
     label_names: Sequence[str],
     *,
-    of_tokens: bool = False,
+    unit: Unit = "text",
     pooling: Pooling | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
@@ -215,7 +223,7 @@ def create_from_config(
             vocabulary and the special ids are those of the tokenizer.
         tokenizer: its `model_max_length` is set to the `max_tokens` of both.
         label_names: names of the classes, in the order of the labels 0, 1, ...
-        of_tokens: whether it classifies tokens.
+        unit: whether it says something of texts, tokens or spans (question answering).
         pooling: as in `load_model`.
         seed: seed of the weights. The global random generator is not moved.
 
@@ -234,15 +242,15 @@ def create_from_config(
         setattr(config, key, value)
     if pooling is not None:
         config.architectures = None  # there are no weights of another classifier to lose
-        _set_pooling(str(folder), config, pooling, of_tokens)
+        _set_pooling(str(folder), config, pooling, unit)
     try:
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
-            auto_class = classifier_class(config, of_tokens)
+            auto_class = classifier_class(config, unit)
             model = auto_class.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(
-            f"model {folder}: not a {_kind(of_tokens)} of transformers: {first_line_of(error)}"
+            f"model {folder}: not a {_kind(unit)} of transformers: {first_line_of(error)}"
         ) from None
     attention_layers(model)
     tokenizer.model_max_length = max_tokens(model, tokenizer)
@@ -253,7 +261,7 @@ def load_model(
     source: str | Path,
     label_names: Sequence[str] | None = None,
     *,
-    of_tokens: bool | None = None,
+    unit: Unit | None = None,
     pooling: Pooling | None = None,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -269,7 +277,8 @@ def load_model(
         source: folder or Hub name.
         label_names: the task's classes. If given, a model without a classifier
             (`xlm-roberta-base`) gets a new one; if not, such a model is an error.
-        of_tokens: whether it is to classify tokens; None for what its config says.
+        unit: whether it is to say something of texts, tokens or spans (question answering); None
+            for what its config says.
         pooling: `mean` gives a model without a classifier one that reads the mean of its tokens;
             None one of its family, which mostly reads the first token. A model that has a
             classifier keeps it.
@@ -295,7 +304,7 @@ def load_model(
             f"model {name}: no tokenizer in the folder, expected one of "
             + ", ".join(TOKENIZER_FILES)
         )
-    model = load_classifier(source, label_names, of_tokens=of_tokens, pooling=pooling, seed=seed)
+    model = load_classifier(source, label_names, unit=unit, pooling=pooling, seed=seed)
     tokenizer = tokenizer or load_tokenizer(tokenizer_name)
     rows = word_embeddings(model).num_embeddings
     if len(tokenizer) > rows:
@@ -336,7 +345,7 @@ def load_classifier(
     source: str | Path,
     label_names: Sequence[str] | None = None,
     *,
-    of_tokens: bool | None = None,
+    unit: Unit | None = None,
     pooling: Pooling | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
@@ -344,13 +353,13 @@ def load_classifier(
     check_model_source(source)
     if is_adapter_folder(Path(source)):
         return _load_adapted(Path(source), label_names, seed)
-    return _load_whole(str(source), label_names, of_tokens, pooling, seed)[0]
+    return _load_whole(str(source), label_names, unit, pooling, seed)[0]
 
 
 def _load_whole(
     name: str,
     label_names: Sequence[str] | None,
-    of_tokens: bool | None,
+    unit: Unit | None,
     pooling: Pooling | None,
     seed: int,
 ) -> tuple[PreTrainedModel, list[str]]:
@@ -358,7 +367,7 @@ def _load_whole(
     if label_names is None and Path(name).is_dir():
         _check_no_pipeline(Path(name))
     with quiet_transformers():
-        model, loading_info = _load_weights(name, label_names, of_tokens, pooling, seed)
+        model, loading_info = _load_weights(name, label_names, unit, pooling, seed)
     for key, got, expected in sorted(loading_info["mismatched_keys"]):
         raise ValueError(
             f"model {name}: expected {key} of shape {tuple(expected)}, got {tuple(got)}"
@@ -374,7 +383,7 @@ def _load_whole(
             f"model {name}: weights are missing from the folder, first {lost[0]}{instead}"
         )
     if missing and label_names is None:
-        kind = _kind(is_token_classifier(model))
+        kind = _kind(model_unit(model))
         raise ValueError(f"model {name}: not a {kind}, it has no {missing[0]}")
     unread = [key for key in loading_info["unexpected_keys"] if not LEFTOVERS.fullmatch(key)]
     if unread:
@@ -400,15 +409,15 @@ def _load_adapted(folder: Path, label_names: Sequence[str] | None, seed: int) ->
     names are the ones that `TracInCallback` recorded, or transformers' LABEL_0, LABEL_1, ...
     """
     settings = adapter_settings(folder)
-    base, of_tokens = str(settings["base_model_name_or_path"]), None
+    base, unit = str(settings["base_model_name_or_path"]), None
     if settings.get("task_type") is not None:
-        of_tokens = settings["task_type"] == "TOKEN_CLS"
+        unit = UNIT_OF_TASK[settings["task_type"]]
     num_classes = number_of_classes(folder)
     names = label_names or _recorded_class_names(folder)
     if names is None and num_classes is not None and not _is_classifier(base, num_classes):
         names = [f"LABEL_{number}" for number in range(num_classes)]
     pooling: Pooling | None = "mean" if adapts_mean_pooling(settings) else None
-    model, drawn = _load_whole(base, names, of_tokens, pooling, seed)
+    model, drawn = _load_whole(base, names, unit, pooling, seed)
     lost = sorted(set(drawn) - adapter_tensors(folder).keys())
     if lost:
         raise ValueError(
@@ -423,13 +432,14 @@ def _is_classifier(name: str, num_classes: int) -> bool:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    heads = ("ForSequenceClassification", "ForTokenClassification")
+    heads = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
     has_head = any(kind.endswith(heads) for kind in config.architectures or ())
     return has_head and len(config.id2label) == num_classes
 
 
-def _kind(of_tokens: bool) -> str:
-    return "token classifier" if of_tokens else "sequence classifier"
+def _kind(unit: Unit) -> str:
+    kinds = {"text": "sequence classifier", "token": "token classifier"}
+    return kinds.get(unit, "model for question answering")
 
 
 def _recorded_class_names(folder: Path) -> list[str] | None:
@@ -604,14 +614,14 @@ def _config_fault(config: Any) -> str | None:
 def _load_weights(
     name: str,
     label_names: Sequence[str] | None,
-    of_tokens: bool | None,
+    unit: Unit | None,
     pooling: Pooling | None,
     seed: int,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load the weights; return the model and what transformers reports of missing weights."""
     config = _read_config(name)
-    of_tokens = states_token_classifier(config) if of_tokens is None else of_tokens
-    _set_pooling(name, config, pooling, of_tokens)
+    unit = stated_unit(config) if unit is None else unit
+    _set_pooling(name, config, pooling, unit)
     try:
         own_names = config_class_names(config)
         if label_names is not None:
@@ -619,7 +629,7 @@ def _load_weights(
                 setattr(config, key, value)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of a new classifier's weights
-            model, loading_info = classifier_class(config, of_tokens).from_pretrained(
+            model, loading_info = classifier_class(config, unit).from_pretrained(
                 name,
                 config=config,
                 dtype=torch.float32,
@@ -642,7 +652,7 @@ def _load_weights(
         raise ValueError(f"model {name}: cannot be loaded: {first_line_of(error)}") from None
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"model {name}: not a {_kind(of_tokens)} of transformers: {first_line_of(error)}"
+            f"model {name}: not a {_kind(unit)} of transformers: {first_line_of(error)}"
         ) from None
     # transformers names classes LABEL_0, LABEL_1, ... if the config does not name them.
     unnamed = all(own.startswith("LABEL_") for own in own_names)

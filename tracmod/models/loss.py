@@ -22,14 +22,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tracmod.choices import LossKind, is_real
-from tracmod.models.architecture import is_token_classifier
+from tracmod.choices import LossKind, Unit, is_real
+from tracmod.models.architecture import answers_questions, is_token_classifier
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 # Kinds with which features and scores were made before losses could be stated. Their identities
 # have no entry for the loss, so that stores made then remain valid.
 _KINDS_WITHOUT_IDENTITY = ("cross_entropy", "squared_error")
+
+# Cross entropy of each kind of model.
+CROSS_ENTROPY_OF: dict[Unit, LossKind] = {
+    "text": "cross_entropy",
+    "token": "token_cross_entropy",
+    "span": "span_cross_entropy",
+}
 
 # The label of tokens that have none, which losses of torch and transformers leave out.
 UNLABELLED = -100
@@ -44,10 +51,13 @@ class ExampleLoss:
         binary_cross_entropy:  mean over the labels of
                                -(v_c y_c log sigmoid(z_c) + (1 - y_c) log(1 - sigmoid(z_c)))
         token_cross_entropy:   mean over the labelled tokens of their cross entropy
+        span_cross_entropy:    (nll_first + nll_last) / 2, of the first and the last token of the
+                               answer, each -log softmax over the S tokens
         function:              `function(logits_BC, labels_B) -> losses_B`
 
     They are the losses of transformers' classifiers of sequences and of tokens
-    (`CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`) for a batch of one example. With label
+    (`CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`), and of its models for question answering,
+    for a batch of one example. With label
     smoothing e, cross entropy is that of the Trainer's `label_smoothing_factor`, which equals
     torch's.
 
@@ -60,8 +70,8 @@ class ExampleLoss:
     learning rate does; it is not part of the loss of an example.
 
     Attributes:
-        kind: `cross_entropy`, `squared_error`, `binary_cross_entropy`, `token_cross_entropy` or
-            `function`.
+        kind: `cross_entropy`, `squared_error`, `binary_cross_entropy`, `token_cross_entropy`,
+            `span_cross_entropy` or `function`.
         label_smoothing: e, from 0 to 1; of cross entropy, also of tokens.
         class_weights: w, (C,) numbers of at least 0; of cross entropy, also of tokens. None for 1
             each.
@@ -138,9 +148,10 @@ class ExampleLoss:
         Logits of lower precision are widened to float32 first; float64 stays float64.
 
         Args:
-            logits_BC: (B, C), or (B, S, C) for token cross entropy.
+            logits_BC: (B, C), or (B, S, C) for token cross entropy, or (B, 2, S) for that of spans.
             labels_B: (B,) classes for cross entropy; (B, S) for token cross entropy, -100 for
-                tokens without a label; (B, C) targets for the other kinds, also (B,) if C is 1.
+                tokens without a label; (B, 2) positions for spans; (B, C) targets for the other
+                kinds, also (B,) if C is 1.
 
         Raises:
             ValueError: a function of the user does not return a loss per example.
@@ -165,7 +176,9 @@ class ExampleLoss:
                 label_smoothing=self.label_smoothing,
                 reduction="none",
             )
-        if self.kind == "token_cross_entropy":
+        # The first and the last token of an answer are two choices among S tokens, as two labelled
+        # tokens are two choices among C classes.
+        if self.kind in ("token_cross_entropy", "span_cross_entropy"):
             losses_BS = F.cross_entropy(
                 logits_BC.flatten(0, 1),
                 labels_B.flatten(),
@@ -207,6 +220,8 @@ class ExampleLoss:
             return problem
         if self.kind == "token_cross_entropy":
             return _token_label_problem(label, num_labels)
+        if self.kind == "span_cross_entropy":
+            return _span_problem(label)
         is_list = isinstance(label, list | tuple)
         numbers = label if is_list else [label]
         valid = all(_is_real(number) for number in numbers)
@@ -356,9 +371,9 @@ def as_loss(loss: ExampleLoss | LossFunction | None) -> ExampleLoss | None:
 def own_loss(model: Any, *, float_vectors: bool = False) -> ExampleLoss:
     """Return the loss that transformers chooses for a classifier.
 
-    For a token classifier it is token cross entropy. For a sequence classifier, `problem_type`
-    says; without one, it is squared error for one output, binary cross entropy if the labels are
-    vectors of floats, and cross entropy otherwise.
+    For a token classifier it is token cross entropy, for question answering that of spans. For a
+    sequence classifier, `problem_type` says; without one, it is squared error for one output,
+    binary cross entropy if the labels are vectors of floats, and cross entropy otherwise.
 
     Args:
         model: the model, of which the class and the config count.
@@ -369,6 +384,8 @@ def own_loss(model: Any, *, float_vectors: bool = False) -> ExampleLoss:
     """
     if is_token_classifier(model):
         return ExampleLoss("token_cross_entropy")
+    if answers_questions(model):
+        return ExampleLoss("span_cross_entropy")
     config = model.config
     problem_type, num_labels = getattr(config, "problem_type", None), int(config.num_labels or 0)
     if problem_type is None:
@@ -389,14 +406,18 @@ def own_loss(model: Any, *, float_vectors: bool = False) -> ExampleLoss:
 
 
 def check_unit(model: Any, loss: ExampleLoss) -> None:
-    """Refuse the loss of tokens for a classifier of texts, and the other way round.
+    """Refuse the loss of texts, tokens or spans for a model of another kind.
 
     Raises:
-        ValueError: the loss is one of the other kind of model.
+        ValueError: the loss is one of another kind of model.
     """
-    of_tokens = is_token_classifier(model)
-    if of_tokens != (loss.kind == "token_cross_entropy"):
-        expected = "token_cross_entropy" if of_tokens else "a loss of texts"
+    expected = "a loss of texts"
+    if is_token_classifier(model):
+        expected = "token_cross_entropy"
+    elif answers_questions(model):
+        expected = "span_cross_entropy"
+    given = loss.kind if loss.kind in ("token_cross_entropy", "span_cross_entropy") else None
+    if given != (None if expected == "a loss of texts" else expected):
         raise ValueError(f"loss: expected {expected} for {type(model).__name__}, got {loss}")
 
 
@@ -406,7 +427,7 @@ def stated_loss(
     class_weights: str | None,
     label_names: Sequence[str],
     *,
-    of_tokens: bool = False,
+    unit: Unit = "text",
 ) -> ExampleLoss | None:
     """Return the loss that options of the command line state, or None if they state none.
 
@@ -415,7 +436,7 @@ def stated_loss(
         label_smoothing: as in `ExampleLoss`.
         class_weights: `name=weight,...` for all classes, or weights in the order of the classes.
         label_names: the names of the classes.
-        of_tokens: whether the model is a token classifier, whose cross entropy is that of tokens.
+        unit: what the model says something of, which says whose cross entropy it is.
 
     Raises:
         ValueError: an option is malformed or belongs to another kind.
@@ -440,7 +461,7 @@ def stated_loss(
             )
         weights = [weight_of[name] for name in label_names]
     return ExampleLoss(
-        kind or ("token_cross_entropy" if of_tokens else "cross_entropy"),
+        kind or CROSS_ENTROPY_OF[unit],
         label_smoothing=label_smoothing or 0.0,
         class_weights=weights,
     )
@@ -555,6 +576,16 @@ def _token_label_problem(labels: Any, num_labels: int) -> str | None:
             return f"labels of tokens from 0 to {num_labels - 1}, or -100 for none, got {label!r}"
     if all(label == UNLABELLED for label in labels):
         return "at least one labelled token, got labels of -100 only"
+    return None
+
+
+def _span_problem(span: Any) -> str | None:
+    """Return what is wrong with the label of an example of question answering, or None."""
+    is_pair = isinstance(span, list | tuple) and len(span) == 2
+    if not is_pair or any(type(position) is not int for position in span):
+        return f"the positions of the answer's first and last token, got {span!r}"
+    if not 0 <= span[0] <= span[1]:
+        return f"an answer that begins at or before its last token, got {span!r}"
     return None
 
 

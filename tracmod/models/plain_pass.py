@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tracmod.models.architecture import max_positions
+from tracmod.models.architecture import answers_questions, max_positions
 from tracmod.models.inputs import collate, example_length, pad_token_id, plan_batches
 from tracmod.models.language_adapters import LANGUAGE_COLUMN
 from tracmod.models.loss import UNLABELLED
@@ -25,20 +25,43 @@ Batch = dict[str, Tensor]
 
 
 def model_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Compute a batch's logits (B, C), or (B, S, C) of a token classifier.
+    """Compute a batch's logits (B, C), (B, S, C) of a token classifier, or (B, 2, S) of spans.
 
     Also for a model whose config has `return_dict=False`.
     """
-    return logits_of(model(**{n: value for n, value in inputs.items() if n != "labels"}))
+    output = model(**{n: value for n, value in inputs.items() if n != "labels"})
+    return logits_of(model, output, inputs["attention_mask"])
 
 
-def logits_of(output: Any) -> Tensor:
-    """Return the logits in the output of a classifier that was given no labels."""
-    return output[0] if isinstance(output, tuple) else output.logits
+def logits_of(model: nn.Module, output: Any, mask: Tensor) -> Tensor:
+    """Return the logits in the output of a classifier that was given no labels.
+
+    Of a model for question answering, (B, 2, S): how much each token is the first, and the last, of
+    the answer. Padding is minus infinity there, so that the loss of an example does not depend on
+    the batch that it is in.
+
+    Args:
+        model: the model.
+        output: what it returned.
+        mask: its attention mask, (B, S) or (B, 1, S, S).
+    """
+    if not answers_questions(model):
+        return output[0] if isinstance(output, tuple) else output.logits
+    first, last = (
+        output[:2] if isinstance(output, tuple) else (output.start_logits, output.end_logits)
+    )
+    is_token_BS = mask.ne(0) if mask.dim() == 2 else mask[:, 0, 0].ne(0)
+    logits_B2S = torch.stack([first, last], dim=1)
+    return logits_B2S.masked_fill(~is_token_BS[:, None], -math.inf)
 
 
-def labelled_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the logits that a batch's loss reads: (B, C), or (T, C) of the labelled tokens."""
+def labelled_logits(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the logits that a batch's loss reads as rows, example by example.
+
+    (B, C), or (T, C) of the labelled tokens; of question answering (2 T, 1) of the T tokens.
+    """
+    if answers_questions(model):
+        return logits[logits != -math.inf][:, None]
     return logits if logits.dim() == 2 else logits[labels.ne(UNLABELLED)]
 
 
@@ -141,7 +164,7 @@ def depends_on_padding(
     inputs += [given_batch(model, example) for example in chosen]
     logits = []
     for batch in inputs:
-        logits.append(labelled_logits(model_logits(model, batch), batch["labels"]))
+        logits.append(labelled_logits(model, model_logits(model, batch), batch["labels"]))
         state.restore()
     return not logits_agree(logits[0], torch.cat(logits[1:]))
 
@@ -177,17 +200,21 @@ def predict_tokens(
     """Compute the logits of every example's labelled tokens, as `predict` does those of texts.
 
     Args:
-        model: token classifier on any device; it is restored.
-        examples: examples from `encode_words`.
+        model: token classifier, or model for question answering, on any device; it is restored.
+        examples: examples from `encode`.
         batch_tokens: largest batch, in tokens.
 
     Returns:
-        For each example (T, C) on the CPU, in the model's dtype.
+        For each example (T, C) on the CPU, in the model's dtype; (2, S) of question answering, for
+        its first and its last token.
     """
     logits_of_row: dict[int, Tensor] = {}
     for rows, logits_BSC, labels_BS in _passes(model, examples, batch_tokens):
         parts = zip(rows, logits_BSC, labels_BS.ne(UNLABELLED), strict=True)
         logits_of_row |= {row: logits_SC[labelled_S] for row, logits_SC, labelled_S in parts}
+    if answers_questions(model):  # without the padding of a batch
+        lengths = map(example_length, examples)
+        return [logits_of_row[row][:, :length] for row, length in enumerate(lengths)]
     return [logits_of_row[row] for row in range(len(examples))]
 
 

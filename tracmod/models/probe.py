@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tracmod.models.architecture import answers_questions
 from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.modes import ModelState
 from tracmod.models.plain_pass import logits_agree, model_logits
@@ -41,9 +43,13 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def probe_logits(model: PreTrainedModel, probe: Mapping[str, Tensor]) -> Tensor:
-    """Compute the logits of a batch, in the mode the model is in; the model is left as it was."""
+    """Compute the logits of a batch, in the mode the model is in; the model is left as it was.
+
+    Those of question answering without padding, whose logits are minus infinity.
+    """
     state = ModelState(model)
     try:
-        return model_logits(model, probe)
+        logits = model_logits(model, probe)
+        return logits[logits != -math.inf] if answers_questions(model) else logits
     finally:
         state.restore()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 
+from tracmod.choices import Unit
 from tracmod.config import FinetuneConfig
 from tracmod.gradients.capture import select_layers
 from tracmod.models.adapters import add_lora, is_adapter_folder
@@ -37,7 +38,8 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
     A tokenizer of the run's own is trained on all its training texts.
     """
     shape, labels = context.config.model, context.class_names
-    of_tokens, seed = context.tag_names is not None, context.config.seed
+    unit: Unit = "text" if context.tag_names is None else "token"
+    seed = context.config.seed
     folder = None if shape.name is None else Path(shape.name)
     is_shape_only = (
         folder is not None and (folder / "config.json").is_file() and not has_weights(folder)
@@ -50,7 +52,7 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
     tokenizer: PreTrainedTokenizerBase
     if shape.name is not None and not is_shape_only:
         model, tokenizer = load_model(
-            shape.name, labels, of_tokens=of_tokens, pooling=shape.pooling, seed=seed
+            shape.name, labels, unit=unit, pooling=shape.pooling, seed=seed
         )
         if shape.lora is not None:
             # A folder's checkpoints name it, and are read from anywhere.
@@ -70,13 +72,13 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
         tokenizer = train_tokenizer(texts, shape.vocabulary, shape.max_length)
     if folder is not None:
         model = create_from_config(
-            folder, tokenizer, labels, of_tokens=of_tokens, pooling=shape.pooling, seed=seed
+            folder, tokenizer, labels, unit=unit, pooling=shape.pooling, seed=seed
         )
         return model, tokenizer
     model = create_model(
         tokenizer,
         labels,
-        of_tokens=of_tokens,
+        unit=unit,
         layers=shape.layers,
         hidden=shape.hidden,
         heads=shape.heads,

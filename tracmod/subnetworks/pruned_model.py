@@ -26,9 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tracmod.choices import Unit
 from tracmod.models.adapters import check_no_adapters
-from tracmod.models.architecture import AttentionLayer, is_token_classifier
-from tracmod.models.loading import classifier_class, quiet_transformers, states_token_classifier
+from tracmod.models.architecture import AttentionLayer, model_unit
+from tracmod.models.loading import classifier_class, quiet_transformers, stated_unit
 from tracmod.models.modes import to_device
 from tracmod.models.probe import same_logits
 from tracmod.subnetworks.head_mask import (
@@ -141,7 +142,7 @@ def save_pruned(
             f"that share them, which cannot be taken out one by one; use the form with zeros"
         )
     state = _without_heads(model, mask)
-    pruned = _narrow_model(model.config, mask, is_token_classifier(model))
+    pruned = _narrow_model(model.config, mask, model_unit(model))
     pruned.load_state_dict(state, assign=True)
     # An architecture may count on all of its heads in a way that the tensors do not show. It is
     # better found now, on a few tokens, than by a user of the folder.
@@ -197,7 +198,7 @@ def load_pruned(folder: str | Path) -> PreTrainedModel:
             raise ValueError(f"{folder}: expected a model that save_pruned wrote, found no {name}")
     mask = HeadMask.load(folder / MASK_FILE)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model = _narrow_model(config, mask, states_token_classifier(config))
+    model = _narrow_model(config, mask, stated_unit(config))
     try:
         model.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)
     except (RuntimeError, SafetensorError) as error:
@@ -231,9 +232,9 @@ def _without_heads(model: PreTrainedModel, mask: HeadMask) -> dict[str, Tensor]:
     return state
 
 
-def _narrow_model(config: Any, mask: HeadMask, of_tokens: bool) -> PreTrainedModel:
+def _narrow_model(config: Any, mask: HeadMask, unit: Unit) -> PreTrainedModel:
     """Create a classifier with the shapes that the mask leaves; its weights are still random."""
-    auto_class = classifier_class(config, of_tokens)
+    auto_class = classifier_class(config, unit)
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         model = auto_class.from_config(config, trust_remote_code=False)
     for layer, kept_H in zip(matching_layers(model, mask), mask.array, strict=True):

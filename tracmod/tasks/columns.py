@@ -14,6 +14,8 @@ COLUMNS = ("id", "language", "text_a", "text_b", "label", "group")
 OPTIONAL = ("id", "language", "text_b", "group")
 # Of sentences whose words have tags (`tasks.token_files`).
 TOKEN_FILE_COLUMNS = ("id", "language", "tokens", "tags", "group")
+# Of questions and contexts (`tasks.question_files`).
+QUESTION_FILE_COLUMNS = ("id", "language", "question", "context", "answers", "group")
 # The language of examples whose file states none: the code of ISO 639 for "undetermined".
 NO_LANGUAGE = "und"
 
@@ -72,7 +74,8 @@ def parse_columns(text: str) -> dict[str, str]:
         if name in columns:
             raise ValueError(f"columns: expected {name} once, got it twice")
         columns[name] = name_in_file
-    check_columns(columns, (*COLUMNS, "tokens", "tags"))
+    known = dict.fromkeys((*COLUMNS, *TOKEN_FILE_COLUMNS, *QUESTION_FILE_COLUMNS))
+    check_columns(columns, known)
     return columns
 
 

@@ -78,7 +78,7 @@ def stated_class_names(path: str | Path) -> dict[str, list[str]]:
     if ".parquet" not in [suffix.lower() for suffix in path.suffixes[-2:]]:
         return {}
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             metadata = pq.read_schema(io.BytesIO(file.read())).metadata or {}
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         return {
@@ -109,7 +109,8 @@ def _with_clear_errors(reader: Callable[[Path], Iterator[Row]], path: Path) -> I
         raise ValueError(f"{path}: cannot be read: {error}") from None
 
 
-def _open(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file, gzipped or plain."""
     if path.suffix.lower() == ".gz":
         return cast(IO[bytes], gzip.open(path))
     return path.open("rb")
@@ -117,7 +118,7 @@ def _open(path: Path) -> IO[bytes]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield numbered lines, decoded one by one, so that invalid UTF-8 has a line number."""
-    with _open(path) as file:
+    with open_file(path) as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
                 _check_encoding(path, line)
@@ -310,7 +311,7 @@ def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             source = pq.ParquetFile(io.BytesIO(file.read()))
             names = source.schema_arrow.names
             repeated = sorted({name for name in names if names.count(name) > 1})

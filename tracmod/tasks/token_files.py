@@ -21,6 +21,7 @@ from tracmod.tasks.columns import (
 )
 from tracmod.tasks.examples import SCHEMA
 from tracmod.tasks.files import check_refused, clean, read_model_files, stated_by_number
+from tracmod.tasks.question_files import read_question_files
 from tracmod.tasks.readers import (
     Row,
     read_rows,
@@ -58,12 +59,15 @@ def read_labelled_files(
     model_inputs: Collection[str] = (),
     notes: list[str] | None = None,
 ) -> list[pa.Table]:
-    """Read files of examples of texts or of words, as the loss of the model has it.
+    """Read files of examples of texts, of words or of questions, as the loss of the model has it.
 
     Args:
         paths, label_names, columns, language, model_inputs, notes: as for `read_model_files`.
-        loss_kind: with `token_cross_entropy`, files are those of `read_token_files`.
+        loss_kind: with `token_cross_entropy`, files are those of `read_token_files`, and with
+            `span_cross_entropy` those of `read_question_files`.
     """
+    if loss_kind == "span_cross_entropy":
+        return read_question_files(paths, columns, language, model_inputs=model_inputs, notes=notes)
     if loss_kind == "token_cross_entropy":
         return read_token_files(
             paths, label_names, columns, language, model_inputs=model_inputs, notes=notes

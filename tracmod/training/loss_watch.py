@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracmod.models.architecture import is_token_classifier
+from tracmod.models.architecture import answers_questions, is_token_classifier
 from tracmod.models.loss import UNLABELLED, ExampleLoss
 
 # Steps that are watched: the first ones, and further ones until batches with every class were seen.
@@ -101,11 +101,22 @@ class LossWatch:
         self, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any
     ) -> None:
         """Record the logits of a forward pass, and have the backward pass record their gradient."""
+        if answers_questions(module):  # the first and the last token are two choices
+            places = [named.get(name) for name in ("start_positions", "end_positions")]
+            has_loss = all(place is not None for place in places)
+            given = output[has_loss:] if isinstance(output, tuple) else None
+            for number, name in enumerate(("start_logits", "end_logits")):
+                logits = getattr(output, name, None) if given is None else given[number]
+                self._record(logits, places[number], dim=2)
+            return
         labels = named.get("labels")
         logits = getattr(output, "logits", None)
         if logits is None and isinstance(output, tuple):
             logits = output[labels is not None]
-        dim = 3 if is_token_classifier(module) else 2
+        self._record(logits, labels, dim=3 if is_token_classifier(module) else 2)
+
+    def _record(self, logits: Any, labels: Any, dim: int) -> None:
+        """Record logits, and have the backward pass record their gradient."""
         if not isinstance(logits, Tensor) or logits.dim() != dim or logits.grad_fn is None:
             return  # an evaluation, or a model that returns something else
         # Under autocast the model returns a widened copy, and computes its loss from the original.
@@ -132,6 +143,8 @@ class LossWatch:
         ):
             return  # a step that a GradScaler skips
         loss = self._loss_of(batch.labels)
+        if loss.kind == "span_cross_entropy":
+            loss = replace(loss, kind="cross_entropy")
         if loss.kind == "token_cross_entropy":
             loss, batch = replace(loss, kind="cross_entropy"), _of_tokens(batch)
         expected_BYC = _expected_gradients(loss, batch)

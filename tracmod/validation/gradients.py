@@ -22,7 +22,7 @@ from tracmod.gradients.capture import (
     warn_of_frozen,
 )
 from tracmod.gradients.verified_pass import verified_pass
-from tracmod.models.architecture import is_token_classifier
+from tracmod.models.architecture import model_unit
 from tracmod.models.checkpoints import (
     Checkpoint,
     freeze,
@@ -150,8 +150,7 @@ def check_model(
     model, tokenizer = load_model(source)
     mask = None if head_mask is None else HeadMask.load(head_mask)
     labels = class_names(model)
-    of_tokens = is_token_classifier(model)
-    stated = stated_loss(loss, label_smoothing, class_weights, labels, of_tokens=of_tokens)
+    stated = stated_loss(loss, label_smoothing, class_weights, labels, unit=model_unit(model))
     trained = Checkpoint(Path(source), 1, 0, learning_rate=None, loss=recorded_loss(source))
     trained_loss = loss_of_checkpoints([trained], model, stated)
     (table,) = read_labelled_files([data], labels, columns, loss_kind=trained_loss.kind)
@@ -165,7 +164,7 @@ def check_model(
     if not include_frozen:
         freeze(model, recorded_frozen(source), source)
     errors = check_gradients(model, examples, parameters, mask, include_frozen, loss=trained_loss)
-    num_words = sum(map(len, table["tokens"].to_pylist())) if of_tokens else None
+    num_words = sum(map(len, table["tokens"].to_pylist())) if model_unit(model) == "token" else None
     cut = num_cut(tokenizer, table, max_length)
     return ModelCheck(errors, len(examples), cut, max_length, num_words)
 
@@ -323,7 +322,8 @@ def engine_gradients(
             captured[row] = by_layer, position
             if logits is not None:
                 only = slice(position, position + 1)
-                own = labelled_logits(logits_of(outputs[0])[only], batch["labels"][only])
+                own = logits_of(model, outputs[0], batch["attention_mask"])[only]
+                own = labelled_logits(model, own, batch["labels"][only])
                 logits[row] = own.detach()
 
     def example_gradients(by_layer: Mapping[str, Captured], row: int) -> dict[str, Tensor]:
@@ -439,6 +439,10 @@ def reference_loss(
     labels = batch["labels"]
     if loss.kind in ("squared_error", "binary_cross_entropy"):
         labels = labels.to(model.dtype)  # as transformers needs them
+    if loss.kind == "span_cross_entropy":
+        first_B, last_B = labels.unbind(dim=1)
+        output = model(**inputs, start_positions=first_B, end_positions=last_B)
+        return output[0] if isinstance(output, tuple) else output.loss
     takes_labels = "labels" in inspect.signature(model.forward).parameters
     float_vectors = labels.dim() > 1 and labels.is_floating_point()
     if takes_labels and loss == own_loss(model, float_vectors=float_vectors):
@@ -473,11 +477,11 @@ def reference_loss(
 def own_logits(model: PreTrainedModel, example: Mapping[str, Any]) -> Tensor:
     """Compute the logits of one example in the model's own pass, with dropout off.
 
-    (1, C), or (T, C) of the labelled tokens.
+    (1, C), or (T, C) of the labelled tokens; of question answering (2 T, 1).
     """
     with evaluating(model):
         batch = given_batch(model, example)
-        return labelled_logits(model_logits(model, batch), batch["labels"])
+        return labelled_logits(model, model_logits(model, batch), batch["labels"])
 
 
 def _kind(model: PreTrainedModel, name: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from tracmod.choices import Unit
 from tracmod.models.architecture.albert import Albert
 from tracmod.models.architecture.deberta import Deberta
 from tracmod.models.architecture.distilbert import DistilBert
@@ -48,12 +50,36 @@ def family_of(model: nn.Module) -> Family:
     return DISTILBERT if is_distilbert else BERT
 
 
-def is_token_classifier(model: Any) -> bool:
-    """Return whether a model classifies tokens, by the name that transformers gives such a class.
+def unit_of(class_names: Iterable[str]) -> Unit:
+    """Return what models of a class say something of, by the names that transformers gives classes.
 
-    A subclass of one, and PEFT's wrapper around one, are token classifiers, too.
+    A model for question answering scores every token as the first and as the last of the answer, a
+    span.
+
+    Args:
+        class_names: the class and its bases, or the `architectures` of a config.
     """
-    return any(kind.__name__.endswith("ForTokenClassification") for kind in type(model).__mro__)
+    for name in class_names:
+        if name.endswith("ForTokenClassification"):
+            return "token"
+        if name.endswith("ForQuestionAnswering"):
+            return "span"
+    return "text"
+
+
+def model_unit(model: Any) -> Unit:
+    """Return what a model says something of, also if PEFT or a subclass wraps it."""
+    return unit_of(kind.__name__ for kind in type(model).__mro__)
+
+
+def is_token_classifier(model: Any) -> bool:
+    """Return whether a model classifies tokens."""
+    return model_unit(model) == "token"
+
+
+def answers_questions(model: Any) -> bool:
+    """Return whether a model finds the span of a text that answers a question."""
+    return model_unit(model) == "span"
 
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:

@@ -86,15 +86,42 @@ def projection_matrix(
     return matrix
 
 
+def element_entries(
+    rows_n: Tensor, width: int, size: int, seed: int, key: int
+) -> tuple[Tensor, Tensor]:
+    """Return (n, width) positions below `size` and signs of the elements of rows `rows_n`."""
+    columns = torch.arange(width)
+    hashes_nD = _step(_step(_stream(seed, key), rows_n.cpu()[:, None]), columns)
+    return _position(hashes_nD, size), _sign(hashes_nD)
+
+
 def count_sketch(values_nD: Tensor, rows_n: Tensor, size: int, seed: int, key: int) -> Tensor:
     """Return (size,): every element (row, d) is added, with its sign, at its position."""
-    columns = torch.arange(values_nD.shape[1])
-    hashes_nD = _step(_step(_stream(seed, key), rows_n.cpu()[:, None]), columns)
-    sketch = values_nD.new_zeros(size)
-    positions, signs = _position(hashes_nD, size), _sign(hashes_nD).to(values_nD.dtype)
-    return sketch.index_add(
-        0, positions.flatten().to(sketch.device), (signs.to(sketch.device) * values_nD).flatten()
+    positions, signs = element_entries(rows_n, values_nD.shape[1], size, seed, key)
+    signed = signs.to(values_nD) * values_nD
+    return values_nD.new_zeros(size).index_add(
+        0, positions.flatten().to(signed.device), signed.flatten()
     )
+
+
+def formed_entries(
+    rows: Tensor, columns: Tensor, size: int, seed: int, input_key: int, key: int
+) -> tuple[Tensor, Tensor]:
+    """Return (O, I) positions below `size` and signs of the elements of a formed gradient.
+
+    16 neighbouring elements of a row share a hash, which gives the position of the first and a
+    sign; the others follow it. Every column has another sign.
+
+    Args:
+        rows: (O,) numbers of the rows.
+        columns: (I,) numbers of the columns.
+    """
+    rows, columns = rows.cpu(), columns.cpu()
+    lanes = columns % 16 if size >= 16 else 0 * columns
+    groups = columns // 16 if size >= 16 else columns
+    hashes_OI = _step(_step(_stream(seed, key), rows[:, None]), groups)
+    positions_OI = (_position(hashes_OI, size) + lanes) % size
+    return positions_OI, _sign(hashes_OI) * _sign(_step(_stream(seed, input_key), columns))
 
 
 def formed_sketch(
@@ -106,23 +133,16 @@ def formed_sketch(
     rows: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """Return (size,), the count sketch of a formed gradient.
-
-    16 neighbouring elements of a row share a hash, which gives the position of the first and a
-    sign; the others follow it. Every column has another sign.
+    """Return (size,), the count sketch of a formed gradient (see `formed_entries`).
 
     Args:
         rows: (O,) numbers of the rows; 0, 1, ... by default.
         columns: (I,) numbers of the columns; 0, 1, ... by default.
     """
     num_rows, num_columns = gradient_OI.shape
-    rows = torch.arange(num_rows) if rows is None else rows.cpu()
-    columns = torch.arange(num_columns) if columns is None else columns.cpu()
-    lanes = columns % 16 if size >= 16 else 0 * columns
-    groups = columns // 16 if size >= 16 else columns
-    hashes_OI = _step(_step(_stream(seed, key), rows[:, None]), groups)
-    positions_OI = (_position(hashes_OI, size) + lanes) % size
-    signs_OI = _sign(hashes_OI) * _sign(_step(_stream(seed, input_key), columns))
+    rows = torch.arange(num_rows) if rows is None else rows
+    columns = torch.arange(num_columns) if columns is None else columns
+    positions_OI, signs_OI = formed_entries(rows, columns, size, seed, input_key, key)
     signed_OI = signs_OI.to(gradient_OI) * gradient_OI
     return gradient_OI.new_zeros(size).index_add(
         0, positions_OI.flatten().to(gradient_OI.device), signed_OI.flatten()

@@ -18,7 +18,7 @@ from torch import Tensor
 from tracmod import kernels
 from tracmod.kernels import reference
 
-KINDS: tuple[kernels.Kind, ...] = ("rademacher", "sjlt")
+KINDS: tuple[kernels.Kind, ...] = ("rademacher", "sjlt")  # from both sides, on a grid
 CHECKED_QUERIES = 64  # number of queries of `top_k_dot` that are checked, evenly spread
 
 
@@ -64,9 +64,10 @@ class Case(NamedTuple):
 
 
 class ProjectSize(NamedTuple):
-    """Size of a `project_gradients` case.
+    """Size of a `project_gradients` case of linear layers.
 
-    Several `outs` are several layers that share an input, such as query, key and value.
+    Several `outs` are several layers that share an input, such as query, key and value. Layers of
+    kinds sketch and identity have a bias, as those of a model have; `rows` is that of a sketch.
     """
 
     batch: int
@@ -75,17 +76,30 @@ class ProjectSize(NamedTuple):
     outs: tuple[int, ...]
     k: tuple[int, int] = (64, 64)
     ragged: bool = False
+    rows: int = 0
 
     def __str__(self) -> str:
         outs = "+".join(map(str, self.outs))
         ragged = " ragged" if self.ragged else ""
-        rows = f"B {self.batch}, S {self.tokens}{ragged}"
-        return f"{rows}, {self.size_in} -> {outs}, k {self.k[0]}x{self.k[1]}"
+        tokens = f"B {self.batch}, S {self.tokens}{ragged}"
+        rows = f", rows {self.rows}" if self.rows else ""
+        return f"{tokens}, {self.size_in} -> {outs}, k {self.k[0]}x{self.k[1]}{rows}"
 
     def cost(self, kind: kernels.Kind, dtype: torch.dtype, tokens: int) -> Cost:
-        """Return the cost for `tokens` tokens in all examples together."""
+        """Return the cost for `tokens` tokens in all examples together.
+
+        A sketch multiplies each number by its sign and adds it.
+        """
         (k_out, k_in), outs = self.k, sum(self.outs)
         widths, projecting = self.size_in + outs, 2 * (k_in * self.size_in + k_out * outs)
+        if kind not in KINDS:
+            formed = (self.rows or outs) * (self.size_in + 1)
+            added = (2 if kind == "sketch" else 1) * self.batch * formed
+            return Cost(
+                2 * tokens * (formed + self.rows * outs) + added,
+                tokens * widths * dtype.itemsize,
+                2 * 4 * self.batch * k_out * k_in,
+            )
         return Cost(
             tokens * ((widths if kind == "sjlt" else projecting) + 2 * k_out * k_in),
             tokens * widths * dtype.itemsize,
@@ -112,6 +126,65 @@ PROJECT = [
 PROJECT_SHORT = [PROJECT[0], PROJECT[3], PROJECT[8], PROJECT[11]]
 
 
+class ElementSize(NamedTuple):
+    """Size of a `project_gradients` case of LayerNorm (elementwise) or of an embedding."""
+
+    batch: int
+    tokens: int
+    width: int
+    k: tuple[int, int]
+    ragged: bool = False
+
+    def __str__(self) -> str:
+        ragged = " ragged" if self.ragged else ""
+        tokens = f"B {self.batch}, S {self.tokens}{ragged}"
+        return f"{tokens}, {self.width}, k {self.k[0]}x{self.k[1]}"
+
+    def cost(self, layer: kernels.LayerKind, dtype: torch.dtype, tokens: int) -> Cost:
+        """Return the cost for `tokens` tokens in all examples together."""
+        numbers, output = tokens * self.width, 2 * 4 * self.batch * self.k[0] * self.k[1]
+        if layer == "embedding":
+            return Cost(2 * numbers, numbers * dtype.itemsize + 8 * tokens, output)
+        sketched = 2 * self.batch * self.width
+        return Cost(3 * numbers + 2 * sketched, 2 * numbers * dtype.itemsize, output)
+
+
+# The slots that a default projection gives to the layers of a model (features/projection.py). With
+# three labels, the classifier's output layer takes 3 (I + 1) of the K numbers (identity), 771 of
+# the mini and 2307 of the base model. The other layers share the rest:
+#
+#                          mini, K = 4096   mini, K = 8192   base, K = 4096   base, K = 8192
+#   linear layers              3325             7421             1789             5885
+#   LayerNorm, embeddings      58x57            86x86            42x42            77x76
+#
+# A linear layer with one token per example (classifier.dense and, except key and value, the last
+# encoder layer) is sketched as it is. The others are first reduced to 64 rows, because half the
+# side of the grid is less. LayerNorm and embeddings (which parameters=all selects) go through a
+# count sketch onto the grid. tests/bench compares these sizes with the slots.
+SLOTS: list[tuple[kernels.Kind | kernels.LayerKind, ProjectSize | ElementSize]] = [
+    ("sketch", ProjectSize(16, 1, 256, (1024,), (1, 3325))),
+    ("sketch", ProjectSize(16, 1, 768, (768,), (1, 1789))),
+    ("sketch", ProjectSize(8, 1, 768, (3072,), (1, 5885))),
+    ("sketch", ProjectSize(64, 24, 256, (256,), (1, 3325), rows=64)),
+    ("sketch", ProjectSize(32, 64, 256, (256, 256, 256), (1, 7421), rows=64)),
+    ("sketch", ProjectSize(32, 64, 768, (768, 768, 768), (1, 1789), rows=64)),
+    ("sketch", ProjectSize(32, 64, 768, (3072,), (1, 5885), rows=64)),
+    ("sketch", ProjectSize(32, 64, 3072, (768,), (1, 5885), rows=64)),
+    ("sketch", ProjectSize(16, 128, 768, (3072,), (1, 1789), ragged=True, rows=64)),
+    ("identity", ProjectSize(64, 1, 256, (3,), (3, 257))),
+    ("identity", ProjectSize(64, 1, 768, (3,), (3, 769))),
+    ("elementwise", ElementSize(64, 24, 256, (58, 57))),
+    ("elementwise", ElementSize(32, 64, 768, (77, 76))),
+    ("elementwise", ElementSize(16, 128, 768, (42, 42), ragged=True)),
+    ("embedding", ElementSize(64, 24, 256, (86, 86))),
+    ("embedding", ElementSize(32, 64, 768, (77, 76))),
+    ("embedding", ElementSize(16, 128, 768, (42, 42), ragged=True)),
+]
+SLOTS_SHORT = [SLOTS[0], SLOTS[5], SLOTS[10], SLOTS[12], SLOTS[15]]
+IDS = 4000  # of an embedding, the vocabulary of the benchmarks' models
+FORMED_NUMBERS = 1 << 26  # numbers of float64 gradients that are formed at a time
+
+
 def project_case(
     size: ProjectSize, kind: kernels.Kind, device: torch.device, dtype: torch.dtype
 ) -> Case:
@@ -121,15 +194,24 @@ def project_case(
     gs = [_rows((batch, tokens, width), lengths, dtype) for width in size.outs]
     keys = [2 * number + 1 for number in range(len(gs))]
     out = torch.zeros(batch, k_out * k_in, device=device)
+    formed = kind not in KINDS
 
     def native() -> Tensor:
         several: dict[str, Any] = {"g": gs, "output_key": keys}
         one: dict[str, Any] = {"g": gs[0], "output_key": keys[0]}
         kernels.project_gradients(
             x, out=out, lengths=lengths if size.ragged else None, kind=kind, k_out=k_out,
-            k_in=k_in, seed=0, input_key=0, **(several if len(gs) > 1 else one),
+            k_in=k_in, rows=size.rows, bias=formed, seed=0, input_key=0,
+            **(several if len(gs) > 1 else one),
         )  # fmt: skip
         return out
+
+    if formed:
+        forms, formed_truth = _formed(x, gs, keys, out, size, kind)
+        return Case(
+            f"project_gradients {kind}", str(size), native, forms, _added_error(out, formed_truth),
+            size.cost(kind, dtype, int(lengths.sum())),
+        )  # fmt: skip
 
     def truth() -> Tensor:
         p, *qs = (
@@ -188,6 +270,121 @@ def _plain_projections(
         return add(p, q)
 
     return {"dense": dense, "index_add": sparse}
+
+
+def _formed(
+    x: Tensor, gs: list[Tensor], keys: list[int], out: Tensor, size: ProjectSize, kind: kernels.Kind
+) -> tuple[dict[str, Callable[[], Tensor]], Callable[[], Tensor]]:
+    """Return plain implementations and the float64 result of kinds that form the gradient.
+
+    Gradients are formed by a batched product, of g or of g reduced to a few rows, and added as they
+    are (identity) or at the positions of the sketch, which are ready-made.
+    """
+    ones = x.new_ones(*x.shape[:2], 1)
+    x1 = torch.cat([x, ones], dim=2)
+    r_outs = [
+        reference.projection_matrix("rademacher", size.rows, g.shape[2], 0, key).to(x.device)
+        for g, key in zip(gs, keys, strict=True)
+        if size.rows
+    ]
+    r_ready = [r_out.to(x.dtype) for r_out in r_outs]
+    k = out.shape[1]
+    if kind == "sketch":
+        # Rows that R_out has made belong to all layers, and have a key of their input (random.h).
+        heights, key = torch.arange(size.rows or size.outs[0]), ~0 if size.rows else keys[0]
+        entries = reference.formed_entries(heights, torch.arange(x1.shape[2]), k, 0, 0, key)
+        positions, signs = (part.flatten().to(x.device) for part in entries)
+        float_signs = signs.float()
+
+    def reduced(parts: list[Tensor], matrices: list[Tensor]) -> Tensor:
+        if not matrices:
+            return parts[0]
+        q = parts[0] @ matrices[0].T
+        for g, r_out in zip(parts[1:], matrices[1:], strict=True):
+            q = q + g @ r_out.T
+        return q
+
+    def gradients() -> Tensor:
+        q = reduced(gs, r_ready)
+        return q.mT * x1 if size.tokens == 1 else torch.bmm(q.mT, x1)
+
+    def kept() -> Tensor:
+        return out.add_(gradients().flatten(1))
+
+    def by_index() -> Tensor:
+        return out.index_add_(1, positions, gradients().flatten(1).float().mul_(float_signs))
+
+    def by_scatter() -> Tensor:
+        values = gradients().flatten(1).float().mul_(float_signs)
+        return out.scatter_add_(1, positions.expand_as(values), values)
+
+    def truth() -> Tensor:
+        step = max(1, FORMED_NUMBERS // (x1.shape[2] * (size.rows or size.outs[0])))
+        parts = []
+        for first in range(0, len(x), step):
+            some = slice(first, first + step)
+            q = reduced([g[some].double() for g in gs], r_outs)
+            formed = torch.bmm(q.mT, x1[some].double()).flatten(1)
+            if kind == "sketch":
+                sketch = formed.new_zeros(len(formed), k)
+                formed = sketch.index_add_(1, positions, formed.mul_(signs))
+            parts.append(formed)
+        return torch.cat(parts)
+
+    if kind == "identity":
+        return {"formed": kept}, truth
+    return {"formed + index_add": by_index, "formed + scatter_add": by_scatter}, truth
+
+
+def element_case(
+    size: ElementSize, layer: kernels.LayerKind, device: torch.device, dtype: torch.dtype
+) -> Case:
+    """Build a case of LayerNorm, with a bias, or of an embedding."""
+    (batch, tokens, width, (k_out, k_in), ragged), k = size, size.k[0] * size.k[1]
+    lengths = _lengths(batch, tokens, ragged, device)
+    g = _rows((batch, tokens, width), lengths, dtype)
+    embedding = layer == "embedding"
+    if embedding:
+        x = torch.randint(IDS, (batch, tokens), device=device)
+    else:
+        x = _rows((batch, tokens, width), lengths, dtype)
+    out = torch.zeros(batch, k, device=device)
+    entries = reference.element_entries(torch.arange(IDS if embedding else 2), width, k, 0, 1)
+    positions, signs = (part.to(device) for part in entries)  # (ids, D), or (2, D)
+    ready_signs = signs.to(dtype)
+
+    def native() -> Tensor:
+        kernels.project_gradients(
+            x, g, out=out, lengths=lengths if ragged else None, layer=layer, k_out=k_out, k_in=k_in,
+            bias=not embedding, seed=0, input_key=0, output_key=1,
+        )  # fmt: skip
+        return out
+
+    def values(g: Tensor, x: Tensor, signs: Tensor) -> Tensor:
+        if embedding:
+            return (g * signs[x]).flatten(1)
+        return (torch.stack([(g * x).sum(1), g.sum(1)], dim=1) * signs).flatten(1)
+
+    def added(values: Tensor, to: Tensor) -> Tensor:
+        if embedding:  # another position for each example
+            return to.scatter_add_(1, positions[x].flatten(1), values)
+        return to.index_add_(1, positions.flatten(), values)
+
+    def plain() -> Tensor:
+        return added(values(g, x, ready_signs).float(), out)
+
+    def truth() -> Tensor:
+        wide_x = x if embedding else x.double()
+        return added(values(g.double(), wide_x, signs.double()), torch.zeros_like(out).double())
+
+    return Case(
+        f"project_gradients {layer}",
+        str(size),
+        native,
+        {"scatter_add" if embedding else "sums + index_add": plain},
+        _added_error(out, truth),
+        size.cost(layer, dtype, int(lengths.sum())),
+    )
 
 
 # --- gradient_dot ---------------------------------------------------------------------------
@@ -555,11 +752,14 @@ def _plain_quantized(x: Tensor) -> dict[str, Callable[[], Any]]:
 # --- all cases ------------------------------------------------------------------------------
 
 
-Size = ProjectSize | DotSize | TopKSize | LinearSize | QuantizeSize
+Size = ProjectSize | ElementSize | DotSize | TopKSize | LinearSize | QuantizeSize
 
 
 class Spec(NamedTuple):
-    """A case without its inputs: its op, with the kind of a projection, and its size."""
+    """A case without its inputs: its op and its size.
+
+    A projection's op has the kind behind it or, unless the layer is linear, the type of the layer.
+    """
 
     op: str
     size: Size
@@ -568,6 +768,8 @@ class Spec(NamedTuple):
         """Create the inputs on the device."""
         if isinstance(self.size, ProjectSize):
             return project_case(self.size, self.op.split()[1], device, dtype)  # type: ignore[arg-type]
+        if isinstance(self.size, ElementSize):
+            return element_case(self.size, self.op.split()[1], device, dtype)  # type: ignore[arg-type]
         if isinstance(self.size, DotSize):
             return dot_case(self.size, device, dtype)
         if isinstance(self.size, TopKSize):
@@ -582,6 +784,10 @@ def specs(
 ) -> list[Spec]:
     """List what is measured on a CPU or on a GPU (see `cases`), the most valuable cases first."""
     projections = [
+        Spec(f"project_gradients {kind}", _on_device(size, gpu, rows))
+        for kind, size in (SLOTS_SHORT if short else SLOTS)
+    ]
+    projections += [
         Spec(f"project_gradients {kind}", _on_device(size, gpu, rows))
         for size in (PROJECT_SHORT if short else PROJECT)
         for kind in KINDS
@@ -610,10 +816,18 @@ def specs(
 
 
 def headline_specs(dtype: torch.dtype, *, rows: int | None = None) -> list[Spec]:
-    """List the cases that a GPU is asked for first: its goals are stated for them."""
+    """List the cases that a GPU is asked for first.
+
+    Its goals are stated for the ranking and the two-sided projections; a default projection spends
+    its time on the other ones.
+    """
     projections = [
         Spec("project_gradients rademacher", _on_device(PROJECT[at], True, rows))
         for at in (8, 5, 10, 11)
+    ]
+    projections += [
+        Spec(f"project_gradients {SLOTS[at][0]}", _on_device(SLOTS[at][1], True, rows))
+        for at in (5, 7, 1, 12)
     ]
     large = [Spec("top_k_dot", _few_rows(BIG_TOP_K, rows))] if dtype is torch.bfloat16 else []
     return large + projections
@@ -635,7 +849,9 @@ def cases(
         yield spec.case(device, dtype)
 
 
-def _on_device(size: ProjectSize, gpu: bool, rows: int | None) -> ProjectSize:
+def _on_device(
+    size: ProjectSize | ElementSize, gpu: bool, rows: int | None
+) -> ProjectSize | ElementSize:
     fuller = 4096 // 64 if size.tokens == 1 else 65_536 // (size.batch * size.tokens)
     return size._replace(batch=_few(size.batch * (fuller if gpu else 1), rows))
 

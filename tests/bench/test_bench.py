@@ -26,10 +26,20 @@ from tracmod.bench import (
     predict,
     report,
 )
-from tracmod.bench.cases import ProjectSize, Spec, cases, headline_specs, specs
+from tracmod.bench.cases import (
+    KINDS,
+    SLOTS,
+    ElementSize,
+    ProjectSize,
+    Spec,
+    cases,
+    headline_specs,
+    specs,
+)
 from tracmod.bench.collect import WrongResult
 from tracmod.bench.measure import agreement, environment
 from tracmod.cli import main
+from tracmod.gradients.capture import select_layers
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -61,8 +71,37 @@ def tiny():
 def test_every_case_that_is_timed_is_correct(device, dtype):
     torch.manual_seed(0)
     rows = [bench_kernels.check(case, dtype) for case in cases(device, dtype, rows=3)]
-    assert len(rows) > 20
+    ops = {f"project_gradients {kind}" for kind in (*KINDS, *dict(SLOTS))}
+    assert ops | {"gradient_dot", "quantize_rows", "top_k_dot"} <= {row["op"] for row in rows}
     assert not [row for row in rows if not row["right"]]
+
+
+@pytest.mark.parametrize("shape", ["mini", "base"])
+def test_the_slots_that_are_timed_are_those_of_a_default_projection(shape):
+    with torch.device("meta"):
+        layers = select_layers(models.random_model(shape), "all")
+    needed = set()
+    for dim in (4096, 8192):
+        slots = tm.Projection(dim).slots(layers)
+        for layer in layers:
+            slot, linear = slots[layer.name], layer.kind == "linear"
+            width = layer.out_features if layer.kind == "embedding" else layer.in_features
+            needed.add((
+                slot.kind if linear else layer.kind, width, layer.out_features if linear else 0,
+                (slot.k_out, slot.k_in), slot.rows, layer.few_tokens,
+            ))  # fmt: skip
+    hidden, timed = models.SHAPES[shape]["hidden_size"], set()
+    for kind, size in SLOTS:
+        if isinstance(size, ElementSize):
+            timed.add((kind, size.width, 0, size.k, 0, False))
+        else:
+            few = size.tokens == 1
+            timed |= {(kind, size.size_in, out, size.k, size.rows, few) for out in size.outs}
+    own = {case for case in timed if case[1] in (hidden, 4 * hidden)}
+    assert own <= needed
+    assert {(case[0], case[4:]) for case in own} == {(case[0], case[4:]) for case in needed}
+    dims = {case[3] for case in own if case[0] == "sketch"}
+    assert dims == {case[3] for case in needed if case[0] == "sketch"}  # both dims
 
 
 def test_a_table_has_limits_shares_and_the_environment(tmp_path, capsys):

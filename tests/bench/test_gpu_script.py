@@ -106,7 +106,11 @@ def test_the_second_call(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> N
              "kernels-cuda-float32.json"]  # fmt: skip
     positions = [first_with(calls, text) for text in order]
     assert positions == sorted(positions)
-    assert len([call for call in calls if call.startswith("ncu")]) == 4
+    profiled = [call for call in calls if call.startswith("ncu")]
+    for kernel in ("project_tiles", "sketch_formed", "reduce_outputs", "^sketch$"):
+        assert len([call for call in profiled if f"regex:{kernel} " in call]) == 1
+        assert "--op project_gradients" in profiled[first_with(profiled, f"regex:{kernel} ")]
+    assert len(profiled) == 7
 
 
 def test_a_part_that_fails_does_not_stop_the_next(machine: Machine) -> None:

@@ -412,6 +412,10 @@ def kernels_section(result: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"
+
+
 def predictions_section(result: dict[str, Any]) -> list[str]:
     """Compare predictions with what was measured; columns of measurements are empty without any."""
     lines = []
@@ -422,9 +426,9 @@ def predictions_section(result: dict[str, Any]) -> list[str]:
             seconds, share = row.get("native_seconds"), row.get("share_of_limit")
             rows.append([
                 name, case["bytes"] / 1e6, case["operations"] / 1e9, case["bound_by"],
-                case["seconds"] * 1e3, f"{case['share_of_limit']:.0%}",
+                case["seconds"] * 1e3, _percent(case["share_of_limit"]),
                 None if seconds is None else seconds * 1e3,
-                None if share is None else f"{share:.0%}", case["reason"],
+                None if share is None else _percent(share), case["reason"],
             ])  # fmt: skip
         lines += [
             f"**{dtype}**",

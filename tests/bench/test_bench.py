@@ -177,6 +177,8 @@ def test_predictions_stand_beside_what_a_gpu_measured(tmp_path):
         "measured": {"bfloat16": {name: {"native_seconds": 0.0123, "share_of_limit": 0.45}}},
     }  # fmt: skip
     assert "| 12.3 | 45% |" in report.section(result)[-1]
+    result["measured"]["bfloat16"][name]["share_of_limit"] = 0.0045
+    assert "| 12.3 | 0.45% |" in report.section(result)[-1]
     result["measured"] = {}
     assert "|  |  |" in report.section(result)[-1]
 

@@ -92,14 +92,14 @@ def measured(
 
 
 HEAD = (
-    f"{'op':28} {'size':52} {'plain ms':>9} {'op ms':>9} {'predicted':>9} {'speedup':>7} "
+    f"{'op':29} {'size':52} {'plain ms':>9} {'op ms':>9} {'predicted':>9} {'speedup':>7} "
     f"{'GB/s':>7} {'TFLOP/s':>7} {'of limit':>8}  {'error':>7}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     """Format a row for the terminal."""
-    start = f"{row['op']:28} {row['shape']:52} "
+    start = f"{row['op']:29} {row['shape']:52} "
     if "failed" in row:
         return f"{start}FAILED: {row['failed']}"
     error = f"{row['error']:7.1e}"

@@ -76,6 +76,13 @@ def test_every_case_that_is_timed_is_correct(device, dtype):
     assert not [row for row in rows if not row["right"]]
 
 
+def test_a_large_batch_is_checked_in_blocks_of_examples(monkeypatch):
+    monkeypatch.setattr("tracmod.bench.cases.FORMED_NUMBERS", 1)
+    for kind, size in (SLOTS[3], SLOTS[9]):
+        case = Spec(f"project_gradients {kind}", size._replace(batch=3)).case(CPU, torch.float32)
+        assert bench_kernels.check(case, torch.float32)["right"]
+
+
 @pytest.mark.parametrize("shape", ["mini", "base"])
 def test_the_slots_that_are_timed_are_those_of_a_default_projection(shape):
     with torch.device("meta"):

@@ -10,7 +10,7 @@ from tracmod.models.architecture import attention_layers
 
 HEAD = """# Models
 
-Classifiers of texts and tokens, and models for question answering, that tracmod supports, and what it can do with each.
+Classifiers of texts and tokens, models for question answering, and what tracmod can do with them.
 
 This page is made from the tests (`python tests/support/models_page.py`), which compare every row
 with transformers' own model.

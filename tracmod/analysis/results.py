@@ -41,6 +41,8 @@ VIEWS = (
 WITHOUT_GROUP = "without-group"
 # In the folder of a view, for a task of tokens: the predicted tags of the test sentences.
 PREDICTED_TAGS = "tags.parquet"
+# The same for a task of questions: the predicted answers, and the F1 of their tokens.
+PREDICTED_ANSWERS = "answers.parquet"
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,30 @@ class RunResults:
 
     @property
     def tag_names(self) -> list[str] | None:
-        """Names of the tags of words, for a task of tokens; None for a task of texts."""
+        """Names of the tags of words, for a task of tokens; None for other tasks."""
         names: list[str] | None = self.settings.get("tag_names")
         return names
+
+    @property
+    def of_questions(self) -> bool:
+        """Whether questions are answered."""
+        return self.settings.get("unit") == "span"
+
+    def answer_scores(self, view: ViewResults) -> np.ndarray:
+        """Return the F1 of each test question's answer under a view, as counts (Q, 3).
+
+        They are those of `bootstrap_f1` for a mean over questions: F1, 1 and 1, summed over the
+        draws of the view under which a question counts.
+        """
+        total = np.zeros((len(self.test), 3))
+        languages = self.test["language"].to_pylist()
+        for folder in view.folders:
+            path = self.path / "influence" / view.model / folder / PREDICTED_ANSWERS
+            scores = pq.read_table(path, columns=["f1"])[0].to_numpy()
+            for row, language in enumerate(languages):
+                if counts_under(folder, language):
+                    total[row] += (scores[row], 1, 1)
+        return total
 
     def tag_counts(self, view: ViewResults, names: Sequence[str]) -> np.ndarray:
         """Return what is right, predicted and true in each test sentence under a view, (Q, 3).

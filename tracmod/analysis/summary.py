@@ -9,7 +9,7 @@ Shape suffixes: Q all test examples of the run, G training languages.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,7 @@ def analyze(
         "partial_similarity_influence": partial,
         "distance_influence": _distances(run, views, distances, distance_names, resampling),
         "seed_baseline": _seed_baseline(run, seeds, resampling),
-        "accuracy": _accuracy(run, views, confidence)
-        if run.tag_names is None
-        else _tag_scores(run, views, run.tag_names, resampling),
+        "accuracy": _scores(run, views, resampling, confidence),
         "subnetworks": _subnetworks(run),
         "heads": usage_summary(run.masks) if run.masks else None,
         "blocks": block_shares(blocks) if blocks else [],
@@ -264,6 +262,19 @@ def _accuracy(run: RunResults, views: Sequence[ViewResults], confidence: float) 
     }
 
 
+def _scores(
+    run: RunResults, views: Sequence[ViewResults], resampling: Resampling, confidence: float
+) -> dict[str, Any]:
+    """Return the score of the predictions per language: accuracy, or F1."""
+    if run.of_questions:
+        no_answer = dict.fromkeys(run.num_test, 0.0)
+        own = _counted_scores(run, views, run.answer_scores, resampling)
+        return {"score": "F1", "of": "answers", "chance": 0.0, "majority": no_answer} | own
+    if run.tag_names is None:
+        return _accuracy(run, views, confidence)
+    return _tag_scores(run, views, run.tag_names, resampling)
+
+
 def _tag_scores(
     run: RunResults, views: Sequence[ViewResults], names: Sequence[str], resampling: Resampling
 ) -> dict[str, Any]:
@@ -272,16 +283,39 @@ def _tag_scores(
     Intervals are of resampled test sentences (whole parallel items). Without entities, `chance` and
     `majority` are those of words; for F1 they are 0, the score of a model that finds no entity.
     """
-    test, languages = run.examples("test"), np.array(run.test["language"].to_pylist())
+    test = run.examples("test")
     majority = dict.fromkeys(run.num_test, 0.0)
     if not are_entities(names):
         for name in run.num_test:
             own = test.filter(pc.equal(test["language"], name))["tags"].to_pylist()
             tags = [tag for sentence in own for tag in sentence if tag != UNTAGGED]
             majority[name] = float(np.bincount(tags).max() / len(tags))
-    of_views = []
+    return {
+        "score": score_name(names),
+        "of": "entities" if are_entities(names) else "words",
+        "chance": 0.0 if are_entities(names) else 1 / len(names),
+        "majority": majority,
+        **_counted_scores(run, views, lambda view: run.tag_counts(view, names), resampling),
+    }
+
+
+def _counted_scores(
+    run: RunResults,
+    views: Sequence[ViewResults],
+    counts_of: Callable[[ViewResults], np.ndarray],
+    resampling: Resampling,
+) -> dict[str, Any]:
+    """Return F1 per language, after each epoch and under the masks of each view.
+
+    Args:
+        run: the results.
+        views: the views.
+        counts_of: returns the (Q, 3) counts of a view (`bootstrap_f1`).
+        resampling: intervals are of resampled test examples (whole parallel items).
+    """
+    languages, of_views = np.array(run.test["language"].to_pylist()), []
     for view in views:
-        counts_Q3 = run.tag_counts(view, names)
+        counts_Q3 = counts_of(view)
         known = np.array([any(counts_under(folder, name) for folder in view.folders)
                           for name in languages])  # fmt: skip
         per_language = {}
@@ -293,9 +327,6 @@ def _tag_scores(
         if per_language:
             of_views.append({"model": view.model, "view": view.name, "languages": per_language})
     return {
-        "score": score_name(names),
-        "chance": 0.0 if are_entities(names) else 1 / len(names),
-        "majority": majority,
         "epochs": {model: run.metrics(model) for model in MODELS if run.metrics(model)},
         "views": of_views,
     }

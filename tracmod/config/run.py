@@ -578,10 +578,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_tokens(self) -> RunConfig:
         for name in ("retrain", "metagradient"):
-            if self.task.of_tokens and getattr(self, name) is not None:
+            if self.task.unit != "text" and getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name}: expected none for the task {self.task.name}, whose words are "
-                    f"classified, got a section"
+                    f"{name}: expected none for the task {self.task.name}, which is not one of "
+                    f"classes of texts, got a section"
                 )
         return self
 

@@ -11,6 +11,7 @@ from pydantic import (
     model_validator,
 )
 
+from tracmod.choices import Unit
 from tracmod.config.section import Section, repeated
 
 
@@ -18,13 +19,14 @@ class TaskConfig(Section):
     """The examples: the task, its languages, and the number of examples per language and split."""
 
     name: Literal[
-        "grammar", "planted", "entities", "xnli", "pawsx", "marc", "wikiann", "ud", "tagged-files",
-        "files"] = Field(
+        "grammar", "planted", "entities", "xnli", "pawsx", "marc", "wikiann", "ud", "xquad",
+        "tagged-files", "question-files", "files"] = Field(
         "grammar",
         description="Task: built-in (grammar, planted, entities), public (xnli, pawsx, marc, "
-        "wikiann, ud), or your own files (files; tagged-files for words with tags). In entities, "
-        "wikiann (named entities), ud (parts of speech; languages are treebanks, such as en_ewt) "
-        "and tagged-files, words are classified.",
+        "wikiann, ud, xquad), or your own files (files; tagged-files for words with tags, "
+        "question-files for questions). In entities, wikiann (named entities), ud (parts of "
+        "speech; languages are treebanks, such as en_ewt) and tagged-files, words are classified; "
+        "in xquad and question-files, questions are answered.",
     )  # fmt: skip
     shape: Literal["nli", "paraphrase", "reviews"] = Field(
         "nli", description="grammar only: the kind of task that the sentences make up."
@@ -32,35 +34,38 @@ class TaskConfig(Section):
     languages: list[str] = Field(min_length=1, description="Languages, each once.")
     path: Path | None = Field(
         None,
-        description="xnli, pawsx, marc, wikiann, ud only: folder with the published files. "
+        description="xnli, pawsx, marc, wikiann, ud, xquad only: folder with the published files. "
         "Default: the Hub.",
     )
     hub_name: str | None = Field(
         None,
-        description="xnli, pawsx, marc, wikiann, ud only: another Hub data set of the same format.",
+        description="xnli, pawsx, marc, wikiann, ud, xquad only: another Hub data set of the same "
+        "format.",
     )
     train_file: str | None = Field(
         None,
-        description="files, tagged-files only: path of the training examples (.tsv, .csv, .jsonl, "
-        ".parquet; with tags .jsonl, .parquet, .conllu, .conll, .bio; each also .gz). It may "
-        "contain {language}.",
+        description="files, tagged-files, question-files only: path of the training examples "
+        "(.tsv, .csv, .jsonl, .parquet; with tags .jsonl, .parquet, .conllu, .conll, .bio; "
+        "questions .json of SQuAD's form, .jsonl, .parquet; each also .gz). It may contain "
+        "{language}.",
     )
     dev_file: str | None = Field(
         None,
-        description="files, tagged-files only: path of the dev examples. Default: drawn from "
-        "train_file.",
+        description="files, tagged-files, question-files only: path of the dev examples. Default: "
+        "drawn from train_file.",
     )
     test_file: str | None = Field(
         None,
-        description="files, tagged-files only: path of the test examples. Default: drawn from "
-        "train_file.",
+        description="files, tagged-files, question-files only: path of the test examples. Default: "
+        "drawn from train_file.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="files, tagged-files only: name of a column here -> its name in the files. The "
-        "columns are id, language, text_a, text_b, label, group, and split_group, which names "
-        "examples that must stay in one split (default: group); of tagged-files, id, language, "
-        "tokens, tags and group.",
+        description="files, tagged-files, question-files only: name of a column here -> its name "
+        "in the files. The columns are id, language, text_a, text_b, label, group, and "
+        "split_group, which names examples that must stay in one split (default: group); of "
+        "tagged-files, id, language, tokens, tags and group; of question-files, id, language, "
+        "question, context, answers and group.",
     )
     parallel: bool = Field(
         False,
@@ -107,9 +112,12 @@ class TaskConfig(Section):
         return self.trained_languages
 
     @property
-    def of_tokens(self) -> bool:
-        """Whether words are classified, and not texts."""
-        return self.name in ("entities", "wikiann", "ud", "tagged-files")
+    def unit(self) -> Unit:
+        """What a model of the task says something of: texts, words, or the answers in texts."""
+        if self.name in ("xquad", "question-files"):
+            return "span"
+        of_words = self.name in ("entities", "wikiann", "ud", "tagged-files")
+        return "token" if of_words else "text"
 
     @property
     def trained_languages(self) -> list[str]:
@@ -131,7 +139,7 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _check_files(self) -> TaskConfig:
-        if self.name in ("files", "tagged-files") and self.train_file is None:
+        if self.name in ("files", "tagged-files", "question-files") and self.train_file is None:
             raise ValueError(f"train_file: expected a path for the task {self.name}, got none")
         return self
 

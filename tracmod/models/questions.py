@@ -136,6 +136,34 @@ def encode_questions(
     ]
 
 
+def best_span(logits_2S: Tensor, allowed_S: Tensor | None = None) -> tuple[int, int]:
+    """Return the first and last token whose two logits have the largest sum.
+
+    Args:
+        logits_2S: logits of the first and of the last token.
+        allowed_S: which tokens may be part of a span of at most `LONGEST_ANSWER`; None for all.
+    """
+    first_S, last_S = logits_2S.double()
+    sums_SS = first_S[:, None] + last_S[None, :]
+    in_order_SS = torch.ones_like(sums_SS, dtype=torch.bool).triu().tril(LONGEST_ANSWER - 1)
+    if allowed_S is not None:
+        in_order_SS &= allowed_S[:, None] & allowed_S[None, :]
+    begin, end = divmod(int(sums_SS.masked_fill(~in_order_SS, -torch.inf).argmax()), len(first_S))
+    return begin, end
+
+
+def span_f1(predicted: tuple[int, int], true: tuple[int, int]) -> float:
+    """Return the F1 of two spans of tokens: twice what they share, over the sum of their lengths.
+
+    For words in place of tokens, this is SQuAD's F1, which also leaves out articles and punctuation
+    of English.
+
+    Source: Rajpurkar et al. 2016, arXiv 1606.05250.
+    """
+    shared = max(0, min(predicted[1], true[1]) - max(predicted[0], true[0]) + 1)
+    return 2 * shared / (predicted[1] - predicted[0] + true[1] - true[0] + 2)
+
+
 def best_answers(
     tokenizer: PreTrainedTokenizerBase, table: Any, max_length: int, logits: Sequence[Tensor]
 ) -> list[str]:
@@ -153,17 +181,11 @@ def best_answers(
     windows = question_windows(tokenizer, table, max_length)
     contexts = table.column("text_b").to_pylist()
     for window, context, logits_2S in zip(windows, contexts, logits, strict=True):
-        first_S, last_S = logits_2S.double()
         in_context_S = torch.tensor([place is not None for place in window.characters])
-        sums_SS = first_S[:, None] + last_S[None, :]
-        allowed_SS = in_context_S[:, None] & in_context_S[None, :]
-        allowed_SS &= torch.ones_like(allowed_SS).triu() & torch.ones_like(allowed_SS).tril(
-            LONGEST_ANSWER - 1
-        )
-        sums_SS = sums_SS.masked_fill(~allowed_SS, -torch.inf)
-        begin, end = divmod(int(sums_SS.argmax()), len(first_S))
+        begin, end = best_span(logits_2S, in_context_S)
         places = window.characters[begin], window.characters[end]
-        if float(first_S[0] + last_S[0]) >= float(sums_SS.max()) or None in places:
+        first_S, last_S = logits_2S.double()
+        if float(first_S[0] + last_S[0]) >= float(first_S[begin] + last_S[end]) or None in places:
             answers.append("")
             continue
         answers.append(context[places[0][0] : places[1][1]].strip())  # type: ignore[index]

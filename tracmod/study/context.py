@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from tracmod.analysis.results import UNTRAINED
 from tracmod.analysis.statistics import Resampling
+from tracmod.choices import Unit
 from tracmod.config import RunConfig
 from tracmod.engine import Engine
 from tracmod.engine.local import LocalEngine
@@ -22,7 +23,7 @@ from tracmod.models.digests import tokenizer_digest
 from tracmod.models.inputs import encode
 from tracmod.models.language_adapters import with_language_ids
 from tracmod.models.loading import has_tokenizer, load_model, load_tokenizer
-from tracmod.models.loss import ExampleLoss
+from tracmod.models.loss import CROSS_ENTROPY_OF, ExampleLoss
 from tracmod.models.modes import resolve_device, to_device
 from tracmod.study.run_folder import RunFolder
 from tracmod.study.views import View, views_of
@@ -121,20 +122,28 @@ class RunContext:
 
     @property
     def tag_names(self) -> list[str] | None:
-        """The names of the tags of words, for a task of tokens; None for a task of texts."""
+        """The names of the tags of words, for a task of tokens; None for other tasks."""
         names: list[str] | None = self.run.record.get("tag_names")
         return names
 
     @property
+    def unit(self) -> Unit:
+        """What the model says something of: texts, words, or the answers in texts."""
+        unit: Unit = self.run.record.get("unit") or ("token" if self.tag_names else "text")
+        return unit
+
+    @property
     def class_names(self) -> list[str]:
-        """The names of the model's classes: those of texts, or of words."""
+        """The names of the model's outputs: classes of texts or words, or ends of an answer."""
+        if self.unit == "span":
+            return ["start", "end"]
         names: list[str] = self.tag_names or self.run.record["label_names"]
         return names
 
     @property
     def loss(self) -> ExampleLoss:
         """The loss that the study trains with."""
-        return ExampleLoss("token_cross_entropy" if self.tag_names else "cross_entropy")
+        return ExampleLoss(CROSS_ENTROPY_OF[self.unit])
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, table: pa.Table, model: PreTrainedModel

@@ -24,7 +24,7 @@ from tracmod.models.architecture import attention_layers
 from tracmod.models.inputs import collate, pad_token_id
 from tracmod.models.loss import per_example_loss
 from tracmod.models.modes import frozen, to_device
-from tracmod.models.plain_pass import predict, predict_tokens
+from tracmod.models.plain_pass import model_logits, predict, predict_tokens
 from tracmod.study.context import SPLITS, RunContext
 from tracmod.study.probes import SIZES, Cost, Stopwatch
 from tracmod.study.retrain_scores import preconditioned_passes
@@ -218,7 +218,7 @@ class Forecast:
             with frozen(self._model):
                 features[kind] = cost_per_example(self.stopwatch, collector.collect, examples)
         importance = partial(head_importance, self._model)
-        forward = predict if self.context.tag_names is None else predict_tokens
+        forward = predict if self.context.unit == "text" else predict_tokens
         return _Costs(
             step=self._step_cost(examples),
             forward=cost_per_example(self.stopwatch, partial(forward, self._model), examples),
@@ -262,7 +262,7 @@ class Forecast:
             inputs = collate(batch, pad_token_id(model), model.device)
             labels_B = inputs.pop("labels")
             with torch.autocast(labels_B.device.type, dtype, enabled=dtype != torch.float32):
-                logits_BC = model(**inputs).logits
+                logits_BC = model_logits(model, inputs)
             per_example_loss(logits_BC, labels_B).mean().backward()
 
         cost = cost_per_example(self.stopwatch, gradient, examples, batch_size).scaled(batch_size)

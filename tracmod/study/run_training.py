@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 
-from tracmod.choices import Unit
 from tracmod.config import FinetuneConfig
 from tracmod.gradients.capture import select_layers
 from tracmod.models.adapters import add_lora, is_adapter_folder
@@ -38,8 +37,7 @@ def initial_model(context: RunContext) -> tuple[PreTrainedModel, PreTrainedToken
     A tokenizer of the run's own is trained on all its training texts.
     """
     shape, labels = context.config.model, context.class_names
-    unit: Unit = "text" if context.tag_names is None else "token"
-    seed = context.config.seed
+    unit, seed = context.unit, context.config.seed
     folder = None if shape.name is None else Path(shape.name)
     is_shape_only = (
         folder is not None and (folder / "config.json").is_file() and not has_weights(folder)

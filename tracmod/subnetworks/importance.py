@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tracmod.models.architecture import AttentionLayer, attention_layers
+from tracmod.models.architecture import AttentionLayer, answers_questions, attention_layers
 from tracmod.models.inputs import TokenLabels, accuracy
 from tracmod.models.loading import class_names
 from tracmod.models.loss import UNLABELLED, per_example_loss
@@ -27,6 +27,7 @@ from tracmod.models.plain_pass import (
     predict,
     predict_tokens,
 )
+from tracmod.models.questions import best_span, span_f1
 from tracmod.subnetworks.head_mask import HeadMask, masked, matching_layers
 from tracmod.tasks.tag_scores import count_tags, total_counts
 
@@ -133,8 +134,15 @@ def masked_accuracy(
 ) -> float:
     """Compute the share of examples that the model classifies correctly under the mask, if any.
 
-    Of a token classifier, the F1 of its entities, or the accuracy of other tags.
+    Of a token classifier, the F1 of its entities, or the accuracy of other tags; of question
+    answering, the mean F1 of the answers' tokens.
     """
+    if answers_questions(model):
+        with masked(model, mask):
+            logits = predict_tokens(model, examples, batch_tokens=batch_tokens)
+        pairs = zip(logits, examples, strict=True)
+        scores = [span_f1(best_span(own), tuple(example["labels"])) for own, example in pairs]
+        return float(np.mean(scores))
     if examples and isinstance(examples[0]["labels"], TokenLabels):
         with masked(model, mask):
             logits = predict_tokens(model, examples, batch_tokens=batch_tokens)

@@ -10,6 +10,7 @@ from tracmod.tasks.grammar import load_grammar
 from tracmod.tasks.marc import load_marc
 from tracmod.tasks.pawsx import load_pawsx
 from tracmod.tasks.planted import load_planted
+from tracmod.tasks.questions import load_question_files, load_xquad
 from tracmod.tasks.sampling import sample
 from tracmod.tasks.tagged import load_tagged_files, load_treebanks, load_wikiann
 from tracmod.tasks.xnli import load_xnli
@@ -34,6 +35,8 @@ _LOADERS = {
     "wikiann": load_wikiann,
     "ud": load_treebanks,
     "tagged-files": load_tagged_files,
+    "xquad": load_xquad,
+    "question-files": load_question_files,
 }
 
 

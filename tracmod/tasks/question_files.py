@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +65,39 @@ def read_question_files(
     if language is not None:
         check_language(language)
     return [
-        _read_file(Path(path), columns, language, model_inputs, [] if notes is None else notes)
+        question_table(
+            path,
+            _question_rows(Path(path)),
+            columns,
+            language,
+            refused=model_inputs,
+            notes=notes,
+        )
         for path in paths
     ]
 
 
-def _read_file(
-    path: Path,
+def question_table(
+    path: str | Path,
+    numbered_rows: Iterable[Row],
     columns: Mapping[str, str],
     language: str | None,
-    refused: Collection[str],
-    notes: list[str],
+    *,
+    refused: Collection[str] = (),
+    notes: list[str] | None = None,
 ) -> pa.Table:
-    """Return the checked questions of a file."""
+    """Check questions, and return them with `QUESTION_SCHEMA`.
+
+    Args:
+        path: the file that they are in, for messages.
+        numbered_rows: numbers of lines, and values by column.
+        columns, language, notes: as for `read_question_files`.
+        refused: columns that the file must not have.
+    """
     names: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
     ids: set[str] = set()
-    for row_number, (line, row) in enumerate(_question_rows(path)):
+    for row_number, (line, row) in enumerate(numbered_rows):
         if not row_number:
             check_refused(path, list(row), refused)
             names = _choose_names(path, list(row), columns)
@@ -90,7 +106,8 @@ def _read_file(
                     f"language: expected none, because {path} has a column of languages, got "
                     f"{language!r}"
                 )
-            notes += _notes(path, names, language)
+            if notes is not None:
+                notes += _notes(path, names, language)
         cells: dict[str, Any] = {name: row.get(names[name]) for name in names}
         question, context = cells.get("question"), cells.get("context")
         fault, answer, start = _answer(cells.get("answers"), context, names)
@@ -161,7 +178,7 @@ def _squad_questions(path: Path, data: Any) -> Iterator[dict[str, Any]]:
 
 
 def _choose_names(
-    path: Path, names_in_file: Sequence[str], columns: Mapping[str, str]
+    path: str | Path, names_in_file: Sequence[str], columns: Mapping[str, str]
 ) -> dict[str, str]:
     """Return our columns that a file has, with their names there."""
     names = {}
@@ -211,7 +228,7 @@ def _answer(answers: Any, context: Any, names: Mapping[str, str]) -> tuple[str |
     return None, answer.strip(), start + spaces
 
 
-def _notes(path: Path, names: Mapping[str, str], language: str | None) -> list[str]:
+def _notes(path: str | Path, names: Mapping[str, str], language: str | None) -> list[str]:
     """Return sentences on what a file does not say."""
     notes = []
     if "id" not in names:

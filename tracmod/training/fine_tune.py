@@ -36,6 +36,7 @@ from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.digests import model_digest
 from tracmod.models.inputs import TOKEN_COLUMNS, collate, pad_token_id
 from tracmod.models.loss import per_example_loss
+from tracmod.models.plain_pass import model_logits
 from tracmod.subnetworks.head_mask import HeadMask, head_slices, masked, matching_layers
 from tracmod.subnetworks.importance import head_importance, mask_least_important, masked_accuracy
 from tracmod.training.batch_mean import WeightedMean
@@ -448,7 +449,7 @@ class _Training:
         dtype = getattr(torch, self.settings.dtype)
         enabled = autocast and dtype != torch.float32
         with torch.autocast(labels_B.device.type, dtype, enabled=enabled):
-            logits_BC = self.model(**inputs).logits
+            logits_BC = model_logits(self.model, inputs)
         return per_example_loss(logits_BC, labels_B)
 
     def _step(self, step: int, batch: list[int], masks: Masks | None) -> float:

@@ -169,6 +169,9 @@ def _columns(examples: pa.Table, tag_names: Sequence[str] | None) -> dict[str, l
                     examples["tokens"].to_pylist(), examples["tags"].to_pylist(), strict=True
                 )
             ]
+        elif name == "text_a" and "answer" in examples.column_names:
+            answers = [answer or "(no answer)" for answer in examples["answer"].to_pylist()]
+            texts = [f"{text} → {answer}" for text, answer in zip(texts, answers, strict=True)]
         columns[name] = [
             text if text is None or len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
             for text in texts

@@ -27,6 +27,12 @@ VIEW_NAMES = {
     "union": "union of two subnetworks",
     "intersection": "intersection of two subnetworks",
 }
+# What the score of a task that is not one of classes of texts is about -> what it counts.
+SCORES = {
+    "entities": "F1 of the entities, both borders and the type of which have to be right",
+    "words": "Accuracy of the tags of words",
+    "answers": "Mean F1 of the tokens of the answers",
+}
 MEASURE_NAMES = {
     "share_positive": "Proponents",
     "share_negative": "Opponents",

@@ -23,7 +23,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from tracmod.analysis.influence_tables import InfluenceTables, self_influence_table
-from tracmod.analysis.results import PREDICTED_TAGS, WITHOUT_GROUP
+from tracmod.analysis.results import PREDICTED_ANSWERS, PREDICTED_TAGS, WITHOUT_GROUP
 from tracmod.analysis.same_group import same_group_rows
 from tracmod.files import progress
 from tracmod.files.durable import write_parquet
@@ -36,6 +36,7 @@ from tracmod.influence.scores import (
 from tracmod.models.checkpoints import Checkpoint
 from tracmod.models.inputs import tags_of_words
 from tracmod.models.plain_pass import predict, predict_tokens
+from tracmod.models.questions import best_answers, best_span, span_f1
 from tracmod.study.context import RunContext
 from tracmod.study.forecast import Estimate, Forecast
 from tracmod.study.run_features import Digests, load_checkpoint, view_features
@@ -78,14 +79,18 @@ def run(context: RunContext) -> None:
             model, tokenizer = context.load(checkpoints[-1])
             test = context.encode(tokenizer, context.table("test"), model)
             for view in context.views_at(model_name, checkpoints[-1].epoch):
-                if context.tag_names is None:
+                if context.unit == "text":
                     predictions = _predictions(context, model, test, view)
+                elif context.unit == "span":
+                    predictions = [0] * len(test)  # all questions have one class
                 else:
                     tags = _predicted_tags(context, model, tokenizer, test, view)
-                    names = context.tag_names
+                    names = context.tag_names or []
                     predictions = [sentence_class(own, names) for own in tags]
                 _write_view(context, model_name, view, digests, predictions)
-                if context.tag_names is not None:
+                if context.unit == "span":
+                    _write_answers(context, model_name, view, model, tokenizer, test)
+                elif context.unit == "token":
                     _write_tags(context, model_name, view, tags)
             if with_blocks:
                 block_files |= influence_by_block(context, model_name, digests)
@@ -283,6 +288,29 @@ def _write_tags(
         }
     )
     write_parquet(context.run.influence(model_name, view.name) / PREDICTED_TAGS, table)
+
+
+def _write_answers(
+    context: RunContext,
+    model_name: str,
+    view: View,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test: Sequence[dict[str, Any]],
+) -> None:
+    """Write the predicted answers of a view, and the F1 of their tokens."""
+    table, length = context.table("test"), context.config.model.max_length
+    answers, scores = [""] * len(test), np.zeros(len(test))
+    for language, mask in view.masks:
+        rows = context.rows("test", language)
+        with masked(model, mask):
+            logits = predict_tokens(model, [test[row] for row in rows])
+        texts = best_answers(tokenizer, table.take(rows), length, logits)
+        for row, text, own in zip(rows, texts, logits, strict=True):
+            answers[row] = text
+            scores[row] = span_f1(best_span(own), tuple(test[row]["labels"]))
+    written = pa.table({"test_id": table["id"], "answer": answers, "f1": scores})
+    write_parquet(context.run.influence(model_name, view.name) / PREDICTED_ANSWERS, written)
 
 
 def _write_view(

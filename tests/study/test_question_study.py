@@ -215,6 +215,14 @@ def test_what_needs_classes_is_refused(tmp_path, section):
         parse_config(tree | {section: {}}, "test")
 
 
+@pytest.mark.parametrize("name", ["xquad", "entities"])
+def test_pooling_is_for_classifiers_of_texts(tmp_path, name):
+    tree = json.loads(config_of(tmp_path).model_dump_json())
+    tree["task"]["name"], tree["model"]["pooling"] = name, "mean"
+    with pytest.raises(ValueError, match=rf"model.pooling: .*{name}.*mean"):
+        parse_config(tree, "test")
+
+
 def test_the_f1_of_spans():
     for a in range(4):
         for b in range(a, 4):

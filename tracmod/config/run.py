@@ -583,6 +583,11 @@ class RunConfig(Section):
                     f"{name}: expected none for the task {self.task.name}, which is not one of "
                     f"classes of texts, got a section"
                 )
+        if self.task.unit != "text" and self.model.pooling is not None:
+            raise ValueError(
+                f"model.pooling: expected none for the task {self.task.name}, whose model reads "
+                f"every token by itself, got {self.model.pooling}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ float64 before anything is timed; a model whose gradients are wrong is not timed
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -187,7 +188,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "models": {}}
+    result: dict[str, Any] = {
+        "part": "families", "environment": environment(torch.device("cpu")),
+        "load": os.getloadavg()[0], "models": {},
+    }  # fmt: skip
     for name, settings in MODELS.items():
         if arguments.only not in (None, name):
             continue

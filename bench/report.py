@@ -444,6 +444,26 @@ def predictions_section(result: dict[str, Any]) -> list[str]:
 
 
 # In the order of the page.
+def families_section(result: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            "yes" if row["lean"] else "no",
+            row["ratio"]["float32"],
+            row["ratio"]["bfloat16"],
+            row["seconds"]["collect bfloat16"] / row["seconds"]["floor float32"],
+        ]
+        for name, row in result["models"].items()
+    ]
+    head = ["Model", "Lean", "float32 (x its floor)", "bfloat16 (x its floor)",
+            "bfloat16 (x float32 floor)"]  # fmt: skip
+    return [
+        f"K = 4,096, load average before it {result['load']:.1f}. " + environment_text(result),
+        "",
+        *table(head, rows),
+    ]
+
+
 PARTS = {
     "peers": peers_section,
     "peers-job": peers_job_section,
@@ -456,6 +476,7 @@ PARTS = {
     "engine": engine_section,
     "waiting": waiting_section,
     "preconditioner": preconditioner_section,
+    "families": families_section,
     "exact": exact_section,
     "kernels": kernels_section,
     "predictions": predictions_section,

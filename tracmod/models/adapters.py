@@ -197,9 +197,11 @@ def add_lora(
             reason = " ".join(str(error).split())
             raise ValueError(f"LoRA: {type(model).__name__}: {reason}") from None
     config.base_model_name_or_path = base_name  # PEFT would write where the model was read from
-    if type(model).__name__ == MEAN_POOLING:  # as PEFT names the class of a base model
-        module = type(model).__module__
-        config.auto_mapping = {"base_model_class": MEAN_POOLING, "parent_library": module}
+    own: Any = model.config
+    if type(model).__name__ == MEAN_POOLING or getattr(own, "classifier_pooling", None) == "mean":
+        # The base's folder need not say so. PEFT names the class of a base model here.
+        kind = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        config.auto_mapping = kind | {"pooling": "mean"}
     return adapted_model(peft_model)
 
 
@@ -362,7 +364,7 @@ def adapts_mean_pooling(settings: Mapping[str, Any]) -> bool:
         settings: as `adapter_settings` returns them.
     """
     names = settings.get("auto_mapping")
-    return isinstance(names, dict) and names.get("base_model_class") == MEAN_POOLING
+    return isinstance(names, dict) and names.get("pooling") == "mean"
 
 
 def number_of_classes(folder: Path) -> int | None:

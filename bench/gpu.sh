@@ -149,7 +149,7 @@ run 60 exact $tracin exact --device $device "${exact[@]}" --out "$OUT"
 run 120 exact-larger $tracin exact --device $device "${larger[@]}" --out "$OUT/larger"
 run 100 kernels-bfloat16 $kernels --dtype bfloat16 --seconds 0.3 --json "$OUT/kernels-$device-bfloat16.json"
 if has ncu; then
-  for kernel in project_tiles sketch_formed reduce_outputs '^sketch$' score_tiles sum_token_pairs quantize; do
+  for kernel in project_tiles sketch_tiles sketch_products '^sketch$' score_tiles sum_token_pairs quantize; do
     op=project_gradients
     case $kernel in score_tiles) op=top_k_dot ;; sum_token_pairs) op=gradient_dot ;; quantize) op=quantize_rows ;; esac
     run 45 "ncu-${kernel//[^a-z_]/}" ncu --clock-control none --target-processes all -k "regex:$kernel" --launch-count 2 \

@@ -45,8 +45,9 @@ struct Lengths {
   }
 };
 
-inline Lengths lengths_of(const Gradients& gradients) {
-  return {gradients.lengths, gradients.tokens};
+// The lengths of the examples from `first` on.
+inline Lengths lengths_of(const Gradients& gradients, int64_t first = 0) {
+  return {gradients.lengths == nullptr ? nullptr : gradients.lengths + first, gradients.tokens};
 }
 
 }  // namespace tracmod::cuda

@@ -28,14 +28,9 @@
 //
 // identity: add_exact forms the gradient directly from g and [x, 1]; a block owns 64 x 64 of it.
 //
-// sketch: with `rows`, reduce_outputs computes Q = sum_j g_j R_out_j^T (tokens, rows) and form the
-// gradients Q_b^T [x, 1], both into scratch and without tensor cores, so float32 multiply-adds are
-// the limit there. A warp of sketch_formed owns a slice of the rows of an example's gradient. It forms 32
-// neighbouring numbers of a row at a time and adds them to its own K sums; 16 numbers that share a
-// hash have different positions, so half a warp adds them at once and the other half then does.
-// add_slices adds the sums of all slices in order. No number of slices depends on the batch. The
-// sums of a slice stay in the caches; the latency of an addition there is the limit, which many
-// warps hide.
+// sketch: formed_sketch.cuh has the kernels. make_lists says which numbers of the gradient go where;
+// with `rows`, reduce_outputs computes Q = sum_j g_j R_out_j^T; then sketch_tiles forms the gradient
+// and adds it, or, with one token, sketch_products does.
 //
 // LayerNorm (elementwise): sum_elementwise forms v = sum_s g_s x_s and u = sum_s g_s in scratch (a
 // thread owns one feature), and sketch adds them to the features as a count sketch (random.h).
@@ -47,6 +42,7 @@
 #include <climits>
 #include <cmath>
 
+#include "cuda/formed_sketch.cuh"
 #include "cuda/project.cuh"
 #include "cuda/tile.cuh"
 #include "random.h"
@@ -128,191 +124,6 @@ struct Elements {
   int64_t rows_stride, rows, size;
 };
 
-// A gradient that is formed and sketched: g (B, S, rows), x (B, S, width), and a column of ones for
-// the bias behind x if columns > width. Row and column numbers are null for 0, 1, ...
-template <class T>
-struct Formed {
-  const T *g, *x;
-  int64_t rows, width, columns;
-  const int64_t *row_numbers, *column_numbers;
-  uint64_t stream, column_stream;
-  int64_t size;         // K, of the slot
-  int64_t slice;        // rows of a slice
-  float* sums;          // (examples, slices, K)
-  const float* values;  // (examples, rows, columns) the gradient if it is formed already, or null
-  float scale;
-};
-
-// Tokens [first, first + 64) of a source as an operand of multiply_tile.
-template <class T>
-struct TokenRows {
-  static constexpr bool kAlongDepth = true;
-  const T* tokens;
-  int64_t size, first, count;
-
-  __device__ float operator()(int64_t row, int64_t d) const {
-    return first + row < count ? to_float(tokens[(first + row) * size + d]) : 0.0f;
-  }
-};
-
-// Rows [first, first + 64) of R_out, without its scale.
-struct SignRows {
-  static constexpr bool kAlongDepth = false;
-  const int64_t* numbers;
-  uint64_t stream;
-  int64_t first, count;
-
-  __device__ float operator()(int64_t row, int64_t d) const {
-    const int64_t r = first + row;
-    if (r >= count) return 0.0f;
-    const uint64_t word = sign_word(stream, numbers == nullptr ? d : numbers[d], r / 64);
-    return sign_of_bit(word, static_cast<int>(r % 64));
-  }
-};
-
-// The outputs of a linear layer, for reduce_outputs.
-struct Outputs {
-  int count;
-  const void* g[kMaxOutputs];
-  int64_t sizes[kMaxOutputs];
-  const int64_t* numbers[kMaxOutputs];
-  uint64_t streams[kMaxOutputs];
-};
-
-// q (tokens, rows) = sum_j g_j R_out_j^T of the tokens from `first_token` on; a block owns 64 x 64.
-template <class T>
-__global__ void __launch_bounds__(kTileThreads)
-    reduce_outputs(const __grid_constant__ Outputs outputs, int64_t first_token, int64_t tokens,
-                   int64_t rows, float* q) {
-  __shared__ TileMemory memory;
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kTile;
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kTile;
-  float total[kPerThread][kPerThread] = {};
-  for (int output = 0; output < outputs.count; ++output) {
-    const int64_t size = outputs.sizes[output];
-    const TokenRows<T> a{static_cast<const T*>(outputs.g[output]) + first_token * size, size, token,
-                         tokens};
-    const SignRows b{outputs.numbers[output], outputs.streams[output], first, rows};
-    float sum[kPerThread][kPerThread];
-    multiply_tile(a, b, size, memory, sum);
-    for (int i = 0; i < kPerThread; ++i) {
-      for (int j = 0; j < kPerThread; ++j) total[i][j] += sum[i][j];
-    }
-  }
-  for (int i = 0; i < kPerThread; ++i) {
-    for (int j = 0; j < kPerThread; ++j) {
-      const int64_t row = token + tile_row(i), column = first + tile_column(j);
-      if (row < tokens && column < rows) q[row * rows + column] = total[i][j];
-    }
-  }
-}
-
-// formed (examples, rows, columns) = sum_s q_s [x_s, 1]^T; a block owns 64 x 64 of an example.
-template <class T>
-__global__ void __launch_bounds__(kTileThreads)
-    form(const float* q, int64_t rows, const T* x, int64_t width, int64_t columns, Lengths lengths,
-         int64_t first_example, float* formed) {
-  __shared__ TileMemory memory;
-  const int64_t b = first_example + blockIdx.x;
-  const int64_t n = static_cast<int64_t>(blockIdx.y) * kTile;
-  const int64_t m = static_cast<int64_t>(blockIdx.z) * kTile;
-  const MatrixColumns<float> left{q + blockIdx.x * lengths.tokens * rows, rows, m, rows};
-  const MatrixColumns<T> right{x + b * lengths.tokens * width, width, n, columns};
-  float sum[kPerThread][kPerThread];
-  multiply_tile(left, right, lengths.of(b), memory, sum);
-  for (int i = 0; i < kPerThread; ++i) {
-    for (int j = 0; j < kPerThread; ++j) {
-      const int64_t row = m + tile_row(i), column = n + tile_column(j);
-      if (row < rows && column < columns) {
-        formed[(blockIdx.x * rows + row) * columns + column] = sum[i][j];
-      }
-    }
-  }
-}
-
-// Element (row, column) of the gradient of an example, in float32 sums of 32 tokens.
-template <class T>
-__device__ float formed_element(const Formed<T>& formed, int64_t first, int64_t tokens, int64_t row,
-                                int64_t column) {
-  float total = 0.0f;
-  for (int64_t block = 0; block < tokens; block += 32) {
-    float sum = 0.0f;
-    for (int64_t s = block; s < block + 32 && s < tokens; ++s) {
-      const float value = to_float(formed.g[(first + s) * formed.rows + row]);
-      sum += column < formed.width
-                 ? value * to_float(formed.x[(first + s) * formed.width + column])
-                 : value;
-    }
-    total += sum;
-  }
-  return total;
-}
-
-// Whether the 16 columns of this half of the warp, or those of them that exist, share a hash, and so
-// have different positions.
-__device__ bool halves_are_groups(int64_t number, bool exists, int lane) {
-  const int group = exists ? static_cast<int>(number / kSparseGroup) : -1;
-  const int first = __shfl_sync(0xffffffffu, group, lane & 16);
-  int same = group == -1 || group == first;
-  for (int mask = 16; mask > 0; mask /= 2) same &= __shfl_xor_sync(0xffffffffu, same, mask);
-  return same != 0;
-}
-
-// One warp: the sums of one slice of the rows of one example.
-template <class T>
-__global__ void __launch_bounds__(32)
-    sketch_formed(Formed<T> formed, Lengths lengths, int64_t first_example) {
-  const int lane = static_cast<int>(threadIdx.x);
-  const int64_t b = first_example + blockIdx.x, tokens = lengths.of(b);
-  float* sums = formed.sums + (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) *
-                                  formed.size;
-  for (int64_t at = lane; at < formed.size; at += 32) sums[at] = 0.0f;
-  __syncwarp();
-  if (tokens == 0) return;
-  const int64_t begin = static_cast<int64_t>(blockIdx.y) * formed.slice;
-  for (int64_t column = 0; column < formed.columns; column += 32) {
-    const int64_t i = column + lane;
-    const bool exists = i < formed.columns;
-    const int64_t number =
-        !exists ? 0 : formed.column_numbers == nullptr ? i : formed.column_numbers[i];
-    const bool groups = formed.size >= kSparseGroup && halves_are_groups(number, exists, lane);
-    const int64_t hash_number = formed_hash_number(number, formed.size);
-    const int64_t lane_behind = formed_lane(number, formed.size);
-    const float column_sign = sign_of(step(formed.column_stream, number));
-    for (int64_t row = begin; row < begin + formed.slice && row < formed.rows; ++row) {
-      const int64_t row_number = formed.row_numbers == nullptr ? row : formed.row_numbers[row];
-      const uint64_t hash = step(step(formed.stream, row_number), hash_number);
-      const int64_t position = position_of(hash, formed.size) + lane_behind;
-      float* sum = sums + (position < formed.size ? position : position - formed.size);
-      float value = 0.0f;
-      if (exists && formed.values != nullptr) {
-        value = formed.values[(blockIdx.x * formed.rows + row) * formed.columns + i];
-      } else if (exists) {
-        value = formed_element(formed, b * lengths.tokens, tokens, row, i);
-      }
-      value *= sign_of(hash) * column_sign * formed.scale;
-      const int steps = groups ? 2 : 32, turn = groups ? lane / 16 : lane;
-      for (int at = 0; at < steps; ++at) {
-        if (turn == at && exists) *sum += value;
-        __syncwarp();
-      }
-    }
-  }
-}
-
-// out[b] += the sums of all slices of example b, in order; a thread owns one number.
-__global__ void add_slices(const float* sums, int64_t slices, int64_t size, Lengths lengths,
-                           int64_t first_example, float* out, int64_t stride) {
-  const int64_t at = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
-  const int64_t b = first_example + blockIdx.x;
-  if (at >= size) return;
-  float total = 0.0f;
-  for (int64_t slice = 0; slice < slices; ++slice) {
-    total += sums[(static_cast<int64_t>(blockIdx.x) * slices + slice) * size + at];
-  }
-  out[b * stride + at] += lengths.invalid(b) ? not_a_number() : total;
-}
-
 // out[b] += count sketch of the elements of example b; a block owns one example. 256 elements at a
 // time, each thread hashes one element; then each thread goes through all 256 in order and adds
 // those whose bucket it owns.
@@ -371,41 +182,18 @@ constexpr int kBlocksWanted = 264;  // two for every multiprocessor of an H200
 
 constexpr int64_t kMaxSums = int64_t{1} << 24;  // numbers of scratch
 
-// Rows of a slice of a gradient that is sketched, and the slices of an example. They depend on the
-// layer only, so that sums do not depend on the batch.
-constexpr int64_t kSliceRows = 32;
-constexpr int64_t kMaxSlices = 32;
+// Buckets of a block of sketch_products and of sketch_tiles, at most: 48 KB of sums each, so that
+// several blocks share a multiprocessor.
+constexpr int kProductBuckets = 3072, kTileBuckets = 12288;
+static_assert(kTileBuckets / formed::kOwners <= formed::kMaxShare);
 
-struct SketchSizes {
-  int64_t rows, columns;  // of the gradient that is sketched
-  int64_t slice, slices;  // rows of a slice, slices of an example
-  int64_t sums, q, formed;  // numbers of scratch per example; the last two 0 if `rows` is 0
-  int64_t together;         // examples in scratch at a time
-};
-
-SketchSizes sketch_sizes(const Gradients& gradients, const Projection& projection) {
-  SketchSizes sizes{};
-  sizes.rows = projection.rows > 0 ? projection.rows : gradients.out;
-  sizes.columns = gradients.in + (projection.bias ? 1 : 0);
-  sizes.slice = std::max(kSliceRows, ceil_div(sizes.rows, kMaxSlices));
-  sizes.slices = ceil_div(sizes.rows, sizes.slice);
-  sizes.sums = sizes.slices * projection.k_out * projection.k_in;
-  sizes.q = projection.rows * gradients.tokens;
-  sizes.formed = projection.rows * sizes.columns;
-  const int64_t all = sizes.sums + sizes.q + sizes.formed;
-  sizes.together = std::min(gradients.batch, std::max<int64_t>(1, kMaxSums / all));
-  return sizes;
-}
+constexpr int64_t kReducedNumbers = int64_t{1} << 24;  // of Q in scratch at a time
 
 // If there are fewer blocks than multiprocessors want, and each has several tiles to do, every tile
 // becomes a block. Returns the numbers of scratch for the sums of 64 tokens, or 0 if that is not
 // so.
 int64_t sums_wanted(const Gradients& gradients, const Projection& projection) {
   if (projection.layer != Layer::linear || projection.kind == Kind::identity) return 0;
-  if (projection.kind == Kind::sketch) {
-    const SketchSizes sizes = sketch_sizes(gradients, projection);
-    return sizes.together * (sizes.sums + sizes.q + sizes.formed);
-  }
   const int64_t parts = ceil_div(projection.k_out, kRows) * ceil_div(projection.k_in, kRows);
   if (gradients.tokens <= kTileTokens || gradients.batch * parts >= kBlocksWanted) return 0;
   const int64_t sums =
@@ -432,6 +220,12 @@ Source source_of(const void* rows, int64_t size, const int64_t* columns, uint64_
 
 // Several whole examples share a tile if they fit, but only as many as leave enough blocks to fill
 // the GPU.
+void place_tiles(Job& job, int64_t tokens) {
+  job.span = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tokens, kTileTokens)));
+  const int wanted = static_cast<int>(ceil_div(job.batch, kBlocksWanted));
+  job.examples = std::max(1, std::min(kTileTokens / job.span, wanted));
+}
+
 Job job_of(const Gradients& gradients, const Projection& projection, float* sums, float* out,
            int64_t stride) {
   const int tokens = std::max(1, checked_int(gradients.tokens, "x"));
@@ -447,9 +241,7 @@ Job job_of(const Gradients& gradients, const Projection& projection, float* sums
   job.bias = projection.bias;
   job.lengths = lengths_of(gradients);
   job.batch = checked_int(gradients.batch, "x");
-  job.span = std::min(tokens, kTileTokens);
-  const int wanted = static_cast<int>(ceil_div(job.batch, kBlocksWanted));
-  job.examples = std::max(1, std::min(kTileTokens / tokens, wanted));
+  place_tiles(job, tokens);
   job.tiles = sums == nullptr ? 1 : static_cast<int>(ceil_div(tokens, job.span));
   job.k_out = checked_int(projection.k_out, "k_out");
   job.k_in = checked_int(projection.k_in, "k_in");
@@ -470,9 +262,9 @@ void launch_tiles(const Job& job, cudaStream_t stream) {
   const size_t bytes = shared_bytes<kind>(warps);
   const int64_t tiles = ceil_div(job.batch, job.examples) * job.tiles;
   const int blocks = checked_int(tiles * job.out_blocks * job.in_blocks, "the number of blocks");
-  check_call(kOp, cudaFuncSetAttribute(project_tiles<T, kind>,
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(bytes)));
+  check_call(
+      kOp, cudaFuncSetAttribute(project_tiles<T, kind>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(bytes)));
   project_tiles<T, kind><<<blocks, 32 * warps, bytes, stream>>>(job);
   check_launch(kOp);
   if (job.tiles == 1) return;
@@ -492,86 +284,157 @@ void launch_products(const Factors<T>& factors, const Gradients& gradients, floa
   check_launch(kOp);
 }
 
-Outputs outputs_of(const Projection& projection) {
-  Outputs outputs{};
-  outputs.count = projection.outputs;
-  for (int j = 0; j < projection.outputs; ++j) {
-    const Output& output = projection.output[j];
-    outputs.g[j] = output.g;
-    outputs.sizes[j] = output.size;
-    outputs.numbers[j] = output.columns;
-    outputs.streams[j] = stream_of(projection.seed, output.key);
+// Scratch of a sketch: the lists of runs, and Q of some examples at a time.
+struct SketchMemory {
+  formed::Lists lists;
+  bool products;  // examples have one token
+  float* q;
+  int pitch;         // of a row of Q, a multiple of 4
+  int64_t together;  // examples
+};
+
+SketchMemory take_sketch(Scratch& scratch, const Gradients& gradients,
+                         const Projection& projection) {
+  SketchMemory memory{};
+  memory.products = projection.rows == 0 && gradients.tokens == 1;
+  memory.together = gradients.batch;
+  formed::Lists& lists = memory.lists;
+  lists.rows = checked_int(projection.rows > 0 ? projection.rows : gradients.out, "g");
+  lists.columns = checked_int(gradients.in + (projection.bias ? 1 : 0), "x");
+  lists.part_rows = memory.products ? formed::kThreads : formed::kSide;
+  lists.part_columns = 16 * formed::kThreads / lists.part_rows;
+  lists.size = checked_int(projection.k_out * projection.k_in, "k_out * k_in");
+  const bool whole = projection.input_columns == nullptr && lists.size >= kSparseGroup;
+  lists.slots = whole ? 1 : kSparseGroup;
+  // An example has several blocks if one block would have many buckets, or if there would be few
+  // blocks, as long as an owner has 16 buckets. The choice changes no result.
+  const int64_t blocks =
+      memory.products ? ceil_div(gradients.batch, formed::kTogether) : gradients.batch;
+  const int64_t most = memory.products ? kProductBuckets : kTileBuckets;
+  const int64_t ranges =
+      std::max<int64_t>({1, ceil_div(lists.size, most),
+                         std::min<int64_t>(2 * kBlocksWanted / std::max<int64_t>(1, blocks),
+                                           lists.size / (kSparseGroup * formed::kOwners))});
+  lists.share = static_cast<int>(ceil_div(lists.size, ranges * formed::kOwners));
+  lists.owners =
+      static_cast<int>(ceil_div(lists.size, lists.share * formed::kOwners)) * formed::kOwners;
+  // A run is listed for every owner that it reaches: the first, maybe the last, which may have fewer
+  // buckets, and those in between.
+  const int64_t listed = 2 + ceil_div(kSparseGroup - 1, lists.share);
+  lists.capacity = static_cast<int>(listed * formed::kThreads * lists.slots);
+  const int64_t parts = static_cast<int64_t>(lists.row_parts()) * lists.column_parts();
+  lists.signs = scratch.take<float>(lists.columns);
+  lists.starts = scratch.take<int>(parts * (lists.owners + 1));
+  lists.entries = scratch.take<uint32_t>(parts * lists.capacity);
+  if (projection.rows > 0) {
+    memory.pitch = checked_int(ceil_div(lists.rows, 4) * 4, "rows");
+    const int64_t numbers = std::max<int64_t>(1, gradients.tokens * memory.pitch);
+    memory.together = std::min(gradients.batch, std::max<int64_t>(1, kReducedNumbers / numbers));
+    memory.q = scratch.take<float>(memory.together * numbers);
   }
-  return outputs;
+  return memory;
 }
 
-// Forms R_out G of `count` examples from `first` on in scratch.
+// Q of `count` examples from `first` on.
 template <class T>
-void launch_form(const Gradients& gradients, const Projection& projection, const SketchSizes& sizes,
-                 int64_t first, int64_t count, float* q, float* formed, cudaStream_t stream) {
-  const int64_t tokens = count * gradients.tokens;
-  const auto row_blocks = static_cast<unsigned>(ceil_div(sizes.rows, kTile));
-  if (tokens > 0) {
-    const dim3 tiles(static_cast<unsigned>(ceil_div(tokens, kTile)), row_blocks);
-    reduce_outputs<T><<<tiles, kTileThreads, 0, stream>>>(
-        outputs_of(projection), first * gradients.tokens, tokens, sizes.rows, q);
-    check_launch(kOp);
+void launch_reduce(const Gradients& gradients, const Projection& projection,
+                   const SketchMemory& memory, int64_t first, int64_t count, cudaStream_t stream) {
+  Job job{};
+  job.count = projection.outputs;
+  for (int j = 0; j < projection.outputs; ++j) {
+    const Output& output = projection.output[j];
+    const T* g = static_cast<const T*>(output.g) + first * gradients.tokens * output.size;
+    job.sources[j] = source_of(g, output.size, output.columns,
+                               stream_of(projection.seed, output.key), gradients.dtype);
   }
-  const dim3 blocks(static_cast<unsigned>(count),
-                    static_cast<unsigned>(ceil_div(sizes.columns, kTile)), row_blocks);
-  const Lengths lengths = lengths_of(gradients);
-  form<T><<<blocks, kTileThreads, 0, stream>>>(q, sizes.rows, static_cast<const T*>(gradients.x),
-                                               gradients.in, sizes.columns, lengths, first, formed);
+  job.lengths = lengths_of(gradients, first);
+  job.batch = checked_int(count, "x");
+  place_tiles(job, gradients.tokens);
+  job.tiles = static_cast<int>(ceil_div(gradients.tokens, job.span));
+  job.k_out = memory.lists.rows;
+  job.out_blocks = static_cast<int>(ceil_div(job.k_out, kRows));
+  job.in_blocks = 1;
+  const int warps = static_cast<int>(ceil_div(job.examples * job.span, kWarpTokens));
+  const size_t bytes = sizeof(Signs<Kind::rademacher>[2]) + warps * kStages * kStageBytes;
+  const int64_t tiles = ceil_div(job.batch, job.examples) * job.tiles;
+  const int blocks = checked_int(tiles * job.out_blocks, "the number of blocks");
+  check_call(kOp, cudaFuncSetAttribute(formed::reduce_outputs<T>,
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(bytes)));
+  formed::reduce_outputs<T><<<blocks, 32 * warps, bytes, stream>>>(job, memory.pitch, memory.q);
+  check_launch(kOp);
+}
+
+// The sketch of `count` examples from `first` on, whose q has rows of `pitch` numbers.
+template <class Q, class T>
+void launch_sketch_tiles(const Gradients& gradients, const formed::Lists& lists, const Q* q,
+                         int pitch, float scale, int64_t first, int64_t count, float* out,
+                         int64_t stride, cudaStream_t stream) {
+  const size_t bytes = sizeof(float) * (2 * formed::kSide * kPitch + formed::kOwners * lists.share);
+  const dim3 blocks(static_cast<unsigned>(count), lists.owners / formed::kOwners);
+  check_call(kOp, cudaFuncSetAttribute(formed::sketch_tiles<Q, T>,
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(bytes)));
+  formed::sketch_tiles<Q, T><<<blocks, formed::kThreads, bytes, stream>>>(
+      lists, q, pitch, static_cast<const T*>(gradients.x) + first * gradients.tokens * gradients.in,
+      checked_int(gradients.in, "x"), lengths_of(gradients, first), scale, out + first * stride,
+      stride);
+  check_launch(kOp);
+}
+
+template <class T, bool kWhole>
+void launch_sketch_products(const Gradients& gradients, const formed::Lists& lists, float* out,
+                            int64_t stride, cudaStream_t stream) {
+  const size_t bytes = sizeof(float4) * (formed::kThreads + formed::kOwners * lists.share);
+  const dim3 blocks(static_cast<unsigned>(ceil_div(gradients.batch, formed::kTogether)),
+                    lists.owners / formed::kOwners);
+  check_call(kOp, cudaFuncSetAttribute(formed::sketch_products<T, kWhole>,
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(bytes)));
+  formed::sketch_products<T, kWhole><<<blocks, formed::kThreads, bytes, stream>>>(
+      lists, static_cast<const T*>(gradients.g), static_cast<const T*>(gradients.x),
+      checked_int(gradients.in, "x"), lengths_of(gradients), checked_int(gradients.batch, "x"), out,
+      stride);
   check_launch(kOp);
 }
 
 template <class T>
-void launch_sketch(const Gradients& gradients, const Projection& projection, float* sums,
-                   float* out, int64_t stride, cudaStream_t stream) {
-  const SketchSizes sizes = sketch_sizes(gradients, projection);
+void launch_sketch(const Gradients& gradients, const Projection& projection,
+                   const SketchMemory& memory, float* out, int64_t stride, cudaStream_t stream) {
+  const formed::Lists& lists = memory.lists;
   const bool reduced = projection.rows > 0;
   const Output& output = projection.output[0];
-  const int64_t size = projection.k_out * projection.k_in;
-  float* q = sums + sizes.together * sizes.sums;
-  float* values = q + sizes.together * sizes.q;
-  const Formed<T> formed{
-      static_cast<const T*>(gradients.g),
-      static_cast<const T*>(gradients.x),
-      sizes.rows,
-      gradients.in,
-      sizes.columns,
-      reduced ? nullptr : output.columns,
-      projection.input_columns,
-      stream_of(projection.seed, reduced ? reduced_key(projection.input_key) : output.key),
-      stream_of(projection.seed, projection.input_key),
-      size,
-      sizes.slice,
-      sums,
-      reduced ? values : nullptr,
-      reduced ? static_cast<float>(1 / std::sqrt(static_cast<double>(sizes.rows))) : 1.0f};
-  const Lengths lengths = lengths_of(gradients);
-  for (int64_t first = 0; first < gradients.batch; first += sizes.together) {
-    const int64_t count = std::min(sizes.together, gradients.batch - first);
-    if (reduced) {
-      launch_form<T>(gradients, projection, sizes, first, count, q, values, stream);
+  const int parts =
+      checked_int(static_cast<int64_t>(lists.row_parts()) * lists.column_parts(), "parts of g x");
+  const uint64_t row_key = reduced ? reduced_key(projection.input_key) : output.key;
+  formed::make_lists<<<parts, formed::kThreads, sizeof(int) * lists.owners, stream>>>(
+      lists, reduced ? nullptr : output.columns, stream_of(projection.seed, row_key),
+      projection.input_columns, stream_of(projection.seed, projection.input_key));
+  check_launch(kOp);
+  if (memory.products) {
+    if (lists.slots == 1) {
+      return launch_sketch_products<T, true>(gradients, lists, out, stride, stream);
     }
-    const dim3 blocks(static_cast<unsigned>(count), static_cast<unsigned>(sizes.slices));
-    sketch_formed<T><<<blocks, 32, 0, stream>>>(formed, lengths, first);
-    check_launch(kOp);
-    const dim3 numbers(static_cast<unsigned>(count),
-                       static_cast<unsigned>(ceil_div(size, kThreads)));
-    add_slices<<<numbers, kThreads, 0, stream>>>(sums, sizes.slices, size, lengths, first, out,
-                                                 stride);
-    check_launch(kOp);
+    return launch_sketch_products<T, false>(gradients, lists, out, stride, stream);
+  }
+  if (!reduced) {
+    return launch_sketch_tiles<T, T>(gradients, lists, static_cast<const T*>(gradients.g),
+                                     lists.rows, 1.0f, 0, gradients.batch, out, stride, stream);
+  }
+  const auto scale = static_cast<float>(1 / std::sqrt(static_cast<double>(lists.rows)));
+  for (int64_t first = 0; first < gradients.batch; first += memory.together) {
+    const int64_t count = std::min(memory.together, gradients.batch - first);
+    if (gradients.tokens > 0) {
+      launch_reduce<T>(gradients, projection, memory, first, count, stream);
+    }
+    launch_sketch_tiles<float, T>(gradients, lists, memory.q, memory.pitch, scale, first, count,
+                                  out, stride, stream);
   }
 }
 
 template <class T>
 void project_linear(const Gradients& gradients, const Projection& projection, float* sums,
                     float* out, int64_t stride, cudaStream_t stream) {
-  if (projection.kind == Kind::sketch) {
-    return launch_sketch<T>(gradients, projection, sums, out, stride, stream);
-  }
   if (projection.kind == Kind::identity) {
     const Factors<T> raw{static_cast<const T*>(gradients.g), static_cast<const T*>(gradients.x),
                          gradients.out, gradients.in, projection.k_in};
@@ -616,43 +479,58 @@ void project_embedding(const Gradients& gradients, const Projection& projection,
   check_launch(kOp);
 }
 
+// Scratch of a call: of a sketch of a linear layer, or sums: (B, 2, D) for the gradients of
+// LayerNorm, or the sums of 64 tokens of a linear layer.
+struct Memory {
+  SketchMemory sketch;
+  float* sums;
+};
+
+Memory take_memory(Scratch& scratch, const Gradients& gradients, const Projection& projection) {
+  Memory memory{};
+  if (projection.layer == Layer::linear && projection.kind == Kind::sketch) {
+    memory.sketch = take_sketch(scratch, gradients, projection);
+    return memory;
+  }
+  const int64_t count = projection.layer == Layer::elementwise ? 2 * gradients.batch * gradients.in
+                                                               : sums_wanted(gradients, projection);
+  if (count > 0) memory.sums = scratch.take<float>(count);
+  return memory;
+}
+
 template <class T>
-void project(const Gradients& gradients, const Projection& projection, float* sums, float* out,
-             int64_t stride, cudaStream_t stream) {
+void project(const Gradients& gradients, const Projection& projection, const Memory& memory,
+             float* out, int64_t stride, cudaStream_t stream) {
   switch (projection.layer) {
     case Layer::linear:
-      return project_linear<T>(gradients, projection, sums, out, stride, stream);
+      if (projection.kind == Kind::sketch) {
+        return launch_sketch<T>(gradients, projection, memory.sketch, out, stride, stream);
+      }
+      return project_linear<T>(gradients, projection, memory.sums, out, stride, stream);
     case Layer::elementwise:
-      return project_elementwise<T>(gradients, projection, sums, out, stride, stream);
+      return project_elementwise<T>(gradients, projection, memory.sums, out, stride, stream);
     case Layer::embedding:
       return project_embedding<T>(gradients, projection, out, stride, stream);
   }
-}
-
-// Scratch: (B, 2, D) for the gradients of LayerNorm, or the sums of 64 tokens of a linear layer.
-float* take_sums(Scratch& scratch, const Gradients& gradients, const Projection& projection) {
-  const int64_t count = projection.layer == Layer::elementwise ? 2 * gradients.batch * gradients.in
-                                                               : sums_wanted(gradients, projection);
-  return count == 0 ? nullptr : scratch.take<float>(count);
 }
 
 }  // namespace
 
 size_t project_gradients_scratch(const Gradients& gradients, const Projection& projection) {
   Scratch scratch;
-  take_sums(scratch, gradients, projection);
+  take_memory(scratch, gradients, projection);
   return scratch.bytes();
 }
 
 void project_gradients(const Gradients& gradients, const Projection& projection, float* out,
                        int64_t stride, void* memory, void* stream) {
   Scratch scratch(memory);
-  float* sums = take_sums(scratch, gradients, projection);
+  const Memory memory_of_call = take_memory(scratch, gradients, projection);
   const auto on = static_cast<cudaStream_t>(stream);
   if (gradients.dtype == DType::bfloat16) {
-    project<__nv_bfloat16>(gradients, projection, sums, out, stride, on);
+    project<__nv_bfloat16>(gradients, projection, memory_of_call, out, stride, on);
   } else {
-    project<float>(gradients, projection, sums, out, stride, on);
+    project<float>(gradients, projection, memory_of_call, out, stride, on);
   }
 }
 

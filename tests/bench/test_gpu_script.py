@@ -107,7 +107,7 @@ def test_the_second_call(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> N
     positions = [first_with(calls, text) for text in order]
     assert positions == sorted(positions)
     profiled = [call for call in calls if call.startswith("ncu")]
-    for kernel in ("project_tiles", "sketch_formed", "reduce_outputs", "^sketch$"):
+    for kernel in ("project_tiles", "sketch_tiles", "sketch_products", "^sketch$"):
         assert len([call for call in profiled if f"regex:{kernel} " in call]) == 1
         assert "--op project_gradients" in profiled[first_with(profiled, f"regex:{kernel} ")]
     assert len(profiled) == 7

@@ -104,8 +104,10 @@ CASES: dict[str, list[Callable[[], None]]] = {
             )
             for dtype in DTYPES
             for kind in ("sketch", "reduced")
-            for sizes in ((3, 17, 33, 64), (9, 1, 40, 24))
+            for sizes in ((3, 17, 33, 64), (9, 1, 40, 24), (2, 1, 20, 300), (2, 70, 70, 20))
         ],
+        lambda: project("linear", "sketch", (2, 3, 20, 5), (1, 7), HALF),
+        lambda: project("linear", "sketch", (3, 1, 20, 5), (1, 7), FLOAT),
     ],
 }  # fmt: skip
 
@@ -128,6 +130,24 @@ FAULTS = [
     (
         "a read of one column behind the matrix", "tile.cuh",
         "if (column < width)", "if (column < width + FAULT)", "outside",
+    ),
+    (
+        "a read of one row behind g", "formed_sketch.cuh",
+        "if (row < lists.rows) {", "if (row < lists.rows + FAULT) {", "outside",
+    ),
+    (
+        "a half-warp that adds to a bucket of the next one", "formed_sketch.cuh",
+        "|| bucket >= limit) return;", "|| bucket >= limit + FAULT) return;", "race",
+    ),
+    (
+        "sums that are not set to 0", "formed_sketch.cuh",
+        "i < buckets; i += 16) sums[i] = 0.0f;", "i < buckets - FAULT; i += 16) sums[i] = 0.0f;",
+        "uninitialized",
+    ),
+    (
+        "a run that is listed for no owner", "formed_sketch.cuh",
+        "if (pass == 1 && listed) {", "if (pass == 1 && listed && !(FAULT && lane == 3)) {",
+        "uninitialized",
     ),
     (
         "a write of one row behind the result", "gradient_dot.cu",

@@ -71,7 +71,7 @@ struct Site {
 };
 
 // Operations that the lanes of a warp do together.
-enum class Operation { sync, shuffle, multiply_bf16, multiply_tf32, load, load_transposed };
+enum class Operation { sync, shuffle, ballot, multiply_bf16, multiply_tf32, load, load_transposed };
 
 // Waits until all lanes of the mask have called the same operation, which then takes place for all
 // of them: `in`, `out`, `number` and `size` are this lane's arguments.
@@ -173,10 +173,7 @@ T __shfl_up_sync(unsigned mask, T value, int delta, EMU_SITE) {
 // The bits of the lanes of the mask that passed true.
 inline unsigned __ballot_sync(unsigned mask, int value, EMU_SITE) {
   unsigned bits = 0;
-  for (int lane = 0; lane < emu::kWarp; ++lane) {
-    if ((mask >> lane & 1) == 0) continue;
-    bits |= static_cast<unsigned>(emu::from_lane(mask, value != 0, lane, {file, line})) << lane;
-  }
+  emu::warp_operation(emu::Operation::ballot, mask, &value, &bits, 0, 0, {file, line});
   return bits;
 }
 #undef EMU_SITE
@@ -198,4 +195,6 @@ inline unsigned __float_as_uint(float value) {
   unsigned bits;
   return memcpy(&bits, &value, sizeof bits), bits;
 }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __float2int_rn(float value) { return static_cast<int>(lrintf(value)); }

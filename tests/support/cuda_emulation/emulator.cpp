@@ -214,6 +214,17 @@ void do_operation(Operation operation, int first, uint32_t mask) {
         memcpy(fiber.out, lanes[named ? fiber.number : lane].in, fiber.size);
       }
       return;
+    case Operation::ballot: {
+      unsigned bits = 0;
+      for (int lane = 0; lane < kWarp; ++lane) {
+        const bool named = (mask >> lane & 1) != 0;
+        if (named && *static_cast<const int*>(lanes[lane].in) != 0) bits |= 1u << lane;
+      }
+      for (int lane = 0; lane < kWarp; ++lane) {
+        if ((mask >> lane & 1) != 0) memcpy(lanes[lane].out, &bits, sizeof bits);
+      }
+      return;
+    }
     case Operation::multiply_bf16:
       return multiply(lanes, 2, bf16);
     case Operation::multiply_tf32:

@@ -41,7 +41,10 @@ CHANGES = {
         "kFormedBytes = int64_t{1} << 25": "kFormedBytes = 1 << 19",
         "kBlocks = 264": "kBlocks = 5",
     },
-    "project_gradients": {"kBlocksWanted = 264": "kBlocksWanted = 7"},
+    "project_gradients": {
+        "kBlocksWanted = 264": "kBlocksWanted = 7",
+        "kReducedNumbers = int64_t{1} << 24": "kReducedNumbers = 1 << 12",
+    },
     "quantize_rows": {"kMaxBlocks = int64_t{1} << 20": "kMaxBlocks = 5"},
 }
 

@@ -50,7 +50,7 @@ struct Lists {
   int rows, columns, part_rows, part_columns, slots;  // slots: runs of 16 columns, at most
   int size, share, owners;  // K, of the slot; buckets of an owner; owners of all of them
   int capacity;             // entries of a part
-  float* signs;             // (columns,)
+  float* signs;             // of the columns, and 0 for those behind them in the last part
   int* starts;              // (parts, owners + 1) in the entries of the part
   uint32_t* entries;        // (parts, capacity)
 
@@ -101,8 +101,9 @@ __global__ void __launch_bounds__(kThreads)
   const int begin = part % across * lists.part_columns + in_column;
   const int end = begin + 16 < lists.columns ? begin + 16 : lists.columns;
   if (row == 0) {
-    for (int column = begin; column < end; ++column) {
-      lists.signs[column] = sign_of(step(column_stream, number_of(column_numbers, column)));
+    for (int column = begin; column < begin + 16; ++column) {
+      lists.signs[column] =
+          column < end ? sign_of(step(column_stream, number_of(column_numbers, column))) : 0.0f;
     }
   }
   const uint64_t state = row < lists.rows ? step(stream, number_of(row_numbers, row)) : 0;
@@ -280,38 +281,148 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Copies rows [begin, begin + 64) of q of `count` <= 64 tokens to shared memory, as float32.
-template <class Q>
-__device__ void load_q(const Q* q, int64_t pitch, int rows, int begin, int count, float* to) {
-  const int row = begin + static_cast<int>(threadIdx.x) % kSide;
-  for (int s = static_cast<int>(threadIdx.x) / kSide; s < count; s += kThreads / kSide) {
-    to[s * kPitch + row - begin] = row < rows ? to_float(q[s * pitch + row]) : 0.0f;
-  }
-}
+// The operands of 64 x 64 numbers of a gradient, from at most 64 tokens, and their product. Its sums
+// are those of 16 tokens, and ordinary float32 additions of them: the tensor cores round towards
+// zero (mma.cuh).
+//
+// float32: both operands are in shared memory as they are, and multiply_tokens multiplies them.
+template <class Q, class T>
+struct Operands {
+  static constexpr int kFloats = 2 * kSide * kPitch;  // of shared memory
 
-// The same for columns [begin, begin + 64) of [x, 1], with the signs of the columns.
-template <class T>
-__device__ void load_x(const Lists& lists, const T* x, int width, int begin, int count, float* to) {
-  const int column = begin + static_cast<int>(threadIdx.x) % kSide;
-  const float sign = column < lists.columns ? lists.signs[column] : 0.0f;
-  for (int s = static_cast<int>(threadIdx.x) / kSide; s < count; s += kThreads / kSide) {
-    to[s * kPitch + column - begin] =
-        column < width ? sign * to_float(x[static_cast<int64_t>(s) * width + column]) : sign;
+  float* q;  // (tokens, 64 rows)
+  float* x;  // (tokens, 64 columns)
+
+  __device__ explicit Operands(float* memory) : q(memory), x(memory + kSide * kPitch) {}
+
+  // Begins to load rows [first, first + 64) of `count` tokens of q.
+  __device__ void load_q(const Q* from, int64_t pitch, int rows, int first, int count) const {
+    const int row = first + static_cast<int>(threadIdx.x) % kSide;
+    for (int s = static_cast<int>(threadIdx.x) / kSide; s < count; s += kThreads / kSide) {
+      q[s * kPitch + row - first] = row < rows ? to_float(from[s * pitch + row]) : 0.0f;
+    }
   }
-}
+  // The same for columns of [x, 1], of which there are `columns`.
+  __device__ void load_x(const T* from, int width, int columns, int first, int count) const {
+    const int column = first + static_cast<int>(threadIdx.x) % kSide;
+    const float without = column < columns ? 1.0f : 0.0f;
+#pragma unroll 1
+    for (int s = static_cast<int>(threadIdx.x) / kSide; s < count; s += kThreads / kSide) {
+      const int64_t at = static_cast<int64_t>(s) * width + column;
+      x[s * kPitch + column - first] = column < width ? to_float(from[at]) : without;
+    }
+  }
+  __device__ void wait() const {}
+
+  // total (16 rows x 32 columns, per warp) += q^T x over tokens [s, s + 16), of which `left` exist.
+  __device__ void multiply(int s, int left, float (&total)[4][4]) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int shuffled = lane / 4 % 2 * 4 + lane / 8;  // see add_products
+    fused::multiply_tokens(q + s * kPitch + warp / 2 * 16 + lane / 4,
+                           x + s * kPitch + warp % 2 * 32 + shuffled, left, total);
+  }
+  // The column of total[j][i], of the 32.
+  __device__ static int column(int j, int i) {
+    return 8 * j + i % 2 * 4 + static_cast<int>(threadIdx.x) % 4;
+  }
+};
+
+// bfloat16: x stays as it is, so that the copy unit copies it and the tensor cores read it. A
+// float32 q is split into three bfloat16, which hold its 24 bits, when it is loaded; their products
+// with x are exact.
+template <class Q>
+struct Operands<Q, __nv_bfloat16> {
+  using T = __nv_bfloat16;
+  static constexpr int kParts = sizeof(Q) == 4 ? 3 : 1;
+  static constexpr int kPairs = kSide / 2 * kPitch;  // words of a part: pairs of tokens x 64 rows
+  static constexpr int kFloats = kParts * kPairs + kSide * kPitch / 2;
+
+  uint32_t* q;  // (parts, pairs of tokens, rows)
+  T* x;         // (tokens, 64 columns)
+
+  __device__ explicit Operands(float* memory)
+      : q(reinterpret_cast<uint32_t*>(memory)), x(reinterpret_cast<T*>(memory + kParts * kPairs)) {}
+
+  __device__ void load_q(const Q* from, int64_t pitch, int rows, int first, int count) const {
+    const int in_tile = static_cast<int>(threadIdx.x) % kSide, row = first + in_tile;
+    const int end = (count + 15) / 16 * 8;  // pairs, of which multiply reads 8 at a time
+#pragma unroll 1
+    for (int pair = static_cast<int>(threadIdx.x) / kSide; pair < end; pair += kThreads / kSide) {
+      const Q* at = from + 2 * pair * pitch + row;
+      const bool upper = row < rows && 2 * pair < count, lower = row < rows && 2 * pair + 1 < count;
+      float left = upper ? to_float(at[0]) : 0.0f, right = lower ? to_float(at[pitch]) : 0.0f;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        q[part * kPairs + pair * kPitch + in_tile] = fused::take_part(left, right);
+      }
+    }
+  }
+  __device__ void load_x(const T* from, int width, int columns, int first, int count) const {
+    const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0 && width % 8 == 0;
+    const int end = (count + 15) / 16 * 16;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < end * kSide / 8; i += kThreads) {
+      const int s = i / 8, in_tile = i % 8 * 8, column = first + in_tile;
+      const T* at = from + static_cast<int64_t>(s) * width + column;
+      T* to = x + s * kPitch + in_tile;
+      if (aligned && column < width) {
+        copy_16_later(to, at, s < count ? 16 : 0);
+        continue;
+      }
+      alignas(16) T values[8];
+      for (int e = 0; e < 8; ++e) {
+        const bool one = s < count && column + e >= width && column + e < columns;
+        values[e] = __float2bfloat16(one ? 1.0f : 0.0f);
+        if (s < count && column + e < width) values[e] = at[e];
+      }
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
+    }
+    commit_copies();
+  }
+  __device__ void wait() const { wait_copies<0>(); }
+
+  __device__ void multiply(int s, int, float (&total)[4][4]) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const uint32_t* words = q + (s / 2 + lane % 4) * kPitch + warp / 2 * 16 + lane / 4;
+    const T* rows = x + (s + lane % 16) * kPitch + warp % 2 * 32 + lane / 16 * 8;
+    uint32_t a[kParts][4];
+#pragma unroll
+    for (int i = 0; i < 4 * kParts; ++i) {
+      a[i / 4][i % 4] = words[i / 4 * kPairs + i / 2 % 2 * 4 * kPitch + i % 2 * 8];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t loaded[4];
+      load_matrices_transposed(loaded, rows + 16 * half);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t columns[2] = {loaded[2 * j], loaded[2 * j + 1]};
+        float sum[4] = {};
+#pragma unroll
+        for (int part = kParts - 1; part >= 0; --part) multiply_bf16(sum, a[part], columns);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[2 * half + j][i] += sum[i];
+      }
+    }
+  }
+  __device__ static int column(int j, int i) {
+    return 8 * j + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+  }
+};
 
 // Examples of any number of tokens: q (B, S, pitch), of which `rows` are used, and x (B, S, width).
-// A block owns some buckets of one example.
+// A block owns some buckets of one example. The operands of a tile are loaded while the previous
+// tile is added.
 template <class Q, class T>
 __global__ void __launch_bounds__(kThreads, 3)
     sketch_tiles(Lists lists, const Q* q, int64_t pitch, const T* x, int width, Lengths lengths,
                  float scale, float* out, int64_t stride) {
-  auto* q_tile = reinterpret_cast<float*>(dynamic_shared());
-  float* x_tile = q_tile + kSide * kPitch;  // later the tile that is formed
+  auto* tile = reinterpret_cast<float*>(dynamic_shared());
+  const Operands<Q, T> operands(tile + kSide * kPitch);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int owner = static_cast<int>(blockIdx.y) * kOwners + thread / 16;
   const int buckets = lists.count(owner);
-  float* sums = x_tile + kSide * kPitch + thread / 16 * lists.share;
+  float* sums = tile + kSide * kPitch + operands.kFloats + thread / 16 * lists.share;
   const int64_t b = blockIdx.x;
   float* features = out + b * stride + owner * lists.share;
   if (lengths.invalid(b)) {
@@ -323,36 +434,39 @@ __global__ void __launch_bounds__(kThreads, 3)
   q += b * lengths.tokens * pitch;
   x += b * lengths.tokens * width;
   for (int i = lane % 16; i < buckets; i += 16) sums[i] = 0.0f;
-  // A warp forms 16 rows x 32 columns of a tile; see add_products for the order of columns.
-  const int row = warp / 2 * 16 + lane / 4, column = warp % 2 * 32;
-  const int shuffled = lane / 4 % 2 * 4 + lane / 8;
-  const int across = lists.column_parts();
-  for (int part = 0; part < lists.row_parts() * across; ++part) {
-    const int first_row = part / across * kSide, first = part % across * kSide;
+  const int across = lists.column_parts(), parts = lists.row_parts() * across;
+  const auto load = [&](int part, int token) {
+    const int first = part % across * kSide, left = tokens - token;
+    const int count = left < kSide ? left : kSide;
+    if (first == 0 || tokens > kSide) {  // otherwise the rows are those of the previous tile
+      operands.load_q(q + token * pitch, pitch, lists.rows, part / across * kSide, count);
+    }
+    operands.load_x(x + static_cast<int64_t>(token) * width, width, lists.columns, first, count);
+  };
+  load(0, 0);
+  for (int part = 0; part < parts; ++part) {
     float total[4][4] = {};
     for (int token = 0; token < tokens; token += kSide) {
+      if (token > 0) {
+        __syncthreads();  // all warps have multiplied the previous tokens
+        load(part, token);
+      }
+      operands.wait();
+      __syncthreads();  // all operands are loaded, and all warps have added the previous tile
       const int count = tokens - token < kSide ? tokens - token : kSide;
-      __syncthreads();  // all warps have added the previous tile, or multiplied these tokens
-      if (first == 0 || tokens > kSide) {
-        load_q(q + token * pitch, pitch, lists.rows, first_row, count, q_tile);
-      }
-      load_x(lists, x + static_cast<int64_t>(token) * width, width, first, count, x_tile);
-      __syncthreads();
 #pragma unroll 1
-      for (int s = 0; s < count; s += fused::kWarpTokens) {
-        // A bfloat16 is exact in tf32.
-        fused::multiply_tokens<sizeof(T) == 2>(
-            q_tile + s * kPitch + row, x_tile + s * kPitch + column + shuffled, count - s, total);
-      }
+      for (int s = 0; s < count; s += 16) operands.multiply(s, count - s, total);
     }
-    __syncthreads();  // all warps have read the columns, which the tile overwrites
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const int down = i / 2 % 2 * 8, right = i / 4 * 8 + i % 2 * 4;
-      x_tile[(row + down) * kPitch + column + right + lane % 4] = total[i / 4][i % 4];
+      const int row = warp / 2 * 16 + lane / 4 + i / 2 % 2 * 8;
+      const int column = warp % 2 * 32 + operands.column(i / 4, i % 4);
+      const float sign = lists.signs[part % across * kSide + column];
+      tile[row * kPitch + column] = sign * total[i / 4][i % 4];
     }
-    __syncthreads();
-    const float* values = x_tile + lane % 16;
+    __syncthreads();  // the tile is complete, and all warps have multiplied
+    if (part + 1 < parts) load(part + 1, 0);
+    const float* values = tile + lane % 16;
     add_part(lists, part, owner, [&](uint32_t entry) {
       const unsigned bucket = bucket_of(entry, lane % 16);
       if (lane % 16 > last_of(entry) || bucket >= static_cast<unsigned>(buckets)) return;

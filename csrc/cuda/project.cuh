@@ -411,9 +411,7 @@ __device__ inline void split_quickly(float value, uint32_t& high, uint32_t& low)
 }
 
 // total (16 rows x 32 columns, per warp) += Q^T P over 16 tokens, of which the first `count` exist.
-// q and p point at the first token, at this thread's row and column. kExact says that the numbers of
-// P are exact in tf32, as those of bfloat16 are, so that nothing is left of them.
-template <bool kExact = false>
+// q and p point at the first token, at this thread's row and column.
 __device__ inline void multiply_tokens(const float* q, const float* p, int count,
                                        float (&total)[4][4]) {
   const int first = static_cast<int>(threadIdx.x) % 4;
@@ -433,15 +431,10 @@ __device__ inline void multiply_tokens(const float* q, const float* p, int count
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int token = step * 8 + i * 4 + first;
-        const float value = token < count ? p[token * kPitch + 8 * j] : 0.0f;
-        if (kExact) {
-          b_high[i] = __float_as_uint(value);
-        } else {
-          split_quickly(value, b_high[i], b_low[i]);
-        }
+        split_quickly(token < count ? p[token * kPitch + 8 * j] : 0.0f, b_high[i], b_low[i]);
       }
       multiply_tf32(sum, a_low[step], b_high);
-      if (!kExact) multiply_tf32(sum, a_high[step], b_low);
+      multiply_tf32(sum, a_high[step], b_low);
       multiply_tf32(sum, a_high[step], b_high);
     }
 #pragma unroll

@@ -323,7 +323,7 @@ SketchMemory take_sketch(Scratch& scratch, const Gradients& gradients,
   const int64_t listed = 2 + ceil_div(kSparseGroup - 1, lists.share);
   lists.capacity = static_cast<int>(listed * formed::kThreads * lists.slots);
   const int64_t parts = static_cast<int64_t>(lists.row_parts()) * lists.column_parts();
-  lists.signs = scratch.take<float>(lists.columns);
+  lists.signs = scratch.take<float>(lists.column_parts() * lists.part_columns);
   lists.starts = scratch.take<int>(parts * (lists.owners + 1));
   lists.entries = scratch.take<uint32_t>(parts * lists.capacity);
   if (projection.rows > 0) {
@@ -370,7 +370,8 @@ template <class Q, class T>
 void launch_sketch_tiles(const Gradients& gradients, const formed::Lists& lists, const Q* q,
                          int pitch, float scale, int64_t first, int64_t count, float* out,
                          int64_t stride, cudaStream_t stream) {
-  const size_t bytes = sizeof(float) * (2 * formed::kSide * kPitch + formed::kOwners * lists.share);
+  const int floats = formed::kSide * kPitch + formed::Operands<Q, T>::kFloats;
+  const size_t bytes = sizeof(float) * (floats + formed::kOwners * lists.share);
   const dim3 blocks(static_cast<unsigned>(count), lists.owners / formed::kOwners);
   check_call(kOp, cudaFuncSetAttribute(formed::sketch_tiles<Q, T>,
                                        cudaFuncAttributeMaxDynamicSharedMemorySize,

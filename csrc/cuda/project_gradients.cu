@@ -306,14 +306,15 @@ SketchMemory take_sketch(Scratch& scratch, const Gradients& gradients,
   lists.size = checked_int(projection.k_out * projection.k_in, "k_out * k_in");
   const bool whole = projection.input_columns == nullptr && lists.size >= kSparseGroup;
   lists.slots = whole ? 1 : kSparseGroup;
-  // An example has several blocks if one block would have many buckets, or if there would be few
-  // blocks, as long as an owner has 16 buckets. The choice changes no result.
+  // An example has several blocks if one block would have many buckets, or if there would be fewer
+  // blocks than multiprocessors, as long as an owner has 16 buckets: every block forms the gradient
+  // again or reads all of g. The choice changes no result.
   const int64_t blocks =
       memory.products ? ceil_div(gradients.batch, formed::kTogether) : gradients.batch;
   const int64_t most = memory.products ? kProductBuckets : kTileBuckets;
   const int64_t ranges =
       std::max<int64_t>({1, ceil_div(lists.size, most),
-                         std::min<int64_t>(2 * kBlocksWanted / std::max<int64_t>(1, blocks),
+                         std::min<int64_t>(kBlocksWanted / 2 / std::max<int64_t>(1, blocks),
                                            lists.size / (kSparseGroup * formed::kOwners))});
   lists.share = static_cast<int>(ceil_div(lists.size, ranges * formed::kOwners));
   lists.owners =

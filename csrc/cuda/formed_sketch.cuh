@@ -21,8 +21,8 @@
 //
 //   Bytes: x and g (or Q), which are read once per block of an example, and the features. The lists
 //   have 4 bytes for a run of 16 numbers and are read for every example, from the caches.
-//   Limit on an H200: issuing instructions (bench/predict.py has the counts). Of those of sketch_tiles,
-//   more than half add, and a third load and form.
+//   Limit on an H200: issuing instructions (bench/predict.py has the counts). More than
+//   half of those of sketch_tiles add, and a third load and form.
 #pragma once
 
 #include <algorithm>

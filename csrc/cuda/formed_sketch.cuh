@@ -9,7 +9,7 @@
 //
 // Who adds what. The buckets of an example are divided among the half-warps of a block, and among
 // blocks where an example has several. A half-warp owns its buckets: it adds all runs that reach
-// them to sums in shared memory, one lane per number. So no two threads ever add to the same bucket,
+// them to sums in shared memory, one lane per number. No two threads ever add to the same bucket,
 // and a bucket's numbers are added in the order of the gradient's parts, however many owners the
 // buckets have. Neither the division nor the batch changes a bit. make_lists hashes every run and
 // lists the runs of every owner, once per call for all examples.
@@ -85,8 +85,8 @@ __device__ inline int run_length(const int64_t* numbers, int column, int end, in
 }
 
 // A block makes the lists of one part. A thread hashes the runs of a row in 16 columns, one after
-// the other. A warp makes the lists of every eighth owner: first it counts their entries, then, when
-// all lists have a place, it writes them.
+// the other. A warp makes the lists of every eighth owner: first it counts their entries; when all
+// lists have a place, it writes them.
 __global__ void __launch_bounds__(kThreads)
     make_lists(Lists lists, const int64_t* row_numbers, uint64_t stream,
                const int64_t* column_numbers, uint64_t column_stream) {
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The operands of 64 x 64 numbers of a gradient, from at most 64 tokens, and their product. Its sums
+// The operands of 64 x 64 numbers of a gradient, from at most 64 tokens, and their product. Sums
 // are those of 16 tokens, and ordinary float32 additions of them: the tensor cores round towards
 // zero (mma.cuh).
 //

@@ -28,9 +28,9 @@
 //
 // identity: add_exact forms the gradient directly from g and [x, 1]; a block owns 64 x 64 of it.
 //
-// sketch: formed_sketch.cuh has the kernels. make_lists says which numbers of the gradient go where;
-// with `rows`, reduce_outputs computes Q = sum_j g_j R_out_j^T; then sketch_tiles forms the gradient
-// and adds it, or, with one token, sketch_products does.
+// sketch: formed_sketch.cuh has the kernels. make_lists says where the numbers of the gradient
+// go; with `rows`, reduce_outputs computes Q = sum_j g_j R_out_j^T; then sketch_tiles forms the
+// gradient and adds it, or, with one token, sketch_products does.
 //
 // LayerNorm (elementwise): sum_elementwise forms v = sum_s g_s x_s and u = sum_s g_s in scratch (a
 // thread owns one feature), and sketch adds them to the features as a count sketch (random.h).
@@ -319,7 +319,7 @@ SketchMemory take_sketch(Scratch& scratch, const Gradients& gradients,
   lists.share = static_cast<int>(ceil_div(lists.size, ranges * formed::kOwners));
   lists.owners =
       static_cast<int>(ceil_div(lists.size, lists.share * formed::kOwners)) * formed::kOwners;
-  // A run is listed for every owner that it reaches: the first, maybe the last, which may have fewer
+  // A run is listed for every owner that it reaches: the first, the last, which may have fewer
   // buckets, and those in between.
   const int64_t listed = 2 + ceil_div(kSparseGroup - 1, lists.share);
   lists.capacity = static_cast<int>(listed * formed::kThreads * lists.slots);

@@ -3,8 +3,8 @@
 //   C[m][n] = sum_d a(m, d) b(n, d),   m, n < 64,
 //
 // computed by one block of 256 threads without tensor cores. A thread owns 4 x 4 elements; the
-// operands go through shared memory, 16 values of d at a time. The gradients of kind identity use it
-// (project_gradients.cu).
+// operands go through shared memory, 16 values of d at a time. The gradients of kind identity use
+// it (project_gradients.cu).
 //
 // Bytes and operations: a thread reads 8 floats from shared memory for 16 multiply-adds, and a
 // multiprocessor can start fewer reads than multiply-adds, so shared memory is the limit. Device

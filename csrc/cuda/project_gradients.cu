@@ -187,6 +187,8 @@ constexpr int64_t kMaxSums = int64_t{1} << 24;  // numbers of scratch
 constexpr int kProductBuckets = 3072, kTileBuckets = 12288;
 static_assert(kTileBuckets / formed::kOwners <= formed::kMaxShare);
 
+constexpr int kMostOwners = 11264;  // make_lists counts their runs in 44 KB of shared memory
+
 constexpr int64_t kReducedNumbers = int64_t{1} << 24;  // of Q in scratch at a time
 
 // If there are fewer blocks than multiprocessors want, and each has several tiles to do, every tile
@@ -319,6 +321,12 @@ SketchMemory take_sketch(Scratch& scratch, const Gradients& gradients,
   lists.share = static_cast<int>(ceil_div(lists.size, ranges * formed::kOwners));
   lists.owners =
       static_cast<int>(ceil_div(lists.size, lists.share * formed::kOwners)) * formed::kOwners;
+  if (lists.owners > kMostOwners) {
+    const int64_t largest = int64_t{kMostOwners} / formed::kOwners * most;
+    throw std::invalid_argument(std::string(kOp) + ": k_out * k_in: expected a sketch of at most " +
+                                std::to_string(largest) + " numbers on a GPU, got " +
+                                std::to_string(lists.size));
+  }
   // A run is listed for every owner that it reaches: the first, the last, which may have fewer
   // buckets, and those in between.
   const int64_t listed = 2 + ceil_div(kSparseGroup - 1, lists.share);

@@ -188,6 +188,30 @@ def test_intervals_account_for_the_subsets_and_the_test_examples():
     assert only_tests["high"] - only_tests["low"] > 0.3
 
 
+def test_a_perfect_prediction_of_a_language_s_mean_has_an_interval_of_one():
+    """A metagradient predicts the mean over these test examples, not over others."""
+    effect_QS = rng_of(3).standard_normal((15, 12))
+    predicted_QS = np.empty_like(effect_QS)
+    for own in (slice(0, 5), slice(5, 9), slice(9, 15)):
+        predicted_QS[own] = effect_QS[own].mean(axis=0)
+    draws = Draws.of(CLUSTERS_Q, 12, RESAMPLING)
+    table = lds_table({"metagradient": predicted_QS}, -effect_QS, LANGUAGES_Q, draws)
+    for language in (None, *TESTED):
+        row = row_with(table, level="language", test_language=language)
+        names = [f"{name}{bound}" for name in ("pearson",) for bound in ("", "_low", "_high")]
+        assert [row[name] for name in ("value", "low", "high", *names)] == pytest.approx([1] * 6)
+
+
+def test_the_interval_of_a_language_accounts_for_the_subsets():
+    predicted_S, losses_S = rng_of(0).standard_normal((2, 12))
+    draws = Draws.of(CLUSTERS_Q, 12, RESAMPLING)
+    tiled = [np.tile(values, (15, 1)) for values in (predicted_S, losses_S)]
+    row = row_with(lds_table({"m": tiled[0]}, tiled[1], LANGUAGES_Q, draws),
+                   level="language", test_language=None)  # fmt: skip
+    assert row["low"] < row["value"] < row["high"]
+    assert row["high"] - row["low"] > 0.3
+
+
 def test_translations_of_one_item_are_drawn_together():
     draws = Draws.of(["a", "a", "b", "c"], 3, RESAMPLING)
     assert (draws.tests_BQ[:, 0] == draws.tests_BQ[:, 1]).all()

@@ -2,9 +2,12 @@
 
     LDS(z) = Spearman over subsets S of ( sum_{i in S} score(z, i), -loss(z; trained on S) )
 
-Its intervals account for the choice of the subsets and of the test examples. Both are resampled at
-once: a draw of the bootstrap counts how often each is drawn, and all statistics are computed with
-these counts as weights, for many draws in one array operation.
+Its intervals account for the choice of the subsets and, for the mean over single test examples, of
+the test examples. Both are resampled at once: a draw of the bootstrap counts how often each is
+drawn, and all statistics are computed with these counts as weights, for many draws in one array
+operation. The mean loss of a language is one quantity: that of these test examples, for which a
+metagradient is computed. Other test examples would be another quantity, so only subsets are
+resampled there.
 
 Source: Park et al. 2023 (TRAK), section 2; Ilyas et al. 2022 (datamodels).
 
@@ -143,9 +146,9 @@ def lds_table(
     At the level "example" the value is the mean of LDS(z) over test examples. At the level
     "language" it is the Spearman correlation of the *mean* loss over a language's test examples
     with the mean predicted effect on them, on which the tables of influence between languages rely;
-    for all languages it is the mean of theirs. `pearson` is Pearson's correlation in place of
-    Spearman's, at the level "language" only. `over_first` is the difference from the first
-    method, null for the first method itself. Its interval uses the same draws for both methods, so
+    for all languages it is the mean of theirs, and only subsets are resampled. `pearson` is
+    Pearson's correlation in place of Spearman's, at the level "language" only. `over_first` is the
+    difference from the first method, null for the first method itself. Its interval uses the same draws for both methods, so
     it can separate methods whose own intervals overlap.
 
     Args:
@@ -213,20 +216,15 @@ def _language_lds(
     lds_of = {}
     size = max(1, _BLOCK_NUMBERS // draws.others_BS.shape[1] ** 2)
     for language, own_Q in by_language(languages_Q).items():
-        weights_BQ = draws.tests_BQ[:, own_Q]
-        # Sums rank the subsets like means, except in draws without an example of the language.
-        sums = [weights_BQ @ values_QS[own_Q] for values_QS in (predicted_QS, effect_QS)]
-        values_B = np.concatenate(
+        predicted_S, effect_S = (
+            values_QS[own_Q].mean(axis=0) for values_QS in (predicted_QS, effect_QS)
+        )
+        lds_of[language] = np.concatenate(
             [
-                correlation(
-                    sums[0][start : start + size],
-                    sums[1][start : start + size],
-                    draws.others_BS[start : start + size],
-                )
-                for start in range(0, len(weights_BQ), size)
+                correlation(predicted_S, effect_S, draws.others_BS[start : start + size])
+                for start in range(0, len(draws.others_BS), size)
             ]
         )
-        lds_of[language] = np.where(weights_BQ.sum(axis=1) > 0, values_B, np.nan)
     yield None, np.mean(list(lds_of.values()), axis=0)
     yield from lds_of.items()
 

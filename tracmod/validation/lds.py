@@ -148,8 +148,8 @@ def lds_table(
     with the mean predicted effect on them, on which the tables of influence between languages rely;
     for all languages it is the mean of theirs, and only subsets are resampled. `pearson` is
     Pearson's correlation in place of Spearman's, at the level "language" only. `over_first` is the
-    difference from the first method, null for the first method itself. Its interval uses the same draws for both methods, so
-    it can separate methods whose own intervals overlap.
+    difference from the first method, null for the first method itself. Its interval uses the same
+    draws for both methods, so it can separate methods whose own intervals overlap.
 
     Args:
         predicted: method -> (Q, S) sums of its scores over each subset.

@@ -118,6 +118,28 @@ def check_language(language: str) -> None:
         raise ValueError(f"language {fault}")
 
 
+def missing_notes(
+    path: str | Path, names: Iterable[str], language: str | None, unit: str
+) -> list[str]:
+    """Return sentences on what a file does not say: its ids, its language.
+
+    Args:
+        path: the file.
+        names: our columns that it has.
+        language: the language given for all of it, or None.
+        unit: the word for its rows, in the plural.
+    """
+    notes = []
+    if "id" not in names:
+        notes.append(f"{path}: no column id: ids are the numbers of the {unit}, from 0")
+    if "language" not in names and language is None:
+        notes.append(
+            f"{path}: no column language: all {unit} have the language {NO_LANGUAGE} "
+            "(--language NAME)"
+        )
+    return notes
+
+
 def choose_columns(
     path: str | Path,
     names_in_file: Sequence[str],

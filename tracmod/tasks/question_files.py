@@ -14,6 +14,7 @@ from tracmod.tasks.columns import (
     QUESTION_FILE_COLUMNS,
     check_columns,
     check_language,
+    missing_notes,
 )
 from tracmod.tasks.examples import SCHEMA
 from tracmod.tasks.files import check_refused, clean
@@ -107,7 +108,7 @@ def question_table(
                     f"{language!r}"
                 )
             if notes is not None:
-                notes += _notes(path, names, language)
+                notes += missing_notes(path, names, language, "questions")
         cells: dict[str, Any] = {name: row.get(names[name]) for name in names}
         question, context = cells.get("question"), cells.get("context")
         fault, answer, start = _answer(cells.get("answers"), context, names)
@@ -226,16 +227,3 @@ def _answer(answers: Any, context: Any, names: Mapping[str, str]) -> tuple[str |
         return fault, "", -1
     spaces = len(answer) - len(answer.lstrip())
     return None, answer.strip(), start + spaces
-
-
-def _notes(path: str | Path, names: Mapping[str, str], language: str | None) -> list[str]:
-    """Return sentences on what a file does not say."""
-    notes = []
-    if "id" not in names:
-        notes.append(f"{path}: no column id: ids are the numbers of the questions, from 0")
-    if "language" not in names and language is None:
-        notes.append(
-            f"{path}: no column language: all questions have the language {NO_LANGUAGE} "
-            "(--language NAME)"
-        )
-    return notes

@@ -18,6 +18,7 @@ from tracmod.tasks.columns import (
     TOKEN_FILE_COLUMNS,
     check_columns,
     check_language,
+    missing_notes,
 )
 from tracmod.tasks.examples import SCHEMA
 from tracmod.tasks.files import check_refused, clean, read_model_files, stated_by_number
@@ -243,7 +244,7 @@ class TokenFile:
             tags.append([_named(tag, class_names) for tag in own_tags])
         if not lines:
             raise ValueError(f"{path}: expected sentences, got none")
-        notes = _notes(path, names, language)
+        notes = missing_notes(path, names, language, "sentences")
         has_languages = "language" in names
         return cls(Path(path), lines, values, tags, class_names, has_languages, notes)
 
@@ -379,16 +380,3 @@ def _named(tag: Any, stated: Sequence[str] | None) -> str | int:
     if isinstance(tag, str):
         return tag.strip()
     return stated[tag] if stated is not None and 0 <= tag < len(stated) else int(tag)
-
-
-def _notes(path: str | Path, names: Mapping[str, str], language: str | None) -> list[str]:
-    """Return sentences on what a file does not say."""
-    notes = []
-    if "id" not in names:
-        notes.append(f"{path}: no column id: ids are the numbers of the sentences, from 0")
-    if "language" not in names and language is None:
-        notes.append(
-            f"{path}: no column language: all sentences have the language {NO_LANGUAGE} "
-            "(--language NAME)"
-        )
-    return notes

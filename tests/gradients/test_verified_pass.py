@@ -75,7 +75,9 @@ def truth(model, examples, parameters="all"):
         double = copy.deepcopy(model).double().requires_grad_(True)
         inputs = {name: torch.tensor([value]) for name, value in example.items()}
         labels = inputs.pop("labels")
-        loss = per_example_loss(logits_of(double(**inputs)), labels).sum()
+        output = double(**inputs)
+        logits = logits_of(double, output, inputs["attention_mask"])
+        loss = per_example_loss(logits, labels).sum()
         weights = [double.get_parameter(name) for name in names]
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         pairs = zip(weights, gradients, strict=True)

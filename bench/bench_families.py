@@ -13,24 +13,23 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig
 
 import tracmod as tm
 from tracmod.bench.collect import require
 from tracmod.bench.measure import environment, take_turns, write_json
 from tracmod.bench.models import SHAPES, VOCABULARY, random_examples
-from tracmod.bench.plain import Batch, ready_batches, requiring_grad
+from tracmod.bench.plain import floor_pass, ready_batches
 from tracmod.choices import Unit
+from tracmod.gradients.lean_pass import lean
 from tracmod.models.adapters import add_lora
-from tracmod.models.architecture import MEAN_POOLING, embeddings_module
+from tracmod.models.architecture import MEAN_POOLING, attention_layers, family_of
 from tracmod.models.inputs import as_examples
 from tracmod.models.loading import classifier_class
 from tracmod.validation.gradients import check_gradients
@@ -47,7 +46,6 @@ class Model(NamedTuple):
         model_type: its family, as transformers names it.
         settings: what its config states beside the shape.
         unit: what it says something of.
-        lean: whether the last layer is computed at the first token alone.
         lora: whether a LoRA adapter of rank 8 is trained in place of the weights.
         shape: of `models.SHAPES`.
     """
@@ -55,7 +53,6 @@ class Model(NamedTuple):
     model_type: str
     settings: Mapping[str, Any] = {}
     unit: Unit = "text"
-    lean: bool = True
     lora: bool = False
     shape: str = "mini"
 
@@ -69,18 +66,18 @@ DISTILBERT = {"dim": 256, "n_layers": 4, "n_heads": 4, "hidden_dim": 1024}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 64}
 MODELS = {
     "XLM-R": Model("xlm-roberta"),
-    "XLM-R, mean pooling": Model("xlm-roberta", {"architectures": [MEAN_POOLING]}, lean=False),
+    "XLM-R, mean pooling": Model("xlm-roberta", {"architectures": [MEAN_POOLING]}),
     "DistilBERT": Model("distilbert", DISTILBERT),
     "DeBERTa-v3": Model("deberta-v2", DEBERTA),
     "MPNet": Model("mpnet"),
-    "ALBERT": Model("albert", {"embedding_size": 128}, lean=False),
+    "ALBERT": Model("albert", {"embedding_size": 128}),
     "ModernBERT, first token": Model("modernbert", {"classifier_pooling": "cls"}),
-    "ModernBERT, mean": Model("modernbert", {"classifier_pooling": "mean"}, lean=False),
+    "ModernBERT, mean": Model("modernbert", {"classifier_pooling": "mean"}),
     "EuroBERT": Model("eurobert", GROUPED | {"classifier_pooling": "bos"}),
     "Nomic BERT": Model("nomic_bert"),
-    "Llama": Model("llama", GROUPED, lean=False),
-    "XLM-R, tokens": Model("xlm-roberta", unit="token", lean=False),
-    "XLM-R, answers": Model("xlm-roberta", unit="span", lean=False),
+    "Llama": Model("llama", GROUPED),
+    "XLM-R, tokens": Model("xlm-roberta", unit="token"),
+    "XLM-R, answers": Model("xlm-roberta", unit="span"),
     "XLM-R, LoRA": Model("xlm-roberta", lora=True),
     "XLM-R base, LoRA": Model("xlm-roberta", lora=True, shape="base"),
 }
@@ -117,39 +114,11 @@ def make_examples(unit: Unit, count: int) -> list[dict[str, Any]]:
     return examples
 
 
-def plain_loss(model: Any, batch: Batch, unit: Unit) -> Tensor:
-    """Compute the sum of the examples' losses from transformers' own output."""
-    output = model(**batch.inputs)
-    if unit == "span":
-        padding = batch.inputs["attention_mask"].eq(0)
-        first, last = (
-            F.cross_entropy(
-                logits.masked_fill(padding, -torch.inf), batch.labels[:, place], reduction="sum"
-            )
-            for place, logits in enumerate((output.start_logits, output.end_logits))
-        )
-        return (first + last) / 2
-    if unit == "token":
-        losses = F.cross_entropy(output.logits.mT, batch.labels, reduction="none")
-        return (losses.sum(dim=1) / batch.labels.ne(-100).sum(dim=1)).sum()
-    return F.cross_entropy(output.logits, batch.labels, reduction="sum")
-
-
-def floor_pass(
-    model: Any, batches: Sequence[Batch], unit: Unit, dtype: torch.dtype | None = None
-) -> None:
-    """Run forward, and backward to the embeddings' output, without gradients of parameters."""
-    leaves: list[Tensor] = []
-
-    def cut(module: Any, args: Any, output: Tensor) -> Tensor:
-        leaves.append(output.detach().requires_grad_())
-        return leaves[-1]
-
-    with embeddings_module(model).register_forward_hook(cut), requiring_grad(model, []):
-        for batch in batches:
-            with torch.autocast("cpu", dtype, enabled=dtype is not None):
-                loss = plain_loss(model, batch, unit)
-            torch.autograd.grad(loss, leaves.pop())
+def computes_first_token_alone(model: Any) -> bool:
+    """Return whether the lean pass of a model computes its last layer at the first token alone."""
+    last = family_of(model).lean_last_layer(model, attention_layers(model)[-1])
+    with lean(model):
+        return last is not None and "forward" in vars(last[0])
 
 
 def run_model(settings: Model, count: int, seconds: float) -> dict[str, Any]:
@@ -168,7 +137,7 @@ def run_model(settings: Model, count: int, seconds: float) -> dict[str, Any]:
     batches = ready_batches(model, examples, BATCH_TOKENS, torch.device("cpu"))
     functions: dict[str, Callable[[], Any]] = {}
     for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
-        functions[f"floor {name}"] = partial(floor_pass, model, batches, settings.unit, dtype)
+        functions[f"floor {name}"] = partial(floor_pass, model, batches, dtype, settings.unit)
         functions[f"collect {name}"] = partial(
             tm.collect_features, model, examples, tm.Projection(DIM), parameters,
             batch_tokens=BATCH_TOKENS, dtype=dtype,
@@ -176,7 +145,8 @@ def run_model(settings: Model, count: int, seconds: float) -> dict[str, Any]:
     times = take_turns(functions, torch.device("cpu"), seconds=seconds)
     ratios = {name: times[f"collect {name}"] / times[f"floor {name}"]
               for name in ("float32", "bfloat16")}  # fmt: skip
-    return {"lean": settings.lean, "examples": count, "seconds": times, "ratio": ratios}
+    is_lean = computes_first_token_alone(model)
+    return {"lean": is_lean, "examples": count, "seconds": times, "ratio": ratios}
 
 
 def main() -> None:

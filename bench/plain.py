@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tracmod.bench.measure import synchronize
+from tracmod.choices import Unit
+from tracmod.models.architecture import embeddings_module
 from tracmod.models.inputs import collate, pad_token_id, plan_batches
 
 Examples = Sequence[Mapping[str, Any]]
@@ -45,12 +47,26 @@ def ready_batches(
     return batches
 
 
-def loss_of(model: Any, batch: Batch, dtype: torch.dtype | None = None) -> Tensor:
-    """Compute the sum of the examples' cross entropies, under autocast if a dtype is given."""
-    device = batch.labels.device.type
+def loss_of(
+    model: Any, batch: Batch, dtype: torch.dtype | None = None, unit: Unit = "text"
+) -> Tensor:
+    """Compute the sum of the examples' losses, under autocast if a dtype is given.
+
+    An example's loss is the cross entropy of its class, the mean over its labelled tokens, or the
+    mean over the first and the last token of its answer.
+    """
+    device, labels = batch.labels.device.type, batch.labels
     with nullcontext() if dtype is None else torch.autocast(device, dtype=dtype):
-        logits = model(**batch.inputs).logits
-    return F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        output = model(**batch.inputs)
+    if unit == "span":
+        padding = batch.inputs["attention_mask"].eq(0)
+        ends = [output.start_logits, output.end_logits]
+        logits = torch.stack([end.float().masked_fill(padding, -math.inf) for end in ends], dim=1)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 2
+    if unit == "token":
+        losses = F.cross_entropy(output.logits.float().mT, labels, reduction="none")
+        return (losses.sum(dim=1) / labels.ne(-100).sum(dim=1)).sum()
+    return F.cross_entropy(output.logits.float(), labels, reduction="sum")
 
 
 @contextmanager
@@ -74,7 +90,12 @@ def encoder_names(model: Any) -> list[str]:
 # --- the floor ------------------------------------------------------------------------------
 
 
-def floor_pass(model: Any, batches: Sequence[Batch], dtype: torch.dtype | None = None) -> None:
+def floor_pass(
+    model: Any,
+    batches: Sequence[Batch],
+    dtype: torch.dtype | None = None,
+    unit: Unit = "text",
+) -> None:
     """Run forward, and backward to the embeddings' output, without gradients of parameters.
 
     This is the least work of any method that needs every layer's input and output gradient.
@@ -85,11 +106,11 @@ def floor_pass(model: Any, batches: Sequence[Batch], dtype: torch.dtype | None =
         leaves.append(output.detach().requires_grad_())
         return leaves[-1]
 
-    hook = model.base_model.embeddings.register_forward_hook(cut)
+    hook = embeddings_module(model).register_forward_hook(cut)
     try:
         with requiring_grad(model, []):
             for batch in batches:
-                torch.autograd.grad(loss_of(model, batch, dtype), leaves.pop())
+                torch.autograd.grad(loss_of(model, batch, dtype, unit), leaves.pop())
     finally:
         hook.remove()
 

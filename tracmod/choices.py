@@ -23,7 +23,7 @@ ProjectionLayers = Literal["accumulate", "concatenate"]
 MetricKind = Literal["none", "adam", "ekfac"]
 PassDtype = Literal["float32", "bfloat16"]
 Pooling = Literal["mean"]
-Unit = Literal["text", "token", "span"]  # of which a model says something
+Unit = Literal["text", "token", "span"]  # what a model classifies; a span is an answer
 LossKind = Literal[
     "cross_entropy",
     "squared_error",
@@ -33,7 +33,11 @@ LossKind = Literal[
     "function",
 ]
 StatedLossKind = Literal[
-    "cross_entropy", "squared_error", "binary_cross_entropy", "token_cross_entropy"
+    "cross_entropy",
+    "squared_error",
+    "binary_cross_entropy",
+    "token_cross_entropy",
+    "span_cross_entropy",
 ]
 Denominator = Literal["fixed", "weighted"]
 Batches = Literal["new", "same"]

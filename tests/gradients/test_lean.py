@@ -165,7 +165,7 @@ def test_model_is_put_back_if_the_probe_fails():
 
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_weights_are_cast_once_and_products_stay_the_same(monkeypatch, mask):
-    """What autocast computes, bit for bit, though no pass casts a weight; float32 without it."""
+    """The products are those of autocast bit for bit, though no pass casts a weight."""
     model = tiny_encoder().requires_grad_(False)
     linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
     given = []

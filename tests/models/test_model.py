@@ -20,7 +20,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
-    BertForQuestionAnswering,
+    BertForMultipleChoice,
     BertModel,
     GPT2Config,
 )
@@ -692,7 +692,7 @@ def test_truncated_weights_are_refused_by_folder(saved, size):
         load_model(saved)
 
 
-@pytest.mark.parametrize("head", [BertModel, BertForMaskedLM, BertForQuestionAnswering])
+@pytest.mark.parametrize("head", [BertModel, BertForMaskedLM, BertForMultipleChoice])
 def test_a_model_that_is_no_classifier_is_refused(head):
     shape = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 8}
     model = head(BertConfig(vocab_size=60, num_hidden_layers=1, **shape)).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from autograd_truth import flat_gradients, influence_error
+from autograd_truth import exact_error, flat_gradients, influence_error
 from families import FAST, FORMS, LABELS, has_tokens, small_model, small_tagger, tagged_examples
 from torch import nn
 
@@ -46,22 +46,23 @@ def own_gradients(model, examples, parameters="all"):
 
 @pytest.mark.parametrize("form", ALL)
 def test_exact_influence_is_that_of_one_example_autograd(form):
-    model = small_tagger(form)
-    trains, queries = tagged_examples(32, seed=1), tagged_examples(4, seed=2)
-    train, query = own_gradients(model, trains), own_gradients(model, queries)
-    for count in (1, 7, 32):
-        actual = tm.exact_influence(model, trains[:count], queries, "all")
-        assert influence_error(actual, train[:count], query) <= TOLERANCE
+    model, trains, queries = (
+        small_tagger(form),
+        tagged_examples(32, seed=1),
+        tagged_examples(4, seed=2),
+    )
+    assert exact_error(model, trains, queries, own_loss, counts=(1, 7, 32)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("form", ALL)
 def test_padding_of_the_dataset_is_read_as_the_model_reads_it(form, padding):
-    model = small_tagger(form)
-    trains, queries = tagged_examples(9, 1, padding), tagged_examples(4, 2, padding)
-    actual = tm.exact_influence(model, trains, queries)
-    train, query = (own_gradients(model, part, "encoder") for part in (trains, queries))
-    assert influence_error(actual, train, query) <= TOLERANCE
+    model, trains, queries = (
+        small_tagger(form),
+        tagged_examples(9, 1, padding),
+        tagged_examples(4, 2, padding),
+    )
+    assert exact_error(model, trains, queries, own_loss, "encoder") <= TOLERANCE
 
 
 @pytest.mark.parametrize("form", ALL)

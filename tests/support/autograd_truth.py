@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import tracmod as tm
 from tracmod.gradients.capture import select_layers
 
 
@@ -39,6 +40,30 @@ def flat_gradients(
             )
         )
     return torch.stack(rows)
+
+
+def exact_error(
+    model: Any,
+    trains: Sequence[Mapping[str, Any]],
+    queries: Sequence[Mapping[str, Any]],
+    loss_of: Callable[[Any, Mapping[str, Any]], Tensor],
+    parameters: str = "all",
+    counts: Sequence[int] = (),
+) -> float:
+    """Return the largest `influence_error` of `exact_influence`, on the first `counts` examples.
+
+    Args:
+        model, loss_of, parameters: as for `flat_gradients`.
+        trains, queries: the examples.
+        counts: numbers of training examples that are scored together; none for all.
+    """
+    train, query = (flat_gradients(model, part, loss_of, parameters) for part in (trains, queries))
+    return max(
+        influence_error(
+            tm.exact_influence(model, trains[:count], queries, parameters), train[:count], query
+        )
+        for count in counts or [len(trains)]
+    )
 
 
 def influence_error(actual: Tensor, train: Tensor, query: Tensor) -> float:

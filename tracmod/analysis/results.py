@@ -162,7 +162,7 @@ class RunResults:
     @property
     def of_questions(self) -> bool:
         """Whether questions are answered."""
-        return self.settings.get("unit") == "span"
+        return "answer" in self.examples("test").column_names
 
     def answer_scores(self, view: ViewResults) -> np.ndarray:
         """Return the F1 of each test question's answer under a view, as counts (Q, 3).

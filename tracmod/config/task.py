@@ -113,7 +113,7 @@ class TaskConfig(Section):
 
     @property
     def unit(self) -> Unit:
-        """What a model of the task says something of: texts, words, or the answers in texts."""
+        """The kind of thing that a model classifies: texts, words, or the answers in texts."""
         if self.name in ("xquad", "question-files"):
             return "span"
         of_words = self.name in ("entities", "wikiann", "ud", "tagged-files")

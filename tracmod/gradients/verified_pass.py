@@ -358,9 +358,9 @@ def _num_logits(example: Mapping[str, Any], of_spans: bool) -> int:
 
     That is 1, or one per labelled token, or two per token of question answering.
     """
-    labels = example["labels"]
     if of_spans:
         return 2 * sum(example.get("attention_mask", [1] * len(example["input_ids"])))
+    labels = example["labels"]
     if not isinstance(labels, TokenLabels):
         return 1
     return sum(label != UNLABELLED for label in labels)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tracmod.choices import LossKind, Unit, is_real
-from tracmod.models.architecture import answers_questions, is_token_classifier
+from tracmod.models.architecture import model_unit
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -382,10 +382,9 @@ def own_loss(model: Any, *, float_vectors: bool = False) -> ExampleLoss:
     Raises:
         ValueError: the problem type is unknown.
     """
-    if is_token_classifier(model):
-        return ExampleLoss("token_cross_entropy")
-    if answers_questions(model):
-        return ExampleLoss("span_cross_entropy")
+    unit = model_unit(model)
+    if unit != "text":
+        return ExampleLoss(CROSS_ENTROPY_OF[unit])
     config = model.config
     problem_type, num_labels = getattr(config, "problem_type", None), int(config.num_labels or 0)
     if problem_type is None:
@@ -411,13 +410,10 @@ def check_unit(model: Any, loss: ExampleLoss) -> None:
     Raises:
         ValueError: the loss is one of another kind of model.
     """
-    expected = "a loss of texts"
-    if is_token_classifier(model):
-        expected = "token_cross_entropy"
-    elif answers_questions(model):
-        expected = "span_cross_entropy"
-    given = loss.kind if loss.kind in ("token_cross_entropy", "span_cross_entropy") else None
-    if given != (None if expected == "a loss of texts" else expected):
+    unit = model_unit(model)
+    others = {kind: other for other, kind in CROSS_ENTROPY_OF.items() if other != "text"}
+    if others.get(loss.kind, "text") != unit:
+        expected = "a loss of texts" if unit == "text" else CROSS_ENTROPY_OF[unit]
         raise ValueError(f"loss: expected {expected} for {type(model).__name__}, got {loss}")
 
 

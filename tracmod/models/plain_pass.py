@@ -30,10 +30,10 @@ def model_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     Also for a model whose config has `return_dict=False`.
     """
     output = model(**{n: value for n, value in inputs.items() if n != "labels"})
-    return logits_of(model, output, inputs["attention_mask"])
+    return logits_of(model, output, inputs.get("attention_mask"))
 
 
-def logits_of(model: nn.Module, output: Any, mask: Tensor) -> Tensor:
+def logits_of(model: nn.Module, output: Any, mask: Tensor | None) -> Tensor:
     """Return the logits in the output of a classifier that was given no labels.
 
     Of a model for question answering, (B, 2, S): how much each token is the first, and the last, of
@@ -43,15 +43,17 @@ def logits_of(model: nn.Module, output: Any, mask: Tensor) -> Tensor:
     Args:
         model: the model.
         output: what it returned.
-        mask: its attention mask, (B, S) or (B, 1, S, S).
+        mask: its attention mask, (B, S) or (B, 1, S, S); None without padding.
     """
     if not answers_questions(model):
         return output[0] if isinstance(output, tuple) else output.logits
     first, last = (
         output[:2] if isinstance(output, tuple) else (output.start_logits, output.end_logits)
     )
-    is_token_BS = mask.ne(0) if mask.dim() == 2 else mask[:, 0, 0].ne(0)
     logits_B2S = torch.stack([first, last], dim=1)
+    if mask is None:
+        return logits_B2S
+    is_token_BS = mask.ne(0) if mask.dim() == 2 else mask[:, 0, 0].ne(0)
     return logits_B2S.masked_fill(~is_token_BS[:, None], -math.inf)
 
 

@@ -128,9 +128,8 @@ class RunContext:
 
     @property
     def unit(self) -> Unit:
-        """What the model says something of: texts, words, or the answers in texts."""
-        unit: Unit = self.run.record.get("unit") or ("token" if self.tag_names else "text")
-        return unit
+        """The kind of thing that the model classifies: texts, words, or the answers in texts."""
+        return self.config.task.unit
 
     @property
     def class_names(self) -> list[str]:

@@ -63,7 +63,7 @@ STAGES = (
         "data",
         folder="data",
         reads=("task",),
-        records=("label_names", "tag_names", "unit", "languages", "parallel", "device"),
+        records=("label_names", "tag_names", "languages", "parallel", "device"),
         uses_model=False,
         summary="Sample the examples of the task.",
     ),

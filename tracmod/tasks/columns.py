@@ -140,6 +140,32 @@ def missing_notes(
     return notes
 
 
+def names_in_rows(
+    known: Iterable[str], names_in_file: Sequence[str], columns: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Return our columns that a file has, with their names there, and the names that it lacks.
+
+    A file that lacks the name given, but has the column under its own name, is read by its own. An
+    optional column is lacking only if a name was given for it.
+
+    Args:
+        known: our columns.
+        names_in_file: the names of its columns.
+        columns: our column -> its name in the file. An empty name leaves the column out.
+    """
+    names: dict[str, str] = {}
+    missing = []
+    for name in known:
+        name_in_file = columns.get(name, name)
+        if name_in_file and name_in_file not in names_in_file and name in names_in_file:
+            name_in_file = name
+        if name_in_file in names_in_file:
+            names[name] = name_in_file
+        elif name_in_file and (name not in OPTIONAL or name in columns):
+            missing.append(name_in_file)
+    return names, missing
+
+
 def choose_columns(
     path: str | Path,
     names_in_file: Sequence[str],
@@ -164,16 +190,7 @@ def choose_columns(
         ValueError: a column is missing, or would be left out in silence; the message lists the
             columns of the file and, where it has a likely one, a mapping that would take it.
     """
-    names: dict[str, str] = {}
-    missing = []
-    for name in COLUMNS:
-        name_in_file = columns.get(name, name)
-        if name_in_file not in names_in_file and name in names_in_file and name_in_file:
-            name_in_file = name
-        if name_in_file in names_in_file:
-            names[name] = name_in_file
-        elif name_in_file and (name not in OPTIONAL or name in columns):
-            missing.append(name_in_file)
+    names, missing = names_in_rows(COLUMNS, names_in_file, columns)
     if language is not None:
         missing = [name for name in missing if name != columns.get("language")]
     suggested = _suggested(names_in_file, names, columns)

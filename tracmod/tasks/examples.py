@@ -38,7 +38,6 @@ class TaskData:
         parallel: whether `group` identifies the same item in every language.
         tag_names: the names of the tags of words, in the order of their numbers, for a task of
             tokens; None for other tasks. The classes are then those of `sentence_classes`.
-        of_questions: whether the examples are questions, which all have one class.
         train, dev, test: tables with `SCHEMA`. Ids are unique within a table. No group is in two
             tables, except with `test_from_train`, where every group of test is also in train.
         known: further tables by name, for a task with known answers.
@@ -53,7 +52,6 @@ class TaskData:
     test: pa.Table
     known: Mapping[str, pa.Table] = field(default_factory=dict)
     tag_names: list[str] | None = None
-    of_questions: bool = False
 
 
 def check_classes(data: TaskData) -> TaskData:
@@ -63,7 +61,7 @@ def check_classes(data: TaskData) -> TaskData:
         ValueError: all training examples, or all dev examples of a language, have the same label,
             or all of their words the same tag.
     """
-    if data.of_questions:
+    if "answer" in data.train.column_names:  # all questions have one class
         return data
     tables = {"train": data.train}
     for language in data.languages:
@@ -100,14 +98,13 @@ class Corpus:
         label_names: the name of each class, in the order of the labels 0, 1, ...
         parallel: whether `group` identifies the same item in every language.
         pools: the examples; groups of different pools are different items.
-        tag_names, of_questions: as in `TaskData`.
+        tag_names: as in `TaskData`.
     """
 
     label_names: list[str]
     parallel: bool
     pools: list[Pool]
     tag_names: list[str] | None = None
-    of_questions: bool = False
 
 
 def pool_from_rows(rows: Iterable[Mapping[str, Any]]) -> pa.Table:

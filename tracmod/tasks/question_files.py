@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,17 @@ from tracmod.tasks.columns import (
     check_columns,
     check_language,
     missing_notes,
+    names_in_rows,
 )
 from tracmod.tasks.examples import SCHEMA
 from tracmod.tasks.files import check_refused, clean
-from tracmod.tasks.readers import Row, open_file, read_rows, shown, shown_names, text_fault
+from tracmod.tasks.readers import Row, read_rows, shown, shown_names, text_fault
 
 # `text_a` is the question and `text_b` the context. `answer` is the first of the answers given,
 # empty for a question without one, and `answer_start` its first character in the context, or -1.
 QUESTION_SCHEMA = SCHEMA.append(pa.field("answer", pa.string())).append(
     pa.field("answer_start", pa.int64())
 )
-NEEDED = ("question", "context", "answers")
 
 
 def read_question_files(
@@ -68,7 +67,7 @@ def read_question_files(
     return [
         question_table(
             path,
-            _question_rows(Path(path)),
+            read_rows(path),
             columns,
             language,
             refused=model_inputs,
@@ -101,7 +100,12 @@ def question_table(
     for row_number, (line, row) in enumerate(numbered_rows):
         if not row_number:
             check_refused(path, list(row), refused)
-            names = _choose_names(path, list(row), columns)
+            names, missing = names_in_rows(QUESTION_FILE_COLUMNS, list(row), columns)
+            if missing:
+                raise ValueError(
+                    f"{path}: expected a column {', '.join(missing)}, as question answering needs, "
+                    f"got {shown_names(list(row))}"
+                )
             if language is not None and "language" in names:
                 raise ValueError(
                     f"language: expected none, because {path} has a column of languages, got "
@@ -111,7 +115,16 @@ def question_table(
                 notes += missing_notes(path, names, language, "questions")
         cells: dict[str, Any] = {name: row.get(names[name]) for name in names}
         question, context = cells.get("question"), cells.get("context")
-        fault, answer, start = _answer(cells.get("answers"), context, names)
+        answers = _answers(cells["answers"])
+        answer, start = answers[0] if answers else ("", -1)
+        fault = None
+        if answers is None:
+            fault = (
+                f"expected texts and as many answer_start in column {names['answers']}, got "
+                f"{shown(cells['answers'])}"
+            )
+        elif answers:
+            fault = _answer_fault(answer, start, context)
         made = {
             "id": cells.get("id", str(row_number)),
             "language": cells.get("language", language or NO_LANGUAGE),
@@ -130,8 +143,9 @@ def question_table(
             raise ValueError(f"{path}:{line}: {fault}")
         ids.add(str(made["id"]))
         # As they are in the file: `answer_start` counts the characters of the context.
-        own = {"text_a": question, "text_b": context, "answer": answer, "answer_start": start}
-        rows.append(made | own | {"label": 0})
+        start += len(answer) - len(answer.lstrip())
+        span = {"answer": answer.strip(), "answer_start": start}
+        rows.append(made | {"text_a": question, "text_b": context, "label": 0} | span)
     if not rows:
         raise ValueError(f"{path}: expected questions, got none")
     return pa.table(
@@ -139,91 +153,26 @@ def question_table(
     )
 
 
-def _question_rows(path: Path) -> Iterator[Row]:
-    """Yield the questions of a file with the number of their line (of SQuAD's form, from 1)."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if ".json" not in suffixes[-2:] or not path.is_file():
-        yield from read_rows(path)
-        return
-    with open_file(path) as file:
-        start = file.read(1)
-        while start.isspace():
-            start = file.read(1)
-        try:
-            tree = json.loads((start + file.read()).decode()) if start == b"{" else None
-        except ValueError:
-            tree = None  # JSON lines
-    if not isinstance(tree, dict) or "data" not in tree:
-        yield from read_rows(path)
-        return
-    yield from enumerate(_squad_questions(path, tree["data"]), 1)
+def _answers(values: Any) -> list[tuple[Any, Any]] | None:
+    """Return texts and first characters of answers, in either form; None for another form."""
+    if isinstance(values, list | tuple) and all(isinstance(one, Mapping) for one in values):
+        return [(one.get("text"), one.get("answer_start")) for one in values]
+    if not isinstance(values, Mapping):
+        return None
+    lists: list[Any] = [values.get("text"), values.get("answer_start")]
+    if not all(isinstance(own, list | tuple) for own in lists) or len(lists[0]) != len(lists[1]):
+        return None
+    return list(zip(*lists, strict=True))
 
 
-def _squad_questions(path: Path, data: Any) -> Iterator[dict[str, Any]]:
-    """Yield the questions of a file of SQuAD's form, each with its context."""
-    try:
-        for article in data:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    yield {
-                        "id": question["id"],
-                        "question": question["question"],
-                        "context": paragraph["context"],
-                        "answers": question["answers"],
-                    }
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: expected the form of SQuAD, data of paragraphs with a context and qas with "
-            f"id, question and answers; {type(error).__name__}: {error}"
-        ) from None
-
-
-def _choose_names(
-    path: str | Path, names_in_file: Sequence[str], columns: Mapping[str, str]
-) -> dict[str, str]:
-    """Return our columns that a file has, with their names there."""
-    names = {}
-    for name in QUESTION_FILE_COLUMNS:
-        name_in_file = columns.get(name, name)
-        if name_in_file and name_in_file not in names_in_file and name in names_in_file:
-            name_in_file = name
-        if name_in_file in names_in_file:
-            names[name] = name_in_file
-        elif name_in_file and (name in NEEDED or name in columns):
-            raise ValueError(
-                f"{path}: expected a column {name_in_file}, as question answering needs, got "
-                f"{shown_names(names_in_file)}"
-            )
-    return names
-
-
-def _answer(answers: Any, context: Any, names: Mapping[str, str]) -> tuple[str | None, str, int]:
-    """Return what is wrong with the answers of a question, or None, and the first of them."""
-    column = names.get("answers", "answers")
-    pairs: list[tuple[Any, Any]] | None = None
-    if isinstance(answers, Mapping):
-        texts, starts = answers.get("text"), answers.get("answer_start")
-        if isinstance(texts, list | tuple) and isinstance(starts, list | tuple):
-            pairs = list(zip(texts, starts, strict=False)) if len(texts) == len(starts) else None
-    elif isinstance(answers, list | tuple) and all(isinstance(one, Mapping) for one in answers):
-        pairs = [(one.get("text"), one.get("answer_start")) for one in answers]
-    if pairs is None:
-        return (
-            f"expected texts and as many answer_start in column {column}, got {shown(answers)}",
-            "",
-            -1,
-        )
-    if not pairs:
-        return None, "", -1
-    answer, start = pairs[0]
+def _answer_fault(answer: Any, start: Any, context: Any) -> str | None:
+    """Return what is wrong with an answer, or None."""
     if not isinstance(answer, str) or not answer.strip() or type(start) is not int:
-        return f"expected a text and a number as the answer, got {shown(pairs[0])}", "", -1
+        return f"expected a text and a number as the answer, got {shown((answer, start))}"
     fault = text_fault(answer)
     if fault is not None:
-        return f"answer {fault}", "", -1
+        return f"answer {fault}"
     found = context[start : start + len(answer)] if isinstance(context, str) else None
     if start < 0 or found != answer:
-        fault = f"expected {shown(answer)} at character {start} of the context, got {found!r}"
-        return fault, "", -1
-    spaces = len(answer) - len(answer.lstrip())
-    return None, answer.strip(), start + spaces
+        return f"expected {shown(answer)} at character {start} of the context, got {found!r}"
+    return None

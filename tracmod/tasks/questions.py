@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from tracmod.config import TaskConfig
-from tracmod.tasks.examples import Corpus, Pool
+from tracmod.tasks.examples import SPLITS, Corpus, Pool
 from tracmod.tasks.files import check_disjoint, files_of_splits
 from tracmod.tasks.published import find_file, read_hub
 from tracmod.tasks.question_files import question_table, read_question_files
@@ -34,8 +34,7 @@ def load_xquad(config: TaskConfig) -> Corpus:
             path = find_file(config.path, f"xquad.{language}.json")
             (table,) = read_question_files([path], {"language": ""}, language)
         tables.append(_with_ids(table, language, parallel=True))
-    return Corpus(CLASSES, True, [Pool(pa.concat_tables(tables), ("train", "dev", "test"))],
-                  of_questions=True)  # fmt: skip
+    return Corpus(CLASSES, True, [Pool(pa.concat_tables(tables), SPLITS)])
 
 
 def load_question_files(config: TaskConfig) -> Corpus:
@@ -51,7 +50,7 @@ def load_question_files(config: TaskConfig) -> Corpus:
             tables.append(_with_ids(table, language, parallel=False))
         pools.append(Pool(pa.concat_tables(tables), splits))
     check_disjoint(pools)
-    return Corpus(CLASSES, False, pools, of_questions=True)
+    return Corpus(CLASSES, False, pools)
 
 
 def _from_hub(config: TaskConfig, language: str) -> Iterator[tuple[int, dict[str, object]]]:

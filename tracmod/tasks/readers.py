@@ -10,6 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
@@ -37,7 +38,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     The format follows from the ending of the name. `.tsv` is tab-separated *without quoting*, as
     most corpora are published: a quotation mark is text, and every line is a row. `.csv` has the
     quoting of RFC 4180; its fields are separated by the first of `CSV_DELIMITERS` that is in the
-    header. `.jsonl`, `.ndjson` and `.json` have one JSON object per line, or one array of objects.
+    header. `.jsonl`, `.ndjson` and `.json` have one JSON object per line, or one array of objects;
+    or the form of SQuAD, whose rows are its questions (`_squad_questions`).
     `.parquet` is Parquet. All may be gzipped (`.gz`). Text is UTF-8, the first line of TSV and CSV
     names the columns, and blank lines are skipped. Columns without a name are left out (the index
     that pandas writes has none).
@@ -78,7 +80,7 @@ def stated_class_names(path: str | Path) -> dict[str, list[str]]:
     if ".parquet" not in [suffix.lower() for suffix in path.suffixes[-2:]]:
         return {}
     try:
-        with open_file(path) as file:
+        with _open(path) as file:
             metadata = pq.read_schema(io.BytesIO(file.read())).metadata or {}
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         return {
@@ -109,8 +111,7 @@ def _with_clear_errors(reader: Callable[[Path], Iterator[Row]], path: Path) -> I
         raise ValueError(f"{path}: cannot be read: {error}") from None
 
 
-def open_file(path: Path) -> IO[bytes]:
-    """Open a file, gzipped or plain."""
+def _open(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
         return cast(IO[bytes], gzip.open(path))
     return path.open("rb")
@@ -118,7 +119,7 @@ def open_file(path: Path) -> IO[bytes]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield numbered lines, decoded one by one, so that invalid UTF-8 has a line number."""
-    with open_file(path) as file:
+    with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
                 _check_encoding(path, line)
@@ -236,20 +237,55 @@ def _with_header(
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
-    """Yield the objects of JSON lines, or of a JSON array, which may be on several lines."""
-    lines = _lines(path)
+    """Yield the objects of JSON lines, or of a JSON array, which may be on several lines.
+
+    Of a single object of SQuAD's form, its questions.
+    """
+    lines, is_first = _lines(path), True
     for number, line in lines:
         if not line.strip():
             continue
         if line.lstrip().startswith("["):
             yield from _json_array(path, number, line + "".join(text for _, text in lines))
             return
+        fault: Exception | None = None
         try:
             row = json.loads(line, object_pairs_hook=_distinct_keys)
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)
-            raise ValueError(f"{path}:{number}: not valid JSON: {reason}") from None
+            row, fault = None, error
+        if is_first and fault is not None and line.lstrip().startswith("{"):
+            with suppress(ValueError, RecursionError):  # an object on several lines
+                whole = json.loads(line + "".join(text for _, text in lines))
+                row, fault = (whole, None) if _is_squad(whole) else (None, fault)
+        if fault is not None:
+            reason = getattr(fault, "msg", fault)
+            raise ValueError(f"{path}:{number}: not valid JSON: {reason}")
+        if is_first and _is_squad(row):
+            yield from enumerate(_squad_questions(path, row["data"]), 1)
+            return
+        is_first = False
         yield number, _json_row(path, number, row)
+
+
+def _is_squad(tree: Any) -> bool:
+    """Return whether a JSON value has the form of SQuAD: `data`, a list of `paragraphs`."""
+    data = tree.get("data") if isinstance(tree, dict) else None
+    return isinstance(data, list) and bool(data) and "paragraphs" in data[0]
+
+
+def _squad_questions(path: Path, data: Any) -> Iterator[dict[str, Any]]:
+    """Yield the questions of SQuAD's form: id, question, context, answers."""
+    try:
+        for article in data:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    own = {name: question[name] for name in ("id", "question", "answers")}
+                    yield own | {"context": paragraph["context"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected the form of SQuAD, data of paragraphs with a context and qas with "
+            f"id, question and answers; {type(error).__name__}: {error}"
+        ) from None
 
 
 def _json_array(path: Path, line: int, text: str) -> Iterator[Row]:
@@ -311,7 +347,7 @@ def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
-        with open_file(path) as file:
+        with _open(path) as file:
             source = pq.ParquetFile(io.BytesIO(file.read()))
             names = source.schema_arrow.names
             repeated = sorted({name for name in names if names.count(name) > 1})

@@ -83,7 +83,6 @@ def sample(corpus: Corpus, config: TaskConfig) -> TaskData:
             for split in SPLITS
         },
         tag_names=corpus.tag_names,
-        of_questions=corpus.of_questions,
     )
 
 

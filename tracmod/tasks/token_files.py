@@ -14,11 +14,11 @@ from tracmod.choices import LossKind
 from tracmod.tasks.columns import (
     COMMON_NAMES,
     NO_LANGUAGE,
-    OPTIONAL,
     TOKEN_FILE_COLUMNS,
     check_columns,
     check_language,
     missing_notes,
+    names_in_rows,
 )
 from tracmod.tasks.examples import SCHEMA
 from tracmod.tasks.files import check_refused, clean, read_model_files, stated_by_number
@@ -324,19 +324,8 @@ def _choose_names(
     columns: Mapping[str, str],
     language: str | None,
 ) -> dict[str, str]:
-    """Return our columns that a file has, with their names there.
-
-    A file that lacks the name given, but has the column under its own name, is read by its own.
-    """
-    names, missing = {}, []
-    for name in TOKEN_FILE_COLUMNS:
-        name_in_file = columns.get(name, name)
-        if name_in_file and name_in_file not in names_in_file and name in names_in_file:
-            name_in_file = name
-        if name_in_file in names_in_file:
-            names[name] = name_in_file
-        elif name_in_file and (name not in OPTIONAL or name in columns):
-            missing.append(name_in_file)
+    """Return our columns that a file has, with their names there (`names_in_rows`)."""
+    names, missing = names_in_rows(TOKEN_FILE_COLUMNS, names_in_file, columns)
     likely = {
         name: common
         for name, commons in COMMON_TOKEN_NAMES.items()

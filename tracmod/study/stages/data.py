@@ -22,8 +22,6 @@ def run(context: RunContext) -> None:
         "parallel": task.parallel,
         "device": context.device,
     }
-    if task.of_questions:
-        context.run.record["unit"] = "span"
     if task.tag_names is not None:
         context.run.record["tag_names"] = task.tag_names
     if context.config.retrain is not None:

@@ -79,17 +79,19 @@ def run(context: RunContext) -> None:
             model, tokenizer = context.load(checkpoints[-1])
             test = context.encode(tokenizer, context.table("test"), model)
             for view in context.views_at(model_name, checkpoints[-1].epoch):
+                folder = context.run.influence(model_name, view.name)
                 if context.unit == "text":
                     predictions = _predictions(context, model, test, view)
                 elif context.unit == "span":
                     predictions = [0] * len(test)  # all questions have one class
+                    answers = _predicted_answers(context, model, tokenizer, test, view)
                 else:
                     tags = _predicted_tags(context, model, tokenizer, test, view)
                     names = context.tag_names or []
                     predictions = [sentence_class(own, names) for own in tags]
                 _write_view(context, model_name, view, digests, predictions)
                 if context.unit == "span":
-                    _write_answers(context, model_name, view, model, tokenizer, test)
+                    write_parquet(folder / PREDICTED_ANSWERS, answers)
                 elif context.unit == "token":
                     _write_tags(context, model_name, view, tags)
             if with_blocks:
@@ -290,15 +292,14 @@ def _write_tags(
     write_parquet(context.run.influence(model_name, view.name) / PREDICTED_TAGS, table)
 
 
-def _write_answers(
+def _predicted_answers(
     context: RunContext,
-    model_name: str,
-    view: View,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     test: Sequence[dict[str, Any]],
-) -> None:
-    """Write the predicted answers of a view, and the F1 of their tokens."""
+    view: View,
+) -> pa.Table:
+    """Return the predicted answer of every test question, and its F1, under the view's mask."""
     table, length = context.table("test"), context.config.model.max_length
     answers, scores = [""] * len(test), np.zeros(len(test))
     for language, mask in view.masks:
@@ -309,8 +310,7 @@ def _write_answers(
         for row, text, own in zip(rows, texts, logits, strict=True):
             answers[row] = text
             scores[row] = span_f1(best_span(own), tuple(test[row]["labels"]))
-    written = pa.table({"test_id": table["id"], "answer": answers, "f1": scores})
-    write_parquet(context.run.influence(model_name, view.name) / PREDICTED_ANSWERS, written)
+    return pa.table({"test_id": table["id"], "answer": answers, "f1": scores})
 
 
 def _write_view(
